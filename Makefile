@@ -1,0 +1,55 @@
+# Everything from a fresh clone: python3.11 or later, gcc, make and node are all that has to be there.
+#
+#   make quickstart   train a tiny model on embedded data
+#   make test         unit and integration tests
+#   make lint         what CI checks before the tests
+#
+# TORCH_INDEX: a package index to take torch from, such as PyTorch's own index of CPU builds. Without it, pip's usual one.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+.PHONY: venv quickstart test test-distributed test-e2e test-all lint format clean
+.DELETE_ON_ERROR:
+
+venv: $(STAMP)
+
+# torch first: once its build is chosen, nothing after it replaces it
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install $(TORCH) -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	PIP_CONSTRAINT=constraints.txt $(PIP) install -e '.[peft,dev]'
+	touch $@
+
+quickstart: $(STAMP)
+	$(BIN)/online-dpo quickstart
+
+test: $(STAMP)
+	$(PYTEST) -n 2 tests/unit tests/integration
+
+test-distributed: $(STAMP)
+	$(PYTEST) tests/distributed
+
+test-e2e: $(STAMP)
+	$(PYTEST) tests/e2e
+
+test-all: test test-distributed test-e2e
+
+lint: $(STAMP)
+	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix src tests
+	$(BIN)/ruff format src tests
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

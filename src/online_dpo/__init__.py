@@ -1,0 +1,32 @@
+"""Train a language model on preferences collected while it trains.
+
+``from online_dpo import OnlineDPOConfig, OnlineDPOTrainer``. Importing the package itself loads neither torch nor
+transformers, so that the command line can check its arguments first; the two classes are loaded when asked for.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from online_dpo.config import OnlineDPOConfig
+    from online_dpo.trainer import OnlineDPOTrainer
+
+__version__ = "0.1.0"
+
+__all__ = ["OnlineDPOConfig", "OnlineDPOTrainer", "__version__"]
+
+_HOMES = {"OnlineDPOConfig": "online_dpo.config", "OnlineDPOTrainer": "online_dpo.trainer"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'online_dpo' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

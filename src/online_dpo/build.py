@@ -1,0 +1,162 @@
+"""From the trainer's arguments to the parts it composes. Everything that can be wrong is found before a model is loaded."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+from accelerate.utils import is_peft_model
+from torch import nn
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from online_dpo.config import OnlineDPOConfig
+from online_dpo.models import check_model_path, context_length, disable_dropout, load_causal_lm
+from online_dpo.reference import (
+    AdapterOffReference,
+    FrozenReference,
+    Reference,
+    adapter_changes_output,
+    frozen_copy,
+)
+from online_dpo.scoring import check_scorers
+
+logger = logging.getLogger(__name__)
+
+
+def check_arguments(
+    *,
+    model: Any,
+    ref_model: Any,
+    reward_funcs: Any,
+    judge: Any,
+    args: OnlineDPOConfig | None,
+    train_dataset: Any,
+    processing_class: Any,
+    reward_processing_classes: Any,
+    peft_config: Any,
+    preprocess_logits_for_metrics: Any,
+) -> None:
+    """
+    Raises:
+        ValueError, TypeError: an argument is missing, of the wrong kind, or contradicts another; the message says which.
+    """
+    if args is None:
+        raise ValueError("`args` must be given: an `OnlineDPOConfig` with at least `output_dir`.")
+    if not isinstance(args, OnlineDPOConfig):
+        raise TypeError(f"`args` must be an `OnlineDPOConfig`; it is a {type(args).__name__}.")
+    if train_dataset is None:
+        raise ValueError("`train_dataset` must be given: a dataset with a `prompt` column.")
+    if processing_class is None:
+        raise ValueError("`processing_class` must be given: the policy's tokenizer.")
+    if not isinstance(processing_class, (PreTrainedTokenizerBase, ProcessorMixin)):
+        raise TypeError(
+            f"`processing_class` must be a tokenizer or a processor with one; it is a {type(processing_class).__name__}."
+        )
+    if model is None:
+        raise ValueError("`model` must be given: a causal language model, its folder or its hub name.")
+    if ref_model is model and not isinstance(model, str):
+        raise ValueError(
+            "`model` and `ref_model` are the same object, so the reference would move with the policy. Leave `ref_model` out: "
+            "the trainer keeps a copy of the policy itself."
+        )
+    if reward_funcs is None and judge is None:
+        raise ValueError("Nothing scores the completions: give `reward_funcs`, `reward_model` or `judge`.")
+    if judge is not None and reward_funcs is None and args.num_completions != 2:
+        raise ValueError(f"A judge compares two completions: set `num_completions=2` (it is {args.num_completions}).")
+    if judge is not None and not callable(judge) and not callable(getattr(judge, "judge", None)):
+        raise TypeError("`judge` must have a method `judge(prompts, completion_pairs, shuffle_order)` or be callable.")
+    if preprocess_logits_for_metrics is not None:
+        raise ValueError(
+            "`preprocess_logits_for_metrics` has nothing to work on: evaluation keeps no logits. `compute_metrics` receives the "
+            "scores of the policy's completions as `predictions` and of the reference's as `label_ids`."
+        )
+    if args.model_init_kwargs is not None and not isinstance(model, str):
+        raise ValueError("`model_init_kwargs` is only used when `model` is a name or folder, but it is a loaded model.")
+    for argument, value in (("model", model), ("ref_model", ref_model)):
+        if isinstance(value, str):
+            check_model_path(value, argument)
+    if peft_config is not None and is_peft_model_object(model):
+        raise ValueError("`model` is a PEFT model already; leave `peft_config` out, or give the base model.")
+    if reward_funcs is not None:
+        check_scorers(reward_funcs, reward_processing_classes, args)
+
+
+def is_peft_model_object(model: Any) -> bool:
+    return isinstance(model, nn.Module) and is_peft_model(model)
+
+
+def choose_scorers(reward_funcs: Any, reward_model: Any, judge: Any, args: OnlineDPOConfig | None) -> tuple[Any, Any]:
+    """The reward functions and the judge that are used: ``reward_model`` is another name for ``reward_funcs``, and rewards win.
+
+    Raises:
+        ValueError: both ``reward_funcs`` and ``reward_model`` are given.
+    """
+    if reward_funcs is not None and reward_model is not None:
+        raise ValueError("Give `reward_funcs` or `reward_model`, not both: `reward_funcs` takes a list of all of them.")
+    rewards = reward_funcs if reward_funcs is not None else reward_model
+    if rewards is None and judge is None and args is not None:
+        rewards = args.reward_model_path
+    if rewards is not None and judge is not None:
+        warnings.warn("Both a reward and a `judge` are given: the reward is used, the judge is not.", stacklevel=3)
+        judge = None
+    return rewards, judge
+
+
+def build_policy(model: Any, peft_config: Any, args: OnlineDPOConfig) -> nn.Module:
+    """The policy, loaded if given by name, wrapped in its adapter, without dropout if so configured.
+
+    Raises:
+        ValueError: the model is no causal language model, or its context is shorter than ``max_length``.
+    """
+    if isinstance(model, str):
+        model = load_causal_lm(model, args.model_init_kwargs, args.trust_remote_code)  # pyright: ignore[reportArgumentType]
+    if model.config.is_encoder_decoder:
+        raise ValueError("`model` is an encoder-decoder; Online DPO here trains decoder-only language models.")
+    context = context_length(model)
+    longest = None if args.prompt_limit is None else args.prompt_limit + args.max_new_tokens
+    if context is not None and (longest is None or longest > context):
+        raise ValueError(
+            f"The model has room for {context} tokens, prompts and completions may have "
+            f"{'any number' if longest is None else longest}. Set `max_length` to at most {context}."
+        )
+    if peft_config is not None:
+        from peft import get_peft_model, prepare_model_for_kbit_training
+
+        if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
+        model = get_peft_model(model, peft_config)
+    if args.disable_dropout:
+        disable_dropout(model)
+    return model
+
+
+def build_reference(ref_model: Any, policy: nn.Module, args: OnlineDPOConfig) -> Reference:
+    """The reference: the model given, else the policy with its adapter off, else a frozen copy."""
+    if isinstance(ref_model, str):
+        ref_model = load_causal_lm(ref_model, args.model_init_kwargs, args.trust_remote_code)  # pyright: ignore[reportArgumentType]
+    if ref_model is not None:
+        disable_dropout(ref_model)
+        return FrozenReference(ref_model.to(args.device))
+    if not is_peft_model_object(policy):
+        return FrozenReference(frozen_copy(policy).to(args.device))
+    if adapter_changes_output(policy):
+        logger.warning(
+            "The policy's adapter has been trained before. The reference is the base model without it; to stay close to the "
+            "policy as it is now, merge the adapter first (merge_and_unload) or pass `ref_model`."
+        )
+    return AdapterOffReference(policy)
+
+
+def train_on_one_device_per_process(args: OnlineDPOConfig) -> None:
+    """Settings that hold for every run: one device a process, and batches that each process reads for itself."""
+    if args.n_gpu > 1:
+        warnings.warn(
+            f"{args.n_gpu} GPUs are visible to this one process; only the first is used. Start one process for each with "
+            f"`torchrun --nproc_per_node {args.n_gpu}` to use them all.",
+            stacklevel=3,
+        )
+        args._n_gpu = 1
+    if args.accelerator_config.dispatch_batches is None:  # pyright: ignore[reportAttributeAccessIssue]
+        # A streamed batch holds text, which accelerate cannot broadcast from the first process.
+        args.accelerator_config.dispatch_batches = False  # pyright: ignore[reportAttributeAccessIssue]

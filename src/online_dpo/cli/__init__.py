@@ -1,0 +1,1 @@
+"""The ``online-dpo`` command. Arguments are checked before torch and transformers are imported."""

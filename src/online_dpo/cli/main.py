@@ -1,0 +1,72 @@
+"""Entry point of ``online-dpo``. Nothing heavy is imported until the arguments have been checked."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from online_dpo import __version__
+
+INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+USAGE = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 1 (the run failed), 2 (wrong input), 130 (interrupted)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if words[:1] == ["train"]:
+            return _train(words[1:])
+        arguments = _parser().parse_args(words)
+        from online_dpo.cli.quickstart import quickstart
+
+        return quickstart(arguments.output_dir, arguments.seed)
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # `online-dpo train --help | head`
+        sys.stderr.close()
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="online-dpo", description="Train a language model on preferences collected while it trains."
+    )
+    parser.add_argument("--version", action="version", version=f"online-dpo {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="{train,quickstart}", required=True)
+    commands.add_parser("train", help="train as a YAML file says", add_help=False)
+    quickstart = commands.add_parser("quickstart", help="train a tiny model on embedded data, offline, on any computer")
+    quickstart.add_argument(
+        "--output-dir", type=Path, default=Path("runs/quickstart"), help="folder of the run (default: %(default)s)"
+    )
+    quickstart.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    return parser
+
+
+def _train(words: list[str]) -> int:
+    """Check the run; only then import what trains it. The run file, if any, comes before the fields."""
+    if not words or "--help" in words or "-h" in words:
+        from online_dpo.cli.help import USAGE as USAGE_TEXT
+        from online_dpo.cli.help import train_help
+
+        print(train_help() if words else USAGE_TEXT, file=sys.stdout if words else sys.stderr)
+        return 0 if words else USAGE
+    from online_dpo.cli.run_file import UsageError, plan_run
+
+    show_traceback = "--traceback" in words
+    words = [word for word in words if word != "--traceback"]
+    has_file = bool(words) and not words[0].startswith("--")
+    try:
+        plan = plan_run(Path(words[0]) if has_file else None, words[1:] if has_file else words)
+    except UsageError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return USAGE
+    for warning in plan.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    from online_dpo.cli.train import train
+
+    return train(plan, words, show_traceback=show_traceback)

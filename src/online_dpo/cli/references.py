@@ -1,0 +1,138 @@
+"""``file.py:function`` and ``package.module:function`` in a run file: check that they exist, and import them."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.machinery
+import importlib.util
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A place and a name in it.
+
+    >>> Reference("rewards.py:brevity", name="brevity", file=Path("recipes/rewards.py"), module=None)
+
+    Exactly one of ``file`` and ``module`` is set.
+    """
+
+    text: str
+    name: str
+    file: Path | None
+    module: str | None
+
+
+def parse_reference(text: str, folders: Sequence[Path]) -> Reference:
+    """Split a reference and check, without importing, that its file or module defines the name.
+
+    A relative file is looked for in ``folders``, in their order.
+
+    Raises:
+        ValueError: no such form, file, module or name. The message reads on from the reference.
+    """
+    place, colon, name = text.rpartition(":")
+    if not (colon and place and name.isidentifier()):
+        raise ValueError("wanted: `file.py:function` or `package.module:function`")
+    if place.endswith(".py"):
+        candidates = [folder / Path(place).expanduser() for folder in folders]
+        file = next((path for path in candidates if path.is_file()), None)
+        if file is None:
+            raise ValueError(f"there is no file {' or '.join(dict.fromkeys(map(str, candidates)))}")
+        _check_defines(file, name, names=place)
+        return Reference(text, name, file=file.resolve(), module=None)
+    if not all(part.isidentifier() for part in place.split(".")):
+        raise ValueError(f"`{place}` is neither a .py file nor a module name")
+    source = _locate_module(place)
+    if source is not None:
+        _check_defines(source, name, names=place)
+    return Reference(text, name, file=None, module=place)
+
+
+def load_reference(reference: Reference) -> Any:
+    """Import what a reference names. Modules are looked for in the working folder as well.
+
+    Raises:
+        ValueError: importing the user's code failed; the cause is chained.
+    """
+    try:
+        module = _import_file(reference.file) if reference.file else _import_module(reference.module)
+        return getattr(module, reference.name)
+    except Exception as problem:  # anything may happen in the user's own code
+        raise ValueError(f"importing `{reference.text}` failed: {type(problem).__name__}: {problem}") from problem
+
+
+def _import_file(file: Path) -> Any:
+    """Import a file once, under a name that is the same in every process, so that two references share one module."""
+    name = f"online_dpo_user_{file.stem}_{zlib.crc32(str(file).encode()):08x}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        sys.path.insert(0, str(file.parent))  # the file may import its neighbours
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def _import_module(name: str | None) -> Any:
+    assert name is not None
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    return importlib.import_module(name)
+
+
+def _locate_module(name: str) -> Path | None:
+    """The source file of a module, found without importing it or its packages; ``None`` where it has none."""
+    folders: Sequence[str] | None = [str(Path.cwd()), *sys.path]
+    spec = None
+    parts = name.split(".")
+    for end in range(1, len(parts) + 1):
+        qualified = ".".join(parts[:end])
+        spec = importlib.machinery.PathFinder.find_spec(qualified, folders) if folders else None
+        if spec is None and end == 1:
+            spec = importlib.util.find_spec(qualified)  # built in, or found by an editable install's own finder
+        if spec is None:
+            raise ValueError(f"there is no module `{qualified}`")
+        folders = spec.submodule_search_locations
+    assert spec is not None
+    return Path(spec.origin) if spec.origin and spec.origin.endswith(".py") else None
+
+
+def _check_defines(file: Path, name: str, names: str) -> None:
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError, ValueError) as problem:
+        raise ValueError(f"`{names}` is no valid Python: {problem}") from None
+    defined = list(_defined_names(tree.body))
+    if name not in defined and "*" not in defined and "__getattr__" not in defined:
+        public = ", ".join(found for found in defined if not found.startswith("_"))
+        raise ValueError(f"`{names}` defines no `{name}`" + (f"; it defines: {public}" if public else ""))
+
+
+def _defined_names(body: Sequence[ast.stmt]) -> Iterator[str]:
+    """Names that a module's statements bind, also within ``if`` and ``try``; ``*`` for a star import."""
+    for node in body:
+        match node:
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+                yield node.name
+            case ast.Import() | ast.ImportFrom():
+                yield from (alias.asname or alias.name.split(".")[0] for alias in node.names)
+            case ast.Assign() | ast.AnnAssign():
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                yield from (part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name))
+            case ast.If() | ast.With() | ast.For() | ast.While():
+                yield from _defined_names([*node.body, *getattr(node, "orelse", [])])
+            case ast.Try():
+                handlers = [statement for handler in node.handlers for statement in handler.body]
+                yield from _defined_names([*node.body, *handlers, *node.orelse, *node.finalbody])

@@ -1,0 +1,76 @@
+"""Fields of a run file that are no training arguments: which models, which scorer, which data.
+
+Names are those of TRL's scripts. ``schema.py`` reads this file's text, so each field is documented once, beneath it.
+Nothing heavy may be imported here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What ``online-dpo train`` needs beside :class:`online_dpo.OnlineDPOConfig`."""
+
+    model_name_or_path: str
+    """Folder or hub name of the policy to train."""
+
+    dataset_name: str
+    """Prompts: a hub name, or a local json, jsonl, csv (each also with .gz) or parquet file, a pattern such as
+    `data/*.jsonl`, or a folder."""
+
+    ref_model_name_or_path: str | None = None
+    """Folder or hub name of the reference model; when not set, the policy as it was before training."""
+
+    # --- scoring ----------------------------------------------------------------------------------------------------
+
+    reward_funcs: list[str] | None = None
+    """Reward functions, each as `file.py:function` or `package.module:function`. A file is looked for in the run file's
+    folder first, then in the working folder."""
+
+    judge: str | None = None
+    """A judge that compares two completions, as `file.py:object` or `package.module:object`. A class is called without
+    arguments."""
+
+    # --- data -------------------------------------------------------------------------------------------------------
+
+    dataset_config: str | None = None
+    """Configuration (subset) of a hub dataset."""
+
+    dataset_train_split: str = "train"
+    """Split to train on."""
+
+    dataset_test_split: str | None = None
+    """Split to evaluate on. When not set, there is no evaluation unless `eval_dataset_name` is given; its
+    `train` split is then taken."""
+
+    eval_dataset_name: str | None = None
+    """Prompts to evaluate on, where they are not a split of `dataset_name`."""
+
+    dataset_streaming: bool = False
+    """Read the training prompts while training, instead of loading them first. Needs `max_steps`."""
+
+    dataset_limit: int | None = None
+    """Train on this many rows at most."""
+
+    eval_limit: int | None = None
+    """Evaluate on this many rows at most."""
+
+    # --- adapters ---------------------------------------------------------------------------------------------------
+
+    use_peft: bool = False
+    """Train a LoRA adapter instead of all weights. Needs the `peft` extra."""
+
+    lora_r: int = 16
+    """Rank of the adapter."""
+
+    lora_alpha: int = 32
+    """Scale of the adapter."""
+
+    lora_dropout: float = 0.0
+    """Dropout of the adapter."""
+
+    lora_target_modules: list[str] | None = None
+    """Modules that get an adapter, such as `[q_proj, v_proj]`, or `all-linear`; when not set, peft picks them by model
+    family."""

@@ -1,0 +1,259 @@
+"""Read a run file and the overrides behind it, and check everything that can be checked without torch.
+
+All problems are found before any is reported, each with its file and line.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from online_dpo.cli.references import Reference, parse_reference
+from online_dpo.cli.run_config import RunConfig
+from online_dpo.cli.schema import FieldSpec, load_fields
+from online_dpo.cli.values import BadValue, convert, convert_words, nearest
+
+COMMAND_LINE = "command line"
+DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
+INPUT_PATHS = (
+    "model_name_or_path",
+    "ref_model_name_or_path",
+    "reward_model_path",
+    "dataset_name",
+    "eval_dataset_name",
+)
+COUNTS = ("dataset_limit", "eval_limit", "lora_r", "lora_alpha")
+SCORERS = ("reward_funcs", "reward_model_path", "judge")
+
+
+class UsageError(Exception):
+    """What the user gave cannot be run. ``problems`` holds one line for each thing to mend."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A checked run: its own fields, the training arguments that were given, and the code that it refers to."""
+
+    run: RunConfig
+    training: dict[str, Any]
+    reward_funcs: tuple[Reference, ...]
+    judge: Reference | None
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One field as given: where it stands (``run.yaml:4``), and its value or the words of the command line."""
+
+    where: str
+    value: Any = None
+    words: tuple[str, ...] | None = None
+
+
+def plan_run(run_file: Path | None, override_words: Sequence[str]) -> RunPlan:
+    """Check a run file and its overrides.
+
+    Raises:
+        UsageError: with every problem found.
+    """
+    problems: list[str] = []
+    entries = read_run_file(run_file, problems) if run_file else {}
+    entries |= read_overrides(override_words, problems)
+    fields_by_name = load_fields()
+    values: dict[str, Any] = {}
+    for name, entry in entries.items():
+        spec = fields_by_name.get(name)
+        if spec is None:
+            hint = nearest(name, list(fields_by_name)) or " See: online-dpo train --help"
+            problems.append(f"{entry.where}: `{name}` is not a field.{hint}")
+            continue
+        try:
+            values[name] = _value(spec, entry)
+        except BadValue as problem:
+            problems.append(f"{entry.where}: `{name}` {problem}")
+    checker = _Checker(entries, values, run_file)
+    problems.extend(checker.problems())
+    if problems:
+        raise UsageError(problems)
+    own = {field.name for field in fields(RunConfig)}
+    return RunPlan(
+        run=RunConfig(**{name: value for name, value in values.items() if name in own}),
+        training={name: value for name, value in values.items() if name not in own},
+        reward_funcs=tuple(checker.references.get("reward_funcs", ())),
+        judge=next(iter(checker.references.get("judge", ())), None),
+        warnings=tuple(checker.warnings()),
+    )
+
+
+def read_run_file(path: Path, problems: list[str]) -> dict[str, Entry]:
+    """The top level of a YAML mapping, with line numbers. Keys that stand twice, at any depth, are problems.
+
+    Raises:
+        UsageError: the file is missing, empty, no YAML, or no mapping: nothing else can be checked then.
+    """
+    if not path.is_file():
+        raise UsageError([f"{path}: there is no such file."])
+    try:
+        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        if node is None:
+            raise UsageError([f"{path}: the file is empty. It needs at least `model_name_or_path` and `dataset_name`."])
+        if not isinstance(node, yaml.MappingNode):
+            raise UsageError([f"{path}: wanted: a mapping of fields, one `name: value` a line."])
+        problems.extend(f"{path}:{line}: `{key}` stands twice." for key, line in _duplicates(node))
+        loader.flatten_mapping(node)  # `<<: *defaults`
+        return {
+            str(key.value): Entry(f"{path}:{key.start_mark.line + 1}", loader.construct_object(value, deep=True))
+            for key, value in node.value
+        }
+    except yaml.MarkedYAMLError as problem:
+        line = problem.problem_mark.line + 1 if problem.problem_mark else 1
+        raise UsageError([f"{path}:{line}: no valid YAML: {problem.problem}."]) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as problem:
+        raise UsageError([f"{path}: no valid YAML: {' '.join(str(problem).split())}"]) from None
+
+
+def read_overrides(words: Sequence[str], problems: list[str]) -> dict[str, Entry]:
+    """Fields on the command line: ``--a value``, ``--a=value``, ``--a b c`` (a list), ``--a`` (switches on).
+
+    A hyphen in a name is an underscore. A field that is given twice has its last value.
+    """
+    entries: dict[str, Entry] = {}
+    name = ""
+    for word in words:
+        if word.startswith("--") and len(word) > 2:
+            flag, equals, value = word[2:].partition("=")
+            name = flag.replace("-", "_")
+            entries[name] = Entry(COMMAND_LINE, words=(value,) if equals else ())
+        elif name:
+            entries[name] = Entry(COMMAND_LINE, words=(*(entries[name].words or ()), word))
+        else:
+            problems.append(f"{COMMAND_LINE}: what is `{word}`? Fields are given as --field value.")
+    return entries
+
+
+def _value(spec: FieldSpec, entry: Entry) -> Any:
+    return convert(spec, entry.value) if entry.words is None else convert_words(spec, list(entry.words))
+
+
+def _duplicates(node: yaml.Node) -> Iterator[tuple[str, int]]:
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    yield key.value, key.start_mark.line + 1
+                seen.add(key.value)
+            yield from _duplicates(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _duplicates(item)
+
+
+class _Checker:
+    """The checks of a run that look at several fields or at the disk. Local paths in ``values`` are completed."""
+
+    def __init__(self, entries: dict[str, Entry], values: dict[str, Any], run_file: Path | None) -> None:
+        self.entries = entries
+        self.values = values
+        self.file = str(run_file) if run_file else COMMAND_LINE
+        self.file_folder = run_file.parent if run_file else None
+        self.references: dict[str, list[Reference]] = {}
+
+    def problems(self) -> Iterator[str]:
+        yield from self._missing()
+        for name in INPUT_PATHS:
+            if self._given(name):
+                yield from self._input_path(name)
+        for name in ("reward_funcs", "judge"):
+            if self._given(name):
+                yield from self._references(name)
+        for name in COUNTS:
+            if self._given(name) and self.values[name] < 1:
+                yield f"{self._where(name)}: `{name}` is {self.values[name]}; wanted: 1 or more."
+        yield from self._resume()
+        yield from self._evaluation()
+        if self.values.get("dataset_streaming") and (self.values.get("max_steps") or 0) < 1:
+            where = self._where("dataset_streaming")
+            yield f"{where}: `dataset_streaming` needs `max_steps`: a stream has no known length."
+        if self.values.get("use_peft") and importlib.util.find_spec("peft") is None:
+            yield f"{self._where('use_peft')}: `use_peft` needs peft. Install it with: pip install 'online-dpo[peft]'"
+
+    def warnings(self) -> Iterator[str]:
+        for name in self.values:
+            if name.startswith("lora_") and not self.values.get("use_peft"):
+                yield f"{self._where(name)}: `{name}` is ignored without `use_peft`."
+
+    def _given(self, name: str) -> bool:
+        return self.values.get(name) not in (None, [])
+
+    def _where(self, name: str) -> str:
+        return self.entries[name].where
+
+    def _missing(self) -> Iterator[str]:
+        for name, what in [("model_name_or_path", "the model to train"), ("dataset_name", "the prompts")]:
+            if name not in self.entries:
+                yield f"{self.file}: `{name}` is missing: {what}."
+        # a scorer whose value is wrong was meant to be there: one problem is enough
+        if all(name not in self.entries or self.values.get(name, name) in (None, []) for name in SCORERS):
+            names = ", ".join(f"`{name}`" for name in SCORERS)
+            yield f"{self.file}: nothing scores the completions. Give one of {names}."
+
+    def _folders(self, name: str) -> list[Path]:
+        """Where relative paths of a field start: the run file's folder first, for a field that stands in it."""
+        beside_file = [self.file_folder] if self.file_folder and self.entries[name].words is None else []
+        return [*beside_file, Path()]
+
+    def _input_path(self, name: str) -> Iterator[str]:
+        given = self.values[name]
+        candidates = [folder / Path(given).expanduser() for folder in self._folders(name)]
+        found = next((path for path in candidates if glob.glob(str(path), recursive=True)), None)
+        if found is not None:
+            self.values[name] = str(found)
+        elif looks_like_path(given):
+            places = " or ".join(dict.fromkeys(map(str, candidates)))
+            yield f"{self._where(name)}: `{name}` is {given!r}, but there is no {places}."
+
+    def _references(self, name: str) -> Iterator[str]:
+        texts = self.values[name] if isinstance(self.values[name], list) else [self.values[name]]
+        self.references[name] = []
+        for text in texts:
+            try:
+                self.references[name].append(parse_reference(text, self._folders(name)))
+            except ValueError as problem:
+                yield f"{self._where(name)}: `{name}` {text!r}: {problem}."
+
+    def _resume(self) -> Iterator[str]:
+        wish = self.values.get("resume_from_checkpoint")
+        if not wish:
+            return
+        where = self._where("resume_from_checkpoint")
+        if wish is True:
+            output = Path(self.values.get("output_dir") or "trainer_output").expanduser()
+            if not any(path.is_dir() for path in output.glob("checkpoint-*")):
+                yield f"{where}: `resume_from_checkpoint`: {output} holds no checkpoint."
+        elif not Path(wish).is_dir():
+            yield f"{where}: `resume_from_checkpoint`: there is no folder {wish}."
+
+    def _evaluation(self) -> Iterator[str]:
+        wanted = self.values.get("eval_strategy", "no") != "no" or self.values.get("eval_on_start")
+        if wanted and not (self._given("dataset_test_split") or self._given("eval_dataset_name")):
+            name = "eval_strategy" if "eval_strategy" in self.values else "eval_on_start"
+            where = self._where(name)
+            yield f"{where}: `{name}` needs prompts to evaluate on. Give `dataset_test_split` or `eval_dataset_name`."
+
+
+def looks_like_path(text: str) -> bool:
+    """Whether a name can only mean something on this disk: hub names are ``name`` or ``owner/name``."""
+    is_file = text.removesuffix(".gz").endswith(DATA_SUFFIXES)
+    return is_file or text.startswith(("/", "./", "../", "~")) or text.endswith("/") or text.count("/") > 1

@@ -1,0 +1,158 @@
+"""``online-dpo train``, once its arguments are known to be good: build the trainer, train, save."""
+
+from __future__ import annotations
+
+import inspect
+import shlex
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import AutoTokenizer
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from online_dpo.cli.interrupt import InterruptCallback
+from online_dpo.cli.progress import ProgressDisplay
+from online_dpo.cli.references import Reference, load_reference
+from online_dpo.cli.run_config import RunConfig
+from online_dpo.cli.run_file import RunPlan
+from online_dpo.config import OnlineDPOConfig
+from online_dpo.data import load_prompts
+from online_dpo.errors import OnlineDPOError
+from online_dpo.trainer import OnlineDPOTrainer
+
+SETUP_ERRORS = (ValueError, TypeError, OSError, ImportError, OnlineDPOError)
+"""What wrong input ends in. ``OSError`` is what transformers raises for a model that is nowhere."""
+
+
+def train(plan: RunPlan, words: Sequence[str], *, show_traceback: bool) -> int:
+    """Run a checked plan and return the exit code. ``words`` are the command's own, to say how to resume."""
+    display, interrupt = ProgressDisplay(), InterruptCallback()
+    resume = plan.training.get("resume_from_checkpoint") or None
+    try:
+        trainer = build_trainer(plan, display, interrupt)
+    except SETUP_ERRORS as error:
+        return _report(error, 2, show_traceback)
+    try:
+        with interrupt:
+            trainer.train(resume_from_checkpoint=resume)
+    except KeyboardInterrupt:
+        display.close()
+        _say_interrupted("Stopped at once.", interrupt.checkpoint, words)
+        return 130
+    except OnlineDPOError as error:
+        display.close()
+        return _report(error, 1, show_traceback)
+    finally:
+        display.close()
+    is_main = trainer.is_world_process_zero()
+    if interrupt.stopped:
+        if is_main:
+            _say_interrupted("Interrupted:", interrupt.checkpoint, words)
+        return 130
+    trainer.save_model()
+    if is_main:
+        print(f"Model saved in {trainer.args.output_dir}")
+    return 0
+
+
+def build_trainer(plan: RunPlan, display: ProgressDisplay, interrupt: InterruptCallback) -> OnlineDPOTrainer:
+    """The trainer of a plan.
+
+    Raises:
+        ValueError, TypeError, OSError, ImportError, OnlineDPOError: the run cannot be set up as asked.
+    """
+    run = plan.run
+    # the display below replaces transformers' own output
+    given = {name: value for name, value in plan.training.items() if name != "resume_from_checkpoint"}
+    args = OnlineDPOConfig(**{**given, "disable_tqdm": True})
+    train_dataset = load_prompts(
+        run.dataset_name,
+        split=run.dataset_train_split,
+        config=run.dataset_config,
+        streaming=run.dataset_streaming,
+        limit=run.dataset_limit,
+    )
+    trainer = OnlineDPOTrainer(
+        model=run.model_name_or_path,
+        ref_model=run.ref_model_name_or_path,
+        reward_funcs=[load_reference(reference) for reference in plan.reward_funcs] or None,
+        judge=None if plan.judge is None else _load_judge(plan.judge),
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=_eval_dataset(run),
+        processing_class=_tokenizer(run.model_name_or_path, args),
+        peft_config=_peft_config(run),
+        callbacks=[display, interrupt],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    return trainer
+
+
+def _eval_dataset(run: RunConfig) -> Any:
+    if run.eval_dataset_name is None and run.dataset_test_split is None:
+        return None
+    return load_prompts(
+        run.eval_dataset_name or run.dataset_name,
+        split=run.dataset_test_split or "train",
+        config=run.dataset_config if run.eval_dataset_name is None else None,
+        limit=run.eval_limit,
+    )
+
+
+def _tokenizer(model: str, args: OnlineDPOConfig) -> Any:
+    options = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    return AutoTokenizer.from_pretrained(
+        model, revision=options.get("revision", "main"), trust_remote_code=args.trust_remote_code
+    )
+
+
+def _peft_config(run: RunConfig) -> Any:
+    if not run.use_peft:
+        return None
+    from peft import LoraConfig
+
+    modules = run.lora_target_modules
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=run.lora_r,
+        lora_alpha=run.lora_alpha,
+        lora_dropout=run.lora_dropout,
+        # peft knows `all-linear` only as a text, not as a list of one
+        target_modules="all-linear" if modules == ["all-linear"] else modules,
+    )
+
+
+def _load_judge(reference: Reference) -> Any:
+    loaded = load_reference(reference)
+    return loaded() if inspect.isclass(loaded) else loaded
+
+
+def _report(error: BaseException, code: int, show_traceback: bool) -> int:
+    if show_traceback:
+        traceback.print_exception(error)
+    else:
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"error: {message}\n(--traceback shows where it came from)", file=sys.stderr)
+    return code
+
+
+def _say_interrupted(what: str, checkpoint: str | None, words: Sequence[str]) -> None:
+    if checkpoint is None:
+        print(f"{what} No checkpoint was saved.", file=sys.stderr)
+        return
+    command = shlex.join(["online-dpo", "train", *resume_words(words, checkpoint)])
+    print(f"{what} checkpoint saved in {checkpoint}. Resume with: {command}", file=sys.stderr)
+
+
+def resume_words(words: Sequence[str], checkpoint: str) -> list[str]:
+    """The words of a command, resuming from a checkpoint instead of from wherever they said before."""
+    kept, skipping = [], False
+    for word in words:
+        if word.startswith("--"):
+            skipping = word[2:].partition("=")[0].replace("-", "_") == "resume_from_checkpoint"
+        if not skipping:
+            kept.append(word)
+    return [*kept, "--resume_from_checkpoint", checkpoint]

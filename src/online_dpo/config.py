@@ -1,0 +1,309 @@
+"""The trainer's configuration: `transformers.TrainingArguments` plus the fields of Online DPO.
+
+Each field is documented once, in the string beneath it; ``online-dpo train --help`` shows the same text. Fields that TRL's
+``OnlineDPOConfig`` has keep its names.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+LOSS_TYPES = ("sigmoid", "ipo")
+PAIR_SELECTIONS = ("best_worst",)
+TIE_POLICIES = ("skip", "first")
+INVALID_PROMPT_POLICIES = ("error", "filter")
+
+REFUSED_GENERATION_KWARGS = {
+    "num_beams": "beam search does not sample from the policy",
+    "num_beam_groups": "beam search does not sample from the policy",
+    "do_sample": "completions of one prompt must differ, so they are always sampled",
+    "num_return_sequences": "set num_completions",
+    "max_new_tokens": "set max_new_tokens in the configuration itself",
+    "max_length": "set max_new_tokens in the configuration itself",
+    "use_cache": "the KV cache is always on",
+    "return_dict_in_generate": "the trainer reads the outputs itself",
+    "output_scores": "the trainer reads the outputs itself",
+    "output_logits": "the trainer reads the outputs itself",
+    "assistant_model": "assisted generation changes which random numbers are drawn",
+    "logits_processor": "pass options of GenerationConfig here, not objects",
+    "stopping_criteria": "pass options of GenerationConfig here, such as stop_strings",
+}
+
+
+@dataclass
+class OnlineDPOConfig(TrainingArguments):
+    """Arguments of :class:`online_dpo.OnlineDPOTrainer`.
+
+    Every field of :class:`transformers.TrainingArguments` is here too. Defaults that differ from it: ``learning_rate``
+    5e-7, ``logging_steps`` 10, ``gradient_checkpointing`` on, ``bf16`` on where the device computes in bf16,
+    ``remove_unused_columns`` off.
+
+    Raises:
+        ValueError: a field is out of range, or asks for something that this version does not do.
+    """
+
+    learning_rate: float = 5e-7
+    """The initial learning rate of the optimizer."""
+
+    logging_steps: float = 10
+    """Log every this many optimizer steps; below 1, a share of the whole run."""
+
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass instead of keeping them. The KV cache of generation is not touched by it."""
+
+    bf16: bool | None = None
+    """Compute in bfloat16 (mixed precision). When not set: on if the device supports it and `fp16` is off, never on a CPU."""
+
+    remove_unused_columns: bool = False
+    """Has to stay off: reward functions receive the dataset's other columns."""
+
+    # --- sampling ---------------------------------------------------------------------------------------------------
+
+    num_completions: int = 2
+    """Completions sampled for each prompt (K). One chosen/rejected pair is formed of them. A judge needs 2."""
+
+    max_new_tokens: int = 64
+    """Longest completion, in tokens."""
+
+    max_length: int | None = 512
+    """Longest prompt plus completion, in tokens. A prompt is cut on the left, once and before sampling, to
+    `max_length - max_new_tokens`. `None`: prompts are not limited by it."""
+
+    max_prompt_length: int | None = None
+    """Longest prompt, in tokens; when not set, `max_length - max_new_tokens`."""
+
+    truncate_prompts: bool = True
+    """Cut prompts that are too long on the left. When off, such a prompt is invalid: see `invalid_prompts`."""
+
+    temperature: float = 0.9
+    """Sampling temperature; above 0."""
+
+    top_p: float = 1.0
+    """Sample from the most probable tokens that together reach this probability; in (0, 1], 1 is off."""
+
+    top_k: int = 0
+    """Sample from this many most probable tokens; 0 is off."""
+
+    min_p: float | None = None
+    """Drop tokens less probable than this share of the most probable one; in [0, 1]."""
+
+    repetition_penalty: float = 1.0
+    """Above 1, tokens that already stand in the prompt or the completion become less probable; 1 is off."""
+
+    generation_kwargs: dict[str, Any] | str | None = None
+    """Further options of `transformers.GenerationConfig`, such as `{"stop_strings": ["\\n\\n"]}`. They override the fields
+    above and are sampled through `model.generate`."""
+
+    cache_implementation: str | None = None
+    """Cache that `model.generate` should use, such as `static`. Sampling then goes through `model.generate`."""
+
+    rollout_batch_size: int = 64
+    """Most completions that are decoded at the same time. Lower it when sampling runs out of memory; it does not change
+    what is sampled."""
+
+    # --- scoring ----------------------------------------------------------------------------------------------------
+
+    reward_model_path: str | None = None
+    """Folder or hub name of a sequence-classification reward model, used when the trainer is given no scorer."""
+
+    reward_weights: list[float] | None = None
+    """Weight of each reward function, in their order; when not set, each counts 1."""
+
+    reward_batch_size: int = 16
+    """Texts in one forward pass of a reward model."""
+
+    missing_eos_penalty: float | None = None
+    """Subtracted from the score of a completion that did not end by itself; above 0."""
+
+    # --- pairs and loss ---------------------------------------------------------------------------------------------
+
+    pair_selection: str = "best_worst"
+    """How the pair is picked from K scored completions: `best_worst` takes the highest and the lowest score."""
+
+    tie_policy: str = "skip"
+    """When the best and the worst score are equal: `skip` drops the group and counts it, `first` trains the first completion
+    as the chosen one (what TRL does)."""
+
+    beta: list[float] = field(default_factory=lambda: [0.1])
+    """Strength of the pull towards the reference; IPO's tau. A number, or a list with one for each epoch (the last one stays)."""
+
+    loss_type: str = "sigmoid"
+    """`sigmoid` (DPO, arXiv 2305.18290, equation 7) or `ipo` (arXiv 2310.12036, equation 17)."""
+
+    disable_dropout: bool = True
+    """Switch dropout off in the policy and the reference."""
+
+    # --- data -------------------------------------------------------------------------------------------------------
+
+    prompt_column: str | None = None
+    """Column that holds the prompt. When not set: `prompt`, else `messages`, else the prompt of a `chosen` transcript."""
+
+    prompt_template: str | None = None
+    """Text of the prompt with column names in braces, such as `"Question: {question}\\nAnswer:"`. Replaces `prompt_column`."""
+
+    chat_template_kwargs: dict[str, Any] | str | None = None
+    """Passed to the chat template of conversational prompts, such as `{"enable_thinking": false}`."""
+
+    invalid_prompts: str = "error"
+    """A row that is no usable prompt (empty, wrong type, no room for a completion): `error` stops and names the row,
+    `filter` leaves it out and counts it."""
+
+    dataset_num_proc: int | None = None
+    """Processes that prepare the dataset."""
+
+    # --- guards -----------------------------------------------------------------------------------------------------
+
+    max_skipped_steps: int = 10
+    """A step whose loss or gradient is not finite is skipped; after this many in a row the run saves a checkpoint and stops."""
+
+    # --- models -----------------------------------------------------------------------------------------------------
+
+    model_init_kwargs: dict[str, Any] | str | None = None
+    """Passed to `AutoModelForCausalLM.from_pretrained` when the policy (or the reference) is given by name, for example
+    `{"dtype": "bfloat16"}`."""
+
+    trust_remote_code: bool = False
+    """Allow models and tokenizers that bring their own Python code."""
+
+    ds3_gather_for_generation: bool = True
+    """Gather ZeRO-3 shards for sampling. This version does not run under DeepSpeed, see `deepspeed`."""
+
+    # --- vLLM (refused in this version: use_vllm has to stay off) -----------------------------------------------------
+
+    use_vllm: bool = False
+    """Sample with vLLM. Not in this version: has to stay off."""
+
+    vllm_model_impl: str = "vllm"
+    """Only read with `use_vllm`."""
+
+    vllm_structured_outputs_regex: str | None = None
+    """Only read with `use_vllm`."""
+
+    vllm_gpu_memory_utilization: float | None = 0.55
+    """Only read with `use_vllm`."""
+
+    vllm_mode: str = "colocate"
+    """Only read with `use_vllm`."""
+
+    vllm_server_base_url: str | None = None
+    """Only read with `use_vllm`."""
+
+    vllm_server_host: str = "0.0.0.0"
+    """Only read with `use_vllm`."""
+
+    vllm_server_port: int = 8000
+    """Only read with `use_vllm`."""
+
+    vllm_server_timeout: float = 240.0
+    """Only read with `use_vllm`."""
+
+    vllm_group_port: int = 51216
+    """Only read with `use_vllm`."""
+
+    vllm_tensor_parallel_size: int = 1
+    """Only read with `use_vllm`."""
+
+    vllm_enable_sleep_mode: bool = False
+    """Only read with `use_vllm`."""
+
+    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + [
+        "model_init_kwargs",
+        "generation_kwargs",
+        "chat_template_kwargs",
+    ]
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and _device_computes_in_bf16()
+        super().__post_init__()
+        if isinstance(self.beta, (list, tuple)) and len(self.beta) == 1:
+            self.beta = self.beta[0]
+        self._check_ranges()
+        self._check_unsupported()
+
+    def beta_at(self, epoch: float) -> float:
+        """The beta of an epoch that may be fractional: ``[0.1, 0.2]`` gives 0.1 in epoch 0 and 0.2 from epoch 1 on."""
+        if isinstance(self.beta, (list, tuple)):
+            return float(self.beta[min(int(epoch), len(self.beta) - 1)])
+        return float(self.beta)
+
+    @property
+    def prompt_limit(self) -> int | None:
+        """Most tokens of a prompt, or ``None`` where nothing limits it."""
+        by_total = None if self.max_length is None else self.max_length - self.max_new_tokens
+        limits = [limit for limit in (self.max_prompt_length, by_total) if limit is not None]
+        return min(limits) if limits else None
+
+    def _check_ranges(self) -> None:
+        betas = self.beta if isinstance(self.beta, (list, tuple)) else [self.beta]
+        checks = [
+            (self.num_completions >= 2, "num_completions", "at least 2: a pair needs two completions"),
+            (self.max_new_tokens >= 1, "max_new_tokens", "at least 1"),
+            (self.max_prompt_length is None or self.max_prompt_length >= 1, "max_prompt_length", "at least 1"),
+            (self.temperature > 0, "temperature", "above 0: completions of one prompt have to differ"),
+            (0 < self.top_p <= 1, "top_p", "in (0, 1]"),
+            (self.top_k >= 0, "top_k", "0 (off) or more"),
+            (self.min_p is None or 0 <= self.min_p <= 1, "min_p", "in [0, 1]"),
+            (self.repetition_penalty > 0, "repetition_penalty", "above 0"),
+            (self.rollout_batch_size >= 1, "rollout_batch_size", "at least 1"),
+            (self.reward_batch_size >= 1, "reward_batch_size", "at least 1"),
+            (self.missing_eos_penalty is None or self.missing_eos_penalty > 0, "missing_eos_penalty", "above 0"),
+            (self.max_skipped_steps >= 1, "max_skipped_steps", "at least 1"),
+            (len(betas) > 0 and all(beta > 0 for beta in betas), "beta", "above 0, or a list of such numbers"),
+        ]
+        for holds, name, wanted in checks:
+            if not holds:
+                raise ValueError(f"`{name}` must be {wanted}; it is {getattr(self, name)!r}.")
+        choices = [
+            ("loss_type", LOSS_TYPES),
+            ("pair_selection", PAIR_SELECTIONS),
+            ("tie_policy", TIE_POLICIES),
+            ("invalid_prompts", INVALID_PROMPT_POLICIES),
+        ]
+        for name, allowed in choices:
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}; it is {getattr(self, name)!r}.")
+        if self.prompt_limit is not None and self.prompt_limit < 1:
+            raise ValueError(
+                f"`max_length` ({self.max_length}) leaves no room for a prompt beside `max_new_tokens` "
+                f"({self.max_new_tokens}). Raise `max_length` or lower `max_new_tokens`."
+            )
+
+    def _check_unsupported(self) -> None:
+        if self.use_vllm:
+            raise ValueError("`use_vllm=True` is not in this version. Leave it off: completions are sampled in process.")
+        ignored = [
+            f.name
+            for f in fields(self)
+            if f.name.startswith("vllm_") and f.default is not MISSING and getattr(self, f.name) != f.default
+        ]
+        if ignored:
+            warnings.warn(f"Ignored without `use_vllm`: {', '.join(ignored)}.", stacklevel=3)
+        if self.deepspeed is not None:
+            raise ValueError("`deepspeed` is not in this version. Use several processes without it (torchrun).")
+        if self.fsdp:
+            raise ValueError("`fsdp` is not in this version. Use several processes without it (torchrun).")
+        if self.remove_unused_columns:
+            raise ValueError(
+                "`remove_unused_columns` must be False: the prompt itself and the columns that reward functions "
+                "receive are no arguments of the model's forward."
+            )
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "`auto_find_batch_size` must be False: a micro-batch that runs out of memory is split by the trainer "
+                "itself, without changing the gradient."
+            )
+        for name in self.generation_kwargs or {}:
+            if name in REFUSED_GENERATION_KWARGS:
+                raise ValueError(f"`generation_kwargs` must not hold `{name}`: {REFUSED_GENERATION_KWARGS[name]}.")
+        if self.label_smoothing_factor:
+            raise ValueError("`label_smoothing_factor` has no meaning for the DPO loss; leave it 0.")
+
+
+def _device_computes_in_bf16() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()

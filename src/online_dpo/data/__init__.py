@@ -1,0 +1,15 @@
+"""Prompts: from a file or a hub dataset to rows that are checked, converted and tokenised once.
+
+>>> dataset = load_prompts("prompts.jsonl")
+>>> dataset, left_out = prepare_prompts(dataset, tokenizer, args)
+>>> prompts = prompts_from_batch(collate_prompts([dataset[0], dataset[1]]))
+"""
+
+from __future__ import annotations
+
+from online_dpo.data.collate import collate_prompts, prompts_from_batch
+from online_dpo.data.convert import transcript_to_messages
+from online_dpo.data.load import load_prompts
+from online_dpo.data.prompts import prepare_prompts
+
+__all__ = ["collate_prompts", "load_prompts", "prepare_prompts", "prompts_from_batch", "transcript_to_messages"]

@@ -1,0 +1,54 @@
+"""Rows of a prepared dataset to a batch, and the batch to prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from online_dpo.data.convert import without_nulls
+from online_dpo.data.prompts import PREPARED_COLUMNS
+from online_dpo.types import Prompt
+
+
+def collate_prompts(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """A list of rows as a dict of lists, one for each column; a row without a column gets ``None`` there.
+
+    >>> collate_prompts([{"prompt": "a", "label": 1}, {"prompt": "b"}])
+    {'prompt': ['a', 'b'], 'label': [1, None]}
+    """
+    columns = dict.fromkeys(column for row in rows for column in row)
+    return {column: [row.get(column) for row in rows] for column in columns}
+
+
+def prompts_from_batch(batch: dict[str, list[Any]]) -> list[Prompt]:
+    """The prompts of a batch of prepared rows, in order. ``columns`` are those that ``prepare_prompts`` did not add.
+
+    Keys of messages that are ``None`` (filled in by the dataset) are left out.
+
+    Raises:
+        ValueError: a collator dropped a column that is needed here, or made something else than lists of one length.
+    """
+    missing = [column for column in PREPARED_COLUMNS if column not in batch]
+    if missing:
+        raise ValueError(
+            f"The batch lacks {', '.join(missing)}. A data_collator has to keep the columns "
+            f"{', '.join(PREPARED_COLUMNS)} as lists; leave `data_collator` out to use the trainer's own."
+        )
+    wrong = {column: type(values).__name__ for column, values in batch.items() if not isinstance(values, (list, tuple))}
+    if wrong:
+        raise ValueError(
+            f"A data_collator has to return a list for each column, one entry a row; these are none: {wrong}."
+        )
+    lengths = {column: len(values) for column, values in batch.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"A data_collator has to return lists of one length; it returned {lengths}.")
+    others = [column for column in batch if column not in PREPARED_COLUMNS]
+    return [
+        Prompt(
+            content=without_nulls(batch["prompt"][i]),
+            token_ids=tuple(batch["prompt_ids"][i]),
+            row=batch["prompt_row"][i],
+            columns={column: batch[column][i] for column in others},
+            invalid=batch["prompt_invalid"][i],
+        )
+        for i in range(lengths["prompt"])
+    ]

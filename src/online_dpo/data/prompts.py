@@ -1,0 +1,322 @@
+"""A dataset of any shape to a dataset of prompts: found, checked, converted, tokenised and truncated once.
+
+Map-style and streaming datasets go through one row function, :class:`PromptRow`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from datasets import Dataset, Features, IterableDataset, List, Value
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from online_dpo.config import OnlineDPOConfig
+from online_dpo.data.convert import PromptSource, UnusablePrompt, find_source, without_nulls
+from online_dpo.errors import InvalidPromptError
+from online_dpo.types import Message
+
+logger = logging.getLogger(__name__)
+
+ADDED_COLUMNS = ("prompt_ids", "prompt_row", "prompt_invalid")
+PREPARED_COLUMNS = ("prompt", *ADDED_COLUMNS)
+_OWN_TEMPLATE_ARGUMENTS = ("conversation", "tokenize", "add_generation_prompt", "continue_final_message")
+_PROBED_STREAM_ROWS = 100
+
+PromptKind = Literal["text", "messages"]
+
+
+def prepare_prompts(
+    dataset: Dataset | IterableDataset | list[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    args: OnlineDPOConfig,
+    *,
+    name: str = "train_dataset",
+) -> tuple[Dataset | IterableDataset, Counter[str]]:
+    """Find, check, convert and tokenise the prompt of every row.
+
+    The prompt is ``args.prompt_template`` over columns, else ``args.prompt_column``, else the column ``prompt``,
+    ``messages`` or ``chosen`` (see :mod:`online_dpo.data.convert` for the conversions). HH transcripts become messages
+    when the tokenizer has a chat template, and stay text in their own format when it has none.
+
+    Args:
+        dataset: map-style, streaming, or a list of dicts. ``name`` is what messages call it.
+        tokenizer: the policy's tokenizer.
+        args: reads ``prompt_*``, ``chat_template_kwargs``, ``invalid_prompts``, ``truncate_prompts``, the prompt limit
+            and ``dataset_num_proc``.
+
+    Returns:
+        The dataset with all its columns and ``prompt`` (text or messages), ``prompt_ids`` (token ids, at most
+        ``args.prompt_limit``), ``prompt_row`` (place in the source dataset; of a stream: in the order it is read,
+        counted by each worker of a data loader for itself) and ``prompt_invalid``; and how many rows were left out, by
+        reason. With ``invalid_prompts="filter"`` a map-style dataset loses its invalid rows (``prompt_invalid`` is
+        ``None`` in the rest); a stream keeps them with the reason in ``prompt_invalid`` and no ``prompt_ids``, and its
+        counter is empty.
+
+    Raises:
+        TypeError: the dataset is of another type.
+        ValueError: it is empty, has no prompt column or one of the names above, holds messages for a tokenizer without
+            chat template, or no row is usable.
+        InvalidPromptError: a row is unusable and ``args.invalid_prompts`` is ``error``; from a stream, when it is read.
+    """
+    rows = _as_dataset(dataset, name)
+    first = next(iter(rows), None)
+    if first is None:
+        raise ValueError(f"{name} is empty. Give it at least one row.")
+    columns = rows.column_names or list(first)
+    _check_arguments(columns, args, name)
+    source = find_source(columns, args.prompt_column, args.prompt_template)
+    if "prompt" in columns and source.template is None and source.column != "prompt":
+        logger.warning("%s: the prompts are read from %s and replace the column `prompt`.", name, source)
+    source, kind = _settle_kind(rows, source, tokenizer, args, name)
+    prepare_row = PromptRow(
+        tokenizer=tokenizer,
+        source=source,
+        kind=kind,
+        limit=args.prompt_limit,
+        truncate=args.truncate_prompts,
+        raise_invalid=args.invalid_prompts == "error",
+        name=name,
+        chat_template_kwargs=_template_kwargs(args),
+    )
+    if isinstance(rows, IterableDataset):
+        return rows.map(prepare_row, with_indices=True), Counter()
+    prepared = rows.map(
+        prepare_row,
+        with_indices=True,
+        features=_prepared_features(rows.features, source, kind),
+        num_proc=args.dataset_num_proc,
+        desc=f"Preparing {name}",
+    )
+    return _leave_out_invalid(prepared, name)
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """The row function: a row and its index to the four prepared columns. Picklable; its state is the cache key.
+
+    ``raise_invalid``: an unusable row raises ``InvalidPromptError``; otherwise it gets a reason and no tokens.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    source: PromptSource
+    kind: PromptKind
+    limit: int | None
+    truncate: bool
+    raise_invalid: bool
+    name: str
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    version: int = 1
+    """Raise it when rows come out differently: a cached dataset of an older version of this code is then not reused."""
+
+    def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
+        try:
+            content = self.source.read(row)
+            if isinstance(content, str) != (self.kind == "text"):
+                raise UnusablePrompt(f"this row holds {_kind_of(content)}, other rows hold {self.kind}")
+            if isinstance(content, str):
+                ids, kept_first = tokenize_text(self.tokenizer, content)
+            else:
+                ids, kept_first = tokenize_messages(self.tokenizer, content, self._template_arguments(row))
+            ids = self._fit(ids, kept_first)
+        except UnusablePrompt as why:
+            if self.raise_invalid:
+                raise InvalidPromptError(
+                    f"Row {index} of {self.name} cannot be used as a prompt ({self.source}): {why}. Mend the row, or "
+                    'set `invalid_prompts="filter"` to leave such rows out; they are then counted.'
+                ) from None
+            empty = "" if self.kind == "text" else []
+            return {"prompt": empty, "prompt_ids": [], "prompt_row": index, "prompt_invalid": str(why)}
+        return {"prompt": content, "prompt_ids": ids, "prompt_row": index, "prompt_invalid": None}
+
+    def _template_arguments(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The configuration's arguments, the row's own ones over them, and the row's tools."""
+        own = row.get("chat_template_kwargs") or {}
+        if not isinstance(own, Mapping):
+            raise UnusablePrompt(f"its `chat_template_kwargs` are of type {type(own).__name__}, not a dict")
+        arguments = {**self.chat_template_kwargs, **without_nulls(own)}
+        tools = row.get("tools")
+        if isinstance(tools, str) and tools:
+            try:
+                tools = json.loads(tools)
+            except ValueError as error:
+                raise UnusablePrompt(f"its `tools` are no JSON ({error})") from None
+        return {**arguments, "tools": without_nulls(tools)} if tools else arguments
+
+    def _fit(self, ids: list[int], kept_first: int) -> list[int]:
+        if self.limit is None or len(ids) <= self.limit:
+            return ids
+        if not self.truncate:
+            raise UnusablePrompt(
+                f"the prompt is longer than {self.limit} tokens and leaves no room for a completion; "
+                "raise `max_length`, or let `truncate_prompts` cut it"
+            )
+        return truncate_left(ids, self.limit, kept_first)
+
+
+def tokenize_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], int]:
+    """Token ids of a plain text prompt, and how many at its start survive truncation (0, or the BOS).
+
+    What the tokenizer itself puts before a text (BOS) stays, once: a text that begins with the BOS gets no second one.
+    What it puts after a text (EOS, SEP) is left out, since the completion follows there.
+
+    Raises:
+        UnusablePrompt: no token comes from the text.
+    """
+    encoded = tokenizer(text, return_special_tokens_mask=True, return_attention_mask=False, verbose=False)
+    # The mask marks what the tokenizer added; a special token written in the text has 0 there.
+    ids, added = list(encoded["input_ids"]), encoded["special_tokens_mask"]
+    if all(added):
+        raise UnusablePrompt("the prompt has no tokens")
+    first, last = added.index(0), len(added) - added[::-1].index(0)
+    prefix, own = ids[:first], ids[first:last]
+    if prefix and own[0] == tokenizer.bos_token_id == prefix[-1]:
+        return prefix + own[1:], len(prefix)
+    return prefix + own, len(prefix) or _leading_bos(tokenizer, own)
+
+
+def tokenize_messages(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], template_arguments: Mapping[str, Any]
+) -> tuple[list[int], int]:
+    """Token ids of messages in the tokenizer's chat template, and how many at the start survive truncation.
+
+    The template writes the special tokens. After a last message of the assistant that message goes on; after any
+    other, the generation prompt opens a new one.
+
+    Raises:
+        UnusablePrompt: the template refuses the messages, or renders nothing.
+    """
+    continues = messages[-1]["role"] == "assistant"
+    own: dict[str, Any] = {
+        "add_generation_prompt": not continues,
+        "continue_final_message": continues,
+        "tokenize": False,
+    }
+    try:
+        text = tokenizer.apply_chat_template(messages, **{**template_arguments, **own})
+    except (TemplateError, ValueError, TypeError) as error:
+        raise UnusablePrompt(f"the chat template refuses the messages ({error})") from None
+    assert isinstance(text, str)
+    ids = list(tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
+    if not ids:
+        raise UnusablePrompt("the prompt has no tokens")
+    return ids, _leading_bos(tokenizer, ids)
+
+
+def truncate_left(ids: list[int], limit: int, kept_first: int) -> list[int]:
+    """The last ``limit`` tokens; the first ``kept_first`` (the BOS) stay in front if that leaves room for others.
+
+    >>> truncate_left([1, 20, 21, 22, 23], limit=3, kept_first=1)
+    [1, 22, 23]
+    """
+    if len(ids) <= limit:
+        return ids
+    if kept_first >= limit:
+        kept_first = 0
+    return ids[:kept_first] + ids[len(ids) - (limit - kept_first) :]
+
+
+def _leading_bos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> int:
+    return int(ids[0] == tokenizer.bos_token_id)
+
+
+def _as_dataset(dataset: Any, name: str) -> Dataset | IterableDataset:
+    if isinstance(dataset, (Dataset, IterableDataset)):
+        return dataset.with_format(None)
+    if isinstance(dataset, list):
+        wrong = [index for index, row in enumerate(dataset) if not isinstance(row, dict)]
+        if wrong:
+            raise TypeError(f"{name} is a list, so its rows must be dicts; row {wrong[0]} is {dataset[wrong[0]]!r}.")
+        columns = dict.fromkeys(column for row in dataset for column in row)
+        # "use_json" lets rows differ in type; the row function then names the ones that are no prompt.
+        return Dataset.from_dict({c: [row.get(c) for row in dataset] for c in columns}, on_mixed_types="use_json")
+    hint = f" Choose a split: {', '.join(map(str, dataset))}." if isinstance(dataset, Mapping) else ""
+    raise TypeError(
+        f"{name} must be a datasets.Dataset, a datasets.IterableDataset or a list of dicts, "
+        f"not {type(dataset).__name__}.{hint}"
+    )
+
+
+def _check_arguments(columns: list[str], args: OnlineDPOConfig, name: str) -> None:
+    taken = [column for column in ADDED_COLUMNS if column in columns]
+    if taken:
+        raise ValueError(f"{name} already has the columns {', '.join(taken)}, which are added here. Rename them.")
+    reserved = [key for key in _template_kwargs(args) if key in _OWN_TEMPLATE_ARGUMENTS]
+    if reserved:
+        raise ValueError(f"`chat_template_kwargs` must not hold {', '.join(reserved)}: set for each prompt by itself.")
+    if args.prompt_template is not None and args.prompt_column is not None:
+        logger.warning("`prompt_column` is ignored: `prompt_template` is set.")
+
+
+def _template_kwargs(args: OnlineDPOConfig) -> dict[str, Any]:
+    assert not isinstance(args.chat_template_kwargs, str), "TrainingArguments parses text into a dict"
+    return dict(args.chat_template_kwargs or {})
+
+
+def _settle_kind(
+    rows: Dataset | IterableDataset,
+    source: PromptSource,
+    tokenizer: PreTrainedTokenizerBase,
+    args: OnlineDPOConfig,
+    name: str,
+) -> tuple[PromptSource, PromptKind]:
+    """Whether the prompts are text or messages: what the first usable row holds. Rows of the other kind are invalid."""
+    streaming = isinstance(rows, IterableDataset)
+    kind: PromptKind | None = None
+    from_transcript = False
+    reasons: list[str] = []
+    for row in itertools.islice(rows, _PROBED_STREAM_ROWS if streaming else None):
+        try:
+            kind = _kind_of(source.read(row))
+        except UnusablePrompt as why:
+            reasons.append(str(why))
+            continue
+        from_transcript = source.holds_transcripts and isinstance(row[source.column], str)
+        break
+    if kind is None and streaming and args.invalid_prompts == "filter":
+        raise ValueError(
+            f"None of the first {len(reasons)} rows of {name} is a usable prompt ({source}): {reasons[0]}."
+        )
+    if kind != "messages" or tokenizer.chat_template is not None or "chat_template" in _template_kwargs(args):
+        return source, kind or "text"
+    if from_transcript:
+        logger.info("%s: the tokenizer has no chat template, so the transcripts of %s stay text.", name, source)
+        return replace(source, transcript_as_text=True), "text"
+    raise ValueError(
+        f"{name} holds messages ({source}), but the tokenizer has no chat template. Set `tokenizer.chat_template`, use "
+        "an instruction-tuned model's tokenizer, or give the prompts as text."
+    )
+
+
+def _kind_of(content: str | list[Message]) -> PromptKind:
+    return "text" if isinstance(content, str) else "messages"
+
+
+def _prepared_features(features: Features, source: PromptSource, kind: PromptKind) -> Features:
+    """Explicit types: left to be inferred, a batch without invalid rows would give ``prompt_invalid`` the null type."""
+    if kind == "text":
+        prompt = Value("string")
+    elif source.holds_transcripts and isinstance(features[source.column], Value):
+        prompt = List({"role": Value("string"), "content": Value("string")})
+    else:
+        prompt = features[source.column]
+    added = {"prompt": prompt, "prompt_ids": List(Value("int32"))}
+    return Features({**features, **added, "prompt_row": Value("int64"), "prompt_invalid": Value("string")})
+
+
+def _leave_out_invalid(prepared: Dataset, name: str) -> tuple[Dataset, Counter[str]]:
+    reasons: list[str | None] = prepared["prompt_invalid"][:]
+    left_out = Counter(reason for reason in reasons if reason is not None)
+    if not left_out:
+        return prepared, left_out
+    counts = "; ".join(f"{count} x {reason}" for reason, count in left_out.most_common())
+    if left_out.total() == len(reasons):
+        raise ValueError(f"No row of {name} is a usable prompt: {counts}.")
+    logger.warning("%s: %d of %d rows are left out: %s.", name, left_out.total(), len(reasons), counts)
+    return prepared.select([i for i, reason in enumerate(reasons) if reason is None]), left_out

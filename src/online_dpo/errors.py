@@ -1,0 +1,20 @@
+"""Errors of this package. Wrong input raises ``ValueError`` or ``TypeError`` with what to do about it; the classes here are for
+events in a run that a caller may want to catch."""
+
+from __future__ import annotations
+
+
+class OnlineDPOError(Exception):
+    """Base class of the package's own errors."""
+
+
+class InvalidPromptError(OnlineDPOError, ValueError):
+    """A dataset row cannot be used as a prompt. The message names the row."""
+
+
+class ScoringError(OnlineDPOError, ValueError):
+    """A reward function, reward model or judge failed or returned something that is no score. The message names it."""
+
+
+class TrainingDivergedError(OnlineDPOError, RuntimeError):
+    """Too many steps in a row had a loss or gradient that is not finite. A checkpoint was saved before this was raised."""

@@ -1,0 +1,115 @@
+"""Evaluation: what is kept of each held-out prompt, and the numbers made of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from online_dpo.types import Group, PackedRows, Pair, RowLogprobs, Scores
+
+
+@dataclass(frozen=True)
+class EvalRecord:
+    """One held-out prompt.
+
+    ``scores`` has one entry a completion, ``None`` where missing (all ``None`` with a judge); ``reference_score`` is that of the reference's
+    completion. ``win`` is the share of the policy's completions that beat the reference's (a tie counts half), ``None`` where
+    it cannot be told. ``loss`` is the DPO loss of the prompt's pair, ``None`` without a pair. ``kl`` and ``entropy`` are nats per
+    completion and per token.
+    """
+
+    scores: tuple[float | None, ...]
+    reference_score: float | None
+    win: float | None
+    loss: float | None
+    kl: tuple[float, ...]
+    entropy: tuple[float, ...]
+    lengths: tuple[int, ...]
+    finished: tuple[bool, ...]
+
+
+def win_share(scores: Sequence[float | None], reference_score: float | None) -> float | None:
+    """The share of scored completions above the reference's score, ties counting half; ``None`` when nothing is scored.
+
+    >>> win_share([2.0, 1.0, 0.0], 1.0)
+    0.5
+    """
+    scored = [score for score in scores if score is not None]
+    if reference_score is None or not scored:
+        return None
+    points = [1.0 if s > reference_score else 0.5 if s == reference_score else 0.0 for s in scored]
+    return sum(points) / len(points)
+
+
+def wilson_interval(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """95 % confidence interval of a share seen in ``count`` trials (Wilson 1927).
+
+    Fractional outcomes (ties) have less variance than the yes-or-no ones it assumes, so for them it errs on the wide side.
+
+    >>> tuple(round(bound, 4) for bound in wilson_interval(0.8, 100))
+    (0.7112, 0.8666)
+    """
+    assert count > 0
+    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    centre = share + z * z / (2 * count)
+    scale = 1 + z * z / count
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def eval_records(
+    groups: Sequence[Group],
+    pairs: Sequence[Pair],
+    scores: Scores | None,
+    reference_scores: Sequence[float | None],
+    wins: Sequence[float | None],
+    rows: PackedRows,
+    *,
+    loss_N: torch.Tensor,
+    policy: RowLogprobs,
+    reference: RowLogprobs,
+) -> list[EvalRecord]:
+    """One record a group; ``rows`` has the completions of all groups in order, ``loss_N`` the losses of ``pairs``."""
+    loss_of = {id(pair.group): loss for pair, loss in zip(pairs, loss_N.tolist(), strict=True)}
+    kl_R = (policy.logps_R - reference.logps_R).tolist()
+    entropy_R = (policy.entropy_RC.sum(dim=1) / rows.completion_mask_RC.sum(dim=1)).tolist()
+    records, row = [], 0
+    for p, group in enumerate(groups):
+        end = row + len(group.completions)
+        records.append(
+            EvalRecord(
+                scores=tuple(scores.values[p]) if scores is not None else (None,) * len(group.completions),
+                reference_score=reference_scores[p],
+                win=wins[p],
+                loss=loss_of.get(id(group)),
+                kl=tuple(kl_R[row:end]),
+                entropy=tuple(entropy_R[row:end]),
+                lengths=tuple(len(c.token_ids) for c in group.completions),
+                finished=tuple(c.finish_reason == "stop" for c in group.completions),
+            )
+        )
+        row = end
+    return records
+
+
+def summarise(records: Sequence[EvalRecord]) -> dict[str, float]:
+    """The metrics of an evaluation, without prefix. A metric that no prompt gives a number for is left out."""
+    means = {
+        "loss": [r.loss for r in records if r.loss is not None],
+        "objective/scores": [s for r in records for s in r.scores if s is not None],
+        "objective/reference_scores": [r.reference_score for r in records if r.reference_score is not None],
+        "objective/kl": [kl for r in records for kl in r.kl],
+        "objective/token_entropy": [e for r in records for e in r.entropy],
+        "completions/mean_length": [n for r in records for n in r.lengths],
+        "val/contain_eos_token": [float(f) for r in records for f in r.finished],
+        "win_rate": [r.win for r in records if r.win is not None],
+    }
+    metrics = {name: float(np.mean(values)) for name, values in means.items() if values}
+    metrics["prompts"] = float(len(records))
+    if means["win_rate"]:
+        low, high = wilson_interval(metrics["win_rate"], len(means["win_rate"]))
+        metrics |= {"win_rate_ci95_low": low, "win_rate_ci95_high": high}
+    return metrics

@@ -1,0 +1,110 @@
+"""What keeps a run alive: steps that are not finite are skipped, batches that do not fit are split."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from online_dpo.errors import TrainingDivergedError
+from online_dpo.types import PackedRows
+
+logger = logging.getLogger(__name__)
+
+
+class StepGuard(TrainerCallback):
+    """Lets an optimizer step happen only when there is something to learn from it, on every rank alike.
+
+    The trainer reports each loss, the gradient norm and the number of pairs; just before the optimizer runs, the guard drops all
+    gradients when any rank saw a loss or gradient that is not finite, or when no rank has a pair. An optimizer leaves
+    parameters without a gradient, and their state, untouched; a zero gradient would still apply weight decay and momentum.
+    """
+
+    def __init__(self, accelerator: Accelerator, max_skipped_steps: int) -> None:
+        self.accelerator = accelerator
+        self.max_skipped_steps = max_skipped_steps
+        self.skipped_in_a_row = 0
+        self.skipped = 0
+        self._begin_step(num_pairs=0)
+
+    def _begin_step(self, num_pairs: int) -> None:
+        self._num_pairs = num_pairs
+        self._finite = torch.ones((), dtype=torch.bool, device=self.accelerator.device)
+
+    def expect(self, num_pairs: int) -> None:
+        """A new optimizer step begins, with this many pairs over all ranks."""
+        self._begin_step(num_pairs)
+
+    def saw_loss(self, loss: torch.Tensor) -> None:
+        self._finite = self._finite & torch.isfinite(loss.detach()).all()
+
+    def saw_gradient_norm(self, norm: torch.Tensor | float) -> None:
+        self._finite = self._finite & torch.isfinite(torch.as_tensor(norm, device=self._finite.device)).all()
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        assert model is not None
+        ranks_in_trouble = self.accelerator.reduce((~self._finite).float(), reduction="sum")
+        finite = not bool(ranks_in_trouble)  # pyright: ignore[reportArgumentType]
+        if not finite or self._num_pairs == 0:
+            for parameter in model.parameters():
+                parameter.grad = None
+        if finite:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_in_a_row += 1
+        self.skipped += 1
+        logger.warning(
+            "Step %d skipped: its loss or gradient is not finite (%d in a row).",
+            state.global_step + 1,
+            self.skipped_in_a_row,
+        )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if self.diverged:
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+    @property
+    def diverged(self) -> bool:
+        return self.skipped_in_a_row >= self.max_skipped_steps
+
+    def raise_if_diverged(self, state: TrainerState, output_dir: str) -> None:
+        """
+        Raises:
+            TrainingDivergedError: the run was stopped by this guard.
+        """
+        if self.diverged:
+            raise TrainingDivergedError(
+                f"{self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite; stopped at step "
+                f"{state.global_step}. The weights before them are in {output_dir}/checkpoint-{state.global_step}. "
+                "Try a lower learning rate, a larger beta, or bf16 instead of fp16; `max_skipped_steps` sets the limit."
+            )
+
+
+def refuse_to_split(rows: PackedRows, num_processes: int) -> None:
+    """
+    Raises:
+        torch.OutOfMemoryError: the micro-batch is a single pair, or other ranks wait in the same backward pass.
+    """
+    pairs = len(rows.weight_N)
+    if pairs < 2 or num_processes > 1:
+        raise torch.OutOfMemoryError(
+            f"A micro-batch of {pairs} pair(s), in rows of {rows.ids_RT.shape[1]} tokens, does not fit in memory and cannot be "
+            "split here. Lower `per_device_train_batch_size` (and raise `gradient_accumulation_steps`), `max_length` or "
+            "`max_new_tokens`."
+        )
+    logger.warning("A micro-batch of %d pairs ran out of memory; it is split in two.", pairs)

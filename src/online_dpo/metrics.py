@@ -1,0 +1,136 @@
+"""Metrics that mean the same on one rank and on many: sums and counts, gathered once a log."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+
+from online_dpo.types import Completion, Group, PackedRows, Pair, RowLogprobs, Scores
+
+Value = torch.Tensor | Iterable[float] | float
+
+
+class MetricStore:
+    """Collects values between two logs; ``drain`` reduces them over all ranks and starts anew.
+
+    ``mean`` averages over all values that any rank added; ``total`` sums. Tensors stay on their device until ``drain``.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Any] = defaultdict(float)
+        self._counts: dict[str, int] = defaultdict(int)
+        self._totals: dict[str, float] = defaultdict(float)
+
+    def mean(self, name: str, values: Value) -> None:
+        if isinstance(values, torch.Tensor):
+            self._sums[name] = self._sums[name] + values.detach().double().sum()
+            self._counts[name] += values.numel()
+        else:
+            numbers = [values] if isinstance(values, (int, float)) else list(values)
+            self._sums[name] = self._sums[name] + sum(numbers)
+            self._counts[name] += len(numbers)
+
+    def total(self, name: str, amount: float) -> None:
+        self._totals[name] += amount
+
+    def ratio(self, name: str, part: float, whole: float) -> None:
+        """Adds to a mean whose denominator is ``whole``: the share of ``part`` in ``whole`` over the whole log."""
+        self._sums[name] = self._sums[name] + part
+        self._counts[name] += whole  # pyright: ignore[reportArgumentType]
+
+    def copy(self) -> MetricStore:
+        """The store as it is now, to go back to when a forward pass has to be repeated."""
+        other = MetricStore()
+        other._sums.update(self._sums)
+        other._counts.update(self._counts)
+        other._totals.update(self._totals)
+        return other
+
+    def drain(self) -> dict[str, float]:
+        """Every metric over all ranks. A collective operation: every rank calls it at the same time."""
+        mine = (
+            {name: (float(value), self._counts[name]) for name, value in self._sums.items()},
+            dict(self._totals),
+        )
+        self._sums.clear(), self._counts.clear(), self._totals.clear()
+        sums: dict[str, float] = defaultdict(float)
+        counts: dict[str, float] = defaultdict(float)
+        totals: dict[str, float] = defaultdict(float)
+        for rank_means, rank_totals in gather_object([mine]):
+            for name, (value, count) in rank_means.items():
+                sums[name] += value
+                counts[name] += count
+            for name, amount in rank_totals.items():
+                totals[name] += amount
+        means = {name: sums[name] / counts[name] for name in sums if counts[name]}
+        return means | dict(totals)
+
+
+def record_rollout(store: MetricStore, groups: list[Group], scores: Scores | None) -> None:
+    """What sampling and scoring gave, over every completion of every group."""
+    completions = [completion for group in groups for completion in group.completions]
+    lengths = [float(len(c.token_ids)) for c in completions]
+    store.total("completion_tokens", sum(lengths))
+    store.mean("completions/mean_length", lengths)
+    store.mean("completions/clipped_ratio", [float(c.finish_reason == "length") for c in completions])
+    store.mean("val/contain_eos_token", [float(c.finish_reason == "stop") for c in completions])
+    if scores is None:
+        return
+    store.mean("objective/scores", _present(scores.values))
+    for name, values in scores.by_scorer.items():
+        store.mean(f"scores/{name}", _present(values))
+        store.mean(f"scores/{name}/missing_ratio", [float(value is None) for row in values for value in row])
+
+
+def record_pairs(store: MetricStore, num_groups: int, pairs: list[Pair], dropped: dict[str, int]) -> None:
+    """What became of the groups."""
+    store.total("pairs/count", len(pairs))
+    store.ratio("pairs/usable_ratio", len(pairs), num_groups)
+    store.ratio("pairs/tie_rate", dropped.get("tie", 0), num_groups)
+    for reason, count in dropped.items():
+        store.total(f"dropped/{reason}", count)
+    store.mean("objective/scores_margin", [pair.margin for pair in pairs if pair.margin is not None])
+    store.mean("completions/chosen_minus_rejected_length", [_length_gap(p.chosen_completion, p.rejected_completion) for p in pairs])
+
+
+def record_loss(
+    store: MetricStore, rows: PackedRows, policy: RowLogprobs, reference: RowLogprobs, beta: float
+) -> None:
+    """What the forward passes gave, over the pairs that are trained on (a stand-in counts nowhere).
+
+    ``objective/kl`` is the mean over completions of the summed log-ratio to the reference, an estimate of the sequence KL in nats;
+    ``objective/entropy`` that of minus the summed log-probability; ``objective/token_entropy`` the mean over tokens of the
+    entropy of the whole next-token distribution.
+    """
+    real_N = rows.weight_N > 0
+    if not real_N.any():
+        return
+    chosen_N, rejected_N = rows.chosen_N[real_N], rows.rejected_N[real_N]
+    used_R = torch.cat([chosen_N, rejected_N])
+    logps_R, kl_R = policy.logps_R.detach(), (policy.logps_R - reference.logps_R).detach()
+    rewards_R = beta * kl_R
+    margin_N = rewards_R[chosen_N] - rewards_R[rejected_N]
+    store.mean("logps/chosen", logps_R[chosen_N])
+    store.mean("logps/rejected", logps_R[rejected_N])
+    store.mean("rewards/chosen", rewards_R[chosen_N])
+    store.mean("rewards/rejected", rewards_R[rejected_N])
+    store.mean("rewards/margins", margin_N)
+    store.mean("rewards/accuracies", (margin_N > 0).double())
+    store.mean("objective/kl", kl_R[used_R])
+    store.mean("objective/entropy", -logps_R[used_R])
+    store.mean("objective/token_entropy", policy.entropy_RC[used_R][rows.completion_mask_RC[used_R]])
+    store.mean("objective/non_score_reward", -rewards_R[used_R])
+    scored_R = used_R[~rows.score_R[used_R].isnan()]
+    store.mean("objective/rlhf_reward", rows.score_R[scored_R] - rewards_R[scored_R])
+
+
+def _length_gap(chosen: Completion, rejected: Completion) -> float:
+    return float(len(chosen.token_ids) - len(rejected.token_ids))
+
+
+def _present(values: list[list[float | None]]) -> list[float]:
+    return [value for row in values for value in row if value is not None]

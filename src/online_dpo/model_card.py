@@ -1,0 +1,93 @@
+"""The model card: what was trained, from what, how, and what came of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from huggingface_hub import ModelCardData
+
+from online_dpo.models import base_causal_lm
+
+if TYPE_CHECKING:
+    from online_dpo.trainer import OnlineDPOTrainer
+
+SETTINGS = (
+    "num_completions max_new_tokens max_length temperature top_p top_k min_p repetition_penalty loss_type beta pair_selection "
+    "tie_policy missing_eos_penalty learning_rate lr_scheduler_type optim per_device_train_batch_size "
+    "gradient_accumulation_steps max_steps num_train_epochs seed bf16 fp16"
+).split()
+RESULTS = (
+    "loss objective/scores objective/kl rewards/margins rewards/accuracies val/contain_eos_token "
+    "completions/mean_length eval_loss eval_objective/scores eval_objective/kl eval_win_rate"
+).split()
+TEXT = """# {name}
+
+This model was trained with Online DPO ([Guo et al. 2024](https://huggingface.co/papers/2402.04792)): completions are sampled from the
+model while it trains, scored, and the better and the worse one of each prompt form the pair of a DPO step.
+
+| | |
+|---|---|
+| policy | {policy} |
+| reference | {reference} |
+| feedback | {feedback} |
+| optimizer steps | {steps} |
+| processes | {processes} |
+
+## Last measurements
+
+| metric | value | at step |
+|---|---|---|
+{results}
+
+## Settings
+
+```json
+{settings}
+```
+
+Versions: online-dpo {version}, transformers {transformers}, torch {torch}.
+"""
+
+
+def write_model_card(trainer: OnlineDPOTrainer, model_name: str | None) -> None:
+    """Writes ``README.md`` into the trainer's output folder."""
+    from online_dpo import __version__
+
+    base = base_causal_lm(trainer.model)  # pyright: ignore[reportArgumentType]
+    origin = Path(base.config._name_or_path).name or None  # pyright: ignore  # a folder's name, never its path
+    hub_name = base.config._name_or_path  # pyright: ignore
+    data = ModelCardData(
+        library_name="peft" if base is not trainer.model else "transformers",
+        base_model=hub_name if hub_name and not Path(hub_name).is_dir() else None,
+        tags=["online-dpo", "dpo", "generated-from-trainer"],
+    )
+    scorers = ", ".join(scorer.name for scorer in trainer.scorers) or f"judge {trainer.judge.name}"  # pyright: ignore
+    output_dir = Path(trainer.args.output_dir)  # pyright: ignore[reportArgumentType]
+    text = TEXT.format(
+        name=model_name or trainer.args.hub_model_id or output_dir.name,
+        policy=f"{origin or 'given as an object'} ({base.config.model_type})",  # pyright: ignore
+        reference=type(trainer.reference).__name__,
+        feedback=scorers,
+        steps=trainer.state.global_step,
+        processes=trainer.accelerator.num_processes,
+        results="\n".join(_result_rows(trainer.state.log_history)),
+        settings=json.dumps({name: getattr(trainer.args, name) for name in SETTINGS}, indent=2, default=str),
+        version=__version__,
+        transformers=transformers.__version__,
+        torch=torch.__version__,
+    )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n\n{text}", encoding="utf-8")
+
+
+def _result_rows(log_history: list[dict[str, Any]]) -> list[str]:
+    rows = []
+    for name in RESULTS:
+        seen = [entry for entry in log_history if name in entry]
+        if seen:
+            rows.append(f"| `{name}` | {seen[-1][name]:.4g} | {seen[-1]['step']} |")
+    return rows or ["| none yet | | |"]

@@ -1,0 +1,134 @@
+"""Loading policies and asking models what they take: the one place that knows about `transformers` and `peft` classes."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+SPECIAL_TOKEN_FIELDS = ("eos_token_id", "bos_token_id", "pad_token_id")
+
+
+def check_model_path(path: str, argument: str) -> None:
+    """Refuse a path that can only be a missing local folder, before anything is loaded.
+
+    Raises:
+        ValueError: ``path`` looks like a local folder (absolute, or starting with ``.`` or ``~``) and there is none.
+    """
+    looks_local = path.startswith((os.sep, ".", "~")) or path.count("/") > 1
+    if looks_local and not Path(path).expanduser().is_dir():
+        raise ValueError(f"`{argument}`: there is no folder {path!r}. Give a saved model's folder or a hub name.")
+
+
+def load_causal_lm(path: str, init_kwargs: dict[str, Any] | None, trust_remote_code: bool) -> PreTrainedModel:
+    """A causal language model from a folder or the hub; an adapter folder gives its base model with the adapter trainable.
+
+    Raises:
+        ValueError: ``init_kwargs["dtype"]`` names no torch type.
+    """
+    kwargs = {"trust_remote_code": trust_remote_code, **(init_kwargs or {})}
+    dtype = kwargs.get("dtype")
+    if isinstance(dtype, str) and dtype != "auto":
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"`model_init_kwargs`: {dtype!r} is no torch dtype. Use 'auto', 'float32' or 'bfloat16'.")
+        kwargs["dtype"] = getattr(torch, dtype)
+    if (Path(path).expanduser() / "adapter_config.json").is_file():
+        from peft import AutoPeftModelForCausalLM
+
+        return AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True, **kwargs)
+    return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+
+
+def base_causal_lm(model: nn.Module) -> nn.Module:
+    """The model under a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if is_peft_model(model) else model  # pyright: ignore[reportCallIssue]
+
+
+def accepts_argument(model: nn.Module, name: str) -> bool:
+    """Whether the model's own ``forward`` names this argument (``**kwargs`` does not count)."""
+    return name in inspect.signature(type(base_causal_lm(model)).forward).parameters
+
+
+def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every token that ends a completion: the tokenizer's, and all that the model's generation config declares.
+
+    Raises:
+        ValueError: there is none, so that no completion could ever end by itself.
+    """
+    declared = base_causal_lm(model).generation_config.eos_token_id  # pyright: ignore[reportAttributeAccessIssue]
+    ids = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
+    if tokenizer.eos_token_id is not None:
+        ids.append(tokenizer.eos_token_id)
+    if not ids:
+        raise ValueError("Neither the tokenizer nor the model's generation config has an end token; set `eos_token`.")
+    return tuple(sorted(set(ids)))
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set the probability of every dropout module to 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Most positions the model has been built for, or ``None`` where its config does not say."""
+    config = base_causal_lm(model).config.get_text_config()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+    return getattr(config, "max_position_embeddings", None)
+
+
+class ConfigKeeper:
+    """Remembers what a model's configs said, and puts it back after `transformers.Trainer` has written into them.
+
+    Trainer sets ``config.use_cache`` and copies the tokenizer's special tokens into both configs; a saved model should say
+    what its owner said.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        base = base_causal_lm(model)
+        config = base.config
+        self._kept: list[tuple[Any, str, Any]] = [(config, "use_cache", getattr(config, "use_cache", None))]
+        text_config = config.get_text_config()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+        for holder in (text_config, base.generation_config):
+            self._kept += [(holder, name, getattr(holder, name, None)) for name in SPECIAL_TOKEN_FIELDS]
+
+    def restore(self) -> None:
+        for holder, name, value in self._kept:
+            setattr(holder, name, value)
+
+
+def empty_device_cache() -> None:
+    """Give memory that the allocator holds but nobody uses back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class RestoreConfigs(TrainerCallback):
+    """Puts the model's configs back once training has begun, when `Trainer` has aligned them with the tokenizer."""
+
+    def __init__(self, configs: ConfigKeeper) -> None:
+        self.configs = configs
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.configs.restore()
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode inside, and afterwards in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

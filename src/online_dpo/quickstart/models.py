@@ -1,0 +1,323 @@
+"""The models of the quickstart, made from nothing in about a minute on two CPU cores: a tokenizer, a policy that is fluent
+but mediocre, and a reward model that has learnt the hidden rubric from noisy preferences.
+
+The plain-text prompt ``"User: ...\\nAssistant:"`` and the chat template give the same tokens, so the models serve plain and
+conversational prompts alike. A text to score is ``prompt + " " + reply``, with the end token when the reply ended by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from online_dpo.quickstart.language import (
+    Request,
+    contrast_replies,
+    prompt_of,
+    rubric,
+    sample_reply,
+    sample_requests,
+)
+
+Item = TypeVar("Item")
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if not loop.first %}{{ '\\n' }}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{{ 'Assistant: ' + message['content'] | trim + eos_token }}"
+    "{% elif message['role'] == 'user' %}{{ 'User: ' + message['content'] | trim }}"
+    "{% else %}{{ message['content'] | trim }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\nAssistant:' }}{% endif %}"
+)
+"""Renders one user message to exactly what :func:`~online_dpo.quickstart.language.prompt_of` gives."""
+
+IGNORED = -100
+"""Label of tokens that carry no loss."""
+
+
+@dataclass(frozen=True)
+class QuickstartSize:
+    """How big the models are and how long they train."""
+
+    hidden: int = 128
+    layers: int = 2
+    heads: int = 4
+    vocab_size: int = 768
+    fact_examples: int = 10000
+    fact_epochs: int = 2
+    sft_examples: int = 6000
+    pairs: int = 8000
+    batch_size: int = 16
+    prompts_train: int = 2000
+    prompts_eval: int = 200
+
+
+FULL = QuickstartSize()
+TINY = QuickstartSize(
+    hidden=32, heads=2, fact_examples=400, fact_epochs=1, sft_examples=600, pairs=300, prompts_train=64, prompts_eval=16
+)
+"""For tests and benchmarks: the same files in a few seconds, models that know next to nothing."""
+
+
+@dataclass(frozen=True)
+class QuickstartArtifacts:
+    """Where :func:`build` put things. Prompt files have rows ``{"prompt": "User: ...", "answer": "8", "kind": "sum"}``."""
+
+    policy_dir: Path
+    reward_dir: Path
+    prompts_train: Path
+    prompts_eval: Path
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A reply and whether it ended by itself (an end token follows) or was cut by a length limit (none does)."""
+
+    text: str
+    ended: bool = True
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Two replies to one prompt, the preferred one first."""
+
+    prompt: str
+    chosen: Reply
+    rejected: Reply
+
+
+# --- tokenizer and configurations ---------------------------------------------------------------------------------------
+
+
+def build_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on ``texts``: any text survives encoding and decoding. ``<pad>`` is 0, ``<eos>`` 1.
+
+    A word is split from the one before it together with its leading space, so the tokens of ``prompt + " " + reply`` are those of
+    ``prompt`` followed by those of ``" " + reply``. No token is added on its own, at the start or at the end.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "<eos>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+        model_max_length=512,
+    )
+
+
+def build_policy_config(
+    tokenizer: PreTrainedTokenizerFast, hidden: int = 128, layers: int = 2, heads: int = 4
+) -> LlamaConfig:
+    """A Llama of about a million parameters at the default size, with the tokenizer's end and padding ids and tied embeddings."""
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=512,
+        initializer_range=hidden**-0.5,  # the usual 0.02 costs a model this narrow twice the steps
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def build_reward_config(
+    tokenizer: PreTrainedTokenizerFast, hidden: int = 128, layers: int = 2, heads: int = 4
+) -> LlamaConfig:
+    """The same shape with one output."""
+    config = build_policy_config(tokenizer, hidden, layers, heads)
+    config.num_labels = 1
+    return config
+
+
+# --- data ---------------------------------------------------------------------------------------------------------------
+
+
+def sample_preferences(requests: Sequence[Request], seed: int, noise: float = 0.1) -> list[Preference]:
+    """One preference for each request, labelled by the rubric and turned around with probability ``noise``.
+
+    Half of them compare replies that differ in one trait; the others compare independent replies of every quality, some
+    broken, some cut by a length limit. Pairs that the rubric cannot tell apart are drawn again.
+    """
+    rng = random.Random(seed)
+    preferences = []
+    for request in requests:
+        scores, replies = (0.0, 0.0), (Reply(""), Reply(""))
+        while scores[0] == scores[1]:
+            replies = _contrast(request, rng) if rng.random() < 0.5 else (_any_reply(request, rng), _any_reply(request, rng))
+            scores = rubric(request.text, replies[0].text), rubric(request.text, replies[1].text)
+        if (scores[0] < scores[1]) != (rng.random() < noise):
+            replies = replies[1], replies[0]
+        preferences.append(Preference(prompt_of(request), *replies))
+    return preferences
+
+
+def _contrast(request: Request, rng: random.Random) -> tuple[Reply, Reply]:
+    first, second = contrast_replies(request, rng)
+    return Reply(first), Reply(second)
+
+
+def _any_reply(request: Request, rng: random.Random) -> Reply:
+    (quality,) = rng.choices(("mixed", "good", "poor", "broken"), weights=(5, 2, 1, 2))
+    text = sample_reply(request, rng, quality)
+    if rng.random() < 0.07:
+        words = text.split(" ")
+        return Reply(" ".join(words[: rng.randint(1, len(words))]), ended=False)
+    return Reply(text)
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, prompt: str, reply: Reply) -> list[int]:
+    return tokenizer(f"{prompt} {reply.text}").input_ids + [tokenizer.eos_token_id] * reply.ended
+
+
+def _pad(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+    width = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
+
+
+def _batches(
+    items: Sequence[Item], length: Callable[[Item], int], size: int, epochs: int, rng: random.Random
+) -> Iterator[list[Item]]:
+    """Shuffled batches of items of about the same length."""
+    for _ in range(epochs):
+        ordered = sorted(rng.sample(items, len(items)), key=length)
+        starts = list(range(0, len(ordered), size))
+        rng.shuffle(starts)
+        for start in starts:
+            yield ordered[start : start + size]
+
+
+# --- training -----------------------------------------------------------------------------------------------------------
+
+
+def new_policy(config: LlamaConfig, seed: int = 0) -> LlamaForCausalLM:
+    """A policy with random weights; the global random state stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def new_reward_model(
+    config: LlamaConfig, policy: LlamaForCausalLM | None = None, seed: int = 0
+) -> LlamaForSequenceClassification:
+    """A reward model with a random head and, with ``policy``, a copy of its body.
+
+    Starting from a fine-tuned policy (arXiv 2203.02155) saves learning the language a second time.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForSequenceClassification(config)
+    if policy is not None:
+        model.model.load_state_dict(policy.model.state_dict())
+    return model
+
+
+def train_policy(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    examples: Sequence[tuple[str, str]],
+    epochs: int = 1,
+    batch_size: int = 16,
+    learning_rate: float = 3e-3,
+    seed: int = 0,
+) -> None:
+    """Supervised fine-tuning, in place, on ``(prompt, reply)`` pairs; the loss is on the reply and its end token."""
+    rows = []
+    for prompt, reply in examples:
+        ids = _encode(tokenizer, prompt, Reply(reply))
+        prompt_length = len(tokenizer(prompt).input_ids)
+        rows.append((ids, [IGNORED] * prompt_length + ids[prompt_length:]))
+
+    def loss_of(batch: list[tuple[list[int], list[int]]]) -> torch.Tensor:
+        # Padding stands on the right, where causal attention never looks: no attention mask is needed.
+        ids_RT = _pad([ids for ids, _ in batch], tokenizer.pad_token_id)
+        labels_RT = _pad([labels for _, labels in batch], IGNORED)[:, 1:]
+        hidden_RTH = model.model(input_ids=ids_RT).last_hidden_state[:, :-1]
+        predicted = labels_RT != IGNORED
+        return F.cross_entropy(model.lm_head(hidden_RTH[predicted]), labels_RT[predicted])
+
+    batches = list(_batches(rows, lambda row: len(row[0]), batch_size, epochs, random.Random(seed)))
+    _fit(model, batches, loss_of, learning_rate)
+
+
+def train_reward_model(
+    model: LlamaForSequenceClassification,
+    tokenizer: PreTrainedTokenizerFast,
+    preferences: Sequence[Preference],
+    epochs: int = 1,
+    batch_size: int = 16,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+) -> None:
+    """Bradley-Terry training, in place: minus log sigmoid of the score of ``chosen`` minus that of ``rejected``.
+
+    The score is read at the last token, as ``LlamaForSequenceClassification`` does.
+    """
+    rows = [
+        (_encode(tokenizer, pair.prompt, pair.chosen), _encode(tokenizer, pair.prompt, pair.rejected))
+        for pair in preferences
+    ]
+
+    def loss_of(batch: list[tuple[list[int], list[int]]]) -> torch.Tensor:
+        ids_RT = _pad([row[0] for row in batch] + [row[1] for row in batch], tokenizer.pad_token_id)
+        chosen_N, rejected_N = _last_token_scores(model, ids_RT, tokenizer.pad_token_id).chunk(2)
+        return -F.logsigmoid(chosen_N - rejected_N).mean()
+
+    batches = list(_batches(rows, lambda row: len(row[0]) + len(row[1]), batch_size, epochs, random.Random(seed)))
+    _fit(model, batches, loss_of, learning_rate)
+
+
+def _last_token_scores(model: LlamaForSequenceClassification, ids_RT: torch.Tensor, pad_id: int) -> torch.Tensor:
+    """Scores of rows padded on the right; equal to the model's own ``logits[:, 0]``, without scoring every position."""
+    hidden_RTH = model.model(input_ids=ids_RT).last_hidden_state
+    last_R = (ids_RT != pad_id).sum(dim=1) - 1
+    return model.score(hidden_RTH[torch.arange(len(ids_RT)), last_R])[:, 0]
+
+
+def _fit(model: PreTrainedModel, batches: Sequence[list], loss_of: Callable[[list], torch.Tensor], peak: float) -> None:
+    """AdamW over the batches, with a short warm-up and a cosine to a twentieth of the peak learning rate."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
+    warmup = max(1, len(batches) // 20)
+    model.train()
+    for step, batch in enumerate(batches):
+        decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / len(batches)))
+        for group in optimizer.param_groups:
+            group["lr"] = peak * min(1.0, (step + 1) / warmup) * decay
+        loss = loss_of(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    model.eval()

@@ -1,0 +1,80 @@
+"""What every engine that samples completions promises to the trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from online_dpo.config import OnlineDPOConfig
+from online_dpo.types import Group, Prompt
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How completions are sampled.
+
+    ``extra`` holds options of `transformers.GenerationConfig` that have no field here. A completion ends at any of ``end_token_ids``
+    (which it keeps) or when its text ends in one of ``stop_strings``.
+
+    >>> SamplingParams(max_new_tokens=64, end_token_ids=(2,), temperature=0.9)
+    """
+
+    max_new_tokens: int
+    end_token_ids: tuple[int, ...]
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    stop_strings: tuple[str, ...] = ()
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_config(cls, args: OnlineDPOConfig, end_token_ids: tuple[int, ...]) -> SamplingParams:
+        """The configuration's fields, overridden by its ``generation_kwargs``."""
+        params = cls(
+            max_new_tokens=args.max_new_tokens,
+            end_token_ids=end_token_ids,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            top_k=args.top_k,
+            min_p=args.min_p,
+            repetition_penalty=args.repetition_penalty,
+        )
+        extra = dict(args.generation_kwargs or {})  # pyright: ignore[reportArgumentType, reportCallIssue]
+        if args.cache_implementation is not None:
+            extra["cache_implementation"] = args.cache_implementation
+        overrides: dict[str, Any] = {
+            name: extra.pop(name) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty") if name in extra
+        }
+        if "stop_strings" in extra:
+            stops = extra.pop("stop_strings")
+            overrides["stop_strings"] = (stops,) if isinstance(stops, str) else tuple(stops)
+        if "eos_token_id" in extra:
+            ends = extra.pop("eos_token_id")
+            overrides["end_token_ids"] = (ends,) if isinstance(ends, int) else tuple(ends)
+        return replace(params, **overrides, extra=extra)
+
+
+@dataclass(frozen=True)
+class RolloutKey:
+    """Names one call of an engine, so that its random numbers are a function of (seed, step, prompt, sample) alone.
+
+    ``stream`` keeps training (0) and evaluation (1) apart; ``version`` is the policy version the completions are stamped with.
+    """
+
+    seed: int
+    step: int
+    version: int
+    stream: int = 0
+
+
+class Engine(Protocol):
+    """Samples K completions for each prompt with the latest weights, in the order of the prompts."""
+
+    def generate(
+        self, prompts: Sequence[Prompt], num_completions: int, params: SamplingParams, key: RolloutKey
+    ) -> list[Group]: ...
+
+    def close(self) -> None: ...

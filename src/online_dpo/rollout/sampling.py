@@ -1,0 +1,67 @@
+"""Picking the next token: reshaping the distribution and drawing from it. Pure functions, one row a sequence.
+
+Shapes: ``B`` sequences, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from online_dpo.rollout.engine import RolloutKey, SamplingParams
+
+NEVER = float("-inf")
+
+
+def uniform_numbers(key: RolloutKey, row: int, sample: int, count: int) -> np.ndarray:
+    """``count`` numbers in [0, 1), float32, that depend on nothing but (seed, step, stream, row, sample).
+
+    Philox (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") maps a key and a counter to random bits. It counts
+    up in the counter's first word, so different values in the other three never meet.
+    """
+    philox = np.random.Philox(key=[key.seed, key.step], counter=[0, key.stream, row, sample])
+    return np.random.Generator(philox).random(count, dtype=np.float32)
+
+
+def reshape_logits(logits_BV: torch.Tensor, params: SamplingParams, seen_BV: torch.Tensor | None) -> torch.Tensor:
+    """The logits that tokens are drawn from: repetition penalty, temperature, top-k, top-p and min-p, in this order.
+
+    The order, and what each does, is that of `transformers` generation. ``seen_BV`` (bool) marks the tokens that stand in
+    the prompt or the completion; it is needed only with a repetition penalty.
+    """
+    if params.repetition_penalty != 1.0:
+        assert seen_BV is not None
+        penalised = torch.where(
+            logits_BV > 0, logits_BV / params.repetition_penalty, logits_BV * params.repetition_penalty
+        )
+        logits_BV = torch.where(seen_BV, penalised, logits_BV)
+    logits_BV = logits_BV / params.temperature
+    if 0 < params.top_k < logits_BV.shape[-1]:
+        kth_B1 = logits_BV.topk(params.top_k, dim=-1).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, NEVER)
+    if params.top_p < 1.0:
+        ascending_BV, order_BV = logits_BV.sort(dim=-1)
+        below_BV = ascending_BV.softmax(dim=-1).cumsum(dim=-1) <= 1.0 - params.top_p
+        below_BV[:, -1] = False
+        logits_BV = logits_BV.masked_fill(below_BV.scatter(-1, order_BV, below_BV), NEVER)
+    if params.min_p:
+        probs_BV = logits_BV.softmax(dim=-1)
+        logits_BV = logits_BV.masked_fill(probs_BV < params.min_p * probs_BV.amax(dim=-1, keepdim=True), NEVER)
+    return logits_BV
+
+
+def draw_tokens(logits_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
+    """One token id a row: the first at which the cumulative probability passes the row's uniform number.
+
+    Each row uses its own number only, so a row's token does not depend on which other rows are in the batch. The sum is in
+    float64: in float32 the tail of a large vocabulary would be lost to rounding.
+    """
+    cdf_BV = logits_BV.double().softmax(dim=-1).cumsum(dim=-1)
+    target_B1 = uniform_B.double()[:, None] * cdf_BV[:, -1:]
+    return torch.searchsorted(cdf_BV, target_B1, right=True).squeeze(-1)
+
+
+def token_logprobs(logits_BV: torch.Tensor, token_B: torch.Tensor) -> torch.Tensor:
+    """Log-probability of each row's token under unmodified logits, fp32."""
+    logits_BV = logits_BV.float()
+    return logits_BV.gather(-1, token_B[:, None]).squeeze(-1) - logits_BV.logsumexp(dim=-1)

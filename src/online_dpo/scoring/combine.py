@@ -1,0 +1,247 @@
+"""From what the user passes as rewards to scorers, and from several scorers to one number for each completion."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from online_dpo.config import OnlineDPOConfig
+from online_dpo.errors import ScoringError
+from online_dpo.scoring.functions import FunctionScorer, submit, wait_for
+from online_dpo.scoring.reward_model import RewardModelScorer, check_reward_model, last_part, load_reward_model
+from online_dpo.scoring.scorer import AsyncPointwiseScorer, PointwiseScorer, describe
+from online_dpo.types import Group, Scores
+
+RewardFunc = str | nn.Module | Callable[..., Any] | PointwiseScorer
+"""Path or hub name of a reward model, a reward model, a function, or a scorer of one's own."""
+
+ProcessingClasses = PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase | None] | None
+
+Values = list[list[float | None]]
+
+
+def check_scorers(
+    reward_funcs: RewardFunc | Sequence[RewardFunc], processing_classes: ProcessingClasses, args: OnlineDPOConfig
+) -> None:
+    """Find what is wrong with the rewards before any model is loaded.
+
+    Raises:
+        TypeError: a reward or a processing class is of a wrong type.
+        ValueError: there is no reward; the numbers of rewards, processing classes and ``args.reward_weights`` differ; a
+            path does not exist or holds no model; a reward model has more than one label or no tokenizer.
+    """
+    rewards = _as_list(reward_funcs)
+    if not rewards:
+        raise ValueError("`reward_funcs` is empty. Give at least one reward model or reward function.")
+    tokenizers = _tokenizers(processing_classes, len(rewards))
+    weights = args.reward_weights
+    if weights is not None and len(weights) != len(rewards):
+        raise ValueError(
+            f"`reward_weights` has {len(weights)} numbers, but there are {len(rewards)} reward functions. "
+            "Give one for each."
+        )
+    if weights is not None and not all(math.isfinite(weight) for weight in weights):
+        raise ValueError(f"`reward_weights` must be finite numbers; they are {weights}.")
+    for reward, tokenizer in zip(rewards, tokenizers, strict=True):
+        _check_reward(reward, tokenizer)
+
+
+def build_scorers(
+    reward_funcs: RewardFunc | Sequence[RewardFunc],
+    processing_classes: ProcessingClasses,
+    args: OnlineDPOConfig,
+    *,
+    state: Callable[[], Any] | None,
+) -> list[PointwiseScorer]:
+    """A scorer for each reward, in their order. The same reward given twice is the same scorer, loaded once.
+
+    ``state()`` is what functions receive as ``trainer_state``. Reward models are moved to ``args.device``.
+
+    Raises:
+        TypeError, ValueError: as :func:`check_scorers`, :func:`load_reward_model` and the scorers say.
+    """
+    check_scorers(reward_funcs, processing_classes, args)
+    rewards = _as_list(reward_funcs)
+    scorers: dict[tuple[Any, int], PointwiseScorer] = {}
+    built = []
+    for reward, tokenizer in zip(rewards, _tokenizers(processing_classes, len(rewards)), strict=True):
+        key = (reward if isinstance(reward, str) else id(reward), id(tokenizer))
+        if key not in scorers:
+            scorers[key] = _build(reward, tokenizer, args, state)
+        built.append(scorers[key])
+    return built
+
+
+def score_groups(
+    groups: Sequence[Group],
+    scorers: Sequence[PointwiseScorer],
+    weights: Sequence[float] | None,
+    missing_eos_penalty: float | None,
+) -> Scores:
+    """The weighted sum of all scorers for each completion, less ``missing_eos_penalty`` where it did not end by itself.
+
+    A score is missing (``None``), never a number, where any scorer gave ``nan`` or an infinity. A scorer that gave
+    ``None`` for every completion of a group does not apply to that prompt and is left out there; ``None`` for only some
+    means that those are missing. Where no scorer applies, all are missing. ``by_scorer`` keeps what each scorer said,
+    numbers that are not finite as ``None``, under its name (``f``, ``f_2`` where names repeat).
+
+    ``async`` scorers wait beside each other and beside the others.
+
+    Raises:
+        ValueError: the numbers of weights and scorers differ.
+        ScoringError: a scorer failed, or returned another shape than its groups have.
+    """
+    if weights is None:
+        weights = [1.0] * len(scorers)
+    if len(weights) != len(scorers):
+        raise ValueError(f"There are {len(weights)} weights for {len(scorers)} scorers. Give one for each.")
+    raw = _run(groups, scorers)
+    penalty = missing_eos_penalty or 0.0
+    values = [
+        [
+            _total([scores[p] for scores in raw], k, weights, 0.0 if completion.finish_reason == "stop" else penalty)
+            for k, completion in enumerate(group.completions)
+        ]
+        for p, group in enumerate(groups)
+    ]
+    by_scorer = {
+        name: [[_finite(value) for value in row] for row in scores]
+        for name, scores in zip(_unique_names(scorers), raw, strict=True)
+    }
+    return Scores(values=values, by_scorer=by_scorer)
+
+
+def _total(rows: list[list[float | None]], k: int, weights: Sequence[float], penalty: float) -> float | None:
+    """Completion ``k`` of one group; ``rows`` is what each scorer said about the group."""
+    applying = [(row[k], weight) for row, weight in zip(rows, weights, strict=True) if any(v is not None for v in row)]
+    numbers = [(value, weight) for value, weight in applying if value is not None]
+    if not applying or len(numbers) < len(applying):
+        return None
+    if not all(math.isfinite(value) for value, _ in numbers):
+        return None
+    return _finite(sum(value * weight for value, weight in numbers) - penalty)
+
+
+def _run(groups: Sequence[Group], scorers: Sequence[PointwiseScorer]) -> list[Values]:
+    """What each scorer says; one that is listed twice is run once."""
+    distinct = {id(scorer): scorer for scorer in scorers}
+    waiting = {
+        key: submit(scorer.score_async(groups))
+        for key, scorer in distinct.items()
+        if isinstance(scorer, AsyncPointwiseScorer) and scorer.is_async
+    }
+    try:
+        results = {key: scorer.score(groups) for key, scorer in distinct.items() if key not in waiting}
+        results |= {key: wait_for(future) for key, future in waiting.items()}
+    finally:
+        for future in waiting.values():
+            future.cancel()
+    shape = [len(group.completions) for group in groups]
+    for key, scorer in distinct.items():
+        returned = [len(row) for row in results[key]]
+        if returned != shape:
+            raise ScoringError(
+                f"Scorer `{scorer.name}` returned lists of {returned} scores for groups of {shape} completions. Return "
+                "one list for each group, with one score for each completion."
+            )
+    return [results[id(scorer)] for scorer in scorers]
+
+
+def _finite(value: float | None) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def _unique_names(scorers: Sequence[PointwiseScorer]) -> list[str]:
+    names: list[str] = []
+    for scorer in scorers:
+        name, count = scorer.name, 1
+        while name in names:
+            count += 1
+            name = f"{scorer.name}_{count}"
+        names.append(name)
+    return names
+
+
+def _build(
+    reward: RewardFunc,
+    tokenizer: PreTrainedTokenizerBase | None,
+    args: OnlineDPOConfig,
+    state: Callable[[], Any] | None,
+) -> PointwiseScorer:
+    prepare = functools.partial(_move, device=args.device)
+    if isinstance(reward, str):
+        model, tokenizer = load_reward_model(reward, tokenizer, trust_remote_code=args.trust_remote_code)
+        return RewardModelScorer(model, tokenizer, last_part(reward), args.reward_batch_size, prepare)
+    if isinstance(reward, nn.Module):
+        return RewardModelScorer(reward, tokenizer, None, args.reward_batch_size, prepare)
+    if callable(reward):
+        return FunctionScorer(reward, state=state)
+    return reward
+
+
+def _move(model: nn.Module, device: torch.device) -> nn.Module:
+    # Models loaded with a device map or quantised have been placed already, and refuse to be moved.
+    return model if hasattr(model, "hf_device_map") else model.to(device)
+
+
+def _check_reward(reward: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    if isinstance(reward, str):
+        _check_path(reward)
+    elif isinstance(reward, nn.Module):
+        config = check_reward_model(reward)
+        if tokenizer is None and not config._name_or_path:
+            raise ValueError(
+                f"The reward model {type(reward).__name__} was not loaded from anywhere, so its tokenizer is unknown. "
+                "Pass it in `reward_processing_classes`."
+            )
+    elif not callable(reward) and not isinstance(reward, PointwiseScorer):
+        raise TypeError(
+            "Each of `reward_funcs` must be the path or hub name of a reward model, a model, a function, or an object "
+            f"with `name` and `score`; one is {describe(reward)}."
+        )
+    elif tokenizer is not None:
+        warnings.warn(f"Ignored: the processing class of {describe(reward)}, which is no reward model.", stacklevel=4)
+
+
+def _check_path(path: str) -> None:
+    expanded = os.path.expanduser(path)
+    looks_local = path.startswith(("/", ".", "~")) or path.count("/") > 1
+    if not os.path.exists(expanded):
+        if looks_local or not path:
+            raise ValueError(f"Reward model `{path}` does not exist. Give a folder, or a hub name such as `org/model`.")
+        return
+    if not any(os.path.isfile(os.path.join(expanded, name)) for name in ("config.json", "adapter_config.json")):
+        raise ValueError(
+            f"Reward model `{path}` is no model folder: it holds neither config.json nor adapter_config.json."
+        )
+
+
+def _as_list(reward_funcs: RewardFunc | Sequence[RewardFunc]) -> list[RewardFunc]:
+    return list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]  # pyright: ignore[reportReturnType]
+
+
+def _tokenizers(processing_classes: ProcessingClasses, count: int) -> list[PreTrainedTokenizerBase | None]:
+    if processing_classes is None:
+        return [None] * count
+    given: list[Any] = (
+        list(processing_classes) if isinstance(processing_classes, (list, tuple)) else [processing_classes]
+    )
+    if len(given) != count:
+        raise ValueError(
+            f"`reward_processing_classes` has {len(given)} entries, but there are {count} reward functions. "
+            "Give one for each (`None` for a function)."
+        )
+    for tokenizer in given:
+        if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise TypeError(
+                f"Each of `reward_processing_classes` must be a tokenizer or None; one is {describe(tokenizer)}."
+            )
+    return given

@@ -1,0 +1,95 @@
+"""What a scorer is, and the few helpers that every kind of scorer needs."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import numpy as np
+import torch
+
+from online_dpo.errors import ScoringError
+from online_dpo.types import Group, Message, Prompt
+
+T = TypeVar("T")
+
+
+@runtime_checkable
+class PointwiseScorer(Protocol):
+    """Gives each completion a number.
+
+    ``score`` returns P lists of K items, in the order of ``groups`` and their completions. ``None`` says that the
+    scorer does not apply; ``nan`` and infinities say that it failed.
+    """
+
+    name: str
+
+    def score(self, groups: Sequence[Group]) -> list[list[float | None]]: ...
+
+
+@runtime_checkable
+class AsyncPointwiseScorer(PointwiseScorer, Protocol):
+    """A pointwise scorer that may wait on a network: if ``is_async``, ``score_async`` runs beside the other scorers."""
+
+    is_async: bool
+
+    async def score_async(self, groups: Sequence[Group]) -> list[list[float | None]]: ...
+
+
+@runtime_checkable
+class PairwiseScorer(Protocol):
+    """Says which of two completions is better.
+
+    ``rank`` returns one int for each group of two: 0 or 1 is the index of the better completion, -1 is no answer.
+    """
+
+    name: str
+
+    def rank(self, groups: Sequence[Group]) -> list[int]: ...
+
+
+def regroup(flat: Sequence[T], groups: Sequence[Group]) -> list[list[T]]:
+    """Cut a prompt-major list ``[p0k0, p0k1, p1k0, ...]`` into one list for each group."""
+    rest = iter(flat)
+    return [[next(rest) for _ in group.completions] for group in groups]
+
+
+def flat_list(returned: Any, owner: str) -> list[Any]:
+    """The items of a list, tuple, 1-D tensor or 1-D array that a user's function or judge returned.
+
+    Raises:
+        ScoringError: it is something else. ``owner`` names who returned it.
+    """
+    if isinstance(returned, (torch.Tensor, np.ndarray)):
+        if returned.ndim == 1:
+            return returned.tolist()
+        kind = "a tensor" if isinstance(returned, torch.Tensor) else "an array"
+        raise ScoringError(
+            f"{owner} returned {kind} of shape {tuple(returned.shape)}. Return one flat list, or {kind} with one "
+            "dimension."
+        )
+    if isinstance(returned, (list, tuple)):
+        return list(returned)
+    raise ScoringError(f"{owner} returned {describe(returned)}. Return one flat list.")
+
+
+def describe(value: Any) -> str:
+    """Type and short form of a value, for error messages."""
+    return "None" if value is None else f"{type(value).__name__} {reprlib.repr(value)}"
+
+
+def callable_name(function: Any) -> str:
+    """``__name__`` of a function, the inner one of a ``functools.partial``, else the class name of the object."""
+    while not hasattr(function, "__name__") and hasattr(function, "func"):
+        function = function.func
+    return function.__name__ if hasattr(function, "__name__") else type(function).__name__
+
+
+def chat_messages(prompt: Prompt) -> list[Message]:
+    """Copies of a conversational prompt's messages, without the keys whose value is ``None``.
+
+    Datasets give every message the keys of all messages, and a chat template would print such a key as "None".
+    """
+    assert not isinstance(prompt.content, str), "a text prompt has no messages"
+    return [{key: value for key, value in message.items() if value is not None} for message in prompt.content]

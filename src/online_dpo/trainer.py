@@ -1,0 +1,437 @@
+"""`OnlineDPOTrainer`: composes the stages of Online DPO on top of `transformers.Trainer`, and nothing else.
+
+Reading order: ``get_batch_samples`` is one optimizer step up to its micro-batches, ``compute_loss`` is the rest.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, IterableDataset
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import (
+    DataCollator,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
+from transformers.trainer_utils import EvalLoopOutput
+
+from online_dpo.build import (
+    build_policy,
+    build_reference,
+    check_arguments,
+    choose_scorers,
+    train_on_one_device_per_process,
+)
+from online_dpo.config import OnlineDPOConfig
+from online_dpo.data import collate_prompts, prepare_prompts, prompts_from_batch
+from online_dpo.evaluate import EvalRecord, eval_records, summarise, win_share
+from online_dpo.guard import StepGuard, refuse_to_split
+from online_dpo.logprobs import RowLogprobs, row_logprobs
+from online_dpo.losses import LOSSES, log_ratio
+from online_dpo.metrics import MetricStore, record_loss, record_pairs, record_rollout
+from online_dpo.model_card import write_model_card
+from online_dpo.models import ConfigKeeper, RestoreConfigs, empty_device_cache, end_token_ids, eval_mode
+from online_dpo.packing import as_inputs, halve, pack_groups, pack_pairs, split_evenly, stand_in
+from online_dpo.pairs import pairs_from_ranks, pairs_from_scores
+from online_dpo.rollout import RolloutKey, SamplingParams, TransformersEngine
+from online_dpo.scoring import JudgeScorer, build_scorers, score_groups
+from online_dpo.types import Group, PackedRows, Pair, Prompt, Scores
+
+logger = logging.getLogger(__name__)
+
+TRAINING, EVALUATION, REFERENCE = 0, 1, 2  # streams of random numbers
+
+
+class OnlineDPOTrainer(Trainer):
+    """Aligns a language model with preferences collected while it trains (Guo et al. 2024, arXiv 2402.04792).
+
+    Args:
+        model: the policy: a causal language model, a PEFT model, a folder or a hub name.
+        ref_model: the reference; when not given, a frozen copy of the policy, or the policy with its adapter off.
+        reward_funcs: one or several of: a Python function (plain or async), a sequence-classification model, its folder or hub name.
+        judge: an object with ``judge(prompts, completion_pairs, shuffle_order=True) -> ranks``, or a callable of that form; a rank is 0 or 1
+            for the better completion, -1 for no answer.
+        reward_model: another name for ``reward_funcs``.
+        args: the configuration.
+        data_collator: list of rows to a dict of lists; must keep the columns ``prompt``, ``prompt_ids`` and ``prompt_row``.
+        train_dataset, eval_dataset: rows with a ``prompt`` (text or messages); ``eval_dataset`` may be a dict of them. Other columns
+            are handed to reward functions.
+        processing_class: the policy's tokenizer.
+        reward_processing_classes: tokenizers of the reward models, in the order of ``reward_funcs``.
+        peft_config: adapter to train instead of the whole model.
+        compute_metrics: receives `EvalPrediction(predictions=scores (prompts, K), label_ids=reference scores (prompts,))`.
+
+    Raises:
+        ValueError, TypeError: an argument is missing or wrong; raised before any model is loaded where that is possible.
+        InvalidPromptError: a dataset row is no usable prompt (see ``invalid_prompts``).
+    """
+
+    # Read by transformers.Trainer: compute_loss divides by the pairs of the whole step itself.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | str | None = None,
+        ref_model: PreTrainedModel | nn.Module | str | None = None,
+        reward_funcs: Any = None,
+        judge: Any = None,
+        reward_model: Any = None,
+        args: OnlineDPOConfig | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        reward_processing_classes: Any = None,
+        peft_config: Any = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        preprocess_logits_for_metrics: Any = None,
+    ) -> None:
+        reward_funcs, judge = choose_scorers(reward_funcs, reward_model, judge, args)
+        check_arguments(
+            model=model,
+            ref_model=ref_model,
+            reward_funcs=reward_funcs,
+            judge=judge,
+            args=args,
+            train_dataset=train_dataset,
+            processing_class=processing_class,
+            reward_processing_classes=reward_processing_classes,
+            peft_config=peft_config,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
+        assert args is not None and processing_class is not None
+        self.tokenizer: PreTrainedTokenizerBase = getattr(processing_class, "tokenizer", processing_class)  # pyright: ignore
+        self.args = args
+        self.dropped_rows: Counter[str] = Counter()
+        train_dataset = self._prepared(train_dataset, "train_dataset")
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: self._prepared(data, f"eval_dataset[{name!r}]") for name, data in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = self._prepared(eval_dataset, "eval_dataset")
+        train_on_one_device_per_process(args)
+
+        set_seed(args.seed)  # an adapter's first weights are random
+        policy = build_policy(model, peft_config, args)
+        configs = ConfigKeeper(policy)
+        super().__init__(
+            model=policy,
+            args=args,
+            data_collator=data_collator or collate_prompts,
+            train_dataset=train_dataset,  # pyright: ignore[reportArgumentType]
+            eval_dataset=eval_dataset,  # pyright: ignore[reportArgumentType]
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        configs.restore()
+        self.add_callback(RestoreConfigs(configs))
+        self.model_accepts_loss_kwargs = True
+        self.reference = build_reference(ref_model, policy, args)
+        self.engine = TransformersEngine(policy, self.tokenizer, args.rollout_batch_size)
+        self.sampling = SamplingParams.from_config(args, end_token_ids(policy, self.tokenizer))
+        self.judge = None if judge is None else JudgeScorer(judge, self.tokenizer, args.chat_template_kwargs)  # pyright: ignore
+        self.scorers = (
+            []
+            if judge is not None
+            else build_scorers(reward_funcs, reward_processing_classes, args, state=lambda: self.state)
+        )
+        self.metrics = MetricStore()
+        self.guard = StepGuard(self.accelerator, args.max_skipped_steps)
+        self.add_callback(self.guard)
+        self._reference_groups: dict[tuple[str, int], Group] = {}
+        self._done_in_step: list[dict[str, Any]] = []
+        self._last_log = time.perf_counter()
+
+    # --- one optimizer step -----------------------------------------------------------------------------------------
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], torch.Tensor]:
+        """The first five stages, for all micro-batches of an optimizer step at once: fetch, sample, score, pair, pack."""
+        batches = list(islice(epoch_iterator, num_batches))
+        prompts = self._usable_prompts(batches)
+        groups = self._rollout(prompts)
+        scores, ranks = self._score(groups)
+        pairs = self._form_pairs(groups, scores, ranks)
+        micro_batches = self._pack(pairs, len(batches))
+        return micro_batches, self._count_over_ranks(pairs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The last two stages: log-probabilities of policy and reference, and the loss.
+
+        The sum of the pairs' losses over the number of pairs in the whole step, over all ranks and micro-batches; times the
+        number of ranks, because data parallelism averages gradients over them.
+        """
+        rows: PackedRows = inputs["rows"].to(self.accelerator.device)
+        reference = self._reference_logprobs(rows)  # first, so that no activations of the policy are held meanwhile
+        policy = row_logprobs(model, rows)
+
+        loss_N = self._pair_losses(rows, policy, reference)
+        if num_items_in_batch is None:
+            loss = (loss_N * rows.weight_N).sum() / rows.weight_N.sum().clamp(min=1)
+        else:
+            loss = (loss_N * rows.weight_N).sum() / num_items_in_batch * self.accelerator.num_processes
+        if model.training:
+            self.guard.saw_loss(loss)
+            record_loss(self.metrics, rows, policy, reference, self._beta)
+        return (loss, {"loss_N": loss_N, "policy": policy, "reference": reference}) if return_outputs else loss
+
+    # --- the stages -------------------------------------------------------------------------------------------------
+
+    def _usable_prompts(self, batches: Sequence[dict[str, list]]) -> list[Prompt]:
+        prompts = [prompt for batch in batches for prompt in prompts_from_batch(batch)]
+        invalid = [prompt for prompt in prompts if prompt.invalid is not None]
+        self.metrics.total("dropped/invalid_prompt", len(invalid))
+        self.metrics.total("prompts", len(prompts))
+        return [prompt for prompt in prompts if prompt.invalid is None]
+
+    def _rollout(self, prompts: Sequence[Prompt]) -> list[Group]:
+        step = self.state.global_step
+        key = RolloutKey(self.args.seed, step, version=step, stream=TRAINING)
+        with self._phase("rollout"), self.accelerator.autocast():
+            return self.engine.generate(prompts, self.args.num_completions, self.sampling, key)
+
+    def _score(self, groups: list[Group]) -> tuple[Scores | None, list[int] | None]:
+        with self._phase("scoring"):
+            scores, ranks = self._score_or_rank(groups)
+        record_rollout(self.metrics, groups, scores)
+        return scores, ranks
+
+    def _form_pairs(self, groups: list[Group], scores: Scores | None, ranks: list[int] | None) -> list[Pair]:
+        pairs, dropped = self._pairs(groups, scores, ranks)
+        record_pairs(self.metrics, len(groups), pairs, dropped)
+        return pairs
+
+    def _pack(self, pairs: list[Pair], num_batches: int) -> list[dict[str, Any]]:
+        """Exactly as many micro-batches as were fetched: `Trainer` counts them to find the optimizer step."""
+        self._done_in_step = []
+        end_token = self.sampling.end_token_ids[0]
+        parts = split_evenly(pairs, num_batches)
+        packed = [pack_pairs(part, end_token) if part else stand_in(end_token) for part in parts]
+        return [as_inputs(rows) for rows in packed]
+
+    def _count_over_ranks(self, pairs: list[Pair]) -> torch.Tensor:
+        count = torch.tensor(float(len(pairs)), device=self.accelerator.device)
+        count = self.accelerator.reduce(count, reduction="sum")
+        assert isinstance(count, torch.Tensor)
+        self.guard.expect(int(count))
+        return count.clamp(min=1)
+
+    @torch.no_grad()
+    def _reference_logprobs(self, rows: PackedRows) -> RowLogprobs:
+        with self._phase("reference"), self.accelerator.autocast(), self.reference.active() as reference:
+            return row_logprobs(reference, rows)
+
+    def _pair_losses(self, rows: PackedRows, policy: RowLogprobs, reference: RowLogprobs) -> torch.Tensor:
+        h_N = log_ratio(
+            policy.logps_R[rows.chosen_N],
+            policy.logps_R[rows.rejected_N],
+            reference.logps_R[rows.chosen_N],
+            reference.logps_R[rows.rejected_N],
+        )
+        return LOSSES[self.args.loss_type](h_N, self._beta)
+
+    def _score_or_rank(self, groups: list[Group]) -> tuple[Scores | None, list[int] | None]:
+        if self.judge is not None:
+            return None, self.judge.rank(groups) if groups else []
+        if not groups:
+            return Scores([], {}), None
+        return self._scores_of(groups), None
+
+    def _pairs(
+        self, groups: list[Group], scores: Scores | None, ranks: list[int] | None
+    ) -> tuple[list[Pair], Counter[str]]:
+        if scores is not None:
+            return pairs_from_scores(groups, scores, self.args.tie_policy)
+        assert ranks is not None
+        return pairs_from_ranks(groups, ranks)
+
+    @property
+    def _beta(self) -> float:
+        return self.args.beta_at(self.state.epoch or 0.0)
+
+    # --- what surrounds a step --------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `transformers.Trainer.train`.
+
+        Raises:
+            TrainingDivergedError: ``max_skipped_steps`` steps in a row were not finite; a checkpoint has been saved.
+        """
+        self._last_log = time.perf_counter()
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        self.guard.raise_if_diverged(self.state, self.args.output_dir)  # pyright: ignore[reportArgumentType]
+        return result
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """The parent's; a micro-batch that does not fit in memory is split, with the same gradient in the end."""
+        before = self.metrics.copy()
+        loss = None
+        with self._phase("training"), suppress(torch.OutOfMemoryError):
+            loss = super().training_step(model, inputs, num_items_in_batch)  # pyright: ignore[reportArgumentType]
+        if loss is None:  # outside the handler, whose traceback would keep the activations alive
+            self.metrics = before
+            return self._train_in_halves(model, inputs["rows"], num_items_in_batch)
+        self._done_in_step.append(inputs)
+        return loss
+
+    def _train_in_halves(self, model: nn.Module, rows: PackedRows, num_items: Any) -> torch.Tensor:
+        """A backward pass that ran out of memory has left part of its gradient behind, so the step's gradient is made anew."""
+        refuse_to_split(rows, self.accelerator.num_processes)
+        model.zero_grad()
+        empty_device_cache()
+        before = self.metrics.copy()
+        for done in self._done_in_step:
+            super().training_step(model, done, num_items)
+        self.metrics = before  # those were recorded the first time
+        halves = [self.training_step(model, as_inputs(half), num_items) for half in halve(rows)]
+        return torch.stack(halves).sum()
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.guard.saw_gradient_norm(norm)
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the parent's; the log of a training step gains the metrics collected since the last one."""
+        if "loss" in logs:
+            elapsed = time.perf_counter() - self._last_log
+            self._last_log = time.perf_counter()
+            mine = self.metrics.drain()
+            mine["perf/tokens_per_second"] = mine.pop("completion_tokens", 0.0) / elapsed
+            logs = {**logs, **mine, "beta": self._beta, "guard/skipped_steps": float(self.guard.skipped)}
+        super().log(logs, start_time)
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        """Adds the seconds spent inside to ``time/name``, summed over micro-batches and averaged over ranks."""
+        start = time.perf_counter()
+        yield
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.metrics.total(f"time/{name}", (time.perf_counter() - start) / self.accelerator.num_processes)
+
+    # --- evaluation -------------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss, scores, KL and win rate against the reference on held-out prompts, as ``eval_loss``, ``eval_win_rate`` and so on.
+
+        The same random numbers are used every time, so that two evaluations differ by the weights alone.
+        """
+        if eval_dataset is not None and not isinstance(eval_dataset, (str, dict)):
+            eval_dataset = self._prepared(eval_dataset, "eval_dataset")
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        return super().get_test_dataloader(self._prepared(test_dataset, "test_dataset"))
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        model = self._wrap_model(self.model, training=False)
+        records: list[EvalRecord] = []
+        self.callback_handler.eval_dataloader = dataloader
+        with eval_mode(model):
+            for batch in dataloader:
+                prompts = [prompt for prompt in prompts_from_batch(batch) if prompt.invalid is None]
+                mine = self._evaluate_prompts(model, prompts, metric_key_prefix) if prompts else []
+                records += self.accelerator.gather_for_metrics(mine, use_gather_object=True)
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        scores = np.array([[np.nan if s is None else s for s in r.scores] for r in records])
+        reference = np.array([np.nan if r.reference_score is None else r.reference_score for r in records])
+        metrics = summarise(records)
+        if self.compute_metrics is not None:
+            metrics |= self.compute_metrics(EvalPrediction(predictions=scores, label_ids=reference))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(predictions=scores, label_ids=reference, metrics=metrics, num_samples=len(records))
+
+    @torch.no_grad()
+    def _evaluate_prompts(self, model: nn.Module, prompts: list[Prompt], prefix: str) -> list[EvalRecord]:
+        key = RolloutKey(self.args.seed, step=0, version=self.state.global_step, stream=EVALUATION)
+        with self.accelerator.autocast():
+            groups = self.engine.generate(prompts, self.args.num_completions, self.sampling, key)
+        rivals = self._reference_completions(prompts, prefix)
+        scores, ranks = self._score_or_rank(groups)
+        pairs, _ = self._pairs(groups, scores, ranks)
+        rows = pack_groups(groups, pairs, self.sampling.end_token_ids[0])
+        _, outputs = self.compute_loss(model, as_inputs(rows), return_outputs=True)
+        if scores is None:
+            reference_scores, wins = [None] * len(groups), self._judged_wins(groups, rivals)
+        else:
+            reference_scores = [values[0] for values in self._scores_of(rivals).values]
+            wins = [win_share(mine, theirs) for mine, theirs in zip(scores.values, reference_scores, strict=True)]
+        return eval_records(groups, pairs, scores, reference_scores, wins, rows, **outputs)
+
+    def _scores_of(self, groups: list[Group]) -> Scores:
+        return score_groups(groups, self.scorers, self.args.reward_weights, self.args.missing_eos_penalty)
+
+    def _judged_wins(self, groups: list[Group], rivals: list[Group]) -> list[float | None]:
+        assert self.judge is not None
+        duels = [
+            Group(group.prompt, (group.completions[0], rival.completions[0]))
+            for group, rival in zip(groups, rivals, strict=True)
+        ]
+        return [None if rank == -1 else float(rank == 0) for rank in self.judge.rank(duels)]
+
+    def _reference_completions(self, prompts: list[Prompt], prefix: str) -> list[Group]:
+        """One completion of the reference for each prompt; sampled once, since the reference does not change."""
+        new = [prompt for prompt in prompts if (prefix, prompt.row) not in self._reference_groups]
+        if new:
+            key = RolloutKey(self.args.seed, step=0, version=0, stream=REFERENCE)
+            with self.accelerator.autocast(), self.reference.active() as reference:
+                engine = TransformersEngine(reference, self.tokenizer, self.args.rollout_batch_size)
+                for group in engine.generate(new, 1, self.sampling, key):
+                    self._reference_groups[prefix, group.prompt.row] = group
+        return [self._reference_groups[prefix, prompt.row] for prompt in prompts]
+
+    # --- data and files ---------------------------------------------------------------------------------------------
+
+    def _prepared(self, dataset: Any, name: str) -> Any:
+        columns = getattr(dataset, "column_names", None) or []
+        if "prompt_ids" in columns:
+            return dataset
+        dataset, dropped = prepare_prompts(dataset, self.tokenizer, self.args, name=name)
+        self.dropped_rows += dropped
+        return dataset
+
+    def create_model_card(self, *args: Any, model_name: str | None = None, **kwargs: Any) -> None:
+        """Writes README.md into the output folder, with the facts of the run."""
+        if self.is_world_process_zero():
+            write_model_card(self, model_name)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.create_model_card()
+        super()._save_checkpoint(model, trial)

@@ -1,0 +1,393 @@
+"""The invariants of DESIGN.md on whole optimizer steps of real, tiny models."""
+
+import json
+from collections import Counter
+
+import pytest
+import tiny
+import torch
+from training import assert_same, config, dataset, gradient, trainer, weights, word_reward
+from transformers import AutoModelForCausalLM
+
+from online_dpo import OnlineDPOTrainer
+from online_dpo.errors import TrainingDivergedError
+
+
+def recording(calls):
+    def reward(prompts, completions, completion_ids, name, **_):
+        calls.append(list(zip(prompts, completions, completion_ids, name, strict=True)))
+        return word_reward(completions)
+
+    return reward
+
+
+def first_step(made):
+    """Micro-batches of the first optimizer step, as `Trainer` would fetch them."""
+    loader = made.get_train_dataloader()
+    return made.get_batch_samples(iter(loader), made.args.gradient_accumulation_steps, made.args.device)
+
+
+# 1 ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("extra", [None, {"no_repeat_ngram_size": 0}])
+@pytest.mark.parametrize("num_completions", [2, 3, 5])
+def test_chosen_and_rejected_share_their_prompt_and_come_from_its_group(tmp_path, num_completions, extra):
+    calls = []
+    made = trainer(
+        tmp_path,
+        reward_funcs=recording(calls),
+        num_completions=num_completions,
+        generation_kwargs=extra,
+        gradient_accumulation_steps=3,
+    )
+    micro_batches, _ = first_step(made)
+    [scored] = calls
+    by_prompt = {}
+    for prompt, _, ids, _ in scored:
+        by_prompt.setdefault(tuple(made.tokenizer(prompt)["input_ids"]), []).append(tuple(ids))
+    assert len(by_prompt) == 12 and all(len(ids) == num_completions for ids in by_prompt.values())
+    pairs = 0
+    for rows in (inputs["rows"] for inputs in micro_batches):
+        for chosen, rejected in zip(rows.chosen_N.tolist(), rows.rejected_N.tolist(), strict=True):
+            prompts, completions = zip(*(split(rows, r) for r in (chosen, rejected)), strict=True)
+            assert prompts[0] == prompts[1]
+            assert completions[0] in by_prompt[prompts[0]] and completions[1] in by_prompt[prompts[0]]
+            score = {c: word_reward([made.tokenizer.decode(c, skip_special_tokens=True)])[0] for c in completions}
+            assert score[completions[0]] > score[completions[1]]
+            pairs += 1
+    assert pairs >= 6
+
+
+def split(rows, r):
+    real = rows.ids_RT[r][rows.attention_mask_RT[r].bool()].tolist()
+    length = int(rows.completion_mask_RC[r].sum())
+    return tuple(real[:-length]), tuple(real[-length:])
+
+
+# 2 ------------------------------------------------------------------------------------------------------------------
+
+
+def test_gradient_is_the_mean_over_pairs_worked_out_one_sequence_at_a_time(tmp_path):
+    """The oracle knows nothing of rows, masks or micro-batches."""
+    calls = []
+    reference = tiny.causal_lm(seed=5, sharpness=1.0)
+    got = gradient(
+        tmp_path,
+        reward_funcs=recording(calls),
+        kwargs={"ref_model": tiny.causal_lm(seed=5, sharpness=1.0)},
+        per_device_train_batch_size=12,
+        beta=0.5,
+    )
+    policy, tokenizer = tiny.causal_lm(sharpness=1.0), tiny.tokenizer()
+
+    def logp(model, prompt, ids):
+        prompt_ids = tokenizer(prompt)["input_ids"]
+        logits = model(torch.tensor([[*prompt_ids, *ids]])).logits[0, len(prompt_ids) - 1 : -1]
+        return logits.log_softmax(-1).gather(-1, torch.tensor(ids)[:, None]).sum()
+
+    losses = []
+    for first, second in zip(calls[0][::2], calls[0][1::2], strict=True):
+        a, b = word_reward([first[1], second[1]])
+        if a == b:
+            continue
+        good, bad = (first, second) if a > b else (second, first)
+        h = logp(policy, good[0], good[2]) - logp(policy, bad[0], bad[2])
+        h = h - (logp(reference, good[0], good[2]) - logp(reference, bad[0], bad[2])).detach()
+        losses.append(-torch.nn.functional.logsigmoid(0.5 * h))
+    assert 6 <= len(losses) < 12
+    torch.stack(losses).mean().backward()
+    assert_same(got, {name: p.grad for name, p in policy.named_parameters()}, 1e-5)
+
+
+@pytest.mark.parametrize("batch, accumulation", [(4, 2), (2, 4), (1, 8)])
+def test_gradient_does_not_depend_on_accumulation(tmp_path, batch, accumulation):
+    whole = gradient(tmp_path, per_device_train_batch_size=8)
+    cut = gradient(tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation)
+    assert_same(cut, whole, 1e-5)
+
+
+@pytest.mark.parametrize("batch, accumulation", [(4, 2), (2, 4)])
+def test_a_short_last_accumulation_weighs_its_pairs_the_same(tmp_path, batch, accumulation):
+    """12 prompts, 8 a step: the second step of the epoch has 4."""
+    both = {}
+    for size, steps in ((8, 1), (batch, accumulation)):
+        both[size] = gradient(
+            tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=steps, max_steps=2, learning_rate=0.1
+        )
+    assert_same(both[batch], both[8], 1e-5)
+
+
+def test_gradient_checkpointing_does_not_change_the_gradient(tmp_path):
+    assert_same(gradient(tmp_path, gradient_checkpointing=True), gradient(tmp_path), 1e-5)
+
+
+def test_micro_batches_without_pairs_change_nothing(tmp_path):
+    """One pair in the whole step, eight micro-batches: seven of them hold a stand-in."""
+
+    def only_row_three(completions, name, **_):
+        return [float(i) if n == "row 3" else None for i, n in enumerate(name)]
+
+    options = dict(reward_funcs=only_row_three, train_dataset=dataset(lengths=(5, 9, 3, 7, 12, 4, 6, 8)))
+    whole = gradient(tmp_path, per_device_train_batch_size=8, **options)
+    cut = gradient(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=8, **options)
+    assert_same(cut, whole, 1e-5)
+
+
+# 4 ------------------------------------------------------------------------------------------------------------------
+
+
+def test_no_metric_depends_on_padding_or_on_the_cut(tmp_path):
+    """One long prompt pads all rows of its batch; cut into single prompts nothing is padded."""
+    logs = []
+    for batch, accumulation in ((8, 1), (1, 8)):
+        made = trainer(
+            tmp_path,
+            train_dataset=dataset(lengths=(2, 50, 3, 4, 2, 5, 3, 2)),
+            kwargs={"ref_model": tiny.causal_lm(seed=5, sharpness=1.0)},
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+        )
+        made.train()
+        logs.append({k: v for k, v in made.state.log_history[0].items() if not k.startswith(("time/", "perf/"))})
+    assert logs[0].keys() == logs[1].keys()
+    assert logs[0] == pytest.approx(logs[1], rel=1e-5, abs=1e-6)
+    assert logs[0]["objective/kl"] != 0
+
+
+# 5 ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop", [1, 2, 4])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, stop):
+    options = dict(
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=5,
+        save_strategy="steps",
+        save_steps=1,
+        disable_dropout=False,
+        lr_scheduler_type="linear",
+    )
+
+    def with_dropout():
+        return tiny.causal_lm("gpt2", sharpness=1.0, resid_pdrop=0.2, embd_pdrop=0.2)
+
+    whole = trainer(tmp_path, model=with_dropout(), **options)
+    whole.train()
+    resumed = trainer(tmp_path, model=with_dropout(), **options)
+    torch.rand(17)  # how much randomness was drawn before must not matter
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
+    for name, expected in weights(whole.model).items():
+        assert torch.equal(dict(resumed.model.named_parameters())[name], expected), name
+    ours, theirs = resumed.optimizer.state_dict()["state"], whole.optimizer.state_dict()["state"]
+    assert all(torch.equal(ours[i][key], theirs[i][key]) for i in theirs for key in theirs[i])
+    last = [h["objective/scores"] for h in whole.state.log_history if "objective/scores" in h]
+    assert [h["objective/scores"] for h in resumed.state.log_history if "objective/scores" in h] == last
+
+
+# 6 and 12 -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_prompt_of_an_epoch_ends_as_a_pair_or_in_a_counted_reason(tmp_path):
+    def moody(completions, name, **_):
+        values = []
+        for i, (text, row) in enumerate(zip(completions, name, strict=True)):
+            kind = int(row.split()[1]) % 4
+            values.append({0: float(i), 1: None, 2: float("nan") if i % 2 else 1.0, 3: 7.0}[kind])
+        return values
+
+    made = trainer(tmp_path, reward_funcs=moody, per_device_train_batch_size=5, max_steps=-1, num_train_epochs=2)
+    made.train()
+    totals = Counter()
+    for log in made.state.log_history:
+        totals.update({k: v for k, v in log.items() if k.startswith("dropped/") or k in ("pairs/count", "prompts")})
+    assert totals["prompts"] == 24 and totals["pairs/count"] == 6
+    assert totals["dropped/missing_score"] == 12 and totals["dropped/tie"] == 6
+    assert totals["pairs/count"] + sum(v for k, v in totals.items() if k.startswith("dropped/")) == totals["prompts"]
+
+
+def test_a_missing_score_does_not_beat_a_bad_one(tmp_path):
+    """Incumbent behaviour: None becomes 0 and beats -1. Here no gradient flows from it at all."""
+    made = trainer(tmp_path, reward_funcs=lambda completions, **_: [None, -1.0] * (len(completions) // 2))
+    before = weights(made.model)
+    made.train()
+    assert all(torch.equal(before[name], p) for name, p in made.model.named_parameters())
+    assert made.state.log_history[0]["dropped/missing_score"] == 4
+
+
+def test_a_step_without_pairs_leaves_weights_and_optimizer_alone(tmp_path):
+    """Weight decay and momentum would move them even with a gradient of zero."""
+    calls = []
+
+    def only_first_step(completions, **_):
+        calls.append(1)
+        return [float(i) for i in range(len(completions))] if len(calls) == 1 else [1.0] * len(completions)
+
+    made = trainer(tmp_path, reward_funcs=only_first_step, max_steps=2, weight_decay=0.5, save_strategy="steps", save_steps=1)
+    made.train()
+    after_first = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-1")
+    assert all(torch.equal(p, made.model.get_parameter(name)) for name, p in after_first.named_parameters())
+    assert made.state.log_history[1]["dropped/tie"] == 4
+
+
+# 7 ------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_sampled_from_is_what_is_scored_and_trained_on(tmp_path):
+    calls = []
+    made = trainer(tmp_path, reward_funcs=recording(calls), train_dataset=dataset(lengths=(30, 31, 5, 32)), max_length=20)
+    micro_batches, _ = first_step(made)
+    assert {len(made.tokenizer(prompt)["input_ids"]) for prompt, *_ in calls[0]} == {12, 5}
+    sampled_from = {tuple(made.tokenizer(prompt)["input_ids"]) for prompt, *_ in calls[0]}
+    originals = [tuple(made.tokenizer(row["prompt"])["input_ids"]) for row in dataset(lengths=(30, 31, 5, 32))]
+    assert sampled_from == {ids[-12:] for ids in originals}
+    for rows in (inputs["rows"] for inputs in micro_batches):
+        assert {split(rows, r)[0] for r in range(len(rows.ids_RT))} <= sampled_from
+
+
+# 9 ------------------------------------------------------------------------------------------------------------------
+
+
+def test_saved_configs_are_as_the_user_gave_them(tmp_path):
+    model = tiny.causal_lm(sharpness=1.0, eos_token_id=[tiny.END], use_cache=True, pad_token_id=None)
+    model.generation_config.eos_token_id = [tiny.END]
+    model.generation_config.temperature = 0.3
+    model.generation_config.do_sample = True
+    given = model.config.to_dict(), model.generation_config.to_dict()
+    made = trainer(tmp_path, model=model, gradient_checkpointing=True, save_strategy="steps", save_steps=1)
+    made.train()
+    made.save_model(str(tmp_path / "final"))
+    for folder in ("final", "checkpoint-1"):
+        saved = json.loads((tmp_path / folder / "config.json").read_text())
+        generation = json.loads((tmp_path / folder / "generation_config.json").read_text())
+        for name in ("eos_token_id", "bos_token_id", "pad_token_id", "use_cache"):
+            assert saved.get(name) == given[0].get(name), (folder, name)
+        for name in ("eos_token_id", "bos_token_id", "pad_token_id", "temperature", "do_sample"):
+            assert generation.get(name) == given[1].get(name), (folder, name)
+
+
+# 11 -----------------------------------------------------------------------------------------------------------------
+
+
+def poison(model, at_steps):
+    """Makes the logits of these training forwards NaN (1 is the first)."""
+    count = [0]
+
+    def hook(module, args, output):
+        if module.training:
+            count[0] += 1
+            if count[0] in at_steps:
+                output.logits = output.logits * float("nan")
+
+    model.register_forward_hook(hook)
+    return model
+
+
+def optimizer_state(made):
+    return {(i, k): v.clone() for i, s in made.optimizer.state_dict()["state"].items() for k, v in s.items()}
+
+
+@pytest.mark.parametrize("accumulation, poisoned", [(1, {2}), (2, {3}), (2, {4})])
+def test_a_step_that_is_not_finite_leaves_weights_and_optimizer_alone(tmp_path, accumulation, poisoned):
+    from transformers import TrainerCallback
+
+    seen = []
+
+    class Snapshot(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append((weights(made.model), optimizer_state(made)))
+
+    made = trainer(
+        tmp_path,
+        model=poison(tiny.causal_lm(sharpness=1.0), poisoned),
+        max_steps=3,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=accumulation,
+        max_grad_norm=1.0,
+        weight_decay=0.1,
+        kwargs={"callbacks": [Snapshot()]},
+    )
+    made.train()
+    for before, after in zip(seen[0], seen[1], strict=True):
+        assert all(torch.equal(before[key], after[key]) for key in before)
+    assert any(not torch.equal(seen[1][0][name], seen[2][0][name]) for name in seen[1][0])
+    assert all(p.isfinite().all() for p in made.model.parameters())
+    assert [h["guard/skipped_steps"] for h in made.state.log_history if "guard/skipped_steps" in h] == [0, 1, 1]
+
+
+def test_too_many_in_a_row_stop_the_run_with_a_checkpoint(tmp_path):
+    made = trainer(tmp_path, model=poison(tiny.causal_lm(sharpness=1.0), {2, 4, 5, 6}), max_steps=9, max_skipped_steps=3)
+    with pytest.raises(TrainingDivergedError, match=r"3 steps in a row.*checkpoint-6"):
+        made.train()
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-6")
+    assert all(torch.equal(p, made.model.get_parameter(name)) for name, p in saved.named_parameters())
+
+
+# out of memory ------------------------------------------------------------------------------------------------------
+
+
+class FailingBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits):
+        return logits.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if gradient.shape[0] > 4:
+            raise torch.OutOfMemoryError("no room for the backward pass")
+        return gradient
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_running_out_of_memory_splits_the_micro_batch_and_keeps_the_gradient(tmp_path, where):
+    def hook(module, args, output):
+        if not module.training:
+            return
+        if where == "forward" and output.logits.shape[0] > 4:
+            raise torch.OutOfMemoryError("no room for the forward pass")
+        if where == "backward":
+            output.logits = FailingBackward.apply(output.logits)
+
+    options = dict(per_device_train_batch_size=6, gradient_accumulation_steps=2)
+    expected_log = trainer(tmp_path, **options)
+    expected_log.train()
+    expected = gradient(tmp_path, **options)
+    model = tiny.causal_lm(sharpness=1.0)
+    model.register_forward_hook(hook)
+    assert_same(gradient(tmp_path, model=model, **options), expected, 1e-5)
+
+    model = tiny.causal_lm(sharpness=1.0)
+    model.register_forward_hook(hook)
+    small = trainer(tmp_path, model=model, **options)
+    small.train()
+    comparable = lambda made: {k: v for k, v in made.state.log_history[0].items() if not k.startswith(("time/", "perf/"))}  # noqa: E731
+    assert comparable(small) == pytest.approx(comparable(expected_log), rel=1e-5, abs=1e-6)
+
+
+def test_a_single_pair_that_does_not_fit_says_what_to_do(tmp_path):
+    def hook(module, args, output):
+        if module.training:
+            raise torch.OutOfMemoryError("never any room")
+
+    model = tiny.causal_lm(sharpness=1.0)
+    model.register_forward_hook(hook)
+    with pytest.raises(torch.OutOfMemoryError, match="Lower `per_device_train_batch_size`"):
+        trainer(tmp_path, model=model).train()
+
+
+# randomness ---------------------------------------------------------------------------------------------------------
+
+
+def test_epochs_and_steps_sample_different_completions(tmp_path):
+    calls = []
+    made = OnlineDPOTrainer(
+        model=tiny.causal_lm(sharpness=1.0),
+        reward_funcs=recording(calls),
+        args=config(tmp_path, per_device_train_batch_size=12, max_steps=2, learning_rate=1e-12),
+        train_dataset=dataset(),
+        processing_class=tiny.tokenizer(),
+    )
+    made.train()
+    first, second = ({name: ids for _, _, ids, name in call} for call in calls)
+    assert first.keys() == second.keys() and sum(first[n] == second[n] for n in first) <= 2

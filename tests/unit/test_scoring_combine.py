@@ -1,0 +1,329 @@
+"""Several scorers to one number; building scorers from what users pass, and refusing early what cannot work."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+from online_dpo.config import OnlineDPOConfig
+from online_dpo.errors import ScoringError
+from online_dpo.scoring import FunctionScorer, RewardModelScorer, build_scorers, check_scorers, score_groups
+from online_dpo.types import Completion, Group, Prompt
+
+
+def group(prompt: str, *texts: str, reasons: str = "") -> Group:
+    """``reasons``: one letter for each completion, "s" or "l"; all stopped when not given."""
+    names = [{"s": "stop", "l": "length"}[letter] for letter in reasons or "s" * len(texts)]
+    completions = tuple(Completion((9,), (-1.0,), r, 0, t) for t, r in zip(texts, names, strict=True))  # pyright: ignore
+    return Group(Prompt(prompt, (1,), row=0), completions)
+
+
+class Says:
+    """A scorer that says what it is told."""
+
+    def __init__(self, name: str, *rows: list[float | None]):
+        self.name = name
+        self.rows = list(rows)
+        self.calls = 0
+
+    def score(self, groups):
+        self.calls += 1
+        return self.rows
+
+
+GROUPS = [group("p", "a", "b"), group("q", "c", "d")]
+
+
+def config(tmp_path, **options) -> OnlineDPOConfig:
+    return OnlineDPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", **options)
+
+
+# --- the sum --------------------------------------------------------------------------------------------------------
+
+
+def test_weighted_sum():
+    scorers = [Says("f", [1, 2], [3, 4]), Says("g", [0.5, -1], [0, 8])]
+    assert score_groups(GROUPS, scorers, [2.0, -0.5], None).values == [[1.75, 4.5], [6.0, 4.0]]
+    scores = score_groups(GROUPS, scorers, None, None)
+    assert scores.values == [[1.5, 1.0], [3.0, 12.0]]
+    assert scores.by_scorer == {"f": [[1.0, 2.0], [3.0, 4.0]], "g": [[0.5, -1.0], [0.0, 8.0]]}
+
+
+def test_penalty_only_where_the_engine_says_that_it_was_cut():
+    groups = [group("p", "a", "b", reasons="sl"), group("q", "c", "d", reasons="ls")]
+    scorer = Says("f", [1, 1], [1, math.nan])
+    assert score_groups(groups, [scorer], [2.0], 0.75).values == [[2.0, 1.25], [1.25, None]]
+    assert score_groups(groups, [scorer], [2.0], None).values == [[2.0, 2.0], [2.0, None]]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_not_finite_is_missing_and_only_there(bad):
+    scores = score_groups(GROUPS, [Says("f", [bad, 1], [2, 3]), Says("g", [1, 1], [1, bad])], None, None)
+    assert scores.values == [[None, 2.0], [3.0, None]]
+    assert scores.by_scorer == {"f": [[None, 1.0], [2.0, 3.0]], "g": [[1.0, 1.0], [1.0, None]]}
+
+
+def test_not_finite_is_missing_even_with_weight_zero():
+    assert score_groups(GROUPS, [Says("f", [math.inf, 1], [2, 3])], [0.0], None).values == [[None, 0.0], [0.0, 0.0]]
+
+
+def test_a_sum_that_overflows_is_missing():
+    scores = score_groups(GROUPS, [Says("f", [1e308, 1], [2, 3])], [10.0], None)
+    assert scores.values == [[None, 10.0], [20.0, 30.0]]
+    assert scores.by_scorer["f"][0][0] == 1e308
+
+
+def test_a_scorer_that_does_not_apply_to_a_prompt_is_left_out_there():
+    scorers = [Says("maths", [None, None], [1, 2]), Says("code", [5, 6], [None, None])]
+    assert score_groups(GROUPS, scorers, [1.0, 10.0], None).values == [[50.0, 60.0], [1.0, 2.0]]
+
+
+def test_none_for_some_completions_is_missing():
+    scorers = [Says("f", [None, 1], [1, 2]), Says("g", [5, 6], [7, None])]
+    assert score_groups(GROUPS, scorers, None, None).values == [[None, 7.0], [8.0, None]]
+
+
+def test_none_beside_nan_does_apply():
+    scorers = [Says("f", [None, math.nan], [1, 2]), Says("g", [5, 6], [7, 8])]
+    assert score_groups(GROUPS, scorers, None, None).values == [[None, None], [8.0, 10.0]]
+
+
+def test_where_nothing_applies_all_is_missing():
+    scorers = [Says("f", [None, None], [1, 2]), Says("g", [None, None], [3, 4])]
+    scores = score_groups([group("p", "a", "b", reasons="ll"), GROUPS[1]], scorers, None, 1.0)
+    assert scores.values == [[None, None], [4.0, 6.0]]
+
+
+def test_names_are_made_unique():
+    rows = ([1, 2], [3, 4])
+    scorers = [Says("f", *rows), Says("f_2", *rows), Says("f", *rows), Says("f", *rows)]
+    assert list(score_groups(GROUPS, scorers, None, None).by_scorer) == ["f", "f_2", "f_3", "f_4"]
+    assert list(score_groups(GROUPS, [scorers[0], scorers[2]], None, None).by_scorer) == ["f", "f_2"]
+
+
+def test_a_scorer_listed_twice_is_run_once():
+    scorer = Says("f", [1, 2], [3, 4])
+    scores = score_groups(GROUPS, [scorer, scorer], [1.0, 10.0], None)
+    assert scorer.calls == 1
+    assert scores.values == [[11.0, 22.0], [33.0, 44.0]] and list(scores.by_scorer) == ["f", "f_2"]
+
+
+def test_wrong_shape_and_wrong_number_of_weights():
+    with pytest.raises(ScoringError, match=r"`f` returned lists of \[2, 1\] scores for groups of \[2, 2\]"):
+        score_groups(GROUPS, [Says("f", [1, 2], [3])], None, None)
+    with pytest.raises(ScoringError, match=r"`f` returned lists of \[2\] scores for groups of \[2, 2\]"):
+        score_groups(GROUPS, [Says("f", [1, 2])], None, None)
+    with pytest.raises(ValueError, match="3 weights for 1 scorers"):
+        score_groups(GROUPS, [Says("f", [1, 2], [3, 4])], [1.0, 2.0, 3.0], None)
+
+
+def test_no_groups():
+    async def wait(completions):
+        return [1.0 for _ in completions]
+
+    scores = score_groups([], [FunctionScorer(wait), FunctionScorer(len, name="len")], None, 1.0)
+    assert scores.values == [] and scores.by_scorer == {"wait": [], "len": []}
+
+
+# --- async ----------------------------------------------------------------------------------------------------------
+
+
+async def sleeper_one(completions):
+    await asyncio.sleep(0.2)
+    return [1.0 for _ in completions]
+
+
+async def sleeper_two(completions):
+    await asyncio.sleep(0.2)
+    return [2.0 for _ in completions]
+
+
+def busy(completions):
+    time.sleep(0.2)
+    return [4.0 for _ in completions]
+
+
+def test_async_scorers_wait_beside_each_other_and_beside_the_others():
+    scorers = [FunctionScorer(f) for f in (sleeper_one, sleeper_two, busy)]
+    start = time.perf_counter()
+    scores = score_groups(GROUPS, scorers, None, None)
+    assert time.perf_counter() - start < 0.35
+    assert scores.values == [[7.0, 7.0], [7.0, 7.0]]
+    assert list(scores.by_scorer) == ["sleeper_one", "sleeper_two", "busy"]
+
+
+def test_async_scorers_where_a_loop_is_running():
+    async def notebook():
+        return score_groups(GROUPS, [FunctionScorer(sleeper_one), FunctionScorer(sleeper_two)], None, None).values
+
+    start = time.perf_counter()
+    assert asyncio.run(notebook()) == [[3.0, 3.0], [3.0, 3.0]]
+    assert time.perf_counter() - start < 0.35
+
+
+@pytest.mark.parametrize("failing_is_async", [False, True])
+def test_one_that_fails_stops_those_that_wait(failing_is_async):
+    ended = []
+
+    async def patient(completions):
+        try:
+            await asyncio.sleep(30)
+        except asyncio.CancelledError:
+            ended.append("cancelled")
+            raise
+
+    async def fails_async(completions):
+        await asyncio.sleep(0.05)
+        raise RuntimeError("no")
+
+    def fails(completions):
+        time.sleep(0.05)
+        raise RuntimeError("no")
+
+    # An async failure is seen when its turn to be waited for has come: order of the list.
+    scorers = [FunctionScorer(fails_async if failing_is_async else fails, name="bad"), FunctionScorer(patient)]
+    with pytest.raises(ScoringError, match="`bad` raised RuntimeError: no"):
+        score_groups(GROUPS, scorers, None, None)
+    deadline = time.perf_counter() + 5
+    while not ended and time.perf_counter() < deadline:
+        time.sleep(0.01)
+    assert ended == ["cancelled"]
+
+
+# --- building -------------------------------------------------------------------------------------------------------
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "p": 2, "q": 3, "a": 4, "b": 5}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+
+
+def reward_model(labels: int = 1) -> LlamaForSequenceClassification:
+    torch.manual_seed(1)
+    sizes = {"vocab_size": 6, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    return LlamaForSequenceClassification(
+        LlamaConfig(**sizes, num_attention_heads=2, max_position_embeddings=16, num_labels=labels)
+    ).eval()
+
+
+@pytest.fixture
+def folder(tmp_path) -> str:
+    reward_model().save_pretrained(tmp_path / "rm")
+    tokenizer().save_pretrained(tmp_path / "rm")
+    return str(tmp_path / "rm")
+
+
+def length(completions, trainer_state=None):
+    return [float(len(text)) for text in completions]
+
+
+def test_kinds_and_order(tmp_path, folder):
+    model = reward_model()
+    own = Says("own", [1, 2])
+    rewards = [length, folder, own, model]
+    tok = tokenizer()
+    scorers = build_scorers(rewards, [None, None, None, tok], config(tmp_path, reward_batch_size=3), state=None)
+    assert [scorer.name for scorer in scorers] == ["length", "rm", "own", "LlamaForSequenceClassification"]
+    loaded, given = scorers[1], scorers[3]
+    assert isinstance(loaded, RewardModelScorer) and isinstance(given, RewardModelScorer)
+    assert loaded.batch_size == given.batch_size == 3 and given.model is model and given.tokenizer is tok
+    asked = [group("p", "a", "bab")]
+    with torch.no_grad():
+        truth = [model(torch.tensor([ids])).logits.item() for ids in ([2, 4, 1], [2, 5, 4, 5, 1])]
+    for scorer in (loaded, given):
+        assert scorer.score(asked)[0] == pytest.approx(truth, abs=1e-6)
+    values = score_groups(asked, scorers, None, None).values[0]
+    assert values == pytest.approx([1 + 1 + 2 * truth[0], 3 + 2 + 2 * truth[1]], abs=1e-5)
+
+
+def test_one_reward_without_a_list(tmp_path, folder):
+    [scorer] = build_scorers(folder, tokenizer(), config(tmp_path), state=None)
+    assert scorer.name == "rm"
+    [scorer] = build_scorers(length, None, config(tmp_path), state=None)
+    assert scorer.score(GROUPS) == [[1.0, 1.0], [1.0, 1.0]]
+
+
+def test_functions_receive_the_trainer_state(tmp_path):
+    state = SimpleNamespace(global_step=5)
+
+    def step(completions, trainer_state):
+        return [trainer_state.global_step for _ in completions]
+
+    [scorer] = build_scorers([step], None, config(tmp_path), state=lambda: state)
+    assert scorer.score(GROUPS[:1]) == [[5.0, 5.0]]
+    state.global_step = 6
+    assert scorer.score(GROUPS[:1]) == [[6.0, 6.0]]
+
+
+def test_the_same_reward_twice_is_loaded_once(tmp_path, folder):
+    scorers = build_scorers([folder, length, folder, length], None, config(tmp_path), state=None)
+    assert scorers[0] is scorers[2] and scorers[1] is scorers[3] and scorers[0] is not scorers[1]
+
+
+def test_placed_models_are_not_moved(tmp_path):
+    class Placed(LlamaForSequenceClassification):
+        def to(self, *args, **kwargs):
+            raise ValueError("this model was placed by its device map")
+
+    placed, moved = Placed(reward_model().config), reward_model()
+    placed.hf_device_map = {"": "cpu"}
+    moved_to = []
+    moved.to = lambda device: moved_to.append(device) or moved  # pyright: ignore
+    args = config(tmp_path)
+    build_scorers([placed, moved], [tokenizer(), tokenizer()], args, state=None)
+    assert moved_to == [args.device]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "tokenizers", "options", "error", "message"),
+    [
+        ([], None, {}, ValueError, "`reward_funcs` is empty"),
+        ([length, 3], None, {}, TypeError, "Each of `reward_funcs` must be .*; one is int 3"),
+        (None, None, {}, TypeError, "one is None"),
+        (nn.Linear(2, 1), None, {}, TypeError, "Linear has no `config`"),
+        (reward_model(labels=2), None, {}, ValueError, "one label.*it has 2"),
+        (reward_model(), None, {}, ValueError, "its tokenizer is unknown. Pass it in `reward_processing_classes`"),
+        ([length, length], [None], {}, ValueError, "has 1 entries, but there are 2 reward functions"),
+        ([length, length], tokenizer(), {}, ValueError, "has 1 entries, but there are 2 reward functions"),
+        (length, "gpt2", {}, TypeError, "must be a tokenizer or None; one is str 'gpt2'"),
+        (length, None, {"reward_weights": [1.0, 2.0]}, ValueError, "has 2 numbers, but there are 1 reward functions"),
+        (length, None, {"reward_weights": [math.nan]}, ValueError, "must be finite numbers"),
+        ("./no/model", None, {}, ValueError, "`./no/model` does not exist"),
+        ("/no-model", None, {}, ValueError, "`/no-model` does not exist"),
+        ("~/no-model-here", None, {}, ValueError, "`~/no-model-here` does not exist"),
+        ("out/run/reward", None, {}, ValueError, "`out/run/reward` does not exist"),
+        ("", None, {}, ValueError, "`` does not exist"),
+    ],
+)
+def test_refused_before_anything_is_loaded(tmp_path, rewards, tokenizers, options, error, message):
+    for check in (check_scorers, lambda *a: build_scorers(*a, state=None)):
+        with pytest.raises(error, match=message):
+            check(rewards, tokenizers, config(tmp_path, **options))
+
+
+def test_paths_that_check_accepts_and_refuses(tmp_path, folder):
+    args = config(tmp_path)
+    check_scorers(["org/model-on-the-hub", "model-on-the-hub", folder], None, args)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    check_scorers(str(tmp_path / "adapter"), None, args)
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "empty", tmp_path / "rm" / "config.json"):
+        with pytest.raises(
+            ValueError, match="is no model folder: it holds neither config.json nor adapter_config.json"
+        ):
+            check_scorers(str(path), None, args)
+
+
+def test_a_tokenizer_for_a_function_is_ignored_with_a_warning(tmp_path):
+    with pytest.warns(UserWarning, match="Ignored: the processing class of function .*length"):
+        check_scorers([length], [tokenizer()], config(tmp_path))
