@@ -22,17 +22,16 @@ class MetricStore:
 
     def __init__(self) -> None:
         self._sums: dict[str, Any] = defaultdict(float)
-        self._counts: dict[str, int] = defaultdict(int)
+        self._counts: dict[str, Any] = defaultdict(float)
         self._totals: dict[str, float] = defaultdict(float)
 
     def mean(self, name: str, values: Value) -> None:
-        if isinstance(values, torch.Tensor):
-            self._sums[name] = self._sums[name] + values.detach().double().sum()
-            self._counts[name] += values.numel()
-        else:
-            numbers = [values] if isinstance(values, (int, float)) else list(values)
-            self._sums[name] = self._sums[name] + sum(numbers)
-            self._counts[name] += len(numbers)
+        """Values that are not finite (of a step that the guard will skip) are left out, so that they do not hide the others."""
+        if not isinstance(values, torch.Tensor):
+            values = torch.tensor([values] if isinstance(values, (int, float)) else list(values), dtype=torch.float64)
+        finite = values.detach().isfinite()
+        self._sums[name] = self._sums[name] + torch.where(finite, values.detach().double(), 0.0).sum()
+        self._counts[name] = self._counts[name] + finite.sum()
 
     def total(self, name: str, amount: float) -> None:
         self._totals[name] += amount
@@ -40,7 +39,7 @@ class MetricStore:
     def ratio(self, name: str, part: float, whole: float) -> None:
         """Adds to a mean whose denominator is ``whole``: the share of ``part`` in ``whole`` over the whole log."""
         self._sums[name] = self._sums[name] + part
-        self._counts[name] += whole  # pyright: ignore[reportArgumentType]
+        self._counts[name] = self._counts[name] + whole
 
     def copy(self) -> MetricStore:
         """The store as it is now, to go back to when a forward pass has to be repeated."""
@@ -53,7 +52,7 @@ class MetricStore:
     def drain(self) -> dict[str, float]:
         """Every metric over all ranks. A collective operation: every rank calls it at the same time."""
         mine = (
-            {name: (float(value), self._counts[name]) for name, value in self._sums.items()},
+            {name: (float(value), float(self._counts[name])) for name, value in self._sums.items()},
             dict(self._totals),
         )
         self._sums.clear(), self._counts.clear(), self._totals.clear()
@@ -106,6 +105,7 @@ def record_loss(
     ``objective/entropy`` that of minus the summed log-probability; ``objective/token_entropy`` the mean over tokens of the
     entropy of the whole next-token distribution.
     """
+    store.mean("beta", beta)
     real_N = rows.weight_N > 0
     if not real_N.any():
         return

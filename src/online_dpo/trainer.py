@@ -164,9 +164,11 @@ class OnlineDPOTrainer(Trainer):
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[dict[str, Any]], torch.Tensor]:
+    ) -> tuple[list[dict[str, Any]], torch.Tensor | None]:
         """The first five stages, for all micro-batches of an optimizer step at once: fetch, sample, score, pair, pack."""
         batches = list(islice(epoch_iterator, num_batches))
+        if not batches:  # a stream that ended
+            return [], None
         prompts = self._usable_prompts(batches)
         groups = self._rollout(prompts)
         scores, ranks = self._score(groups)
@@ -325,7 +327,7 @@ class OnlineDPOTrainer(Trainer):
             self._last_log = time.perf_counter()
             mine = self.metrics.drain()
             mine["perf/tokens_per_second"] = mine.pop("completion_tokens", 0.0) / elapsed
-            logs = {**logs, **mine, "beta": self._beta, "guard/skipped_steps": float(self.guard.skipped)}
+            logs = {**logs, **mine, "guard/skipped_steps": float(self.guard.skipped)}
         super().log(logs, start_time)
 
     @contextmanager

@@ -9,6 +9,7 @@ import re
 import datasets
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
+from torch.utils.data import DataLoader
 
 from online_dpo.data import load_prompts
 
@@ -68,6 +69,39 @@ def test_a_stream_can_be_read_again(tmp_path):
     dataset = load_prompts(str(write(tmp_path / "x.jsonl.gz", lines(ROWS))), streaming=True)
     assert list(dataset) == ROWS
     assert list(dataset) == ROWS
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "csv", "parquet"])
+def test_workers_of_a_data_loader_read_every_row_of_a_stream_once(tmp_path, suffix):
+    for i in range(3):
+        if suffix == "parquet":
+            Dataset.from_list(ROWS[i : i + 1]).to_parquet(tmp_path / f"{i}.parquet")
+        else:
+            row = ROWS[i]
+            content = f'prompt,label\n"{row["prompt"]}",{row["label"]}\n' if suffix == "csv" else lines([row])
+            write(tmp_path / f"{i}.{suffix}", content)
+    stream = load_prompts(str(tmp_path), streaming=True)
+    assert stream.n_shards == 3
+    read = [row for batch in DataLoader(stream, batch_size=2, num_workers=2, collate_fn=list) for row in batch]
+    assert sorted(read, key=lambda row: row["label"]) == ROWS
+
+
+def test_resumed_stream_goes_on_where_it_was(tmp_path):
+    write(tmp_path / "a.jsonl", lines(ROWS[:2]))
+    write(tmp_path / "b.jsonl", lines(ROWS[2:]))
+    stream = load_prompts(str(tmp_path), streaming=True)
+    rows = iter(stream)
+    next(rows)
+    state = stream.state_dict()
+    resumed = load_prompts(str(tmp_path), streaming=True)
+    resumed.load_state_dict(state)
+    assert list(resumed) == ROWS[1:]
+
+
+def test_byte_order_mark(tmp_path, streaming):
+    for name, content in (("lines.jsonl", lines(ROWS)), ("array.json", json.dumps(ROWS))):
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+        assert list(load_prompts(str(tmp_path / name), streaming=streaming)) == ROWS
 
 
 def test_limit(tmp_path, streaming):
@@ -160,6 +194,7 @@ MALFORMED = {
     "no_bytes.jsonl": ("", r"Empty: .*no_bytes\.jsonl"),
     "blank.jsonl": ("\n\n", r"blank\.jsonl: it holds no rows"),
     "blank.jsonl.gz": ("", r"blank\.jsonl\.gz: it holds no rows"),
+    "numbers.json": ("[{}, 3]", r"numbers\.json.*(entry 2 is no JSON object|int)"),
     "empty.json": ("[]", r"empty\.json: it holds no rows"),
     "wide.csv": ("a,b\n1,2\n1,2,3\n", r"wide\.csv.*Expected 2 fields in line 3, saw 3"),
     "header.csv": ("prompt\n", r"header\.csv.*(holds no rows|corresponds to no data)"),

@@ -129,8 +129,8 @@ def test_no_groups():
     async def wait(completions):
         return [1.0 for _ in completions]
 
-    scores = score_groups([], [FunctionScorer(wait), FunctionScorer(len, name="len")], None, 1.0)
-    assert scores.values == [] and scores.by_scorer == {"wait": [], "len": []}
+    scores = score_groups([], [FunctionScorer(wait), FunctionScorer(busy)], None, 1.0)
+    assert scores.values == [] and scores.by_scorer == {"wait": [], "busy": []}
 
 
 # --- async ----------------------------------------------------------------------------------------------------------
@@ -325,5 +325,5 @@ def test_paths_that_check_accepts_and_refuses(tmp_path, folder):
 
 
 def test_a_tokenizer_for_a_function_is_ignored_with_a_warning(tmp_path):
-    with pytest.warns(UserWarning, match="Ignored: the processing class of function .*length"):
-        check_scorers([length], [tokenizer()], config(tmp_path))
+    with pytest.warns(UserWarning, match="processing class given for `length` is ignored"):
+        build_scorers([length], [tokenizer()], config(tmp_path), state=None)

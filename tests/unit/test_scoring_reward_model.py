@@ -1,4 +1,4 @@
-"""Reward models: the tokens they read, batches against single texts, loading. The truth is ``model(ids).logits``."""
+"""Reward models: the tokens they read, batches against single texts, refusals. The truth is ``model(ids).logits``."""
 
 from __future__ import annotations
 
@@ -20,12 +20,10 @@ from transformers import (
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForSequenceClassification,
 )
 
 from online_dpo.errors import ScoringError
-from online_dpo.scoring import PointwiseScorer, RewardModelScorer, load_reward_model
+from online_dpo.scoring import RewardModelScorer
 from online_dpo.types import Completion, Group, Prompt
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "[CLS]", "[SEP]", "<user>", "<assistant>", "<system>", "<end>"]
@@ -364,85 +362,3 @@ def test_logits_of_another_shape():
     model = LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=16, num_labels=1))
     with pytest.raises(ScoringError, match=r"`policy` returned logits of shape \(1, 4, 46\) for 1 texts"):
         RewardModelScorer(model, tokenizer("<s> $A"), name="policy").score([group("hi", ("a", "length"))])
-
-
-# --- loading --------------------------------------------------------------------------------------------------------
-
-
-def test_folder_round_trip(tmp_path):
-    model, tok = llama(), tokenizer("<s> $A")
-    model.save_pretrained(tmp_path / "rm")
-    tok.save_pretrained(tmp_path / "rm")
-    loaded, loaded_tok = load_reward_model(str(tmp_path / "rm"))
-    scorer = RewardModelScorer(loaded, loaded_tok)
-    assert isinstance(scorer, PointwiseScorer) and scorer.name == "rm"
-    assert scorer.score(ASKED) == RewardModelScorer(model, tok).score(ASKED)
-    assert RewardModelScorer(loaded).score(ASKED) == scorer.score(ASKED), "the tokenizer is found by the model's path"
-    assert load_reward_model(str(tmp_path / "rm"), tok)[1] is tok
-
-
-def test_dtype_is_the_saved_one_or_the_given(tmp_path):
-    llama().to(torch.bfloat16).save_pretrained(tmp_path)
-    assert load_reward_model(str(tmp_path), tokenizer())[0].score.weight.dtype == torch.bfloat16
-    assert load_reward_model(str(tmp_path), tokenizer(), dtype=torch.float32)[0].score.weight.dtype == torch.float32
-
-
-def test_heads_that_are_refused(tmp_path):
-    for labels in (2, 3):
-        llama(num_labels=labels).save_pretrained(tmp_path / "classes")
-        with pytest.raises(ValueError, match=rf"one label.*it has `score.weight` of shape \({labels}, 16\)"):
-            load_reward_model(str(tmp_path / "classes"), tokenizer())
-    LlamaForCausalLM(llama().config).save_pretrained(tmp_path / "lm")
-    with pytest.raises(ValueError, match="no trained reward model: it has no weights for score.weight"):
-        load_reward_model(str(tmp_path / "lm"), tokenizer())
-
-
-def test_folders_without_tokenizer(tmp_path):
-    """Llama's loader fails there; Qwen's makes up an empty tokenizer."""
-    llama().save_pretrained(tmp_path / "llama")
-    qwen = Qwen2Config(**SMALL, num_key_value_heads=2, intermediate_size=16, num_labels=1)
-    Qwen2ForSequenceClassification(qwen).save_pretrained(tmp_path / "qwen")
-    for name in ("llama", "qwen"):
-        with pytest.raises(
-            ValueError, match="comes without a tokenizer. Pass its tokenizer in `reward_processing_classes`"
-        ):
-            load_reward_model(str(tmp_path / name))
-
-
-@pytest.mark.parametrize("headless_base", [False, True])
-def test_adapter_round_trip(tmp_path, headless_base):
-    from peft import LoraConfig, TaskType, get_peft_model
-
-    tok, other = tokenizer("<s> $A"), tokenizer("<s> $A </s>")
-    other.chat_template = TEMPLATE
-    base = llama()
-    saved_base = LlamaForCausalLM(base.config) if headless_base else base
-    saved_base.save_pretrained(tmp_path / "base")
-    tok.save_pretrained(tmp_path / "base")
-    fresh = LlamaForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1)
-    lora = LoraConfig(task_type=TaskType.SEQ_CLS, r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    model = get_peft_model(fresh, lora).eval()
-    model.save_pretrained(tmp_path / "adapter")
-
-    loaded, loaded_tok = load_reward_model(str(tmp_path / "adapter"))
-    truth = RewardModelScorer(model, tok).score(ASKED)
-    assert RewardModelScorer(loaded, loaded_tok).score(ASKED) == truth
-    with model.disable_adapter():
-        assert not torch.allclose(
-            torch.tensor(RewardModelScorer(model, tok).score(ASKED)), torch.tensor(truth), atol=1e-3
-        )
-    assert loaded_tok.chat_template is None, "the base model's"
-    other.save_pretrained(tmp_path / "adapter")
-    assert load_reward_model(str(tmp_path / "adapter"))[1].chat_template == TEMPLATE, "the adapter's own"
-
-
-def test_adapter_with_more_labels(tmp_path):
-    from peft import LoraConfig, TaskType, get_peft_model
-
-    base = LlamaForCausalLM(llama().config)
-    base.save_pretrained(tmp_path / "base")
-    three = LlamaForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
-    lora = LoraConfig(task_type=TaskType.SEQ_CLS, r=2, target_modules=["q_proj"])
-    get_peft_model(three, lora).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match=r"(?s)adapter` must have a head with one label.*\[3, 16\]"):
-        load_reward_model(str(tmp_path / "adapter"), tokenizer())

@@ -1,17 +1,22 @@
-"""Read prompts from local files, a folder, a saved dataset or the hub. `datasets` does the reading; this file finds the
-files and turns failures into messages that name them."""
+"""Read prompts from local files, a folder, a saved dataset or the hub.
+
+`datasets` does the reading (streams of local JSON excepted); this file finds the files and turns failures into messages
+that name them.
+"""
 
 from __future__ import annotations
 
+import codecs
 import glob
 import gzip
+import itertools
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, Features, IterableDataset, load_dataset, load_dataset_builder, load_from_disk
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_dataset_builder, load_from_disk
 from datasets.exceptions import DatasetsError
 
 logger = logging.getLogger(__name__)
@@ -27,6 +32,9 @@ FORMATS = {
     ".csv.gz": "csv",
     ".parquet": "parquet",
 }
+_HEAD_ROWS = 1000
+"""Rows that tell the columns of a JSON stream."""
+
 _READ_ERRORS = (ValueError, OSError, DatasetsError, StopIteration)
 """What `datasets` raises for unreadable data. pyarrow's and pandas' errors are ValueErrors; StopIteration: no rows."""
 
@@ -151,13 +159,17 @@ def _load_files(source: str, files: dict[str, list[Path]], split: str, streaming
     formats = sorted({FORMATS[_suffix(file)] for file in every_file})
     if len(formats) > 1:
         raise ValueError(f"{source} mixes {' and '.join(formats)} files; only one format can be read at a time.")
-    if split.partition("[")[0].partition("+")[0] not in files:
+    read_here = streaming and formats == ["json"]
+    if (split if read_here else split.partition("[")[0].partition("+")[0]) not in files:
         listed = "; ".join(f"{name} ({', '.join(map(str, split_files))})" for name, split_files in files.items())
         raise ValueError(f"{source} has no split {split!r}. Its splits are: {listed}.")
     empty = [str(file) for file in every_file if file.stat().st_size == 0]
     if empty:
         raise ValueError(f"Empty: {', '.join(empty)}.")
-    data_files = {name: [_escaped(file) for file in split_files] for name, split_files in files.items()}
+    if read_here:
+        return _stream_json(source, files[split])
+    # Brackets in a folder's name are no pattern.
+    data_files = {name: [glob.escape(str(file.absolute())) for file in group] for name, group in files.items()}
     try:
         dataset = load_dataset(formats[0], data_files=data_files, split=split, streaming=streaming)
         if streaming and next(iter(dataset), None) is None:
@@ -165,21 +177,68 @@ def _load_files(source: str, files: dict[str, list[Path]], split: str, streaming
     except _READ_ERRORS as error:
         raise _unreadable(source, every_file, error) from error
     assert isinstance(dataset, (Dataset, IterableDataset))
-    if isinstance(dataset, IterableDataset) and formats == ["json"]:
-        arguments = {"files": files[split], "features": dataset.features}
-        return IterableDataset.from_generator(_stream_json, features=dataset.features, gen_kwargs=arguments)
     return dataset
 
 
-def _stream_json(files: list[Path], features: Features | None) -> Iterator[dict[str, Any]]:
-    """Rows of JSON files as `datasets` streams them, with errors that name the file and line."""
+def _stream_json(source: str, files: list[Path]) -> IterableDataset:
+    """A stream of JSON rows that names file and line of a malformed one; each file is a shard.
+
+    `datasets` names neither once it is past a file's beginning, and its own stream cannot be wrapped: inside a worker
+    of a data loader, a stream within a stream would be divided among the workers twice and lose rows.
+    """
+    head = list(itertools.islice(_json_rows(files, ()), _HEAD_ROWS))
+    if not head:
+        raise ValueError(f"Cannot read {source}: it holds no rows.")
+    columns = tuple(dict.fromkeys(column for row in head for column in row))
+    return IterableDataset.from_generator(_json_rows, gen_kwargs={"files": files, "columns": columns})
+
+
+def _json_rows(files: list[Path], columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Rows of JSON files: one object a line, or one array. Columns that a row lacks are ``None``.
+
+    Raises:
+        ValueError: a file is malformed. Names the file and the line.
+    """
     for file in files:
         try:
-            yield from load_dataset(
-                "json", data_files=[_escaped(file)], split="train", streaming=True, features=features
-            )
-        except _READ_ERRORS as error:
-            raise _unreadable(str(file), [file], error) from error
+            with gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as lines:
+                start = next((line for line in lines if line.strip()), b"").removeprefix(codecs.BOM_UTF8)
+                lines.seek(0)
+                rows = _array(lines.read()) if start.lstrip().startswith(b"[") else _objects(lines)
+                for row in rows:
+                    yield dict.fromkeys(columns) | row
+        except (OSError, EOFError, _Malformed) as error:
+            raise ValueError(f"Cannot read {file}: {error}.") from error
+
+
+class _Malformed(Exception):
+    """Where and how a JSON file is malformed."""
+
+
+def _array(content: bytes) -> list[dict[str, Any]]:
+    try:
+        rows = json.loads(content)
+    except json.JSONDecodeError as error:
+        raise _Malformed(f"malformed JSON in line {error.lineno} ({error.msg})") from None
+    except UnicodeDecodeError as error:
+        raise _Malformed(f"not UTF-8 ({error})") from None
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise _Malformed(f"entry {number} is no JSON object (but of type {type(row).__name__})")
+    return rows
+
+
+def _objects(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise _Malformed(f"line {number} is no JSON object ({error})") from None
+        if not isinstance(row, dict):
+            raise _Malformed(f"line {number} is no JSON object (but of type {type(row).__name__})")
+        yield row
 
 
 def _load_hub(source: str, split: str, config: str | None, streaming: bool) -> Dataset | IterableDataset:
@@ -194,51 +253,17 @@ def _load_hub(source: str, split: str, config: str | None, streaming: bool) -> D
     return dataset
 
 
-def _escaped(file: Path) -> str:
-    return glob.escape(str(file.absolute()))
-
-
 def _unreadable(source: str, files: list[Path], error: BaseException) -> ValueError:
+    """What to tell the user when `datasets` could not read the files: the malformed line, else the first cause."""
     for file in files:
-        if FORMATS[_suffix(file)] == "json" and (defect := _json_defect(file)):
-            return ValueError(f"Cannot read {file}: {defect}.")
+        if FORMATS[_suffix(file)] == "json":
+            try:
+                rows = sum(1 for _ in _json_rows([file], ()))
+            except ValueError as malformed:
+                return malformed
+            if rows == 0:
+                return ValueError(f"Cannot read {file}: it holds no rows.")
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
     return ValueError(f"Cannot read {source} (files: {', '.join(map(str, files))}): {cause or type(cause).__name__}")
-
-
-def _json_defect(file: Path) -> str | None:
-    """What is wrong with a JSON file and in which line, or ``None`` when it is sound."""
-    try:
-        with gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as lines:
-            start = next((line for line in lines if line.strip()), None)
-            if start is None:
-                return "it holds no rows"
-            lines.seek(0)
-            if start.lstrip().startswith(b"["):
-                return _array_defect(lines.read())
-            for number, line in enumerate(lines, start=1):
-                if line.strip() and (defect := _line_defect(line)):
-                    return f"line {number} is no JSON object ({defect})"
-    except (OSError, EOFError) as error:
-        return str(error)
-    return None
-
-
-def _array_defect(content: bytes) -> str | None:
-    try:
-        rows = json.loads(content)
-    except json.JSONDecodeError as error:
-        return f"malformed JSON in line {error.lineno} ({error.msg})"
-    except UnicodeDecodeError as error:
-        return f"not UTF-8 ({error})"
-    return None if rows else "it holds no rows"
-
-
-def _line_defect(line: bytes) -> str | None:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        return str(error)
-    return None if isinstance(row, dict) else f"but of type {type(row).__name__}"

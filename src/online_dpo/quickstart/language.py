@@ -27,8 +27,8 @@ from itertools import product
 SPLITS = {"sft": 40, "reward": 30, "online": 20, "eval": 10}
 """Splits and the percentage of all requests in each."""
 
-OPENERS = ("", "Hello! ", "Please help me. ", "Quick! ", "I have a question. ", "Hey you! ")
-CLOSERS = ("", " Thank you.", " Thanks!", " I am in a hurry.", " My teacher asked me.", " Answer now!")
+OPENERS = ("", "Hello! ", "Please help me. ", "Quick! ", "I have a question. ", "Hey you! ", "Good day. ", "Sorry to ask. ")
+CLOSERS = ("", " Thank you.", " Thanks!", " I am in a hurry.", " My teacher asked me.", " Answer now!", " Just curious.")
 
 GREETINGS = ("Hello!", "Hi there!", "Good question!", "Happy to help!")
 CLOSINGS = ("Have a nice day!", "I hope this helps!", "Thank you for asking!")
@@ -143,19 +143,13 @@ _KINDS = {
     ),
 }
 
-_OPPOSITES = (
-    "hot cold, big small, fast slow, happy sad, light dark, old new, rich poor, full empty, high low, hard soft, "
-    "loud quiet, wet dry, clean dirty, open closed, early late, near far"
-)
+_OPPOSITES = "hot cold, big small, fast slow, happy sad, old new, rich poor, full empty, loud quiet"
 _PLURALS = (
-    "cat cats, dog dogs, mouse mice, child children, foot feet, tooth teeth, man men, box boxes, city cities, leaf leaves, "
-    "goose geese, book books, house houses, knife knives, baby babies, horse horses"
+    "cat cats, mouse mice, child children, foot feet, tooth teeth, box boxes, city cities, leaf leaves, goose geese, "
+    "knife knives"
 )
-_COLOURS = (
-    "grass green, snow white, coal black, blood red, milk white, gold yellow, butter yellow, soot black, moss green, "
-    "chocolate brown, rust orange, mud brown"
-)
-_BY_SIZE = ("ant", "mouse", "cat", "dog", "horse", "house", "tower", "mountain")
+_COLOURS = "grass green, snow white, coal black, blood red, butter yellow, chocolate brown, rust orange, water blue"
+_BY_SIZE = ("ant", "mouse", "cat", "horse", "house", "mountain")
 _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
 
@@ -164,11 +158,11 @@ def _pairs(table: str) -> list[tuple[str, str]]:
 
 
 def _facts() -> Iterator[_Fact]:
-    numbers = tuple(str(n) for n in range(19))
-    for a, b in product(range(1, 10), repeat=2):
+    numbers = tuple(str(n) for n in range(11))
+    for a, b in product(range(1, 6), repeat=2):
         yield _Fact("sum", (("a", str(a)), ("b", str(b))), str(a + b), numbers[2:])
         if b < a:
-            yield _Fact("difference", (("a", str(a)), ("b", str(b))), str(a - b), numbers[1:9])
+            yield _Fact("difference", (("a", str(a)), ("b", str(b))), str(a - b), numbers[1:6])
     opposites = _pairs(_OPPOSITES) + [(right, left) for left, right in _pairs(_OPPOSITES)]
     for kind, table in (("opposite", opposites), ("plural", _pairs(_PLURALS)), ("colour", _pairs(_COLOURS))):
         options = tuple(sorted({answer for _, answer in table}))
@@ -179,8 +173,8 @@ def _facts() -> Iterator[_Fact]:
             slots = (("a", _BY_SIZE[a]), ("b", _BY_SIZE[b]))
             options = tuple(f"the {_BY_SIZE[i]}" for i in (a, b))
             yield _Fact("compare", slots, f"the {_BY_SIZE[max(a, b)]}", options)
-    for word, _ in _pairs(_PLURALS) + _pairs(_COLOURS):
-        yield _Fact("letters", (("a", word),), str(len(word)), numbers[2:10])
+    for word, _ in _pairs(_PLURALS):
+        yield _Fact("letters", (("a", word),), str(len(word)), numbers[2:9])
     for day, following in zip(_DAYS, _DAYS[1:] + _DAYS[:1], strict=True):
         yield _Fact("day", (("a", day),), following, _DAYS)
 
@@ -334,14 +328,19 @@ def sample_reply(request: Request, rng: random.Random, quality: str = "mixed") -
     return _render(_draw_plan(fact, rng, QUALITIES[quality]), fact)
 
 
-def contrast_replies(request: Request, rng: random.Random) -> tuple[str, str]:
-    """Two replies that differ in one trait only (the answer, the greeting, the explanation ...), or by chance in none."""
+def contrast_replies(request: Request, rng: random.Random, quality: str = "mixed") -> tuple[str, str]:
+    """Two replies that differ in one trait: half of the time in the answer, which the first reply has right; else in the
+    greeting, explanation, fillers or ending, where chance may make them equal. ``quality`` is a key of ``QUALITIES``.
+
+    Raises:
+        ValueError: the request is not of this language.
+    """
     fact = _fact_of(request.text)
-    quality = QUALITIES[rng.choice(("mixed", "mixed", "good"))]
-    first, second = (replace(_draw_plan(fact, rng, quality), kept=1.0) for _ in range(2))
-    trait = rng.choice(("answer", "answer", "answer", "greeting", "explanation", "fillers", "ending"))
-    if trait == "answer":
-        return _render(replace(first, answer=fact.answer), fact), _render(first, fact)
+    first, second = (replace(_draw_plan(fact, rng, QUALITIES[quality]), kept=1.0) for _ in range(2))
+    if quality == "plain" or rng.random() < 0.5:
+        wrong = rng.choice([option for option in fact.options if option != fact.answer])
+        return _render(replace(first, answer=fact.answer), fact), _render(replace(first, answer=wrong), fact)
+    trait = rng.choice(("greeting", "explanation", "fillers", "ending"))
     return _render(first, fact), _render(replace(first, **{trait: getattr(second, trait)}), fact)
 
 

@@ -60,10 +60,10 @@ class QuickstartSize:
     layers: int = 2
     heads: int = 4
     vocab_size: int = 768
-    fact_examples: int = 10000
+    fact_examples: int = 4000
     fact_epochs: int = 2
-    sft_examples: int = 6000
-    pairs: int = 8000
+    sft_examples: int = 5000
+    pairs: int = 5500
     batch_size: int = 16
     prompts_train: int = 2000
     prompts_eval: int = 200
@@ -168,15 +168,15 @@ def build_reward_config(
 def sample_preferences(requests: Sequence[Request], seed: int, noise: float = 0.1) -> list[Preference]:
     """One preference for each request, labelled by the rubric and turned around with probability ``noise``.
 
-    Half of them compare replies that differ in one trait; the others compare independent replies of every quality, some
-    broken, some cut by a length limit. Pairs that the rubric cannot tell apart are drawn again.
+    A third of them compare bare answers, a third replies that differ in one trait, and a third independent replies of every
+    quality, some broken, some cut by a length limit. Pairs that the rubric cannot tell apart are drawn again.
     """
     rng = random.Random(seed)
     preferences = []
     for request in requests:
         scores, replies = (0.0, 0.0), (Reply(""), Reply(""))
         while scores[0] == scores[1]:
-            replies = _contrast(request, rng) if rng.random() < 0.5 else (_any_reply(request, rng), _any_reply(request, rng))
+            replies = _two_replies(request, rng)
             scores = rubric(request.text, replies[0].text), rubric(request.text, replies[1].text)
         if (scores[0] < scores[1]) != (rng.random() < noise):
             replies = replies[1], replies[0]
@@ -184,8 +184,11 @@ def sample_preferences(requests: Sequence[Request], seed: int, noise: float = 0.
     return preferences
 
 
-def _contrast(request: Request, rng: random.Random) -> tuple[Reply, Reply]:
-    first, second = contrast_replies(request, rng)
+def _two_replies(request: Request, rng: random.Random) -> tuple[Reply, Reply]:
+    sort = rng.choice(("plain", "mixed", "independent"))
+    if sort == "independent":
+        return _any_reply(request, rng), _any_reply(request, rng)
+    first, second = contrast_replies(request, rng, sort)
     return Reply(first), Reply(second)
 
 

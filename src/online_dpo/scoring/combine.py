@@ -17,7 +17,7 @@ from online_dpo.config import OnlineDPOConfig
 from online_dpo.errors import ScoringError
 from online_dpo.scoring.functions import FunctionScorer, submit, wait_for
 from online_dpo.scoring.reward_model import RewardModelScorer, check_reward_model, last_part, load_reward_model
-from online_dpo.scoring.scorer import AsyncPointwiseScorer, PointwiseScorer, describe
+from online_dpo.scoring.scorer import AsyncPointwiseScorer, PointwiseScorer, callable_name, describe
 from online_dpo.types import Group, Scores
 
 RewardFunc = str | nn.Module | Callable[..., Any] | PointwiseScorer
@@ -182,6 +182,9 @@ def _build(
         return RewardModelScorer(model, tokenizer, last_part(reward), args.reward_batch_size, prepare)
     if isinstance(reward, nn.Module):
         return RewardModelScorer(reward, tokenizer, None, args.reward_batch_size, prepare)
+    if tokenizer is not None:
+        message = f"The processing class given for `{callable_name(reward)}` is ignored: it is no reward model."
+        warnings.warn(message, stacklevel=3)
     if callable(reward):
         return FunctionScorer(reward, state=state)
     return reward
@@ -207,8 +210,6 @@ def _check_reward(reward: Any, tokenizer: PreTrainedTokenizerBase | None) -> Non
             "Each of `reward_funcs` must be the path or hub name of a reward model, a model, a function, or an object "
             f"with `name` and `score`; one is {describe(reward)}."
         )
-    elif tokenizer is not None:
-        warnings.warn(f"Ignored: the processing class of {describe(reward)}, which is no reward model.", stacklevel=4)
 
 
 def _check_path(path: str) -> None:

@@ -1,0 +1,69 @@
+"""Two real processes against one: same gradient, same metrics, same decisions (invariants 2 and 11)."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from training import assert_same
+
+WORKER = Path(__file__).with_name("worker.py")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    out = tmp_path_factory.mktemp("ranks")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(WORKER.parents[1])}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
+    for command, processes in ((torchrun, 2), ([sys.executable], 1)):
+        done = subprocess.run(
+            [*command, str(WORKER), str(out), str(processes)], env=environment, capture_output=True, text=True, timeout=280
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+
+    def load(case):
+        one = torch.load(out / f"{case}-of-1-rank-0.pt")
+        return one, [torch.load(out / f"{case}-of-2-rank-{rank}.pt") for rank in range(2)]
+
+    return load
+
+
+@pytest.mark.parametrize("case", ["plain", "accumulated", "one_sided", "stream"])
+def test_gradient_of_two_ranks_equals_that_of_one(results, case):
+    one, two = results(case)
+    for rank in two:
+        assert_same(rank["gradient"], one["gradient"], 1e-5)
+        assert all(torch.equal(rank["weights"][n], two[0]["weights"][n]) for n in rank["weights"])
+
+
+@pytest.mark.parametrize("case", ["plain", "accumulated", "one_sided", "stream"])
+def test_metrics_of_two_ranks_equal_those_of_one(results, case):
+    one, two = results(case)
+    assert two[0]["log"] == pytest.approx(one["log"], rel=1e-5, abs=1e-6)
+    assert one["log"]["objective/kl"] != 0
+
+
+def test_one_rank_without_pairs_is_a_case_of_its_own(results):
+    one, _ = results("one_sided")
+    assert one["log"]["pairs/count"] == 4 and one["log"]["dropped/missing_score"] == 4
+
+
+def test_evaluation_counts_each_prompt_once(results):
+    """Five prompts, batches of two, two ranks: the loader repeats prompts to fill the last batch."""
+    one, two = results("evaluated")
+    assert one["eval"]["eval_prompts"] == 5
+    for rank in two:
+        assert rank["eval"] == pytest.approx(one["eval"], rel=1e-5, abs=1e-6)
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_both(results):
+    _, two = results("not_finite")
+    start = tiny.causal_lm(sharpness=1.0)
+    for rank in two:
+        assert all(torch.equal(p, rank["weights"][n]) for n, p in start.named_parameters())
+        assert rank["log"]["guard/skipped_steps"] == 1
+        assert all(math.isfinite(v) for k, v in rank["log"].items() if k != "grad_norm")

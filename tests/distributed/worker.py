@@ -1,0 +1,68 @@
+"""Run by torchrun with two processes (and by plain Python with one): trains a step in several settings and saves what came out."""
+
+import sys
+from pathlib import Path
+
+import tiny
+import torch
+from datasets import IterableDataset
+from training import KeepGradient, dataset, trainer, weights, word_reward
+
+LENGTHS = (5, 9, 3, 7, 12, 4, 6, 8)
+
+
+def only_rows_of_the_first_rank(completions, name, **_):
+    """With a batch of 4 a rank and a sequential sampler, rank 0 holds the rows 0 to 3."""
+    return [float(i % 2) if int(n.split()[1]) < 4 else None for i, n in enumerate(name)]
+
+
+def run(out, case, processes, **options):
+    keep = KeepGradient()
+    kwargs = {"ref_model": tiny.causal_lm(seed=5, sharpness=1.0), **options.pop("kwargs", {})}
+    made = trainer(
+        out / "runs",
+        per_device_train_batch_size=8 // processes,
+        train_sampling_strategy="sequential",
+        train_dataset=options.pop("train_dataset", None) or dataset(lengths=LENGTHS),
+        optim="sgd",
+        kwargs=kwargs,
+        **options,
+    )
+    assert made.accelerator.num_processes == processes
+    made.callback_handler.callbacks.insert(0, keep)
+    made.train()
+    log = {k: v for k, v in made.state.log_history[0].items() if not k.startswith(("time/", "perf/"))}
+    saved = {"gradient": keep.last, "log": log, "weights": weights(made.model)}
+    if made.eval_dataset is not None:
+        saved["eval"] = {k: v for k, v in made.evaluate().items() if "runtime" not in k and "per_second" not in k}
+    torch.save(saved, out / f"{case}-of-{processes}-rank-{made.accelerator.process_index}.pt")
+
+
+def poisoned_on_the_last_rank():
+    """NaN only where row 7 is trained on: with two ranks that is rank 1."""
+    model = tiny.causal_lm(sharpness=1.0)
+
+    def hook(module, args, kwargs, output):
+        if module.training and int(kwargs["attention_mask"].sum(1).max()) >= 0 and LAST_RANK():
+            output.logits = output.logits * float("nan")
+
+    model.register_forward_hook(hook, with_kwargs=True)
+    return model
+
+
+def LAST_RANK():
+    import torch.distributed as dist
+
+    return not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    out, processes = Path(sys.argv[1]), int(sys.argv[2])
+    run(out, "plain", processes)
+    run(out, "accumulated", processes, gradient_accumulation_steps=2, train_dataset=dataset(lengths=LENGTHS * 2))
+    run(out, "one_sided", processes, reward_funcs=only_rows_of_the_first_rank)
+    stream = IterableDataset.from_generator(lambda: iter(dataset(lengths=LENGTHS).to_list()))
+    run(out, "stream", processes, train_dataset=stream)
+    run(out, "evaluated", processes, per_device_eval_batch_size=2, kwargs={"eval_dataset": dataset(lengths=(3, 4, 5, 6, 7))})
+    run(out, "not_finite", processes, model=poisoned_on_the_last_rank(), learning_rate=0.1)

@@ -1,0 +1,443 @@
+"""What users do with the trainer, on tiny real models."""
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from training import LENGTHS, config, dataset, gradient, trainer, weights, word_reward
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, TrainerCallback
+
+from online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+from online_dpo.errors import InvalidPromptError, ScoringError
+from online_dpo.reference import AdapterOffReference
+from online_dpo.rollout import RolloutKey
+
+
+def train_logs(made):
+    return [log for log in made.state.log_history if "loss" in log]
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_family_learns_to_say_the_rewarded_words(tmp_path, family):
+    made = trainer(
+        tmp_path,
+        model=tiny.causal_lm(family, sharpness=1.0),
+        train_dataset=dataset(lengths=LENGTHS * 3),
+        per_device_train_batch_size=12,
+        learning_rate=1e-2,
+        max_steps=12,
+        max_grad_norm=1.0,
+        beta=0.1,
+        gradient_checkpointing=True,
+    )
+    made.train()
+    scores = [log["objective/scores"] for log in train_logs(made)]
+    assert np.mean(scores[-3:]) > np.mean(scores[:3]) + 0.5
+    assert train_logs(made)[-1]["objective/kl"] > 0.1
+
+
+def test_a_reward_model_trains_the_policy_up(tmp_path):
+    torch.manual_seed(0)
+    reward = LlamaForSequenceClassification(tiny.config("llama", num_labels=1, hidden_size=16)).eval()
+    made = trainer(
+        tmp_path, reward_funcs=reward, kwargs={"reward_processing_classes": tiny.tokenizer()}, learning_rate=1e-2, max_steps=10,
+        per_device_train_batch_size=12,
+    )  # fmt: skip
+    made.train()
+    scores = [log["objective/scores"] for log in train_logs(made)]
+    assert np.mean(scores[-3:]) > np.mean(scores[:3])
+    assert all(p.grad is None for p in reward.parameters())
+
+
+# judges -------------------------------------------------------------------------------------------------------------
+
+
+class LongerIsBetter:
+    def __init__(self):
+        self.prompts, self.pairs = [], []
+
+    def judge(self, prompts, completion_pairs, shuffle_order=True):
+        self.prompts += prompts
+        self.pairs += completion_pairs
+        lengths = [(len(a.split()), len(b.split())) for a, b in completion_pairs]
+        return [-1 if a == b else int(b > a) for a, b in lengths]
+
+
+@pytest.mark.parametrize("as_callable", [False, True])
+def test_a_judge_picks_the_pairs(tmp_path, as_callable):
+    judge = LongerIsBetter()
+    made = trainer(
+        tmp_path,
+        reward_funcs=None,
+        kwargs={"judge": judge.judge if as_callable else judge},
+        per_device_train_batch_size=12,
+        model=tiny.causal_lm(sharpness=1.0, eos_token_id=[1, 5, 6, 7, 8]),
+    )
+    made.sampling = made.sampling.__class__(**{**made.sampling.__dict__, "end_token_ids": (1, 5, 6, 7, 8)})
+    made.train()
+    [log] = train_logs(made)
+    undecided = sum(len(a.split()) == len(b.split()) for a, b in judge.pairs)
+    assert len(judge.prompts) == 12 and 0 < undecided < 12
+    assert log["dropped/no_answer"] == undecided and log["pairs/count"] == 12 - undecided
+    assert log["completions/chosen_minus_rejected_length"] > 0
+    assert "objective/scores" not in log and "objective/rlhf_reward" not in log
+
+
+def test_a_judge_sees_conversations_through_the_chat_template(tmp_path):
+    judge = LongerIsBetter()
+    rows = [{"prompt": [{"role": "user", "content": p.content}]} for p in tiny.prompts([3] * 4)]
+    OnlineDPOTrainer(
+        model=tiny.causal_lm(sharpness=1.0),
+        judge=judge,
+        args=config(tmp_path),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tiny.tokenizer(chat=True),
+    ).train()
+    assert sorted(judge.prompts) == sorted(f"<unk> {row['prompt'][0]['content']} w0 " for row in rows)
+
+
+def test_both_a_judge_and_a_reward_warn_and_use_the_reward(tmp_path):
+    judge = LongerIsBetter()
+    with pytest.warns(UserWarning, match="the reward is used"):
+        made = trainer(tmp_path, kwargs={"judge": judge})
+    made.train()
+    assert not judge.prompts and "scores/word_reward" in train_logs(made)[0]
+
+
+# adapters -----------------------------------------------------------------------------------------------------------
+
+LORA = dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+
+
+@pytest.mark.parametrize("pre_wrapped", [False, True])
+def test_an_adapter_is_trained_and_switched_off_for_the_reference(tmp_path, pre_wrapped):
+    base = tiny.causal_lm(sharpness=1.0)
+    before = weights(base)
+    model = get_peft_model(base, LoraConfig(**LORA)) if pre_wrapped else base
+    made = trainer(
+        tmp_path,
+        model=model,
+        kwargs={} if pre_wrapped else {"peft_config": LoraConfig(**LORA)},
+        max_steps=3,
+        learning_rate=0.05,
+        per_device_train_batch_size=12,
+        gradient_checkpointing=True,
+    )
+    assert isinstance(made.reference, AdapterOffReference)
+    made.train()
+    logs = train_logs(made)
+    assert logs[0]["objective/kl"] == pytest.approx(0, abs=1e-5) and abs(logs[2]["objective/kl"]) > 1e-3
+    unwrapped = made.model.get_base_model()
+    for name, value in before.items():
+        wrapped = name.replace("_proj.weight", "_proj.base_layer.weight") if ("q_proj" in name or "v_proj" in name) else name
+        assert torch.equal(unwrapped.get_parameter(wrapped), value), name
+    with made.reference.active() as reference:
+        ids = torch.arange(4, 12)[None]
+        torch.testing.assert_close(reference(ids).logits, tiny.causal_lm(sharpness=1.0)(ids).logits)
+
+    made.save_model(str(tmp_path / "final"))
+    assert (tmp_path / "final" / "adapter_model.safetensors").is_file()
+    loaded = PeftModel.from_pretrained(tiny.causal_lm(sharpness=1.0), tmp_path / "final").eval()
+    torch.testing.assert_close(loaded(ids).logits, made.model.eval()(ids).logits)
+
+
+def test_gradient_checkpointing_does_not_change_an_adapters_gradient(tmp_path):
+    def adapters(checkpointing):
+        torch.manual_seed(3)
+        model = get_peft_model(tiny.causal_lm(sharpness=1.0), LoraConfig(**LORA, init_lora_weights=False))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return gradient(tmp_path, model=model, gradient_checkpointing=checkpointing)
+
+    on, off = adapters(True), adapters(False)
+    assert on.keys() == off.keys() and all("lora" in name for name in on)
+    for name in off:
+        torch.testing.assert_close(on[name], off[name], rtol=1e-5, atol=1e-7)
+
+
+def test_an_adapter_that_was_trained_before_is_pointed_out(tmp_path, caplog):
+    model = get_peft_model(tiny.causal_lm(), LoraConfig(**LORA, init_lora_weights=False))
+    trainer(tmp_path, model=model)
+    assert "has been trained before" in caplog.text
+    caplog.clear()
+    trainer(tmp_path, model=get_peft_model(tiny.causal_lm(), LoraConfig(**LORA)))
+    assert "has been trained before" not in caplog.text
+
+
+# the reference ------------------------------------------------------------------------------------------------------
+
+
+def test_the_reference_is_a_frozen_copy_or_the_model_given(tmp_path):
+    made = trainer(tmp_path, max_steps=3, learning_rate=0.05)
+    before = weights(made.model)
+    made.train()
+    with made.reference.active() as reference:
+        assert all(torch.equal(p, before[name]) for name, p in reference.named_parameters())
+        assert not any(p.requires_grad for p in reference.parameters())
+    assert any(not torch.equal(p, before[name]) for name, p in made.model.named_parameters())
+
+    tiny.causal_lm(seed=9).save_pretrained(tmp_path / "reference")
+    other = trainer(tmp_path, kwargs={"ref_model": str(tmp_path / "reference")})
+    with other.reference.active() as reference:
+        assert all(torch.equal(p, tiny.causal_lm(seed=9).get_parameter(n)) for n, p in reference.named_parameters())
+
+
+def test_dropout_is_off_unless_asked_for(tmp_path):
+    def model():
+        return tiny.causal_lm("gpt2", sharpness=1.0, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
+
+    off = trainer(tmp_path, model=model())
+    off.train()
+    assert train_logs(off)[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    on = trainer(tmp_path, model=model(), disable_dropout=False)
+    on.train()
+    assert abs(train_logs(on)[0]["rewards/margins"]) > 1e-3
+
+
+# evaluation ---------------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_numbers_against_an_independent_count(tmp_path):
+    made = trainer(
+        tmp_path, kwargs={"ref_model": tiny.causal_lm(seed=5, sharpness=1.0), "eval_dataset": dataset()}, num_completions=3,
+        per_device_eval_batch_size=5,
+    )  # fmt: skip
+    metrics = made.evaluate()
+    prompts = tiny.prompts(LENGTHS)
+    ours = made.engine.generate(prompts, 3, made.sampling, RolloutKey(42, 0, 0, stream=1))
+    with made.reference.active() as reference:
+        theirs = made.engine.__class__(reference, made.tokenizer).generate(prompts, 1, made.sampling, RolloutKey(42, 0, 0, stream=2))
+        kls, wins, scores = [], [], []
+        for mine, rival in zip(ours, theirs, strict=True):
+            rival_score = word_reward([rival.completions[0].text])[0]
+            for completion in mine.completions:
+                score = word_reward([completion.text])[0]
+                scores.append(score)
+                wins.append(1.0 if score > rival_score else 0.5 if score == rival_score else 0.0)
+                ids = torch.tensor([[*mine.prompt.token_ids, *completion.token_ids]])
+                with torch.no_grad():
+                    both = [m(ids).logits.log_softmax(-1)[0, len(mine.prompt.token_ids) - 1 : -1] for m in (made.model, reference)]
+                picked = [x.gather(-1, torch.tensor(completion.token_ids)[:, None]).sum().item() for x in both]
+                kls.append(picked[0] - picked[1])
+    assert metrics["eval_objective/scores"] == pytest.approx(np.mean(scores))
+    assert metrics["eval_win_rate"] == pytest.approx(np.mean(wins))
+    assert metrics["eval_objective/kl"] == pytest.approx(np.mean(kls), abs=1e-4)
+    assert metrics["eval_win_rate_ci95_low"] < metrics["eval_win_rate"] < metrics["eval_win_rate_ci95_high"]
+    assert metrics["eval_prompts"] == 12 and metrics["eval_loss"] > 0
+
+
+def test_evaluation_repeats_exactly_and_leaves_training_alone(tmp_path):
+    plain = trainer(tmp_path, max_steps=3)
+    plain.train()
+    watched = trainer(
+        tmp_path, max_steps=3, eval_strategy="steps", eval_steps=1, eval_on_start=True,
+        kwargs={"eval_dataset": {"first": dataset(lengths=(3, 4)), "second": dataset(lengths=(5, 6, 7))}},
+    )  # fmt: skip
+    watched.train()
+    for name, value in weights(plain.model).items():
+        assert torch.equal(watched.model.get_parameter(name), value)
+    evals = [log for log in watched.state.log_history if "eval_second_win_rate" in log]
+    assert len(evals) == 4 and {log["eval_second_prompts"] for log in evals} == {3.0}
+    again = watched.evaluate()
+    assert again["eval_first_objective/scores"] == watched.evaluate()["eval_first_objective/scores"]
+    assert again["eval_second_win_rate"] == evals[-1]["eval_second_win_rate"]
+
+
+def test_an_untrained_policy_neither_wins_nor_loses_against_itself_by_a_judge(tmp_path):
+    made = trainer(
+        tmp_path, reward_funcs=None, kwargs={"judge": lambda p, pairs, shuffle_order=True: [0] * len(p), "eval_dataset": dataset()}
+    )
+    metrics = made.evaluate()
+    assert metrics["eval_win_rate"] == 1.0  # a judge that always says "first" is believed: position bias is its own
+    assert metrics["eval_objective/kl"] == pytest.approx(0, abs=1e-5) and "eval_objective/scores" not in metrics
+
+
+def test_compute_metrics_receives_scores_and_best_model_is_found(tmp_path):
+    seen = []
+
+    def best_share(prediction):
+        seen.append((prediction.predictions.shape, prediction.label_ids.shape))
+        return {"best_share": float((prediction.predictions.max(1) > prediction.label_ids).mean())}
+
+    made = trainer(
+        tmp_path, max_steps=4, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, load_best_model_at_end=True,
+        metric_for_best_model="best_share", greater_is_better=True, kwargs={"eval_dataset": dataset(), "compute_metrics": best_share},
+    )  # fmt: skip
+    made.train()
+    assert seen[0] == ((12, 2), (12,)) and made.state.best_metric is not None
+    assert made.predict(dataset(lengths=(4, 5))).predictions.shape == (2, 2)
+
+
+# data ---------------------------------------------------------------------------------------------------------------
+
+
+def test_streaming_equals_map_style(tmp_path):
+    data = dataset()
+    stream = IterableDataset.from_generator(lambda: iter(data.to_list()))
+    calls = {"map": [], "stream": []}
+
+    def keep(name):
+        return lambda completions, **_: calls[name].append(completions) or word_reward(completions)
+
+    for name, source in (("map", data), ("stream", stream)):
+        trainer(tmp_path, train_dataset=source, reward_funcs=keep(name), max_steps=3, train_sampling_strategy="sequential").train()
+    assert calls["map"] == calls["stream"] and len(calls["map"]) == 3
+
+
+def test_invalid_rows_of_a_stream_are_counted(tmp_path):
+    rows = [{"prompt": "w1 w2"}, {"prompt": "  "}, {"prompt": "w3"}, {"prompt": ""}]
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    made = trainer(tmp_path, train_dataset=stream, invalid_prompts="filter")
+    made.train()
+    [log] = train_logs(made)
+    assert log["prompts"] == 4 and log["dropped/invalid_prompt"] == 2
+    assert log["pairs/count"] + log.get("dropped/tie", 0) == 2
+    with pytest.raises(InvalidPromptError, match="Row 1"):
+        trainer(tmp_path, train_dataset=stream).train()
+
+
+def test_a_stream_shorter_than_a_batch_is_read_again(tmp_path):
+    stream = IterableDataset.from_generator(lambda: iter([{"prompt": "w1"}]))
+    made = trainer(tmp_path, train_dataset=stream, max_steps=3)
+    made.train()
+    assert [log["prompts"] for log in train_logs(made)] == [1, 1, 1]
+
+
+def test_an_own_collator_may_reorder_but_not_lose_columns(tmp_path):
+    from online_dpo.data import collate_prompts
+
+    made = trainer(tmp_path, kwargs={"data_collator": lambda rows: collate_prompts(rows[::-1])})
+    made.train()
+    broken = trainer(tmp_path, kwargs={"data_collator": lambda rows: {"prompt": [r["prompt"] for r in rows]}})
+    with pytest.raises(ValueError, match="prompt_ids"):
+        broken.train()
+
+
+# validation ---------------------------------------------------------------------------------------------------------
+
+
+def arguments(tmp_path, **changes):
+    model = tiny.causal_lm()
+    base = dict(
+        model=model, reward_funcs=word_reward, args=config(tmp_path), train_dataset=dataset(), processing_class=tiny.tokenizer()
+    )
+    return base | {k: (model if v == "the policy" else v) for k, v in changes.items()}
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        (dict(args=None), ValueError, "`args` must be given"),
+        (dict(train_dataset=None), ValueError, "`train_dataset` must be given"),
+        (dict(processing_class=None), ValueError, "`processing_class` must be given"),
+        (dict(model=None), ValueError, "`model` must be given"),
+        (dict(ref_model="the policy"), ValueError, "same object"),
+        (dict(reward_funcs=None), ValueError, "Nothing scores the completions"),
+        (dict(reward_model=word_reward), ValueError, "not both"),
+        (dict(reward_funcs=None, judge=3), TypeError, "method `judge"),
+        (dict(preprocess_logits_for_metrics=max), ValueError, "nothing to work on"),
+        (dict(model="./no/such/folder"), ValueError, "no folder './no/such/folder'"),
+        (dict(model="the policy", processing_class="gpt2"), TypeError, "must be a tokenizer"),
+        (dict(train_dataset=Dataset.from_list([{"text": "x"}])), ValueError, "prompt_column"),
+        (dict(train_dataset=Dataset.from_list([{"prompt": "w1"}, {"prompt": ""}])), InvalidPromptError, "Row 1"),
+    ],
+)
+def test_wrong_arguments_say_what_to_do(tmp_path, changes, error, message):
+    with pytest.raises(error, match=message):
+        OnlineDPOTrainer(**arguments(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(num_completions=1), "at least 2"),
+        (dict(temperature=0.0), "above 0"),
+        (dict(top_p=1.5), r"in \(0, 1\]"),
+        (dict(beta=[0.1, -1.0]), "`beta`"),
+        (dict(loss_type="hinge"), "sigmoid, ipo"),
+        (dict(tie_policy="random"), "skip, first"),
+        (dict(max_length=64, max_new_tokens=64), "leaves no room for a prompt"),
+        (dict(use_vllm=True), "use_vllm"),
+        (dict(remove_unused_columns=True), "remove_unused_columns"),
+        (dict(generation_kwargs={"num_beams": 4}), "beam search"),
+        (dict(missing_eos_penalty=-1.0), "missing_eos_penalty"),
+        (dict(auto_find_batch_size=True), "auto_find_batch_size"),
+    ],
+)
+def test_wrong_configurations_say_what_to_do(tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **fields)
+
+
+def test_a_context_that_is_too_short_is_found_before_training(tmp_path):
+    with pytest.raises(ValueError, match="room for 128 tokens"):
+        trainer(tmp_path, max_length=512)
+
+
+def test_a_reward_function_that_misbehaves_is_named(tmp_path):
+    def half_asleep(completions, **_):
+        return [1.0]
+
+    with pytest.raises(ScoringError, match="half_asleep"):
+        trainer(tmp_path, reward_funcs=half_asleep).train()
+
+
+# files and reports --------------------------------------------------------------------------------------------------
+
+
+def test_saved_model_loads_and_card_holds_the_runs_facts(tmp_path):
+    made = trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    made.train()
+    made.save_model()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert all(torch.equal(p, made.model.get_parameter(n)) for n, p in loaded.named_parameters())
+    made.create_model_card(model_name="my-model")
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith("---\n") and "# my-model" in card and "| optimizer steps | 2 |" in card and "word_reward" in card
+    score = train_logs(made)[-1]["objective/scores"]
+    assert f"| `objective/scores` | {score:.4g} | 2 |" in card
+    state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["global_step"] == 2 and str(tmp_path) not in card
+
+
+def test_callbacks_optimizers_and_reports_are_the_users(tmp_path):
+    steps = []
+
+    class Count(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            steps.append(state.global_step)
+
+    model = tiny.causal_lm(sharpness=1.0)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.0)
+    made = trainer(tmp_path, model=model, kwargs={"callbacks": [Count()], "optimizers": (sgd, None)}, max_steps=2)
+    before = weights(model)
+    made.train()
+    assert steps == [1, 2] and all(torch.equal(before[n], p) for n, p in model.named_parameters())
+
+
+def test_beta_of_each_epoch(tmp_path):
+    made = trainer(tmp_path, per_device_train_batch_size=6, max_steps=-1, num_train_epochs=3, beta=[0.3, 0.7])
+    made.train()
+    assert [log["beta"] for log in train_logs(made)] == [0.3, 0.3, 0.7, 0.7, 0.7, 0.7]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_trains_and_stays_finite(tmp_path, precision):
+    made = trainer(tmp_path, max_steps=2, **{precision: True}) if precision == "bf16" else None
+    if made is None:
+        pytest.skip("fp16 mixed precision needs a GPU: accelerate refuses it on a CPU")
+    made.train()
+    assert all(np.isfinite(log["loss"]) for log in train_logs(made))
+
+
+def test_missing_eos_penalty_lowers_unfinished_completions(tmp_path):
+    made = trainer(tmp_path, reward_funcs=lambda completions, **_: [0.0] * len(completions), missing_eos_penalty=2.5)
+    made.train()
+    [log] = train_logs(made)
+    assert log["objective/scores"] == pytest.approx(-2.5 * log["completions/clipped_ratio"])
+    assert OnlineDPOConfig(output_dir=str(tmp_path), use_cpu=True).missing_eos_penalty is None
