@@ -156,7 +156,7 @@ class OnlineDPOTrainer(Trainer):
         self.metrics = MetricStore()
         self.guard = StepGuard(self.accelerator, args.max_skipped_steps)
         self.add_callback(self.guard)
-        self._reference_groups: dict[tuple[str, int], Group] = {}
+        self._reference_groups: dict[tuple[int, tuple[int, ...]], Group] = {}
         self._done_in_step: list[dict[str, Any]] = []
         self._last_log = time.perf_counter()
 
@@ -369,7 +369,7 @@ class OnlineDPOTrainer(Trainer):
         with eval_mode(model):
             for batch in dataloader:
                 prompts = [prompt for prompt in prompts_from_batch(batch) if prompt.invalid is None]
-                mine = self._evaluate_prompts(model, prompts, metric_key_prefix) if prompts else []
+                mine = self._evaluate_prompts(model, prompts) if prompts else []
                 records += self.accelerator.gather_for_metrics(mine, use_gather_object=True)
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         scores = np.array([[np.nan if s is None else s for s in r.scores] for r in records])
@@ -381,11 +381,11 @@ class OnlineDPOTrainer(Trainer):
         return EvalLoopOutput(predictions=scores, label_ids=reference, metrics=metrics, num_samples=len(records))
 
     @torch.no_grad()
-    def _evaluate_prompts(self, model: nn.Module, prompts: list[Prompt], prefix: str) -> list[EvalRecord]:
+    def _evaluate_prompts(self, model: nn.Module, prompts: list[Prompt]) -> list[EvalRecord]:
         key = RolloutKey(self.args.seed, step=0, version=self.state.global_step, stream=EVALUATION)
         with self.accelerator.autocast():
             groups = self.engine.generate(prompts, self.args.num_completions, self.sampling, key)
-        rivals = self._reference_completions(prompts, prefix)
+        rivals = self._reference_completions(prompts)
         scores, ranks = self._score_or_rank(groups)
         pairs, _ = self._pairs(groups, scores, ranks)
         rows = pack_groups(groups, pairs, self.sampling.end_token_ids[0])
@@ -408,16 +408,16 @@ class OnlineDPOTrainer(Trainer):
         ]
         return [None if rank == -1 else float(rank == 0) for rank in self.judge.rank(duels)]
 
-    def _reference_completions(self, prompts: list[Prompt], prefix: str) -> list[Group]:
+    def _reference_completions(self, prompts: list[Prompt]) -> list[Group]:
         """One completion of the reference for each prompt; sampled once, since the reference does not change."""
-        new = [prompt for prompt in prompts if (prefix, prompt.row) not in self._reference_groups]
+        new = [prompt for prompt in prompts if (prompt.row, prompt.token_ids) not in self._reference_groups]
         if new:
             key = RolloutKey(self.args.seed, step=0, version=0, stream=REFERENCE)
             with self.accelerator.autocast(), self.reference.active() as reference:
                 engine = TransformersEngine(reference, self.tokenizer, self.args.rollout_batch_size)
                 for group in engine.generate(new, 1, self.sampling, key):
-                    self._reference_groups[prefix, group.prompt.row] = group
-        return [self._reference_groups[prefix, prompt.row] for prompt in prompts]
+                    self._reference_groups[group.prompt.row, group.prompt.token_ids] = group
+        return [self._reference_groups[prompt.row, prompt.token_ids] for prompt in prompts]
 
     # --- data and files ---------------------------------------------------------------------------------------------
 

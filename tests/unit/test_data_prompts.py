@@ -18,7 +18,8 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.data import collate_prompts, load_prompts, prepare_prompts, prompts_from_batch
 from online_dpo.data.convert import PromptSource
-from online_dpo.data.prompts import PromptRow, tokenize_text, truncate_left
+from online_dpo.data.prompts import PromptRow
+from online_dpo.data.tokens import tokenize_text, truncate_left
 from online_dpo.errors import InvalidPromptError
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<user>", "<bot>"]
@@ -70,6 +71,10 @@ def arguments(tmp="unused", **kwargs):
 
 def user(content):
     return {"role": "user", "content": content}
+
+
+def system(content):
+    return {"role": "system", "content": content}
 
 
 def assistant(content):
@@ -151,7 +156,35 @@ def test_truncate_left():
 def test_long_prompts_lose_their_left(adds, text, limit, tokens, shape):
     [row], _ = prepare(shape([{"prompt": text}]), word_tokenizer(adds), max_length=None, max_prompt_length=limit)
     assert row["prompt_ids"] == ids(*tokens)
-    assert row["prompt"] == text
+    cut = len(tokens) < len(tokenize_text(word_tokenizer(adds), text)[0])
+    assert row["prompt"] == (" ".join(tokens).removeprefix("<s> ") if cut else text)
+
+
+@pytest.mark.parametrize(
+    ("limit", "kept"),
+    [
+        (14, [system("e"), user("a"), assistant("b"), user("c d a")]),
+        (13, [system("e"), user("c d a")]),
+        (8, [system("e"), user("c d a")]),
+        (7, [system("e"), user("d a")]),
+        (6, [system("e"), user("a")]),
+    ],
+)
+def test_long_conversations_lose_whole_turns_and_then_the_beginning_of_a_message(limit, kept, shape):
+    rows = [{"prompt": [system("e"), user("a"), assistant("b"), user("c d a")]}]
+    [row], _ = prepare(shape(rows), word_tokenizer("$A", CHAT), max_length=None, max_prompt_length=limit)
+    assert row["prompt"] == kept
+    [whole], _ = prepare(shape([{"prompt": kept}]), word_tokenizer("$A", CHAT), max_length=None)
+    assert row["prompt_ids"] == whole["prompt_ids"] and len(whole["prompt_ids"]) <= limit
+
+
+def test_a_conversation_that_cannot_be_cut_to_fit_is_unusable(shape):
+    rows = [{"prompt": [system("e e e e e"), user("a")]}, {"prompt": [user("a")]}]
+    kept, left_out = prepare(
+        shape(rows), word_tokenizer("$A", CHAT), max_length=None, max_prompt_length=4, invalid_prompts="filter"
+    )
+    reasons = list(left_out) or [row["prompt_invalid"] for row in kept if row["prompt_invalid"]]
+    assert [reason[:37] for reason in reasons] == ["the prompt leaves no room for a compl"]
 
 
 def test_prompt_limit_comes_from_max_length_too():
@@ -177,8 +210,8 @@ def test_a_last_assistant_message_is_continued(shape):
 
 def test_bos_of_a_chat_template_survives_truncation():
     tokenizer = word_tokenizer("<s> $A", "<s>" + CHAT)
-    [row], _ = prepare([{"prompt": [user("a b c d")]}], tokenizer, max_length=None, max_prompt_length=3)
-    assert row["prompt_ids"] == ids("<s>", "d", "<bot>")
+    [row], _ = prepare([{"prompt": [user("a b c d")]}], tokenizer, max_length=None, max_prompt_length=4)
+    assert row["prompt_ids"] == ids("<s>", "<user>", "d", "<bot>") and row["prompt"] == [user("d")]
 
 
 def test_chat_template_arguments_of_configuration_and_row(shape):
@@ -555,13 +588,17 @@ def test_real_transcripts(streaming):
     tokenizer = byte_tokenizer(adds_bos=True)
     prepared, left_out = prepare(rows, tokenizer, max_length=None, max_prompt_length=300)
     assert (len(prepared), left_out) == (100, Counter())
+    cut = 0
     for row in prepared:
-        assert row["chosen"].startswith(row["prompt"]) and row["prompt"].endswith("\n\nAssistant:")
-        assert "\n\nAssistant:" not in row["chosen"][len(row["prompt"]) :]
-        data = row["prompt"].encode()
-        assert len(row["prompt_ids"]) == min(1 + len(data), 300)
-        assert row["prompt_ids"][0] == 0
-        assert tokenizer.convert_ids_to_tokens(row["prompt_ids"][1:]) == tokenizer.tokenize(row["prompt"])[-299:]
+        text = row["prompt"].lstrip("\ufffd")  # a cut may fall inside a character of several bytes
+        assert text in row["chosen"] and text.endswith("\n\nAssistant:")
+        assert "\n\nAssistant:" not in row["chosen"][row["chosen"].rindex(text) + len(text) :]
+        assert row["prompt_ids"][0] == 0 and len(row["prompt_ids"]) <= 300
+        tokens = tokenizer.tokenize(text)
+        assert tokenizer.convert_ids_to_tokens(row["prompt_ids"])[-len(tokens) :] == tokens
+        cut += len(row["prompt_ids"]) == 300
+        assert row["chosen"].startswith(text) or len(row["prompt_ids"]) == 300
+    assert 10 < cut < 90
 
 
 @needs_data

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from datasets import Dataset, Features, IterableDataset, List, Value
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.data.convert import PromptSource, UnusablePrompt, find_source, without_nulls
+from online_dpo.data.tokens import fit_messages, fit_text
 from online_dpo.errors import InvalidPromptError
 from online_dpo.types import Message
 
@@ -52,8 +52,8 @@ def prepare_prompts(
             and ``dataset_num_proc``.
 
     Returns:
-        The dataset with all its columns and ``prompt`` (text or messages), ``prompt_ids`` (token ids, at most
-        ``args.prompt_limit``), ``prompt_row`` (place in the source dataset; of a stream: in the order it is read,
+        The dataset with all its columns and ``prompt`` (text or messages, cut like its tokens), ``prompt_ids`` (token
+        ids, at most ``args.prompt_limit``), ``prompt_row`` (place in the source dataset; of a stream: in the order it is read,
         counted by each worker of a data loader for itself) and ``prompt_invalid``; and how many rows were left out, by
         reason. With ``invalid_prompts="filter"`` a map-style dataset loses its invalid rows (``prompt_invalid`` is
         ``None`` in the rest); a stream keeps them with the reason in ``prompt_invalid`` and no ``prompt_ids``, and its
@@ -112,7 +112,7 @@ class PromptRow:
     raise_invalid: bool
     name: str
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    version: int = 1
+    version: int = 2
     """Raise it when rows come out differently: a cached dataset of an older version of this code is then not reused."""
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
@@ -121,10 +121,10 @@ class PromptRow:
             if isinstance(content, str) != (self.kind == "text"):
                 raise UnusablePrompt(f"this row holds {_kind_of(content)}, other rows hold {self.kind}")
             if isinstance(content, str):
-                ids, kept_first = tokenize_text(self.tokenizer, content)
+                content, ids = fit_text(self.tokenizer, content, self.limit, self.truncate)
             else:
-                ids, kept_first = tokenize_messages(self.tokenizer, content, self._template_arguments(row))
-            ids = self._fit(ids, kept_first)
+                arguments = self._template_arguments(row)
+                content, ids = fit_messages(self.tokenizer, content, arguments, self.limit, self.truncate)
         except UnusablePrompt as why:
             if self.raise_invalid:
                 raise InvalidPromptError(
@@ -148,82 +148,6 @@ class PromptRow:
             except ValueError as error:
                 raise UnusablePrompt(f"its `tools` are no JSON ({error})") from None
         return {**arguments, "tools": without_nulls(tools)} if tools else arguments
-
-    def _fit(self, ids: list[int], kept_first: int) -> list[int]:
-        if self.limit is None or len(ids) <= self.limit:
-            return ids
-        if not self.truncate:
-            raise UnusablePrompt(
-                f"the prompt is longer than {self.limit} tokens and leaves no room for a completion; "
-                "raise `max_length`, or let `truncate_prompts` cut it"
-            )
-        return truncate_left(ids, self.limit, kept_first)
-
-
-def tokenize_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], int]:
-    """Token ids of a plain text prompt, and how many at its start survive truncation (0, or the BOS).
-
-    What the tokenizer itself puts before a text (BOS) stays, once: a text that begins with the BOS gets no second one.
-    What it puts after a text (EOS, SEP) is left out, since the completion follows there.
-
-    Raises:
-        UnusablePrompt: no token comes from the text.
-    """
-    encoded = tokenizer(text, return_special_tokens_mask=True, return_attention_mask=False, verbose=False)
-    # The mask marks what the tokenizer added; a special token written in the text has 0 there.
-    ids, added = list(encoded["input_ids"]), encoded["special_tokens_mask"]
-    if all(added):
-        raise UnusablePrompt("the prompt has no tokens")
-    first, last = added.index(0), len(added) - added[::-1].index(0)
-    prefix, own = ids[:first], ids[first:last]
-    if prefix and own[0] == tokenizer.bos_token_id == prefix[-1]:
-        return prefix + own[1:], len(prefix)
-    return prefix + own, len(prefix) or _leading_bos(tokenizer, own)
-
-
-def tokenize_messages(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], template_arguments: Mapping[str, Any]
-) -> tuple[list[int], int]:
-    """Token ids of messages in the tokenizer's chat template, and how many at the start survive truncation.
-
-    The template writes the special tokens. After a last message of the assistant that message goes on; after any
-    other, the generation prompt opens a new one.
-
-    Raises:
-        UnusablePrompt: the template refuses the messages, or renders nothing.
-    """
-    continues = messages[-1]["role"] == "assistant"
-    own: dict[str, Any] = {
-        "add_generation_prompt": not continues,
-        "continue_final_message": continues,
-        "tokenize": False,
-    }
-    try:
-        text = tokenizer.apply_chat_template(messages, **{**template_arguments, **own})
-    except (TemplateError, ValueError, TypeError) as error:
-        raise UnusablePrompt(f"the chat template refuses the messages ({error})") from None
-    assert isinstance(text, str)
-    ids = list(tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
-    if not ids:
-        raise UnusablePrompt("the prompt has no tokens")
-    return ids, _leading_bos(tokenizer, ids)
-
-
-def truncate_left(ids: list[int], limit: int, kept_first: int) -> list[int]:
-    """The last ``limit`` tokens; the first ``kept_first`` (the BOS) stay in front if that leaves room for others.
-
-    >>> truncate_left([1, 20, 21, 22, 23], limit=3, kept_first=1)
-    [1, 22, 23]
-    """
-    if len(ids) <= limit:
-        return ids
-    if kept_first >= limit:
-        kept_first = 0
-    return ids[:kept_first] + ids[len(ids) - (limit - kept_first) :]
-
-
-def _leading_bos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> int:
-    return int(ids[0] == tokenizer.bos_token_id)
 
 
 def _as_dataset(dataset: Any, name: str) -> Dataset | IterableDataset:

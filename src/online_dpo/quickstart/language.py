@@ -6,8 +6,8 @@ A grammar generates everything, so the right answer and the gold score of a repl
 >>> request
 Request(text='Hello! What is 3 plus 5? Thanks!', answer='8', kind='sum')
 >>> sample_reply(request, random.Random(0))
-'Hi there! It is 8. Many people think about this.'
->>> rubric(request.text, "Hi there! It is 8. Start at 3 and count up 5 steps to reach 8. I hope this helps!")
+'Hello! It is 8. I could talk about it all day.'
+>>> rubric(request.text, "Hello! It is 8. Start at 3 and count up 5 steps to reach 8. I hope this helps!")
 8.0
 
 Requests belong to one of four splits by a checksum of their text, so no two splits can share a request. The facts behind
@@ -30,11 +30,10 @@ SPLITS = {"sft": 40, "reward": 30, "online": 20, "eval": 10}
 OPENERS = ("", "Hello! ", "Please help me. ", "Quick! ", "I have a question. ", "Hey you! ", "Good day. ", "Sorry to ask. ")
 CLOSERS = ("", " Thank you.", " Thanks!", " I am in a hurry.", " My teacher asked me.", " Answer now!", " Just curious.")
 
-GREETINGS = ("Hello!", "Hi there!", "Good question!", "Happy to help!")
-CLOSINGS = ("Have a nice day!", "I hope this helps!", "Thank you for asking!")
+GREETINGS = ("Hello!", "Good question!", "Happy to help!")
+CLOSINGS = ("Have a nice day!", "I hope this helps!")
 RUDE = ("Do not ask me again.", "Everyone knows that.")
 FILLERS = (
-    "Many people think about this.",
     "There is so much more to say.",
     "I could talk about it all day.",
     "Let me think about that again.",
