@@ -30,8 +30,8 @@ PAD, EOS, END = 0, 1, 2
 FAMILIES = ("gpt2", "gpt_neox", "llama", "qwen2", "qwen3", "gemma", "gemma2", "mistral")
 
 CHAT_TEMPLATE = (
-    "{% for m in messages %}<unk> {{ m['content'] }} {% if not loop.last or m['role'] == 'assistant' %}<end> {% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}w0 {% endif %}"
+    "{% for m in messages %}<unk> {{ m['content'] }} "
+    "{% if not loop.last or m['role'] == 'assistant' %}<end> {% endif %}{% endfor %}{% if add_generation_prompt %}w0 {% endif %}"
 )
 
 
@@ -41,7 +41,11 @@ def tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.decoder = decoders.WordPiece(prefix="##", cleanup=False)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", additional_special_tokens=["<end>"]
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        additional_special_tokens=["<end>"],
     )
     if chat:
         fast.chat_template = CHAT_TEMPLATE
@@ -49,11 +53,19 @@ def tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
 
 
 def config(family: str, **overrides: object) -> PreTrainedConfig:
-    common = dict(vocab_size=VOCABULARY, eos_token_id=EOS, pad_token_id=PAD, bos_token_id=None, tie_word_embeddings=True)
+    common = dict(
+        vocab_size=VOCABULARY, eos_token_id=EOS, pad_token_id=PAD, bos_token_id=None, tie_word_embeddings=True
+    )
     if family == "gpt2":
         shape: dict = dict(n_embd=32, n_layer=2, n_head=4, n_positions=128)
     else:
-        shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128)
+        shape = dict(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=128,
+        )
     if family not in ("gpt2", "gpt_neox"):
         shape["num_key_value_heads"] = 2
     if family in ("qwen3", "gemma", "gemma2"):

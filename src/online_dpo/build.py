@@ -1,12 +1,16 @@
-"""From the trainer's arguments to the parts it composes. Everything that can be wrong is found before a model is loaded."""
+"""From the trainer's arguments to the parts it composes. Everything that can be wrong is found before a model is
+loaded.
+"""
 
 from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from accelerate.utils import is_peft_model
+from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
@@ -19,7 +23,7 @@ from online_dpo.reference import (
     adapter_changes_output,
     frozen_copy,
 )
-from online_dpo.scoring import check_scorers
+from online_dpo.scoring import PointwiseScorer, RewardModelScorer, check_scorers
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +43,8 @@ def check_arguments(
 ) -> None:
     """
     Raises:
-        ValueError, TypeError: an argument is missing, of the wrong kind, or contradicts another; the message says which.
+        ValueError, TypeError: an argument is missing, of the wrong kind, or contradicts another; the message says
+            which.
     """
     if args is None:
         raise ValueError("`args` must be given: an `OnlineDPOConfig` with at least `output_dir`.")
@@ -51,14 +56,15 @@ def check_arguments(
         raise ValueError("`processing_class` must be given: the policy's tokenizer.")
     if not isinstance(processing_class, (PreTrainedTokenizerBase, ProcessorMixin)):
         raise TypeError(
-            f"`processing_class` must be a tokenizer or a processor with one; it is a {type(processing_class).__name__}."
+            "`processing_class` must be a tokenizer or a processor with one; it is a "
+            f"{type(processing_class).__name__}."
         )
     if model is None:
         raise ValueError("`model` must be given: a causal language model, its folder or its hub name.")
     if ref_model is model and not isinstance(model, str):
         raise ValueError(
-            "`model` and `ref_model` are the same object, so the reference would move with the policy. Leave `ref_model` out: "
-            "the trainer keeps a copy of the policy itself."
+            "`model` and `ref_model` are the same object, so the reference would move with the policy. Leave "
+            "`ref_model` out: the trainer keeps a copy of the policy itself."
         )
     if reward_funcs is None and judge is None:
         raise ValueError("Nothing scores the completions: give `reward_funcs`, `reward_model` or `judge`.")
@@ -68,8 +74,8 @@ def check_arguments(
         raise TypeError("`judge` must have a method `judge(prompts, completion_pairs, shuffle_order)` or be callable.")
     if preprocess_logits_for_metrics is not None:
         raise ValueError(
-            "`preprocess_logits_for_metrics` has nothing to work on: evaluation keeps no logits. `compute_metrics` receives the "
-            "scores of the policy's completions as `predictions` and of the reference's as `label_ids`."
+            "`preprocess_logits_for_metrics` has nothing to work on: evaluation keeps no logits. `compute_metrics` "
+            "receives the scores of the policy's completions as `predictions` and of the reference's as `label_ids`."
         )
     if args.model_init_kwargs is not None and not isinstance(model, str):
         raise ValueError("`model_init_kwargs` is only used when `model` is a name or folder, but it is a loaded model.")
@@ -83,20 +89,26 @@ def check_arguments(
 
 
 def is_peft_model_object(model: Any) -> bool:
-    return isinstance(model, nn.Module) and is_peft_model(model)
+    return isinstance(model, nn.Module) and bool(is_peft_model(model))
 
 
 def choose_scorers(reward_funcs: Any, reward_model: Any, judge: Any, args: OnlineDPOConfig | None) -> tuple[Any, Any]:
-    """The reward functions and the judge that are used: ``reward_model`` is another name for ``reward_funcs``, and rewards win.
+    """The reward functions and the judge that are used: ``reward_model`` is another name for ``reward_funcs``, and
+    rewards win.
 
     Raises:
-        ValueError: both ``reward_funcs`` and ``reward_model`` are given.
+        ValueError: rewards are given in two places.
     """
     if reward_funcs is not None and reward_model is not None:
         raise ValueError("Give `reward_funcs` or `reward_model`, not both: `reward_funcs` takes a list of all of them.")
     rewards = reward_funcs if reward_funcs is not None else reward_model
-    if rewards is None and judge is None and args is not None:
-        rewards = args.reward_model_path
+    path = None if args is None else getattr(args, "reward_model_path", None)
+    if rewards is not None and path is not None:
+        raise ValueError(
+            "`reward_model_path` is given beside `reward_funcs`: put the path into the list `reward_funcs`."
+        )
+    if rewards is None and judge is None:
+        rewards = path
     if rewards is not None and judge is not None:
         warnings.warn("Both a reward and a `judge` are given: the reward is used, the judge is not.", stacklevel=3)
         judge = None
@@ -142,21 +154,33 @@ def build_reference(ref_model: Any, policy: nn.Module, args: OnlineDPOConfig) ->
         return FrozenReference(frozen_copy(policy).to(args.device))
     if adapter_changes_output(policy):
         logger.warning(
-            "The policy's adapter has been trained before. The reference is the base model without it; to stay close to the "
-            "policy as it is now, merge the adapter first (merge_and_unload) or pass `ref_model`."
+            "The policy's adapter has been trained before. The reference is the base model without it; to stay close "
+            "to the policy as it is now, merge the adapter first (merge_and_unload) or pass `ref_model`."
         )
     return AdapterOffReference(policy)
+
+
+def check_templates(scorers: Sequence[PointwiseScorer], dataset: Any) -> None:
+    """
+    Raises:
+        ValueError: the prompts are messages, and a reward model's tokenizer has no chat template for them.
+    """
+    if isinstance(dataset, Dataset) and not isinstance(dataset[0]["prompt"], str):
+        for scorer in scorers:
+            if isinstance(scorer, RewardModelScorer):
+                scorer.check_chat_template()
 
 
 def train_on_one_device_per_process(args: OnlineDPOConfig) -> None:
     """Settings that hold for every run: one device a process, and batches that each process reads for itself."""
     if args.n_gpu > 1:
         warnings.warn(
-            f"{args.n_gpu} GPUs are visible to this one process; only the first is used. Start one process for each with "
-            f"`torchrun --nproc_per_node {args.n_gpu}` to use them all.",
+            f"{args.n_gpu} GPUs are visible to this one process; only the first is used. Start one process for each "
+            f"with `torchrun --nproc_per_node {args.n_gpu}` to use them all.",
             stacklevel=3,
         )
         args._n_gpu = 1
-    if args.accelerator_config.dispatch_batches is None:  # pyright: ignore[reportAttributeAccessIssue]
+    accelerator_config: Any = args.accelerator_config
+    if accelerator_config.dispatch_batches is None:
         # A streamed batch holds text, which accelerate cannot broadcast from the first process.
-        args.accelerator_config.dispatch_batches = False  # pyright: ignore[reportAttributeAccessIssue]
+        accelerator_config.dispatch_batches = False

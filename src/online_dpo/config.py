@@ -1,7 +1,7 @@
 """The trainer's configuration: `transformers.TrainingArguments` plus the fields of Online DPO.
 
-Each field is documented once, in the string beneath it; ``online-dpo train --help`` shows the same text. Fields that TRL's
-``OnlineDPOConfig`` has keep its names.
+Each field is documented once, in the string beneath it; ``online-dpo train --help`` shows the same text. Fields that
+TRL's ``OnlineDPOConfig`` has keep its names.
 """
 
 from __future__ import annotations
@@ -54,10 +54,14 @@ class OnlineDPOConfig(TrainingArguments):
     """Log every this many optimizer steps; below 1, a share of the whole run."""
 
     gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass instead of keeping them. The KV cache of generation is not touched by it."""
+    """Recompute activations in the backward pass instead of keeping them. The KV cache of generation is not touched by
+    it.
+    """
 
     bf16: bool | None = None
-    """Compute in bfloat16 (mixed precision). When not set: on if the device supports it and `fp16` is off, never on a CPU."""
+    """Compute in bfloat16 (mixed precision). When not set: on if the device supports it and `fp16` is off, never on a
+    CPU.
+    """
 
     remove_unused_columns: bool = False
     """Has to stay off: reward functions receive the dataset's other columns."""
@@ -96,8 +100,8 @@ class OnlineDPOConfig(TrainingArguments):
     """Above 1, tokens that already stand in the prompt or the completion become less probable; 1 is off."""
 
     generation_kwargs: dict[str, Any] | str | None = None
-    """Further options of `transformers.GenerationConfig`, such as `{"stop_strings": ["\\n\\n"]}`. They override the fields
-    above and are sampled through `model.generate`."""
+    """Further options of `transformers.GenerationConfig`, such as `{"stop_strings": ["\\n\\n"]}`. They override the
+    fields above and are sampled through `model.generate`."""
 
     cache_implementation: str | None = None
     """Cache that `model.generate` should use, such as `static`. Sampling then goes through `model.generate`."""
@@ -109,7 +113,7 @@ class OnlineDPOConfig(TrainingArguments):
     # --- scoring ----------------------------------------------------------------------------------------------------
 
     reward_model_path: str | None = None
-    """Folder or hub name of a sequence-classification reward model, used when the trainer is given no scorer."""
+    """Folder or hub name of a sequence-classification reward model. In a run file it counts beside `reward_funcs`."""
 
     reward_weights: list[float] | None = None
     """Weight of each reward function, in their order; when not set, each counts 1."""
@@ -126,11 +130,13 @@ class OnlineDPOConfig(TrainingArguments):
     """How the pair is picked from K scored completions: `best_worst` takes the highest and the lowest score."""
 
     tie_policy: str = "skip"
-    """When the best and the worst score are equal: `skip` drops the group and counts it, `first` trains the first completion
-    as the chosen one (what TRL does)."""
+    """When the best and the worst score are equal: `skip` drops the group and counts it, `first` trains the first
+    completion as the chosen one (what TRL does)."""
 
     beta: list[float] = field(default_factory=lambda: [0.1])
-    """Strength of the pull towards the reference; IPO's tau. A number, or a list with one for each epoch (the last one stays)."""
+    """Strength of the pull towards the reference; IPO's tau. A number, or a list with one for each epoch (the last one
+    stays).
+    """
 
     loss_type: str = "sigmoid"
     """`sigmoid` (DPO, arXiv 2305.18290, equation 7) or `ipo` (arXiv 2310.12036, equation 17)."""
@@ -141,10 +147,14 @@ class OnlineDPOConfig(TrainingArguments):
     # --- data -------------------------------------------------------------------------------------------------------
 
     prompt_column: str | None = None
-    """Column that holds the prompt. When not set: `prompt`, else `messages`, else the prompt of a `chosen` transcript."""
+    """Column that holds the prompt. When not set: `prompt`, else `messages`, else the prompt of a `chosen`
+    transcript.
+    """
 
     prompt_template: str | None = None
-    """Text of the prompt with column names in braces, such as `"Question: {question}\\nAnswer:"`. Replaces `prompt_column`."""
+    """Text of the prompt with column names in braces, such as `"Question: {question}\\nAnswer:"`. Replaces
+    `prompt_column`.
+    """
 
     chat_template_kwargs: dict[str, Any] | str | None = None
     """Passed to the chat template of conversational prompts, such as `{"enable_thinking": false}`."""
@@ -159,7 +169,9 @@ class OnlineDPOConfig(TrainingArguments):
     # --- guards -----------------------------------------------------------------------------------------------------
 
     max_skipped_steps: int = 10
-    """A step whose loss or gradient is not finite is skipped; after this many in a row the run saves a checkpoint and stops."""
+    """A step whose loss or gradient is not finite is skipped; after this many in a row the run saves a checkpoint and
+    stops.
+    """
 
     # --- models -----------------------------------------------------------------------------------------------------
 
@@ -222,7 +234,7 @@ class OnlineDPOConfig(TrainingArguments):
             self.bf16 = not self.fp16 and not self.use_cpu and _device_computes_in_bf16()
         super().__post_init__()
         if isinstance(self.beta, (list, tuple)) and len(self.beta) == 1:
-            self.beta = self.beta[0]
+            self.beta = self.beta[0]  # pyright: ignore[reportAttributeAccessIssue]
         self._check_ranges()
         self._check_unsupported()
 
@@ -276,7 +288,9 @@ class OnlineDPOConfig(TrainingArguments):
 
     def _check_unsupported(self) -> None:
         if self.use_vllm:
-            raise ValueError("`use_vllm=True` is not in this version. Leave it off: completions are sampled in process.")
+            raise ValueError(
+                "`use_vllm=True` is not in this version. Leave it off: completions are sampled in process."
+            )
         ignored = [
             f.name
             for f in fields(self)

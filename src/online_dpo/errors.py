@@ -1,5 +1,5 @@
-"""Errors of this package. Wrong input raises ``ValueError`` or ``TypeError`` with what to do about it; the classes here are for
-events in a run that a caller may want to catch."""
+"""Errors of this package. Wrong input raises ``ValueError`` or ``TypeError`` with what to do about it; the classes here
+are for events in a run that a caller may want to catch."""
 
 from __future__ import annotations
 
@@ -17,4 +17,6 @@ class ScoringError(OnlineDPOError, ValueError):
 
 
 class TrainingDivergedError(OnlineDPOError, RuntimeError):
-    """Too many steps in a row had a loss or gradient that is not finite. A checkpoint was saved before this was raised."""
+    """Too many steps in a row had a loss or gradient that is not finite. A checkpoint was saved before this was
+    raised.
+    """

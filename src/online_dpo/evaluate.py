@@ -16,10 +16,10 @@ from online_dpo.types import Group, PackedRows, Pair, RowLogprobs, Scores
 class EvalRecord:
     """One held-out prompt.
 
-    ``scores`` has one entry a completion, ``None`` where missing (all ``None`` with a judge); ``reference_score`` is that of the reference's
-    completion. ``win`` is the share of the policy's completions that beat the reference's (a tie counts half), ``None`` where
-    it cannot be told. ``loss`` is the DPO loss of the prompt's pair, ``None`` without a pair. ``kl`` and ``entropy`` are nats per
-    completion and per token.
+    ``scores`` has one entry a completion, ``None`` where missing (all ``None`` with a judge); ``reference_score`` is
+    that of the reference's completion. ``win`` is the share of the policy's completions that beat the reference's (a
+    tie counts half), ``None`` where it cannot be told. ``loss`` is the DPO loss of the prompt's pair, ``None`` without
+    a pair. ``kl`` and ``entropy`` are nats per completion and per token.
     """
 
     scores: tuple[float | None, ...]
@@ -48,7 +48,8 @@ def win_share(scores: Sequence[float | None], reference_score: float | None) -> 
 def wilson_interval(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
     """95 % confidence interval of a share seen in ``count`` trials (Wilson 1927).
 
-    Fractional outcomes (ties) have less variance than the yes-or-no ones it assumes, so for them it errs on the wide side.
+    Fractional outcomes (ties) have less variance than the yes-or-no ones it assumes, so for them it errs on the wide
+    side.
 
     >>> tuple(round(bound, 4) for bound in wilson_interval(0.8, 100))
     (0.7112, 0.8666)

@@ -19,9 +19,10 @@ logger = logging.getLogger(__name__)
 class StepGuard(TrainerCallback):
     """Lets an optimizer step happen only when there is something to learn from it, on every rank alike.
 
-    The trainer reports each loss, the gradient norm and the number of pairs; just before the optimizer runs, the guard drops all
-    gradients when any rank saw a loss or gradient that is not finite, or when no rank has a pair. An optimizer leaves
-    parameters without a gradient, and their state, untouched; a zero gradient would still apply weight decay and momentum.
+    The trainer reports each loss, the gradient norm and the number of pairs; just before the optimizer runs, the guard
+    drops all gradients when any rank saw a loss or gradient that is not finite, or when no rank has a pair. An
+    optimizer leaves parameters without a gradient, and their state, untouched; a zero gradient would still apply weight
+    decay and momentum.
     """
 
     def __init__(self, accelerator: Accelerator, max_skipped_steps: int) -> None:
@@ -103,8 +104,8 @@ def refuse_to_split(rows: PackedRows, num_processes: int) -> None:
     pairs = len(rows.weight_N)
     if pairs < 2 or num_processes > 1:
         raise torch.OutOfMemoryError(
-            f"A micro-batch of {pairs} pair(s), in rows of {rows.ids_RT.shape[1]} tokens, does not fit in memory and cannot be "
-            "split here. Lower `per_device_train_batch_size` (and raise `gradient_accumulation_steps`), `max_length` or "
-            "`max_new_tokens`."
+            f"A micro-batch of {pairs} pair(s), in rows of {rows.ids_RT.shape[1]} tokens, does not fit in memory and "
+            "cannot be split here. Lower `per_device_train_batch_size` (and raise `gradient_accumulation_steps`), "
+            "`max_length` or `max_new_tokens`."
         )
     logger.warning("A micro-batch of %d pairs ran out of memory; it is split in two.", pairs)

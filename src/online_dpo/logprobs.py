@@ -17,8 +17,8 @@ from online_dpo.types import PackedRows, RowLogprobs
 def row_logprobs(model: nn.Module, rows: PackedRows) -> RowLogprobs:
     """Log-probabilities of all completion tokens in one forward pass, at temperature 1.
 
-    Enters through the root module, so wrappers (DDP, autocast, adapters) take part. Only the positions that predict a completion
-    token are projected onto the vocabulary; the log-sum-exp is in fp32.
+    Enters through the root module, so wrappers (DDP, autocast, adapters) take part. Only the positions that predict a
+    completion token are projected onto the vocabulary; the log-sum-exp is in fp32.
     """
     length = rows.completion_length
     optional: dict[str, Any] = {}

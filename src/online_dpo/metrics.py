@@ -26,7 +26,9 @@ class MetricStore:
         self._totals: dict[str, float] = defaultdict(float)
 
     def mean(self, name: str, values: Value) -> None:
-        """Values that are not finite (of a step that the guard will skip) are left out, so that they do not hide the others."""
+        """Values that are not finite (of a step that the guard will skip) are left out, so that they do not hide the
+        others.
+        """
         if not isinstance(values, torch.Tensor):
             values = torch.tensor([values] if isinstance(values, (int, float)) else list(values), dtype=torch.float64)
         finite = values.detach().isfinite()
@@ -55,7 +57,8 @@ class MetricStore:
             {name: (float(value), float(self._counts[name])) for name, value in self._sums.items()},
             dict(self._totals),
         )
-        self._sums.clear(), self._counts.clear(), self._totals.clear()
+        for collected in (self._sums, self._counts, self._totals):
+            collected.clear()
         sums: dict[str, float] = defaultdict(float)
         counts: dict[str, float] = defaultdict(float)
         totals: dict[str, float] = defaultdict(float)
@@ -93,17 +96,18 @@ def record_pairs(store: MetricStore, num_groups: int, pairs: list[Pair], dropped
     for reason, count in dropped.items():
         store.total(f"dropped/{reason}", count)
     store.mean("objective/scores_margin", [pair.margin for pair in pairs if pair.margin is not None])
-    store.mean("completions/chosen_minus_rejected_length", [_length_gap(p.chosen_completion, p.rejected_completion) for p in pairs])
+    store.mean(
+        "completions/chosen_minus_rejected_length",
+        [_length_gap(p.chosen_completion, p.rejected_completion) for p in pairs],
+    )
 
 
-def record_loss(
-    store: MetricStore, rows: PackedRows, policy: RowLogprobs, reference: RowLogprobs, beta: float
-) -> None:
+def record_loss(store: MetricStore, rows: PackedRows, policy: RowLogprobs, reference: RowLogprobs, beta: float) -> None:
     """What the forward passes gave, over the pairs that are trained on (a stand-in counts nowhere).
 
-    ``objective/kl`` is the mean over completions of the summed log-ratio to the reference, an estimate of the sequence KL in nats;
-    ``objective/entropy`` that of minus the summed log-probability; ``objective/token_entropy`` the mean over tokens of the
-    entropy of the whole next-token distribution.
+    ``objective/kl`` is the mean over completions of the summed log-ratio to the reference, an estimate of the sequence
+    KL in nats; ``objective/entropy`` that of minus the summed log-probability; ``objective/token_entropy`` the mean
+    over tokens of the entropy of the whole next-token distribution.
     """
     store.mean("beta", beta)
     real_N = rows.weight_N > 0

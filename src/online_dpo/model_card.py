@@ -16,18 +16,20 @@ if TYPE_CHECKING:
     from online_dpo.trainer import OnlineDPOTrainer
 
 SETTINGS = (
-    "num_completions max_new_tokens max_length temperature top_p top_k min_p repetition_penalty loss_type beta pair_selection "
-    "tie_policy missing_eos_penalty learning_rate lr_scheduler_type optim per_device_train_batch_size "
-    "gradient_accumulation_steps max_steps num_train_epochs seed bf16 fp16"
-).split()
+    *("num_completions", "max_new_tokens", "max_length", "temperature", "top_p", "top_k", "min_p"),
+    *("repetition_penalty", "loss_type", "beta", "pair_selection", "tie_policy", "missing_eos_penalty"),
+    *("learning_rate", "lr_scheduler_type", "optim", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("max_steps", "num_train_epochs", "seed", "bf16", "fp16"),
+)
 RESULTS = (
-    "loss objective/scores objective/kl rewards/margins rewards/accuracies val/contain_eos_token "
-    "completions/mean_length eval_loss eval_objective/scores eval_objective/kl eval_win_rate"
-).split()
+    *("loss", "objective/scores", "objective/kl", "rewards/margins", "rewards/accuracies", "val/contain_eos_token"),
+    *("completions/mean_length", "eval_loss", "eval_objective/scores", "eval_objective/kl", "eval_win_rate"),
+)
 TEXT = """# {name}
 
-This model was trained with Online DPO ([Guo et al. 2024](https://huggingface.co/papers/2402.04792)): completions are sampled from the
-model while it trains, scored, and the better and the worse one of each prompt form the pair of a DPO step.
+This model was trained with Online DPO ([Guo et al. 2024](https://huggingface.co/papers/2402.04792)): completions are
+sampled from the model while it trains, scored, and the better and the worse one of each prompt form the pair of a DPO
+step.
 
 | | |
 |---|---|
@@ -58,18 +60,18 @@ def write_model_card(trainer: OnlineDPOTrainer, model_name: str | None) -> None:
     from online_dpo import __version__
 
     base = base_causal_lm(trainer.model)  # pyright: ignore[reportArgumentType]
-    origin = Path(base.config._name_or_path).name or None  # pyright: ignore  # a folder's name, never its path
-    hub_name = base.config._name_or_path  # pyright: ignore
+    source = str(base.config._name_or_path)
+    is_folder = Path(source).is_dir()  # of which the card names the last part only, never the path
     data = ModelCardData(
         library_name="peft" if base is not trainer.model else "transformers",
-        base_model=hub_name if hub_name and not Path(hub_name).is_dir() else None,
+        base_model=source if source and not is_folder else None,
         tags=["online-dpo", "dpo", "generated-from-trainer"],
     )
     scorers = ", ".join(scorer.name for scorer in trainer.scorers) or f"judge {trainer.judge.name}"  # pyright: ignore
     output_dir = Path(trainer.args.output_dir)  # pyright: ignore[reportArgumentType]
     text = TEXT.format(
         name=model_name or trainer.args.hub_model_id or output_dir.name,
-        policy=f"{origin or 'given as an object'} ({base.config.model_type})",  # pyright: ignore
+        policy=f"{Path(source).name or 'given as an object'} ({base.config.model_type})",
         reference=type(trainer.reference).__name__,
         feedback=scorers,
         steps=trainer.state.global_step,

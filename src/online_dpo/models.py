@@ -1,4 +1,6 @@
-"""Loading policies and asking models what they take: the one place that knows about `transformers` and `peft` classes."""
+"""Loading policies and asking models what they take: the one place that knows about `transformers` and `peft`
+classes.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ def check_model_path(path: str, argument: str) -> None:
 
 
 def load_causal_lm(path: str, init_kwargs: dict[str, Any] | None, trust_remote_code: bool) -> PreTrainedModel:
-    """A causal language model from a folder or the hub; an adapter folder gives its base model with the adapter trainable.
+    """A causal language model from a folder or the hub; an adapter folder gives its base model with the adapter
+    trainable.
 
     Raises:
         ValueError: ``init_kwargs["dtype"]`` names no torch type.
@@ -48,9 +51,10 @@ def load_causal_lm(path: str, init_kwargs: dict[str, Any] | None, trust_remote_c
     return AutoModelForCausalLM.from_pretrained(path, **kwargs)
 
 
-def base_causal_lm(model: nn.Module) -> nn.Module:
+def base_causal_lm(model: nn.Module) -> PreTrainedModel:
     """The model under a PEFT wrapper, or the model itself."""
-    return model.get_base_model() if is_peft_model(model) else model  # pyright: ignore[reportCallIssue]
+    wrapped: Any = model
+    return wrapped.get_base_model() if is_peft_model(model) else wrapped
 
 
 def accepts_argument(model: nn.Module, name: str) -> bool:
@@ -64,10 +68,8 @@ def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple
     Raises:
         ValueError: there is none, so that no completion could ever end by itself.
     """
-    declared = base_causal_lm(model).generation_config.eos_token_id  # pyright: ignore[reportAttributeAccessIssue]
-    ids = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
-    if tokenizer.eos_token_id is not None:
-        ids.append(tokenizer.eos_token_id)
+    sources: list[Any] = [base_causal_lm(model).generation_config.eos_token_id, tokenizer.eos_token_id]
+    ids = [i for source in sources if source is not None for i in ([source] if isinstance(source, int) else source)]
     if not ids:
         raise ValueError("Neither the tokenizer nor the model's generation config has an end token; set `eos_token`.")
     return tuple(sorted(set(ids)))
@@ -82,22 +84,22 @@ def disable_dropout(model: nn.Module) -> None:
 
 def context_length(model: nn.Module) -> int | None:
     """Most positions the model has been built for, or ``None`` where its config does not say."""
-    config = base_causal_lm(model).config.get_text_config()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+    config = base_causal_lm(model).config.get_text_config()
     return getattr(config, "max_position_embeddings", None)
 
 
 class ConfigKeeper:
     """Remembers what a model's configs said, and puts it back after `transformers.Trainer` has written into them.
 
-    Trainer sets ``config.use_cache`` and copies the tokenizer's special tokens into both configs; a saved model should say
-    what its owner said.
+    Trainer sets ``config.use_cache`` and copies the tokenizer's special tokens into both configs; a saved model should
+    say what its owner said.
     """
 
     def __init__(self, model: nn.Module) -> None:
         base = base_causal_lm(model)
         config = base.config
         self._kept: list[tuple[Any, str, Any]] = [(config, "use_cache", getattr(config, "use_cache", None))]
-        text_config = config.get_text_config()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+        text_config = config.get_text_config()
         for holder in (text_config, base.generation_config):
             self._kept += [(holder, name, getattr(holder, name, None)) for name in SPECIAL_TOKEN_FIELDS]
 

@@ -87,8 +87,8 @@ def _pack(
     pad_token_id: int,
 ) -> PackedRows:
     completion_length = max(len(completion.token_ids) for _, completion in sequences)
-    # All completions end at the right edge, so a shorter one leaves positions inside the last C that hold prompt or padding;
-    # the completion mask says which are its own.
+    # All completions end at the right edge, so a shorter one leaves positions inside the last C that hold prompt or
+    # padding; the completion mask says which are its own.
     length = max(len(prompt.token_ids) + len(completion.token_ids) for prompt, completion in sequences)
     length = max(length, completion_length + 1)  # the first completion token is predicted from the position before it
     ids, mask, positions, completion_mask = [], [], [], []

@@ -19,9 +19,9 @@ def pairs_from_scores(
     """Best against worst of each group, and how many groups were dropped for which reason.
 
     A completion without a score takes part in no pair; a group with fewer than two scored completions is dropped as
-    ``missing_score``, one whose best and worst score are equal as ``tie`` (or, with ``tie_policy="first"``, gives its first
-    two scored completions as chosen and rejected), one whose two completions have the same tokens as ``identical``.
-    Between equal scores the earlier completion is the chosen one and the later the rejected one.
+    ``missing_score``, one whose best and worst score are equal as ``tie`` (or, with ``tie_policy="first"``, gives its
+    first two scored completions as chosen and rejected), one whose two completions have the same tokens as
+    ``identical``. Between equal scores the earlier completion is the chosen one and the later the rejected one.
     """
     pairs: list[Pair] = []
     dropped: Counter[str] = Counter()

@@ -52,7 +52,8 @@ def frozen_copy(policy: nn.Module) -> nn.Module:
 def adapter_changes_output(policy: nn.Module) -> bool:
     """Whether the policy with its adapter differs from the policy without, on a few tokens.
 
-    A fresh LoRA adapter changes nothing, so "adapter off" is the starting policy. One that has been trained before does.
+    A fresh LoRA adapter changes nothing, so "adapter off" is the starting policy. One that has been trained before
+    does.
     """
     device = next(policy.parameters()).device
     ids = torch.arange(4, device=device)[None]

@@ -34,6 +34,7 @@ from online_dpo.build import (
     build_policy,
     build_reference,
     check_arguments,
+    check_templates,
     choose_scorers,
     train_on_one_device_per_process,
 )
@@ -63,21 +64,25 @@ class OnlineDPOTrainer(Trainer):
     Args:
         model: the policy: a causal language model, a PEFT model, a folder or a hub name.
         ref_model: the reference; when not given, a frozen copy of the policy, or the policy with its adapter off.
-        reward_funcs: one or several of: a Python function (plain or async), a sequence-classification model, its folder or hub name.
-        judge: an object with ``judge(prompts, completion_pairs, shuffle_order=True) -> ranks``, or a callable of that form; a rank is 0 or 1
-            for the better completion, -1 for no answer.
+        reward_funcs: one or several of: a Python function (plain or async), a sequence-classification model, its folder
+            or hub name.
+        judge: an object with ``judge(prompts, completion_pairs, shuffle_order=True) -> ranks``, or a callable of that
+            form; a rank is 0 or 1 for the better completion, -1 for no answer.
         reward_model: another name for ``reward_funcs``.
         args: the configuration.
-        data_collator: list of rows to a dict of lists; must keep the columns ``prompt``, ``prompt_ids`` and ``prompt_row``.
-        train_dataset, eval_dataset: rows with a ``prompt`` (text or messages); ``eval_dataset`` may be a dict of them. Other columns
-            are handed to reward functions.
+        data_collator: list of rows to a dict of lists; must keep the columns ``prompt``, ``prompt_ids`` and
+            ``prompt_row``.
+        train_dataset, eval_dataset: rows with a ``prompt`` (text or messages); ``eval_dataset`` may be a dict of them.
+            Other columns are handed to reward functions.
         processing_class: the policy's tokenizer.
         reward_processing_classes: tokenizers of the reward models, in the order of ``reward_funcs``.
         peft_config: adapter to train instead of the whole model.
-        compute_metrics: receives `EvalPrediction(predictions=scores (prompts, K), label_ids=reference scores (prompts,))`.
+        compute_metrics: receives `EvalPrediction(predictions=scores (prompts, K), label_ids=reference scores
+            (prompts,))`.
 
     Raises:
-        ValueError, TypeError: an argument is missing or wrong; raised before any model is loaded where that is possible.
+        ValueError, TypeError: an argument is missing or wrong; raised before any model is loaded where that is
+            possible.
         InvalidPromptError: a dataset row is no usable prompt (see ``invalid_prompts``).
     """
 
@@ -122,7 +127,9 @@ class OnlineDPOTrainer(Trainer):
         self.dropped_rows: Counter[str] = Counter()
         train_dataset = self._prepared(train_dataset, "train_dataset")
         if isinstance(eval_dataset, dict):
-            eval_dataset = {name: self._prepared(data, f"eval_dataset[{name!r}]") for name, data in eval_dataset.items()}
+            eval_dataset = {
+                name: self._prepared(data, f"eval_dataset[{name!r}]") for name, data in eval_dataset.items()
+            }
         elif eval_dataset is not None:
             eval_dataset = self._prepared(eval_dataset, "eval_dataset")
         train_on_one_device_per_process(args)
@@ -153,6 +160,7 @@ class OnlineDPOTrainer(Trainer):
             if judge is not None
             else build_scorers(reward_funcs, reward_processing_classes, args, state=lambda: self.state)
         )
+        check_templates(self.scorers, train_dataset)
         self.metrics = MetricStore()
         self.guard = StepGuard(self.accelerator, args.max_skipped_steps)
         self.add_callback(self.guard)
@@ -165,7 +173,7 @@ class OnlineDPOTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], torch.Tensor | None]:
-        """The first five stages, for all micro-batches of an optimizer step at once: fetch, sample, score, pair, pack."""
+        """The first five stages, for all micro-batches of a step at once: fetch, sample, score, pair, pack."""
         batches = list(islice(epoch_iterator, num_batches))
         if not batches:  # a stream that ended
             return [], None
@@ -185,8 +193,8 @@ class OnlineDPOTrainer(Trainer):
     ) -> Any:
         """The last two stages: log-probabilities of policy and reference, and the loss.
 
-        The sum of the pairs' losses over the number of pairs in the whole step, over all ranks and micro-batches; times the
-        number of ranks, because data parallelism averages gradients over them.
+        The sum of the pairs' losses over the number of pairs in the whole step, over all ranks and micro-batches; times
+        the number of ranks, because data parallelism averages gradients over them.
         """
         rows: PackedRows = inputs["rows"].to(self.accelerator.device)
         reference = self._reference_logprobs(rows)  # first, so that no activations of the policy are held meanwhile
@@ -304,7 +312,7 @@ class OnlineDPOTrainer(Trainer):
         return loss
 
     def _train_in_halves(self, model: nn.Module, rows: PackedRows, num_items: Any) -> torch.Tensor:
-        """A backward pass that ran out of memory has left part of its gradient behind, so the step's gradient is made anew."""
+        """A backward pass that broke off has left part of its gradient behind, so the step's is made anew."""
         refuse_to_split(rows, self.accelerator.num_processes)
         model.zero_grad()
         empty_device_cache()
@@ -317,7 +325,7 @@ class OnlineDPOTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self.guard.saw_gradient_norm(norm)
+        self.guard.saw_gradient_norm(norm)  # pyright: ignore[reportArgumentType]
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -344,13 +352,14 @@ class OnlineDPOTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Loss, scores, KL and win rate against the reference on held-out prompts, as ``eval_loss``, ``eval_win_rate`` and so on.
+        """Loss, scores, KL and win rate against the reference on held-out prompts, as ``eval_loss``, ``eval_win_rate``
+        and so on.
 
         The same random numbers are used every time, so that two evaluations differ by the weights alone.
         """
         if eval_dataset is not None and not isinstance(eval_dataset, (str, dict)):
             eval_dataset = self._prepared(eval_dataset, "eval_dataset")
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # pyright: ignore[reportArgumentType]
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         return super().get_test_dataloader(self._prepared(test_dataset, "test_dataset"))
@@ -363,9 +372,9 @@ class OnlineDPOTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        model = self._wrap_model(self.model, training=False)
+        model = self._wrap_model(self.model, training=False)  # pyright: ignore[reportArgumentType]
         records: list[EvalRecord] = []
-        self.callback_handler.eval_dataloader = dataloader
+        self.callback_handler.eval_dataloader = dataloader  # pyright: ignore[reportAttributeAccessIssue]
         with eval_mode(model):
             for batch in dataloader:
                 prompts = [prompt for prompt in prompts_from_batch(batch) if prompt.invalid is None]
@@ -425,7 +434,8 @@ class OnlineDPOTrainer(Trainer):
         columns = getattr(dataset, "column_names", None) or []
         if "prompt_ids" in columns:
             return dataset
-        dataset, dropped = prepare_prompts(dataset, self.tokenizer, self.args, name=name)
+        with self.args.main_process_first(desc=f"preparing {name}"):
+            dataset, dropped = prepare_prompts(dataset, self.tokenizer, self.args, name=name)  # pyright: ignore
         self.dropped_rows += dropped
         return dataset
 

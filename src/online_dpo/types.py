@@ -46,11 +46,12 @@ class Prompt:
 class Completion:
     """One sampled answer.
 
-    >>> Completion(token_ids=(9, 4, 2), logprobs=(-0.1, -1.3, -0.2), finish_reason="stop", policy_version=7, text="Red.")
+    >>> Completion(token_ids=(9, 4, 2), logprobs=(-0.1, -1.3, -0.2), finish_reason="stop", policy_version=7,
+    text="Red.")
 
-    ``token_ids`` ends with the end token when the model produced one. ``logprobs`` holds, for every token, the log-probability
-    under the unmodified policy (temperature 1, no truncation of the distribution). ``text`` is decoded without
-    special tokens. ``policy_version`` is the number of optimizer steps behind the weights that sampled it.
+    ``token_ids`` ends with the end token when the model produced one. ``logprobs`` holds, for every token, the
+    log-probability under the unmodified policy (temperature 1, no truncation of the distribution). ``text`` is decoded
+    without special tokens. ``policy_version`` is the number of optimizer steps behind the weights that sampled it.
     """
 
     token_ids: tuple[int, ...]
@@ -85,8 +86,8 @@ class Scores:
 class Pair:
     """Chosen and rejected completion of one group, as indices into ``group.completions``.
 
-    ``chosen_score`` and ``rejected_score`` are ``None`` when a judge ranked the two without numbers. ``margin`` is their
-    difference.
+    ``chosen_score`` and ``rejected_score`` are ``None`` when a judge ranked the two without numbers. ``margin`` is
+    their difference.
 
     >>> Pair(group=group, chosen=1, rejected=0, chosen_score=2.0, rejected_score=-1.0)
     """
@@ -119,10 +120,10 @@ class PackedRows:
     A row is ``[padding | prompt | completion]``: completions end at the right edge, so a model has to project only
     the last ``completion_length`` positions onto the vocabulary.
 
-    Fields: ``ids_RT``, ``attention_mask_RT`` (1 where a real token stands) and ``positions_RT`` (0 at each row's first real
-    token) are int64; ``completion_mask_RC`` is bool and covers the last ``C = completion_length`` positions;
-    ``chosen_N`` and ``rejected_N`` are row indices; ``weight_N`` is 1 for a pair and 0 for a stand-in; ``score_R`` is each
-    completion's score (float64), nan where a judge ranked without numbers.
+    Fields: ``ids_RT``, ``attention_mask_RT`` (1 where a real token stands) and ``positions_RT`` (0 at each row's first
+    real token) are int64; ``completion_mask_RC`` is bool and covers the last ``C = completion_length`` positions;
+    ``chosen_N`` and ``rejected_N`` are row indices; ``weight_N`` is 1 for a pair and 0 for a stand-in; ``score_R`` is
+    each completion's score (float64), nan where a judge ranked without numbers.
     """
 
     ids_RT: torch.Tensor
@@ -151,8 +152,8 @@ class PackedRows:
 class RowLogprobs:
     """What a model says of the completions in a batch of rows.
 
-    ``token_logps_RC`` is fp32 and 0 outside completions; ``logps_R`` is its sum over each completion; ``entropy_RC`` is the
-    entropy of each next-token distribution in nats, 0 outside completions, without gradient.
+    ``token_logps_RC`` is fp32 and 0 outside completions; ``logps_R`` is its sum over each completion; ``entropy_RC`` is
+    the entropy of each next-token distribution in nats, 0 outside completions, without gradient.
     """
 
     token_logps_RC: torch.Tensor

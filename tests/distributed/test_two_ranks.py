@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
+
+import tiny
 from training import assert_same
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -17,11 +18,19 @@ WORKER = Path(__file__).with_name("worker.py")
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(WORKER.parents[1])}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONPATH": str(WORKER.parents[1]),
+    }
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
     for command, processes in ((torchrun, 2), ([sys.executable], 1)):
         done = subprocess.run(
-            [*command, str(WORKER), str(out), str(processes)], env=environment, capture_output=True, text=True, timeout=280
+            [*command, str(WORKER), str(out), str(processes)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=280,
         )
         assert done.returncode == 0, done.stderr[-4000:]
 

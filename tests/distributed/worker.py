@@ -1,12 +1,15 @@
-"""Run by torchrun with two processes (and by plain Python with one): trains a step in several settings and saves what came out."""
+"""Run by torchrun with two processes (and by plain Python with one): trains a step in several settings and saves what
+came out.
+"""
 
 import sys
 from pathlib import Path
 
-import tiny
 import torch
 from datasets import IterableDataset
-from training import KeepGradient, dataset, trainer, weights, word_reward
+
+import tiny
+from training import KeepGradient, dataset, trainer, weights
 
 LENGTHS = (5, 9, 3, 7, 12, 4, 6, 8)
 
@@ -64,5 +67,11 @@ if __name__ == "__main__":
     run(out, "one_sided", processes, reward_funcs=only_rows_of_the_first_rank)
     stream = IterableDataset.from_generator(lambda: iter(dataset(lengths=LENGTHS).to_list()))
     run(out, "stream", processes, train_dataset=stream)
-    run(out, "evaluated", processes, per_device_eval_batch_size=2, kwargs={"eval_dataset": dataset(lengths=(3, 4, 5, 6, 7))})
+    run(
+        out,
+        "evaluated",
+        processes,
+        per_device_eval_batch_size=2,
+        kwargs={"eval_dataset": dataset(lengths=(3, 4, 5, 6, 7))},
+    )
     run(out, "not_finite", processes, model=poisoned_on_the_last_rank(), learning_rate=0.1)

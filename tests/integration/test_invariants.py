@@ -4,13 +4,13 @@ import json
 from collections import Counter
 
 import pytest
-import tiny
 import torch
-from training import assert_same, config, dataset, gradient, trainer, weights, word_reward
 from transformers import AutoModelForCausalLM
 
+import tiny
 from online_dpo import OnlineDPOTrainer
 from online_dpo.errors import TrainingDivergedError
+from training import assert_same, config, dataset, gradient, trainer, weights, word_reward
 
 
 def recording(calls):
@@ -113,7 +113,11 @@ def test_a_short_last_accumulation_weighs_its_pairs_the_same(tmp_path, batch, ac
     both = {}
     for size, steps in ((8, 1), (batch, accumulation)):
         both[size] = gradient(
-            tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=steps, max_steps=2, learning_rate=0.1
+            tmp_path,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            max_steps=2,
+            learning_rate=0.1,
         )
     assert_same(both[batch], both[8], 1e-5)
 
@@ -192,7 +196,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, stop):
 def test_every_prompt_of_an_epoch_ends_as_a_pair_or_in_a_counted_reason(tmp_path):
     def moody(completions, name, **_):
         values = []
-        for i, (text, row) in enumerate(zip(completions, name, strict=True)):
+        for i, row in enumerate(name):
             kind = int(row.split()[1]) % 4
             values.append({0: float(i), 1: None, 2: float("nan") if i % 2 else 1.0, 3: 7.0}[kind])
         return values
@@ -224,7 +228,9 @@ def test_a_step_without_pairs_leaves_weights_and_optimizer_alone(tmp_path):
         calls.append(1)
         return [float(i) for i in range(len(completions))] if len(calls) == 1 else [1.0] * len(completions)
 
-    made = trainer(tmp_path, reward_funcs=only_first_step, max_steps=2, weight_decay=0.5, save_strategy="steps", save_steps=1)
+    made = trainer(
+        tmp_path, reward_funcs=only_first_step, max_steps=2, weight_decay=0.5, save_strategy="steps", save_steps=1
+    )
     made.train()
     after_first = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-1")
     assert all(torch.equal(p, made.model.get_parameter(name)) for name, p in after_first.named_parameters())
@@ -236,7 +242,9 @@ def test_a_step_without_pairs_leaves_weights_and_optimizer_alone(tmp_path):
 
 def test_what_was_sampled_from_is_what_is_scored_and_trained_on(tmp_path):
     calls = []
-    made = trainer(tmp_path, reward_funcs=recording(calls), train_dataset=dataset(lengths=(30, 31, 5, 32)), max_length=20)
+    made = trainer(
+        tmp_path, reward_funcs=recording(calls), train_dataset=dataset(lengths=(30, 31, 5, 32)), max_length=20
+    )
     micro_batches, _ = first_step(made)
     assert {len(made.tokenizer(prompt)["input_ids"]) for prompt, *_ in calls[0]} == {12, 5}
     sampled_from = {tuple(made.tokenizer(prompt)["input_ids"]) for prompt, *_ in calls[0]}
@@ -317,7 +325,9 @@ def test_a_step_that_is_not_finite_leaves_weights_and_optimizer_alone(tmp_path, 
 
 
 def test_too_many_in_a_row_stop_the_run_with_a_checkpoint(tmp_path):
-    made = trainer(tmp_path, model=poison(tiny.causal_lm(sharpness=1.0), {2, 4, 5, 6}), max_steps=9, max_skipped_steps=3)
+    made = trainer(
+        tmp_path, model=poison(tiny.causal_lm(sharpness=1.0), {2, 4, 5, 6}), max_steps=9, max_skipped_steps=3
+    )
     with pytest.raises(TrainingDivergedError, match=r"3 steps in a row.*checkpoint-6"):
         made.train()
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-6")
@@ -361,7 +371,10 @@ def test_running_out_of_memory_splits_the_micro_batch_and_keeps_the_gradient(tmp
     model.register_forward_hook(hook)
     small = trainer(tmp_path, model=model, **options)
     small.train()
-    comparable = lambda made: {k: v for k, v in made.state.log_history[0].items() if not k.startswith(("time/", "perf/"))}  # noqa: E731
+
+    def comparable(made):
+        return {k: v for k, v in made.state.log_history[0].items() if not k.startswith(("time/", "perf/"))}
+
     assert comparable(small) == pytest.approx(comparable(expected_log), rel=1e-5, abs=1e-6)
 
 

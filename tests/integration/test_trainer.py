@@ -5,17 +5,17 @@ import warnings
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from training import LENGTHS, config, dataset, gradient, trainer, weights, word_reward
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, TrainerCallback
 
+import tiny
 from online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 from online_dpo.errors import InvalidPromptError, ScoringError
 from online_dpo.reference import AdapterOffReference
 from online_dpo.rollout import RolloutKey
+from training import LENGTHS, config, dataset, gradient, trainer, weights, word_reward
 
 
 def train_logs(made):
@@ -45,9 +45,13 @@ def test_a_reward_model_trains_the_policy_up(tmp_path):
     torch.manual_seed(0)
     reward = LlamaForSequenceClassification(tiny.config("llama", num_labels=1, hidden_size=16)).eval()
     made = trainer(
-        tmp_path, reward_funcs=reward, kwargs={"reward_processing_classes": tiny.tokenizer()}, learning_rate=1e-2, max_steps=10,
+        tmp_path,
+        reward_funcs=reward,
+        kwargs={"reward_processing_classes": tiny.tokenizer()},
+        learning_rate=1e-2,
+        max_steps=10,
         per_device_train_batch_size=12,
-    )  # fmt: skip
+    )
     made.train()
     scores = [log["objective/scores"] for log in train_logs(made)]
     assert np.mean(scores[-3:]) > np.mean(scores[:3])
@@ -134,7 +138,9 @@ def test_an_adapter_is_trained_and_switched_off_for_the_reference(tmp_path, pre_
     assert logs[0]["objective/kl"] == pytest.approx(0, abs=1e-5) and abs(logs[2]["objective/kl"]) > 1e-3
     unwrapped = made.model.get_base_model()
     for name, value in before.items():
-        wrapped = name.replace("_proj.weight", "_proj.base_layer.weight") if ("q_proj" in name or "v_proj" in name) else name
+        wrapped = (
+            name.replace("_proj.weight", "_proj.base_layer.weight") if ("q_proj" in name or "v_proj" in name) else name
+        )
         assert torch.equal(unwrapped.get_parameter(wrapped), value), name
     with made.reference.active() as reference:
         ids = torch.arange(4, 12)[None]
@@ -204,14 +210,18 @@ def test_dropout_is_off_unless_asked_for(tmp_path):
 
 def test_evaluation_numbers_against_an_independent_count(tmp_path):
     made = trainer(
-        tmp_path, kwargs={"ref_model": tiny.causal_lm(seed=5, sharpness=1.0), "eval_dataset": dataset()}, num_completions=3,
+        tmp_path,
+        kwargs={"ref_model": tiny.causal_lm(seed=5, sharpness=1.0), "eval_dataset": dataset()},
+        num_completions=3,
         per_device_eval_batch_size=5,
-    )  # fmt: skip
+    )
     metrics = made.evaluate()
     prompts = tiny.prompts(LENGTHS)
     ours = made.engine.generate(prompts, 3, made.sampling, RolloutKey(42, 0, 0, stream=1))
     with made.reference.active() as reference:
-        theirs = made.engine.__class__(reference, made.tokenizer).generate(prompts, 1, made.sampling, RolloutKey(42, 0, 0, stream=2))
+        theirs = made.engine.__class__(reference, made.tokenizer).generate(
+            prompts, 1, made.sampling, RolloutKey(42, 0, 0, stream=2)
+        )
         kls, wins, scores = [], [], []
         for mine, rival in zip(ours, theirs, strict=True):
             rival_score = word_reward([rival.completions[0].text])[0]
@@ -221,7 +231,10 @@ def test_evaluation_numbers_against_an_independent_count(tmp_path):
                 wins.append(1.0 if score > rival_score else 0.5 if score == rival_score else 0.0)
                 ids = torch.tensor([[*mine.prompt.token_ids, *completion.token_ids]])
                 with torch.no_grad():
-                    both = [m(ids).logits.log_softmax(-1)[0, len(mine.prompt.token_ids) - 1 : -1] for m in (made.model, reference)]
+                    both = [
+                        m(ids).logits.log_softmax(-1)[0, len(mine.prompt.token_ids) - 1 : -1]
+                        for m in (made.model, reference)
+                    ]
                 picked = [x.gather(-1, torch.tensor(completion.token_ids)[:, None]).sum().item() for x in both]
                 kls.append(picked[0] - picked[1])
     assert metrics["eval_objective/scores"] == pytest.approx(np.mean(scores))
@@ -235,9 +248,13 @@ def test_evaluation_repeats_exactly_and_leaves_training_alone(tmp_path):
     plain = trainer(tmp_path, max_steps=3)
     plain.train()
     watched = trainer(
-        tmp_path, max_steps=3, eval_strategy="steps", eval_steps=1, eval_on_start=True,
+        tmp_path,
+        max_steps=3,
+        eval_strategy="steps",
+        eval_steps=1,
+        eval_on_start=True,
         kwargs={"eval_dataset": {"first": dataset(lengths=(3, 4)), "second": dataset(lengths=(5, 6, 7))}},
-    )  # fmt: skip
+    )
     watched.train()
     for name, value in weights(plain.model).items():
         assert torch.equal(watched.model.get_parameter(name), value)
@@ -250,7 +267,9 @@ def test_evaluation_repeats_exactly_and_leaves_training_alone(tmp_path):
 
 def test_an_untrained_policy_neither_wins_nor_loses_against_itself_by_a_judge(tmp_path):
     made = trainer(
-        tmp_path, reward_funcs=None, kwargs={"judge": lambda p, pairs, shuffle_order=True: [0] * len(p), "eval_dataset": dataset()}
+        tmp_path,
+        reward_funcs=None,
+        kwargs={"judge": lambda p, pairs, shuffle_order=True: [0] * len(p), "eval_dataset": dataset()},
     )
     metrics = made.evaluate()
     assert metrics["eval_win_rate"] == 1.0  # a judge that always says "first" is believed: position bias is its own
@@ -265,9 +284,17 @@ def test_compute_metrics_receives_scores_and_best_model_is_found(tmp_path):
         return {"best_share": float((prediction.predictions.max(1) > prediction.label_ids).mean())}
 
     made = trainer(
-        tmp_path, max_steps=4, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, load_best_model_at_end=True,
-        metric_for_best_model="best_share", greater_is_better=True, kwargs={"eval_dataset": dataset(), "compute_metrics": best_share},
-    )  # fmt: skip
+        tmp_path,
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="best_share",
+        greater_is_better=True,
+        kwargs={"eval_dataset": dataset(), "compute_metrics": best_share},
+    )
     made.train()
     assert seen[0] == ((12, 2), (12,)) and made.state.best_metric is not None
     assert made.predict(dataset(lengths=(4, 5))).predictions.shape == (2, 2)
@@ -285,7 +312,9 @@ def test_streaming_equals_map_style(tmp_path):
         return lambda completions, **_: calls[name].append(completions) or word_reward(completions)
 
     for name, source in (("map", data), ("stream", stream)):
-        trainer(tmp_path, train_dataset=source, reward_funcs=keep(name), max_steps=3, train_sampling_strategy="sequential").train()
+        trainer(
+            tmp_path, train_dataset=source, reward_funcs=keep(name), max_steps=3, train_sampling_strategy="sequential"
+        ).train()
     assert calls["map"] == calls["stream"] and len(calls["map"]) == 3
 
 
@@ -324,7 +353,11 @@ def test_an_own_collator_may_reorder_but_not_lose_columns(tmp_path):
 def arguments(tmp_path, **changes):
     model = tiny.causal_lm()
     base = dict(
-        model=model, reward_funcs=word_reward, args=config(tmp_path), train_dataset=dataset(), processing_class=tiny.tokenizer()
+        model=model,
+        reward_funcs=word_reward,
+        args=config(tmp_path),
+        train_dataset=dataset(),
+        processing_class=tiny.tokenizer(),
     )
     return base | {k: (model if v == "the policy" else v) for k, v in changes.items()}
 
@@ -398,7 +431,12 @@ def test_saved_model_loads_and_card_holds_the_runs_facts(tmp_path):
     assert all(torch.equal(p, made.model.get_parameter(n)) for n, p in loaded.named_parameters())
     made.create_model_card(model_name="my-model")
     card = (tmp_path / "README.md").read_text()
-    assert card.startswith("---\n") and "# my-model" in card and "| optimizer steps | 2 |" in card and "word_reward" in card
+    assert (
+        card.startswith("---\n")
+        and "# my-model" in card
+        and "| optimizer steps | 2 |" in card
+        and "word_reward" in card
+    )
     score = train_logs(made)[-1]["objective/scores"]
     assert f"| `objective/scores` | {score:.4g} | 2 |" in card
     state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())

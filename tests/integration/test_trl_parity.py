@@ -4,16 +4,16 @@ TRL is the incumbent. Where it is right we agree with it to 1e-6; `docs/trl.md` 
 """
 
 import pytest
-import tiny
 import torch
 from datasets import Dataset
-from training import config, trainer
 from trl.experimental.online_dpo import OnlineDPOConfig as TRLConfig
 from trl.experimental.online_dpo import OnlineDPOTrainer as TRLTrainer
 
+import tiny
 from online_dpo.packing import as_inputs, pack_pairs
 from online_dpo.pairs import pairs_from_scores
 from online_dpo.types import Scores
+from training import config, trainer
 
 PROMPT_LENGTHS = (4, 9, 6, 3)
 COMPLETIONS = [
@@ -34,9 +34,13 @@ def reference():
 
 
 def trl_step(tmp_path, loss_type, monkeypatch):
-    """One TRL training step on given completions; returns its loss, its statistics and its per-token log-probabilities."""
+    """One TRL training step on given completions; returns its loss, its statistics and its per-token
+    log-probabilities.
+    """
     prompts = tiny.prompts(PROMPT_LENGTHS)
-    block = [COMPLETIONS[p][k] for k in range(2) for p in range(4)]  # TRL's order: all first completions, then all second ones
+    block = [
+        COMPLETIONS[p][k] for k in range(2) for p in range(4)
+    ]  # TRL's order: all first completions, then all second ones
     scores = [SCORES[p][k] for k in range(2) for p in range(4)]
     made = TRLTrainer(
         model=policy(),
@@ -104,12 +108,21 @@ def test_loss_log_probabilities_and_gradient_equal_trls(tmp_path, monkeypatch, l
         torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-6, rtol=1e-4, msg=name)
 
     ours = made.metrics.drain()
-    for name in ("logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"):
+    for name in (
+        "logps/chosen",
+        "logps/rejected",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "rewards/accuracies",
+    ):
         assert ours[name] == pytest.approx(stats[name][0], rel=1e-5, abs=1e-6), name
 
 
 def test_where_trl_is_wrong_its_numbers_move_with_padding_and_ours_do_not(tmp_path, monkeypatch):
-    """KL and entropy: TRL sums over padding too. The oracle is the sum over real tokens of its own log-probabilities."""
+    """KL and entropy: TRL sums over padding too. The oracle is the sum over real tokens of its own
+    log-probabilities.
+    """
     _, stats, (trl_policy, trl_reference), _ = trl_step(tmp_path, "sigmoid", monkeypatch)
     made = trainer(tmp_path, model=policy(), kwargs={"ref_model": reference()}, max_new_tokens=5)
     groups = [tiny.group(p, c) for p, c in zip(tiny.prompts(PROMPT_LENGTHS), COMPLETIONS, strict=True)]

@@ -3,11 +3,11 @@
 from dataclasses import replace
 
 import pytest
-import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tiny
 from online_dpo.logprobs import row_logprobs
 from online_dpo.packing import halve, pack_groups, pack_pairs, split_evenly, stand_in
 from online_dpo.types import Pair
@@ -18,7 +18,10 @@ LENGTHS = (9, 2, 4)
 
 def make_pairs():
     groups = [tiny.group(p, c) for p, c in zip(tiny.prompts(LENGTHS), COMPLETIONS, strict=True)]
-    return [Pair(g, chosen=i % 2, rejected=1 - i % 2, chosen_score=2.0 + i, rejected_score=0.5) for i, g in enumerate(groups)]
+    return [
+        Pair(g, chosen=i % 2, rejected=1 - i % 2, chosen_score=2.0 + i, rejected_score=0.5)
+        for i, g in enumerate(groups)
+    ]
 
 
 def alone(model, prompt, completion):
@@ -78,7 +81,10 @@ def test_groups_and_pairs_point_at_the_same_completions():
     groups = [p.group for p in pairs]
     rows = pack_groups(groups, [pairs[2], pairs[1]], tiny.PAD)
     for n, pair in enumerate((pairs[2], pairs[1])):
-        for index, completion in ((rows.chosen_N[n], pair.chosen_completion), (rows.rejected_N[n], pair.rejected_completion)):
+        for index, completion in (
+            (rows.chosen_N[n], pair.chosen_completion),
+            (rows.rejected_N[n], pair.rejected_completion),
+        ):
             assert rows.completion_ids_RC[index][rows.completion_mask_RC[index]].tolist() == list(completion.token_ids)
 
 

@@ -3,9 +3,9 @@
 import math
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from online_dpo.losses import LOSSES, log_ratio
 from online_dpo.pairs import pairs_from_ranks, pairs_from_scores
 from online_dpo.types import Scores

@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 import pytest
-import tiny
 import torch
 from transformers import MambaConfig, MambaForCausalLM
 
+import tiny
 from online_dpo.logprobs import row_logprobs
 from online_dpo.packing import pack_groups
 from online_dpo.rollout import RolloutKey, SamplingParams, TransformersEngine

@@ -66,6 +66,9 @@ def build_trainer(plan: RunPlan, display: ProgressDisplay, interrupt: InterruptC
     run = plan.run
     # the display below replaces transformers' own output
     given = {name: value for name, value in plan.training.items() if name != "resume_from_checkpoint"}
+    rewards: list[Any] = [load_reference(reference) for reference in plan.reward_funcs]
+    if "reward_model_path" in given:  # the functions and the model all count
+        rewards.append(given.pop("reward_model_path"))
     args = OnlineDPOConfig(**{**given, "disable_tqdm": True})
     train_dataset = load_prompts(
         run.dataset_name,
@@ -77,7 +80,7 @@ def build_trainer(plan: RunPlan, display: ProgressDisplay, interrupt: InterruptC
     trainer = OnlineDPOTrainer(
         model=run.model_name_or_path,
         ref_model=run.ref_model_name_or_path,
-        reward_funcs=[load_reference(reference) for reference in plan.reward_funcs] or None,
+        reward_funcs=rewards or None,
         judge=None if plan.judge is None else _load_judge(plan.judge),
         args=args,
         train_dataset=train_dataset,

@@ -53,11 +53,11 @@ def prepare_prompts(
 
     Returns:
         The dataset with all its columns and ``prompt`` (text or messages, cut like its tokens), ``prompt_ids`` (token
-        ids, at most ``args.prompt_limit``), ``prompt_row`` (place in the source dataset; of a stream: in the order it is read,
-        counted by each worker of a data loader for itself) and ``prompt_invalid``; and how many rows were left out, by
-        reason. With ``invalid_prompts="filter"`` a map-style dataset loses its invalid rows (``prompt_invalid`` is
-        ``None`` in the rest); a stream keeps them with the reason in ``prompt_invalid`` and no ``prompt_ids``, and its
-        counter is empty.
+        ids, at most ``args.prompt_limit``), ``prompt_row`` (place in the source dataset; of a stream: in the order it
+        is read, counted by each worker of a data loader for itself) and ``prompt_invalid``; and how many rows were left
+        out, by reason. With ``invalid_prompts="filter"`` a map-style dataset loses its invalid rows (``prompt_invalid``
+        is ``None`` in the rest); a stream keeps them with the reason in ``prompt_invalid`` and no ``prompt_ids``, and
+        its counter is empty.
 
     Raises:
         TypeError: the dataset is of another type.

@@ -16,9 +16,7 @@ from online_dpo.data.convert import UnusablePrompt
 from online_dpo.types import Message
 
 
-def fit_text(
-    tokenizer: PreTrainedTokenizerBase, text: str, limit: int | None, truncate: bool
-) -> tuple[str, list[int]]:
+def fit_text(tokenizer: PreTrainedTokenizerBase, text: str, limit: int | None, truncate: bool) -> tuple[str, list[int]]:
     """A text and its token ids, both without the left part that goes beyond ``limit`` tokens.
 
     Raises:
@@ -42,8 +40,8 @@ def fit_messages(
 ) -> tuple[list[Message], list[int]]:
     """Messages and their token ids in the chat template, without the oldest turns that go beyond ``limit`` tokens.
 
-    Whole turns leave first, up to the next message of the user; then the first message that is left loses its beginning. A
-    system message stays: cutting tokens blindly would tear the template's own marks apart.
+    Whole turns leave first, up to the next message of the user; then the first message that is left loses its
+    beginning. A system message stays: cutting tokens blindly would tear the template's own marks apart.
 
     Raises:
         UnusablePrompt: the template refuses the messages or renders nothing, or they are too long and must not or

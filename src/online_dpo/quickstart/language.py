@@ -4,7 +4,7 @@ A grammar generates everything, so the right answer and the gold score of a repl
 
 >>> request = sample_requests(1, seed=0)[0]
 >>> request
-Request(text='Hello! What is 3 plus 5? Thanks!', answer='8', kind='sum')
+Request(text='Hi. What is 3 plus 5? Thanks!', answer='8', kind='sum')
 >>> sample_reply(request, random.Random(0))
 'Hello! It is 8. I could talk about it all day.'
 >>> rubric(request.text, "Hello! It is 8. Start at 3 and count up 5 steps to reach 8. I hope this helps!")
@@ -27,7 +27,7 @@ from itertools import product
 SPLITS = {"sft": 40, "reward": 30, "online": 20, "eval": 10}
 """Splits and the percentage of all requests in each."""
 
-OPENERS = ("", "Hello! ", "Please help me. ", "Quick! ", "I have a question. ", "Hey you! ", "Good day. ", "Sorry to ask. ")
+OPENERS = ("", "Hi. ", "Please help me. ", "Quick! ", "I have a question. ", "Hey you! ", "Good day. ", "Sorry to ask. ")
 CLOSERS = ("", " Thank you.", " Thanks!", " I am in a hurry.", " My teacher asked me.", " Answer now!", " Just curious.")
 
 GREETINGS = ("Hello!", "Good question!", "Happy to help!")
@@ -42,8 +42,8 @@ FILLERS = (
 STATEMENTS = ("It is {answer}.", "The answer is {answer}.")
 """Ways to state an answer that fit every kind of request; each kind has a third of its own."""
 
-RIGHT, EXPLAINED, POLITE = 4.0, 2.0, 1.0
-NO_ANSWER, UNFINISHED, NONSENSE, REPEATED, RUDENESS, USELESS = 3.0, 2.0, 1.0, 1.0, 1.0, 0.75
+RIGHT, EXPLAINED, POLITE = 3.0, 2.0, 1.5
+NO_ANSWER, UNFINISHED, NONSENSE, REPEATED, RUDENESS, USELESS = 4.0, 2.0, 1.5, 1.5, 1.5, 1.0
 UNKNOWN_WORD, LONG_WORD, WORD_LIMIT = 0.25, 0.1, 40
 """The rubric's gains and costs, see :func:`rubric`. ``LONG_WORD`` is the cost of each word beyond ``WORD_LIMIT``."""
 
@@ -72,7 +72,7 @@ class Quality:
 
 QUALITIES = {
     "mixed": Quality(right=0.55, greeting=0.4, closing=0.35, rude=0.15, explanation=0.3, filler=0.45, cut=0.06),
-    "plain": Quality(right=1.0, greeting=0.0, closing=0.0, rude=0.0, explanation=0.0, filler=0.0, cut=0.0),
+    "plain": Quality(right=1.0, greeting=0.0, closing=0.0, rude=0.0, explanation=0.3, filler=0.0, cut=0.0),
     "good": Quality(right=0.95, greeting=0.9, closing=0.9, rude=0.0, explanation=0.9, filler=0.05, cut=0.0),
     "poor": Quality(right=0.15, greeting=0.1, closing=0.05, rude=0.4, explanation=0.1, filler=0.8, cut=0.2),
 }
@@ -156,7 +156,12 @@ def _pairs(table: str) -> list[tuple[str, str]]:
     return [(left, right) for left, right in (entry.split() for entry in table.split(", "))]
 
 
-def _facts() -> Iterator[_Fact]:
+@cache
+def _facts() -> tuple[_Fact, ...]:
+    return tuple(_list_facts())
+
+
+def _list_facts() -> Iterator[_Fact]:
     numbers = tuple(str(n) for n in range(11))
     for a, b in product(range(1, 6), repeat=2):
         yield _Fact("sum", (("a", str(a)), ("b", str(b))), str(a + b), numbers[2:])
@@ -191,7 +196,9 @@ def _universe() -> dict[str, _Fact]:
 @cache
 def _vocabulary() -> frozenset[str]:
     """Every word that a reply of the grammar can hold."""
-    claims = [fact.fill(template, option) for fact in _facts() for template in _templates(fact) for option in fact.options]
+    claims = [
+        fact.fill(template, option) for fact in _facts() for template in _templates(fact) for option in fact.options
+    ]
     return frozenset(_words(" ".join([*claims, *GREETINGS, *CLOSINGS, *RUDE, *FILLERS])))
 
 
@@ -314,7 +321,7 @@ def sample_reply(request: Request, rng: random.Random, quality: str = "mixed") -
     """A reply to ``request``, without the space that parts it from the prompt.
 
     ``quality``: a key of ``QUALITIES``, or ``"broken"`` for the faults that a policy may fall into when it is trained
-    against a reward model: repeated sentences, shuffled words, no answer, two answers, politeness only.
+    against a reward model: repeated sentences, shuffled words, no answer, two answers, flattery, another request's answer.
 
     Raises:
         ValueError: ``quality`` is none of these, or the request is not of this language.
@@ -345,21 +352,28 @@ def contrast_replies(request: Request, rng: random.Random, quality: str = "mixed
 
 def _break(plan: _Plan, fact: _Fact, rng: random.Random) -> str:
     sentences = plan.sentences(fact)
-    fault = rng.randrange(5)
-    if fault == 0:
-        place = rng.randrange(len(sentences))
+    place = rng.randrange(len(sentences))
+    other = rng.choice(_facts())
+    foreign = other.fill(rng.choice(_templates(other)), rng.choice(other.options))
+    fault = rng.choice(("repeat", "shuffle", "evade", "contradict", "flatter", "stray", "splice"))
+    if fault == "repeat":
         sentences[place:place] = [sentences[place]] * rng.randint(1, 3)
-    elif fault == 1:
+    elif fault == "shuffle":
         words = " ".join(sentences).split(" ")
         rng.shuffle(words)
         return " ".join(words)
-    elif fault == 2:
-        sentences = [rng.choice(GREETINGS), *plan.fillers, rng.choice(CLOSINGS)]
-    elif fault == 3:
-        sentences.insert(rng.randrange(len(sentences) + 1), fact.fill(STATEMENTS[0], rng.choice(fact.options)))
-    else:
+    elif fault == "evade":
+        sentences = [plan.greeting or rng.choice(GREETINGS), *plan.fillers, plan.ending or rng.choice(CLOSINGS)]
+    elif fault == "contradict":
+        sentences.insert(place, fact.fill(rng.choice(_templates(fact)), rng.choice(fact.options)))
+    elif fault == "flatter":
         extra = rng.sample(GREETINGS + CLOSINGS, rng.randint(1, 3))
         sentences = [*extra, *sentences] if rng.random() < 0.5 else [*sentences, *extra]
+    elif fault == "stray":
+        sentences[place] = foreign
+    else:
+        head, tail = sentences[place].split(" "), foreign.split(" ")
+        sentences[place] = " ".join(head[: rng.randint(1, len(head))] + tail[rng.randrange(len(tail)) :])
     return " ".join(sentences)
 
 
@@ -403,7 +417,8 @@ def rubric(request_text: str, reply_text: str) -> float:
             score += POLITE
         elif sentence in explained:
             first = said.isdisjoint(explained)
-            score += (EXPLAINED if answers == {fact.answer} else 0.0) if first else -USELESS
+            worth = EXPLAINED if answers == {fact.answer} else EXPLAINED / 2 if len(answers) == 1 else 0.0
+            score += worth if first else -USELESS
         elif sentence in stated:
             score -= 0.0 if said.isdisjoint(stated) else USELESS
         elif sentence in RUDE:

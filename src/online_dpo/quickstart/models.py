@@ -7,11 +7,11 @@ conversational prompts alike. A text to score is ``prompt + " " + reply``, with 
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, combinations
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,7 +32,6 @@ from online_dpo.quickstart.language import (
     prompt_of,
     rubric,
     sample_reply,
-    sample_requests,
 )
 
 Item = TypeVar("Item")
@@ -63,7 +62,7 @@ class QuickstartSize:
     fact_examples: int = 4000
     fact_epochs: int = 2
     sft_examples: int = 5000
-    pairs: int = 5500
+    comparisons: int = 5500
     batch_size: int = 16
     prompts_train: int = 2000
     prompts_eval: int = 200
@@ -71,7 +70,14 @@ class QuickstartSize:
 
 FULL = QuickstartSize()
 TINY = QuickstartSize(
-    hidden=32, heads=2, fact_examples=400, fact_epochs=1, sft_examples=600, pairs=300, prompts_train=64, prompts_eval=16
+    hidden=32,
+    heads=2,
+    fact_examples=400,
+    fact_epochs=1,
+    sft_examples=600,
+    comparisons=300,
+    prompts_train=64,
+    prompts_eval=16,
 )
 """For tests and benchmarks: the same files in a few seconds, models that know next to nothing."""
 
@@ -95,12 +101,12 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class Preference:
-    """Two replies to one prompt, the preferred one first."""
+class Comparison:
+    """Replies to one prompt and the preferences among them: ``(2, 0)`` in ``wins`` says that reply 2 is preferred to reply 0."""
 
     prompt: str
-    chosen: Reply
-    rejected: Reply
+    replies: tuple[Reply, ...]
+    wins: tuple[tuple[int, int], ...]
 
 
 # --- tokenizer and configurations ---------------------------------------------------------------------------------------
@@ -165,35 +171,34 @@ def build_reward_config(
 # --- data ---------------------------------------------------------------------------------------------------------------
 
 
-def sample_preferences(requests: Sequence[Request], seed: int, noise: float = 0.1) -> list[Preference]:
-    """One preference for each request, labelled by the rubric and turned around with probability ``noise``.
+def sample_comparisons(requests: Sequence[Request], seed: int, noise: float = 0.1) -> list[Comparison]:
+    """Four replies to each request and a preference for each two that the rubric tells apart, wrong with probability ``noise``.
 
-    A third of them compare bare answers, a third replies that differ in one trait, and a third independent replies of every
-    quality, some broken, some cut by a length limit. Pairs that the rubric cannot tell apart are drawn again.
+    For a third of the requests the replies are bare answers. For the others two replies differ in one trait, and two are
+    independent and of every quality, some broken, some cut by a length limit.
     """
     rng = random.Random(seed)
-    preferences = []
+    comparisons = []
     for request in requests:
-        scores, replies = (0.0, 0.0), (Reply(""), Reply(""))
-        while scores[0] == scores[1]:
-            replies = _two_replies(request, rng)
-            scores = rubric(request.text, replies[0].text), rubric(request.text, replies[1].text)
-        if (scores[0] < scores[1]) != (rng.random() < noise):
-            replies = replies[1], replies[0]
-        preferences.append(Preference(prompt_of(request), *replies))
-    return preferences
-
-
-def _two_replies(request: Request, rng: random.Random) -> tuple[Reply, Reply]:
-    sort = rng.choice(("plain", "mixed", "independent"))
-    if sort == "independent":
-        return _any_reply(request, rng), _any_reply(request, rng)
-    first, second = contrast_replies(request, rng, sort)
-    return Reply(first), Reply(second)
+        if rng.random() < 1 / 3:
+            texts = [*contrast_replies(request, rng, "plain"), *contrast_replies(request, rng, "plain")]
+            replies = [Reply(text) for text in dict.fromkeys(texts)]
+        else:
+            replies = [Reply(text) for text in contrast_replies(request, rng)]
+            replies += [_any_reply(request, rng), _any_reply(request, rng)]
+        scores = [rubric(request.text, reply.text) for reply in replies]
+        wins = [
+            (first, second) if (scores[first] > scores[second]) != (rng.random() < noise) else (second, first)
+            for first, second in combinations(range(len(replies)), 2)
+            if scores[first] != scores[second]
+        ]
+        if wins:
+            comparisons.append(Comparison(prompt_of(request), tuple(replies), tuple(wins)))
+    return comparisons
 
 
 def _any_reply(request: Request, rng: random.Random) -> Reply:
-    (quality,) = rng.choices(("mixed", "good", "poor", "broken"), weights=(5, 2, 1, 2))
+    (quality,) = rng.choices(("mixed", "good", "poor", "broken"), weights=(4, 2, 1, 3))
     text = sample_reply(request, rng, quality)
     if rng.random() < 0.07:
         words = text.split(" ")
@@ -278,27 +283,30 @@ def train_policy(
 def train_reward_model(
     model: LlamaForSequenceClassification,
     tokenizer: PreTrainedTokenizerFast,
-    preferences: Sequence[Preference],
+    comparisons: Sequence[Comparison],
     epochs: int = 1,
-    batch_size: int = 16,
+    batch_size: int = 8,
     learning_rate: float = 1e-3,
     seed: int = 0,
 ) -> None:
-    """Bradley-Terry training, in place: minus log sigmoid of the score of ``chosen`` minus that of ``rejected``.
+    """Bradley-Terry training, in place: minus log sigmoid of the winner's score minus the loser's, averaged over all
+    preferences of the batch (arXiv 2203.02155, equation 1). ``batch_size`` counts comparisons.
 
     The score is read at the last token, as ``LlamaForSequenceClassification`` does.
     """
-    rows = [
-        (_encode(tokenizer, pair.prompt, pair.chosen), _encode(tokenizer, pair.prompt, pair.rejected))
-        for pair in preferences
-    ]
+    rows = [([_encode(tokenizer, item.prompt, reply) for reply in item.replies], item.wins) for item in comparisons]
 
-    def loss_of(batch: list[tuple[list[int], list[int]]]) -> torch.Tensor:
-        ids_RT = _pad([row[0] for row in batch] + [row[1] for row in batch], tokenizer.pad_token_id)
-        chosen_N, rejected_N = _last_token_scores(model, ids_RT, tokenizer.pad_token_id).chunk(2)
+    def loss_of(batch: list[tuple[list[list[int]], tuple[tuple[int, int], ...]]]) -> torch.Tensor:
+        ids_RT = _pad([ids for replies, _ in batch for ids in replies], tokenizer.pad_token_id)
+        scores_R = _last_token_scores(model, ids_RT, tokenizer.pad_token_id)
+        starts = accumulate((len(replies) for replies, _ in batch), initial=0)
+        pairs_N2 = [
+            [start + win, start + loss] for start, (_, wins) in zip(starts, batch, strict=False) for win, loss in wins
+        ]
+        chosen_N, rejected_N = scores_R[torch.tensor(pairs_N2)].unbind(dim=1)
         return -F.logsigmoid(chosen_N - rejected_N).mean()
 
-    batches = list(_batches(rows, lambda row: len(row[0]) + len(row[1]), batch_size, epochs, random.Random(seed)))
+    batches = list(_batches(rows, lambda row: max(map(len, row[0])), batch_size, epochs, random.Random(seed)))
     _fit(model, batches, loss_of, learning_rate)
 
 

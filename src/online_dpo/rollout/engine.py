@@ -14,8 +14,8 @@ from online_dpo.types import Group, Prompt
 class SamplingParams:
     """How completions are sampled.
 
-    ``extra`` holds options of `transformers.GenerationConfig` that have no field here. A completion ends at any of ``end_token_ids``
-    (which it keeps) or when its text ends in one of ``stop_strings``.
+    ``extra`` holds options of `transformers.GenerationConfig` that have no field here. A completion ends at any of
+    ``end_token_ids`` (which it keeps) or when its text ends in one of ``stop_strings``.
 
     >>> SamplingParams(max_new_tokens=64, end_token_ids=(2,), temperature=0.9)
     """
@@ -42,11 +42,13 @@ class SamplingParams:
             min_p=args.min_p,
             repetition_penalty=args.repetition_penalty,
         )
-        extra = dict(args.generation_kwargs or {})  # pyright: ignore[reportArgumentType, reportCallIssue]
+        extra: dict[str, Any] = {**(args.generation_kwargs or {})}  # pyright: ignore[reportGeneralTypeIssues]
         if args.cache_implementation is not None:
             extra["cache_implementation"] = args.cache_implementation
         overrides: dict[str, Any] = {
-            name: extra.pop(name) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty") if name in extra
+            name: extra.pop(name)
+            for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+            if name in extra
         }
         if "stop_strings" in extra:
             stops = extra.pop("stop_strings")
@@ -61,7 +63,8 @@ class SamplingParams:
 class RolloutKey:
     """Names one call of an engine, so that its random numbers are a function of (seed, step, prompt, sample) alone.
 
-    ``stream`` keeps training (0) and evaluation (1) apart; ``version`` is the policy version the completions are stamped with.
+    ``stream`` keeps training (0) and evaluation (1) apart; ``version`` is the policy version the completions are
+    stamped with.
     """
 
     seed: int

@@ -16,8 +16,8 @@ NEVER = float("-inf")
 def uniform_numbers(key: RolloutKey, row: int, sample: int, count: int) -> np.ndarray:
     """``count`` numbers in [0, 1), float32, that depend on nothing but (seed, step, stream, row, sample).
 
-    Philox (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") maps a key and a counter to random bits. It counts
-    up in the counter's first word, so different values in the other three never meet.
+    Philox (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") maps a key and a counter to random bits.
+    It counts up in the counter's first word, so different values in the other three never meet.
     """
     philox = np.random.Philox(key=[key.seed, key.step], counter=[0, key.stream, row, sample])
     return np.random.Generator(philox).random(count, dtype=np.float32)
@@ -26,8 +26,8 @@ def uniform_numbers(key: RolloutKey, row: int, sample: int, count: int) -> np.nd
 def reshape_logits(logits_BV: torch.Tensor, params: SamplingParams, seen_BV: torch.Tensor | None) -> torch.Tensor:
     """The logits that tokens are drawn from: repetition penalty, temperature, top-k, top-p and min-p, in this order.
 
-    The order, and what each does, is that of `transformers` generation. ``seen_BV`` (bool) marks the tokens that stand in
-    the prompt or the completion; it is needed only with a repetition penalty.
+    The order, and what each does, is that of `transformers` generation. ``seen_BV`` (bool) marks the tokens that stand
+    in the prompt or the completion; it is needed only with a repetition penalty.
     """
     if params.repetition_penalty != 1.0:
         assert seen_BV is not None
@@ -53,8 +53,8 @@ def reshape_logits(logits_BV: torch.Tensor, params: SamplingParams, seen_BV: tor
 def draw_tokens(logits_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
     """One token id a row: the first at which the cumulative probability passes the row's uniform number.
 
-    Each row uses its own number only, so a row's token does not depend on which other rows are in the batch. The sum is in
-    float64: in float32 the tail of a large vocabulary would be lost to rounding.
+    Each row uses its own number only, so a row's token does not depend on which other rows are in the batch. The sum is
+    in float64: in float32 the tail of a large vocabulary would be lost to rounding.
     """
     cdf_BV = logits_BV.double().softmax(dim=-1).cumsum(dim=-1)
     target_B1 = uniform_B.double()[:, None] * cdf_BV[:, -1:]

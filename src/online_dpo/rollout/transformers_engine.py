@@ -1,8 +1,8 @@
 """Sampling with a `transformers` model in process.
 
-Two ways lead to the same completions, token for token: our own decoding loop, which prefills each prompt once and fans its cache
-out to the K completions, and `model.generate`, for models whose cache the loop cannot drive and for options that only
-`generate` knows. Both draw through the same functions with the same random numbers.
+Two ways lead to the same completions, token for token: our own decoding loop, which prefills each prompt once and fans
+its cache out to the K completions, and `model.generate`, for models whose cache the loop cannot drive and for options
+that only `generate` knows. Both draw through the same functions with the same random numbers.
 
 Shapes: ``P`` prompts, ``B = P * K`` sequences, ``T`` tokens, ``V`` vocabulary.
 """
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
-from transformers.generation import StoppingCriteriaList, StopStringCriteria
+from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
 from online_dpo.models import accepts_argument, base_causal_lm, empty_device_cache, eval_mode
 from online_dpo.rollout.engine import RolloutKey, SamplingParams
@@ -81,7 +81,9 @@ class TransformersEngine:
         return next(self.model.parameters()).device
 
     def _decode(self, batch: _Batch) -> None:
-        """Prefill each prompt once, copy its cache K times, then one token at a time for the sequences still running."""
+        """Prefill each prompt once, copy its cache K times, then one token at a time for the sequences still
+        running.
+        """
         cache = DynamicCache(config=base_causal_lm(self.model).config.get_text_config())  # pyright: ignore
         ids_PT, mask_PT = batch.prompt_ids_PT, batch.prompt_mask_PT
         logits_PV = self._forward(ids_PT, mask_PT, _positions(mask_PT), cache)
@@ -112,9 +114,7 @@ class TransformersEngine:
             optional["position_ids"] = positions_BT
         if accepts_argument(self.model, "logits_to_keep"):
             optional["logits_to_keep"] = 1
-        output = self.model(
-            input_ids=ids_BT, attention_mask=mask_BT, past_key_values=cache, use_cache=True, **optional
-        )
+        output = self.model(input_ids=ids_BT, attention_mask=mask_BT, past_key_values=cache, use_cache=True, **optional)
         return output.logits[:, -1]
 
     def _decode_with_generate(self, batch: _Batch) -> None:
@@ -174,7 +174,9 @@ class _Batch:
     ) -> None:
         self.prompts, self.num_completions, self.params, self.key = prompts, num_completions, params, key
         self.pad_token_id = params.end_token_ids[0]  # any id will do: padding is masked out
-        self.prompt_ids_PT, self.prompt_mask_PT = _left_padded([p.token_ids for p in prompts], self.pad_token_id, device)
+        self.prompt_ids_PT, self.prompt_mask_PT = _left_padded(
+            [p.token_ids for p in prompts], self.pad_token_id, device
+        )
         size, steps = len(prompts) * num_completions, params.max_new_tokens
         uniform = [
             uniform_numbers(key, prompt.row, sample, steps) for prompt in prompts for sample in range(num_completions)
@@ -190,7 +192,9 @@ class _Batch:
     def draw(
         self, step: int, rows_B: torch.Tensor, scores_BV: torch.Tensor, raw_logits_BV: torch.Tensor
     ) -> torch.Tensor:
-        """The next token of each of ``rows_B``; ``scores_BV`` are the logits after any processor, ``raw_logits_BV`` before."""
+        """The next token of each of ``rows_B``; ``scores_BV`` are the logits after any processor, ``raw_logits_BV``
+        before.
+        """
         seen_BV = self._seen(rows_B, scores_BV.shape[-1]) if self.params.repetition_penalty != 1.0 else None
         logits_BV = reshape_logits(scores_BV.float(), self.params, seen_BV)
         token_B = draw_tokens(logits_BV, self.uniform_BT[rows_B, step])

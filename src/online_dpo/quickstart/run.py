@@ -1,0 +1,194 @@
+"""The quickstart: make the models, train with Online DPO, and say by the hidden rubric what it was worth."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+
+from online_dpo.config import OnlineDPOConfig
+from online_dpo.data import load_prompts, prepare_prompts, prompts_from_batch
+from online_dpo.evaluate import wilson_interval
+from online_dpo.quickstart.language import rubric
+from online_dpo.quickstart.models import FULL, QuickstartSize, build
+from online_dpo.rollout import RolloutKey, SamplingParams, TransformersEngine
+from online_dpo.scoring import RewardModelScorer, load_reward_model
+from online_dpo.trainer import OnlineDPOTrainer
+from online_dpo.types import Group, Prompt
+
+HELD_OUT = 3  # stream of random numbers of the samples that are judged; training and evaluation use others
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Completions of the held-out prompts, one each, with the rubric's and the reward model's scores."""
+
+    groups: list[Group]
+    gold: list[float]
+    proxy: list[float]
+
+
+def run_quickstart(
+    output_dir: Path,
+    seed: int = 0,
+    *,
+    size: QuickstartSize = FULL,
+    max_steps: int = 60,
+    console: Console | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> dict[str, Any]:
+    """Runs everything, writes ``summary.json`` and the trained model into ``output_dir``, and returns the summary.
+
+    The trained model is judged by the rubric, which nothing was trained on directly: the reward model has only seen its
+    noisy verdicts on other requests.
+    """
+    console = console or Console()
+    started = time.perf_counter()
+    console.print("[bold]1[/] Making a tokenizer, a policy and a reward model (about a minute)")
+    made = build(output_dir / "start", seed=seed, size=size)
+    console.print("[bold]2[/] Online DPO: sample, score with the reward model, train on the better and the worse")
+    trainer = build_trainer(
+        output_dir, made.policy_dir, made.reward_dir, made.prompts_train, seed, max_steps, callbacks
+    )
+    judge = _held_out_judge(made.reward_dir, made.prompts_eval, trainer.tokenizer, trainer.args, seed)
+    before = judge(AutoModelForCausalLM.from_pretrained(made.policy_dir))
+    training_started = time.perf_counter()
+    trainer.train()
+    training_seconds = time.perf_counter() - training_started
+    trainer.save_model()
+    trainer.create_model_card(model_name="quickstart")
+    after = judge(trainer.model)  # pyright: ignore[reportArgumentType]
+    metrics = trainer.evaluate(load_prompts(str(made.prompts_eval)))
+
+    summary = summarise(before, after) | {
+        "kl": metrics["eval_objective/kl"],
+        "steps": trainer.state.global_step,
+        "seconds": time.perf_counter() - started,
+        "training_seconds": training_seconds,
+        "tokens_per_second": _mean_of(trainer.state.log_history, "perf/tokens_per_second"),
+    }
+    (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    report(console, before, after, summary)
+    console.print(f"The trained model is in [bold]{output_dir}[/], the figures in {output_dir / 'summary.json'}.")
+    return summary
+
+
+def build_trainer(
+    output_dir: Path,
+    policy_dir: Path,
+    reward_dir: Path,
+    prompts: Path,
+    seed: int,
+    max_steps: int,
+    callbacks: Sequence[TrainerCallback],
+) -> OnlineDPOTrainer:
+    """The trainer of the quickstart, as a user would write it."""
+    args = OnlineDPOConfig(
+        output_dir=str(output_dir),
+        seed=seed,
+        use_cpu=True,
+        num_completions=4,
+        max_new_tokens=48,
+        max_length=128,
+        temperature=1.0,
+        missing_eos_penalty=1.0,
+        beta=[0.1],
+        learning_rate=3e-4,
+        lr_scheduler_type="linear",
+        warmup_steps=5,
+        max_grad_norm=1.0,
+        per_device_train_batch_size=32,
+        max_steps=max_steps,
+        gradient_checkpointing=False,
+        logging_steps=5,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    trainer = OnlineDPOTrainer(
+        model=str(policy_dir),
+        reward_funcs=str(reward_dir),
+        args=args,
+        train_dataset=load_prompts(str(prompts)),
+        processing_class=AutoTokenizer.from_pretrained(policy_dir),
+        callbacks=list(callbacks),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def summarise(before: Judged, after: Judged) -> dict[str, Any]:
+    """Win rate of after against before by the rubric, a tie counting half, with its Wilson interval; and mean scores."""
+    points = [
+        1.0 if new > old else 0.5 if new == old else 0.0 for old, new in zip(before.gold, after.gold, strict=True)
+    ]
+    win_rate = statistics.fmean(points)
+    return {
+        "win_rate": win_rate,
+        "win_rate_ci95": list(wilson_interval(win_rate, len(points))),
+        "gold_before": statistics.fmean(before.gold),
+        "gold_after": statistics.fmean(after.gold),
+        "proxy_before": statistics.fmean(before.proxy),
+        "proxy_after": statistics.fmean(after.proxy),
+    }
+
+
+def report(console: Console, before: Judged, after: Judged, summary: dict[str, Any]) -> None:
+    """Three held-out prompts with both answers, and the table of figures."""
+    for old, new, gold_old, gold_new in list(zip(before.groups, after.groups, before.gold, after.gold, strict=True))[
+        :3
+    ]:
+        console.print(f"\n[bold]{old.prompt.content}[/]", highlight=False)
+        console.print(f"  before ({gold_old:+.1f}):{old.completions[0].text}", highlight=False, markup=False)
+        console.print(f"  after  ({gold_new:+.1f}):{new.completions[0].text}", highlight=False, markup=False)
+    table = Table(title="\nHeld-out prompts", title_justify="left")
+    table.add_column("")
+    for heading in ("before", "after"):
+        table.add_column(heading, justify="right")
+    table.add_row("rubric (gold)", f"{summary['gold_before']:.2f}", f"{summary['gold_after']:.2f}")
+    table.add_row("reward model (proxy)", f"{summary['proxy_before']:.2f}", f"{summary['proxy_after']:.2f}")
+    console.print(table)
+    low, high = summary["win_rate_ci95"]
+    console.print(
+        f"Win rate {summary['win_rate']:.1%} (95 % interval {low:.1%} to {high:.1%}) against the starting policy by the "
+        f"rubric, at a KL of {summary['kl']:.1f} nats. {summary['steps']} steps, {summary['seconds']:.0f} s in all."
+    )
+
+
+def _held_out_judge(
+    reward_dir: Path, prompts_file: Path, tokenizer: PreTrainedTokenizerBase, args: OnlineDPOConfig, seed: int
+) -> Callable[[PreTrainedModel], Judged]:
+    """A function from a policy to its judged completions; the same random numbers for every policy."""
+    reward_model, reward_tokenizer = load_reward_model(str(reward_dir))
+    scorer = RewardModelScorer(reward_model, reward_tokenizer)
+    prompts = _prompts(prompts_file, tokenizer, args)
+    params = SamplingParams.from_config(args, (tokenizer.eos_token_id,))  # pyright: ignore[reportArgumentType]
+
+    def judge(policy: PreTrainedModel) -> Judged:
+        engine = TransformersEngine(policy, tokenizer, batch_size=128)
+        groups = engine.generate(prompts, 1, params, RolloutKey(seed, step=0, version=0, stream=HELD_OUT))
+        gold = [rubric(str(group.prompt.content), group.completions[0].text) for group in groups]
+        proxy = [values[0] for values in scorer.score(groups)]
+        return Judged(groups, gold, [float(value) for value in proxy if value is not None])
+
+    return judge
+
+
+def _prompts(file: Path, tokenizer: PreTrainedTokenizerBase, args: OnlineDPOConfig) -> list[Prompt]:
+    dataset, _ = prepare_prompts(load_prompts(str(file)), tokenizer, args, name="prompts_eval")
+    assert isinstance(dataset, Dataset)
+    return prompts_from_batch(dataset.to_dict())  # pyright: ignore[reportArgumentType]
+
+
+def _mean_of(log_history: list[dict[str, Any]], name: str) -> float:
+    return statistics.fmean(log[name] for log in log_history if name in log)

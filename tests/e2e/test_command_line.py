@@ -1,0 +1,187 @@
+"""The command line from start to end on real text, as a user runs it: real files, real processes, small models."""
+
+import gzip
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from online_dpo.data import transcript_to_messages
+from online_dpo.quickstart.models import (
+    Comparison,
+    Reply,
+    build_policy_config,
+    build_reward_config,
+    build_tokenizer,
+    new_policy,
+    new_reward_model,
+    train_policy,
+    train_reward_model,
+)
+
+ROOT = Path(__file__).parents[2]
+DATA = ROOT.parent / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the example data is not here")
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def online_dpo(*words, timeout=420):
+    return subprocess.run(
+        [sys.executable, "-m", "online_dpo", *map(str, words)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        timeout=timeout,
+    )
+
+
+def rewards_of(output):
+    return [float(value) for value in re.findall(r"^step .*? reward (-?[\d.e-]+)", output, flags=re.MULTILINE)]
+
+
+def moved_up(rewards, by):
+    third = len(rewards) // 3
+    first, last = sum(rewards[:third]) / third, sum(rewards[-third:]) / third
+    return last > first + by, (first, last)
+
+
+@needs_data
+def test_gsm8k_recipe_raises_its_reward(tmp_path):
+    rows = [json.loads(line) for line in (DATA / "gsm8k-train.jsonl").read_text().splitlines()]
+    short = sorted(rows, key=lambda row: len(row["question"]) + 2 * len(row["answer"]))[:700]
+    texts = [f"Question: {row['question']}\nAnswer: {row['answer']}" for row in short]
+    tokenizer = build_tokenizer(texts, vocab_size=768)
+    policy = new_policy(build_policy_config(tokenizer, hidden=96))
+    examples = [(f"Question: {row['question']}\nAnswer:", " " + row["answer"]) for row in short]
+    train_policy(policy, tokenizer, examples, epochs=4)
+    policy.save_pretrained(tmp_path / "policy")
+    tokenizer.save_pretrained(tmp_path / "policy")
+
+    done = online_dpo(
+        "train", "recipes/gsm8k_format.yaml", "--model_name_or_path", tmp_path / "policy", "--output_dir", tmp_path / "run",
+        "--max_length", 320, "--max_new_tokens", 64, "--learning_rate", 3e-4, "--max_steps", 30, "--logging_steps", 1,
+        "--gradient_accumulation_steps", 1, "--gradient_checkpointing", "false", "--save_steps", 1000, "--warmup_steps", 3,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    rewards = rewards_of(done.stdout)
+    assert len(rewards) == 30
+    rose, means = moved_up(rewards, by=0.2)
+    assert rose, means
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert "format_reward" in (tmp_path / "run" / "README.md").read_text()
+
+
+@needs_data
+def test_hh_recipe_raises_the_reward_models_score(tmp_path):
+    with gzip.open(DATA / "hh-rlhf-harmless-base-test.jsonl.gz", "rt") as file:
+        rows = [json.loads(line) for line in file]
+    rows = sorted(rows, key=lambda row: len(row["chosen"]) + len(row["rejected"]))[:400]
+    tokenizer = build_tokenizer([row["chosen"] for row in rows], vocab_size=768)
+    examples, comparisons = [], []
+    for row in rows:
+        prompt = transcript_to_messages(row["chosen"])[0]["content"]
+        chosen, rejected = (transcript_to_messages(row[name])[-1]["content"] for name in ("chosen", "rejected"))
+        rendered = f"User: {prompt}\nAssistant:"
+        examples += [(rendered, f" {chosen}"), (rendered, f" {rejected}")]
+        shorter, longer = sorted((chosen, rejected), key=len)  # a preference that so small a reward model can learn
+        comparisons.append(Comparison(rendered, (Reply(f" {shorter}"), Reply(f" {longer}")), ((0, 1),)))
+    policy = new_policy(build_policy_config(tokenizer, hidden=96))
+    train_policy(policy, tokenizer, examples, epochs=2)
+    reward = new_reward_model(build_reward_config(tokenizer, hidden=96), policy)
+    train_reward_model(reward, tokenizer, comparisons)
+    for model, name in ((policy, "policy"), (reward, "reward")):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+
+    done = online_dpo(
+        "train", "recipes/hh_reward_model.yaml", "--model_name_or_path", tmp_path / "policy", "--output_dir", tmp_path / "run",
+        "--reward_model_path", tmp_path / "reward", "--max_length", 256, "--max_new_tokens", 32, "--learning_rate", 1e-3,
+        "--num_completions", 4,
+        "--max_steps", 30, "--logging_steps", 1, "--gradient_accumulation_steps", 1, "--gradient_checkpointing", "false",
+        "--save_steps", 1000, "--warmup_steps", 3, "--per_device_train_batch_size", 16,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    rose, means = moved_up(rewards_of(done.stdout), by=0.3)
+    assert rose, (means, done.stdout)
+
+
+@pytest.fixture
+def small_run(tmp_path):
+    """A run file beside its data and model, with a reward function in a file."""
+    tiny.causal_lm(sharpness=1.0).save_pretrained(tmp_path / "policy")
+    tiny.tokenizer().save_pretrained(tmp_path / "policy")
+    rows = [{"prompt": prompt.content} for prompt in tiny.prompts([4, 5, 6, 7] * 4)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "rewards.py").write_text(
+        "import time\n\n\ndef words(completions):\n    time.sleep(0.2)\n    return [float(len(set(c.split()))) for c in completions]\n"
+    )
+    (tmp_path / "run.yaml").write_text(
+        "model_name_or_path: policy\ndataset_name: prompts.jsonl\nreward_funcs: [rewards.py:words]\n"
+        f"output_dir: {tmp_path / 'out'}\nuse_cpu: true\nmax_steps: 40\nmax_new_tokens: 8\nmax_length: 64\n"
+        "per_device_train_batch_size: 4\nlogging_steps: 1\nlearning_rate: 1.0e-3\nsave_strategy: 'no'\nreport_to: none\n"
+    )
+    return tmp_path / "run.yaml"
+
+
+def test_ctrl_c_saves_and_the_printed_command_resumes_to_the_same_end(small_run, tmp_path):
+    whole = online_dpo("train", small_run, "--output_dir", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    run = subprocess.Popen(
+        [sys.executable, "-m", "online_dpo", "train", str(small_run)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=ENVIRONMENT,
+    )
+    for line in run.stdout:
+        if line.startswith("step 3/"):
+            break
+    time.sleep(0.1)
+    run.send_signal(signal.SIGINT)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 130, errors
+    [command] = re.findall(r"Resume with: online-dpo (.*)", errors)
+    resumed = online_dpo(*command.split())
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert "step 40/40" in resumed.stdout and "step 2/40" not in resumed.stdout
+    one, other = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("whole", "out"))
+    assert all(torch.equal(p, other.get_parameter(name)) for name, p in one.named_parameters())
+    AutoTokenizer.from_pretrained(tmp_path / "out")
+
+
+def test_wrong_input_is_one_clear_line_and_costs_no_time(small_run):
+    for words, expected in [
+        (["--learning_rat", "1"], "learning_rate"),
+        (["--temperature", "hot"], "temperature"),
+        (["--loss_type", "hinge"], "sigmoid"),
+        (["--model_name_or_path", "./nowhere"], "nowhere"),
+        (["--dataset_name", "./missing.jsonl"], "missing.jsonl"),
+        (["--reward_funcs", "rewards.py:absent"], "absent"),
+    ]:
+        started = time.perf_counter()
+        done = online_dpo("train", small_run, *words)
+        assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert time.perf_counter() - started < 4, words
+    late = online_dpo("train", small_run, "--num_completions", 1)
+    assert late.returncode == 2 and "at least 2" in late.stderr and "Traceback" not in late.stderr
+
+
+def test_the_readmes_example_runs(tmp_path, monkeypatch):
+    [example] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    tiny.causal_lm(sharpness=1.0, max_position_embeddings=512).save_pretrained("path/to/policy")
+    tiny.tokenizer().save_pretrained("path/to/policy")
+    Path("prompts.jsonl").write_text("\n".join(json.dumps({"prompt": p.content}) for p in tiny.prompts([4] * 16)))
+    exec(compile(example.replace("max_steps=200", "max_steps=2"), "readme.py", "exec"), {"__name__": "readme"})
+    assert Path("runs/polite/checkpoint-2/model.safetensors").is_file()

@@ -1,0 +1,43 @@
+"""`online-dpo quickstart` in full: the figures that the README promises."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("quickstart")
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
+    environment.pop("OMP_NUM_THREADS", None)
+    command = [sys.executable, "-m", "online_dpo", "quickstart", "--output-dir", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=590)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out, done.stdout, json.loads((out / "summary.json").read_text())
+
+
+def test_wins_by_the_rubric(finished):
+    _, _, summary = finished
+    low, high = summary["win_rate_ci95"]
+    assert summary["win_rate"] >= 0.80 and low > 0.7 and high > summary["win_rate"]
+    assert summary["gold_after"] > summary["gold_before"] and summary["proxy_after"] > summary["proxy_before"]
+    assert 0 < summary["kl"] < 60 and summary["steps"] > 0 and summary["tokens_per_second"] > 0
+
+
+def test_prints_samples_and_a_table(finished):
+    _, output, summary = finished
+    assert output.count("before (") == 3 and output.count("after  (") == 3
+    assert f"{summary['gold_after']:.2f}" in output and f"{summary['win_rate']:.1%}" in output
+
+
+def test_leaves_an_ordinary_model_folder(finished):
+    out, _, _ = finished
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    inputs = tokenizer("User: what is 3 plus 5 ?\nAssistant:", return_tensors="pt")
+    reply = model.generate(**inputs, max_new_tokens=40, do_sample=False)
+    assert len(tokenizer.decode(reply[0], skip_special_tokens=True)) > 45
+    assert "online-dpo" in (out / "README.md").read_text()
