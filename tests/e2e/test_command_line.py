@@ -85,29 +85,29 @@ def test_gsm8k_recipe_raises_its_reward(tmp_path):
 def test_hh_recipe_raises_the_reward_models_score(tmp_path):
     with gzip.open(DATA / "hh-rlhf-harmless-base-test.jsonl.gz", "rt") as file:
         rows = [json.loads(line) for line in file]
-    rows = sorted(rows, key=lambda row: len(row["chosen"]) + len(row["rejected"]))[:400]
+    rows = [row for row in rows if len(transcript_to_messages(row["chosen"])) > 1][:800]
     tokenizer = build_tokenizer([row["chosen"] for row in rows], vocab_size=768)
     examples, comparisons = [], []
     for row in rows:
-        prompt = transcript_to_messages(row["chosen"])[0]["content"]
+        prompt = transcript_to_messages(row["chosen"])[-2]["content"]  # the prompts of the run are cut to this turn
         chosen, rejected = (transcript_to_messages(row[name])[-1]["content"] for name in ("chosen", "rejected"))
         rendered = f"User: {prompt}\nAssistant:"
         examples += [(rendered, f" {chosen}"), (rendered, f" {rejected}")]
         shorter, longer = sorted((chosen, rejected), key=len)  # a preference that so small a reward model can learn
         comparisons.append(Comparison(rendered, (Reply(f" {shorter}"), Reply(f" {longer}")), ((0, 1),)))
     policy = new_policy(build_policy_config(tokenizer, hidden=96))
-    train_policy(policy, tokenizer, examples, epochs=2)
+    train_policy(policy, tokenizer, examples)
     reward = new_reward_model(build_reward_config(tokenizer, hidden=96), policy)
-    train_reward_model(reward, tokenizer, comparisons)
+    train_reward_model(reward, tokenizer, comparisons, epochs=2)
     for model, name in ((policy, "policy"), (reward, "reward")):
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
 
     done = online_dpo(
         "train", "recipes/hh_reward_model.yaml", "--model_name_or_path", tmp_path / "policy", "--output_dir", tmp_path / "run",
-        "--reward_model_path", tmp_path / "reward", "--max_length", 256, "--max_new_tokens", 32, "--learning_rate", 1e-3,
+        "--reward_model_path", tmp_path / "reward", "--max_prompt_length", 48, "--max_new_tokens", 32, "--learning_rate", 5e-4,
         "--num_completions", 4,
-        "--max_steps", 30, "--logging_steps", 1, "--gradient_accumulation_steps", 1, "--gradient_checkpointing", "false",
+        "--max_steps", 45, "--logging_steps", 1, "--gradient_accumulation_steps", 1, "--gradient_checkpointing", "false",
         "--save_steps", 1000, "--warmup_steps", 3, "--per_device_train_batch_size", 16,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
