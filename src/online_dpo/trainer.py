@@ -5,11 +5,8 @@ Reading order: ``get_batch_samples`` is one optimizer step up to its micro-batch
 
 from __future__ import annotations
 
-import logging
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import Any
 
@@ -24,7 +21,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
-    Trainer,
     TrainerCallback,
     set_seed,
 )
@@ -41,24 +37,22 @@ from online_dpo.build import (
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.data import collate_prompts, prepare_prompts, prompts_from_batch
 from online_dpo.evaluate import EvalRecord, eval_records, summarise, win_share
-from online_dpo.guard import StepGuard, refuse_to_split
+from online_dpo.guarded_trainer import GuardedTrainer
 from online_dpo.logprobs import RowLogprobs, row_logprobs
 from online_dpo.losses import LOSSES, log_ratio
-from online_dpo.metrics import MetricStore, record_loss, record_pairs, record_rollout
+from online_dpo.metrics import record_loss, record_pairs, record_rollout
 from online_dpo.model_card import write_model_card
-from online_dpo.models import ConfigKeeper, RestoreConfigs, empty_device_cache, end_token_ids, eval_mode
-from online_dpo.packing import as_inputs, halve, pack_groups, pack_pairs, split_evenly, stand_in
+from online_dpo.models import end_token_ids, eval_mode
+from online_dpo.packing import as_inputs, pack_groups, pack_pairs, split_evenly, stand_in
 from online_dpo.pairs import pairs_from_ranks, pairs_from_scores
 from online_dpo.rollout import RolloutKey, SamplingParams, TransformersEngine
 from online_dpo.scoring import JudgeScorer, build_scorers, score_groups
 from online_dpo.types import Group, PackedRows, Pair, Prompt, Scores
 
-logger = logging.getLogger(__name__)
-
 TRAINING, EVALUATION, REFERENCE = 0, 1, 2  # streams of random numbers
 
 
-class OnlineDPOTrainer(Trainer):
+class OnlineDPOTrainer(GuardedTrainer):
     """Aligns a language model with preferences collected while it trains (Guo et al. 2024, arXiv 2402.04792).
 
     Args:
@@ -85,9 +79,6 @@ class OnlineDPOTrainer(Trainer):
             possible.
         InvalidPromptError: a dataset row is no usable prompt (see ``invalid_prompts``).
     """
-
-    # Read by transformers.Trainer: compute_loss divides by the pairs of the whole step itself.
-    loss_is_scaled_for_ga = True
 
     def __init__(
         self,
@@ -136,7 +127,6 @@ class OnlineDPOTrainer(Trainer):
 
         set_seed(args.seed)  # an adapter's first weights are random
         policy = build_policy(model, peft_config, args)
-        configs = ConfigKeeper(policy)
         super().__init__(
             model=policy,
             args=args,
@@ -148,9 +138,6 @@ class OnlineDPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        configs.restore()
-        self.add_callback(RestoreConfigs(configs))
-        self.model_accepts_loss_kwargs = True
         self.reference = build_reference(ref_model, policy, args)
         self.engine = TransformersEngine(policy, self.tokenizer, args.rollout_batch_size)
         self.sampling = SamplingParams.from_config(args, end_token_ids(policy, self.tokenizer))
@@ -161,12 +148,7 @@ class OnlineDPOTrainer(Trainer):
             else build_scorers(reward_funcs, reward_processing_classes, args, state=lambda: self.state)
         )
         check_templates(self.scorers, train_dataset)
-        self.metrics = MetricStore()
-        self.guard = StepGuard(self.accelerator, args.max_skipped_steps)
-        self.add_callback(self.guard)
         self._reference_groups: dict[tuple[int, tuple[int, ...]], Group] = {}
-        self._done_in_step: list[dict[str, Any]] = []
-        self._last_log = time.perf_counter()
 
     # --- one optimizer step -----------------------------------------------------------------------------------------
 
@@ -222,11 +204,11 @@ class OnlineDPOTrainer(Trainer):
     def _rollout(self, prompts: Sequence[Prompt]) -> list[Group]:
         step = self.state.global_step
         key = RolloutKey(self.args.seed, step, version=step, stream=TRAINING)
-        with self._phase("rollout"), self.accelerator.autocast():
+        with self.phase("rollout"), self.accelerator.autocast():
             return self.engine.generate(prompts, self.args.num_completions, self.sampling, key)
 
     def _score(self, groups: list[Group]) -> tuple[Scores | None, list[int] | None]:
-        with self._phase("scoring"):
+        with self.phase("scoring"):
             scores, ranks = self._score_or_rank(groups)
         record_rollout(self.metrics, groups, scores)
         return scores, ranks
@@ -238,7 +220,7 @@ class OnlineDPOTrainer(Trainer):
 
     def _pack(self, pairs: list[Pair], num_batches: int) -> list[dict[str, Any]]:
         """Exactly as many micro-batches as were fetched: `Trainer` counts them to find the optimizer step."""
-        self._done_in_step = []
+        self.done_in_step = []
         end_token = self.sampling.end_token_ids[0]
         parts = split_evenly(pairs, num_batches)
         packed = [pack_pairs(part, end_token) if part else stand_in(end_token) for part in parts]
@@ -253,7 +235,7 @@ class OnlineDPOTrainer(Trainer):
 
     @torch.no_grad()
     def _reference_logprobs(self, rows: PackedRows) -> RowLogprobs:
-        with self._phase("reference"), self.accelerator.autocast(), self.reference.active() as reference:
+        with self.phase("reference"), self.accelerator.autocast(), self.reference.active() as reference:
             return row_logprobs(reference, rows)
 
     def _pair_losses(self, rows: PackedRows, policy: RowLogprobs, reference: RowLogprobs) -> torch.Tensor:
@@ -283,69 +265,6 @@ class OnlineDPOTrainer(Trainer):
     @property
     def _beta(self) -> float:
         return self.args.beta_at(self.state.epoch or 0.0)
-
-    # --- what surrounds a step --------------------------------------------------------------------------------------
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As `transformers.Trainer.train`.
-
-        Raises:
-            TrainingDivergedError: ``max_skipped_steps`` steps in a row were not finite; a checkpoint has been saved.
-        """
-        self._last_log = time.perf_counter()
-        result = super().train(resume_from_checkpoint, *args, **kwargs)
-        self.guard.raise_if_diverged(self.state, self.args.output_dir)  # pyright: ignore[reportArgumentType]
-        return result
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
-    ) -> torch.Tensor:
-        """The parent's; a micro-batch that does not fit in memory is split, with the same gradient in the end."""
-        before = self.metrics.copy()
-        loss = None
-        with self._phase("training"), suppress(torch.OutOfMemoryError):
-            loss = super().training_step(model, inputs, num_items_in_batch)  # pyright: ignore[reportArgumentType]
-        if loss is None:  # outside the handler, whose traceback would keep the activations alive
-            self.metrics = before
-            return self._train_in_halves(model, inputs["rows"], num_items_in_batch)
-        self._done_in_step.append(inputs)
-        return loss
-
-    def _train_in_halves(self, model: nn.Module, rows: PackedRows, num_items: Any) -> torch.Tensor:
-        """A backward pass that broke off has left part of its gradient behind, so the step's is made anew."""
-        refuse_to_split(rows, self.accelerator.num_processes)
-        model.zero_grad()
-        empty_device_cache()
-        before = self.metrics.copy()
-        for done in self._done_in_step:
-            super().training_step(model, done, num_items)
-        self.metrics = before  # those were recorded the first time
-        halves = [self.training_step(model, as_inputs(half), num_items) for half in halve(rows)]
-        return torch.stack(halves).sum()
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self.guard.saw_gradient_norm(norm)  # pyright: ignore[reportArgumentType]
-        return norm
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As the parent's; the log of a training step gains the metrics collected since the last one."""
-        if "loss" in logs:
-            elapsed = time.perf_counter() - self._last_log
-            self._last_log = time.perf_counter()
-            mine = self.metrics.drain()
-            mine["perf/tokens_per_second"] = mine.pop("completion_tokens", 0.0) / elapsed
-            logs = {**logs, **mine, "guard/skipped_steps": float(self.guard.skipped)}
-        super().log(logs, start_time)
-
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        """Adds the seconds spent inside to ``time/name``, summed over micro-batches and averaged over ranks."""
-        start = time.perf_counter()
-        yield
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.metrics.total(f"time/{name}", (time.perf_counter() - start) / self.accelerator.num_processes)
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 

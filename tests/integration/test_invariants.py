@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from online_dpo import OnlineDPOTrainer
+from online_dpo.data import collate_prompts, prompts_from_batch
 from online_dpo.errors import TrainingDivergedError
 from training import assert_same, config, dataset, gradient, trainer, weights, word_reward
 
@@ -57,6 +58,26 @@ def test_chosen_and_rejected_share_their_prompt_and_come_from_its_group(tmp_path
             assert score[completions[0]] > score[completions[1]]
             pairs += 1
     assert pairs >= 6
+
+
+@pytest.mark.parametrize("extra", [None, {"no_repeat_ngram_size": 0}])
+@pytest.mark.parametrize("num_completions", [2, 3, 5])
+def test_each_completion_was_sampled_from_the_prompt_of_its_group(tmp_path, num_completions, extra):
+    """The sampler's log-probabilities fit this prompt, and none of the others."""
+    made = trainer(tmp_path, num_completions=num_completions, generation_kwargs=extra)
+    prompts = prompts_from_batch(collate_prompts([made.train_dataset[i] for i in range(6)]))
+    groups = made._rollout(prompts)
+    assert [group.prompt for group in groups] == prompts
+    for group in groups:
+        for completion in group.completions:
+            gaps = {}
+            for prompt in prompts:
+                ids = torch.tensor([[*prompt.token_ids, *completion.token_ids]])
+                with torch.no_grad():
+                    logps = made.model(ids).logits.log_softmax(-1)[0, len(prompt.token_ids) - 1 : -1]
+                picked = logps.gather(-1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+                gaps[prompt.row] = (picked - torch.tensor(completion.logprobs)).abs().max().item()
+            assert gaps.pop(group.prompt.row) < 1e-4 < min(gaps.values())
 
 
 def split(rows, r):

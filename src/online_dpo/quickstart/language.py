@@ -142,13 +142,10 @@ _KINDS = {
     ),
 }
 
-_OPPOSITES = "hot cold, big small, fast slow, happy sad, old new, rich poor, full empty, loud quiet"
-_PLURALS = (
-    "cat cats, mouse mice, child children, foot feet, tooth teeth, box boxes, city cities, leaf leaves, goose geese, "
-    "knife knives"
-)
+_OPPOSITES = "hot cold, big small, fast slow, happy sad, old new, loud quiet"
+_PLURALS = "cat cats, mouse mice, child children, foot feet, tooth teeth, box boxes, leaf leaves, city cities"
 _COLOURS = "grass green, snow white, coal black, blood red, butter yellow, chocolate brown, rust orange, water blue"
-_BY_SIZE = ("ant", "mouse", "cat", "horse", "house", "mountain")
+_BY_SIZE = ("ant", "mouse", "cat", "horse", "mountain")
 _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
 
@@ -164,7 +161,8 @@ def _facts() -> tuple[_Fact, ...]:
 def _list_facts() -> Iterator[_Fact]:
     numbers = tuple(str(n) for n in range(11))
     for a, b in product(range(1, 6), repeat=2):
-        yield _Fact("sum", (("a", str(a)), ("b", str(b))), str(a + b), numbers[2:])
+        if a < 5 and b < 5:
+            yield _Fact("sum", (("a", str(a)), ("b", str(b))), str(a + b), numbers[2:9])
         if b < a:
             yield _Fact("difference", (("a", str(a)), ("b", str(b))), str(a - b), numbers[1:6])
     opposites = _pairs(_OPPOSITES) + [(right, left) for left, right in _pairs(_OPPOSITES)]

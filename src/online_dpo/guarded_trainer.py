@@ -1,0 +1,106 @@
+"""`transformers.Trainer` with what keeps a run alive and measured: guards, memory recovery, metrics, seconds by phase.
+
+It knows nothing of preferences; :class:`online_dpo.trainer.OnlineDPOTrainer` adds the stages.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from online_dpo.config import OnlineDPOConfig
+from online_dpo.guard import StepGuard, refuse_to_split
+from online_dpo.metrics import MetricStore
+from online_dpo.models import ConfigKeeper, RestoreConfigs, empty_device_cache
+from online_dpo.packing import as_inputs, halve
+from online_dpo.types import PackedRows
+
+
+class GuardedTrainer(Trainer):
+    """A `Trainer` whose micro-batches hold :class:`~online_dpo.types.PackedRows` under ``"rows"``.
+
+    Steps that are not finite are skipped on every rank; a micro-batch that runs out of memory is split; values put into
+    ``metrics`` appear in the next training log, reduced over ranks; the model's configs stay as they were given.
+    """
+
+    # Read by transformers.Trainer: the loss is divided by the pairs of the whole step already.
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, model: nn.Module, args: OnlineDPOConfig, **kwargs: Any) -> None:
+        configs = ConfigKeeper(model)
+        super().__init__(model=model, args=args, **kwargs)
+        configs.restore()
+        self.add_callback(RestoreConfigs(configs))
+        self.model_accepts_loss_kwargs = True
+        self.metrics = MetricStore()
+        self.guard = StepGuard(self.accelerator, args.max_skipped_steps)
+        self.add_callback(self.guard)
+        self.done_in_step: list[dict[str, Any]] = []
+        self._last_log = time.perf_counter()
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `transformers.Trainer.train`.
+
+        Raises:
+            TrainingDivergedError: ``max_skipped_steps`` steps in a row were not finite; a checkpoint has been saved.
+        """
+        self._last_log = time.perf_counter()
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        self.guard.raise_if_diverged(self.state, self.args.output_dir)  # pyright: ignore[reportArgumentType]
+        return result
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """The parent's; a micro-batch that does not fit in memory is split, with the same gradient in the end."""
+        before = self.metrics.copy()
+        loss = None
+        with self.phase("training"), suppress(torch.OutOfMemoryError):
+            loss = super().training_step(model, inputs, num_items_in_batch)  # pyright: ignore[reportArgumentType]
+        if loss is None:  # outside the handler, whose traceback would keep the activations alive
+            self.metrics = before
+            return self._train_in_halves(model, inputs["rows"], num_items_in_batch)
+        self.done_in_step.append(inputs)
+        return loss
+
+    def _train_in_halves(self, model: nn.Module, rows: PackedRows, num_items: Any) -> torch.Tensor:
+        """A backward pass that broke off has left part of its gradient behind, so the step's is made anew."""
+        refuse_to_split(rows, self.accelerator.num_processes)
+        model.zero_grad()
+        empty_device_cache()
+        before = self.metrics.copy()
+        for done in self.done_in_step:
+            super().training_step(model, done, num_items)
+        self.metrics = before  # those were recorded the first time
+        halves = [self.training_step(model, as_inputs(half), num_items) for half in halve(rows)]
+        return torch.stack(halves).sum()
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.guard.saw_gradient_norm(norm)  # pyright: ignore[reportArgumentType]
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the parent's; the log of a training step gains the metrics collected since the last one."""
+        if "loss" in logs:
+            elapsed = time.perf_counter() - self._last_log
+            self._last_log = time.perf_counter()
+            mine = self.metrics.drain()
+            mine["perf/tokens_per_second"] = mine.pop("completion_tokens", 0.0) / elapsed
+            logs = {**logs, **mine, "guard/skipped_steps": float(self.guard.skipped)}
+        super().log(logs, start_time)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the seconds spent inside to ``time/name``, summed over micro-batches and averaged over ranks."""
+        start = time.perf_counter()
+        yield
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.metrics.total(f"time/{name}", (time.perf_counter() - start) / self.accelerator.num_processes)
