@@ -31,7 +31,8 @@ FAMILIES = ("gpt2", "gpt_neox", "llama", "qwen2", "qwen3", "gemma", "gemma2", "m
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<unk> {{ m['content'] }} "
-    "{% if not loop.last or m['role'] == 'assistant' %}<end> {% endif %}{% endfor %}{% if add_generation_prompt %}w0 {% endif %}"
+    "{% if not loop.last or m['role'] == 'assistant' %}<end> {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}w0 {% endif %}"
 )
 
 

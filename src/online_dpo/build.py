@@ -180,6 +180,8 @@ def train_on_one_device_per_process(args: OnlineDPOConfig) -> None:
             stacklevel=3,
         )
         args._n_gpu = 1
+    if args.device.type == "cpu":
+        args.dataloader_pin_memory = False  # memory is pinned for a copy to a GPU; without one torch warns
     accelerator_config: Any = args.accelerator_config
     if accelerator_config.dispatch_batches is None:
         # A streamed batch holds text, which accelerate cannot broadcast from the first process.

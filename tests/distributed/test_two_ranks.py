@@ -76,3 +76,8 @@ def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_both(results):
         assert all(torch.equal(p, rank["weights"][n]) for n, p in start.named_parameters())
         assert rank["log"]["guard/skipped_steps"] == 1
         assert all(math.isfinite(v) for k, v in rank["log"].items() if k != "grad_norm")
+
+
+def test_ranks_tell_each_other_of_a_loss_that_is_not_finite(results):
+    one, two = results("guard")
+    assert one["dropped"] and all(rank["dropped"] for rank in two)

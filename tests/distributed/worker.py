@@ -6,9 +6,13 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from accelerate import Accelerator
 from datasets import IterableDataset
+from transformers import TrainerState
 
 import tiny
+from online_dpo.guard import StepGuard
 from training import KeepGradient, dataset, trainer, weights
 
 LENGTHS = (5, 9, 3, 7, 12, 4, 6, 8)
@@ -41,22 +45,33 @@ def run(out, case, processes, **options):
     torch.save(saved, out / f"{case}-of-{processes}-rank-{made.accelerator.process_index}.pt")
 
 
+def on_last_rank():
+    return not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1
+
+
 def poisoned_on_the_last_rank():
-    """NaN only where row 7 is trained on: with two ranks that is rank 1."""
     model = tiny.causal_lm(sharpness=1.0)
 
-    def hook(module, args, kwargs, output):
-        if module.training and int(kwargs["attention_mask"].sum(1).max()) >= 0 and LAST_RANK():
+    def hook(module, args, output):
+        if module.training and on_last_rank():
             output.logits = output.logits * float("nan")
 
-    model.register_forward_hook(hook, with_kwargs=True)
+    model.register_forward_hook(hook)
     return model
 
 
-def LAST_RANK():
-    import torch.distributed as dist
-
-    return not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1
+def guard_alone(out, processes):
+    """A loss that is not finite on one rank while all gradients are: only the guard can tell the others."""
+    accelerator = Accelerator(cpu=True)
+    guard, model = StepGuard(accelerator, max_skipped_steps=3), torch.nn.Linear(2, 1)
+    model.weight.grad = torch.ones(1, 2)
+    guard.expect(num_pairs=4)
+    guard.saw_gradient_norm(1.0)
+    guard.saw_loss(torch.tensor(float("nan") if on_last_rank() else 0.7))
+    guard.on_pre_optimizer_step(None, TrainerState(), None, model=model)
+    torch.save(
+        {"dropped": model.weight.grad is None}, out / f"guard-of-{processes}-rank-{accelerator.process_index}.pt"
+    )
 
 
 if __name__ == "__main__":
@@ -75,3 +90,4 @@ if __name__ == "__main__":
         kwargs={"eval_dataset": dataset(lengths=(3, 4, 5, 6, 7))},
     )
     run(out, "not_finite", processes, model=poisoned_on_the_last_rank(), learning_rate=0.1)
+    guard_alone(out, processes)

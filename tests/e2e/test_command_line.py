@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import tiny
 from online_dpo.data import transcript_to_messages
 from online_dpo.quickstart.models import (
     Comparison,
@@ -32,6 +32,10 @@ ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the example data is not here")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+SMALL = ("--gradient_accumulation_steps", 1, "--gradient_checkpointing", "false", "--save_steps", 1000)
+SMALL += ("--warmup_steps", 3, "--logging_steps", 1)
 
 
 def online_dpo(*words, timeout=420):
@@ -68,10 +72,10 @@ def test_gsm8k_recipe_raises_its_reward(tmp_path):
     tokenizer.save_pretrained(tmp_path / "policy")
 
     done = online_dpo(
-        "train", "recipes/gsm8k_format.yaml", "--model_name_or_path", tmp_path / "policy", "--output_dir", tmp_path / "run",
-        "--max_length", 320, "--max_new_tokens", 64, "--learning_rate", 3e-4, "--max_steps", 30, "--logging_steps", 1,
-        "--gradient_accumulation_steps", 1, "--gradient_checkpointing", "false", "--save_steps", 1000, "--warmup_steps", 3,
-    )  # fmt: skip
+        *("train", "recipes/gsm8k_format.yaml", *SMALL),
+        *("--model_name_or_path", tmp_path / "policy", "--output_dir", tmp_path / "run"),
+        *("--max_length", 320, "--max_new_tokens", 64, "--learning_rate", 3e-4, "--max_steps", 30),
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     rewards = rewards_of(done.stdout)
     assert len(rewards) == 30
@@ -104,12 +108,11 @@ def test_hh_recipe_raises_the_reward_models_score(tmp_path):
         tokenizer.save_pretrained(tmp_path / name)
 
     done = online_dpo(
-        "train", "recipes/hh_reward_model.yaml", "--model_name_or_path", tmp_path / "policy", "--output_dir", tmp_path / "run",
-        "--reward_model_path", tmp_path / "reward", "--max_prompt_length", 48, "--max_new_tokens", 32, "--learning_rate", 5e-4,
-        "--num_completions", 4,
-        "--max_steps", 45, "--logging_steps", 1, "--gradient_accumulation_steps", 1, "--gradient_checkpointing", "false",
-        "--save_steps", 1000, "--warmup_steps", 3, "--per_device_train_batch_size", 16,
-    )  # fmt: skip
+        *("train", "recipes/hh_reward_model.yaml", *SMALL),
+        *("--model_name_or_path", tmp_path / "policy", "--reward_model_path", tmp_path / "reward"),
+        *("--output_dir", tmp_path / "run", "--max_prompt_length", 48, "--max_new_tokens", 32, "--num_completions", 4),
+        *("--learning_rate", 5e-4, "--max_steps", 45, "--per_device_train_batch_size", 16),
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     rose, means = moved_up(rewards_of(done.stdout), by=0.3)
     assert rose, (means, done.stdout)
@@ -123,12 +126,14 @@ def small_run(tmp_path):
     rows = [{"prompt": prompt.content} for prompt in tiny.prompts([4, 5, 6, 7] * 4)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "rewards.py").write_text(
-        "import time\n\n\ndef words(completions):\n    time.sleep(0.2)\n    return [float(len(set(c.split()))) for c in completions]\n"
+        "import time\n\n\ndef words(completions):\n    time.sleep(0.2)\n"
+        "    return [float(len(set(c.split()))) for c in completions]\n"
     )
     (tmp_path / "run.yaml").write_text(
         "model_name_or_path: policy\ndataset_name: prompts.jsonl\nreward_funcs: [rewards.py:words]\n"
         f"output_dir: {tmp_path / 'out'}\nuse_cpu: true\nmax_steps: 40\nmax_new_tokens: 8\nmax_length: 64\n"
-        "per_device_train_batch_size: 4\nlogging_steps: 1\nlearning_rate: 1.0e-3\nsave_strategy: 'no'\nreport_to: none\n"
+        "per_device_train_batch_size: 4\nlogging_steps: 1\nlearning_rate: 1.0e-3\nsave_strategy: 'no'\n"
+        "report_to: none\n"
     )
     return tmp_path / "run.yaml"
 

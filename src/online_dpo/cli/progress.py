@@ -15,6 +15,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+
+def silence_progress_bars() -> None:
+    """Switches off the bars of libraries for loading weights and reading data, which would run through our own
+    output.
+    """
+    import datasets
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+
+
 COLUMNS = {
     "loss": "loss",
     "reward": "objective/scores",

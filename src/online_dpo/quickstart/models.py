@@ -1,8 +1,9 @@
-"""The models of the quickstart, made from nothing in about a minute on two CPU cores: a tokenizer, a policy that is fluent
-but mediocre, and a reward model that has learnt the hidden rubric from noisy preferences.
+"""The models of the quickstart, made from nothing on a CPU: a tokenizer, a policy that is fluent but mediocre, and a
+reward model that has learnt the hidden rubric from noisy preferences.
 
-The plain-text prompt ``"User: ...\\nAssistant:"`` and the chat template give the same tokens, so the models serve plain and
-conversational prompts alike. A text to score is ``prompt + " " + reply``, with the end token when the reply ended by itself.
+The plain-text prompt ``"User: ...\\nAssistant:"`` and the chat template give the same tokens, so the models serve plain
+and conversational prompts alike. A text to score is ``prompt + " " + reply``, with the end token when the reply ended
+by itself.
 """
 
 from __future__ import annotations
@@ -47,22 +48,25 @@ CHAT_TEMPLATE = (
 )
 """Renders one user message to exactly what :func:`~online_dpo.quickstart.language.prompt_of` gives."""
 
+PAD_ID, EOS_ID = 0, 1
+"""Ids of ``<pad>`` and ``<eos>`` in every tokenizer of :func:`build_tokenizer`."""
+
 IGNORED = -100
 """Label of tokens that carry no loss."""
 
 
 @dataclass(frozen=True)
 class QuickstartSize:
-    """How big the models are and how long they train."""
+    """How big the models are and how long they train. ``fact_examples`` may not exceed ``sft_examples``."""
 
-    hidden: int = 128
+    hidden: int = 168
     layers: int = 2
     heads: int = 4
     vocab_size: int = 768
     fact_examples: int = 4000
     fact_epochs: int = 2
     sft_examples: int = 5000
-    comparisons: int = 5500
+    comparisons: int = 4000
     batch_size: int = 16
     prompts_train: int = 2000
     prompts_eval: int = 200
@@ -84,7 +88,7 @@ TINY = QuickstartSize(
 
 @dataclass(frozen=True)
 class QuickstartArtifacts:
-    """Where :func:`build` put things. Prompt files have rows ``{"prompt": "User: ...", "answer": "8", "kind": "sum"}``."""
+    """Where the models and prompts were saved; rows are ``{"prompt": "User: ...", "answer": "7", "kind": "sum"}``."""
 
     policy_dir: Path
     reward_dir: Path
@@ -102,21 +106,21 @@ class Reply:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Replies to one prompt and the preferences among them: ``(2, 0)`` in ``wins`` says that reply 2 is preferred to reply 0."""
+    """Replies to one prompt and the preferences among them: ``(2, 0)`` in ``wins`` says that reply 2 beat reply 0."""
 
     prompt: str
     replies: tuple[Reply, ...]
     wins: tuple[tuple[int, int], ...]
 
 
-# --- tokenizer and configurations ---------------------------------------------------------------------------------------
+# --- tokenizer and configurations ------------------------------------------------------------------------------------
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on ``texts``: any text survives encoding and decoding. ``<pad>`` is 0, ``<eos>`` 1.
+    """A byte-level BPE tokenizer trained on ``texts``: any text survives encoding and decoding. It adds no token.
 
-    A word is split from the one before it together with its leading space, so the tokens of ``prompt + " " + reply`` are those of
-    ``prompt`` followed by those of ``" " + reply``. No token is added on its own, at the start or at the end.
+    A word is split from the one before it together with its leading space, so the tokens of ``prompt + " " + reply``
+    are those of ``prompt`` followed by those of ``" " + reply``.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
@@ -142,11 +146,11 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> PreTrainedTo
 def build_policy_config(
     tokenizer: PreTrainedTokenizerFast, hidden: int = 128, layers: int = 2, heads: int = 4
 ) -> LlamaConfig:
-    """A Llama of about a million parameters at the default size, with the tokenizer's end and padding ids and tied embeddings."""
+    """A Llama with tied embeddings and the tokenizer's end and padding ids; about a million parameters at ``FULL``."""
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
-        intermediate_size=2 * hidden,
+        intermediate_size=4 * hidden,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
@@ -154,28 +158,33 @@ def build_policy_config(
         initializer_range=hidden**-0.5,  # the usual 0.02 costs a model this narrow twice the steps
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=EOS_ID,
+        pad_token_id=PAD_ID,
     )
 
 
 def build_reward_config(
     tokenizer: PreTrainedTokenizerFast, hidden: int = 128, layers: int = 2, heads: int = 4
 ) -> LlamaConfig:
-    """The same shape with one output."""
-    config = build_policy_config(tokenizer, hidden, layers, heads)
+    """The shape of the policy with ``layers`` layers, one layer more and one output.
+
+    The extra layer can compare the answer that a reply gives with the one that the policy's layers predict; without it
+    the model learned the rubric more slowly.
+    """
+    config = build_policy_config(tokenizer, hidden, layers + 1, heads)
     config.num_labels = 1
     return config
 
 
-# --- data ---------------------------------------------------------------------------------------------------------------
+# --- data ------------------------------------------------------------------------------------------------------------
 
 
 def sample_comparisons(requests: Sequence[Request], seed: int, noise: float = 0.1) -> list[Comparison]:
-    """Four replies to each request and a preference for each two that the rubric tells apart, wrong with probability ``noise``.
+    """Up to four replies to each request and a preference for each two that the rubric tells apart.
 
-    For a third of the requests the replies are bare answers. For the others two replies differ in one trait, and two are
-    independent and of every quality, some broken, some cut by a length limit.
+    Each preference is wrong with probability ``noise``. For a third of the requests the replies are plain answers. For
+    the others two replies differ in one trait, and two are independent and of every quality, some broken, some cut by a
+    length limit.
     """
     rng = random.Random(seed)
     comparisons = []
@@ -207,7 +216,7 @@ def _any_reply(request: Request, rng: random.Random) -> Reply:
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, prompt: str, reply: Reply) -> list[int]:
-    return tokenizer(f"{prompt} {reply.text}").input_ids + [tokenizer.eos_token_id] * reply.ended
+    return tokenizer(f"{prompt} {reply.text}").input_ids + [EOS_ID] * reply.ended
 
 
 def _pad(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
@@ -227,7 +236,7 @@ def _batches(
             yield ordered[start : start + size]
 
 
-# --- training -----------------------------------------------------------------------------------------------------------
+# --- training --------------------------------------------------------------------------------------------------------
 
 
 def new_policy(config: LlamaConfig, seed: int = 0) -> LlamaForCausalLM:
@@ -240,7 +249,7 @@ def new_policy(config: LlamaConfig, seed: int = 0) -> LlamaForCausalLM:
 def new_reward_model(
     config: LlamaConfig, policy: LlamaForCausalLM | None = None, seed: int = 0
 ) -> LlamaForSequenceClassification:
-    """A reward model with a random head and, with ``policy``, a copy of its body.
+    """A reward model with random weights; with ``policy``, its embeddings and first layers are copied.
 
     Starting from a fine-tuned policy (arXiv 2203.02155) saves learning the language a second time.
     """
@@ -248,7 +257,8 @@ def new_reward_model(
         torch.manual_seed(seed)
         model = LlamaForSequenceClassification(config)
     if policy is not None:
-        model.model.load_state_dict(policy.model.state_dict())
+        copied = model.model.load_state_dict(policy.model.state_dict(), strict=False)
+        assert not copied.unexpected_keys
     return model
 
 
@@ -257,8 +267,8 @@ def train_policy(
     tokenizer: PreTrainedTokenizerFast,
     examples: Sequence[tuple[str, str]],
     epochs: int = 1,
-    batch_size: int = 16,
-    learning_rate: float = 3e-3,
+    batch_size: int = 8,
+    learning_rate: float = 2e-3,
     seed: int = 0,
 ) -> None:
     """Supervised fine-tuning, in place, on ``(prompt, reply)`` pairs; the loss is on the reply and its end token."""
@@ -270,7 +280,7 @@ def train_policy(
 
     def loss_of(batch: list[tuple[list[int], list[int]]]) -> torch.Tensor:
         # Padding stands on the right, where causal attention never looks: no attention mask is needed.
-        ids_RT = _pad([ids for ids, _ in batch], tokenizer.pad_token_id)
+        ids_RT = _pad([ids for ids, _ in batch], PAD_ID)
         labels_RT = _pad([labels for _, labels in batch], IGNORED)[:, 1:]
         hidden_RTH = model.model(input_ids=ids_RT).last_hidden_state[:, :-1]
         predicted = labels_RT != IGNORED
@@ -285,8 +295,8 @@ def train_reward_model(
     tokenizer: PreTrainedTokenizerFast,
     comparisons: Sequence[Comparison],
     epochs: int = 1,
-    batch_size: int = 8,
-    learning_rate: float = 1e-3,
+    batch_size: int = 4,
+    learning_rate: float = 5e-4,
     seed: int = 0,
 ) -> None:
     """Bradley-Terry training, in place: minus log sigmoid of the winner's score minus the loser's, averaged over all
@@ -297,8 +307,8 @@ def train_reward_model(
     rows = [([_encode(tokenizer, item.prompt, reply) for reply in item.replies], item.wins) for item in comparisons]
 
     def loss_of(batch: list[tuple[list[list[int]], tuple[tuple[int, int], ...]]]) -> torch.Tensor:
-        ids_RT = _pad([ids for replies, _ in batch for ids in replies], tokenizer.pad_token_id)
-        scores_R = _last_token_scores(model, ids_RT, tokenizer.pad_token_id)
+        ids_RT = _pad([ids for replies, _ in batch for ids in replies], PAD_ID)
+        scores_R = _last_token_scores(model, ids_RT)
         starts = accumulate((len(replies) for replies, _ in batch), initial=0)
         pairs_N2 = [
             [start + win, start + loss] for start, (_, wins) in zip(starts, batch, strict=False) for win, loss in wins
@@ -310,10 +320,10 @@ def train_reward_model(
     _fit(model, batches, loss_of, learning_rate)
 
 
-def _last_token_scores(model: LlamaForSequenceClassification, ids_RT: torch.Tensor, pad_id: int) -> torch.Tensor:
+def _last_token_scores(model: LlamaForSequenceClassification, ids_RT: torch.Tensor) -> torch.Tensor:
     """Scores of rows padded on the right; equal to the model's own ``logits[:, 0]``, without scoring every position."""
     hidden_RTH = model.model(input_ids=ids_RT).last_hidden_state
-    last_R = (ids_RT != pad_id).sum(dim=1) - 1
+    last_R = (ids_RT != PAD_ID).sum(dim=1) - 1
     return model.score(hidden_RTH[torch.arange(len(ids_RT)), last_R])[:, 0]
 
 

@@ -19,8 +19,9 @@ from transformers.trainer_callback import PrinterCallback
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.data import load_prompts, prepare_prompts, prompts_from_batch
 from online_dpo.evaluate import wilson_interval
+from online_dpo.quickstart.artifacts import build
 from online_dpo.quickstart.language import rubric
-from online_dpo.quickstart.models import FULL, QuickstartSize, build
+from online_dpo.quickstart.models import FULL, QuickstartSize
 from online_dpo.rollout import RolloutKey, SamplingParams, TransformersEngine
 from online_dpo.scoring import RewardModelScorer, load_reward_model
 from online_dpo.trainer import OnlineDPOTrainer
@@ -43,7 +44,7 @@ def run_quickstart(
     seed: int = 0,
     *,
     size: QuickstartSize = FULL,
-    max_steps: int = 60,
+    max_steps: int = 55,
     console: Console | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
@@ -128,7 +129,9 @@ def build_trainer(
 
 
 def summarise(before: Judged, after: Judged) -> dict[str, Any]:
-    """Win rate of after against before by the rubric, a tie counting half, with its Wilson interval; and mean scores."""
+    """Win rate of after against before by the rubric, a tie counting half, with its Wilson interval; and mean
+    scores.
+    """
     points = [
         1.0 if new > old else 0.5 if new == old else 0.0 for old, new in zip(before.gold, after.gold, strict=True)
     ]
@@ -160,7 +163,7 @@ def report(console: Console, before: Judged, after: Judged, summary: dict[str, A
     console.print(table)
     low, high = summary["win_rate_ci95"]
     console.print(
-        f"Win rate {summary['win_rate']:.1%} (95 % interval {low:.1%} to {high:.1%}) against the starting policy by the "
+        f"Win rate {summary['win_rate']:.1%} (95 % interval {low:.1%} to {high:.1%}) against the starting policy by "
         f"rubric, at a KL of {summary['kl']:.1f} nats. {summary['steps']} steps, {summary['seconds']:.0f} s in all."
     )
 

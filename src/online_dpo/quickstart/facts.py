@@ -1,0 +1,127 @@
+"""What the toy language talks about: kinds of requests, and the facts that are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+
+STATEMENTS = ("It is {answer}.", "The answer is {answer}.")
+"""Ways to state an answer that fit every kind of request; each kind has a third of its own."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One thing that can be asked; ``options`` are the answers a reply may give, right and wrong."""
+
+    kind: str
+    slots: tuple[tuple[str, str], ...]
+    answer: str
+    options: tuple[str, ...]
+
+    def fill(self, template: str, answer: str = "") -> str:
+        """``template`` with the fact's words and ``answer`` in their places."""
+        return template.format(answer=answer, **dict(self.slots))
+
+    @property
+    def statements(self) -> tuple[str, ...]:
+        """Templates that state an answer."""
+        return (*STATEMENTS, KINDS[self.kind].statement)
+
+    @property
+    def explanation(self) -> str:
+        """Template that explains an answer."""
+        return KINDS[self.kind].explanation
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How one kind of request is asked, answered and explained; ``{a}``, ``{b}`` and ``{answer}`` are filled in."""
+
+    questions: tuple[str, str, str]
+    statement: str
+    explanation: str
+
+
+KINDS = {
+    "sum": Kind(
+        ("What is {a} plus {b}?", "How much is {a} plus {b}?", "Add {a} and {b}."),
+        "{a} plus {b} is {answer}.",
+        "Start at {a} and count up {b} steps to reach {answer}.",
+    ),
+    "difference": Kind(
+        ("What is {a} minus {b}?", "How much is {a} minus {b}?", "Take {b} from {a}."),
+        "{a} minus {b} is {answer}.",
+        "Start at {a} and count down {b} steps to reach {answer}.",
+    ),
+    "opposite": Kind(
+        ("What is the opposite of {a}?", "Which word is the opposite of {a}?", "Give me the opposite of {a}."),
+        "The opposite of {a} is {answer}.",
+        "If one thing is {a}, a very different thing is {answer}.",
+    ),
+    "plural": Kind(
+        ("What is the plural of {a}?", "Which word is the plural of {a}?", "Give me the plural of {a}."),
+        "The plural of {a} is {answer}.",
+        "You say one {a} but many {answer}.",
+    ),
+    "colour": Kind(
+        ("What is the colour of {a}?", "Which colour do you see in {a}?", "Give me the colour of {a}."),
+        "The colour of {a} is {answer}.",
+        "When you look at {a}, you see {answer}.",
+    ),
+    "compare": Kind(
+        ("Which is bigger, the {a} or the {b}?", "Is the {a} or the {b} bigger?", "Name the bigger one: {a} or {b}."),
+        "The bigger one is {answer}.",
+        "If you put both side by side, you need more room for {answer}.",
+    ),
+    "letters": Kind(
+        ("How many letters are in {a}?", "How long is the word {a}?", "Count the letters in {a}."),
+        "The word {a} has {answer} letters.",
+        "Spell {a} letter by letter and you count to {answer}.",
+    ),
+    "day": Kind(
+        ("Which day comes after {a}?", "What is the day after {a}?", "Name the day after {a}."),
+        "The day after {a} is {answer}.",
+        "When {a} ends, you wake up and it is {answer}.",
+    ),
+}
+
+_OPPOSITES = "hot cold, big small, fast slow, happy sad, old new, loud quiet"
+_PLURALS = "cat cats, mouse mice, child children, foot feet, tooth teeth, box boxes, leaf leaves, city cities"
+_COLOURS = "grass green, snow white, coal black, blood red, butter yellow, chocolate brown, rust orange, water blue"
+_BY_SIZE = ("ant", "mouse", "cat", "horse", "mountain")
+_DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+
+
+def _pairs(table: str) -> list[tuple[str, str]]:
+    return [(left, right) for left, right in (entry.split() for entry in table.split(", "))]
+
+
+@cache
+def all_facts() -> tuple[Fact, ...]:
+    """Every fact of the language, in a fixed order."""
+    return tuple(_list_facts())
+
+
+def _list_facts() -> Iterator[Fact]:
+    numbers = tuple(str(n) for n in range(11))
+    for a, b in product(range(1, 6), repeat=2):
+        if a < 5 and b < 5:
+            yield Fact("sum", (("a", str(a)), ("b", str(b))), str(a + b), numbers[2:9])
+        if b < a:
+            yield Fact("difference", (("a", str(a)), ("b", str(b))), str(a - b), numbers[1:6])
+    opposites = _pairs(_OPPOSITES) + [(right, left) for left, right in _pairs(_OPPOSITES)]
+    for kind, table in (("opposite", opposites), ("plural", _pairs(_PLURALS)), ("colour", _pairs(_COLOURS))):
+        options = tuple(sorted({answer for _, answer in table}))
+        for word, answer in table:
+            yield Fact(kind, (("a", word),), answer, options)
+    for a, b in product(range(len(_BY_SIZE)), repeat=2):
+        if a != b:
+            slots = (("a", _BY_SIZE[a]), ("b", _BY_SIZE[b]))
+            options = tuple(f"the {_BY_SIZE[i]}" for i in (a, b))
+            yield Fact("compare", slots, f"the {_BY_SIZE[max(a, b)]}", options)
+    for word, _ in _pairs(_PLURALS):
+        yield Fact("letters", (("a", word),), str(len(word)), numbers[2:9])
+    for day, following in zip(_DAYS, _DAYS[1:] + _DAYS[:1], strict=True):
+        yield Fact("day", (("a", day),), following, _DAYS)

@@ -1,0 +1,318 @@
+"""The quickstart's language, rubric, tokenizer and training loops."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from online_dpo.quickstart.artifacts import build
+from online_dpo.quickstart.facts import KINDS
+from online_dpo.quickstart.language import (
+    CLOSERS,
+    CLOSINGS,
+    FILLERS,
+    GREETINGS,
+    OPENERS,
+    RUDE,
+    SPLITS,
+    Request,
+    contrast_replies,
+    parse_request,
+    prompt_of,
+    rubric,
+    sample_reply,
+    sample_requests,
+    split_of,
+)
+from online_dpo.quickstart.models import (
+    EOS_ID,
+    PAD_ID,
+    Comparison,
+    QuickstartSize,
+    Reply,
+    _last_token_scores,
+    build_policy_config,
+    build_reward_config,
+    build_tokenizer,
+    new_policy,
+    new_reward_model,
+    sample_comparisons,
+    train_policy,
+    train_reward_model,
+)
+
+ASK = "Hi. What is 3 plus 4? Thanks!"
+EXPLAINED = "Start at 3 and count up 4 steps to reach 7."
+SMALL = QuickstartSize(hidden=32, heads=1, fact_examples=40, fact_epochs=1, sft_examples=80, comparisons=30)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    rng = random.Random(0)
+    requests = sample_requests(1500, seed=0, split="sft")
+    return build_tokenizer((f"{prompt_of(r)} {sample_reply(r, rng)}" for r in requests), vocab_size=768)
+
+
+# --- requests and replies --------------------------------------------------------------------------------------------
+
+
+def test_requests_are_distinct_and_repeatable():
+    first = sample_requests(3000, seed=4)
+    assert len({request.text for request in first}) == 3000
+    assert first == sample_requests(3000, seed=4)
+    assert first != sample_requests(3000, seed=5)
+    assert {request.kind for request in first} == set(KINDS)
+
+
+def test_splits_are_disjoint_whatever_the_seed_and_cover_everything():
+    drawn = {name: {r.text for seed in (0, 1) for r in sample_requests(900, seed, name)} for name in SPLITS}
+    for name, texts in drawn.items():
+        assert {split_of(text) for text in texts} == {name}
+    assert sum(map(len, drawn.values())) == len(set().union(*drawn.values()))
+    assert sum(SPLITS.values()) == 100
+
+
+def test_asking_for_too_much_or_an_unknown_split_says_so():
+    with pytest.raises(ValueError, match="Ask for fewer"):
+        sample_requests(100_000, seed=0, split="eval")
+    with pytest.raises(ValueError, match="`split` must be one of"):
+        sample_requests(1, seed=0, split="test")
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("Good day. Take 2 from 5. Just curious.", "3"),
+        ("What is the opposite of hot?", "cold"),
+        ("Quick! Give me the plural of mouse. Answer now!", "mice"),
+        ("Which colour do you see in grass?", "green"),
+        ("Is the ant or the horse bigger?", "the horse"),
+        ("Count the letters in child.", "5"),
+        ("Name the day after Sunday. Thank you.", "Monday"),
+    ],
+)
+def test_answers_are_right(text, answer):
+    assert parse_request(text).answer == answer
+    assert parse_request(prompt_of(Request(text, answer, ""))).text == text
+
+
+def test_foreign_requests_are_refused():
+    with pytest.raises(ValueError, match="Not a request of the quickstart"):
+        rubric("What is the meaning of life?", "It is 42.")
+    with pytest.raises(ValueError, match="Not a request of the quickstart"):
+        sample_reply(Request("What is love?", "", "sum"), random.Random(0))
+
+
+def test_replies_are_repeatable_and_differ_in_quality():
+    requests = sample_requests(400, seed=1)
+
+    def mean(quality: str) -> float:
+        rng = random.Random(3)
+        return sum(rubric(r.text, sample_reply(r, rng, quality)) for r in requests) / len(requests)
+
+    assert mean("mixed") == mean("mixed")
+    assert mean("broken") < mean("mixed") < mean("good") - 2
+    assert mean("poor") < mean("mixed") - 1
+    with pytest.raises(ValueError, match="`quality` must be"):
+        sample_reply(requests[0], random.Random(0), "perfect")
+
+
+def test_mixed_replies_leave_head_room():
+    rng = random.Random(0)
+    replies = [sample_reply(r, rng) for r in sample_requests(2000, seed=2)]
+    polite = sum(reply.startswith(GREETINGS) for reply in replies) / len(replies)
+    assert 0.35 < polite < 0.45
+    assert 0.3 < sum(reply.endswith(CLOSINGS) for reply in replies) / len(replies) < 0.4
+
+
+def test_contrasting_answers_differ_in_the_answer_alone():
+    rng = random.Random(0)
+    for request in sample_requests(200, seed=3):
+        right, wrong = contrast_replies(request, rng, "plain")
+        assert rubric(request.text, right) >= 3 > rubric(request.text, wrong)
+
+
+# --- the rubric ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("reply", "score"),
+    [
+        (f"Hello! It is 7. {EXPLAINED} Have a nice day!", 8.0),
+        (f" Hello! It is 7. {EXPLAINED} Have a nice day! ", 8.0),
+        ("Good question! 3 plus 4 is 7. I hope this helps!", 6.0),
+        (f"It is 7. {EXPLAINED}", 5.0),
+        ("The answer is 7.", 3.0),
+        ("The answer is 7. Everyone knows that.", 1.5),
+        (f"It is 7. {FILLERS[0]} {FILLERS[1]}", 1.0),
+        ("It is 8.", 0.0),
+        ("It is 8. Start at 3 and count up 4 steps to reach 8.", 1.0),
+        ("Hello! It is 8. Have a nice day!", 3.0),
+        ("It is 7. It is 8.", -1.0),
+        ("It is Tuesday.", -5.5),
+        ("Hello! Have a nice day!", -1.0),
+        ("It is", -6.0),
+        ("", -6.0),
+        ("qzx vbn 7 7 7 wug", -6.75),
+    ],
+)
+def test_rubric_on_hand_written_replies(reply, score):
+    assert rubric(ASK, reply) == pytest.approx(score)
+    assert rubric(prompt_of(parse_request(ASK)), reply) == pytest.approx(score)
+
+
+BEST = f"Hello! It is 7. {EXPLAINED} Have a nice day!"
+
+
+@pytest.mark.parametrize(
+    "hack",
+    [
+        "Hello! " * 10 + BEST,
+        BEST + " Have a nice day!" * 10,
+        " ".join(GREETINGS) + " " + BEST,
+        BEST + " " + " ".join(CLOSINGS),
+        BEST.replace(EXPLAINED, f"{EXPLAINED} {EXPLAINED}"),
+        BEST.replace("It is 7.", "It is 7. The answer is 7. 3 plus 4 is 7."),
+        BEST.replace("It is 7.", " ".join(f"It is {n}." for n in range(10))),
+        BEST.replace(EXPLAINED, "When Monday ends, you wake up and it is Tuesday."),
+        BEST.removesuffix("!"),
+        BEST + " Hello Hello Hello",
+        BEST.replace("Have", FILLERS[0] + " Have"),
+        BEST.replace("Have", RUDE[0] + " Have"),
+        BEST + " " + "so " * 50 + "much.",
+        BEST + " <eos>",
+    ],
+)
+def test_hacks_do_not_gain(hack):
+    assert rubric(ASK, hack) < rubric(ASK, BEST) == 8.0
+
+
+def test_no_sampled_reply_beats_the_best_score():
+    rng = random.Random(5)
+    for request in sample_requests(500, seed=6):
+        for quality in ("mixed", "good", "poor", "broken"):
+            assert rubric(request.text, sample_reply(request, rng, quality)) <= 8.0
+
+
+# --- tokenizer -------------------------------------------------------------------------------------------------------
+
+
+def test_tokenizer_round_trip_and_special_tokens(tokenizer):
+    for text in (prompt_of(parse_request(ASK)) + " " + BEST, "Ünïcode, tabs\t, 日本 and  two spaces\n", ""):
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (PAD_ID, EOS_ID)
+    assert tokenizer("It is 7.<eos>").input_ids[-1] == EOS_ID
+    assert len(tokenizer) <= 768
+
+
+def test_prompt_and_reply_tokenise_apart_as_together(tokenizer):
+    rng = random.Random(0)
+    for request in sample_requests(300, seed=8):
+        prompt, reply = prompt_of(request), " " + sample_reply(request, rng, rng.choice(("mixed", "broken")))
+        together = tokenizer(prompt + reply).input_ids
+        assert together == tokenizer(prompt).input_ids + tokenizer(reply).input_ids
+        assert len(tokenizer(reply).input_ids) < 80
+
+
+def test_mixed_replies_fit_in_48_tokens(tokenizer):
+    rng = random.Random(0)
+    lengths = [len(tokenizer(" " + sample_reply(r, rng)).input_ids) + 1 for r in sample_requests(1000, seed=9)]
+    assert max(lengths) <= 48
+    assert 12 < sum(lengths) / len(lengths) < 24
+
+
+def test_tokenizer_is_deterministic(tokenizer):
+    texts = [prompt_of(r) for r in sample_requests(300, seed=0)]
+    first, second = (build_tokenizer(texts, 400) for _ in range(2))
+    assert first.get_vocab() == second.get_vocab()
+
+
+def test_chat_template_gives_the_plain_prompt(tokenizer):
+    user = {"role": "user", "content": ASK}
+    prompt = prompt_of(parse_request(ASK))
+    assert tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True) == prompt
+    answered = [user, {"role": "assistant", "content": " It is 7."}]
+    assert tokenizer.apply_chat_template(answered, tokenize=False) == f"{prompt} It is 7.<eos>"
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def test_policy_learns_the_reply_and_its_end(tokenizer):
+    prompt = prompt_of(parse_request(ASK))
+    model = new_policy(build_policy_config(tokenizer, hidden=32, layers=1, heads=1))
+    train_policy(model, tokenizer, [(prompt, "It is 7.")] * 8, epochs=60, batch_size=8, learning_rate=1e-2)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    reply = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)[
+        0, ids.shape[1] :
+    ]
+    assert reply.tolist() == [*tokenizer(" It is 7.").input_ids, EOS_ID]
+
+
+def test_reward_model_learns_who_won(tokenizer):
+    request = parse_request(ASK)
+    replies = (Reply("It is 8."), Reply(BEST), Reply("It is", ended=False))
+    comparison = Comparison(prompt_of(request), replies, ((1, 0), (0, 2), (1, 2)))
+    model = new_reward_model(build_reward_config(tokenizer, hidden=32, layers=1, heads=1))
+    train_reward_model(model, tokenizer, [comparison] * 4, epochs=40, learning_rate=5e-3)
+    texts = [f"{prompt_of(request)} {reply.text}" + "<eos>" * reply.ended for reply in replies]
+    with torch.no_grad():
+        batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
+        logits = model(**batch).logits[:, 0]
+        assert torch.allclose(_last_token_scores(model, batch.input_ids), logits, atol=1e-5)
+    assert logits[1] > logits[0] + 1 and logits[0] > logits[2] + 1
+
+
+def test_reward_model_starts_from_the_policy(tokenizer):
+    policy = new_policy(build_policy_config(tokenizer, hidden=32, layers=2, heads=1), seed=7)
+    model = new_reward_model(build_reward_config(tokenizer, hidden=32, layers=2, heads=1), policy)
+    assert model.config.num_hidden_layers == 3 and model.config.num_labels == 1
+    assert torch.equal(model.model.embed_tokens.weight, policy.model.embed_tokens.weight)
+    copied = dict(model.model.named_parameters())
+    for name, weight in policy.model.named_parameters():
+        assert torch.equal(copied[name], weight)
+
+
+def test_making_a_model_leaves_the_global_random_state(tokenizer):
+    state = torch.get_rng_state()
+    first, second = (new_policy(build_policy_config(tokenizer, hidden=32, heads=1), seed=1) for _ in range(2))
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(first.lm_head.weight, second.lm_head.weight)
+
+
+def test_comparisons_follow_the_rubric_up_to_noise():
+    requests = sample_requests(500, seed=0, split="reward")
+
+    def share_of_true_wins(noise: float) -> float:
+        verdicts = []
+        for request, item in zip(requests, sample_comparisons(requests, 1, noise), strict=True):
+            assert item.prompt == prompt_of(request)
+            scores = [rubric(item.prompt, reply.text) for reply in item.replies]
+            verdicts += [scores[win] > scores[loss] for win, loss in item.wins]
+        return sum(verdicts) / len(verdicts)
+
+    assert share_of_true_wins(0.0) == 1.0
+    assert 0.87 < share_of_true_wins(0.1) < 0.93
+
+
+def test_build_saves_models_that_load_and_prompts_of_their_splits(tmp_path):
+    made = build(tmp_path, seed=3, size=SMALL)
+    tokenizer = AutoTokenizer.from_pretrained(made.policy_dir)
+    policy = AutoModelForCausalLM.from_pretrained(made.policy_dir)
+    reward = AutoModelForSequenceClassification.from_pretrained(made.reward_dir)
+    assert (policy.generation_config.eos_token_id, policy.generation_config.pad_token_id) == (EOS_ID, PAD_ID)
+    assert (tokenizer.pad_token_id, reward.config.pad_token_id, reward.config.num_labels) == (PAD_ID, PAD_ID, 1)
+    for file, split, count in ((made.prompts_train, "online", 2000), (made.prompts_eval, "eval", 200)):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        assert len(rows) == count
+        for row in rows:
+            request = parse_request(row["prompt"])
+            assert (split_of(request.text), request.answer, request.kind) == (split, row["answer"], row["kind"])
+
+
+def test_openers_and_closers_do_not_look_like_replies():
+    assert not set(map(str.strip, OPENERS + CLOSERS)) & {*GREETINGS, *CLOSINGS, *FILLERS, *RUDE}
