@@ -44,7 +44,7 @@ def run_quickstart(
     seed: int = 0,
     *,
     size: QuickstartSize = FULL,
-    max_steps: int = 55,
+    max_steps: int = 50,
     console: Console | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def run_quickstart(
     """
     console = console or Console()
     started = time.perf_counter()
-    console.print("[bold]1[/] Making a tokenizer, a policy and a reward model (about a minute)")
+    console.print("[bold]1[/] Making a tokenizer, a policy and a reward model (a minute or two)")
     made = build(output_dir / "start", seed=seed, size=size)
     console.print("[bold]2[/] Online DPO: sample, score with the reward model, train on the better and the worse")
     trainer = build_trainer(
@@ -163,8 +163,8 @@ def report(console: Console, before: Judged, after: Judged, summary: dict[str, A
     console.print(table)
     low, high = summary["win_rate_ci95"]
     console.print(
-        f"Win rate {summary['win_rate']:.1%} (95 % interval {low:.1%} to {high:.1%}) against the starting policy by "
-        f"rubric, at a KL of {summary['kl']:.1f} nats. {summary['steps']} steps, {summary['seconds']:.0f} s in all."
+        f"Win rate {summary['win_rate']:.1%} (95 % interval {low:.1%} to {high:.1%}) against the starting policy "
+        f"by the rubric, at a KL of {summary['kl']:.1f} nats. {summary['steps']} steps, {summary['seconds']:.0f} s in all."
     )
 
 
