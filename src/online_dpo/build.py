@@ -149,9 +149,9 @@ def build_reference(ref_model: Any, policy: nn.Module, args: OnlineDPOConfig) ->
         ref_model = load_causal_lm(ref_model, args.model_init_kwargs, args.trust_remote_code)  # pyright: ignore[reportArgumentType]
     if ref_model is not None:
         disable_dropout(ref_model)
-        return FrozenReference(ref_model.to(args.device))
+        return FrozenReference(ref_model.to(args.device), "a model given separately")
     if not is_peft_model_object(policy):
-        return FrozenReference(frozen_copy(policy).to(args.device))
+        return FrozenReference(frozen_copy(policy).to(args.device), "a frozen copy of the policy")
     if adapter_changes_output(policy):
         logger.warning(
             "The policy's adapter has been trained before. The reference is the base model without it; to stay close "

@@ -5,6 +5,7 @@ It knows nothing of preferences; :class:`online_dpo.trainer.OnlineDPOTrainer` ad
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -42,6 +43,7 @@ class GuardedTrainer(Trainer):
         self.guard = StepGuard(self.accelerator, args.max_skipped_steps)
         self.add_callback(self.guard)
         self.done_in_step: list[dict[str, Any]] = []
+        self.pairs_that_fit = sys.maxsize
         self._last_log = time.perf_counter()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -59,27 +61,33 @@ class GuardedTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """The parent's; a micro-batch that does not fit in memory is split, with the same gradient in the end."""
+        if len(inputs["rows"].weight_N) > self.pairs_that_fit:
+            halves = [self.training_step(model, as_inputs(half), num_items_in_batch) for half in halve(inputs["rows"])]
+            return torch.stack(halves).sum()
         before = self.metrics.copy()
         loss = None
         with self.phase("training"), suppress(torch.OutOfMemoryError):
             loss = super().training_step(model, inputs, num_items_in_batch)  # pyright: ignore[reportArgumentType]
         if loss is None:  # outside the handler, whose traceback would keep the activations alive
             self.metrics = before
-            return self._train_in_halves(model, inputs["rows"], num_items_in_batch)
+            self._begin_step_anew(model, inputs["rows"], num_items_in_batch)
+            return self.training_step(model, inputs, num_items_in_batch)
         self.done_in_step.append(inputs)
         return loss
 
-    def _train_in_halves(self, model: nn.Module, rows: PackedRows, num_items: Any) -> torch.Tensor:
-        """A backward pass that broke off has left part of its gradient behind, so the step's is made anew."""
+    def _begin_step_anew(self, model: nn.Module, rows: PackedRows, num_items: Any) -> None:
+        """A backward pass that broke off has left part of its gradient behind, so all of the step's is made again.
+
+        From now on no micro-batch is larger than half of the one that did not fit.
+        """
         refuse_to_split(rows, self.accelerator.num_processes)
+        self.pairs_that_fit = (len(rows.weight_N) + 1) // 2
         model.zero_grad()
         empty_device_cache()
         before = self.metrics.copy()
         for done in self.done_in_step:
             super().training_step(model, done, num_items)
         self.metrics = before  # those were recorded the first time
-        halves = [self.training_step(model, as_inputs(half), num_items) for half in halve(rows)]
-        return torch.stack(halves).sum()
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)

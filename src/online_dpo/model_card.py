@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
 from huggingface_hub import ModelCardData
+from torch import nn
+from transformers import TrainerState
 
+from online_dpo.config import OnlineDPOConfig
 from online_dpo.models import base_causal_lm
-
-if TYPE_CHECKING:
-    from online_dpo.trainer import OnlineDPOTrainer
 
 SETTINGS = (
     *("num_completions", "max_new_tokens", "max_length", "temperature", "top_p", "top_k", "min_p"),
@@ -55,30 +56,36 @@ Versions: online-dpo {version}, transformers {transformers}, torch {torch}.
 """
 
 
-def write_model_card(trainer: OnlineDPOTrainer, model_name: str | None) -> None:
-    """Writes ``README.md`` into the trainer's output folder."""
-    from online_dpo import __version__
-
-    base = base_causal_lm(trainer.model)  # pyright: ignore[reportArgumentType]
+def write_model_card(
+    args: OnlineDPOConfig,
+    state: TrainerState,
+    policy: nn.Module,
+    *,
+    name: str | None,
+    reference: str,
+    feedback: str,
+    num_processes: int,
+) -> None:
+    """Writes ``README.md`` into the output folder. ``reference`` and ``feedback`` say what they were in words."""
+    base = base_causal_lm(policy)
     source = str(base.config._name_or_path)
     is_folder = Path(source).is_dir()  # of which the card names the last part only, never the path
     data = ModelCardData(
-        library_name="peft" if base is not trainer.model else "transformers",
+        library_name="peft" if base is not policy else "transformers",
         base_model=source if source and not is_folder else None,
         tags=["online-dpo", "dpo", "generated-from-trainer"],
     )
-    scorers = ", ".join(scorer.name for scorer in trainer.scorers) or f"judge {trainer.judge.name}"  # pyright: ignore
-    output_dir = Path(trainer.args.output_dir)  # pyright: ignore[reportArgumentType]
+    output_dir = Path(str(args.output_dir))
     text = TEXT.format(
-        name=model_name or trainer.args.hub_model_id or output_dir.name,
+        name=name or args.hub_model_id or output_dir.name,
         policy=f"{Path(source).name or 'given as an object'} ({base.config.model_type})",
-        reference=type(trainer.reference).__name__,
-        feedback=scorers,
-        steps=trainer.state.global_step,
-        processes=trainer.accelerator.num_processes,
-        results="\n".join(_result_rows(trainer.state.log_history)),
-        settings=json.dumps({name: getattr(trainer.args, name) for name in SETTINGS}, indent=2, default=str),
-        version=__version__,
+        reference=reference,
+        feedback=feedback,
+        steps=state.global_step,
+        processes=num_processes,
+        results="\n".join(_result_rows(state.log_history)),
+        settings=json.dumps({setting: getattr(args, setting) for setting in SETTINGS}, indent=2, default=str),
+        version=version("online-dpo"),
         transformers=transformers.__version__,
         torch=torch.__version__,
     )

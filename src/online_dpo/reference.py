@@ -16,13 +16,16 @@ from online_dpo.models import disable_dropout, eval_mode
 class Reference(Protocol):
     """Lends the reference model: inside ``active()`` a forward pass gives the reference's logits."""
 
+    description: str
+
     def active(self) -> AbstractContextManager[nn.Module]: ...
 
 
 class FrozenReference:
     """A model of its own that is never trained."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, description: str) -> None:
+        self.description = description
         self.model = model.eval().requires_grad_(False)
 
     def active(self) -> AbstractContextManager[nn.Module]:
@@ -31,6 +34,8 @@ class FrozenReference:
 
 class AdapterOffReference:
     """The policy with its adapter switched off: no second model in memory."""
+
+    description = "the policy with its adapter off"
 
     def __init__(self, policy: nn.Module) -> None:
         self.policy = policy

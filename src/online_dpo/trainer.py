@@ -361,7 +361,16 @@ class OnlineDPOTrainer(GuardedTrainer):
     def create_model_card(self, *args: Any, model_name: str | None = None, **kwargs: Any) -> None:
         """Writes README.md into the output folder, with the facts of the run."""
         if self.is_world_process_zero():
-            write_model_card(self, model_name)
+            feedback = [self.judge] if self.judge is not None else self.scorers
+            write_model_card(
+                self.args,
+                self.state,
+                self.engine.model,
+                name=model_name,
+                reference=self.reference.description,
+                feedback=", ".join(source.name for source in feedback),
+                num_processes=self.accelerator.num_processes,
+            )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.create_model_card()

@@ -392,6 +392,7 @@ def test_running_out_of_memory_splits_the_micro_batch_and_keeps_the_gradient(tmp
     model.register_forward_hook(hook)
     small = trainer(tmp_path, model=model, **options)
     small.train()
+    assert small.pairs_that_fit == 2
 
     def comparable(made):
         return {k: v for k, v in made.state.log_history[0].items() if not k.startswith(("time/", "perf/"))}

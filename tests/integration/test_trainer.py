@@ -464,13 +464,12 @@ def test_beta_of_each_epoch(tmp_path):
     assert [log["beta"] for log in train_logs(made)] == [0.3, 0.3, 0.7, 0.7, 0.7, 0.7]
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_mixed_precision_trains_and_stays_finite(tmp_path, precision):
-    made = trainer(tmp_path, max_steps=2, **{precision: True}) if precision == "bf16" else None
-    if made is None:
-        pytest.skip("fp16 mixed precision needs a GPU: accelerate refuses it on a CPU")
-    made.train()
-    assert all(np.isfinite(log["loss"]) for log in train_logs(made))
+def test_bf16_mixed_precision_trains_and_stays_close_to_fp32(tmp_path):
+    half, full = (trainer(tmp_path, max_steps=2, bf16=on) for on in (True, False))
+    for made in (half, full):
+        made.train()
+    assert train_logs(half)[1]["logps/chosen"] == pytest.approx(train_logs(full)[1]["logps/chosen"], rel=0.2)
+    assert train_logs(half)[1]["logps/chosen"] != train_logs(full)[1]["logps/chosen"]
 
 
 def test_missing_eos_penalty_lowers_unfinished_completions(tmp_path):

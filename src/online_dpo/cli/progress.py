@@ -33,8 +33,9 @@ COLUMNS = {
     "kl": "objective/kl",
     "margin": "rewards/margins",
     "tok/s": "perf/tokens_per_second",
+    "win rate": "win_rate",
 }
-"""Heading of each shown figure, and the metric behind it."""
+"""Heading of each shown figure, and the metric behind it; evaluations have some of them, and training others."""
 
 TABLE_ROWS = 8
 

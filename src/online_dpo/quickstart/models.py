@@ -66,7 +66,7 @@ class QuickstartSize:
     fact_examples: int = 4000
     fact_epochs: int = 2
     sft_examples: int = 5000
-    comparisons: int = 3600
+    comparisons: int = 4400
     batch_size: int = 16
     prompts_train: int = 2000
     prompts_eval: int = 200

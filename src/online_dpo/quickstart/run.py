@@ -164,7 +164,7 @@ def report(console: Console, before: Judged, after: Judged, summary: dict[str, A
     low, high = summary["win_rate_ci95"]
     console.print(
         f"Win rate {summary['win_rate']:.1%} (95 % interval {low:.1%} to {high:.1%}) against the starting policy "
-        f"by the rubric, at a KL of {summary['kl']:.1f} nats. {summary['steps']} steps, {summary['seconds']:.0f} s in all."
+        f"by the rubric, at a KL of {summary['kl']:.1f} nats. {summary['steps']} steps, {summary['seconds']:.0f} s."
     )
 
 

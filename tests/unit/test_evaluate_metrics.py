@@ -1,0 +1,136 @@
+"""Numbers of evaluation and logging, against values by hand."""
+
+import math
+
+import pytest
+import torch
+
+import tiny
+from online_dpo.evaluate import EvalRecord, summarise, wilson_interval, win_share
+from online_dpo.metrics import MetricStore, record_loss, record_pairs, record_rollout
+from online_dpo.packing import pack_pairs, stand_in
+from online_dpo.types import Pair, RowLogprobs, Scores
+
+
+@pytest.mark.parametrize(
+    "scores, reference, expected",
+    [
+        ([2.0, 1.0, 0.0], 1.0, 0.5),
+        ([2.0, 3.0], 1.0, 1.0),
+        ([None, 0.0], 1.0, 0.0),
+        ([None, None], 1.0, None),
+        ([2.0], None, None),
+    ],
+)
+def test_win_share(scores, reference, expected):
+    assert win_share(scores, reference) == expected
+
+
+def test_wilson_interval_against_published_values():
+    """Newcombe 1998, table I: 81 of 263, 15 of 148, 0 of 20, 29 of 29."""
+    for wins, count, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)):
+        assert wilson_interval(wins / count, count) == pytest.approx((low, high), abs=5e-5)
+    assert wilson_interval(1.0, 29) == pytest.approx((0.8830, 1.0), abs=5e-5)
+
+
+def record(**changes):
+    base = dict(
+        scores=(1.0, 3.0),
+        reference_score=2.0,
+        win=0.5,
+        loss=0.7,
+        kl=(1.0, 2.0),
+        entropy=(0.5, 1.5),
+        lengths=(4, 6),
+        finished=(True, False),
+    )
+    return EvalRecord(**{**base, **changes})
+
+
+def test_summary_leaves_missing_values_out():
+    metrics = summarise(
+        [record(), record(scores=(None, 7.0), win=1.0, loss=None), record(win=None, reference_score=None)]
+    )
+    assert metrics["objective/scores"] == pytest.approx((1 + 3 + 7 + 1 + 3) / 5)
+    assert metrics["objective/reference_scores"] == 2.0 and metrics["win_rate"] == 0.75 and metrics["loss"] == 0.7
+    assert metrics["objective/kl"] == 1.5 and metrics["completions/mean_length"] == 5.0 and metrics["prompts"] == 3.0
+    low, high = wilson_interval(0.75, 2)
+    assert (metrics["win_rate_ci95_low"], metrics["win_rate_ci95_high"]) == (low, high)
+    assert "win_rate" not in summarise([record(win=None)]) and "loss" not in summarise([record(loss=None)])
+
+
+def test_means_weigh_every_value_the_same_however_they_came():
+    store = MetricStore()
+    store.mean("x", torch.tensor([1.0, 2.0, 3.0]))
+    store.mean("x", [10.0])
+    store.mean("x", 4)
+    store.total("n", 2)
+    store.total("n", 3)
+    store.ratio("share", 1, 4)
+    store.ratio("share", 3, 4)
+    assert store.drain() == {"x": 4.0, "n": 5.0, "share": 0.5}
+    assert store.drain() == {}
+
+
+def test_values_that_are_not_finite_do_not_hide_the_others():
+    store = MetricStore()
+    store.mean("x", torch.tensor([math.nan, 2.0, math.inf]))
+    store.mean("only", [math.nan])
+    assert store.drain() == {"x": 2.0}
+
+
+def test_a_copy_of_the_store_goes_its_own_way():
+    store = MetricStore()
+    store.mean("x", [1.0])
+    copy = store.copy()
+    store.mean("x", [3.0])
+    assert copy.drain() == {"x": 1.0} and store.drain() == {"x": 2.0}
+
+
+def groups():
+    first, second = tiny.prompts([3, 4])
+    return [tiny.group(first, [[5, 6, 1], [7, 8, 9, 10]]), tiny.group(second, [[11, 1], [12, 13, 14, 15, 1]])]
+
+
+def test_rollout_and_pair_metrics():
+    store, made = MetricStore(), groups()
+    values = [[2.0, None], [1.0, 4.0]]
+    record_rollout(store, made, Scores(values, {"f": [[3.0, None], [2.0, 5.0]]}))
+    pair = Pair(made[1], chosen=1, rejected=0, chosen_score=4.0, rejected_score=1.0)
+    record_pairs(store, 2, [pair], {"missing_score": 1})
+    metrics = store.drain()
+    assert metrics["completions/mean_length"] == (3 + 4 + 2 + 5) / 4
+    assert metrics["completions/clipped_ratio"] == 0.25 and metrics["val/contain_eos_token"] == 0.75
+    assert metrics["objective/scores"] == pytest.approx(7 / 3) and metrics["scores/f"] == pytest.approx(10 / 3)
+    assert metrics["scores/f/missing_ratio"] == 0.25 and metrics["objective/scores_margin"] == 3.0
+    assert metrics["completions/chosen_minus_rejected_length"] == 3.0
+    assert (
+        metrics["pairs/usable_ratio"] == 0.5 and metrics["pairs/count"] == 1 and metrics["dropped/missing_score"] == 1
+    )
+
+
+def test_loss_metrics_by_hand_and_nothing_from_a_stand_in():
+    made = groups()
+    pairs = [Pair(made[0], 0, 1, 1.0, 0.0), Pair(made[1], 1, 0, 5.0, 3.0)]
+    rows = pack_pairs(pairs, tiny.PAD)
+    real = rows.completion_mask_RC
+    policy = RowLogprobs(torch.where(real, -1.0, 0.0), torch.where(real, 2.0, 0.0))
+    reference = RowLogprobs(torch.where(real, -1.5, 0.0), torch.where(real, 9.0, 0.0))
+    store = MetricStore()
+    record_loss(store, rows, policy, reference, beta=0.2)
+    metrics = store.drain()
+    lengths = {"chosen": (3, 5), "rejected": (4, 2)}
+    assert metrics["logps/chosen"] == -4.0 and metrics["logps/rejected"] == -3.0
+    assert metrics["rewards/chosen"] == pytest.approx(0.2 * 0.5 * 4) and metrics["rewards/rejected"] == pytest.approx(
+        0.3
+    )
+    assert metrics["rewards/margins"] == pytest.approx(0.1) and metrics["rewards/accuracies"] == 0.5
+    assert metrics["objective/kl"] == pytest.approx(0.5 * sum(sum(n) for n in lengths.values()) / 4)
+    assert metrics["objective/entropy"] == 3.5 and metrics["objective/token_entropy"] == 2.0
+    assert metrics["objective/non_score_reward"] == pytest.approx(-0.2 * metrics["objective/kl"])
+    assert metrics["objective/rlhf_reward"] == pytest.approx(9 / 4 - 0.2 * metrics["objective/kl"])
+
+    empty = stand_in(tiny.EOS)
+    zeros = RowLogprobs(torch.zeros(2, 1), torch.zeros(2, 1))
+    record_loss(store, empty, zeros, zeros, beta=0.2)
+    assert store.drain() == {"beta": 0.2}
