@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from online_dpo.config import OnlineDPOConfig
-from online_dpo.models import check_model_path, context_length, disable_dropout, load_causal_lm
+from online_dpo.models import check_model_path, context_length, disable_dropout, load_causal_lm, to_device
 from online_dpo.reference import (
     AdapterOffReference,
     FrozenReference,
@@ -107,7 +107,7 @@ def choose_scorers(reward_funcs: Any, reward_model: Any, judge: Any, args: Onlin
         raise ValueError(
             "`reward_model_path` is given beside `reward_funcs`: put the path into the list `reward_funcs`."
         )
-    if rewards is None and judge is None:
+    if rewards is None:
         rewards = path
     if rewards is not None and judge is not None:
         warnings.warn("Both a reward and a `judge` are given: the reward is used, the judge is not.", stacklevel=3)
@@ -138,7 +138,14 @@ def build_policy(model: Any, peft_config: Any, args: OnlineDPOConfig) -> nn.Modu
         if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
         model = get_peft_model(model, peft_config)
+    if is_peft_model_object(model) and model.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            "Adapters with virtual tokens (prompt and prefix tuning) are not supported: with padding their tokens get "
+            "other positions than without. Use LoRA."
+        )
     if args.disable_dropout:
+        if getattr(peft_config, "lora_dropout", 0.0):
+            warnings.warn("`lora_dropout` has no effect: `disable_dropout` is on.", stacklevel=3)
         disable_dropout(model)
     return model
 
@@ -149,15 +156,26 @@ def build_reference(ref_model: Any, policy: nn.Module, args: OnlineDPOConfig) ->
         ref_model = load_causal_lm(ref_model, args.model_init_kwargs, args.trust_remote_code)  # pyright: ignore[reportArgumentType]
     if ref_model is not None:
         disable_dropout(ref_model)
-        return FrozenReference(ref_model.to(args.device), "a model given separately")
+        return FrozenReference(to_device(ref_model, args.device), "a model given separately")
     if not is_peft_model_object(policy):
-        return FrozenReference(frozen_copy(policy).to(args.device), "a frozen copy of the policy")
+        return FrozenReference(to_device(frozen_copy(policy), args.device), "a frozen copy of the policy")
     if adapter_changes_output(policy):
         logger.warning(
             "The policy's adapter has been trained before. The reference is the base model without it; to stay close "
             "to the policy as it is now, merge the adapter first (merge_and_unload) or pass `ref_model`."
         )
     return AdapterOffReference(policy)
+
+
+def check_stream(args: OnlineDPOConfig) -> None:
+    """
+    Raises:
+        ValueError: the configuration needs epochs, and a stream that is read again and again has none.
+    """
+    if args.max_steps <= 0:
+        raise ValueError("A streamed `train_dataset` needs `max_steps`: its length is not known.")
+    if isinstance(args.beta, (list, tuple)):
+        raise ValueError("A list of `beta`s goes by epochs, and a streamed `train_dataset` has none; give one number.")
 
 
 def check_templates(scorers: Sequence[PointwiseScorer], dataset: Any) -> None:

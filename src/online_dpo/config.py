@@ -6,17 +6,19 @@ TRL's ``OnlineDPOConfig`` has keep its names.
 
 from __future__ import annotations
 
+import difflib
 import warnings
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import GenerationConfig, TrainingArguments
 
 LOSS_TYPES = ("sigmoid", "ipo")
 PAIR_SELECTIONS = ("best_worst",)
 TIE_POLICIES = ("skip", "first")
 INVALID_PROMPT_POLICIES = ("error", "filter")
+SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 REFUSED_GENERATION_KWARGS = {
     "num_beams": "beam search does not sample from the policy",
@@ -29,6 +31,11 @@ REFUSED_GENERATION_KWARGS = {
     "return_dict_in_generate": "the trainer reads the outputs itself",
     "output_scores": "the trainer reads the outputs itself",
     "output_logits": "the trainer reads the outputs itself",
+    "pad_token_id": "padding is masked, so no token of its own is needed",
+    "typical_p": "the sampler knows temperature, top_k, top_p, min_p and repetition_penalty",
+    "epsilon_cutoff": "the sampler knows temperature, top_k, top_p, min_p and repetition_penalty",
+    "eta_cutoff": "the sampler knows temperature, top_k, top_p, min_p and repetition_penalty",
+    "top_h": "the sampler knows temperature, top_k, top_p, min_p and repetition_penalty",
     "assistant_model": "assisted generation changes which random numbers are drawn",
     "logits_processor": "pass options of GenerationConfig here, not objects",
     "stopping_criteria": "pass options of GenerationConfig here, such as stop_strings",
@@ -252,16 +259,19 @@ class OnlineDPOConfig(TrainingArguments):
         return min(limits) if limits else None
 
     def _check_ranges(self) -> None:
+        sampling = {name: getattr(self, name) for name in SAMPLING_FIELDS}
+        given: dict[str, Any] = {**(self.generation_kwargs or {})}  # pyright: ignore[reportGeneralTypeIssues]
+        sampling |= {name: value for name, value in given.items() if name in SAMPLING_FIELDS}
         betas = self.beta if isinstance(self.beta, (list, tuple)) else [self.beta]
         checks = [
             (self.num_completions >= 2, "num_completions", "at least 2: a pair needs two completions"),
             (self.max_new_tokens >= 1, "max_new_tokens", "at least 1"),
             (self.max_prompt_length is None or self.max_prompt_length >= 1, "max_prompt_length", "at least 1"),
-            (self.temperature > 0, "temperature", "above 0: completions of one prompt have to differ"),
-            (0 < self.top_p <= 1, "top_p", "in (0, 1]"),
-            (self.top_k >= 0, "top_k", "0 (off) or more"),
-            (self.min_p is None or 0 <= self.min_p <= 1, "min_p", "in [0, 1]"),
-            (self.repetition_penalty > 0, "repetition_penalty", "above 0"),
+            (sampling["temperature"] > 0, "temperature", "above 0: completions of one prompt have to differ"),
+            (0 < sampling["top_p"] <= 1, "top_p", "in (0, 1]"),
+            (sampling["top_k"] >= 0, "top_k", "0 (off) or more"),
+            (sampling["min_p"] is None or 0 <= sampling["min_p"] <= 1, "min_p", "in [0, 1]"),
+            (sampling["repetition_penalty"] > 0, "repetition_penalty", "above 0"),
             (self.rollout_batch_size >= 1, "rollout_batch_size", "at least 1"),
             (self.reward_batch_size >= 1, "reward_batch_size", "at least 1"),
             (self.missing_eos_penalty is None or self.missing_eos_penalty > 0, "missing_eos_penalty", "above 0"),
@@ -270,7 +280,7 @@ class OnlineDPOConfig(TrainingArguments):
         ]
         for holds, name, wanted in checks:
             if not holds:
-                raise ValueError(f"`{name}` must be {wanted}; it is {getattr(self, name)!r}.")
+                raise ValueError(f"`{name}` must be {wanted}; it is {sampling.get(name, getattr(self, name))!r}.")
         choices = [
             ("loss_type", LOSS_TYPES),
             ("pair_selection", PAIR_SELECTIONS),
@@ -312,9 +322,14 @@ class OnlineDPOConfig(TrainingArguments):
                 "`auto_find_batch_size` must be False: a micro-batch that runs out of memory is split by the trainer "
                 "itself, without changing the gradient."
             )
+        known = vars(GenerationConfig())
         for name in self.generation_kwargs or {}:
             if name in REFUSED_GENERATION_KWARGS:
                 raise ValueError(f"`generation_kwargs` must not hold `{name}`: {REFUSED_GENERATION_KWARGS[name]}.")
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f" Did you mean `{close[0]}`?" if close else ""
+                raise ValueError(f"`generation_kwargs` holds `{name}`, which GenerationConfig does not know.{hint}")
         if self.label_smoothing_factor:
             raise ValueError("`label_smoothing_factor` has no meaning for the DPO loss; leave it 0.")
 

@@ -109,6 +109,7 @@ def summarise(records: Sequence[EvalRecord]) -> dict[str, float]:
         "win_rate": [r.win for r in records if r.win is not None],
     }
     metrics = {name: float(np.mean(values)) for name, values in means.items() if values}
+    metrics.setdefault("loss", math.nan)  # the metric by which Trainer finds the best model unless told otherwise
     metrics["prompts"] = float(len(records))
     if means["win_rate"]:
         low, high = wilson_interval(metrics["win_rate"], len(means["win_rate"]))

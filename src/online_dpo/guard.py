@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,8 +26,11 @@ class StepGuard(TrainerCallback):
     decay and momentum.
     """
 
-    def __init__(self, accelerator: Accelerator, max_skipped_steps: int) -> None:
+    def __init__(
+        self, accelerator: Accelerator, max_skipped_steps: int, on_skip: Callable[[int], None] = lambda pairs: None
+    ) -> None:
         self.accelerator = accelerator
+        self.on_skip = on_skip
         self.max_skipped_steps = max_skipped_steps
         self.skipped_in_a_row = 0
         self.skipped = 0
@@ -65,6 +69,7 @@ class StepGuard(TrainerCallback):
             return
         self.skipped_in_a_row += 1
         self.skipped += 1
+        self.on_skip(self._num_pairs)
         logger.warning(
             "Step %d skipped: its loss or gradient is not finite (%d in a row).",
             state.global_step + 1,
@@ -77,6 +82,8 @@ class StepGuard(TrainerCallback):
         if self.diverged:
             control.should_save = True
             control.should_training_stop = True
+        if control.should_training_stop:
+            control.should_log = True  # what has been collected since the last log would be lost
         return control
 
     @property

@@ -40,7 +40,7 @@ class GuardedTrainer(Trainer):
         self.add_callback(RestoreConfigs(configs))
         self.model_accepts_loss_kwargs = True
         self.metrics = MetricStore()
-        self.guard = StepGuard(self.accelerator, args.max_skipped_steps)
+        self.guard = StepGuard(self.accelerator, args.max_skipped_steps, self._count_skipped_pairs)
         self.add_callback(self.guard)
         self.done_in_step: list[dict[str, Any]] = []
         self.pairs_that_fit = sys.maxsize
@@ -56,6 +56,26 @@ class GuardedTrainer(Trainer):
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         self.guard.raise_if_diverged(self.state, self.args.output_dir)  # pyright: ignore[reportArgumentType]
         return result
+
+    def without_fill(self, batches: list[dict[str, list]]) -> list[dict[str, list]]:
+        """The batches of a step without the rows that a data loader repeats so that all ranks have equally many.
+
+        In the last batch of an epoch, rank r holds the places from r times the batch size on; places beyond the end of
+        the dataset hold rows of its beginning, which have been trained on.
+        """
+        loader = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not batches or not loader.end_of_dataloader or loader.remainder <= 0:
+            return batches
+        first_place = self.accelerator.process_index * self.args.per_device_train_batch_size
+        own = max(0, loader.remainder - first_place)
+        return [*batches[:-1], {name: values[:own] for name, values in batches[-1].items()}]
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the parent's; its time does not count in ``perf/tokens_per_second``."""
+        start = time.perf_counter()
+        metrics = super().evaluate(*args, **kwargs)
+        self._last_log += time.perf_counter() - start
+        return metrics
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -89,6 +109,9 @@ class GuardedTrainer(Trainer):
             super().training_step(model, done, num_items)
         self.metrics = before  # those were recorded the first time
 
+    def _count_skipped_pairs(self, count: int) -> None:
+        self.metrics.total("guard/skipped_pairs", count / self.accelerator.num_processes)
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         self.guard.saw_gradient_norm(norm)  # pyright: ignore[reportArgumentType]
@@ -101,7 +124,9 @@ class GuardedTrainer(Trainer):
             self._last_log = time.perf_counter()
             mine = self.metrics.drain()
             mine["perf/tokens_per_second"] = mine.pop("completion_tokens", 0.0) / elapsed
-            logs = {**logs, **mine, "guard/skipped_steps": float(self.guard.skipped)}
+            # The parent's loss is a mean over steps, in which one without pairs counts 0; ours is over pairs.
+            others = {name: value for name, value in logs.items() if name != "loss"}
+            logs = {**others, **mine, "guard/skipped_steps": float(self.guard.skipped)}
         super().log(logs, start_time)
 
     @contextmanager

@@ -14,24 +14,26 @@ from online_dpo.models import accepts_argument
 from online_dpo.types import PackedRows, RowLogprobs
 
 
-def row_logprobs(model: nn.Module, rows: PackedRows) -> RowLogprobs:
+def row_logprobs(model: nn.Module, rows: PackedRows, entropy: bool = True) -> RowLogprobs:
     """Log-probabilities of all completion tokens in one forward pass, at temperature 1.
 
     Enters through the root module, so wrappers (DDP, autocast, adapters) take part. Only the positions that predict a
-    completion token are projected onto the vocabulary; the log-sum-exp is in fp32.
+    completion token are projected onto the vocabulary; the log-sum-exp is in fp32. Without ``entropy`` that field is
+    zeros.
     """
     length = rows.completion_length
     optional: dict[str, Any] = {}
-    bare = getattr(model, "module", model)  # DDP's wrapper hides the signature
-    if accepts_argument(bare, "position_ids"):
+    if accepts_argument(model, "position_ids"):
         optional["position_ids"] = rows.positions_RT
-    if accepts_argument(bare, "logits_to_keep"):
+    if accepts_argument(model, "logits_to_keep"):
         optional["logits_to_keep"] = length + 1
     output = model(input_ids=rows.ids_RT, attention_mask=rows.attention_mask_RT, use_cache=False, **optional)
     logits_RCV = output.logits[:, -(length + 1) : -1].float()
     logsumexp_RC = logits_RCV.logsumexp(dim=-1)
     picked_RC = logits_RCV.gather(-1, rows.completion_ids_RC.unsqueeze(-1)).squeeze(-1)
     token_logps_RC = torch.where(rows.completion_mask_RC, picked_RC - logsumexp_RC, 0.0)
+    if not entropy:
+        return RowLogprobs(token_logps_RC, torch.zeros_like(token_logps_RC))
     return RowLogprobs(token_logps_RC, _entropy(logits_RCV.detach(), rows.completion_mask_RC))
 
 

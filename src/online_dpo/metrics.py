@@ -102,7 +102,14 @@ def record_pairs(store: MetricStore, num_groups: int, pairs: list[Pair], dropped
     )
 
 
-def record_loss(store: MetricStore, rows: PackedRows, policy: RowLogprobs, reference: RowLogprobs, beta: float) -> None:
+def record_loss(
+    store: MetricStore,
+    rows: PackedRows,
+    policy: RowLogprobs,
+    reference: RowLogprobs,
+    loss_N: torch.Tensor,
+    beta: float,
+) -> None:
     """What the forward passes gave, over the pairs that are trained on (a stand-in counts nowhere).
 
     ``objective/kl`` is the mean over completions of the summed log-ratio to the reference, an estimate of the sequence
@@ -118,6 +125,7 @@ def record_loss(store: MetricStore, rows: PackedRows, policy: RowLogprobs, refer
     logps_R, kl_R = policy.logps_R.detach(), (policy.logps_R - reference.logps_R).detach()
     rewards_R = beta * kl_R
     margin_N = rewards_R[chosen_N] - rewards_R[rejected_N]
+    store.mean("loss", loss_N[real_N])
     store.mean("logps/chosen", logps_R[chosen_N])
     store.mean("logps/rejected", logps_R[rejected_N])
     store.mean("rewards/chosen", rewards_R[chosen_N])

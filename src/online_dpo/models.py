@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import extract_model_from_parallel, is_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
@@ -38,13 +38,14 @@ def load_causal_lm(path: str, init_kwargs: dict[str, Any] | None, trust_remote_c
     Raises:
         ValueError: ``init_kwargs["dtype"]`` names no torch type.
     """
+    path = os.path.expanduser(path)
     kwargs = {"trust_remote_code": trust_remote_code, **(init_kwargs or {})}
     dtype = kwargs.get("dtype")
     if isinstance(dtype, str) and dtype != "auto":
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"`model_init_kwargs`: {dtype!r} is no torch dtype. Use 'auto', 'float32' or 'bfloat16'.")
         kwargs["dtype"] = getattr(torch, dtype)
-    if (Path(path).expanduser() / "adapter_config.json").is_file():
+    if (Path(path) / "adapter_config.json").is_file():
         from peft import AutoPeftModelForCausalLM
 
         return AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True, **kwargs)
@@ -52,9 +53,9 @@ def load_causal_lm(path: str, init_kwargs: dict[str, Any] | None, trust_remote_c
 
 
 def base_causal_lm(model: nn.Module) -> PreTrainedModel:
-    """The model under a PEFT wrapper, or the model itself."""
-    wrapped: Any = model
-    return wrapped.get_base_model() if is_peft_model(model) else wrapped
+    """The model under the wrappers of data parallelism, `torch.compile` and PEFT."""
+    wrapped: Any = extract_model_from_parallel(model, keep_torch_compile=False)
+    return wrapped.get_base_model() if is_peft_model(wrapped) else wrapped
 
 
 def accepts_argument(model: nn.Module, name: str) -> bool:
@@ -76,10 +77,19 @@ def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set the probability of every dropout module to 0."""
+    """Set the probability of every dropout to 0: of modules, and of numbers that modules hand to functions."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def to_device(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model on the device, unless it is quantised or spread over devices, so that `transformers` has placed it."""
+    placed = getattr(model, "hf_device_map", None) is not None or getattr(model, "is_quantized", False)
+    return model if placed else model.to(device)
 
 
 def context_length(model: nn.Module) -> int | None:

@@ -47,7 +47,7 @@ class AdapterOffReference:
 
 
 def frozen_copy(policy: nn.Module) -> nn.Module:
-    """A copy of the policy as it stands, with gradient checkpointing and dropout off."""
+    """A copy of the policy as it stands, without dropout and without gradients."""
     reference = copy.deepcopy(policy)
     disable_dropout(reference)
     return reference.eval().requires_grad_(False)

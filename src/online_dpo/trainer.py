@@ -30,12 +30,13 @@ from online_dpo.build import (
     build_policy,
     build_reference,
     check_arguments,
+    check_stream,
     check_templates,
     choose_scorers,
     train_on_one_device_per_process,
 )
 from online_dpo.config import OnlineDPOConfig
-from online_dpo.data import collate_prompts, prepare_prompts, prompts_from_batch
+from online_dpo.data import PREPARED_COLUMNS, EndlessStream, collate_prompts, prepare_prompts, prompts_from_batch
 from online_dpo.evaluate import EvalRecord, eval_records, summarise, win_share
 from online_dpo.guarded_trainer import GuardedTrainer
 from online_dpo.logprobs import RowLogprobs, row_logprobs
@@ -47,7 +48,7 @@ from online_dpo.packing import as_inputs, pack_groups, pack_pairs, split_evenly,
 from online_dpo.pairs import pairs_from_ranks, pairs_from_scores
 from online_dpo.rollout import RolloutKey, SamplingParams, TransformersEngine
 from online_dpo.scoring import JudgeScorer, build_scorers, score_groups
-from online_dpo.types import Group, PackedRows, Pair, Prompt, Scores
+from online_dpo.types import Completion, Group, PackedRows, Pair, Prompt, Scores
 
 TRAINING, EVALUATION, REFERENCE = 0, 1, 2  # streams of random numbers
 
@@ -64,8 +65,8 @@ class OnlineDPOTrainer(GuardedTrainer):
             form; a rank is 0 or 1 for the better completion, -1 for no answer.
         reward_model: another name for ``reward_funcs``.
         args: the configuration.
-        data_collator: list of rows to a dict of lists; must keep the columns ``prompt``, ``prompt_ids`` and
-            ``prompt_row``.
+        data_collator: list of rows to a dict of lists; must keep the columns ``prompt``, ``prompt_ids``, ``prompt_row``
+            and ``prompt_invalid``.
         train_dataset, eval_dataset: rows with a ``prompt`` (text or messages); ``eval_dataset`` may be a dict of them.
             Other columns are handed to reward functions.
         processing_class: the policy's tokenizer.
@@ -117,6 +118,9 @@ class OnlineDPOTrainer(GuardedTrainer):
         self.args = args
         self.dropped_rows: Counter[str] = Counter()
         train_dataset = self._prepared(train_dataset, "train_dataset")
+        if isinstance(train_dataset, IterableDataset):
+            check_stream(args)
+            train_dataset = EndlessStream(train_dataset)  # pyright: ignore[reportAssignmentType]
         if isinstance(eval_dataset, dict):
             eval_dataset = {
                 name: self._prepared(data, f"eval_dataset[{name!r}]") for name, data in eval_dataset.items()
@@ -148,17 +152,15 @@ class OnlineDPOTrainer(GuardedTrainer):
             else build_scorers(reward_funcs, reward_processing_classes, args, state=lambda: self.state)
         )
         check_templates(self.scorers, train_dataset)
-        self._reference_groups: dict[tuple[int, tuple[int, ...]], Group] = {}
+        self._reference_completions: dict[tuple[int, tuple[int, ...]], tuple[Completion, ...]] = {}
 
     # --- one optimizer step -----------------------------------------------------------------------------------------
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[dict[str, Any]], torch.Tensor | None]:
+    ) -> tuple[list[dict[str, Any]], torch.Tensor]:
         """The first five stages, for all micro-batches of a step at once: fetch, sample, score, pair, pack."""
         batches = list(islice(epoch_iterator, num_batches))
-        if not batches:  # a stream that ended
-            return [], None
         prompts = self._usable_prompts(batches)
         groups = self._rollout(prompts)
         scores, ranks = self._score(groups)
@@ -179,7 +181,8 @@ class OnlineDPOTrainer(GuardedTrainer):
         the number of ranks, because data parallelism averages gradients over them.
         """
         rows: PackedRows = inputs["rows"].to(self.accelerator.device)
-        reference = self._reference_logprobs(rows)  # first, so that no activations of the policy are held meanwhile
+        with self.phase("reference" if model.training else "evaluation"):
+            reference = self._reference_logprobs(rows)  # first: no activations of the policy are held meanwhile
         policy = row_logprobs(model, rows)
 
         loss_N = self._pair_losses(rows, policy, reference)
@@ -189,13 +192,13 @@ class OnlineDPOTrainer(GuardedTrainer):
             loss = (loss_N * rows.weight_N).sum() / num_items_in_batch * self.accelerator.num_processes
         if model.training:
             self.guard.saw_loss(loss)
-            record_loss(self.metrics, rows, policy, reference, self._beta)
+            record_loss(self.metrics, rows, policy, reference, loss_N, self._beta)
         return (loss, {"loss_N": loss_N, "policy": policy, "reference": reference}) if return_outputs else loss
 
     # --- the stages -------------------------------------------------------------------------------------------------
 
-    def _usable_prompts(self, batches: Sequence[dict[str, list]]) -> list[Prompt]:
-        prompts = [prompt for batch in batches for prompt in prompts_from_batch(batch)]
+    def _usable_prompts(self, batches: list[dict[str, list]]) -> list[Prompt]:
+        prompts = [prompt for batch in self.without_fill(batches) for prompt in prompts_from_batch(batch)]
         invalid = [prompt for prompt in prompts if prompt.invalid is not None]
         self.metrics.total("dropped/invalid_prompt", len(invalid))
         self.metrics.total("prompts", len(prompts))
@@ -235,8 +238,8 @@ class OnlineDPOTrainer(GuardedTrainer):
 
     @torch.no_grad()
     def _reference_logprobs(self, rows: PackedRows) -> RowLogprobs:
-        with self.phase("reference"), self.accelerator.autocast(), self.reference.active() as reference:
-            return row_logprobs(reference, rows)
+        with self.accelerator.autocast(), self.reference.active() as reference:
+            return row_logprobs(reference, rows, entropy=False)
 
     def _pair_losses(self, rows: PackedRows, policy: RowLogprobs, reference: RowLogprobs) -> torch.Tensor:
         h_N = log_ratio(
@@ -313,11 +316,12 @@ class OnlineDPOTrainer(GuardedTrainer):
         key = RolloutKey(self.args.seed, step=0, version=self.state.global_step, stream=EVALUATION)
         with self.accelerator.autocast():
             groups = self.engine.generate(prompts, self.args.num_completions, self.sampling, key)
-        rivals = self._reference_completions(prompts)
+        rivals = self._rivals(prompts)
         scores, ranks = self._score_or_rank(groups)
         pairs, _ = self._pairs(groups, scores, ranks)
         rows = pack_groups(groups, pairs, self.sampling.end_token_ids[0])
-        _, outputs = self.compute_loss(model, as_inputs(rows), return_outputs=True)
+        with self.accelerator.autocast():
+            _, outputs = self.compute_loss(model, as_inputs(rows), return_outputs=True)
         if scores is None:
             reference_scores, wins = [None] * len(groups), self._judged_wins(groups, rivals)
         else:
@@ -334,24 +338,27 @@ class OnlineDPOTrainer(GuardedTrainer):
             Group(group.prompt, (group.completions[0], rival.completions[0]))
             for group, rival in zip(groups, rivals, strict=True)
         ]
-        return [None if rank == -1 else float(rank == 0) for rank in self.judge.rank(duels)]
+        ranks = self.judge.rank(duels)
+        same = [duel.completions[0].text == duel.completions[1].text for duel in duels]
+        points = {-1: None, 0: 1.0, 1: 0.0}
+        return [0.5 if draw else points[rank] for draw, rank in zip(same, ranks, strict=True)]
 
-    def _reference_completions(self, prompts: list[Prompt]) -> list[Group]:
+    def _rivals(self, prompts: list[Prompt]) -> list[Group]:
         """One completion of the reference for each prompt; sampled once, since the reference does not change."""
-        new = [prompt for prompt in prompts if (prompt.row, prompt.token_ids) not in self._reference_groups]
+        new = [prompt for prompt in prompts if (prompt.row, prompt.token_ids) not in self._reference_completions]
         if new:
             key = RolloutKey(self.args.seed, step=0, version=0, stream=REFERENCE)
             with self.accelerator.autocast(), self.reference.active() as reference:
                 engine = TransformersEngine(reference, self.tokenizer, self.args.rollout_batch_size)
                 for group in engine.generate(new, 1, self.sampling, key):
-                    self._reference_groups[group.prompt.row, group.prompt.token_ids] = group
-        return [self._reference_groups[prompt.row, prompt.token_ids] for prompt in prompts]
+                    self._reference_completions[group.prompt.row, group.prompt.token_ids] = group.completions
+        return [Group(prompt, self._reference_completions[prompt.row, prompt.token_ids]) for prompt in prompts]
 
     # --- data and files ---------------------------------------------------------------------------------------------
 
     def _prepared(self, dataset: Any, name: str) -> Any:
         columns = getattr(dataset, "column_names", None) or []
-        if "prompt_ids" in columns:
+        if set(PREPARED_COLUMNS) <= set(columns) or isinstance(dataset, EndlessStream):
             return dataset
         with self.args.main_process_first(desc=f"preparing {name}"):
             dataset, dropped = prepare_prompts(dataset, self.tokenizer, self.args, name=name)  # pyright: ignore

@@ -41,7 +41,7 @@ def results(tmp_path_factory):
     return load
 
 
-@pytest.mark.parametrize("case", ["plain", "accumulated", "one_sided", "stream"])
+@pytest.mark.parametrize("case", ["plain", "accumulated", "one_sided", "stream", "uneven"])
 def test_gradient_of_two_ranks_equals_that_of_one(results, case):
     one, two = results(case)
     for rank in two:
@@ -49,11 +49,16 @@ def test_gradient_of_two_ranks_equals_that_of_one(results, case):
         assert all(torch.equal(rank["weights"][n], two[0]["weights"][n]) for n in rank["weights"])
 
 
-@pytest.mark.parametrize("case", ["plain", "accumulated", "one_sided", "stream"])
+@pytest.mark.parametrize("case", ["plain", "accumulated", "one_sided", "stream", "uneven"])
 def test_metrics_of_two_ranks_equal_those_of_one(results, case):
     one, two = results(case)
     assert two[0]["log"] == pytest.approx(one["log"], rel=1e-5, abs=1e-6)
     assert one["log"]["objective/kl"] != 0
+
+
+def test_rows_repeated_to_fill_the_last_batch_are_not_trained_twice(results):
+    _, two = results("uneven")
+    assert two[0]["log"]["prompts"] == 2
 
 
 def test_one_rank_without_pairs_is_a_case_of_its_own(results):

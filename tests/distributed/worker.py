@@ -38,7 +38,11 @@ def run(out, case, processes, **options):
     assert made.accelerator.num_processes == processes
     made.callback_handler.callbacks.insert(0, keep)
     made.train()
-    log = {k: v for k, v in made.state.log_history[0].items() if not k.startswith(("time/", "perf/"))}
+    log = {
+        k: v
+        for k, v in made.state.log_history[made.state.global_step - 1].items()
+        if not k.startswith(("time/", "perf/"))
+    }
     saved = {"gradient": keep.last, "log": log, "weights": weights(made.model)}
     if made.eval_dataset is not None:
         saved["eval"] = {k: v for k, v in made.evaluate().items() if "runtime" not in k and "per_second" not in k}
@@ -82,6 +86,8 @@ if __name__ == "__main__":
     run(out, "one_sided", processes, reward_funcs=only_rows_of_the_first_rank)
     stream = IterableDataset.from_generator(lambda: iter(dataset(lengths=LENGTHS).to_list()))
     run(out, "stream", processes, train_dataset=stream)
+    uneven = dataset(lengths=(*LENGTHS, 5, 6))  # the second step has two prompts, both on the first rank
+    run(out, "uneven", processes, train_dataset=uneven, max_steps=2)
     run(
         out,
         "evaluated",

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, TrainerCallback
 
 import tiny
@@ -166,6 +166,13 @@ def test_gradient_checkpointing_does_not_change_an_adapters_gradient(tmp_path):
         torch.testing.assert_close(on[name], off[name], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("chosen", [PromptTuningConfig, PrefixTuningConfig])
+def test_adapters_with_virtual_tokens_are_refused(tmp_path, chosen):
+    """Their positions depend on padding: the same tokens get other log-probabilities in another batch."""
+    with pytest.raises(ValueError, match="virtual tokens.*LoRA"):
+        trainer(tmp_path, kwargs={"peft_config": chosen(task_type="CAUSAL_LM", num_virtual_tokens=4)})
+
+
 def test_an_adapter_that_was_trained_before_is_pointed_out(tmp_path, caplog):
     model = get_peft_model(tiny.causal_lm(), LoraConfig(**LORA, init_lora_weights=False))
     trainer(tmp_path, model=model)
@@ -265,6 +272,25 @@ def test_evaluation_repeats_exactly_and_leaves_training_alone(tmp_path):
     assert again["eval_second_win_rate"] == evals[-1]["eval_second_win_rate"]
 
 
+def test_the_same_prompt_in_two_evaluation_sets_is_scored_with_each_sets_own_columns(tmp_path):
+    calls = []
+
+    def keep_labels(completions, label, **_):
+        calls.append(label)
+        return [0.0] * len(completions)
+
+    data = {name: dataset(lengths=(3,), label=[name]) for name in ("a", "b")}
+    train = dataset(label=["train"] * len(LENGTHS))
+    made = trainer(tmp_path, reward_funcs=keep_labels, train_dataset=train, kwargs={"eval_dataset": data})
+    made.evaluate()
+    assert calls == [["a", "a"], ["a"], ["b", "b"], ["b"]]
+
+
+def test_an_untrained_policy_has_no_distance_to_its_reference_in_half_precision_either(tmp_path):
+    made = trainer(tmp_path, bf16=True, kwargs={"eval_dataset": dataset()})
+    assert made.evaluate()["eval_objective/kl"] == 0.0
+
+
 def test_an_untrained_policy_neither_wins_nor_loses_against_itself_by_a_judge(tmp_path):
     made = trainer(
         tmp_path,
@@ -334,7 +360,42 @@ def test_a_stream_shorter_than_a_batch_is_read_again(tmp_path):
     stream = IterableDataset.from_generator(lambda: iter([{"prompt": "w1"}]))
     made = trainer(tmp_path, train_dataset=stream, max_steps=3)
     made.train()
-    assert [log["prompts"] for log in train_logs(made)] == [1, 1, 1]
+    assert [log["prompts"] for log in made.state.log_history if "prompts" in log] == [4, 4, 4]
+
+
+def test_a_resumed_stream_goes_on_where_it_was_in_a_later_pass(tmp_path):
+    """Six rows, four a step in two micro-batches: steps begin and end inside passes."""
+    rows = dataset(lengths=(5, 9, 3, 7, 12, 4)).to_list()
+    options = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=6)
+    seen = {}
+
+    def run(name, resume=None):
+        calls = seen.setdefault(name, [])
+
+        def reward(completions, name, **_):
+            calls.append(list(dict.fromkeys(name)))
+            return word_reward(completions)
+
+        stream = IterableDataset.from_generator(lambda: iter(rows))
+        made = trainer(
+            tmp_path, train_dataset=stream, reward_funcs=reward, save_strategy="steps", save_steps=1, **options
+        )
+        made.train(resume_from_checkpoint=resume)
+        return made
+
+    whole = run("whole")
+    resumed = run("resumed", str(tmp_path / "checkpoint-4"))
+    assert [int(n.split()[1]) for call in seen["whole"] for n in call] == [*range(6)] * 4
+    assert seen["resumed"] == seen["whole"][4:]
+    assert all(torch.equal(p, resumed.model.get_parameter(n)) for n, p in whole.model.named_parameters())
+
+
+def test_a_stream_without_max_steps_or_with_a_beta_for_each_epoch_is_refused(tmp_path):
+    stream = IterableDataset.from_generator(lambda: iter(dataset().to_list()))
+    with pytest.raises(ValueError, match="needs `max_steps`"):
+        trainer(tmp_path, train_dataset=stream, max_steps=-1)
+    with pytest.raises(ValueError, match="give one number"):
+        trainer(tmp_path, train_dataset=stream, beta=[0.1, 0.2])
 
 
 def test_an_own_collator_may_reorder_but_not_lose_columns(tmp_path):
@@ -377,6 +438,7 @@ def arguments(tmp_path, **changes):
         (dict(model="./no/such/folder"), ValueError, "no folder './no/such/folder'"),
         (dict(model="the policy", processing_class="gpt2"), TypeError, "must be a tokenizer"),
         (dict(train_dataset=Dataset.from_list([{"text": "x"}])), ValueError, "prompt_column"),
+        (dict(train_dataset=Dataset.from_list([{"prompt": "w1", "prompt_ids": 1}])), ValueError, "Rename them"),
         (dict(train_dataset=Dataset.from_list([{"prompt": "w1"}, {"prompt": ""}])), InvalidPromptError, "Row 1"),
     ],
 )
@@ -399,6 +461,9 @@ def test_wrong_arguments_say_what_to_do(tmp_path, changes, error, message):
         (dict(remove_unused_columns=True), "remove_unused_columns"),
         (dict(generation_kwargs={"num_beams": 4}), "beam search"),
         (dict(missing_eos_penalty=-1.0), "missing_eos_penalty"),
+        (dict(generation_kwargs={"temperature": 0.0}), "`temperature` must be above 0"),
+        (dict(generation_kwargs={"no_repeat_ngram": 2}), "Did you mean `no_repeat_ngram_size`"),
+        (dict(generation_kwargs={"typical_p": 0.5}), "typical_p"),
         (dict(auto_find_batch_size=True), "auto_find_batch_size"),
     ],
 )
@@ -470,6 +535,26 @@ def test_bf16_mixed_precision_trains_and_stays_close_to_fp32(tmp_path):
         made.train()
     assert train_logs(half)[1]["logps/chosen"] == pytest.approx(train_logs(full)[1]["logps/chosen"], rel=0.2)
     assert train_logs(half)[1]["logps/chosen"] != train_logs(full)[1]["logps/chosen"]
+
+
+def test_loss_is_a_mean_over_pairs_and_the_last_steps_are_logged(tmp_path):
+    """Steps 1 and 3 have no pairs: they count nowhere, neither as zero nor as lost."""
+    calls = []
+
+    def every_second(completions, **_):
+        calls.append(1)
+        return [float(i % 2) if len(calls) % 2 == 0 else 1.0 for i in range(len(completions))]
+
+    made = trainer(tmp_path, reward_funcs=every_second, max_steps=3, logging_steps=2)
+    made.train()
+    logs = [log for log in made.state.log_history if "prompts" in log]
+    assert [log["prompts"] for log in logs] == [8, 4]
+    assert logs[0]["loss"] == pytest.approx(np.log(2), abs=1e-6) and "loss" not in logs[1]
+
+
+def test_reward_model_path_beside_a_judge_is_the_reward_that_wins(tmp_path):
+    with pytest.warns(UserWarning, match="the reward is used"), pytest.raises(ValueError, match="no/reward"):
+        trainer(tmp_path, reward_funcs=None, reward_model_path="./no/reward", kwargs={"judge": LongerIsBetter()})
 
 
 def test_missing_eos_penalty_lowers_unfinished_completions(tmp_path):

@@ -56,7 +56,7 @@ def test_summary_leaves_missing_values_out():
     assert metrics["objective/kl"] == 1.5 and metrics["completions/mean_length"] == 5.0 and metrics["prompts"] == 3.0
     low, high = wilson_interval(0.75, 2)
     assert (metrics["win_rate_ci95_low"], metrics["win_rate_ci95_high"]) == (low, high)
-    assert "win_rate" not in summarise([record(win=None)]) and "loss" not in summarise([record(loss=None)])
+    assert "win_rate" not in summarise([record(win=None)]) and math.isnan(summarise([record(loss=None)])["loss"])
 
 
 def test_means_weigh_every_value_the_same_however_they_came():
@@ -117,8 +117,9 @@ def test_loss_metrics_by_hand_and_nothing_from_a_stand_in():
     policy = RowLogprobs(torch.where(real, -1.0, 0.0), torch.where(real, 2.0, 0.0))
     reference = RowLogprobs(torch.where(real, -1.5, 0.0), torch.where(real, 9.0, 0.0))
     store = MetricStore()
-    record_loss(store, rows, policy, reference, beta=0.2)
+    record_loss(store, rows, policy, reference, torch.tensor([0.5, 0.9]), beta=0.2)
     metrics = store.drain()
+    assert metrics["loss"] == pytest.approx(0.7)
     lengths = {"chosen": (3, 5), "rejected": (4, 2)}
     assert metrics["logps/chosen"] == -4.0 and metrics["logps/rejected"] == -3.0
     assert metrics["rewards/chosen"] == pytest.approx(0.2 * 0.5 * 4) and metrics["rewards/rejected"] == pytest.approx(
@@ -132,5 +133,5 @@ def test_loss_metrics_by_hand_and_nothing_from_a_stand_in():
 
     empty = stand_in(tiny.EOS)
     zeros = RowLogprobs(torch.zeros(2, 1), torch.zeros(2, 1))
-    record_loss(store, empty, zeros, zeros, beta=0.2)
+    record_loss(store, empty, zeros, zeros, torch.tensor([0.7]), beta=0.2)
     assert store.drain() == {"beta": 0.2}

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import tiny
 from online_dpo.logprobs import row_logprobs
+from online_dpo.models import accepts_argument, disable_dropout
 from online_dpo.packing import halve, pack_groups, pack_pairs, split_evenly, stand_in
 from online_dpo.types import Pair
 
@@ -142,3 +143,17 @@ def test_wider_padding_changes_nothing():
         narrow, widened = row_logprobs(model, rows), row_logprobs(model, wide)
     torch.testing.assert_close(narrow.logps_R, widened.logps_R, atol=1e-5, rtol=1e-6)
     torch.testing.assert_close(narrow.entropy_RC.sum(1), widened.entropy_RC.sum(1), atol=1e-5, rtol=1e-6)
+
+
+def test_wrappers_do_not_hide_what_a_model_takes():
+    model = tiny.causal_lm("gpt2")
+    assert accepts_argument(torch.compile(model), "position_ids") and accepts_argument(model, "logits_to_keep")
+    assert not accepts_argument(model, "no_such_argument")
+
+
+def test_dropout_is_switched_off_in_modules_and_in_numbers():
+    model = tiny.causal_lm("gpt_neox", attention_dropout=0.5, hidden_dropout=0.5).train()
+    ids = torch.arange(4, 24)[None]
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    disable_dropout(model)
+    assert torch.equal(model(ids).logits, model(ids).logits) and model.config.hidden_dropout == 0.5

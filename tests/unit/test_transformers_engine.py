@@ -99,6 +99,16 @@ def test_repetition_penalty_looks_at_the_prompt_and_not_at_padding():
     assert ids_of(together) != ids_of(engine(model).generate(tiny.prompts(LENGTHS), 2, PARAMS, KEY))
 
 
+def test_a_models_own_generation_config_changes_neither_way_of_sampling():
+    model = tiny.causal_lm()
+    expected = ids_of(engine(model).generate(tiny.prompts(LENGTHS), 2, PARAMS, KEY))
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.suppress_tokens = list(range(4, 20))
+    for extra in ({}, {"no_repeat_ngram_size": 0}):
+        assert ids_of(engine(model).generate(tiny.prompts(LENGTHS), 2, replace(PARAMS, extra=extra), KEY)) == expected
+    assert model.generation_config.repetition_penalty == 5.0
+
+
 def test_generation_kwargs_reach_generate():
     params = replace(PARAMS, extra={"suppress_tokens": list(range(4, 30))})
     groups = engine(tiny.causal_lm(sharpness=1.0)).generate(tiny.prompts(LENGTHS), 4, params, KEY)

@@ -53,6 +53,7 @@ def train(plan: RunPlan, words: Sequence[str], *, show_traceback: bool) -> int:
             _say_interrupted("Interrupted:", interrupt.checkpoint, words)
         return 130
     trainer.save_model()
+    trainer.create_model_card()
     if is_main:
         print(f"Model saved in {trainer.args.output_dir}")
     return 0

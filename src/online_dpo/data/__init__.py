@@ -10,6 +10,15 @@ from __future__ import annotations
 from online_dpo.data.collate import collate_prompts, prompts_from_batch
 from online_dpo.data.convert import transcript_to_messages
 from online_dpo.data.load import load_prompts
-from online_dpo.data.prompts import prepare_prompts
+from online_dpo.data.prompts import PREPARED_COLUMNS, prepare_prompts
+from online_dpo.data.stream import EndlessStream
 
-__all__ = ["collate_prompts", "load_prompts", "prepare_prompts", "prompts_from_batch", "transcript_to_messages"]
+__all__ = [
+    "PREPARED_COLUMNS",
+    "EndlessStream",
+    "collate_prompts",
+    "load_prompts",
+    "prepare_prompts",
+    "prompts_from_batch",
+    "transcript_to_messages",
+]

@@ -86,7 +86,7 @@ class Quality:
 
 
 QUALITIES = {
-    "mixed": Quality(right=0.55, greeting=0.25, closing=0.2, rude=0.25, explanation=0.3, filler=0.55, cut=0.06),
+    "mixed": Quality(right=0.55, greeting=0.4, closing=0.35, rude=0.15, explanation=0.3, filler=0.45, cut=0.06),
     "plain": Quality(right=1.0, greeting=0.0, closing=0.0, rude=0.0, explanation=0.3, filler=0.0, cut=0.0),
     "good": Quality(right=0.95, greeting=0.9, closing=0.9, rude=0.0, explanation=0.9, filler=0.05, cut=0.0),
     "poor": Quality(right=0.15, greeting=0.1, closing=0.05, rude=0.4, explanation=0.1, filler=0.8, cut=0.2),

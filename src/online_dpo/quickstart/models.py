@@ -69,7 +69,7 @@ class QuickstartSize:
     comparisons: int = 4400
     batch_size: int = 16
     prompts_train: int = 2000
-    prompts_eval: int = 200
+    prompts_eval: int = 300
 
 
 FULL = QuickstartSize()

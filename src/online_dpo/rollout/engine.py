@@ -63,8 +63,8 @@ class SamplingParams:
 class RolloutKey:
     """Names one call of an engine, so that its random numbers are a function of (seed, step, prompt, sample) alone.
 
-    ``stream`` keeps training (0) and evaluation (1) apart; ``version`` is the policy version the completions are
-    stamped with.
+    ``stream`` keeps uses apart (training 0, evaluation 1, the reference's completions 2, others from 3 on); ``version``
+    is the policy version the completions are stamped with.
     """
 
     seed: int

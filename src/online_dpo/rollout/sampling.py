@@ -58,7 +58,9 @@ def draw_tokens(logits_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tenso
     """
     cdf_BV = logits_BV.double().softmax(dim=-1).cumsum(dim=-1)
     target_B1 = uniform_B.double()[:, None] * cdf_BV[:, -1:]
-    return torch.searchsorted(cdf_BV, target_B1, right=True).squeeze(-1)
+    token_B1 = torch.searchsorted(cdf_BV, target_B1, right=True)
+    # Of logits that are not finite any token comes out; their loss is not finite either, and the step is skipped.
+    return token_B1.squeeze(-1).clamp(max=logits_BV.shape[-1] - 1)
 
 
 def token_logprobs(logits_BV: torch.Tensor, token_B: torch.Tensor) -> torch.Tensor:

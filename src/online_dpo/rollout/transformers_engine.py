@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -56,9 +57,11 @@ class TransformersEngine:
             while waiting:
                 chosen = waiting[: max(1, self.batch_size // num_completions)]
                 batch = _Batch([prompts[i] for i in chosen], num_completions, params, key, self._device)
-                try:
+                fits = False
+                with suppress(torch.OutOfMemoryError):
                     decode(batch)
-                except torch.OutOfMemoryError:
+                    fits = True
+                if not fits:  # outside the handler, whose traceback would keep the cache alive
                     self._halve_batch(len(chosen), num_completions)
                     continue
                 groups.update(zip(chosen, batch.groups(self.tokenizer), strict=True))
@@ -68,7 +71,10 @@ class TransformersEngine:
     def _halve_batch(self, prompts_at_once: int, num_completions: int) -> None:
         """After running out of memory: half as many prompts at a time from now on. What is sampled stays the same."""
         if prompts_at_once == 1:
-            raise
+            raise torch.OutOfMemoryError(
+                f"{num_completions} completions of one prompt do not fit in memory. Lower `num_completions`, "
+                "`max_new_tokens` or `max_length`."
+            )
         self.batch_size = max(1, prompts_at_once // 2) * num_completions
         logger.warning("Sampling ran out of memory; decoding %d completions at a time from now on.", self.batch_size)
         empty_device_cache()
@@ -145,7 +151,9 @@ class TransformersEngine:
             pad_token_id=batch.pad_token_id,
             **params.extra,
         )
-        hook = base_causal_lm(self.model).register_forward_hook(keep_raw_logits)
+        base = base_causal_lm(self.model)
+        own_config, base.generation_config = base.generation_config, GenerationConfig()  # it would fill gaps in ours
+        hook = base.register_forward_hook(keep_raw_logits)
         try:
             self.model.generate(  # pyright: ignore[reportCallIssue]
                 input_ids=ids_BT,
@@ -156,6 +164,7 @@ class TransformersEngine:
             )
         finally:
             hook.remove()
+            base.generation_config = own_config
 
     def _stop_strings(self, params: SamplingParams) -> StopStringCriteria | None:
         return StopStringCriteria(self.tokenizer, list(params.stop_strings)) if params.stop_strings else None

@@ -65,7 +65,7 @@ class FunctionScorer:
         self._parameters = list(inspect.signature(function).parameters.values())
         for parameter in self._parameters:
             if parameter.kind is parameter.POSITIONAL_ONLY and parameter.default is parameter.empty:
-                raise ValueError(
+                raise ScoringError(
                     f"{self._label} has the positional-only parameter `{parameter.name}`, but reward functions are "
                     "called with keyword arguments. Remove the `/` from its signature."
                 )
@@ -119,7 +119,7 @@ class FunctionScorer:
                 parameter.KEYWORD_ONLY,
             )
             if required and parameter.name not in available:
-                raise ValueError(
+                raise ScoringError(
                     f"{self._label} needs the argument `{parameter.name}`, but the dataset has no such column. "
                     f"Available columns: {', '.join(column_names) or 'none'}. Available besides: prompts, completions, "
                     "completion_ids, trainer_state. Rename the argument or give it a default."

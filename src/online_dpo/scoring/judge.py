@@ -91,8 +91,8 @@ class JudgeScorer:
     def _text(self, prompt: Prompt) -> str:
         if isinstance(prompt.content, str):
             return prompt.content
-        if self._tokenizer.chat_template is None:
-            raise ValueError(
+        if self._tokenizer.chat_template is None and "chat_template" not in self._chat_template_kwargs:
+            raise ScoringError(
                 "The policy's tokenizer has no chat template, so conversational prompts cannot be shown to the judge "
                 f"`{self.name}`. Set `tokenizer.chat_template`, or use text prompts."
             )
