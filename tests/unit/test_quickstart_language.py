@@ -306,7 +306,7 @@ def test_build_saves_models_that_load_and_prompts_of_their_splits(tmp_path):
     reward = AutoModelForSequenceClassification.from_pretrained(made.reward_dir)
     assert (policy.generation_config.eos_token_id, policy.generation_config.pad_token_id) == (EOS_ID, PAD_ID)
     assert (tokenizer.pad_token_id, reward.config.pad_token_id, reward.config.num_labels) == (PAD_ID, PAD_ID, 1)
-    for file, split, count in ((made.prompts_train, "online", 2000), (made.prompts_eval, "eval", 200)):
+    for file, split, count in ((made.prompts_train, "online", 2000), (made.prompts_eval, "eval", 300)):
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         assert len(rows) == count
         for row in rows:
