@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any
 
@@ -181,7 +182,7 @@ class OnlineDPOTrainer(GuardedTrainer):
         the number of ranks, because data parallelism averages gradients over them.
         """
         rows: PackedRows = inputs["rows"].to(self.accelerator.device)
-        with self.phase("reference" if model.training else "evaluation"):
+        with self.phase("reference") if model.training else nullcontext():
             reference = self._reference_logprobs(rows)  # first: no activations of the policy are held meanwhile
         policy = row_logprobs(model, rows)
 
