@@ -18,10 +18,11 @@ WORKER = Path(__file__).with_name("worker.py")
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("ranks")
+    paths = [str(WORKER.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
-        "PYTHONPATH": str(WORKER.parents[1]),
+        "PYTHONPATH": os.pathsep.join(paths),
     }
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
     for command, processes in ((torchrun, 2), ([sys.executable], 1)):

@@ -170,6 +170,7 @@ def test_no_metric_depends_on_padding_or_on_the_cut(tmp_path):
             tmp_path,
             train_dataset=dataset(lengths=(2, 50, 3, 4, 2, 5, 3, 2)),
             kwargs={"ref_model": tiny.causal_lm(seed=5, sharpness=1.0)},
+            generation_kwargs={"eos_token_id": [1, 2, 5, 6, 7, 8, 9, 10]},  # completions of many lengths
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulation,
         )
@@ -177,7 +178,7 @@ def test_no_metric_depends_on_padding_or_on_the_cut(tmp_path):
         logs.append({k: v for k, v in made.state.log_history[0].items() if not k.startswith(("time/", "perf/"))})
     assert logs[0].keys() == logs[1].keys()
     assert logs[0] == pytest.approx(logs[1], rel=1e-5, abs=1e-6)
-    assert logs[0]["objective/kl"] != 0
+    assert logs[0]["objective/kl"] != 0 and 0 < logs[0]["completions/clipped_ratio"] < 0.5
 
 
 # 5 ------------------------------------------------------------------------------------------------------------------

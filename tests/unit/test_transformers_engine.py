@@ -150,6 +150,9 @@ def test_global_random_state_mode_and_configs_are_left_alone():
 
 
 def test_kv_cache_is_on_with_gradient_checkpointing():
+    """One token a step, and the same completions: layers that drop the cache would see that token alone."""
+    params = replace(PARAMS, end_token_ids=(tiny.EOS,))
+    expected = ids_of(engine(tiny.causal_lm()).generate(tiny.prompts([6, 6]), 2, params, KEY))
     model = tiny.causal_lm()
     model.gradient_checkpointing_enable()
     model.train()
@@ -157,7 +160,7 @@ def test_kv_cache_is_on_with_gradient_checkpointing():
     model.model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
-    engine(model).generate(tiny.prompts([6, 6]), 2, replace(PARAMS, end_token_ids=(tiny.EOS,)), KEY)
+    assert ids_of(engine(model).generate(tiny.prompts([6, 6]), 2, params, KEY)) == expected
     assert seen[0] == 6 and set(seen[1:]) == {1} and len(seen) == 14
 
 
