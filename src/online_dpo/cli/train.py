@@ -69,8 +69,9 @@ def build_trainer(plan: RunPlan, display: ProgressDisplay, interrupt: InterruptC
     # the display below replaces transformers' own output
     given = {name: value for name, value in plan.training.items() if name != "resume_from_checkpoint"}
     rewards: list[Any] = [load_reference(reference) for reference in plan.reward_funcs]
-    if "reward_model_path" in given:  # the functions and the model all count
-        rewards.append(given.pop("reward_model_path"))
+    reward_model = given.pop("reward_model_path", None)
+    if reward_model is not None:  # the functions and the model all count
+        rewards.append(reward_model)
     args = OnlineDPOConfig(**{**given, "disable_tqdm": True})
     train_dataset = load_prompts(
         run.dataset_name,
