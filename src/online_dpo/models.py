@@ -20,14 +20,18 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 SPECIAL_TOKEN_FIELDS = ("eos_token_id", "bos_token_id", "pad_token_id")
 
 
+def looks_local(path: str) -> bool:
+    """Whether ``path`` can only be meant as a local folder, since no hub name has this form."""
+    return path.startswith((os.sep, ".", "~")) or path.count("/") > 1
+
+
 def check_model_path(path: str, argument: str) -> None:
     """Refuse a path that can only be a missing local folder, before anything is loaded.
 
     Raises:
         ValueError: ``path`` looks like a local folder (absolute, or starting with ``.`` or ``~``) and there is none.
     """
-    looks_local = path.startswith((os.sep, ".", "~")) or path.count("/") > 1
-    if looks_local and not Path(path).expanduser().is_dir():
+    if looks_local(path) and not Path(path).expanduser().is_dir():
         raise ValueError(f"`{argument}`: there is no folder {path!r}. Give a saved model's folder or a hub name.")
 
 

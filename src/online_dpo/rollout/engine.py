@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from online_dpo.config import OnlineDPOConfig
+from online_dpo.config import SAMPLING_FIELDS, OnlineDPOConfig
 from online_dpo.types import Group, Prompt
 
 
@@ -45,11 +45,7 @@ class SamplingParams:
         extra: dict[str, Any] = {**(args.generation_kwargs or {})}  # pyright: ignore[reportGeneralTypeIssues]
         if args.cache_implementation is not None:
             extra["cache_implementation"] = args.cache_implementation
-        overrides: dict[str, Any] = {
-            name: extra.pop(name)
-            for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-            if name in extra
-        }
+        overrides: dict[str, Any] = {name: extra.pop(name) for name in SAMPLING_FIELDS if name in extra}
         if "stop_strings" in extra:
             stops = extra.pop("stop_strings")
             overrides["stop_strings"] = (stops,) if isinstance(stops, str) else tuple(stops)

@@ -44,6 +44,8 @@ class TransformersEngine:
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self._own_loop = _has_plain_cache(model)
+        self._takes_positions = accepts_argument(model, "position_ids")
+        self._keep_last = {"logits_to_keep": 1} if accepts_argument(model, "logits_to_keep") else {}
 
     @torch.no_grad()
     def generate(
@@ -115,11 +117,9 @@ class TransformersEngine:
         self, ids_BT: torch.Tensor, mask_BT: torch.Tensor, positions_BT: torch.Tensor, cache: DynamicCache
     ) -> torch.Tensor:
         """Logits of the last position, (B, V)."""
-        optional: dict[str, Any] = {}
-        if accepts_argument(self.model, "position_ids"):
+        optional: dict[str, Any] = {**self._keep_last}
+        if self._takes_positions:
             optional["position_ids"] = positions_BT
-        if accepts_argument(self.model, "logits_to_keep"):
-            optional["logits_to_keep"] = 1
         output = self.model(input_ids=ids_BT, attention_mask=mask_BT, past_key_values=cache, use_cache=True, **optional)
         return output.logits[:, -1]
 

@@ -9,12 +9,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.errors import ScoringError
+from online_dpo.models import looks_local, to_device
 from online_dpo.scoring.functions import FunctionScorer, submit, wait_for
 from online_dpo.scoring.reward_model import RewardModelScorer, check_reward_model, last_part, load_reward_model
 from online_dpo.scoring.scorer import AsyncPointwiseScorer, PointwiseScorer, callable_name, describe
@@ -176,7 +176,7 @@ def _build(
     args: OnlineDPOConfig,
     state: Callable[[], Any] | None,
 ) -> PointwiseScorer:
-    prepare = functools.partial(_move, device=args.device)
+    prepare = functools.partial(to_device, device=args.device)
     if isinstance(reward, str):
         model, tokenizer = load_reward_model(reward, tokenizer, trust_remote_code=args.trust_remote_code)
         return RewardModelScorer(model, tokenizer, last_part(reward), args.reward_batch_size, prepare)
@@ -188,11 +188,6 @@ def _build(
     if callable(reward):
         return FunctionScorer(reward, state=state)
     return reward
-
-
-def _move(model: nn.Module, device: torch.device) -> nn.Module:
-    # Models loaded with a device map or quantised have been placed already, and refuse to be moved.
-    return model if hasattr(model, "hf_device_map") else model.to(device)
 
 
 def _check_reward(reward: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -214,9 +209,8 @@ def _check_reward(reward: Any, tokenizer: PreTrainedTokenizerBase | None) -> Non
 
 def _check_path(path: str) -> None:
     expanded = os.path.expanduser(path)
-    looks_local = path.startswith(("/", ".", "~")) or path.count("/") > 1
     if not os.path.exists(expanded):
-        if looks_local or not path:
+        if looks_local(path) or not path:
             raise ValueError(f"Reward model `{path}` does not exist. Give a folder, or a hub name such as `org/model`.")
         return
     if not any(os.path.isfile(os.path.join(expanded, name)) for name in ("config.json", "adapter_config.json")):
