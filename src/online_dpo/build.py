@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from online_dpo.config import OnlineDPOConfig
+from online_dpo.logprobs import enable_logprobs
 from online_dpo.models import check_model_path, context_length, disable_dropout, load_causal_lm, to_device
 from online_dpo.reference import (
     AdapterOffReference,
@@ -143,6 +144,7 @@ def build_policy(model: Any, peft_config: Any, args: OnlineDPOConfig) -> nn.Modu
             "Adapters with virtual tokens (prompt and prefix tuning) are not supported: with padding their tokens get "
             "other positions than without. Use LoRA."
         )
+    enable_logprobs(model)
     if args.disable_dropout:
         if getattr(peft_config, "lora_dropout", 0.0):
             warnings.warn("`lora_dropout` has no effect: `disable_dropout` is on.", stacklevel=3)
@@ -156,6 +158,7 @@ def build_reference(ref_model: Any, policy: nn.Module, args: OnlineDPOConfig) ->
         ref_model = load_causal_lm(ref_model, args.model_init_kwargs, args.trust_remote_code)  # pyright: ignore[reportArgumentType]
     if ref_model is not None:
         disable_dropout(ref_model)
+        enable_logprobs(ref_model)
         return FrozenReference(to_device(ref_model, args.device), "a model given separately")
     if not is_peft_model_object(policy):
         return FrozenReference(to_device(frozen_copy(policy), args.device), "a frozen copy of the policy")

@@ -75,24 +75,24 @@ def eval_records(
 ) -> list[EvalRecord]:
     """One record a group; ``rows`` has the completions of all groups in order, ``loss_N`` the losses of ``pairs``."""
     loss_of = {id(pair.group): loss for pair, loss in zip(pairs, loss_N.tolist(), strict=True)}
-    kl_R = (policy.logps_R - reference.logps_R).tolist()
-    entropy_R = (policy.entropy_RC.sum(dim=1) / rows.completion_mask_RC.sum(dim=1)).tolist()
-    records, row = [], 0
+    kl_S = (policy.logps_S - reference.logps_S).tolist()
+    entropy_S = [float(part.mean()) for part in policy.entropy_M.split(rows.length_S.tolist())]
+    records, start = [], 0
     for p, group in enumerate(groups):
-        end = row + len(group.completions)
+        end = start + len(group.completions)
         records.append(
             EvalRecord(
                 scores=tuple(scores.values[p]) if scores is not None else (None,) * len(group.completions),
                 reference_score=reference_scores[p],
                 win=wins[p],
                 loss=loss_of.get(id(group)),
-                kl=tuple(kl_R[row:end]),
-                entropy=tuple(entropy_R[row:end]),
+                kl=tuple(kl_S[start:end]),
+                entropy=tuple(entropy_S[start:end]),
                 lengths=tuple(len(c.token_ids) for c in group.completions),
                 finished=tuple(c.finish_reason == "stop" for c in group.completions),
             )
         )
-        row = end
+        start = end
     return records
 
 

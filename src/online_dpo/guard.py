@@ -106,13 +106,13 @@ class StepGuard(TrainerCallback):
 def refuse_to_split(rows: PackedRows, num_processes: int) -> None:
     """
     Raises:
-        torch.OutOfMemoryError: the micro-batch is a single pair, or other ranks wait in the same backward pass.
+        torch.OutOfMemoryError: the pass is a single pair, or other ranks wait in the same backward pass.
     """
-    pairs = len(rows.weight_N)
+    pairs = len(rows.pairs)
     if pairs < 2 or num_processes > 1:
         raise torch.OutOfMemoryError(
-            f"A micro-batch of {pairs} pair(s), in rows of {rows.ids_RT.shape[1]} tokens, does not fit in memory and "
-            "cannot be split here. Lower `per_device_train_batch_size` (and raise `gradient_accumulation_steps`), "
+            f"A pass of {pairs} pair(s), in rows of {rows.tokens.ids_RT.shape[1]} tokens, does not fit in memory "
+            "and cannot be split here. Lower `max_tokens_per_pass` (which splits micro-batches of several pairs), "
             "`max_length` or `max_new_tokens`."
         )
-    logger.warning("A micro-batch of %d pairs ran out of memory; it is split in two.", pairs)
+    logger.warning("A pass of %d pairs ran out of memory; it is split in two.", pairs)

@@ -19,14 +19,15 @@ from online_dpo.config import OnlineDPOConfig
 from online_dpo.guard import StepGuard, refuse_to_split
 from online_dpo.metrics import MetricStore
 from online_dpo.models import ConfigKeeper, RestoreConfigs, empty_device_cache
-from online_dpo.packing import as_inputs, halve
+from online_dpo.packing import halve, tree_size
 from online_dpo.types import PackedRows
 
 
 class GuardedTrainer(Trainer):
-    """A `Trainer` whose micro-batches hold :class:`~online_dpo.types.PackedRows` under ``"rows"``.
+    """A `Trainer` whose micro-batches hold a list of :class:`~online_dpo.types.PackedRows` under ``"passes"``.
 
-    Steps that are not finite are skipped on every rank; a micro-batch that runs out of memory is split; values put into
+    Each gets a forward and a backward pass of its own, as ``"rows"`` of the inputs of ``compute_loss``. Steps that are
+    not finite are skipped on every rank; a pass that runs out of memory is split in two; values put into
     ``metrics`` appear in the next training log, reduced over ranks; the model's configs stay as they were given.
     """
 
@@ -42,8 +43,8 @@ class GuardedTrainer(Trainer):
         self.metrics = MetricStore()
         self.guard = StepGuard(self.accelerator, args.max_skipped_steps, self._count_skipped_pairs)
         self.add_callback(self.guard)
-        self.done_in_step: list[dict[str, Any]] = []
-        self.pairs_that_fit = sys.maxsize
+        self.done_in_step: list[PackedRows] = []
+        self.tokens_that_fit = sys.maxsize
         self._last_log = time.perf_counter()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -80,33 +81,42 @@ class GuardedTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """The parent's; a micro-batch that does not fit in memory is split, with the same gradient in the end."""
-        if len(inputs["rows"].weight_N) > self.pairs_that_fit:
-            halves = [self.training_step(model, as_inputs(half), num_items_in_batch) for half in halve(inputs["rows"])]
-            return torch.stack(halves).sum()
+        """The parent's, once for each pass of the micro-batch; gradients add up; ranks exchange them in the last."""
+        *others, last = inputs["passes"]
+        losses = []
+        for rows in others:
+            with self.accelerator.no_sync(model):
+                losses.append(self._run(model, rows, num_items_in_batch))
+        losses.append(self._run(model, last, num_items_in_batch))
+        return torch.stack(losses).sum()
+
+    def _run(self, model: nn.Module, rows: PackedRows, num_items: Any) -> torch.Tensor:
+        """One forward and backward pass; if it does not fit in memory, two, with the same gradient in the end."""
+        if len(rows.pairs) > 1 and sum(map(tree_size, rows.pairs)) > self.tokens_that_fit:
+            return torch.stack([self._run(model, half, num_items) for half in halve(rows)]).sum()
         before = self.metrics.copy()
         loss = None
         with self.phase("training"), suppress(torch.OutOfMemoryError):
-            loss = super().training_step(model, inputs, num_items_in_batch)  # pyright: ignore[reportArgumentType]
+            loss = super().training_step(model, {"rows": rows}, num_items)
         if loss is None:  # outside the handler, whose traceback would keep the activations alive
             self.metrics = before
-            self._begin_step_anew(model, inputs["rows"], num_items_in_batch)
-            return self.training_step(model, inputs, num_items_in_batch)
-        self.done_in_step.append(inputs)
+            self._begin_step_anew(model, rows, num_items)
+            return self._run(model, rows, num_items)
+        self.done_in_step.append(rows)
         return loss
 
     def _begin_step_anew(self, model: nn.Module, rows: PackedRows, num_items: Any) -> None:
         """A backward pass that broke off has left part of its gradient behind, so all of the step's is made again.
 
-        From now on no micro-batch is larger than half of the one that did not fit.
+        From now on no pass has more than half of the tokens that did not fit, unless it is a single pair.
         """
         refuse_to_split(rows, self.accelerator.num_processes)
-        self.pairs_that_fit = (len(rows.weight_N) + 1) // 2
+        self.tokens_that_fit = sum(map(tree_size, rows.pairs)) // 2
         model.zero_grad()
         empty_device_cache()
         before = self.metrics.copy()
         for done in self.done_in_step:
-            super().training_step(model, done, num_items)
+            super().training_step(model, {"rows": done}, num_items)
         self.metrics = before  # those were recorded the first time
 
     def _count_skipped_pairs(self, count: int) -> None:

@@ -1,47 +1,180 @@
 """Rows to log-probabilities: what a model gives each completion token, and how uncertain it was.
 
-Shapes: ``R`` rows, ``T`` tokens, ``C`` completion tokens (right-aligned), ``V`` vocabulary.
+The vocabulary is the widest thing in a small model, so logits exist only where a completion token is predicted, for a
+few hundred tokens at a time, and are computed again in the backward pass instead of being kept.
+
+Shapes: ``R`` rows, ``T`` tokens of a row, ``M`` tokens of all completions, ``S`` completions, ``H`` hidden size, ``V``
+vocabulary.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
+from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from online_dpo.models import accepts_argument
+from online_dpo.attention import attention_inputs
+from online_dpo.models import accepts_argument, unwrapped
 from online_dpo.types import PackedRows, RowLogprobs
 
+CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**27}  # logits that exist at the same time; few enough to stay near the cores
+SMALLEST = -1e30  # stands for a log-probability of minus infinity, so that 0 times it is 0
 
-def row_logprobs(model: nn.Module, rows: PackedRows, entropy: bool = True) -> RowLogprobs:
-    """Log-probabilities of all completion tokens in one forward pass, at temperature 1.
 
-    Enters through the root module, so wrappers (DDP, autocast, adapters) take part. Only the positions that predict a
-    completion token are projected onto the vocabulary; the log-sum-exp is in fp32. Without ``entropy`` that field is
-    zeros.
+@dataclass(frozen=True)
+class Predict:
+    """Asks a model for log-probabilities in place of logits (see `enable_logprobs`)."""
+
+    source_M: torch.Tensor
+    target_M: torch.Tensor
+    entropy: bool
+
+
+def row_logprobs(model: nn.Module, rows: PackedRows, entropy: bool = True, chunked: bool = True) -> RowLogprobs:
+    """Log-probabilities of all completion tokens in one forward pass, at temperature 1, the log-sum-exp in fp32.
+
+    Enters through the root module, so wrappers (DDP, FSDP, autocast, adapters) take part. Without ``entropy`` that
+    field is zeros.
+
+    Args:
+        chunked: project onto the vocabulary in chunks; needs `enable_logprobs`. Otherwise the model returns all its
+            logits from the first position that predicts a completion token on.
     """
-    length = rows.completion_length
-    optional: dict[str, Any] = {}
-    if accepts_argument(model, "position_ids"):
-        optional["position_ids"] = rows.positions_RT
+    inputs = {"input_ids": rows.tokens.ids_RT, "use_cache": False} | attention_inputs(model, rows.tokens)
+    if chunked:
+        token_logps_M, entropy_M = model(**inputs, predict=Predict(rows.source_M, rows.target_M, entropy))
+    else:
+        token_logps_M, entropy_M = _TokenLogprobs.apply(_all_logits(model, inputs, rows), rows.target_M, entropy)
+    logps_S = torch.segment_reduce(token_logps_M, "sum", lengths=rows.length_S, unsafe=True)
+    return RowLogprobs(token_logps_M, entropy_M, logps_S)
+
+
+def enable_logprobs(model: nn.Module) -> None:
+    """Let ``model(..., predict=Predict(...))`` return log-probabilities and entropies, (M,) each, in fp32.
+
+    The request travels through ``forward`` because sharded and data-parallel models can only be entered there. Without
+    ``predict``, nothing changes.
+    """
+    base: Any = unwrapped(model)
+    if not hasattr(base, "forward_of_logits"):
+        base.forward_of_logits = base.forward
+        base.forward = MethodType(functools.wraps(base.forward.__func__)(_forward), base)
+
+
+def can_chunk(model: nn.Module) -> bool:
+    """Whether the model has a part that gives hidden states, and a head that comes after it."""
+    base: Any = unwrapped(model)
+    return base.base_model is not base and base.get_output_embeddings() is not None
+
+
+def _forward(self: Any, *args: Any, predict: Predict | None = None, **kwargs: Any) -> Any:
+    if predict is None:
+        return self.forward_of_logits(*args, **kwargs)
+    given = {name: value for name, value in kwargs.items() if value is not None}  # adapters fill in all arguments
+    hidden_RTH = self.base_model(*args, **given)[0]
+    return _chunked_logprobs(self, hidden_RTH.flatten(0, 1)[predict.source_M], predict)
+
+
+def _chunked_logprobs(model: Any, hidden_MH: torch.Tensor, predict: Predict) -> tuple[torch.Tensor, torch.Tensor]:
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    size = max(1, CHUNK_LOGITS[hidden_MH.device.type] // max(1, vocabulary))
+    parts = []
+    for hidden_XH, target_X in zip(hidden_MH.split(size), predict.target_M.split(size), strict=True):
+        run = functools.partial(_project, model, itertools.count(), predict.entropy)
+        if hidden_MH.requires_grad:
+            parts.append(checkpoint(run, hidden_XH, target_X, use_reentrant=False, preserve_rng_state=False))
+        else:
+            parts.append(run(hidden_XH, target_X))
+    logps, entropies = zip(*parts, strict=True)
+    return torch.cat(logps), torch.cat(entropies)
+
+
+def _project(
+    model: Any, runs: itertools.count, entropy: bool, hidden_XH: torch.Tensor, target_X: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities and entropies of one chunk; the entropies only in the first of its runs."""
+    first = next(runs) == 0
+    return _TokenLogprobs.apply(_head(model, hidden_XH), target_X, entropy and first)
+
+
+def _head(model: Any, hidden_XH: torch.Tensor) -> torch.Tensor:
+    """The model's own logits for hidden states.
+
+    Models do more than a matrix product there: biases, soft caps, scales, adapters on the head. So the model's own
+    forward runs, with something in the place of its body that returns the hidden states.
+    """
+    name = model.base_model_prefix
+    body = model._modules[name]
+    model._modules[name] = _Given(hidden_XH[None])
+    try:
+        return model.forward_of_logits(inputs_embeds=hidden_XH[None], use_cache=False).logits[0]
+    finally:
+        model._modules[name] = body
+
+
+class _Given(nn.Module):
+    """A body that returns the hidden states it was made with, whatever it is given."""
+
+    def __init__(self, hidden_RTH: torch.Tensor) -> None:
+        super().__init__()
+        self.hidden_RTH = hidden_RTH
+
+    def forward(self, *args: Any, **kwargs: Any) -> _BodyOutput:
+        return _BodyOutput((self.hidden_RTH,))
+
+
+class _BodyOutput(tuple):
+    """Hidden states, and ``None`` for everything else that some body returns beside them."""
+
+    @property
+    def last_hidden_state(self) -> torch.Tensor:
+        return self[0]
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """Log-softmax at one token a row, and its entropy, with the log-sum-exp in fp32.
+
+    ``log p(target) = z[target] - logsumexp(z)``, so the gradient with respect to ``z`` is ``onehot(target) - p``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits_XV: torch.Tensor, target_X: torch.Tensor, entropy: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        exact_XV = logits_XV.float()
+        logsumexp_X = exact_XV.logsumexp(dim=-1)
+        logps_X = exact_XV.gather(-1, target_X[:, None])[:, 0] - logsumexp_X
+        entropy_X = torch.zeros_like(logps_X)
+        if entropy:
+            logps_XV = (exact_XV - logsumexp_X[:, None]).clamp_(min=SMALLEST)
+            entropy_X = -torch.linalg.vecdot(logps_XV.exp(), logps_XV)
+        ctx.save_for_backward(logits_XV, target_X, logsumexp_X)
+        ctx.mark_non_differentiable(entropy_X)
+        return logps_X, entropy_X
+
+    @staticmethod
+    def backward(ctx: Any, grad_X: torch.Tensor, _: Any) -> tuple[torch.Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        logits_XV, target_X, logsumexp_X = ctx.saved_tensors
+        grad_XV = (logits_XV.float() - logsumexp_X[:, None]).exp_().mul_(-grad_X[:, None])
+        grad_XV.scatter_add_(-1, target_X[:, None], grad_X[:, None])
+        return grad_XV.to(logits_XV.dtype), None, None
+
+
+def _all_logits(model: nn.Module, inputs: dict[str, Any], rows: PackedRows) -> torch.Tensor:
+    """The logits that predict completion tokens, (M, V), out of all that the model returns."""
+    length = rows.tokens.ids_RT.shape[1]
+    row_M, place_M = rows.source_M // length, rows.source_M % length
+    first = 0
     if accepts_argument(model, "logits_to_keep"):
-        optional["logits_to_keep"] = length + 1
-    output = model(input_ids=rows.ids_RT, attention_mask=rows.attention_mask_RT, use_cache=False, **optional)
-    logits_RCV = output.logits[:, -(length + 1) : -1].float()
-    logsumexp_RC = logits_RCV.logsumexp(dim=-1)
-    picked_RC = logits_RCV.gather(-1, rows.completion_ids_RC.unsqueeze(-1)).squeeze(-1)
-    token_logps_RC = torch.where(rows.completion_mask_RC, picked_RC - logsumexp_RC, 0.0)
-    if not entropy:
-        return RowLogprobs(token_logps_RC, torch.zeros_like(token_logps_RC))
-    return RowLogprobs(token_logps_RC, _entropy(logits_RCV.detach(), rows.completion_mask_RC))
-
-
-@torch.no_grad()
-def _entropy(logits_RCV: torch.Tensor, mask_RC: torch.Tensor) -> torch.Tensor:
-    """Entropy in nats of each masked position, row by row so that one row's probabilities are in memory at a time."""
-    entropy_RC = torch.zeros(mask_RC.shape, device=logits_RCV.device)
-    for row, mask_C in enumerate(mask_RC):
-        logps_CV = logits_RCV[row, mask_C].log_softmax(dim=-1)
-        entropy_RC[row, mask_C] = -(logps_CV.exp() * logps_CV).nan_to_num(nan=0.0).sum(dim=-1)
-    return entropy_RC
+        first = int(place_M.min())
+        inputs = inputs | {"logits_to_keep": length - first}
+    return model(**inputs).logits[row_M, place_M - first]

@@ -121,23 +121,23 @@ def record_loss(
     if not real_N.any():
         return
     chosen_N, rejected_N = rows.chosen_N[real_N], rows.rejected_N[real_N]
-    used_R = torch.cat([chosen_N, rejected_N])
-    logps_R, kl_R = policy.logps_R.detach(), (policy.logps_R - reference.logps_R).detach()
-    rewards_R = beta * kl_R
-    margin_N = rewards_R[chosen_N] - rewards_R[rejected_N]
+    used_S = torch.cat([chosen_N, rejected_N])
+    logps_S, kl_S = policy.logps_S.detach(), (policy.logps_S - reference.logps_S).detach()
+    rewards_S = beta * kl_S
+    margin_N = rewards_S[chosen_N] - rewards_S[rejected_N]
     store.mean("loss", loss_N[real_N])
-    store.mean("logps/chosen", logps_R[chosen_N])
-    store.mean("logps/rejected", logps_R[rejected_N])
-    store.mean("rewards/chosen", rewards_R[chosen_N])
-    store.mean("rewards/rejected", rewards_R[rejected_N])
+    store.mean("logps/chosen", logps_S[chosen_N])
+    store.mean("logps/rejected", logps_S[rejected_N])
+    store.mean("rewards/chosen", rewards_S[chosen_N])
+    store.mean("rewards/rejected", rewards_S[rejected_N])
     store.mean("rewards/margins", margin_N)
     store.mean("rewards/accuracies", (margin_N > 0).double())
-    store.mean("objective/kl", kl_R[used_R])
-    store.mean("objective/entropy", -logps_R[used_R])
-    store.mean("objective/token_entropy", policy.entropy_RC[used_R][rows.completion_mask_RC[used_R]])
-    store.mean("objective/non_score_reward", -rewards_R[used_R])
-    scored_R = used_R[~rows.score_R[used_R].isnan()]
-    store.mean("objective/rlhf_reward", rows.score_R[scored_R] - rewards_R[scored_R])
+    store.mean("objective/kl", kl_S[used_S])
+    store.mean("objective/entropy", -logps_S[used_S])
+    store.mean("objective/token_entropy", policy.entropy_M)
+    store.mean("objective/non_score_reward", -rewards_S[used_S])
+    scored_S = used_S[~rows.score_S[used_S].isnan()]
+    store.mean("objective/rlhf_reward", rows.score_S[scored_S] - rewards_S[scored_S])
 
 
 def _length_gap(chosen: Completion, rejected: Completion) -> float:

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import TrainerState
 
 from online_dpo.config import OnlineDPOConfig
-from online_dpo.models import base_causal_lm
+from online_dpo.models import unwrapped
 
 SETTINGS = (
     *("num_completions", "max_new_tokens", "max_length", "temperature", "top_p", "top_k", "min_p"),
@@ -67,7 +67,7 @@ def write_model_card(
     num_processes: int,
 ) -> None:
     """Writes ``README.md`` into the output folder. ``reference`` and ``feedback`` say what they were in words."""
-    base = base_causal_lm(policy)
+    base = unwrapped(policy)
     source = str(base.config._name_or_path)
     is_folder = Path(source).is_dir()  # of which the card names the last part only, never the path
     data = ModelCardData(

@@ -56,7 +56,7 @@ def load_causal_lm(path: str, init_kwargs: dict[str, Any] | None, trust_remote_c
     return AutoModelForCausalLM.from_pretrained(path, **kwargs)
 
 
-def base_causal_lm(model: nn.Module) -> PreTrainedModel:
+def unwrapped(model: nn.Module) -> PreTrainedModel:
     """The model under the wrappers of data parallelism, `torch.compile` and PEFT."""
     wrapped: Any = extract_model_from_parallel(model, keep_torch_compile=False)
     return wrapped.get_base_model() if is_peft_model(wrapped) else wrapped
@@ -64,7 +64,7 @@ def base_causal_lm(model: nn.Module) -> PreTrainedModel:
 
 def accepts_argument(model: nn.Module, name: str) -> bool:
     """Whether the model's own ``forward`` names this argument (``**kwargs`` does not count)."""
-    return name in inspect.signature(type(base_causal_lm(model)).forward).parameters
+    return name in inspect.signature(type(unwrapped(model)).forward).parameters
 
 
 def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -73,7 +73,7 @@ def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple
     Raises:
         ValueError: there is none, so that no completion could ever end by itself.
     """
-    sources: list[Any] = [base_causal_lm(model).generation_config.eos_token_id, tokenizer.eos_token_id]
+    sources: list[Any] = [unwrapped(model).generation_config.eos_token_id, tokenizer.eos_token_id]
     ids = [i for source in sources if source is not None for i in ([source] if isinstance(source, int) else source)]
     if not ids:
         raise ValueError("Neither the tokenizer nor the model's generation config has an end token; set `eos_token`.")
@@ -98,7 +98,7 @@ def to_device(model: nn.Module, device: torch.device) -> nn.Module:
 
 def context_length(model: nn.Module) -> int | None:
     """Most positions the model has been built for, or ``None`` where its config does not say."""
-    config = base_causal_lm(model).config.get_text_config()
+    config = unwrapped(model).config.get_text_config()
     return getattr(config, "max_position_embeddings", None)
 
 
@@ -110,7 +110,7 @@ class ConfigKeeper:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        base = base_causal_lm(model)
+        base = unwrapped(model)
         config = base.config
         self._kept: list[tuple[Any, str, Any]] = [(config, "use_cache", getattr(config, "use_cache", None))]
         text_config = config.get_text_config()
@@ -140,11 +140,11 @@ class RestoreConfigs(TrainerCallback):
 
 
 @contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
     """The model in eval mode inside, and afterwards in the mode it was in."""
     was_training = model.training
     model.eval()
     try:
-        yield
+        yield model
     finally:
         model.train(was_training)

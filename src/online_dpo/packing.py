@@ -1,6 +1,6 @@
-"""Pairs and groups to padded rows that a model can read. Pure: lists in, tensors out.
+"""Pairs and groups to rows that a model can read, and pairs to micro-batches of equal token count. Pure.
 
-Shapes: ``R`` rows, ``T`` tokens, ``C`` completion tokens, ``N`` pairs.
+Shapes: ``S`` completions, ``M`` tokens of all these completions, ``N`` pairs.
 """
 
 from __future__ import annotations
@@ -11,102 +11,103 @@ from typing import Any
 
 import torch
 
+from online_dpo.layout import Tree, lay_out, split_balanced
 from online_dpo.types import Completion, Group, PackedRows, Pair, Prompt
 
+_NOTHING = Completion((0,), (0.0,), "stop", 0, "")
+STAND_IN = Group(Prompt("", (0,), 0), (_NOTHING, _NOTHING))
 
-def pack_pairs(pairs: Sequence[Pair], pad_token_id: int) -> PackedRows:
-    """Two rows a pair: the chosen completions of all pairs, then the rejected ones."""
+
+def pack_pairs(pairs: Sequence[Pair], shared: bool, capacity: int = 0) -> PackedRows:
+    """Chosen and rejected of each pair, from one copy of their prompt if ``shared`` (see `layout.lay_out`)."""
     assert pairs
+    groups = [Group(p.group.prompt, (p.chosen_completion, p.rejected_completion)) for p in pairs]
+    scores = [score for p in pairs for score in (p.chosen_score, p.rejected_score)]
     count = len(pairs)
-    sequences = [(pair.group.prompt, pair.chosen_completion) for pair in pairs]
-    sequences += [(pair.group.prompt, pair.rejected_completion) for pair in pairs]
-    scores = [pair.chosen_score for pair in pairs] + [pair.rejected_score for pair in pairs]
-    return _pack(sequences, scores, list(range(count)), list(range(count, 2 * count)), [1.0] * count, pad_token_id)
+    chosen, rejected = list(range(0, 2 * count, 2)), list(range(1, 2 * count, 2))
+    return _pack(groups, scores, chosen, rejected, [1.0] * count, pairs, shared, capacity)
 
 
-def pack_groups(groups: Sequence[Group], pairs: Sequence[Pair], pad_token_id: int) -> PackedRows:
-    """One row for every completion of every group, in order, with the pairs as indices into them (for evaluation)."""
-    sequences = [(group.prompt, completion) for group in groups for completion in group.completions]
-    first_row: dict[int, int] = {}
-    row = 0
+def pack_groups(groups: Sequence[Group], pairs: Sequence[Pair], shared: bool, capacity: int = 0) -> PackedRows:
+    """Every completion of every group, in order, with the pairs as indices into them (for evaluation)."""
+    first: dict[int, int] = {}
+    count = 0
     for group in groups:
-        first_row[id(group)] = row
-        row += len(group.completions)
-    chosen = [first_row[id(pair.group)] + pair.chosen for pair in pairs]
-    rejected = [first_row[id(pair.group)] + pair.rejected for pair in pairs]
-    return _pack(sequences, [None] * len(sequences), chosen, rejected, [1.0] * len(pairs), pad_token_id)
+        first[id(group)] = count
+        count += len(group.completions)
+    chosen = [first[id(pair.group)] + pair.chosen for pair in pairs]
+    rejected = [first[id(pair.group)] + pair.rejected for pair in pairs]
+    weights = [1.0] * len(pairs)
+    return _pack(groups, [None] * count, chosen, rejected, weights, pairs, shared, capacity)
 
 
-def stand_in(token_id: int) -> PackedRows:
+def stand_in(shared: bool) -> PackedRows:
     """Rows of one pair with weight 0, so that a rank without pairs takes part in the same collective operations."""
-    completion = Completion((token_id,), (0.0,), "stop", 0, "")
-    sequences = [(Prompt("", (token_id,), 0), completion)] * 2
-    return _pack(sequences, [None, None], [0], [1], [0.0], token_id)
+    return _pack([STAND_IN], [None, None], [0], [1], [0.0], (), shared, 0)
 
 
-def as_inputs(rows: PackedRows) -> dict[str, Any]:
-    """What `transformers.Trainer` passes around as a micro-batch; it counts tokens in ``input_ids``."""
-    return {"rows": rows, "input_ids": rows.ids_RT, "attention_mask": rows.attention_mask_RT}
+def as_inputs(passes: Sequence[PackedRows]) -> dict[str, Any]:
+    """What `transformers.Trainer` passes around as a micro-batch of one forward and backward pass or more; it counts
+    tokens in ``input_ids``.
+    """
+    ids = torch.cat([rows.tokens.ids_RT[rows.tokens.tree_RT >= 0] for rows in passes])[None]
+    return {"passes": list(passes), "input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def split_evenly(pairs: Sequence[Pair], parts: int) -> list[list[Pair]]:
-    """The pairs in order, cut into ``parts`` lists whose lengths differ by at most one; some may be empty."""
-    cuts = [len(pairs) * part // parts for part in range(parts + 1)]
-    return [list(pairs[start:end]) for start, end in zip(cuts, cuts[1:], strict=False)]
+def tree_size(pair: Pair) -> int:
+    """Tokens of a pair when its prompt is stored once."""
+    return sum(len(c.token_ids) for c in (pair.group.prompt, pair.chosen_completion, pair.rejected_completion))
 
 
-def halve(rows: PackedRows) -> tuple[PackedRows, PackedRows]:
-    """The same pairs in two batches of rows. Needs two pairs or more."""
-    count = len(rows.weight_N)
-    assert count >= 2
-    return _select_pairs(rows, range(count // 2)), _select_pairs(rows, range(count // 2, count))
+def split_pairs(pairs: Sequence[Pair], parts: int) -> list[list[Pair]]:
+    """The pairs in ``parts`` lists with about equally many tokens; some may be empty."""
+    return [[pairs[i] for i in indices] for indices in split_balanced([tree_size(pair) for pair in pairs], parts)]
 
 
-def _select_pairs(rows: PackedRows, pairs: range) -> PackedRows:
-    chosen, rejected = rows.chosen_N[pairs.start : pairs.stop], rows.rejected_N[pairs.start : pairs.stop]
-    keep = torch.cat([chosen, rejected])
-    count = len(pairs)
-    return PackedRows(
-        ids_RT=rows.ids_RT[keep],
-        attention_mask_RT=rows.attention_mask_RT[keep],
-        positions_RT=rows.positions_RT[keep],
-        completion_mask_RC=rows.completion_mask_RC[keep],
-        chosen_N=torch.arange(count, device=keep.device),
-        rejected_N=torch.arange(count, 2 * count, device=keep.device),
-        weight_N=rows.weight_N[pairs.start : pairs.stop],
-        score_R=rows.score_R[keep],
-    )
+def passes_needed(pairs: Sequence[Pair], max_tokens: int | None) -> int:
+    """The fewest lists that `split_pairs` makes of at most ``max_tokens`` each, or of one pair that has more alone."""
+    if max_tokens is None or not pairs:
+        return 1
+    parts = max(1, math.ceil(sum(map(tree_size, pairs)) / max_tokens))
+    while parts < len(pairs):
+        if all(len(part) <= 1 or sum(map(tree_size, part)) <= max_tokens for part in split_pairs(pairs, parts)):
+            return parts
+        parts += 1
+    return len(pairs)
+
+
+def halve(rows: PackedRows) -> list[PackedRows]:
+    """The same pairs in two passes of about equally many tokens. Needs two pairs or more."""
+    assert len(rows.pairs) >= 2
+    return [pack_pairs(part, rows.tokens.shares_prompts) for part in split_pairs(rows.pairs, 2)]
 
 
 def _pack(
-    sequences: Sequence[tuple[Prompt, Completion]],
+    groups: Sequence[Group],
     scores: Sequence[float | None],
     chosen: list[int],
     rejected: list[int],
     weights: list[float],
-    pad_token_id: int,
+    pairs: Sequence[Pair],
+    shared: bool,
+    capacity: int,
 ) -> PackedRows:
-    completion_length = max(len(completion.token_ids) for _, completion in sequences)
-    # All completions end at the right edge, so a shorter one leaves positions inside the last C that hold prompt or
-    # padding; the completion mask says which are its own.
-    length = max(len(prompt.token_ids) + len(completion.token_ids) for prompt, completion in sequences)
-    length = max(length, completion_length + 1)  # the first completion token is predicted from the position before it
-    ids, mask, positions, completion_mask = [], [], [], []
-    for prompt, completion in sequences:
-        tokens = [*prompt.token_ids, *completion.token_ids]
-        padding = length - len(tokens)
-        ids.append([pad_token_id] * padding + tokens)
-        mask.append([0] * padding + [1] * len(tokens))
-        positions.append([0] * padding + list(range(len(tokens))))
-        outside = completion_length - len(completion.token_ids)
-        completion_mask.append([False] * outside + [True] * len(completion.token_ids))
+    trees = [Tree(group.prompt.token_ids, tuple(c.token_ids for c in group.completions)) for group in groups]
+    tokens, places = lay_out(trees, shared, capacity)
+    source, target, lengths = [], [], []
+    for tree, tree_places in zip(trees, places, strict=True):
+        for branch, place in zip(tree.branches, tree_places, strict=True):
+            source += [place.before, *range(place.start, place.start + len(branch) - 1)]
+            target += branch
+            lengths.append(len(branch))
     return PackedRows(
-        ids_RT=torch.tensor(ids),
-        attention_mask_RT=torch.tensor(mask),
-        positions_RT=torch.tensor(positions),
-        completion_mask_RC=torch.tensor(completion_mask),
+        tokens=tokens,
+        source_M=torch.tensor(source),
+        target_M=torch.tensor(target),
+        length_S=torch.tensor(lengths),
         chosen_N=torch.tensor(chosen, dtype=torch.long),
         rejected_N=torch.tensor(rejected, dtype=torch.long),
         weight_N=torch.tensor(weights),
-        score_R=torch.tensor([math.nan if score is None else score for score in scores], dtype=torch.float64),
+        score_S=torch.tensor([math.nan if score is None else score for score in scores], dtype=torch.float64),
+        pairs=tuple(pairs),
     )

@@ -45,10 +45,11 @@ from online_dpo.losses import LOSSES, log_ratio
 from online_dpo.metrics import record_loss, record_pairs, record_rollout
 from online_dpo.model_card import write_model_card
 from online_dpo.models import end_token_ids, eval_mode
-from online_dpo.packing import as_inputs, pack_groups, pack_pairs, split_evenly, stand_in
+from online_dpo.packing import as_inputs, pack_groups, pack_pairs, passes_needed, split_pairs, stand_in
 from online_dpo.pairs import pairs_from_ranks, pairs_from_scores
 from online_dpo.rollout import RolloutKey, SamplingParams, TransformersEngine
 from online_dpo.scoring import JudgeScorer, build_scorers, score_groups
+from online_dpo.self_check import MethodChoice
 from online_dpo.types import Completion, Group, PackedRows, Pair, Prompt, Scores
 
 TRAINING, EVALUATION, REFERENCE = 0, 1, 2  # streams of random numbers
@@ -153,6 +154,7 @@ class OnlineDPOTrainer(GuardedTrainer):
             else build_scorers(reward_funcs, reward_processing_classes, args, state=lambda: self.state)
         )
         check_templates(self.scorers, train_dataset)
+        self.choice = MethodChoice(self.accelerator, args.share_prompts)
         self._reference_completions: dict[tuple[int, tuple[int, ...]], tuple[Completion, ...]] = {}
 
     # --- one optimizer step -----------------------------------------------------------------------------------------
@@ -184,7 +186,7 @@ class OnlineDPOTrainer(GuardedTrainer):
         rows: PackedRows = inputs["rows"].to(self.accelerator.device)
         with self.phase("reference") if model.training else nullcontext():
             reference = self._reference_logprobs(rows)  # first: no activations of the policy are held meanwhile
-        policy = row_logprobs(model, rows)
+        policy = row_logprobs(model, rows, chunked=self.choice.method.chunked)
 
         loss_N = self._pair_losses(rows, policy, reference)
         if num_items_in_batch is None:
@@ -225,10 +227,25 @@ class OnlineDPOTrainer(GuardedTrainer):
     def _pack(self, pairs: list[Pair], num_batches: int) -> list[dict[str, Any]]:
         """Exactly as many micro-batches as were fetched: `Trainer` counts them to find the optimizer step."""
         self.done_in_step = []
-        end_token = self.sampling.end_token_ids[0]
-        parts = split_evenly(pairs, num_batches)
-        packed = [pack_pairs(part, end_token) if part else stand_in(end_token) for part in parts]
+        self._settle_method(self.model_wrapped, [pair.group for pair in pairs])  # pyright: ignore[reportArgumentType]
+        shared = self.choice.method.shared
+        parts = split_pairs(pairs, num_batches)
+        passes = self._most_over_ranks([passes_needed(part, self.args.max_tokens_per_pass) for part in parts])
+        packed = [
+            [pack_pairs(piece, shared) if piece else stand_in(shared) for piece in split_pairs(part, count)]
+            for part, count in zip(parts, passes, strict=True)
+        ]
         return [as_inputs(rows) for rows in packed]
+
+    def _most_over_ranks(self, counts: list[int]) -> list[int]:
+        """Each count's maximum over ranks: passes are collective operations, so every rank makes equally many."""
+        mine = torch.tensor([counts], device=self.accelerator.device)
+        return self.accelerator.gather(mine).amax(dim=0).tolist()  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _settle_method(self, model: nn.Module, groups: Sequence[Group]) -> None:
+        lenders = {"the policy": lambda: eval_mode(model), "the reference": self.reference.active}
+        with self.accelerator.autocast():
+            self.choice.settle(lenders, groups)
 
     def _count_over_ranks(self, pairs: list[Pair]) -> torch.Tensor:
         count = torch.tensor(float(len(pairs)), device=self.accelerator.device)
@@ -240,14 +257,14 @@ class OnlineDPOTrainer(GuardedTrainer):
     @torch.no_grad()
     def _reference_logprobs(self, rows: PackedRows) -> RowLogprobs:
         with self.accelerator.autocast(), self.reference.active() as reference:
-            return row_logprobs(reference, rows, entropy=False)
+            return row_logprobs(reference, rows, entropy=False, chunked=self.choice.method.chunked)
 
     def _pair_losses(self, rows: PackedRows, policy: RowLogprobs, reference: RowLogprobs) -> torch.Tensor:
         h_N = log_ratio(
-            policy.logps_R[rows.chosen_N],
-            policy.logps_R[rows.rejected_N],
-            reference.logps_R[rows.chosen_N],
-            reference.logps_R[rows.rejected_N],
+            policy.logps_S[rows.chosen_N],
+            policy.logps_S[rows.rejected_N],
+            reference.logps_S[rows.chosen_N],
+            reference.logps_S[rows.rejected_N],
         )
         return LOSSES[self.args.loss_type](h_N, self._beta)
 
@@ -320,9 +337,12 @@ class OnlineDPOTrainer(GuardedTrainer):
         rivals = self._rivals(prompts)
         scores, ranks = self._score_or_rank(groups)
         pairs, _ = self._pairs(groups, scores, ranks)
-        rows = pack_groups(groups, pairs, self.sampling.end_token_ids[0])
+        if self.accelerator.num_processes == 1:  # otherwise a step of training finds out, on all ranks together
+            self._settle_method(model, groups)
         with self.accelerator.autocast():
-            _, outputs = self.compute_loss(model, as_inputs(rows), return_outputs=True)
+            inputs = {"rows": pack_groups(groups, pairs, self.choice.method.shared)}
+            _, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        rows = inputs["rows"]
         if scores is None:
             reference_scores, wins = [None] * len(groups), self._judged_wins(groups, rivals)
         else:

@@ -1,14 +1,15 @@
 """What the stages hand to each other: small frozen dataclasses, no behaviour beyond views.
 
 Shape suffixes, used in the whole package: ``P`` prompts, ``K`` completions of one prompt, ``N`` pairs, ``R`` rows of a
-batch, ``T`` tokens, ``C`` completion tokens, ``V`` vocabulary. ``scores_PK`` is a tensor of prompts by completions.
+batch, ``T`` tokens of a row, ``S`` completions in a batch, ``M`` tokens of all these completions, ``H`` hidden size,
+``V`` vocabulary. ``scores_PK`` is a tensor of prompts by completions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 if TYPE_CHECKING:
     import torch
@@ -114,51 +115,70 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class PackedRows:
-    """Sequences ready for a model, and which of them form pairs.
+class TokenRows:
+    """Tokens in rows, and which of them see each other.
 
-    A row is ``[padding | prompt | completion]``: completions end at the right edge, so a model has to project only
-    the last ``completion_length`` positions onto the vocabulary.
+    With ``shares_prompts``, a row holds one or several trees ``[prompt | completion 1 | ... | completion K]``, then
+    padding. A token sees the tokens before it that belong to its own tree and to the prompt or its own completion.
+    Without, a row is ``[prompt | completion | padding]`` and plain causal attention is right.
 
-    Fields: ``ids_RT``, ``attention_mask_RT`` (1 where a real token stands) and ``positions_RT`` (0 at each row's first
-    real token) are int64; ``completion_mask_RC`` is bool and covers the last ``C = completion_length`` positions;
-    ``chosen_N`` and ``rejected_N`` are row indices; ``weight_N`` is 1 for a pair and 0 for a stand-in; ``score_R`` is
-    each completion's score (float64), nan where a judge ranked without numbers.
+    Fields, all int64 of shape (R, T): ``ids_RT``; ``positions_RT``, each token's place in its own sequence (every
+    completion goes on from the end of its prompt); ``tree_RT``, -1 on padding; ``branch_RT``, 0 in a prompt and 1 to K
+    in completions.
     """
 
     ids_RT: torch.Tensor
-    attention_mask_RT: torch.Tensor
     positions_RT: torch.Tensor
-    completion_mask_RC: torch.Tensor
+    tree_RT: torch.Tensor
+    branch_RT: torch.Tensor
+    shares_prompts: bool
+
+    def to(self, device: torch.device | str) -> TokenRows:
+        return _moved(self, device)
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Sequences ready for a model, and which of them form pairs.
+
+    The M tokens of the S completions, one completion after the other: ``source_M`` is the place that predicts each (an
+    index into the flattened rows), ``target_M`` its id; ``length_S`` is the number of tokens of each completion.
+    ``chosen_N`` and ``rejected_N`` are indices of completions; ``weight_N`` is 1 for a pair and 0 for a stand-in;
+    ``score_S`` is each completion's score (float64), nan where a judge ranked without numbers. ``pairs`` are the pairs
+    themselves, none for a stand-in.
+    """
+
+    tokens: TokenRows
+    source_M: torch.Tensor
+    target_M: torch.Tensor
+    length_S: torch.Tensor
     chosen_N: torch.Tensor
     rejected_N: torch.Tensor
     weight_N: torch.Tensor
-    score_R: torch.Tensor
-
-    @property
-    def completion_length(self) -> int:
-        return self.completion_mask_RC.shape[1]
-
-    @property
-    def completion_ids_RC(self) -> torch.Tensor:
-        return self.ids_RT[:, self.ids_RT.shape[1] - self.completion_length :]
+    score_S: torch.Tensor
+    pairs: tuple[Pair, ...]
 
     def to(self, device: torch.device | str) -> PackedRows:
-        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self)}
-        return replace(self, **moved)
+        return _moved(self, device)
 
 
 @dataclass(frozen=True)
 class RowLogprobs:
-    """What a model says of the completions in a batch of rows.
+    """What a model says of the S completions in a batch of rows, token by token.
 
-    ``token_logps_RC`` is fp32 and 0 outside completions; ``logps_R`` is its sum over each completion; ``entropy_RC`` is
-    the entropy of each next-token distribution in nats, 0 outside completions, without gradient.
+    ``token_logps_M`` and ``entropy_M`` are fp32: the log-probability of each completion token, and the entropy of the
+    next-token distribution it was picked from, in nats and without gradient. ``logps_S`` is the sum of the
+    log-probabilities over each completion.
     """
 
-    token_logps_RC: torch.Tensor
-    entropy_RC: torch.Tensor
+    token_logps_M: torch.Tensor
+    entropy_M: torch.Tensor
+    logps_S: torch.Tensor
 
-    @property
-    def logps_R(self) -> torch.Tensor:
-        return self.token_logps_RC.sum(dim=1)
+
+Movable = TypeVar("Movable", TokenRows, PackedRows)
+
+
+def _moved(rows: Movable, device: torch.device | str) -> Movable:
+    values = {f.name: getattr(rows, f.name) for f in fields(rows)}
+    return replace(rows, **{name: value.to(device) for name, value in values.items() if hasattr(value, "to")})

@@ -58,7 +58,8 @@ def poisoned_on_the_last_rank():
 
     def hook(module, args, output):
         if module.training and on_last_rank():
-            output.logits = output.logits * float("nan")
+            return output[0] * float("nan"), output[1]
+        return None
 
     model.register_forward_hook(hook)
     return model

@@ -28,17 +28,30 @@ def first_step(made):
     return made.get_batch_samples(iter(loader), made.args.gradient_accumulation_steps, made.args.device)
 
 
+def sequences(rows):
+    """Prompt and completion of every completion, read back from the rows: what a model sees before its first token."""
+    tokens, read = rows.tokens, []
+    tree, branch, ids = (x.flatten() for x in (tokens.tree_RT, tokens.branch_RT, tokens.ids_RT))
+    for source, target in zip(*(x.split(rows.length_S.tolist()) for x in (rows.source_M, rows.target_M)), strict=True):
+        before = int(source[0])
+        own = (tree == tree[before]) & (branch == 0) & (torch.arange(len(ids)) <= before)
+        read.append((tuple(ids[own].tolist()), tuple(target.tolist())))
+    return read
+
+
 # 1 ------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("extra", [None, {"no_repeat_ngram_size": 0}])
 @pytest.mark.parametrize("num_completions", [2, 3, 5])
-def test_chosen_and_rejected_share_their_prompt_and_come_from_its_group(tmp_path, num_completions, extra):
+@pytest.mark.parametrize("shared", [True, False])
+def test_chosen_and_rejected_share_their_prompt_and_come_from_its_group(tmp_path, num_completions, extra, shared):
     calls = []
     made = trainer(
         tmp_path,
         reward_funcs=recording(calls),
         num_completions=num_completions,
+        share_prompts=shared,
         generation_kwargs=extra,
         gradient_accumulation_steps=3,
     )
@@ -49,9 +62,11 @@ def test_chosen_and_rejected_share_their_prompt_and_come_from_its_group(tmp_path
         by_prompt.setdefault(tuple(made.tokenizer(prompt)["input_ids"]), []).append(tuple(ids))
     assert len(by_prompt) == 12 and all(len(ids) == num_completions for ids in by_prompt.values())
     pairs = 0
-    for rows in (inputs["rows"] for inputs in micro_batches):
+    for rows in (rows for inputs in micro_batches for rows in inputs["passes"]):
+        assert rows.tokens.shares_prompts is shared
+        read = sequences(rows)
         for chosen, rejected in zip(rows.chosen_N.tolist(), rows.rejected_N.tolist(), strict=True):
-            prompts, completions = zip(*(split(rows, r) for r in (chosen, rejected)), strict=True)
+            prompts, completions = zip(read[chosen], read[rejected], strict=True)
             assert prompts[0] == prompts[1]
             assert completions[0] in by_prompt[prompts[0]] and completions[1] in by_prompt[prompts[0]]
             score = {c: word_reward([made.tokenizer.decode(c, skip_special_tokens=True)])[0] for c in completions}
@@ -78,12 +93,6 @@ def test_each_completion_was_sampled_from_the_prompt_of_its_group(tmp_path, num_
                 picked = logps.gather(-1, torch.tensor(completion.token_ids)[:, None])[:, 0]
                 gaps[prompt.row] = (picked - torch.tensor(completion.logprobs)).abs().max().item()
             assert gaps.pop(group.prompt.row) < 1e-4 < min(gaps.values())
-
-
-def split(rows, r):
-    real = rows.ids_RT[r][rows.attention_mask_RT[r].bool()].tolist()
-    length = int(rows.completion_mask_RC[r].sum())
-    return tuple(real[:-length]), tuple(real[-length:])
 
 
 # 2 ------------------------------------------------------------------------------------------------------------------
@@ -272,8 +281,8 @@ def test_what_was_sampled_from_is_what_is_scored_and_trained_on(tmp_path):
     sampled_from = {tuple(made.tokenizer(prompt)["input_ids"]) for prompt, *_ in calls[0]}
     originals = [tuple(made.tokenizer(row["prompt"])["input_ids"]) for row in dataset(lengths=(30, 31, 5, 32))]
     assert sampled_from == {ids[-12:] for ids in originals}
-    for rows in (inputs["rows"] for inputs in micro_batches):
-        assert {split(rows, r)[0] for r in range(len(rows.ids_RT))} <= sampled_from
+    trained_on = {prompt for inputs in micro_batches for rows in inputs["passes"] for prompt, _ in sequences(rows)}
+    assert trained_on and trained_on <= sampled_from
 
 
 # 9 ------------------------------------------------------------------------------------------------------------------
@@ -301,14 +310,15 @@ def test_saved_configs_are_as_the_user_gave_them(tmp_path):
 
 
 def poison(model, at_steps):
-    """Makes the logits of these training forwards NaN (1 is the first)."""
+    """Makes the log-probabilities of these training forwards NaN (1 is the first)."""
     count = [0]
 
     def hook(module, args, output):
         if module.training:
             count[0] += 1
             if count[0] in at_steps:
-                output.logits = output.logits * float("nan")
+                return output[0] * float("nan"), output[1]
+        return None
 
     model.register_forward_hook(hook)
     return model
@@ -366,6 +376,9 @@ def test_weights_that_are_not_finite_end_in_the_error_that_says_so(tmp_path):
 # out of memory ------------------------------------------------------------------------------------------------------
 
 
+TOKENS_WITH_ROOM = 30
+
+
 class FailingBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits):
@@ -373,7 +386,7 @@ class FailingBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        if gradient.shape[0] > 4:
+        if len(gradient) > TOKENS_WITH_ROOM:
             raise torch.OutOfMemoryError("no room for the backward pass")
         return gradient
 
@@ -383,10 +396,11 @@ def test_running_out_of_memory_splits_the_micro_batch_and_keeps_the_gradient(tmp
     def hook(module, args, output):
         if not module.training:
             return
-        if where == "forward" and output.logits.shape[0] > 4:
+        logps_M, entropy_M = output
+        if where == "forward" and len(logps_M) > TOKENS_WITH_ROOM:
             raise torch.OutOfMemoryError("no room for the forward pass")
         if where == "backward":
-            output.logits = FailingBackward.apply(output.logits)
+            return FailingBackward.apply(logps_M), entropy_M
 
     options = dict(per_device_train_batch_size=6, gradient_accumulation_steps=2)
     expected_log = trainer(tmp_path, **options)
@@ -400,7 +414,7 @@ def test_running_out_of_memory_splits_the_micro_batch_and_keeps_the_gradient(tmp
     model.register_forward_hook(hook)
     small = trainer(tmp_path, model=model, **options)
     small.train()
-    assert small.pairs_that_fit == 2
+    assert small.tokens_that_fit < 100
 
     def comparable(made):
         return {k: v for k, v in made.state.log_history[0].items() if not k.startswith(("time/", "perf/"))}
@@ -415,7 +429,7 @@ def test_a_single_pair_that_does_not_fit_says_what_to_do(tmp_path):
 
     model = tiny.causal_lm(sharpness=1.0)
     model.register_forward_hook(hook)
-    with pytest.raises(torch.OutOfMemoryError, match="Lower `per_device_train_batch_size`"):
+    with pytest.raises(torch.OutOfMemoryError, match="Lower `max_tokens_per_pass`"):
         trainer(tmp_path, model=model).train()
 
 

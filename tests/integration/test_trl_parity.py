@@ -10,7 +10,7 @@ from trl.experimental.online_dpo import OnlineDPOConfig as TRLConfig
 from trl.experimental.online_dpo import OnlineDPOTrainer as TRLTrainer
 
 import tiny
-from online_dpo.packing import as_inputs, pack_pairs
+from online_dpo.packing import pack_pairs
 from online_dpo.pairs import pairs_from_scores
 from online_dpo.types import Scores
 from training import config, trainer
@@ -91,16 +91,16 @@ def test_loss_log_probabilities_and_gradient_equal_trls(tmp_path, monkeypatch, l
     )
     groups = [tiny.group(p, c) for p, c in zip(tiny.prompts(PROMPT_LENGTHS), COMPLETIONS, strict=True)]
     pairs, _ = pairs_from_scores(groups, Scores(SCORES, {}))
-    rows = pack_pairs(pairs, tiny.PAD)
+    rows = pack_pairs(pairs, shared=True)
     made.model.train()
-    loss, outputs = made.compute_loss(made.model, as_inputs(rows), return_outputs=True, num_items_in_batch=4)
+    loss, outputs = made.compute_loss(made.model, {"rows": rows}, return_outputs=True, num_items_in_batch=4)
     assert loss.item() == pytest.approx(trl_loss, rel=1e-6)
 
     for ours, theirs in ((outputs["policy"], trl_policy), (outputs["reference"], trl_reference)):
+        of_completion = ours.token_logps_M.split(rows.length_S.tolist())
         for n, pair in enumerate(pairs):
-            for row, k in ((rows.chosen_N[n], pair.chosen), (rows.rejected_N[n], pair.rejected)):
-                completion = COMPLETIONS[n][k]
-                mine = ours.token_logps_RC[row][rows.completion_mask_RC[row]]
+            for s, k in ((rows.chosen_N[n], pair.chosen), (rows.rejected_N[n], pair.rejected)):
+                completion, mine = COMPLETIONS[n][k], of_completion[s]
                 torch.testing.assert_close(mine, theirs[k * 4 + n][: len(completion)], atol=1e-6, rtol=1e-6)
 
     loss.backward()
@@ -128,7 +128,7 @@ def test_where_trl_is_wrong_its_numbers_move_with_padding_and_ours_do_not(tmp_pa
     groups = [tiny.group(p, c) for p, c in zip(tiny.prompts(PROMPT_LENGTHS), COMPLETIONS, strict=True)]
     pairs, _ = pairs_from_scores(groups, Scores(SCORES, {}))
     made.model.train()
-    made.compute_loss(made.model, as_inputs(pack_pairs(pairs, tiny.PAD)), num_items_in_batch=4)
+    made.compute_loss(made.model, {"rows": pack_pairs(pairs, shared=True)}, num_items_in_batch=4)
     kl, entropy = [], []
     for p in range(4):
         for k in range(2):

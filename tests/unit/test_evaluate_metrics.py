@@ -112,10 +112,10 @@ def test_rollout_and_pair_metrics():
 def test_loss_metrics_by_hand_and_nothing_from_a_stand_in():
     made = groups()
     pairs = [Pair(made[0], 0, 1, 1.0, 0.0), Pair(made[1], 1, 0, 5.0, 3.0)]
-    rows = pack_pairs(pairs, tiny.PAD)
-    real = rows.completion_mask_RC
-    policy = RowLogprobs(torch.where(real, -1.0, 0.0), torch.where(real, 2.0, 0.0))
-    reference = RowLogprobs(torch.where(real, -1.5, 0.0), torch.where(real, 9.0, 0.0))
+    rows = pack_pairs(pairs, shared=True)
+    ones_M, length_S = torch.ones(len(rows.target_M)), rows.length_S.float()
+    policy = RowLogprobs(-1.0 * ones_M, 2.0 * ones_M, -1.0 * length_S)
+    reference = RowLogprobs(-1.5 * ones_M, 9.0 * ones_M, -1.5 * length_S)
     store = MetricStore()
     record_loss(store, rows, policy, reference, torch.tensor([0.5, 0.9]), beta=0.2)
     metrics = store.drain()
@@ -131,7 +131,7 @@ def test_loss_metrics_by_hand_and_nothing_from_a_stand_in():
     assert metrics["objective/non_score_reward"] == pytest.approx(-0.2 * metrics["objective/kl"])
     assert metrics["objective/rlhf_reward"] == pytest.approx(9 / 4 - 0.2 * metrics["objective/kl"])
 
-    empty = stand_in(tiny.EOS)
-    zeros = RowLogprobs(torch.zeros(2, 1), torch.zeros(2, 1))
+    empty = stand_in(shared=True)
+    zeros = RowLogprobs(torch.zeros(2), torch.zeros(2), torch.zeros(2))
     record_loss(store, empty, zeros, zeros, torch.tensor([0.7]), beta=0.2)
     assert store.drain() == {"beta": 0.2}

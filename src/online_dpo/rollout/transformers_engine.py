@@ -19,7 +19,7 @@ from torch import nn
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
-from online_dpo.models import accepts_argument, base_causal_lm, empty_device_cache, eval_mode
+from online_dpo.models import accepts_argument, empty_device_cache, eval_mode, unwrapped
 from online_dpo.rollout.engine import RolloutKey, SamplingParams
 from online_dpo.rollout.sampling import draw_tokens, reshape_logits, token_logprobs, uniform_numbers
 from online_dpo.types import Completion, Group, Prompt
@@ -92,7 +92,7 @@ class TransformersEngine:
         """Prefill each prompt once, copy its cache K times, then one token at a time for the sequences still
         running.
         """
-        cache = DynamicCache(config=base_causal_lm(self.model).config.get_text_config())  # pyright: ignore
+        cache = DynamicCache(config=unwrapped(self.model).config.get_text_config())  # pyright: ignore
         ids_PT, mask_PT = batch.prompt_ids_PT, batch.prompt_mask_PT
         logits_PV = self._forward(ids_PT, mask_PT, _positions(mask_PT), cache)
         cache.batch_repeat_interleave(batch.num_completions)
@@ -151,7 +151,7 @@ class TransformersEngine:
             pad_token_id=batch.pad_token_id,
             **params.extra,
         )
-        base = base_causal_lm(self.model)
+        base = unwrapped(self.model)
         own_config, base.generation_config = base.generation_config, GenerationConfig()  # it would fill gaps in ours
         hook = base.register_forward_hook(keep_raw_logits)
         try:
@@ -255,7 +255,7 @@ class _Batch:
 
 def _has_plain_cache(model: nn.Module) -> bool:
     """Whether the model's memory is a key-value cache of attention layers only, which can be copied and cut by rows."""
-    base = base_causal_lm(model)
+    base = unwrapped(model)
     layers = set(getattr(base.config.get_text_config(), "layer_types", None) or ATTENTION_LAYERS)  # pyright: ignore
     supported = base._supports_default_dynamic_cache()  # pyright: ignore[reportCallIssue]
     return layers <= ATTENTION_LAYERS and not base._is_stateful and supported  # pyright: ignore[reportReturnType]

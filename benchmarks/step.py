@@ -1,0 +1,141 @@
+"""One optimizer step of this library alone, under different options: where its time and memory go.
+
+    python benchmarks/step.py --workload chat --variant plain lora --optim adamw_torch_fused sgd
+
+Each row is a worker process of its own, with the same steps as in `vs_trl.py`: one to warm up, one for memory, then the
+timed ones. Memory is in MiB above what the process held with its models loaded and no optimizer state yet.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from measure import PHASES, limit_share, summarise
+from vs_trl import (
+    STEPS_BEFORE_TIMING,
+    check_shared_options,
+    header,
+    parser_with_shared_options,
+    refuse,
+    run_in_turn,
+    step_gflop,
+)
+from worker import Worker, WorkerFailed
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "gradient-checkpointing": {"gradient_checkpointing": True},
+    "lora": {"lora": True},
+    "lora-gradient-checkpointing": {"lora": True, "gradient_checkpointing": True},
+}
+"""Fields of `trainers.Job` that each variant sets."""
+
+DEFAULT_OPTIMIZER = "adamw_torch_fused"
+
+
+def row_name(variant: str, optim: str, optims: list[str]) -> str:
+    """The optimizer is named where there are several."""
+    return variant if len(optims) == 1 else f"{variant} {optim}"
+
+
+def measure_row(worker: Worker, models_mib: float, repetitions: int, rate: float) -> dict[str, Any]:
+    """The figures of one row, as they stand in the JSON file."""
+    (memory_step,), (timed,) = run_in_turn([worker], repetitions)
+    job, memory, seconds = worker.job, memory_step["memory"], [step["seconds"] for step in timed]
+    passes = 2 if job.lora else 3
+    useful = [step_gflop(job.model, job.workload, step, passes) for step in timed]
+    kept_mib = memory["baseline"] - models_mib  # what the first step has left behind: optimizer state, mostly
+    return {
+        "variant": {"gradient_checkpointing": job.gradient_checkpointing, "lora": job.lora, "optim": job.optim},
+        "seconds": summarise(seconds),
+        "models_mib": models_mib,
+        "kept_mib": kept_mib,
+        "peak_mib": memory["step"] + kept_mib,
+        "peak_mib_generation": memory["generation"] + kept_mib,
+        "peak_mib_non_generation": memory["non_generation"] + kept_mib,
+        "useful_gflop": median(useful),
+        "limit_share": limit_share(useful, seconds, rate),
+    }
+
+
+def print_rows(workload: str, rows: dict[str, dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{workload}: seconds a step, MiB above the models")
+    table.add_column("", no_wrap=True)
+    phases = (*PHASES, "other", "step")
+    sizes = {"models": "models_mib", "state": "kept_mib", "peak sampling": "peak_mib_generation", "peak": "peak_mib"}
+    for title in (*phases, *sizes, "limit share"):
+        table.add_column(title.replace("_", " "), justify="right")
+    for name, row in rows.items():
+        seconds = [row["seconds"].get(phase) for phase in phases]
+        table.add_row(
+            name,
+            *(f"{phase['median']:.3f}" if phase else "-" for phase in seconds),
+            *(f"{row[key]:.0f}" for key in sizes.values()),
+            f"{row['limit_share']:.1%}",
+        )
+    console = Console(width=170, highlight=False)
+    console.print(table)
+    console.print(
+        "  models: MiB held before the first step. state: what that step leaves behind, mostly the optimizer's.\n"
+        "  limit share: useful work after sampling over what the machine's matrix rate allows in that time.\n"
+    )
+
+
+def main() -> None:
+    parser = parser_with_shared_options(__doc__, ["chat"])
+    add = parser.add_argument
+    names = ", ".join(VARIANTS)
+    add("--variant", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME", help=names)
+    add("--optim", nargs="+", default=[DEFAULT_OPTIMIZER], metavar="NAME", help="as TrainingArguments' `optim`")
+    options = parser.parse_args()
+    if importlib.util.find_spec("peft") is None and any(VARIANTS[name].get("lora") for name in options.variant):
+        refuse("peft is not installed: pip install 'online-dpo[peft]', or choose variants without lora")
+    check_shared_options(options)
+    from transformers.training_args import OptimizerNames
+
+    unknown = [name for name in options.optim if name not in {known.value for known in OptimizerNames}]
+    if unknown:
+        refuse(f"--optim {unknown[0]}: transformers has no such optimizer")
+    from trainers import Job
+
+    rate, results = 0.0, {}
+    for workload in options.workload:
+        rows: dict[str, dict[str, Any]] = {}
+        for variant, optim in ((v, o) for v in options.variant for o in options.optim):
+            name = row_name(variant, optim, options.optim)
+            print(f"{workload}, {name}", file=sys.stderr)
+            job = Job(
+                side="ours",
+                workload=workload,
+                model=options.model,
+                device=options.device,
+                dtype=options.dtype,
+                threads=options.threads,
+                steps=STEPS_BEFORE_TIMING + options.repetitions,
+                optim=optim,
+                **VARIANTS[variant],
+            )
+            with Worker(job) as worker:
+                models_mib = worker.ready()["models_mib"]
+                rate = rate or worker.ask("rate")["gflops"]
+                rows[name] = measure_row(worker, models_mib, options.repetitions, rate)
+            results[workload] = rows
+            if options.json is not None:
+                options.json.write_text(json.dumps({**header(options, rate), "workloads": results}, indent=1) + "\n")
+        print_rows(workload, rows)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except WorkerFailed as failure:
+        print(f"{Path(sys.argv[0]).name}: error: {failure}", file=sys.stderr)
+        raise SystemExit(1) from None

@@ -1,0 +1,85 @@
+"""What a model must be told so that tokens in rows see what they may see.
+
+Shapes: ``R`` rows, ``T`` tokens of a row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from online_dpo.layout import PADDING
+from online_dpo.models import accepts_argument, unwrapped
+from online_dpo.types import TokenRows
+
+LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+IMPLEMENTATIONS = {"sdpa", "eager"}
+
+
+def why_not_shared(model: nn.Module) -> str | None:
+    """What keeps this model from reading rows that share prompts, as far as its config tells; ``None`` if nothing."""
+    config = unwrapped(model).config.get_text_config()
+    if not accepts_argument(model, "position_ids"):
+        return "it takes no `position_ids`"
+    if config._attn_implementation not in IMPLEMENTATIONS:
+        return f"its attention implementation {config._attn_implementation!r} takes no mask of (rows, tokens, tokens)"
+    others = set(_layer_types(config)) - LAYERS
+    if others:
+        return f"its layers are not all attention ({', '.join(sorted(others))})"
+    return None
+
+
+def attention_inputs(model: nn.Module, tokens: TokenRows) -> dict[str, Any]:
+    """``attention_mask`` and ``position_ids`` for a forward pass over the rows.
+
+    Rows that share prompts get a mask of shape (R, 1, T, T), or one for each kind of layer where a model mixes full,
+    sliding-window and chunked attention.
+    """
+    inputs: dict[str, Any] = {}
+    if accepts_argument(model, "position_ids"):
+        inputs["position_ids"] = tokens.positions_RT
+    if not tokens.shares_prompts:
+        return inputs | {"attention_mask": (tokens.tree_RT != PADDING).long()}
+    config = unwrapped(model).config.get_text_config()
+    masks = {kind: _mask(model, tokens, kind) for kind in sorted(set(_layer_types(config)))}
+    return inputs | {"attention_mask": masks if len(masks) > 1 else next(iter(masks.values()))}
+
+
+def visible(tokens: TokenRows, window: int | None = None, chunk: int | None = None) -> torch.Tensor:
+    """Which token (second index) each token (first index) sees, (R, T, T) bool.
+
+    The distance that ``window`` and ``chunk`` cut at is that of positions, so it is the same as if each completion
+    stood alone behind its prompt. Padding sees padding, so that no token sees nothing.
+    """
+    length = tokens.ids_RT.shape[1]
+    tree_RT, branch_RT, position_RT = tokens.tree_RT, tokens.branch_RT, tokens.positions_RT
+    seen_RTT = tree_RT[:, :, None] == tree_RT[:, None, :]
+    seen_RTT &= (branch_RT[:, None, :] == 0) | (branch_RT[:, :, None] == branch_RT[:, None, :])
+    seen_RTT &= torch.ones(length, length, dtype=torch.bool, device=tree_RT.device).tril()
+    if window is not None:
+        seen_RTT &= position_RT[:, :, None] - position_RT[:, None, :] < window
+    if chunk is not None:
+        seen_RTT &= position_RT[:, :, None] // chunk == position_RT[:, None, :] // chunk
+    return seen_RTT
+
+
+def _mask(model: nn.Module, tokens: TokenRows, kind: str) -> torch.Tensor:
+    config = unwrapped(model).config.get_text_config()
+    window = config.sliding_window if kind == "sliding_attention" else None
+    chunk = config.attention_chunk_size if kind == "chunked_attention" else None
+    seen_R1TT = visible(tokens, window, chunk)[:, None]
+    if config._attn_implementation == "eager":  # which adds the mask to its scores
+        dtype = next(model.parameters()).dtype
+        zeros = torch.zeros(seen_R1TT.shape, dtype=dtype, device=seen_R1TT.device)
+        return zeros.masked_fill_(~seen_R1TT, torch.finfo(dtype).min)
+    return seen_R1TT
+
+
+def _layer_types(config: Any) -> list[str]:
+    """The kind of attention of each layer; configs without a list have one kind for all."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return list(kinds)
+    return ["full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"]

@@ -1,0 +1,188 @@
+"""The benchmarks run, what they write is consistent, and their figures mean what they say."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from online_dpo.rollout import RolloutKey, SamplingParams, TransformersEngine, transformers_engine
+from online_dpo.types import Prompt
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import measure  # noqa: E402
+import trainers  # noqa: E402
+import workloads  # noqa: E402
+
+TINY = ("--model", "tiny", "--repetitions", "1", "--threads", "1", "--workload", "chat")
+PARTS = (*measure.PHASES, "other")
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def run(script, *words, status=0):
+    command = [sys.executable, *script, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=300)
+    assert done.returncode == status, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+def assert_parts_make_up_the_step(seconds, within):
+    parts = sum(seconds[part]["median"] for part in PARTS)
+    step = seconds["step"]["median"]
+    assert parts == pytest.approx(step, rel=within)
+    assert seconds["non_generation"]["median"] == pytest.approx(step - seconds["generate"]["median"], rel=within)
+    for phase in seconds.values():
+        assert 0 < phase["min"] <= phase["median"] <= phase["max"]
+
+
+def test_comparison_with_trl(tmp_path):
+    pytest.importorskip("trl")
+    done = run(["benchmarks/vs_trl.py"], *TINY, "--json", tmp_path / "result.json")
+    assert "chat" in done.stdout and "TRL / ours" in done.stdout
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["model"] == "tiny" and result["matrix_rate_gflops"] > 1 and result["device"]
+    assert result["versions"]["torch"] == torch.__version__ and "--model tiny" in result["command"]
+
+    (figures,) = result["workloads"].values()
+    for side in ("ours", "trl"):
+        assert_parts_make_up_the_step(figures[side], within=0.01)
+        assert figures["peak_mib"][side] > 0 and figures["baseline_mib"][side] > 100
+        assert 0 < figures["limit_share"][side] < 1
+    assert set(figures["speedup"]) == {"step", "non_generation", *measure.PHASES}
+    for phase, speedup in figures["speedup"].items():
+        assert speedup == pytest.approx(figures["trl"][phase]["median"] / figures["ours"][phase]["median"])
+    assert figures["memory_ratio"] == pytest.approx(figures["peak_mib"]["ours"] / figures["peak_mib"]["trl"])
+    assert figures["memory_ratio_non_generation"] > 0
+    assert figures["useful_gflop"] == figures["useful_gflop_trl"] > 0
+
+
+def test_our_own_step_under_options(tmp_path):
+    pytest.importorskip("peft")
+    variants = ("plain", "lora-gradient-checkpointing")
+    done = run(["benchmarks/step.py"], *TINY, "--variant", *variants, "--json", tmp_path / "result.json")
+    rows = json.loads((tmp_path / "result.json").read_text())["workloads"]["chat"]
+    assert set(rows) == set(variants) and all(name in done.stdout for name in variants)
+    for row in rows.values():
+        assert_parts_make_up_the_step(row["seconds"], within=0.01)
+        assert row["models_mib"] > 100 and row["peak_mib"] > row["kept_mib"] and 0 < row["limit_share"] < 1
+    assert rows["plain"]["useful_gflop"] > rows["lora-gradient-checkpointing"]["useful_gflop"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--workload", "nothing"], "invalid choice: 'nothing'"),
+        (["--model", "nothing"], "invalid choice: 'nothing'"),
+        (["--json", "no/such/folder/x.json"], "its folder must exist"),
+        (["--repetitions", "0"], "--repetitions must be between"),
+    ],
+)
+def test_wrong_options_are_refused_in_a_line(words, message):
+    assert message in run(["benchmarks/vs_trl.py"], *words, status=2).stderr.splitlines()[-1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_cuda_is_refused_where_there_is_none():
+    for script in ("vs_trl.py", "step.py"):
+        done = run([f"benchmarks/{script}"], "--device", "cuda", status=2)
+        assert done.stderr == f"{script}: error: --device cuda: torch finds no CUDA device here\n"
+
+
+def test_without_trl_it_says_how_to_install_it():
+    hide = "import runpy, sys; sys.modules['trl'] = None; sys.argv = sys.argv[1:]; sys.path.insert(0, 'benchmarks'); "
+    done = run(["-c", hide + "runpy.run_path(sys.argv[0], run_name='__main__')"], "benchmarks/vs_trl.py", status=2)
+    assert done.stderr == "vs_trl.py: error: trl is not installed: pip install 'online-dpo[bench]'\n"
+
+
+# --- what the figures mean -------------------------------------------------------------------------------------------
+
+
+def test_work_of_a_hand_computed_group():
+    shape = workloads.Shape(hidden=4, layers=2, heads=2, kv_heads=1, intermediate=8, vocabulary=10)
+    assert shape.layer_weights == 2 * 4 * 4 + 2 * 4 * 2 + 3 * 4 * 8 == 144
+    # Prompt of 2 tokens, completions of 1 and 3: 6 tokens; they see 1+2, 3, and 3+4+5 tokens.
+    layers, attention, head = 2 * 2 * 144 * 6, 4 * 2 * 4 * (3 + 3 + 12), 2 * 4 * 10 * 4
+    assert measure.group_forward_flop(shape, 2, [1, 3], head=True) == layers + attention + head
+    assert measure.group_forward_flop(shape, 2, [1, 3], head=False) == layers + attention
+    # Policy three times and reference once over the pair; the reward model over all three completions.
+    third = 2 * 2 * 144 * 2 + 4 * 2 * 4 * (3 + 4)
+    expected = 4 * (layers + attention + head) + layers + attention + third
+    assert measure.useful_gflop(shape, [2], [[1, 2, 3]], [[1, 3]], passes=3) == pytest.approx(expected / 1e9)
+
+
+def test_phases_do_not_count_twice(monkeypatch):
+    clock = iter([0.0, 1.0, 3.0, 7.0, 15.0, 31.0])
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
+    timer = measure.PhaseTimer(lambda: None)
+    with timer.phase("policy_forward"), timer.phase("reference"):
+        pass
+    seconds = timer.stop()
+    assert seconds["policy_forward"] == 2 + 8 and seconds["reference"] == 4 and seconds["other"] == 1 + 16
+    assert seconds["step"] == seconds["non_generation"] == 31
+
+
+def test_memory_meter_sees_what_was_there_for_a_moment_only():
+    meter = measure.MemoryMeter("cpu")
+    meter.start()
+    torch.ones(10 * 2**20)  # 40 MiB
+    meter.boundary("generation")
+    torch.ones(20 * 2**20)
+    peak = meter.stop()
+    assert 38 <= peak["generation"] < 60 and 78 <= peak["non_generation"] < 110
+    assert peak["step"] == peak["non_generation"]
+
+
+@pytest.mark.parametrize("name", list(workloads.KINDS))
+def test_workloads_are_the_same_every_time_and_survive_the_tokenizer(name):
+    shape, kind = workloads.MODELS["tiny"], workloads.KINDS[name]
+    made = workloads.make_workload(name, shape.vocabulary, steps=2)
+    longer = workloads.make_workload(name, shape.vocabulary, steps=3)
+    assert longer.prompts[:16] == made.prompts and longer.lengths[:16] == made.lengths
+    assert [made.row_of(ids[-1]) for ids in made.prompts] == list(range(16))
+    assert workloads.make_tokenizer(shape)(made.texts())["input_ids"] == made.prompts
+    assert all(kind.shortest_prompt <= len(ids) <= kind.longest_prompt for ids in made.prompts)
+    assert all(2 <= length <= kind.max_new_tokens for lengths in made.lengths for length in lengths)
+
+
+def test_long_answers_are_around_half_of_the_maximum_and_a_fifth_reach_it():
+    made = workloads.make_workload("long-answer", 1000, workloads.MOST_STEPS)
+    lengths = [length for row in made.lengths for length in row]
+    assert statistics.median(lengths) == pytest.approx(256, rel=0.1)
+    assert 0.15 < lengths.count(512) / len(lengths) < 0.25
+
+
+def test_both_trainers_sample_the_lengths_asked_for(monkeypatch):
+    shape = workloads.MODELS["tiny"]
+    made = workloads.make_workload("chat", shape.vocabulary, steps=1)
+    made.lengths[3][0], made.lengths[5][1] = 64, 2
+    policy, tokenizer = workloads.make_policy(shape, "cpu"), workloads.make_tokenizer(shape)
+
+    monkeypatch.setattr(transformers_engine, "_Batch", transformers_engine._Batch)  # put back afterwards
+    trainers.force_our_lengths(made)
+    prompts = [Prompt(text, tuple(ids), row) for row, (text, ids) in enumerate(zip(made.texts(), made.prompts))]  # noqa: B905
+    params = SamplingParams(max_new_tokens=64, end_token_ids=(workloads.EOS,))
+    groups = TransformersEngine(policy, tokenizer).generate(prompts, 3, params, RolloutKey(0, 0, 0, 0))
+    ours = [[len(completion.token_ids) for completion in group.completions] for group in groups]
+    assert ours == [lengths[:3] for lengths in made.lengths]
+    assert groups[3].completions[0].finish_reason == "length" and groups[5].completions[1].finish_reason == "stop"
+    for completion in (completion for group in groups for completion in group.completions):
+        assert all(token >= workloads.FIRST_RESERVED for token in completion.token_ids[:-1])
+        ended = completion.token_ids[-1] == workloads.EOS
+        assert ended == (completion.finish_reason == "stop")
+
+    trainers.force_trl_lengths(policy, made)
+    encoded = tokenizer(made.texts(), return_tensors="pt", padding=True)
+    sampled_BT = policy.generate(
+        input_ids=encoded["input_ids"].repeat(2, 1),
+        attention_mask=encoded["attention_mask"].repeat(2, 1),
+        max_new_tokens=64,
+        do_sample=True,
+    )[:, encoded["input_ids"].shape[1] :]
+    theirs = [row.index(workloads.EOS) + 1 if workloads.EOS in row else 64 for row in sampled_BT.tolist()]
+    assert theirs == [lengths[sample] for sample in range(2) for lengths in made.lengths]

@@ -1,0 +1,268 @@
+"""Log-probabilities of rows, in every layout and along every path, against one sequence at a time."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+)
+
+import tiny
+from online_dpo import logprobs
+from online_dpo.attention import visible, why_not_shared
+from online_dpo.logprobs import can_chunk, enable_logprobs, row_logprobs
+from online_dpo.models import accepts_argument, disable_dropout
+from online_dpo.packing import pack_groups, pack_pairs, stand_in
+from online_dpo.reference import frozen_copy
+from online_dpo.types import Pair
+
+COMPLETIONS = [[[5, 6, 7, 1], [8, 9], [8, 9, 30]], [[10, 11, 12, 13, 14, 1], [15, 1], [16]], [[1], [20, 21, 22], [23]]]
+LENGTHS = (9, 2, 14)
+LAYOUTS = [(False, 0), (True, 0), (True, 200)]
+
+
+def groups():
+    return [tiny.group(p, c) for p, c in zip(tiny.prompts(LENGTHS), COMPLETIONS, strict=True)]
+
+
+def make_pairs():
+    return [Pair(g, i % 2, 1 - i % 2, chosen_score=2.0 + i, rejected_score=0.5) for i, g in enumerate(groups())]
+
+
+def ready(model):
+    enable_logprobs(model)
+    return model
+
+
+def alone(model, prompt, completion):
+    """The oracle: one sequence, no padding, no mask, no positions, whole log-softmax in double."""
+    ids = torch.tensor([[*prompt, *completion]])
+    logps = model(input_ids=ids).logits.double().log_softmax(-1)[0, len(prompt) - 1 : -1]
+    entropy = -(logps.exp() * logps).sum(-1)
+    return logps.gather(-1, torch.tensor(completion)[:, None])[:, 0], entropy
+
+
+def oracle(model, made):
+    both = [alone(model, g.prompt.token_ids, c.token_ids) for g in made for c in g.completions]
+    return torch.cat([logps for logps, _ in both]).float(), torch.cat([entropy for _, entropy in both]).float()
+
+
+def assert_equals_oracle(model, rows, made, chunked):
+    got = row_logprobs(model, rows, chunked=chunked)
+    logps, entropy = oracle(model, made)
+    torch.testing.assert_close(got.token_logps_M, logps, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got.entropy_M, entropy, atol=1e-5, rtol=1e-5)
+    sums = torch.stack([part.sum() for part in logps.split(rows.length_S.tolist())])
+    torch.testing.assert_close(got.logps_S, sums, atol=1e-4, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunked", [True, False])
+@pytest.mark.parametrize("shared,capacity", LAYOUTS)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_layout_equals_single_sequences(family, attention, shared, capacity, chunked, monkeypatch):
+    monkeypatch.setitem(logprobs.CHUNK_LOGITS, "cpu", 5 * tiny.VOCABULARY)
+    model = ready(tiny.causal_lm(family, attn_implementation=attention))
+    assert model.config._attn_implementation == attention and why_not_shared(model) is None
+    made = groups()
+    assert_equals_oracle(model, pack_groups(made, [], shared, capacity), made, chunked)
+
+
+def other(cls, config, **fields):
+    torch.manual_seed(0)
+    small = dict(vocab_size=tiny.VOCABULARY, hidden_size=32, num_hidden_layers=2, pad_token_id=0, eos_token_id=1)
+    model = cls(config(**small, **fields)).eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(3.0 if parameter.dim() == 2 else 1.0)
+    return model
+
+
+ATTENTION = dict(intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
+HEADS = {
+    "scale of the logits": lambda: other(CohereForCausalLM, CohereConfig, logit_scale=0.3, **ATTENTION),
+    "division of the logits": lambda: other(GraniteForCausalLM, GraniteConfig, logits_scaling=0.2, **ATTENTION),
+    "bias on the head": lambda: other(PhiForCausalLM, PhiConfig, tie_word_embeddings=False, **ATTENTION),
+    "soft cap": lambda: tiny.causal_lm("gemma2", final_logit_softcapping=0.5),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head", HEADS)
+def test_heads_do_all_that_they_do(head):
+    model = ready(HEADS[head]())
+    if head == "bias on the head":
+        model.lm_head.bias.normal_()
+    made = groups()
+    assert_equals_oracle(model, pack_groups(made, [], True), made, chunked=True)
+    if model.lm_head.bias is None:  # what would be forgotten makes a difference
+        hidden = model.model(torch.tensor([made[0].prompt.token_ids])).last_hidden_state
+        assert (model.lm_head(hidden) - model(torch.tensor([made[0].prompt.token_ids])).logits).abs().max() > 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunked", [True, False])
+def test_models_without_positions_are_right_in_padded_rows(chunked):
+    made = groups()
+    for model, reason in (
+        (other(MambaForCausalLM, MambaConfig, state_size=4), "position_ids"),
+        (other(BloomForCausalLM, BloomConfig, n_head=4), "position_ids"),
+    ):
+        assert reason in why_not_shared(model) and can_chunk(model)
+        assert_equals_oracle(ready(model), pack_groups(made, [], False), made, chunked)
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def weighted(token_logps_M):
+    """A different factor for each token, so that no error cancels."""
+    return (token_logps_M * torch.linspace(-1.0, 2.0, len(token_logps_M))).sum()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("shared,capacity", LAYOUTS)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_gradients_equal_single_sequences(family, shared, capacity, checkpointing, monkeypatch):
+    monkeypatch.setitem(logprobs.CHUNK_LOGITS, "cpu", 5 * tiny.VOCABULARY)
+    model, made = ready(tiny.causal_lm(family)), groups()
+    expected = gradients(model, weighted(oracle(model, made)[0]))
+    if checkpointing:
+        model.train().gradient_checkpointing_enable()
+        disable_dropout(model)
+    rows = pack_groups(made, [], shared, capacity)
+    for chunked in (True, False):
+        got = gradients(model, weighted(row_logprobs(model, rows, chunked=chunked).token_logps_M))
+        assert got.keys() == expected.keys()
+        for name, value in expected.items():
+            assert (got[name] - value).norm() <= 1e-4 * value.norm() + 1e-6, (name, chunked)
+
+
+@pytest.mark.parametrize("modules", [["q_proj", "v_proj"], ["q_proj", "lm_head"]])
+def test_adapters_and_adapter_off_on_the_head_as_well(modules):
+    model = get_peft_model(tiny.causal_lm(tie_word_embeddings=False), LoraConfig(r=4, target_modules=modules))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    made = groups()
+    rows = pack_groups(made, [], True)
+    expected = gradients(model, weighted(oracle(model, made)[0]))
+    ready(model)
+    got = gradients(model, weighted(row_logprobs(model, rows).token_logps_M))
+    assert got.keys() == expected.keys() and all("lora" in name for name in got)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5)
+    with torch.no_grad(), model.disable_adapter():
+        assert_equals_oracle(model, rows, made, chunked=True)
+        off = row_logprobs(model, rows).logps_S
+    assert (off - row_logprobs(model, rows).logps_S).abs().max() > 0.1
+
+
+def test_a_copy_predicts_with_its_own_weights():
+    model = ready(tiny.causal_lm())
+    copy = frozen_copy(model)
+    rows = pack_pairs(make_pairs(), True)
+    before = row_logprobs(copy, rows).logps_S
+    for parameter in model.parameters():
+        parameter.data.mul_(1.5)
+    assert torch.equal(row_logprobs(copy, rows).logps_S, before)
+    assert not torch.allclose(row_logprobs(model, rows).logps_S, before)
+
+
+def test_a_model_that_was_enabled_still_gives_logits_and_generates():
+    model, ids = tiny.causal_lm(), torch.tensor([[5, 6, 7]])
+    before = model(ids).logits, model.generate(ids, max_new_tokens=4, do_sample=False)
+    enable_logprobs(model)
+    enable_logprobs(model)
+    assert torch.equal(model(ids).logits, before[0])
+    assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), before[1])
+    assert accepts_argument(model, "logits_to_keep")
+
+
+@torch.no_grad()
+def test_impossible_tokens_give_finite_entropy_and_their_own_log_probability():
+    logits = torch.tensor([[0.0, 1.0, float("-inf")], [float("-inf"), 0.0, 0.0]])
+    logps, entropy = logprobs._TokenLogprobs.apply(logits, torch.tensor([1, 0]), True)
+    p = torch.tensor(1.0).sigmoid()
+    torch.testing.assert_close(logps, torch.tensor([p.log(), float("-inf")]))
+    torch.testing.assert_close(entropy, torch.tensor([-(p * p.log() + (1 - p) * (1 - p).log()), 0.6931472]))
+
+
+def test_gradient_of_token_logprobs_is_that_of_log_softmax():
+    logits = torch.randn(4, 6, requires_grad=True)
+    target = torch.tensor([0, 5, 2, 2])
+    expected = torch.autograd.grad((logits.log_softmax(-1).gather(-1, target[:, None])[:, 0] * target).sum(), logits)[0]
+    got = torch.autograd.grad((logprobs._TokenLogprobs.apply(logits, target, True)[0] * target).sum(), logits)[0]
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shared,capacity", LAYOUTS)
+def test_bf16_errs_no_more_than_padded_rows_do(shared, capacity):
+    made = groups()
+    model = tiny.causal_lm(hidden_size=64)
+    exact, _ = oracle(model, made)
+    ready(model.to(torch.bfloat16))
+    padded = row_logprobs(model, pack_groups(made, [], False), chunked=False).token_logps_M
+    got = row_logprobs(model, pack_groups(made, [], shared, capacity))
+    assert got.token_logps_M.dtype == torch.float32 and got.entropy_M.dtype == torch.float32
+    assert (got.token_logps_M - exact).abs().mean() <= 1.5 * (padded - exact).abs().mean()
+
+
+@torch.no_grad()
+def test_what_the_other_completions_say_changes_nothing():
+    model, made = ready(tiny.causal_lm("gpt2")), groups()
+    rows = pack_groups(made, [], True, 200)
+    before = row_logprobs(model, rows).token_logps_M
+    mine = (rows.tokens.tree_RT == 0) & (rows.tokens.branch_RT <= 1)
+    changed = torch.where(mine, rows.tokens.ids_RT, 40)
+    after = row_logprobs(model, replace(rows, tokens=replace(rows.tokens, ids_RT=changed))).token_logps_M
+    assert torch.equal(after[:4], before[:4]) and not torch.allclose(after[4:], before[4:])
+
+
+def test_visible_by_hand():
+    rows = pack_groups([tiny.group(tiny.prompts([2])[0], [[5, 6], [7]])], [], True).tokens
+    assert visible(rows)[0].int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 0, 0, 1],
+    ]
+    assert visible(rows, window=2)[0].int().tolist()[3:] == [[0, 0, 1, 1, 0], [0, 1, 0, 0, 1]]
+    assert visible(rows, chunk=2)[0].int().tolist()[2:] == [[0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_stand_in_weighs_nothing_and_is_finite(shared):
+    rows = stand_in(shared)
+    assert rows.weight_N.tolist() == [0.0] and rows.pairs == ()
+    assert row_logprobs(ready(tiny.causal_lm()), rows).logps_S.isfinite().all()
+
+
+def test_wrappers_do_not_hide_what_a_model_takes():
+    model = tiny.causal_lm("gpt2")
+    assert accepts_argument(torch.compile(model), "position_ids") and accepts_argument(model, "logits_to_keep")
+    assert not accepts_argument(model, "no_such_argument")
+
+
+def test_dropout_is_switched_off_in_modules_and_in_numbers():
+    model = tiny.causal_lm("gpt_neox", attention_dropout=0.5, hidden_dropout=0.5).train()
+    ids = torch.arange(4, 24)[None]
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    disable_dropout(model)
+    assert torch.equal(model(ids).logits, model(ids).logits) and model.config.hidden_dropout == 0.5
