@@ -179,9 +179,10 @@ def _build(
     prepare = functools.partial(to_device, device=args.device)
     if isinstance(reward, str):
         model, tokenizer = load_reward_model(reward, tokenizer, trust_remote_code=args.trust_remote_code)
-        return RewardModelScorer(model, tokenizer, last_part(reward), args.reward_batch_size, prepare)
+        name = last_part(reward)
+        return RewardModelScorer(model, tokenizer, name, args.reward_batch_size, prepare, args.share_prompts)
     if isinstance(reward, nn.Module):
-        return RewardModelScorer(reward, tokenizer, None, args.reward_batch_size, prepare)
+        return RewardModelScorer(reward, tokenizer, None, args.reward_batch_size, prepare, args.share_prompts)
     if tokenizer is not None:
         message = f"The processing class given for `{callable_name(reward)}` is ignored: it is no reward model."
         warnings.warn(message, stacklevel=3)

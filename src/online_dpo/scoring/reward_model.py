@@ -5,8 +5,9 @@ R is the texts of one forward pass, T their tokens.
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +18,9 @@ from transformers.utils.hub import has_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from online_dpo.errors import ScoringError
+from online_dpo.layout import Tree
 from online_dpo.scoring.scorer import chat_messages, regroup
+from online_dpo.scoring.shared_scoring import Text, group_trees, may_share, passes, score_trees
 from online_dpo.types import Completion, Group, Prompt
 
 
@@ -32,12 +35,16 @@ class RewardModelScorer:
     Equal texts are computed once, so that they tie. Neither tokenizer nor config is left changed; the model is put in
     evaluation mode. It runs where its parameters are: moving it is the caller's business (or ``prepare``'s).
 
+    What the texts of a group begin with alike is computed once, if the first texts of which this can be said get the
+    scores that they get alone. Otherwise, and where nothing would be saved, each text is a padded row.
+
     Args:
         model: an ``nn.Module`` with a ``config``: a model of transformers or PEFT.
         tokenizer: of the reward model; when not given, loaded from where the model was loaded.
         name: name in metrics; when not given, the last part of the model's path.
         batch_size: texts in one forward pass.
         prepare: called once with the model; what it returns is run (``Accelerator.prepare_model``, for example).
+        share_prompts: whether common beginnings may be computed once.
 
     Raises:
         TypeError: the model has no config of transformers.
@@ -53,6 +60,7 @@ class RewardModelScorer:
         name: str | None = None,
         batch_size: int = 16,
         prepare: Callable[[nn.Module], nn.Module] | None = None,
+        share_prompts: bool = True,
     ) -> None:
         config = check_reward_model(model)
         self.name = name or last_part(config._name_or_path) or type(model).__name__
@@ -64,7 +72,9 @@ class RewardModelScorer:
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.truncated = 0
+        self._shares: bool | None = None if share_prompts else False  # None: not known yet
         self._config = config.get_text_config()
+        self._hidden_size = getattr(self._config, "hidden_size", 1024)  # some name it otherwise; it only tells costs
         positions = getattr(self._config, "max_position_embeddings", None)  # recurrent and ALiBi models have none
         self._max_tokens = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
 
@@ -83,16 +93,39 @@ class RewardModelScorer:
     def score(self, groups: Sequence[Group]) -> list[list[float | None]]:
         """P x K logits in fp32, as they come: not-finite ones as well."""
         texts = self._token_ids([(group.prompt, completion) for group in groups for completion in group.completions])
-        longest_first = sorted(dict.fromkeys(texts), key=len, reverse=True)
         self.model.eval()
-        values: dict[tuple[int, ...], float] = {}
+        values = self._values(regroup(texts, groups))
+        return regroup([values[text] for text in texts], groups)
+
+    def _values(self, texts_PK: list[list[Text]]) -> dict[Text, float]:
+        read = {text: self._read_part(text) for texts in texts_PK for text in texts}
+        read_PK = [[read[text] for text in texts] for texts in texts_PK]
+        trees = group_trees(read_PK, self.batch_size, self._hidden_size)
+        if all(len(tree.branches) == 1 for tree in trees) or not self._may_share(trees):
+            return self._plain_values(read)
+        values: dict[Text, float] = {}
+        for batch in passes(trees, self.batch_size):
+            values |= score_trees(self.model, batch)
+        # One text's nan reaches those behind it in its row, and texts of a single token are in no row.
+        values |= self._plain_values(part for part in read.values() if not math.isfinite(values.get(part, math.nan)))
+        return {text: values[part] for text, part in read.items()}
+
+    def _plain_values(self, texts: Iterable[Text]) -> dict[Text, float]:
+        longest_first = sorted(dict.fromkeys(texts), key=len, reverse=True)
+        values: dict[Text, float] = {}
         for start in range(0, len(longest_first), self.batch_size):
             batch = longest_first[start : start + self.batch_size]
             values.update(zip(batch, self._forward(batch), strict=True))
-        return regroup([values[text] for text in texts], groups)
+        return values
 
-    def _token_ids(self, samples: list[tuple[Prompt, Completion]]) -> list[tuple[int, ...]]:
-        token_ids: list[tuple[int, ...]] = [()] * len(samples)
+    def _may_share(self, trees: list[Tree]) -> bool:
+        """Settled with the first trees there are, and then the same for the whole run."""
+        if self._shares is None:
+            self._shares = may_share(self.model, self.name, trees, self._forward)
+        return self._shares
+
+    def _token_ids(self, samples: list[tuple[Prompt, Completion]]) -> list[Text]:
+        token_ids: list[Text] = [()] * len(samples)
         for conversational in (False, True):
             chosen = [i for i, (prompt, _) in enumerate(samples) if prompt.is_conversational is conversational]
             if not chosen:
@@ -139,7 +172,7 @@ class RewardModelScorer:
         kept = 1 if ids[0] in (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id) else 0
         return ids[:kept] + ids[len(ids) - self._max_tokens + kept :]
 
-    def _forward(self, batch: list[tuple[int, ...]]) -> list[float]:
+    def _forward(self, batch: Sequence[Text]) -> list[float]:
         fill = self._fill_token(batch)
         length = max(len(ids) for ids in batch)
         device = next(self.model.parameters()).device
@@ -154,7 +187,7 @@ class RewardModelScorer:
             )
         return logits_R1[:, 0].float().tolist()
 
-    def _fill_token(self, batch: list[tuple[int, ...]]) -> int:
+    def _fill_token(self, batch: Sequence[Text]) -> int:
         """The token to pad with, such that every row scores as it would alone and without padding.
 
         Heads on decoders score the last token that is not ``config.pad_token_id``, and skip real tokens at the end of a
@@ -162,11 +195,25 @@ class RewardModelScorer:
         config has none, a single text is scored at its very last token; the head finds that in a batch when the
         padding token ends no text of it.
         """
-        pad, vocabulary = self._config.pad_token_id, self._config.vocab_size
-        if pad is not None and 0 <= pad < vocabulary:
+        pad = self._padding_token()
+        if pad is not None:
             return pad
         last_tokens = {ids[-1] for ids in batch}
-        return next(token for token in range(vocabulary) if token not in last_tokens)
+        return next(token for token in range(self._config.vocab_size) if token not in last_tokens)
+
+    def _padding_token(self) -> int | None:
+        """The config's, if it is a token that the model knows."""
+        pad = self._config.pad_token_id
+        return pad if pad is not None and 0 <= pad < self._config.vocab_size else None
+
+    def _read_part(self, text: Text) -> Text:
+        """The text up to the token that a decoder's head scores, which sees nothing behind it (see `_fill_token`).
+
+        Where there are only padding tokens, that is the first.
+        """
+        pad = self._padding_token()
+        end = next((i for i in range(len(text), 0, -1) if text[i - 1] != pad), 1)
+        return text[:end]
 
 
 def load_reward_model(
