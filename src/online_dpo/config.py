@@ -77,7 +77,7 @@ class OnlineDPOConfig(TrainingArguments):
 
     max_tokens_per_pass: int | None = None
     """Most tokens in one forward and backward pass. A micro-batch with more is computed in several passes, with the
-    same gradient. When not set: one pass a micro-batch, split when it runs out of memory.
+    same gradient. When not set: 1024 on a CPU, where more are no faster, and 16384 on a GPU.
     """
 
     remove_unused_columns: bool = False
@@ -260,6 +260,11 @@ class OnlineDPOConfig(TrainingArguments):
         if isinstance(self.beta, (list, tuple)):
             return float(self.beta[min(int(epoch), len(self.beta) - 1)])
         return float(self.beta)
+
+    @property
+    def tokens_per_pass(self) -> int:
+        """``max_tokens_per_pass``, or what suits the device."""
+        return self.max_tokens_per_pass or (1024 if self.device.type == "cpu" else 16384)
 
     @property
     def prompt_limit(self) -> int | None:

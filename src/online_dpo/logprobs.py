@@ -22,9 +22,9 @@ from torch.utils.checkpoint import checkpoint
 from online_dpo.attention import attention_inputs
 from online_dpo.models import accepts_argument, unwrapped
 from online_dpo.types import PackedRows, RowLogprobs
+from online_dpo.vocabulary import LinearLogprobs, TokenLogprobs
 
 CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**27}  # logits that exist at the same time; few enough to stay near the cores
-SMALLEST = -1e30  # stands for a log-probability of minus infinity, so that 0 times it is 0
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def row_logprobs(model: nn.Module, rows: PackedRows, entropy: bool = True, chunk
     if chunked:
         token_logps_M, entropy_M = model(**inputs, predict=Predict(rows.source_M, rows.target_M, entropy))
     else:
-        token_logps_M, entropy_M = _TokenLogprobs.apply(_all_logits(model, inputs, rows), rows.target_M, entropy)
+        token_logps_M, entropy_M = TokenLogprobs.apply(_all_logits(model, inputs, rows), rows.target_M, entropy)
     logps_S = torch.segment_reduce(token_logps_M, "sum", lengths=rows.length_S, unsafe=True)
     return RowLogprobs(token_logps_M, entropy_M, logps_S)
 
@@ -64,6 +64,7 @@ def enable_logprobs(model: nn.Module) -> None:
     base: Any = unwrapped(model)
     if not hasattr(base, "forward_of_logits"):
         base.forward_of_logits = base.forward
+        base.head_is_linear = _is_linear(base)
         base.forward = MethodType(functools.wraps(base.forward.__func__)(_forward), base)
 
 
@@ -84,6 +85,9 @@ def _forward(self: Any, *args: Any, predict: Predict | None = None, **kwargs: An
 def _chunked_logprobs(model: Any, hidden_MH: torch.Tensor, predict: Predict) -> tuple[torch.Tensor, torch.Tensor]:
     vocabulary = model.get_output_embeddings().weight.shape[0]
     size = max(1, CHUNK_LOGITS[hidden_MH.device.type] // max(1, vocabulary))
+    head = model.get_output_embeddings()
+    if model.head_is_linear and _is_bare(head):
+        return LinearLogprobs.apply(hidden_MH, head.weight, head.bias, predict.target_M, predict.entropy, size)
     parts = []
     for hidden_XH, target_X in zip(hidden_MH.split(size), predict.target_M.split(size), strict=True):
         run = functools.partial(_project, model, itertools.count(), predict.entropy)
@@ -100,7 +104,7 @@ def _project(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities and entropies of one chunk; the entropies only in the first of its runs."""
     first = next(runs) == 0
-    return _TokenLogprobs.apply(_head(model, hidden_XH), target_X, entropy and first)
+    return TokenLogprobs.apply(_head(model, hidden_XH), target_X, entropy and first)
 
 
 def _head(model: Any, hidden_XH: torch.Tensor) -> torch.Tensor:
@@ -116,6 +120,30 @@ def _head(model: Any, hidden_XH: torch.Tensor) -> torch.Tensor:
         return model.forward_of_logits(inputs_embeds=hidden_XH[None], use_cache=False).logits[0]
     finally:
         model._modules[name] = body
+
+
+@torch.no_grad()
+def _is_linear(model: Any) -> bool:
+    """Whether the model's logits are its head's matrix product and nothing else, found on hidden states far from 0."""
+    head: Any = model.get_output_embeddings() if can_chunk(model) else None
+    if not _is_bare(head):
+        return False
+    size = head.weight.shape[1]
+    hidden_XH = torch.linspace(-20, 20, 4 * size, device=head.weight.device).view(4, size).to(head.weight.dtype)
+    return torch.equal(_head(model, hidden_XH), head(hidden_XH))
+
+
+def _is_bare(head: Any) -> bool:
+    """Whether the head is a plain linear layer with its weights at hand: no adapter, shard, hook or quantisation.
+
+    Otherwise the head is called as a module, and its weights are its own business.
+    """
+    return (
+        type(head) is nn.Linear
+        and type(head.weight) is nn.Parameter
+        and head.weight.dim() == 2
+        and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or "forward" in vars(head))
+    )
 
 
 class _Given(nn.Module):
@@ -138,35 +166,6 @@ class _BodyOutput(tuple):
 
     def __getattr__(self, name: str) -> None:
         return None
-
-
-class _TokenLogprobs(torch.autograd.Function):
-    """Log-softmax at one token a row, and its entropy, with the log-sum-exp in fp32.
-
-    ``log p(target) = z[target] - logsumexp(z)``, so the gradient with respect to ``z`` is ``onehot(target) - p``.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits_XV: torch.Tensor, target_X: torch.Tensor, entropy: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        exact_XV = logits_XV.float()
-        logsumexp_X = exact_XV.logsumexp(dim=-1)
-        logps_X = exact_XV.gather(-1, target_X[:, None])[:, 0] - logsumexp_X
-        entropy_X = torch.zeros_like(logps_X)
-        if entropy:
-            logps_XV = (exact_XV - logsumexp_X[:, None]).clamp_(min=SMALLEST)
-            entropy_X = -torch.linalg.vecdot(logps_XV.exp(), logps_XV)
-        ctx.save_for_backward(logits_XV, target_X, logsumexp_X)
-        ctx.mark_non_differentiable(entropy_X)
-        return logps_X, entropy_X
-
-    @staticmethod
-    def backward(ctx: Any, grad_X: torch.Tensor, _: Any) -> tuple[torch.Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        logits_XV, target_X, logsumexp_X = ctx.saved_tensors
-        grad_XV = (logits_XV.float() - logsumexp_X[:, None]).exp_().mul_(-grad_X[:, None])
-        grad_XV.scatter_add_(-1, target_X[:, None], grad_X[:, None])
-        return grad_XV.to(logits_XV.dtype), None, None
 
 
 def _all_logits(model: nn.Module, inputs: dict[str, Any], rows: PackedRows) -> torch.Tensor:

@@ -64,16 +64,14 @@ def split_pairs(pairs: Sequence[Pair], parts: int) -> list[list[Pair]]:
     return [[pairs[i] for i in indices] for indices in split_balanced([tree_size(pair) for pair in pairs], parts)]
 
 
-def passes_needed(pairs: Sequence[Pair], max_tokens: int | None) -> int:
+def passes_needed(pairs: Sequence[Pair], max_tokens: int) -> int:
     """The fewest lists that `split_pairs` makes of at most ``max_tokens`` each, or of one pair that has more alone."""
-    if max_tokens is None or not pairs:
-        return 1
     parts = max(1, math.ceil(sum(map(tree_size, pairs)) / max_tokens))
     while parts < len(pairs):
         if all(len(part) <= 1 or sum(map(tree_size, part)) <= max_tokens for part in split_pairs(pairs, parts)):
             return parts
         parts += 1
-    return len(pairs)
+    return max(1, len(pairs))
 
 
 def halve(rows: PackedRows) -> list[PackedRows]:

@@ -230,7 +230,7 @@ class OnlineDPOTrainer(GuardedTrainer):
         self._settle_method(self.model_wrapped, [pair.group for pair in pairs])  # pyright: ignore[reportArgumentType]
         shared = self.choice.method.shared
         parts = split_pairs(pairs, num_batches)
-        passes = self._most_over_ranks([passes_needed(part, self.args.max_tokens_per_pass) for part in parts])
+        passes = self._most_over_ranks([passes_needed(part, self.args.tokens_per_pass) for part in parts])
         packed = [
             [pack_pairs(piece, shared) if piece else stand_in(shared) for piece in split_pairs(part, count)]
             for part, count in zip(parts, passes, strict=True)

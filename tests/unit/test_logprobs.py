@@ -196,7 +196,7 @@ def test_a_model_that_was_enabled_still_gives_logits_and_generates():
 @torch.no_grad()
 def test_impossible_tokens_give_finite_entropy_and_their_own_log_probability():
     logits = torch.tensor([[0.0, 1.0, float("-inf")], [float("-inf"), 0.0, 0.0]])
-    logps, entropy = logprobs._TokenLogprobs.apply(logits, torch.tensor([1, 0]), True)
+    logps, entropy = logprobs.TokenLogprobs.apply(logits, torch.tensor([1, 0]), True)
     p = torch.tensor(1.0).sigmoid()
     torch.testing.assert_close(logps, torch.tensor([p.log(), float("-inf")]))
     torch.testing.assert_close(entropy, torch.tensor([-(p * p.log() + (1 - p) * (1 - p).log()), 0.6931472]))
@@ -206,7 +206,7 @@ def test_gradient_of_token_logprobs_is_that_of_log_softmax():
     logits = torch.randn(4, 6, requires_grad=True)
     target = torch.tensor([0, 5, 2, 2])
     expected = torch.autograd.grad((logits.log_softmax(-1).gather(-1, target[:, None])[:, 0] * target).sum(), logits)[0]
-    got = torch.autograd.grad((logprobs._TokenLogprobs.apply(logits, target, True)[0] * target).sum(), logits)[0]
+    got = torch.autograd.grad((logprobs.TokenLogprobs.apply(logits, target, True)[0] * target).sum(), logits)[0]
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
