@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from online_dpo import flex_rows
 from online_dpo.layout import PADDING
 from online_dpo.models import accepts_argument, unwrapped
 from online_dpo.types import TokenRows
 
 LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
-IMPLEMENTATIONS = {"sdpa", "eager"}
+IMPLEMENTATIONS = {"sdpa", "eager", flex_rows.NAME}
 
 
 def why_not_shared(model: nn.Module) -> str | None:
@@ -43,7 +44,7 @@ def attention_inputs(model: nn.Module, tokens: TokenRows) -> dict[str, Any]:
     if not tokens.shares_prompts:
         return inputs | {"attention_mask": (tokens.tree_RT != PADDING).long()}
     config = unwrapped(model).config.get_text_config()
-    masks = {kind: _mask(model, tokens, kind) for kind in sorted(set(_layer_types(config)))}
+    masks: dict[str, Any] = {kind: _mask(model, tokens, kind) for kind in sorted(set(_layer_types(config)))}
     return inputs | {"attention_mask": masks if len(masks) > 1 else next(iter(masks.values()))}
 
 
@@ -65,10 +66,28 @@ def visible(tokens: TokenRows, window: int | None = None, chunk: int | None = No
     return seen_RTT
 
 
-def _mask(model: nn.Module, tokens: TokenRows, kind: str) -> torch.Tensor:
+def use_flex_attention(model: nn.Module) -> None:
+    """From now on the model reads rows that share prompts through FlexAttention, and all else through SDPA.
+
+    Raises:
+        ValueError: the model's attention implementation is another than SDPA.
+    """
+    config = unwrapped(model).config.get_text_config()
+    if config._attn_implementation not in ("sdpa", flex_rows.NAME):
+        raise ValueError(
+            f"`flex_attention` takes the place of SDPA, but a model was loaded with {config._attn_implementation!r}. "
+            "Load it with `attn_implementation='sdpa'`, or leave `flex_attention` off."
+        )
+    flex_rows.register()
+    config._attn_implementation = flex_rows.NAME
+
+
+def _mask(model: nn.Module, tokens: TokenRows, kind: str) -> Any:
     config = unwrapped(model).config.get_text_config()
     window = config.sliding_window if kind == "sliding_attention" else None
     chunk = config.attention_chunk_size if kind == "chunked_attention" else None
+    if config._attn_implementation == flex_rows.NAME:
+        return flex_rows.block_mask(tokens, window, chunk)
     seen_R1TT = visible(tokens, window, chunk)[:, None]
     if config._attn_implementation == "eager":  # which adds the mask to its scores
         dtype = next(model.parameters()).dtype

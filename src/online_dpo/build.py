@@ -14,6 +14,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from online_dpo.attention import use_flex_attention
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.logprobs import enable_logprobs
 from online_dpo.models import check_model_path, context_length, disable_dropout, load_causal_lm, to_device
@@ -145,6 +146,8 @@ def build_policy(model: Any, peft_config: Any, args: OnlineDPOConfig) -> nn.Modu
             "other positions than without. Use LoRA."
         )
     enable_logprobs(model)
+    if args.flex_attention:
+        use_flex_attention(model)
     if args.disable_dropout:
         if getattr(peft_config, "lora_dropout", 0.0):
             warnings.warn("`lora_dropout` has no effect: `disable_dropout` is on.", stacklevel=3)
@@ -159,6 +162,8 @@ def build_reference(ref_model: Any, policy: nn.Module, args: OnlineDPOConfig) ->
     if ref_model is not None:
         disable_dropout(ref_model)
         enable_logprobs(ref_model)
+        if args.flex_attention:
+            use_flex_attention(ref_model)
         return FrozenReference(to_device(ref_model, args.device), "a model given separately")
     if not is_peft_model_object(policy):
         return FrozenReference(to_device(frozen_copy(policy), args.device), "a frozen copy of the policy")

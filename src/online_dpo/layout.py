@@ -5,6 +5,7 @@ Shapes: ``R`` rows, ``T`` tokens of a row.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ import torch
 from online_dpo.types import TokenRows
 
 PADDING = -1
+BLOCK = 128  # what FlexAttention works in; multiples of it make few lengths to compile for
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,14 @@ def lay_out(trees: Sequence[Tree], shared: bool, capacity: int = 0) -> tuple[Tok
 
     Args:
         shared: one copy of each prompt, and as many trees in a row as fit. Otherwise one row a branch.
-        capacity: tokens of a row; at least those of the largest tree are used.
+        capacity: fill rows up to this many tokens, and to a multiple of `BLOCK`. By default, up to those of the
+            largest tree.
     """
     if not shared:
         return _one_branch_a_row(trees)
-    capacity = max(capacity, *(tree.size for tree in trees))
-    rows = _fill_rows([tree.size for tree in trees], capacity)
-    length = max(sum(trees[i].size for i in row) for row in rows)
+    rows = _fill_rows([tree.size for tree in trees], max(capacity, *(tree.size for tree in trees)))
+    longest = max(sum(trees[i].size for i in row) for row in rows)
+    length = math.ceil(longest / BLOCK) * BLOCK if capacity else longest
     grid = _Grid(len(rows), length)
     places: list[list[Place]] = [[] for _ in trees]
     for r, row in enumerate(rows):

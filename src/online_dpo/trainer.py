@@ -228,11 +228,11 @@ class OnlineDPOTrainer(GuardedTrainer):
         """Exactly as many micro-batches as were fetched: `Trainer` counts them to find the optimizer step."""
         self.done_in_step = []
         self._settle_method(self.model_wrapped, [pair.group for pair in pairs])  # pyright: ignore[reportArgumentType]
-        shared = self.choice.method.shared
+        shared, capacity = self.choice.method.shared, self.args.row_capacity
         parts = split_pairs(pairs, num_batches)
         passes = self._most_over_ranks([passes_needed(part, self.args.tokens_per_pass) for part in parts])
         packed = [
-            [pack_pairs(piece, shared) if piece else stand_in(shared) for piece in split_pairs(part, count)]
+            [pack_pairs(piece, shared, capacity) if piece else stand_in(shared) for piece in split_pairs(part, count)]
             for part, count in zip(parts, passes, strict=True)
         ]
         return [as_inputs(rows) for rows in packed]
@@ -340,7 +340,7 @@ class OnlineDPOTrainer(GuardedTrainer):
         if self.accelerator.num_processes == 1:  # otherwise a step of training finds out, on all ranks together
             self._settle_method(model, groups)
         with self.accelerator.autocast():
-            inputs = {"rows": pack_groups(groups, pairs, self.choice.method.shared)}
+            inputs = {"rows": pack_groups(groups, pairs, self.choice.method.shared, self.args.row_capacity)}
             _, outputs = self.compute_loss(model, inputs, return_outputs=True)
         rows = inputs["rows"]
         if scores is None:

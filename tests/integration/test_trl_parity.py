@@ -94,7 +94,7 @@ def test_loss_log_probabilities_and_gradient_equal_trls(tmp_path, monkeypatch, l
     rows = pack_pairs(pairs, shared=True)
     made.model.train()
     loss, outputs = made.compute_loss(made.model, {"rows": rows}, return_outputs=True, num_items_in_batch=4)
-    assert loss.item() == pytest.approx(trl_loss, rel=1e-6)
+    assert loss.item() == pytest.approx(trl_loss, rel=2e-6)  # rounding in fp32: ipo squares a sum
 
     for ours, theirs in ((outputs["policy"], trl_policy), (outputs["reference"], trl_reference)):
         of_completion = ours.token_logps_M.split(rows.length_S.tolist())

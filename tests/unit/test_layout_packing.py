@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
-from online_dpo.layout import PADDING, Tree, lay_out, split_balanced
+from online_dpo.layout import BLOCK, PADDING, Tree, lay_out, split_balanced
 from online_dpo.packing import as_inputs, halve, pack_groups, pack_pairs, passes_needed, split_pairs, tree_size
 from online_dpo.types import Pair
 
@@ -34,10 +34,11 @@ pair_lists = st.lists(lengths, max_size=20).map(make_pairs)
 
 def test_values_of_shared_rows():
     rows, places = lay_out([Tree((7, 8), ((1, 2), (3,))), Tree((9,), ((4,),))], shared=True, capacity=8)
-    assert rows.ids_RT.tolist() == [[7, 8, 1, 2, 3, 9, 4]]
-    assert rows.positions_RT.tolist() == [[0, 1, 2, 3, 2, 0, 1]]
-    assert rows.tree_RT.tolist() == [[0, 0, 0, 0, 0, 1, 1]]
-    assert rows.branch_RT.tolist() == [[0, 0, 1, 1, 2, 0, 1]]
+    rest = BLOCK - 7
+    assert rows.ids_RT.tolist() == [[7, 8, 1, 2, 3, 9, 4, *[0] * rest]]
+    assert rows.positions_RT.tolist() == [[0, 1, 2, 3, 2, 0, 1, *[0] * rest]]
+    assert rows.tree_RT.tolist() == [[0, 0, 0, 0, 0, 1, 1, *[PADDING] * rest]]
+    assert rows.branch_RT.tolist() == [[0, 0, 1, 1, 2, 0, 1, *[0] * rest]]
     assert [[(p.before, p.start) for p in tree] for tree in places] == [[(1, 2), (1, 4)], [(5, 6)]]
 
 
@@ -69,7 +70,8 @@ def test_every_branch_can_be_read_back(made, shared, capacity):
     real = sum(t != PADDING for t in tree)
     if shared:
         assert real == sum(t.size for t in made)
-        assert rows.ids_RT.shape[1] <= max(capacity, *(t.size for t in made))
+        length = rows.ids_RT.shape[1]
+        assert length % BLOCK == 0 if capacity else length == max(t.size for t in made)
         # First fit: no two rows are half empty at the same time.
         filled = sorted((rows.tree_RT != PADDING).sum(dim=1).tolist())
         assert len(filled) < 2 or filled[0] + filled[1] > max(capacity, *(t.size for t in made))

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -20,7 +21,8 @@ from transformers import (
 
 import tiny
 from online_dpo import logprobs
-from online_dpo.attention import visible, why_not_shared
+from online_dpo.attention import attention_inputs, use_flex_attention, visible, why_not_shared
+from online_dpo.config import OnlineDPOConfig
 from online_dpo.logprobs import can_chunk, enable_logprobs, row_logprobs
 from online_dpo.models import accepts_argument, disable_dropout
 from online_dpo.packing import pack_groups, pack_pairs, stand_in
@@ -193,21 +195,15 @@ def test_a_model_that_was_enabled_still_gives_logits_and_generates():
     assert accepts_argument(model, "logits_to_keep")
 
 
-@torch.no_grad()
-def test_impossible_tokens_give_finite_entropy_and_their_own_log_probability():
-    logits = torch.tensor([[0.0, 1.0, float("-inf")], [float("-inf"), 0.0, 0.0]])
-    logps, entropy = logprobs.TokenLogprobs.apply(logits, torch.tensor([1, 0]), True)
-    p = torch.tensor(1.0).sigmoid()
-    torch.testing.assert_close(logps, torch.tensor([p.log(), float("-inf")]))
-    torch.testing.assert_close(entropy, torch.tensor([-(p * p.log() + (1 - p) * (1 - p).log()), 0.6931472]))
-
-
-def test_gradient_of_token_logprobs_is_that_of_log_softmax():
-    logits = torch.randn(4, 6, requires_grad=True)
-    target = torch.tensor([0, 5, 2, 2])
-    expected = torch.autograd.grad((logits.log_softmax(-1).gather(-1, target[:, None])[:, 0] * target).sum(), logits)[0]
-    got = torch.autograd.grad((logprobs.TokenLogprobs.apply(logits, target, True)[0] * target).sum(), logits)[0]
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+def test_which_heads_are_nothing_but_a_matrix_product():
+    linear = {name: ready(tiny.causal_lm(name)).head_is_linear for name in tiny.FAMILIES}
+    assert linear == {name: name != "gemma2" for name in tiny.FAMILIES}
+    assert {name: ready(make()).head_is_linear for name, make in HEADS.items()} == {
+        "scale of the logits": False,
+        "division of the logits": False,
+        "bias on the head": True,
+        "soft cap": False,
+    }
 
 
 @torch.no_grad()
@@ -266,3 +262,33 @@ def test_dropout_is_switched_off_in_modules_and_in_numbers():
     assert not torch.equal(model(ids).logits, model(ids).logits)
     disable_dropout(model)
     assert torch.equal(model(ids).logits, model(ids).logits) and model.config.hidden_dropout == 0.5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", [family for family in tiny.FAMILIES if family != "gpt2"])
+def test_flex_attention_equals_single_sequences(family):
+    model, made = ready(tiny.causal_lm(family)), groups()
+    expected, _ = oracle(model, made)
+    use_flex_attention(model)
+    rows = pack_groups(made, [], True, 200)
+    kinds = attention_inputs(model, rows.tokens)["attention_mask"]
+    assert all(isinstance(mask, BlockMask) for mask in (kinds.values() if isinstance(kinds, dict) else [kinds]))
+    torch.testing.assert_close(row_logprobs(model, rows).token_logps_M, expected, atol=1e-5, rtol=1e-5)
+    padded = row_logprobs(model, pack_groups(made, [], False)).token_logps_M  # everything else goes through SDPA
+    torch.testing.assert_close(padded, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_flex_attention_is_not_saved_with_the_model_and_generation_stays_the_same(tmp_path):
+    model, ids = tiny.causal_lm(), torch.tensor([[5, 6, 7]])
+    before = model.generate(ids, max_new_tokens=5, do_sample=False)
+    use_flex_attention(model)
+    assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), before)
+    model.save_pretrained(tmp_path)
+    assert "flex" not in (tmp_path / "config.json").read_text()
+
+
+def test_flex_attention_wants_sdpa_and_a_gpu(tmp_path):
+    with pytest.raises(ValueError, match="attn_implementation='sdpa'"):
+        use_flex_attention(tiny.causal_lm(attn_implementation="eager"))
+    with pytest.raises(ValueError, match="needs a GPU"):
+        OnlineDPOConfig(output_dir=str(tmp_path), use_cpu=True, flex_attention=True)

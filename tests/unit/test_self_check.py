@@ -8,6 +8,7 @@ from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCau
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tiny
+from online_dpo.attention import use_flex_attention, why_not_shared
 from online_dpo.logprobs import enable_logprobs
 from online_dpo.models import eval_mode
 from online_dpo.self_check import Method, choose_method
@@ -49,8 +50,6 @@ def test_models_without_positions_get_padded_rows_and_a_reason():
 def test_attention_that_takes_no_mask_of_pairs_is_known_by_name(kind):
     model = tiny.causal_lm()
     model.config._attn_implementation_internal = kind
-    from online_dpo.attention import why_not_shared
-
     assert kind in why_not_shared(model)
 
 
@@ -74,6 +73,13 @@ def test_attention_that_ignores_the_mask_is_found(deaf_attention, dtype):
     method, [reason] = choose(policy=tiny.causal_lm(attn_implementation="eager").to(dtype))
     assert method == Method(shared=False, chunked=True)
     assert reason.startswith("prompts are not shared, because of policy: log-probabilities differ by")
+
+
+def test_a_model_that_cannot_read_block_masks_is_found():
+    model = tiny.causal_lm("gpt2")
+    use_flex_attention(model)
+    method, [reason] = choose(policy=model)
+    assert method == Method(shared=False, chunked=True) and "BlockMask" in reason
 
 
 def test_a_body_that_fails_on_such_rows_is_found():

@@ -1,0 +1,96 @@
+"""FlexAttention for rows that share prompts: blocks of the mask in which nobody sees anybody are never computed.
+
+So many trees can stand in one row without padding. Needs a GPU for training; on a CPU it runs forward only, uncompiled.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from online_dpo.types import TokenRows
+
+NAME = "online_dpo_flex"
+
+
+def register() -> None:
+    """Make the attention known to transformers as ``NAME``."""
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | BlockMask | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of transformers: FlexAttention where the mask is one of ours, SDPA elsewhere (sampling, padded rows).
+
+    Raises:
+        NotImplementedError: dropout in attention, or attention sinks.
+    """
+    if not isinstance(attention_mask, BlockMask):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if dropout or kwargs.get("s_aux") is not None:
+        raise NotImplementedError("FlexAttention here has neither dropout nor attention sinks")
+    output = _flex(query.device.type)(
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else _soft_cap(softcap),
+        block_mask=attention_mask,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(output, torch.Tensor)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def block_mask(tokens: TokenRows, window: int | None, chunk: int | None) -> BlockMask:
+    """The same as `attention.visible`, as blocks."""
+    tree_RT, branch_RT, position_RT = tokens.tree_RT, tokens.branch_RT, tokens.positions_RT
+
+    def sees(r: torch.Tensor, _head: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+        seen = (j <= i) & (tree_RT[r, i] == tree_RT[r, j])
+        seen &= (branch_RT[r, j] == 0) | (branch_RT[r, i] == branch_RT[r, j])
+        if window is not None:
+            seen &= position_RT[r, i] - position_RT[r, j] < window
+        if chunk is not None:
+            seen &= position_RT[r, i] // chunk == position_RT[r, j] // chunk
+        return seen
+
+    rows, length = tree_RT.shape
+    device = tree_RT.device
+    return create_block_mask(sees, rows, None, length, length, device=device, _compile=device.type == "cuda")
+
+
+@functools.cache
+def _flex(device: str) -> Callable[..., Any]:
+    """Compiled once for all lengths on a GPU."""
+    return torch.compile(flex_attention, dynamic=True) if device == "cuda" else flex_attention
+
+
+@functools.cache
+def _soft_cap(cap: float) -> Callable[..., torch.Tensor]:
+    """One function object a value, so that every layer meets the same compiled kernel."""
+
+    def score_mod(score: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        return cap * torch.tanh(score / cap)
+
+    return score_mod
