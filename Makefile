@@ -2,6 +2,7 @@
 #
 #   make quickstart   train a tiny model on embedded data
 #   make test         unit and integration tests
+#   make benchmark    time and memory of a step against TRL's
 #   make lint         what CI checks before the tests
 #
 # TORCH_INDEX: a package index to take torch from, such as PyTorch's own index of CPU builds. Without it, pip's usual one.
@@ -14,7 +15,7 @@ PIP := $(BIN)/python -m pip
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: venv quickstart test test-distributed test-e2e test-all lint format clean
+.PHONY: venv quickstart test test-distributed test-e2e test-all benchmark lint format clean
 .DELETE_ON_ERROR:
 
 venv: $(STAMP)
@@ -40,15 +41,19 @@ test-e2e: $(STAMP)
 
 test-all: test test-distributed test-e2e
 
+# TRL and this library on the same work, in turn: 20 minutes on an idle machine of 2 cores
+benchmark: $(STAMP)
+	$(BIN)/python benchmarks/vs_trl.py --json benchmarks/results/cpu.json
+
 lint: $(STAMP)
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
 format: $(STAMP)
-	$(BIN)/ruff check --fix src tests
-	$(BIN)/ruff format src tests
+	$(BIN)/ruff check --fix src tests benchmarks
+	$(BIN)/ruff format src tests benchmarks
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis

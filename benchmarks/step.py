@@ -29,6 +29,7 @@ from worker import Worker, WorkerFailed
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
+    "one-completion-a-row": {"share_prompts": False},
     "gradient-checkpointing": {"gradient_checkpointing": True},
     "lora": {"lora": True},
     "lora-gradient-checkpointing": {"lora": True, "gradient_checkpointing": True},

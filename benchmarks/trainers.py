@@ -32,7 +32,8 @@ class Job:
     """What one worker process trains.
 
     ``side`` is "ours" or "trl"; ``steps`` the optimizer steps that there are prompts for; ``trl_cache`` is "dynamic"
-    or "static". ``lora`` trains an adapter of rank 16 on all linear layers instead of the whole model.
+    or "static". ``lora`` trains an adapter of rank 16 on all linear layers instead of the whole model;
+    ``share_prompts`` is our field of that name.
     """
 
     side: str
@@ -46,6 +47,7 @@ class Job:
     optim: str = "adamw_torch_fused"
     gradient_checkpointing: bool = False
     lora: bool = False
+    share_prompts: bool = True
 
 
 class Probe:
@@ -155,7 +157,10 @@ def _build_ours(job: Job, workload: Workload, output_dir: str, parts: dict[str, 
 
     # TRL trains ties as well; reward models in bf16 do tie.
     args = OnlineDPOConfig(
-        **_arguments(job, workload, output_dir), num_completions=workload.completions, tie_policy="first"
+        **_arguments(job, workload, output_dir),
+        num_completions=workload.completions,
+        tie_policy="first",
+        share_prompts=job.share_prompts,
     )
     trainer: Any = OnlineDPOTrainer(**parts, args=args, peft_config=_adapter() if job.lora else None)
     force_our_lengths(workload)

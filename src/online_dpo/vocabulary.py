@@ -8,7 +8,7 @@ Shapes: ``M`` predicted tokens, ``X`` those of one chunk, ``H`` hidden size, ``V
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -42,9 +42,9 @@ class LinearLogprobs(torch.autograd.Function):
     """``apply(hidden_MH, weight_VH, bias_V, target_M, entropy, size)``: the same for a linear head, ``size`` tokens at
     a time.
 
-    Logits exist for one chunk only. A head that is trained computes them again in the backward pass, since its own
-    gradient needs each token's. A frozen one needs none there: what a token's log-probability gives to its hidden
-    state, ``W[t] - p W``, is kept instead, which is H numbers in place of V.
+    Logits exist for one chunk only. What the backward pass needs of them is kept if it is small: of a frozen head, what
+    a token's log-probability gives to its hidden state, ``W[t] - p W``, which is H numbers in place of V; of a single
+    chunk its probabilities. Otherwise the logits are computed again.
     """
 
     @staticmethod
@@ -58,47 +58,44 @@ class LinearLogprobs(torch.autograd.Function):
         size: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         head = _Head(hidden_MH, weight_VH, bias_V, size)
-        kept = ctx.needs_input_grad[0] and not any(ctx.needs_input_grad[1:3])
-        slope_MH = torch.empty_like(head.hidden_MH) if kept else None
+        trained = any(ctx.needs_input_grad[1:3])
+        slope_MH = torch.empty_like(head.hidden_MH) if ctx.needs_input_grad[0] and not trained else None
+        probs_MV = None
         parts = []
         for chunk, logits_XV in head.chunks():
             logps_X, entropy_X, logsumexp_X, exp_XV = _of_logits(logits_XV, target_M[chunk], entropy)
             parts.append((logps_X, entropy_X, logsumexp_X))
             if slope_MH is not None:
-                probs_XV = exp_XV.div_(exp_XV.sum(dim=-1, keepdim=True)).to(head.dtype)
-                slope_MH[chunk] = head.weight_VH[target_M[chunk]] - probs_XV @ head.weight_VH
+                slope_MH[chunk] = head.weight_VH[target_M[chunk]] - _normalised(exp_XV).to(head.dtype) @ head.weight_VH
+            elif trained and len(target_M) <= size:
+                probs_MV = _normalised(exp_XV)
         logps_M, entropy_M, logsumexp_M = (torch.cat(part) for part in zip(*parts, strict=True))
-        ctx.size, ctx.has_bias, ctx.dtypes = size, bias_V is not None, (hidden_MH.dtype, weight_VH.dtype)
         if slope_MH is not None:
             ctx.save_for_backward(slope_MH)
         else:
-            ctx.save_for_backward(hidden_MH, weight_VH, bias_V, target_M, logsumexp_M)
+            ctx.save_for_backward(hidden_MH, weight_VH, bias_V, target_M, logsumexp_M, probs_MV)
+        ctx.frozen, ctx.size, ctx.head_dtype, ctx.hidden_dtype = not trained, size, head.dtype, hidden_MH.dtype
         ctx.mark_non_differentiable(entropy_M)
-        ctx.compute_dtype = head.dtype
         return logps_M, entropy_M
 
     @staticmethod
     def backward(ctx: Any, grad_M: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if len(ctx.saved_tensors) == 1:
+        if ctx.frozen:
             [slope_MH] = ctx.saved_tensors
-            return (slope_MH * grad_M[:, None]).to(ctx.dtypes[0]), None, None, None, None, None
-        hidden_MH, weight_VH, bias_V, target_M, logsumexp_M = ctx.saved_tensors
-        head = _Head(hidden_MH, weight_VH, bias_V, ctx.size, ctx.compute_dtype)
-        grad_MH = torch.empty_like(head.hidden_MH)
-        grad_VH = torch.zeros_like(weight_VH, dtype=torch.float32)
-        grad_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
-        for chunk, logits_XV in head.chunks():
-            grad_XV = _gradient_of_logits(logits_XV, target_M[chunk], logsumexp_M[chunk], grad_M[chunk])
-            if grad_V is not None:
-                grad_V += grad_XV.sum(dim=0)
-            grad_XV = grad_XV.to(head.dtype)
-            grad_MH[chunk] = grad_XV @ head.weight_VH
-            if head.dtype == torch.float32:
-                grad_VH.addmm_(grad_XV.t(), head.hidden_MH[chunk])
-            else:
-                grad_VH += grad_XV.t() @ head.hidden_MH[chunk]
-        grad_V = None if bias_V is None or grad_V is None else grad_V.to(bias_V.dtype)
-        return grad_MH.to(hidden_MH.dtype), grad_VH.to(weight_VH.dtype), grad_V, None, None, None
+            return (slope_MH * grad_M[:, None]).to(ctx.hidden_dtype), None, None, None, None, None
+        hidden_MH, weight_VH, bias_V, target_M, logsumexp_M, probs_MV = ctx.saved_tensors
+        head = _Head(hidden_MH, weight_VH, bias_V, ctx.size, ctx.head_dtype)
+        if probs_MV is not None:
+            grad_MV = (probs_MV * -grad_M[:, None]).scatter_add_(-1, target_M[:, None], grad_M[:, None])
+            chunks = iter([(slice(None), grad_MV)])
+        else:
+            chunks = (
+                (chunk, _gradient_of_logits(logits_XV, target_M[chunk], logsumexp_M[chunk], grad_M[chunk]))
+                for chunk, logits_XV in head.chunks()
+            )
+        grad_MH, grad_VH, grad_V = head.gradients(chunks)
+        to_bias = None if bias_V is None else grad_V.to(bias_V.dtype)
+        return grad_MH.to(hidden_MH.dtype), grad_VH.to(weight_VH.dtype), to_bias, None, None, None
 
 
 class _Head:
@@ -134,6 +131,24 @@ class _Head:
                     logits_XV += self.bias_V
             yield chunk, logits_XV
 
+    def gradients(
+        self, chunks: Iterable[tuple[slice, torch.Tensor]]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """From the gradients of each chunk's logits to those of hidden states, weight and bias, summed in fp32."""
+        grad_MH = torch.empty_like(self.hidden_MH)
+        grad_VH = torch.zeros_like(self.weight_VH, dtype=torch.float32)
+        grad_V = grad_VH.new_zeros(len(grad_VH))
+        for chunk, exact_XV in chunks:
+            if self.bias_V is not None:
+                grad_V += exact_XV.sum(dim=0)
+            grad_XV = exact_XV.to(self.dtype)
+            grad_MH[chunk] = grad_XV @ self.weight_VH
+            if self.dtype == torch.float32:
+                grad_VH.addmm_(grad_XV.t(), self.hidden_MH[chunk])
+            else:
+                grad_VH += grad_XV.t() @ self.hidden_MH[chunk]
+        return grad_MH, grad_VH, grad_V
+
 
 def _of_logits(
     logits_XV: torch.Tensor, target_X: torch.Tensor, entropy: bool
@@ -149,6 +164,10 @@ def _of_logits(
     if entropy:
         entropy_X = log_sum_X - torch.linalg.vecdot(exp_XV, shifted_XV.clamp_(min=SMALLEST)) / sum_X
     return picked_X - log_sum_X, entropy_X, log_sum_X + largest_X1[:, 0], exp_XV
+
+
+def _normalised(exp_XV: torch.Tensor) -> torch.Tensor:
+    return exp_XV.div_(exp_XV.sum(dim=-1, keepdim=True))
 
 
 def _gradient_of_logits(
