@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from measure import MemoryMeter
 from torch.utils.checkpoint import checkpoint
 
-from online_dpo.logprobs import CHUNK_LOGITS
+from online_dpo.logprobs import chunk_size
 from online_dpo.vocabulary import LinearLogprobs, TokenLogprobs
 
 Way = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -104,7 +104,7 @@ def main() -> None:
     weight_VH = (0.05 * torch.randn(options.vocabulary, options.hidden, device=options.device)).requires_grad_()
     target_M = torch.randint(options.vocabulary, (options.tokens,), device=options.device)
     factor_M = torch.randn(options.tokens, device=options.device)
-    size = max(1, CHUNK_LOGITS[options.device] // options.vocabulary)
+    size = chunk_size(options.vocabulary, torch.device(options.device))
     expected: torch.Tensor | None = None
     print(f"{'':38}{'seconds':>9}{'MiB':>8}  gradient")
     for name, way in ways(size, options.device).items():

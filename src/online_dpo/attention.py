@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from online_dpo import flex_rows
 from online_dpo.layout import PADDING
@@ -16,12 +17,18 @@ from online_dpo.models import accepts_argument, unwrapped
 from online_dpo.types import TokenRows
 
 LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+WINDOWS_BY_INDEX = ("attention_layers", "window_size")  # GPT-Neo's local attention, which no mask of ours can express
 IMPLEMENTATIONS = {"sdpa", "eager", flex_rows.NAME}
 
 
 def why_not_shared(model: nn.Module) -> str | None:
     """What keeps this model from reading rows that share prompts, as far as its config tells; ``None`` if nothing."""
-    config = unwrapped(model).config.get_text_config()
+    base = unwrapped(model)
+    if not isinstance(base, PreTrainedModel):
+        return "it is no model of transformers"
+    config = base.config.get_text_config()
+    if any(hasattr(config, name) for name in WINDOWS_BY_INDEX):
+        return "it cuts attention by places in the row"
     if not accepts_argument(model, "position_ids"):
         return "it takes no `position_ids`"
     if config._attn_implementation not in IMPLEMENTATIONS:
@@ -70,7 +77,7 @@ def use_flex_attention(model: nn.Module) -> None:
     """From now on the model reads rows that share prompts through FlexAttention, and all else through SDPA.
 
     Raises:
-        ValueError: the model's attention implementation is another than SDPA.
+        ValueError: the model's attention implementation is another than SDPA, or its attention has a soft cap.
     """
     config = unwrapped(model).config.get_text_config()
     if config._attn_implementation not in ("sdpa", flex_rows.NAME):
@@ -78,6 +85,8 @@ def use_flex_attention(model: nn.Module) -> None:
             f"`flex_attention` takes the place of SDPA, but a model was loaded with {config._attn_implementation!r}. "
             "Load it with `attn_implementation='sdpa'`, or leave `flex_attention` off."
         )
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        raise ValueError("`flex_attention` cannot be used with a model whose attention has a soft cap; leave it off.")
     flex_rows.register()
     config._attn_implementation = flex_rows.NAME
 

@@ -81,8 +81,9 @@ class OnlineDPOConfig(TrainingArguments):
     """
 
     max_tokens_per_pass: int | None = None
-    """Most tokens in one forward and backward pass. A micro-batch with more is computed in several passes, with the
-    same gradient. When not set: 1024 on a CPU, where more are no faster, and 16384 on a GPU.
+    """Most tokens in one forward and backward pass, each prompt counted once and padding not at all. A micro-batch with
+    more is computed in several passes, with the same gradient. When not set: 1024 on a CPU, where more are no faster,
+    and 16384 on a GPU.
     """
 
     remove_unused_columns: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,6 +94,21 @@ def eval_records(
         )
         start = end
     return records
+
+
+def judged_wins(
+    groups: Sequence[Group], rivals: Sequence[Group], rank: Callable[[list[Group]], list[int]]
+) -> list[float | None]:
+    """For each prompt 1 if a judge prefers the group's first completion to its rival's, 0 if not, one half where their
+    texts are the same, ``None`` where the judge gave no answer.
+    """
+    duels = [
+        Group(group.prompt, (group.completions[0], rival.completions[0]))
+        for group, rival in zip(groups, rivals, strict=True)
+    ]
+    points = {-1: None, 0: 1.0, 1: 0.0}
+    same = [duel.completions[0].text == duel.completions[1].text for duel in duels]
+    return [0.5 if draw else points[first] for draw, first in zip(same, rank(duels), strict=True)]
 
 
 def summarise(records: Sequence[EvalRecord]) -> dict[str, float]:

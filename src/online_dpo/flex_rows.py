@@ -35,7 +35,6 @@ def attention(
     attention_mask: torch.Tensor | BlockMask | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of transformers: FlexAttention where the mask is one of ours, SDPA elsewhere (sampling, padded rows).
@@ -53,7 +52,6 @@ def attention(
         query,
         key,
         value,
-        score_mod=None if softcap is None else _soft_cap(softcap),
         block_mask=attention_mask,
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
@@ -84,13 +82,3 @@ def block_mask(tokens: TokenRows, window: int | None, chunk: int | None) -> Bloc
 def _flex(device: str) -> Callable[..., Any]:
     """Compiled once for all lengths on a GPU."""
     return torch.compile(flex_attention, dynamic=True) if device == "cuda" else flex_attention
-
-
-@functools.cache
-def _soft_cap(cap: float) -> Callable[..., torch.Tensor]:
-    """One function object a value, so that every layer meets the same compiled kernel."""
-
-    def score_mod(score: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
-        return cap * torch.tanh(score / cap)
-
-    return score_mod

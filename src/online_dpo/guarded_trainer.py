@@ -93,7 +93,8 @@ class GuardedTrainer(Trainer):
     def _run(self, model: nn.Module, rows: PackedRows, num_items: Any) -> torch.Tensor:
         """One forward and backward pass; if it does not fit in memory, two, with the same gradient in the end."""
         if len(rows.pairs) > 1 and sum(map(tree_size, rows.pairs)) > self.tokens_that_fit:
-            return torch.stack([self._run(model, half, num_items) for half in halve(rows)]).sum()
+            halves = halve(rows, self.args.row_capacity)  # pyright: ignore[reportAttributeAccessIssue]
+            return torch.stack([self._run(model, half, num_items) for half in halves]).sum()
         before = self.metrics.copy()
         loss = None
         with self.phase("training"), suppress(torch.OutOfMemoryError):

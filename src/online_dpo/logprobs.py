@@ -1,7 +1,7 @@
 """Rows to log-probabilities: what a model gives each completion token, and how uncertain it was.
 
-The vocabulary is the widest thing in a small model, so logits exist only where a completion token is predicted, for a
-few hundred tokens at a time, and are computed again in the backward pass instead of being kept.
+The vocabulary is the widest thing in a small model, so logits exist only where a completion token is predicted, and for
+a few hundred tokens at a time.
 
 Shapes: ``R`` rows, ``T`` tokens of a row, ``M`` tokens of all completions, ``S`` completions, ``H`` hidden size, ``V``
 vocabulary.
@@ -18,13 +18,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from online_dpo.attention import attention_inputs
 from online_dpo.models import accepts_argument, unwrapped
 from online_dpo.types import PackedRows, RowLogprobs
 from online_dpo.vocabulary import LinearLogprobs, TokenLogprobs
 
-CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**27}  # logits that exist at the same time; few enough to stay near the cores
+CHUNK_LOGITS = {"cpu": 2**23}  # logits that exist at the same time; on a CPU few enough to stay near the cores
+CHUNK_LOGITS_ELSEWHERE = 2**27
 
 
 @dataclass(frozen=True)
@@ -59,35 +61,45 @@ def enable_logprobs(model: nn.Module) -> None:
     """Let ``model(..., predict=Predict(...))`` return log-probabilities and entropies, (M,) each, in fp32.
 
     The request travels through ``forward`` because sharded and data-parallel models can only be entered there. Without
-    ``predict``, nothing changes.
+    ``predict``, nothing changes; models that cannot (see `can_chunk`) are left as they are.
     """
     base: Any = unwrapped(model)
-    if not hasattr(base, "forward_of_logits"):
-        base.forward_of_logits = base.forward
-        base.head_is_linear = _is_linear(base)
-        base.forward = MethodType(functools.wraps(base.forward.__func__)(_forward), base)
+    if not can_chunk(model) or hasattr(base, "forward_of_logits"):
+        return
+
+    @functools.wraps(type(base).forward)
+    def forward(self: Any, *args: Any, predict: Predict | None = None, **kwargs: Any) -> Any:
+        if predict is None:
+            return self.forward_of_logits(*args, **kwargs)
+        return _predicted(self, predict, *args, **kwargs)
+
+    base.forward_of_logits = base.forward
+    base.forward = MethodType(forward, base)  # bound, so that a copy of the model calls the copy's own
 
 
 def can_chunk(model: nn.Module) -> bool:
     """Whether the model has a part that gives hidden states, and a head that comes after it."""
     base: Any = unwrapped(model)
+    if not isinstance(base, PreTrainedModel):
+        return False
     return base.base_model is not base and base.get_output_embeddings() is not None
 
 
-def _forward(self: Any, *args: Any, predict: Predict | None = None, **kwargs: Any) -> Any:
-    if predict is None:
-        return self.forward_of_logits(*args, **kwargs)
+def _predicted(model: Any, predict: Predict, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
     given = {name: value for name, value in kwargs.items() if value is not None}  # adapters fill in all arguments
-    hidden_RTH = self.base_model(*args, **given)[0]
-    return _chunked_logprobs(self, hidden_RTH.flatten(0, 1)[predict.source_M], predict)
+    hidden_RTH = model.base_model(*args, **given)[0]
+    return _chunked_logprobs(model, hidden_RTH.flatten(0, 1)[predict.source_M], predict)
 
 
 def _chunked_logprobs(model: Any, hidden_MH: torch.Tensor, predict: Predict) -> tuple[torch.Tensor, torch.Tensor]:
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    size = max(1, CHUNK_LOGITS[hidden_MH.device.type] // max(1, vocabulary))
     head = model.get_output_embeddings()
+    size = chunk_size(model.config.get_text_config().vocab_size, hidden_MH.device)
+    if not hasattr(model, "head_is_linear"):
+        model.head_is_linear = _is_linear(model)
     if model.head_is_linear and _is_bare(head):
         return LinearLogprobs.apply(hidden_MH, head.weight, head.bias, predict.target_M, predict.entropy, size)
+    if head._forward_hooks or head._forward_pre_hooks:
+        size = max(1, len(hidden_MH))  # each call of a sharded head is a collective operation: one on every rank
     parts = []
     for hidden_XH, target_X in zip(hidden_MH.split(size), predict.target_M.split(size), strict=True):
         run = functools.partial(_project, model, itertools.count(), predict.entropy)
@@ -122,10 +134,15 @@ def _head(model: Any, hidden_XH: torch.Tensor) -> torch.Tensor:
         model._modules[name] = body
 
 
+def chunk_size(vocabulary: int, device: torch.device) -> int:
+    """Tokens whose logits exist at the same time."""
+    return max(1, CHUNK_LOGITS.get(device.type, CHUNK_LOGITS_ELSEWHERE) // vocabulary)
+
+
 @torch.no_grad()
 def _is_linear(model: Any) -> bool:
     """Whether the model's logits are its head's matrix product and nothing else, found on hidden states far from 0."""
-    head: Any = model.get_output_embeddings() if can_chunk(model) else None
+    head = model.get_output_embeddings()
     if not _is_bare(head):
         return False
     size = head.weight.shape[1]

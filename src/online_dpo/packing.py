@@ -14,6 +14,8 @@ import torch
 from online_dpo.layout import Tree, lay_out, split_balanced
 from online_dpo.types import Completion, Group, PackedRows, Pair, Prompt
 
+BRANCHES = 4  # completions of one tree, at most: its attention grows with the square of its length
+
 _NOTHING = Completion((0,), (0.0,), "stop", 0, "")
 STAND_IN = Group(Prompt("", (0,), 0), (_NOTHING, _NOTHING))
 
@@ -74,10 +76,16 @@ def passes_needed(pairs: Sequence[Pair], max_tokens: int) -> int:
     return max(1, len(pairs))
 
 
-def halve(rows: PackedRows) -> list[PackedRows]:
+def halve(rows: PackedRows, capacity: int = 0) -> list[PackedRows]:
     """The same pairs in two passes of about equally many tokens. Needs two pairs or more."""
     assert len(rows.pairs) >= 2
-    return [pack_pairs(part, rows.tokens.shares_prompts) for part in split_pairs(rows.pairs, 2)]
+    return [pack_pairs(part, rows.tokens.shares_prompts, capacity) for part in split_pairs(rows.pairs, 2)]
+
+
+def _trees(group: Group) -> list[Tree]:
+    branches = [completion.token_ids for completion in group.completions]
+    cuts = range(0, len(branches), BRANCHES)
+    return [Tree(group.prompt.token_ids, tuple(branches[start : start + BRANCHES])) for start in cuts]
 
 
 def _pack(
@@ -90,7 +98,7 @@ def _pack(
     shared: bool,
     capacity: int,
 ) -> PackedRows:
-    trees = [Tree(group.prompt.token_ids, tuple(c.token_ids for c in group.completions)) for group in groups]
+    trees = [tree for group in groups for tree in _trees(group)]
     tokens, places = lay_out(trees, shared, capacity)
     source, target, lengths = [], [], []
     for tree, tree_places in zip(trees, places, strict=True):

@@ -13,15 +13,15 @@ from torch import nn
 
 from online_dpo.attention import why_not_shared
 from online_dpo.logprobs import can_chunk, row_logprobs
-from online_dpo.packing import STAND_IN, pack_groups
-from online_dpo.types import Group
+from online_dpo.packing import pack_groups
+from online_dpo.types import Group, PackedRows
 
 logger = logging.getLogger(__name__)
 
 Lender = Callable[[], AbstractContextManager[nn.Module]]
-GROUPS, COMPLETIONS = 2, 4
+GROUPS, COMPLETIONS, TOKENS = 2, 4, 64
 ROUNDING = {torch.float32: 2e-5, torch.float64: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-"""Mean difference in nats a token that rounding alone may make."""
+"""Difference in nats a token, mean over a completion, that rounding alone may make."""
 MOST_ROUNDING = 4
 """Padding may show that a model rounds more coarsely than that, but not by more than this factor: a model that sees the
 padding differs as well.
@@ -37,30 +37,38 @@ class Method:
 
 
 @torch.no_grad()
-def choose_method(models: Mapping[str, Lender], groups: Sequence[Group], share: bool) -> tuple[Method, list[str]]:
+def choose_method(
+    models: Mapping[str, Lender], groups: Sequence[Group], share: bool
+) -> tuple[Method, list[str]] | None:
     """The fastest method that gives every model the log-probabilities that it gives single sequences.
 
     The yardstick is each completion alone, without padding, through the model's own logits. A method passes when its
-    mean difference to that is rounding: a constant of the dtype, or a few times what padding makes.
+    mean difference to that is rounding: a constant of the dtype, or a few times what padding makes. Rounding can
+    hide that a model ignores masks or positions; then wrong ones change nothing at all, and it does not pass either.
 
     Args:
         models: by name, what lends each model ready for a forward pass, in eval mode and the dtype of training.
-        groups: of the run; the longest few are used.
+        groups: of the run; the beginnings of some completions of the longest few are used.
         share: whether sharing prompts is wanted.
 
     Returns:
-        The method, and what speaks against a faster one.
+        The method, and what speaks against a faster one; ``None`` where nothing can be told, because log-probabilities
+        are not finite or no completion is longer than a token.
     """
     chosen = sorted(groups, key=_size, reverse=True)[:GROUPS]
-    sample = [replace(group, completions=group.completions[:COMPLETIONS]) for group in chosen]
+    sample = [_shortened(group) for group in chosen]
+    if not any(len(c.token_ids) > 1 for group in sample for c in group.completions[1:]):
+        return None
     method, reasons = Method(shared=share, chunked=True), []
     for name, lend in models.items():
         with lend() as model:
             check = _Check(model, sample)
+            if not check.is_finite:
+                return None
             if method.chunked and (why := check.chunked()):
                 reasons.append(f"logits of {name} are not computed in chunks: {why}")
                 method = replace(method, chunked=False)
-            if method.shared and (why := check.shared()):
+            if method.shared and (why := check.shared(chunked=method.chunked)):
                 reasons.append(f"prompts are not shared, because of {name}: {why}")
                 method = replace(method, shared=False)
     return method, reasons
@@ -74,10 +82,16 @@ class MethodChoice:
         self._accelerator, self._share, self._settled = accelerator, share, False
 
     def settle(self, models: Mapping[str, Lender], groups: Sequence[Group]) -> None:
-        """Choose with the first groups there are on any rank. A collective operation."""
+        """Choose with the first groups there are on any rank, unless nothing can be told from them. A collective
+        operation.
+        """
         if self._settled or not self._any_rank(bool(groups)):
             return
-        method, reasons = choose_method(models, groups or [STAND_IN], self._share)
+        # A rank without groups has no objection.
+        found = choose_method(models, groups, self._share) if groups else (Method(self._share, chunked=True), [])
+        if self._any_rank(found is None) or found is None:
+            return
+        method, reasons = found
         self.method = Method(not self._any_rank(not method.shared), not self._any_rank(not method.chunked))
         self._settled = True
         for reason in reasons:
@@ -94,41 +108,80 @@ class _Check:
     def __init__(self, model: nn.Module, groups: Sequence[Group]) -> None:
         self.model, self.groups = model, groups
         singles = [Group(group.prompt, (completion,)) for group in groups for completion in group.completions]
-        self.alone_M = torch.cat([self._logps(Method(), [single]) for single in singles])
-        padding = (self._logps(Method(), groups) - self.alone_M).abs().mean()
+        self.alone_M = torch.cat([self._logps(self._rows(False, [single]), False) for single in singles])
+        self.is_finite = bool(self.alone_M.isfinite().all())
+        padding = self._distance(self._rows(False, groups), False)
         rounding = ROUNDING[self._dtype()]
-        self.allowed = min(max(4 * float(padding), rounding), MOST_ROUNDING * rounding)
+        self.allowed = min(max(4 * padding, rounding), MOST_ROUNDING * rounding)
 
     def chunked(self) -> str | None:
         """What is wrong with chunks of the vocabulary; ``None`` if nothing."""
         if not can_chunk(self.model):
             return "it has no body and head that can be told apart"
-        return self._difference(Method(chunked=True))
+        return self._why_wrong(self._rows(False, self.groups), chunked=True)
 
-    def shared(self) -> str | None:
+    def shared(self, chunked: bool) -> str | None:
         """What is wrong with sharing prompts; ``None`` if nothing."""
-        return why_not_shared(self.model) or self._difference(Method(shared=True))
+        if why := why_not_shared(self.model):
+            return why
+        rows = self._rows(True, self.groups)
+        if why := self._why_wrong(rows, chunked):
+            return why
+        if torch.equal(self._logps(_without_branches(rows), chunked), self._logps(rows, chunked)):
+            return "it does not heed who sees whom"
+        plain = self._rows(False, self.groups)  # there the mask knows no positions
+        if torch.equal(self._logps(_twice_as_far(plain), chunked), self._logps(plain, chunked)):
+            return "it does not heed positions"
+        return None
 
-    def _difference(self, method: Method) -> str | None:
+    def _why_wrong(self, rows: PackedRows, chunked: bool) -> str | None:
         try:
-            found = float((self._logps(method, self.groups) - self.alone_M).abs().mean())
+            found = self._distance(rows, chunked)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # whatever an unknown model does with such inputs
             return f"it fails with {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         if found <= self.allowed:
             return None
         return f"log-probabilities differ by {found:.1e} a token, where {self.allowed:.1e} could be rounding"
 
-    def _logps(self, method: Method, groups: Sequence[Group]) -> torch.Tensor:
-        """Log-probabilities of all completions' tokens; groups that share prompts stand in a single row."""
-        rows = pack_groups(groups, [], method.shared, capacity=sum(map(_size, groups)))
-        rows = rows.to(next(self.model.parameters()).device)
-        return row_logprobs(self.model, rows, entropy=False, chunked=method.chunked).token_logps_M
+    def _distance(self, rows: PackedRows, chunked: bool) -> float:
+        """Mean difference of a completion's tokens to the yardstick, of the completion that is furthest off."""
+        difference_M = (self._logps(rows, chunked) - self.alone_M).abs()
+        return max(float(part.mean()) for part in difference_M.split(rows.length_S.tolist()))
+
+    def _logps(self, rows: PackedRows, chunked: bool) -> torch.Tensor:
+        return row_logprobs(self.model, rows, entropy=False, chunked=chunked).token_logps_M
+
+    def _rows(self, shared: bool, groups: Sequence[Group]) -> PackedRows:
+        """Rows of all completions; groups that share prompts stand in a single one."""
+        rows = pack_groups(groups, [], shared, capacity=sum(map(_size, groups)))
+        return rows.to(next(self.model.parameters()).device)
 
     def _dtype(self) -> torch.dtype:
         device = next(self.model.parameters()).device.type
         if torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
         return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+
+def _without_branches(rows: PackedRows) -> PackedRows:
+    """Every completion sees those before it."""
+    return replace(rows, tokens=replace(rows.tokens, branch_RT=torch.zeros_like(rows.tokens.branch_RT)))
+
+
+def _twice_as_far(rows: PackedRows) -> PackedRows:
+    """Tokens stand twice as far from each other, up to the length of the longest row, which a model has places for."""
+    positions_RT = rows.tokens.positions_RT
+    return replace(
+        rows, tokens=replace(rows.tokens, positions_RT=(2 * positions_RT).clamp(max=int(positions_RT.max())))
+    )
+
+
+def _shortened(group: Group) -> Group:
+    """A few completions, and of each its beginning: the yardstick needs the logits of all their tokens at once."""
+    kept = group.completions[:COMPLETIONS]
+    return replace(group, completions=tuple(replace(c, token_ids=c.token_ids[:TOKENS]) for c in kept))
 
 
 def _size(group: Group) -> int:

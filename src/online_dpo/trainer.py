@@ -38,7 +38,7 @@ from online_dpo.build import (
 )
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.data import PREPARED_COLUMNS, EndlessStream, collate_prompts, prepare_prompts, prompts_from_batch
-from online_dpo.evaluate import EvalRecord, eval_records, summarise, win_share
+from online_dpo.evaluate import EvalRecord, eval_records, judged_wins, summarise, win_share
 from online_dpo.guarded_trainer import GuardedTrainer
 from online_dpo.logprobs import RowLogprobs, row_logprobs
 from online_dpo.losses import LOSSES, log_ratio
@@ -227,7 +227,7 @@ class OnlineDPOTrainer(GuardedTrainer):
     def _pack(self, pairs: list[Pair], num_batches: int) -> list[dict[str, Any]]:
         """Exactly as many micro-batches as were fetched: `Trainer` counts them to find the optimizer step."""
         self.done_in_step = []
-        self._settle_method(self.model_wrapped, [pair.group for pair in pairs])  # pyright: ignore[reportArgumentType]
+        self._settle_method([pair.group for pair in pairs])
         shared, capacity = self.choice.method.shared, self.args.row_capacity
         parts = split_pairs(pairs, num_batches)
         passes = self._most_over_ranks([passes_needed(part, self.args.tokens_per_pass) for part in parts])
@@ -242,10 +242,12 @@ class OnlineDPOTrainer(GuardedTrainer):
         mine = torch.tensor([counts], device=self.accelerator.device)
         return self.accelerator.gather(mine).amax(dim=0).tolist()  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _settle_method(self, model: nn.Module, groups: Sequence[Group]) -> None:
-        lenders = {"the policy": lambda: eval_mode(model), "the reference": self.reference.active}
+    def _settle_method(self, groups: Sequence[Group]) -> None:
+        policy: Any = self.model
         with self.accelerator.autocast():
-            self.choice.settle(lenders, groups)
+            self.choice.settle(
+                {"the policy": lambda: eval_mode(policy), "the reference": self.reference.active}, groups
+            )
 
     def _count_over_ranks(self, pairs: list[Pair]) -> torch.Tensor:
         count = torch.tensor(float(len(pairs)), device=self.accelerator.device)
@@ -338,31 +340,21 @@ class OnlineDPOTrainer(GuardedTrainer):
         scores, ranks = self._score_or_rank(groups)
         pairs, _ = self._pairs(groups, scores, ranks)
         if self.accelerator.num_processes == 1:  # otherwise a step of training finds out, on all ranks together
-            self._settle_method(model, groups)
+            self._settle_method(groups)
         with self.accelerator.autocast():
             inputs = {"rows": pack_groups(groups, pairs, self.choice.method.shared, self.args.row_capacity)}
             _, outputs = self.compute_loss(model, inputs, return_outputs=True)
         rows = inputs["rows"]
-        if scores is None:
-            reference_scores, wins = [None] * len(groups), self._judged_wins(groups, rivals)
-        else:
+        if scores is not None:
             reference_scores = [values[0] for values in self._scores_of(rivals).values]
             wins = [win_share(mine, theirs) for mine, theirs in zip(scores.values, reference_scores, strict=True)]
+        else:
+            assert self.judge is not None
+            reference_scores, wins = [None] * len(groups), judged_wins(groups, rivals, self.judge.rank)
         return eval_records(groups, pairs, scores, reference_scores, wins, rows, **outputs)
 
     def _scores_of(self, groups: list[Group]) -> Scores:
         return score_groups(groups, self.scorers, self.args.reward_weights, self.args.missing_eos_penalty)
-
-    def _judged_wins(self, groups: list[Group], rivals: list[Group]) -> list[float | None]:
-        assert self.judge is not None
-        duels = [
-            Group(group.prompt, (group.completions[0], rival.completions[0]))
-            for group, rival in zip(groups, rivals, strict=True)
-        ]
-        ranks = self.judge.rank(duels)
-        same = [duel.completions[0].text == duel.completions[1].text for duel in duels]
-        points = {-1: None, 0: 1.0, 1: 0.0}
-        return [0.5 if draw else points[rank] for draw, rank in zip(same, ranks, strict=True)]
 
     def _rivals(self, prompts: list[Prompt]) -> list[Group]:
         """One completion of the reference for each prompt; sampled once, since the reference does not change."""

@@ -43,8 +43,8 @@ class LinearLogprobs(torch.autograd.Function):
     a time.
 
     Logits exist for one chunk only. What the backward pass needs of them is kept if it is small: of a frozen head, what
-    a token's log-probability gives to its hidden state, ``W[t] - p W``, which is H numbers in place of V; of a single
-    chunk its probabilities. Otherwise the logits are computed again.
+    a token's log-probability gives to its hidden state, ``(onehot(t) - p) W``, which is H numbers in place of V; of a
+    single chunk its probabilities. Otherwise the logits are computed again.
     """
 
     @staticmethod
@@ -60,13 +60,16 @@ class LinearLogprobs(torch.autograd.Function):
         head = _Head(hidden_MH, weight_VH, bias_V, size)
         trained = any(ctx.needs_input_grad[1:3])
         slope_MH = torch.empty_like(head.hidden_MH) if ctx.needs_input_grad[0] and not trained else None
+        ones_M = torch.ones(len(target_M), device=target_M.device)
         probs_MV = None
         parts = []
         for chunk, logits_XV in head.chunks():
             logps_X, entropy_X, logsumexp_X, exp_XV = _of_logits(logits_XV, target_M[chunk], entropy)
             parts.append((logps_X, entropy_X, logsumexp_X))
             if slope_MH is not None:
-                slope_MH[chunk] = head.weight_VH[target_M[chunk]] - _normalised(exp_XV).to(head.dtype) @ head.weight_VH
+                # The difference is taken here, in fp32: in half precision a probability close to 1 would leave nothing.
+                slope_XV = _normalised(exp_XV).neg_().scatter_add_(-1, target_M[chunk, None], ones_M[chunk, None])
+                slope_MH[chunk] = slope_XV.to(head.dtype) @ head.weight_VH
             elif trained and len(target_M) <= size:
                 probs_MV = _normalised(exp_XV)
         logps_M, entropy_M, logsumexp_M = (torch.cat(part) for part in zip(*parts, strict=True))

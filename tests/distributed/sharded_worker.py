@@ -18,7 +18,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import tiny
-from online_dpo import logprobs
 from online_dpo.logprobs import enable_logprobs, row_logprobs
 from online_dpo.models import unwrapped
 from online_dpo.packing import pack_groups
@@ -101,8 +100,6 @@ def run(name, wrapper, memory):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=30))
-    if len(sys.argv) > 2:
-        logprobs.CHUNK_LOGITS["cpu"] = int(sys.argv[2]) * tiny.VOCABULARY
     results = {case: run(*case) for case in CASES}
     torch.save(results, Path(sys.argv[1]) / f"rank-{dist.get_rank()}.pt")
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The `optim` choices of transformers: those that need no package train, the guard holds for them, others are refused."""
+"""The `optim` choices of transformers: those that need no package train and are guarded, others are refused."""
 
 import math
 

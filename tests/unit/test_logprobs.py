@@ -1,9 +1,11 @@
 """Log-probabilities of rows, in every layout and along every path, against one sequence at a time."""
 
+import inspect
 from dataclasses import replace
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import (
@@ -11,6 +13,8 @@ from transformers import (
     BloomForCausalLM,
     CohereConfig,
     CohereForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     MambaConfig,
@@ -195,15 +199,58 @@ def test_a_model_that_was_enabled_still_gives_logits_and_generates():
     assert accepts_argument(model, "logits_to_keep")
 
 
+@torch.no_grad()
 def test_which_heads_are_nothing_but_a_matrix_product():
-    linear = {name: ready(tiny.causal_lm(name)).head_is_linear for name in tiny.FAMILIES}
-    assert linear == {name: name != "gemma2" for name in tiny.FAMILIES}
-    assert {name: ready(make()).head_is_linear for name, make in HEADS.items()} == {
+    rows = pack_pairs(make_pairs(), True)
+
+    def is_linear(model):
+        row_logprobs(ready(model), rows)
+        return model.head_is_linear
+
+    assert {name: is_linear(tiny.causal_lm(name)) for name in tiny.FAMILIES} == {
+        name: name != "gemma2" for name in tiny.FAMILIES
+    }
+    assert {name: is_linear(make()) for name, make in HEADS.items()} == {
         "scale of the logits": False,
         "division of the logits": False,
         "bias on the head": True,
         "soft cap": False,
     }
+
+
+def test_models_with_hooks_of_accelerate_and_signatures_of_their_own():
+    hooked = tiny.causal_lm()
+    add_hook_to_module(hooked, AlignDevicesHook(execution_device="cpu"))
+    mamba = ready(other(MambaForCausalLM, MambaConfig, state_size=4))
+    rows = pack_pairs(make_pairs(), True)
+    expected = row_logprobs(ready(tiny.causal_lm()), rows).logps_S
+    assert torch.equal(row_logprobs(ready(hooked), rows).logps_S, expected)
+    assert torch.equal(row_logprobs(frozen_copy(hooked), rows).logps_S, expected)
+    plain = ready(tiny.causal_lm())
+    assert "position_ids" in inspect.signature(plain.forward).parameters
+    assert "position_ids" not in inspect.signature(mamba.forward).parameters
+
+
+def test_what_is_no_model_of_transformers_is_left_as_it_is():
+    class Wrapper(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = tiny.causal_lm()
+
+        def forward(self, input_ids, attention_mask=None, use_cache=None):
+            return self.inner(input_ids=input_ids, attention_mask=attention_mask)
+
+    model = ready(Wrapper())
+    assert not can_chunk(model) and "no model of transformers" in why_not_shared(model)
+    made = groups()
+    assert_equals_oracle(model.inner, pack_groups(made, [], False), made, chunked=False)
+
+
+def test_windows_by_place_in_the_row_are_refused():
+    config = GPTNeoConfig(
+        vocab_size=44, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
+    )
+    assert "places in the row" in why_not_shared(GPTNeoForCausalLM(config))
 
 
 @torch.no_grad()
@@ -265,7 +312,7 @@ def test_dropout_is_switched_off_in_modules_and_in_numbers():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", [family for family in tiny.FAMILIES if family != "gpt2"])
+@pytest.mark.parametrize("family", [family for family in tiny.FAMILIES if family not in ("gpt2", "gemma2")])
 def test_flex_attention_equals_single_sequences(family):
     model, made = ready(tiny.causal_lm(family)), groups()
     expected, _ = oracle(model, made)
@@ -288,6 +335,8 @@ def test_flex_attention_is_not_saved_with_the_model_and_generation_stays_the_sam
 
 
 def test_flex_attention_wants_sdpa_and_a_gpu(tmp_path):
+    with pytest.raises(ValueError, match="soft cap"):
+        use_flex_attention(tiny.causal_lm("gemma2"))
     with pytest.raises(ValueError, match="attn_implementation='sdpa'"):
         use_flex_attention(tiny.causal_lm(attn_implementation="eager"))
     with pytest.raises(ValueError, match="needs a GPU"):

@@ -30,6 +30,19 @@ def test_every_family_takes_the_fast_way(family, dtype):
     assert choose(policy=tiny.causal_lm(family).to(dtype)) == (Method(shared=True, chunked=True), [])
 
 
+def test_nothing_is_settled_on_numbers_that_are_not_finite():
+    model = tiny.causal_lm()
+    model.model.norm.weight.data.fill_(float("nan"))
+    assert choose(policy=model) is None
+
+
+def test_nothing_is_settled_on_completions_of_one_token():
+    groups = [tiny.group(prompt, [[4, 5], [6], [7]]) for prompt in tiny.prompts((9, 2))]
+    assert choose(groups=groups, policy=tiny.causal_lm()) is None
+    groups = [tiny.group(tiny.prompts((1,))[0], [[4], [6, 7]])]
+    assert choose(groups=groups, policy=tiny.causal_lm()) == (Method(shared=True, chunked=True), [])
+
+
 def test_sharing_can_be_switched_off():
     assert choose(share=False, policy=tiny.causal_lm()) == (Method(shared=False, chunked=True), [])
 
@@ -68,11 +81,26 @@ def deaf_attention():
         ALL_ATTENTION_FUNCTIONS["eager"] = own
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_that_ignores_the_mask_is_found(deaf_attention, dtype):
-    method, [reason] = choose(policy=tiny.causal_lm(attn_implementation="eager").to(dtype))
+def test_a_body_that_ignores_positions_is_found(family, dtype):
+    model = tiny.causal_lm(family).to(dtype)
+
+    def count_places(module, args, kwargs):
+        kwargs["position_ids"] = torch.arange(kwargs["input_ids"].shape[1])[None]
+        return args, kwargs
+
+    model.model.register_forward_pre_hook(count_places, with_kwargs=True)
+    method, [reason] = choose(policy=model)
+    assert method == Method(shared=False, chunked=True), reason
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_that_ignores_the_mask_is_found(deaf_attention, dtype, sharpness):
+    method, [reason] = choose(policy=tiny.causal_lm(attn_implementation="eager", sharpness=sharpness).to(dtype))
     assert method == Method(shared=False, chunked=True)
-    assert reason.startswith("prompts are not shared, because of policy: log-probabilities differ by")
+    assert reason.startswith("prompts are not shared, because of policy")
 
 
 def test_a_model_that_cannot_read_block_masks_is_found():

@@ -446,7 +446,7 @@ def test_attention_without_such_masks_is_named(warnings):
     expected = truth(model, tok, MIXED)
     scorer = RewardModelScorer(model, tok)
     model.config._attn_implementation = "flash_attention_2"
-    assert not scorer._may_share([])
+    assert not scorer._may_share([], {})
     model.config._attn_implementation = "sdpa"
     agree(scorer.score(MIXED), expected)
     [warning] = warnings
@@ -456,7 +456,7 @@ def test_attention_without_such_masks_is_named(warnings):
 def test_models_without_such_a_head(warnings):
     config = tiny.config("llama", vocab_size=len(VOCABULARY), num_labels=1)
     scorer = RewardModelScorer(LlamaForCausalLM(config), tokenizer())
-    assert not scorer._may_share([]) and not warnings
+    assert not scorer._may_share([], {}) and not warnings
 
 
 # --- numbers that are none ------------------------------------------------------------------------------------------

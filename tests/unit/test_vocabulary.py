@@ -80,6 +80,23 @@ def test_in_bf16_it_rounds_no_more_than_a_linear_layer_in_bf16(autocast, frozen)
             assert (leaf.grad.double() - theirs).norm() < 0.03 * theirs.norm()
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("size", [1, 50])
+def test_in_bf16_tokens_that_are_nearly_certain_keep_their_gradient(frozen, size):
+    """Their gradient is a small difference: taken after rounding, nothing would be left of it."""
+    weight, target = torch.eye(V).bfloat16(), torch.arange(4)
+    hidden = torch.diag(torch.tensor([4.0, 8.0, 9.0, 10.0, 0, 0, 0, 0, 0]))[:4].bfloat16()  # logits exact in bf16
+    exact = hidden.double().requires_grad_()
+    logps = (exact @ weight.double().t()).log_softmax(-1).gather(-1, target[:, None])[:, 0]
+    assert (logps.exp() > 0.998).sum() == 2
+    [expected_MH] = torch.autograd.grad(logps.sum(), exact)
+    hidden.requires_grad_()
+    got, _ = LinearLogprobs.apply(hidden, weight.requires_grad_(not frozen), None, target, False, size)
+    [got_MH] = torch.autograd.grad(got.sum(), hidden)
+    error_M = (got_MH.double() - expected_MH).norm(dim=1) / expected_MH.norm(dim=1)
+    assert error_M.max() < 0.1, error_M
+
+
 def test_logits_as_they_are():
     _, _, _, target, factor = inputs()
     logits = (torch.randn(M, V) * 4).requires_grad_()

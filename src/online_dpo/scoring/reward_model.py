@@ -101,7 +101,7 @@ class RewardModelScorer:
         read = {text: self._read_part(text) for texts in texts_PK for text in texts}
         read_PK = [[read[text] for text in texts] for texts in texts_PK]
         trees = group_trees(read_PK, self.batch_size, self._hidden_size)
-        if all(len(tree.branches) == 1 for tree in trees) or not self._may_share(trees):
+        if all(len(tree.branches) == 1 for tree in trees) or not self._may_share(trees, read):
             return self._plain_values(read)
         values: dict[Text, float] = {}
         for batch in passes(trees, self.batch_size):
@@ -118,10 +118,13 @@ class RewardModelScorer:
             values.update(zip(batch, self._forward(batch), strict=True))
         return values
 
-    def _may_share(self, trees: list[Tree]) -> bool:
+    def _may_share(self, trees: list[Tree], read: dict[Text, Text]) -> bool:
         """Settled with the first trees there are, and then the same for the whole run."""
         if self._shares is None:
-            self._shares = may_share(self.model, self.name, trees, self._forward)
+            whole = {part: text for text, part in read.items()}
+            self._shares = may_share(
+                self.model, self.name, trees, lambda parts: self._forward([whole[part] for part in parts])
+            )
         return self._shares
 
     def _token_ids(self, samples: list[tuple[Prompt, Completion]]) -> list[Text]:

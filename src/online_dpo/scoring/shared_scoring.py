@@ -118,6 +118,8 @@ def _why_not(model: nn.Module, trees: Sequence[Tree], plain: PlainScores) -> str
     padding = float((torch.tensor(plain(texts)) - alone_S).abs().mean())
     rounding = ROUNDING[_dtype(model)] * float(alone_S.abs().mean())
     allowed = min(max(4 * padding, rounding), MOST_ROUNDING * rounding)
+    exact = ROUNDING[torch.float32] * float(alone_S.abs().mean())
+    allowed = min(allowed, max(exact, float(alone_S.std()) / 10))  # scores far from 0 may still be close to each other
     found = float((torch.tensor(list(scores.values())) - alone_S).abs().mean())
     if found <= allowed:
         return None
