@@ -216,6 +216,8 @@ def force_our_lengths(workload: Workload) -> None:
 
         def draw(self, step: int, rows_B: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             token_B = super().draw(step, rows_B, *args, **kwargs)
+            if not self.params.end_token_ids:  # the engine tries its decoder
+                return token_B
             token_B = torch.where(token_B < FIRST_RESERVED, FIRST_WORD, token_B)
             token_B = torch.where(self._last_step_B[rows_B] == step, EOS, token_B)
             self.ids_BT[rows_B, step] = token_B

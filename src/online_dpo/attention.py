@@ -33,7 +33,7 @@ def why_not_shared(model: nn.Module) -> str | None:
         return "it takes no `position_ids`"
     if config._attn_implementation not in IMPLEMENTATIONS:
         return f"its attention implementation {config._attn_implementation!r} takes no mask of (rows, tokens, tokens)"
-    others = set(_layer_types(config)) - LAYERS
+    others = set(layer_kinds(config)) - LAYERS
     if others:
         return f"its layers are not all attention ({', '.join(sorted(others))})"
     return None
@@ -51,7 +51,7 @@ def attention_inputs(model: nn.Module, tokens: TokenRows) -> dict[str, Any]:
     if not tokens.shares_prompts:
         return inputs | {"attention_mask": (tokens.tree_RT != PADDING).long()}
     config = unwrapped(model).config.get_text_config()
-    masks: dict[str, Any] = {kind: _mask(model, tokens, kind) for kind in sorted(set(_layer_types(config)))}
+    masks: dict[str, Any] = {kind: _mask(model, tokens, kind) for kind in sorted(set(layer_kinds(config)))}
     return inputs | {"attention_mask": masks if len(masks) > 1 else next(iter(masks.values()))}
 
 
@@ -91,9 +91,14 @@ def use_flex_attention(model: nn.Module) -> None:
     config._attn_implementation = flex_rows.NAME
 
 
+def window_of(config: Any, kind: str) -> int | None:
+    """How far back layers of this kind see, in positions; ``None`` if to the beginning."""
+    return config.sliding_window if kind == "sliding_attention" else None
+
+
 def _mask(model: nn.Module, tokens: TokenRows, kind: str) -> Any:
     config = unwrapped(model).config.get_text_config()
-    window = config.sliding_window if kind == "sliding_attention" else None
+    window = window_of(config, kind)
     chunk = config.attention_chunk_size if kind == "chunked_attention" else None
     if config._attn_implementation == flex_rows.NAME:
         return flex_rows.block_mask(tokens, window, chunk)
@@ -105,7 +110,7 @@ def _mask(model: nn.Module, tokens: TokenRows, kind: str) -> Any:
     return seen_R1TT
 
 
-def _layer_types(config: Any) -> list[str]:
+def layer_kinds(config: Any) -> list[str]:
     """The kind of attention of each layer; configs without a list have one kind for all."""
     kinds = getattr(config, "layer_types", None)
     if kinds is not None:

@@ -17,6 +17,12 @@ from accelerate.utils import extract_model_from_parallel, is_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+ROUNDING = {torch.float32: 2e-5, torch.float64: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+"""Difference in nats a token, mean over a completion, that rounding alone may make between two right ways to compute
+log-probabilities.
+"""
+MOST_ROUNDING = 4
+"""Some models round more coarsely than that, but not by more than this factor."""
 SPECIAL_TOKEN_FIELDS = ("eos_token_id", "bos_token_id", "pad_token_id")
 
 
@@ -94,6 +100,14 @@ def to_device(model: nn.Module, device: torch.device) -> nn.Module:
     """The model on the device, unless it is quantised or spread over devices, so that `transformers` has placed it."""
     placed = getattr(model, "hf_device_map", None) is not None or getattr(model, "is_quantized", False)
     return model if placed else model.to(device)
+
+
+def computing_dtype(model: nn.Module) -> torch.dtype:
+    """What the model's matrix products are computed in here: autocast's type, or that of its weights."""
+    device = next(model.parameters()).device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
 def context_length(model: nn.Module) -> int | None:

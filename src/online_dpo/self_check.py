@@ -13,6 +13,7 @@ from torch import nn
 
 from online_dpo.attention import why_not_shared
 from online_dpo.logprobs import can_chunk, row_logprobs
+from online_dpo.models import MOST_ROUNDING, ROUNDING, computing_dtype
 from online_dpo.packing import pack_groups
 from online_dpo.types import Group, PackedRows
 
@@ -20,12 +21,6 @@ logger = logging.getLogger(__name__)
 
 Lender = Callable[[], AbstractContextManager[nn.Module]]
 GROUPS, COMPLETIONS, TOKENS = 2, 4, 64
-ROUNDING = {torch.float32: 2e-5, torch.float64: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-"""Difference in nats a token, mean over a completion, that rounding alone may make."""
-MOST_ROUNDING = 4
-"""Padding may show that a model rounds more coarsely than that, but not by more than this factor: a model that sees the
-padding differs as well.
-"""
 
 
 @dataclass(frozen=True)
@@ -111,7 +106,7 @@ class _Check:
         self.alone_M = torch.cat([self._logps(self._rows(False, [single]), False) for single in singles])
         self.is_finite = bool(self.alone_M.isfinite().all())
         padding = self._distance(self._rows(False, groups), False)
-        rounding = ROUNDING[self._dtype()]
+        rounding = ROUNDING[computing_dtype(self.model)]
         self.allowed = min(max(4 * padding, rounding), MOST_ROUNDING * rounding)
 
     def chunked(self) -> str | None:
@@ -157,12 +152,6 @@ class _Check:
         """Rows of all completions; groups that share prompts stand in a single one."""
         rows = pack_groups(groups, [], shared, capacity=sum(map(_size, groups)))
         return rows.to(next(self.model.parameters()).device)
-
-    def _dtype(self) -> torch.dtype:
-        device = next(self.model.parameters()).device.type
-        if torch.is_autocast_enabled(device):
-            return torch.get_autocast_dtype(device)
-        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
 
 
 def _without_branches(rows: PackedRows) -> PackedRows:

@@ -47,7 +47,7 @@ from online_dpo.model_card import write_model_card
 from online_dpo.models import end_token_ids, eval_mode
 from online_dpo.packing import as_inputs, pack_groups, pack_pairs, passes_needed, split_pairs, stand_in
 from online_dpo.pairs import pairs_from_ranks, pairs_from_scores
-from online_dpo.rollout import RolloutKey, SamplingParams, TransformersEngine
+from online_dpo.rollout import Engine, RolloutKey, SamplingParams, TransformersEngine
 from online_dpo.scoring import JudgeScorer, build_scorers, score_groups
 from online_dpo.self_check import MethodChoice
 from online_dpo.types import Completion, Group, PackedRows, Pair, Prompt, Scores
@@ -145,7 +145,10 @@ class OnlineDPOTrainer(GuardedTrainer):
             optimizers=optimizers,
         )
         self.reference = build_reference(ref_model, policy, args)
-        self.engine = TransformersEngine(policy, self.tokenizer, args.rollout_batch_size)
+        self.policy = policy
+        self.engine: Engine = TransformersEngine(policy, self.tokenizer, args.rollout_batch_size)
+        with self.reference.active() as reference:
+            self.reference_engine = TransformersEngine(reference, self.tokenizer, args.rollout_batch_size)
         self.sampling = SamplingParams.from_config(args, end_token_ids(policy, self.tokenizer))
         self.judge = None if judge is None else JudgeScorer(judge, self.tokenizer, args.chat_template_kwargs)  # pyright: ignore
         self.scorers = (
@@ -209,8 +212,9 @@ class OnlineDPOTrainer(GuardedTrainer):
 
     def _rollout(self, prompts: Sequence[Prompt]) -> list[Group]:
         step = self.state.global_step
-        key = RolloutKey(self.args.seed, step, version=step, stream=TRAINING)
+        key = RolloutKey(self.args.seed, step, TRAINING)
         with self.phase("rollout"), self.accelerator.autocast():
+            self.engine.sync(self.policy, step)
             return self.engine.generate(prompts, self.args.num_completions, self.sampling, key)
 
     def _score(self, groups: list[Group]) -> tuple[Scores | None, list[int] | None]:
@@ -333,8 +337,9 @@ class OnlineDPOTrainer(GuardedTrainer):
 
     @torch.no_grad()
     def _evaluate_prompts(self, model: nn.Module, prompts: list[Prompt]) -> list[EvalRecord]:
-        key = RolloutKey(self.args.seed, step=0, version=self.state.global_step, stream=EVALUATION)
+        key = RolloutKey(self.args.seed, 0, EVALUATION)
         with self.accelerator.autocast():
+            self.engine.sync(self.policy, self.state.global_step)
             groups = self.engine.generate(prompts, self.args.num_completions, self.sampling, key)
         rivals = self._rivals(prompts)
         scores, ranks = self._score_or_rank(groups)
@@ -360,10 +365,9 @@ class OnlineDPOTrainer(GuardedTrainer):
         """One completion of the reference for each prompt; sampled once, since the reference does not change."""
         new = [prompt for prompt in prompts if (prompt.row, prompt.token_ids) not in self._reference_completions]
         if new:
-            key = RolloutKey(self.args.seed, step=0, version=0, stream=REFERENCE)
-            with self.accelerator.autocast(), self.reference.active() as reference:
-                engine = TransformersEngine(reference, self.tokenizer, self.args.rollout_batch_size)
-                for group in engine.generate(new, 1, self.sampling, key):
+            key = RolloutKey(self.args.seed, 0, REFERENCE)
+            with self.accelerator.autocast(), self.reference.active():
+                for group in self.reference_engine.generate(new, 1, self.sampling, key):
                     self._reference_completions[group.prompt.row, group.prompt.token_ids] = group.completions
         return [Group(prompt, self._reference_completions[prompt.row, prompt.token_ids]) for prompt in prompts]
 
@@ -385,7 +389,7 @@ class OnlineDPOTrainer(GuardedTrainer):
             write_model_card(
                 self.args,
                 self.state,
-                self.engine.model,
+                self.policy,
                 name=model_name,
                 reference=self.reference.description,
                 feedback=", ".join(source.name for source in feedback),

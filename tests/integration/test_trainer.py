@@ -224,10 +224,10 @@ def test_evaluation_numbers_against_an_independent_count(tmp_path):
     )
     metrics = made.evaluate()
     prompts = tiny.prompts(LENGTHS)
-    ours = made.engine.generate(prompts, 3, made.sampling, RolloutKey(42, 0, 0, stream=1))
+    ours = made.engine.generate(prompts, 3, made.sampling, RolloutKey(42, 0, 1))
     with made.reference.active() as reference:
         theirs = made.engine.__class__(reference, made.tokenizer).generate(
-            prompts, 1, made.sampling, RolloutKey(42, 0, 0, stream=2)
+            prompts, 1, made.sampling, RolloutKey(42, 0, 2)
         )
         kls, wins, scores = [], [], []
         for mine, rival in zip(ours, theirs, strict=True):

@@ -11,13 +11,20 @@ from online_dpo.logprobs import enable_logprobs, row_logprobs
 from online_dpo.packing import pack_groups
 from online_dpo.rollout import RolloutKey, SamplingParams, TransformersEngine
 
-KEY = RolloutKey(seed=3, step=5, version=5)
+KEY = RolloutKey(seed=3, step=5)
 PARAMS = SamplingParams(max_new_tokens=14, end_token_ids=(tiny.EOS, tiny.END, 9, 17))
 LENGTHS = (3, 11, 1, 7, 5)
 
 
 def engine(model, batch_size=64):
-    return TransformersEngine(model, tiny.tokenizer(), batch_size)
+    return TransformersEngine(model, tiny.tokenizer(), batch_size, version=5)
+
+
+def tried(model):
+    """An engine that has found out already whether its decoder is right for the model."""
+    ready = engine(model)
+    ready.generate(tiny.prompts([1]), 1, PARAMS, KEY)
+    return ready
 
 
 def ids_of(groups):
@@ -153,22 +160,22 @@ def test_kv_cache_is_on_with_gradient_checkpointing():
     model = tiny.causal_lm()
     model.gradient_checkpointing_enable()
     model.train()
-    seen = []
+    ready, seen = tried(model), []
     model.model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
-    assert ids_of(engine(model).generate(tiny.prompts([6, 6]), 2, params, KEY)) == expected
+    assert ids_of(ready.generate(tiny.prompts([6, 6]), 2, params, KEY)) == expected
     assert seen[0] == 6 and set(seen[1:]) == {1} and len(seen) == 14
 
 
 def test_prompt_is_prefilled_once_and_finished_rows_leave_the_batch():
     model = tiny.causal_lm(sharpness=1.0)
-    sizes = []
+    ready, sizes = tried(model), []
     model.model.register_forward_pre_hook(
         lambda module, args, kwargs: sizes.append(kwargs["input_ids"].shape[0]), with_kwargs=True
     )
     ends = tuple(range(1, 20))
-    engine(model).generate(tiny.prompts([4, 5, 6]), 4, replace(PARAMS, end_token_ids=ends), KEY)
+    ready.generate(tiny.prompts([4, 5, 6]), 4, replace(PARAMS, end_token_ids=ends), KEY)
     assert sizes[0] == 3 and sizes[1] <= 12 and sizes[-1] < 4
     assert sizes[1:] == sorted(sizes[1:], reverse=True)
 

@@ -179,7 +179,7 @@ def _held_out_judge(
 
     def judge(policy: PreTrainedModel) -> Judged:
         engine = TransformersEngine(policy, tokenizer, batch_size=128)
-        groups = engine.generate(prompts, 1, params, RolloutKey(seed, step=0, version=0, stream=HELD_OUT))
+        groups = engine.generate(prompts, 1, params, RolloutKey(seed, 0, HELD_OUT))
         gold = [rubric(str(group.prompt.content), group.completions[0].text) for group in groups]
         proxy = [values[0] for values in scorer.score(groups)]
         return Judged(groups, gold, [float(value) for value in proxy if value is not None])

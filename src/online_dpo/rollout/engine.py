@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from torch import nn
+
 from online_dpo.config import SAMPLING_FIELDS, OnlineDPOConfig
 from online_dpo.types import Group, Prompt
 
@@ -59,21 +61,31 @@ class SamplingParams:
 class RolloutKey:
     """Names one call of an engine, so that its random numbers are a function of (seed, step, prompt, sample) alone.
 
-    ``stream`` keeps uses apart (training 0, evaluation 1, the reference's completions 2, others from 3 on); ``version``
-    is the policy version the completions are stamped with.
+    ``stream`` keeps uses apart: training 0, evaluation 1, the reference's completions 2, others from 3 on.
     """
 
     seed: int
     step: int
-    version: int
     stream: int = 0
 
 
 class Engine(Protocol):
-    """Samples K completions for each prompt with the latest weights, in the order of the prompts."""
+    """Samples K completions for each prompt, in the order of the prompts, with the weights of the last `sync`."""
+
+    def sync(self, model: nn.Module, version: int) -> None:
+        """Sample with these weights from now on, and stamp completions with this policy version. Where there are
+        several processes, all of them call it together.
+        """
+        ...
 
     def generate(
         self, prompts: Sequence[Prompt], num_completions: int, params: SamplingParams, key: RolloutKey
-    ) -> list[Group]: ...
+    ) -> list[Group]:
+        """K completions for each prompt. A token's log-probability is that of the model's own distribution, before
+        temperature and the like.
+        """
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Release what the engine holds: memory, processes, connections."""
+        ...

@@ -5,12 +5,15 @@ Shapes: ``B`` sequences, ``V`` vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
 from online_dpo.rollout.engine import RolloutKey, SamplingParams
 
 NEVER = float("-inf")
+BLOCK = 128  # tokens of the vocabulary that are summed first
 
 
 def uniform_numbers(key: RolloutKey, row: int, sample: int, count: int) -> np.ndarray:
@@ -21,6 +24,11 @@ def uniform_numbers(key: RolloutKey, row: int, sample: int, count: int) -> np.nd
     """
     philox = np.random.Philox(key=[key.seed, key.step], counter=[0, key.stream, row, sample])
     return np.random.Generator(philox).random(count, dtype=np.float32)
+
+
+def reshapes(params: SamplingParams) -> bool:
+    """Whether tokens are drawn from anything but the model's own distribution."""
+    return params != replace(params, temperature=1.0, top_p=1.0, top_k=0, min_p=None, repetition_penalty=1.0)
 
 
 def reshape_logits(logits_BV: torch.Tensor, params: SamplingParams, seen_BV: torch.Tensor | None) -> torch.Tensor:
@@ -50,17 +58,32 @@ def reshape_logits(logits_BV: torch.Tensor, params: SamplingParams, seen_BV: tor
     return logits_BV
 
 
-def draw_tokens(logits_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
-    """One token id a row: the first at which the cumulative probability passes the row's uniform number.
+def draw_tokens(logits_BV: torch.Tensor, uniform_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token id a row, (B,), the first at which the cumulative probability passes the row's uniform number; and its
+    log-probability under ``logits_BV``, (B,) fp32.
 
-    Each row uses its own number only, so a row's token does not depend on which other rows are in the batch. The sum is
-    in float64: in float32 the tail of a large vocabulary would be lost to rounding.
+    Each row uses its own number only, so a row's token does not depend on which other rows are in the batch. Sums are
+    in float64: in float32 the tail of a large vocabulary would be lost to rounding. The token's block is found first,
+    so that only one block of each row is summed token by token.
     """
-    cdf_BV = logits_BV.double().softmax(dim=-1).cumsum(dim=-1)
-    target_B1 = uniform_B.double()[:, None] * cdf_BV[:, -1:]
-    token_B1 = torch.searchsorted(cdf_BV, target_B1, right=True)
+    logits_BV = logits_BV.float()
+    most_B1 = logits_BV.amax(dim=-1, keepdim=True)
+    exp_BV = (logits_BV - most_B1).exp_()
+    exp_BNX = torch.nn.functional.pad(exp_BV, (0, -exp_BV.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    cdf_BN = exp_BNX.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    target_B1 = uniform_B.double()[:, None] * cdf_BN[:, -1:]
+    block_B1 = torch.searchsorted(cdf_BN, target_B1, right=True)
     # Of logits that are not finite any token comes out; their loss is not finite either, and the step is skipped.
-    return token_B1.squeeze(-1).clamp(max=logits_BV.shape[-1] - 1)
+    block_B1 = block_B1.clamp(max=cdf_BN.shape[-1] - 1)
+    exp_BX = exp_BNX.gather(1, block_B1[:, :, None].expand(-1, -1, BLOCK))[:, 0]
+    before_B1 = torch.where(block_B1 > 0, cdf_BN.gather(1, (block_B1 - 1).clamp(min=0)), 0.0)
+    inside_B1 = torch.searchsorted(exp_BX.double().cumsum(dim=-1) + before_B1, target_B1, right=True)
+    # Two ways to add the same numbers may differ in the last bit: never beyond the last token that is possible.
+    place_X = torch.arange(BLOCK, device=exp_BX.device)
+    last_B1 = torch.where(exp_BX > 0, place_X, 0).amax(dim=-1, keepdim=True)
+    token_B1 = (block_B1 * BLOCK + torch.minimum(inside_B1, last_B1)).clamp(max=logits_BV.shape[-1] - 1)
+    logps_B1 = logits_BV.gather(-1, token_B1) - most_B1 - cdf_BN[:, -1:].log().float()
+    return token_B1.squeeze(-1), logps_B1.squeeze(-1)
 
 
 def token_logprobs(logits_BV: torch.Tensor, token_B: torch.Tensor) -> torch.Tensor:

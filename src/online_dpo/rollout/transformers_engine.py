@@ -1,10 +1,10 @@
 """Sampling with a `transformers` model in process.
 
-Two ways lead to the same completions, token for token: our own decoding loop, which prefills each prompt once and fans
-its cache out to the K completions, and `model.generate`, for models whose cache the loop cannot drive and for options
-that only `generate` knows. Both draw through the same functions with the same random numbers.
+Two ways lead to the same completions, token for token: our own decoder, in which the K completions of a prompt share
+its keys and values, and `model.generate`, for models that our decoder cannot drive and for options that only
+`generate` knows. Both draw through the same functions with the same random numbers.
 
-Shapes: ``P`` prompts, ``B = P * K`` sequences, ``T`` tokens, ``V`` vocabulary.
+Shapes: ``P`` prompts (or groups ``G``), ``K`` completions, ``B = P * K`` sequences, ``T`` tokens, ``V`` vocabulary.
 """
 
 from __future__ import annotations
@@ -12,22 +12,26 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
-from online_dpo.models import accepts_argument, empty_device_cache, eval_mode, unwrapped
+from online_dpo.models import MOST_ROUNDING, ROUNDING, computing_dtype, empty_device_cache, eval_mode, unwrapped
+from online_dpo.rollout.decoding import Decoder, can_decode
 from online_dpo.rollout.engine import RolloutKey, SamplingParams
-from online_dpo.rollout.sampling import draw_tokens, reshape_logits, token_logprobs, uniform_numbers
+from online_dpo.rollout.sampling import draw_tokens, reshape_logits, reshapes, token_logprobs, uniform_numbers
 from online_dpo.types import Completion, Group, Prompt
 
 logger = logging.getLogger(__name__)
 
-ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 COMPACT_BELOW = 0.75
+TRIAL_TOKENS = 8
+LOOK_EVERY = {"cpu": 1}  # tokens after which it is asked who has ended; on a GPU the question stops the queue
+LOOK_EVERY_ELSEWHERE = 8
 
 
 class TransformersEngine:
@@ -37,25 +41,34 @@ class TransformersEngine:
         model: the policy, or a PEFT model around it; used in eval mode, left in the mode it was in.
         tokenizer: decodes completions and finds stop strings.
         batch_size: most completions decoded at the same time.
+        version: policy version of the weights, until `sync` says another.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int = 64) -> None:
+    def __init__(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int = 64, version: int = 0
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.batch_size = batch_size
-        self._own_loop = _has_plain_cache(model)
-        self._takes_positions = accepts_argument(model, "position_ids")
-        self._keep_last = {"logits_to_keep": 1} if accepts_argument(model, "logits_to_keep") else {}
+        self.version = version
+        self._decoder_is_right: bool | None = None if can_decode(model) else False
+
+    def sync(self, model: nn.Module, version: int) -> None:
+        """The weights are the model's own; only the version is new."""
+        assert unwrapped(model) is unwrapped(self.model)
+        self.version = version
 
     @torch.no_grad()
     def generate(
         self, prompts: Sequence[Prompt], num_completions: int, params: SamplingParams, key: RolloutKey
     ) -> list[Group]:
         """K completions for each prompt, in the prompts' order."""
-        decode = self._decode if self._own_loop and not params.extra else self._decode_with_generate
         waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
         groups: dict[int, Group] = {}
         with eval_mode(self.model):
+            if self._decoder_is_right is None and prompts:
+                self._decoder_is_right = self._try_decoder([prompts[i] for i in {waiting[0], waiting[-1]}], params, key)
+            decode = self._decode if self._decoder_is_right and not params.extra else self._decode_with_generate
             while waiting:
                 chosen = waiting[: max(1, self.batch_size // num_completions)]
                 batch = _Batch([prompts[i] for i in chosen], num_completions, params, key, self._device)
@@ -63,12 +76,32 @@ class TransformersEngine:
                 with suppress(torch.OutOfMemoryError):
                     decode(batch)
                     fits = True
-                if not fits:  # outside the handler, whose traceback would keep the cache alive
+                if not fits:  # outside the handler, whose traceback would keep the memory alive
                     self._halve_batch(len(chosen), num_completions)
                     continue
-                groups.update(zip(chosen, batch.groups(self.tokenizer), strict=True))
+                groups.update(zip(chosen, batch.groups(self.tokenizer, self.version), strict=True))
                 waiting = waiting[len(chosen) :]
         return [groups[i] for i in range(len(prompts))]
+
+    def _try_decoder(self, prompts: Sequence[Prompt], params: SamplingParams, key: RolloutKey) -> bool:
+        """Whether our decoder gives a few tokens the log-probabilities that the model gives their whole sequences."""
+        few = replace(params, max_new_tokens=min(TRIAL_TOKENS, params.max_new_tokens), end_token_ids=())
+        batch = _Batch(prompts, 2, few, key, self._device)
+        try:
+            self._decode(batch)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever an unknown model does with such a forward pass
+            why = f"it fails with {type(error).__name__}: {error}"
+        else:
+            completions = [(g.prompt, c) for g in batch.groups(self.tokenizer, 0) for c in g.completions]
+            found = max(_difference(self.model, prompt, completion) for prompt, completion in completions)
+            allowed = MOST_ROUNDING * ROUNDING[computing_dtype(self.model)]
+            if found <= allowed:
+                return True
+            why = f"log-probabilities differ by {found:.1e} a token, where {allowed:.1e} could be rounding"
+        logger.warning("Sampling takes a slower path, the `generate` of the model: %s.", why)
+        return False
 
     def _halve_batch(self, prompts_at_once: int, num_completions: int) -> None:
         """After running out of memory: half as many prompts at a time from now on. What is sampled stays the same."""
@@ -89,45 +122,34 @@ class TransformersEngine:
         return next(self.model.parameters()).device
 
     def _decode(self, batch: _Batch) -> None:
-        """Prefill each prompt once, copy its cache K times, then one token at a time for the sequences still
-        running.
-        """
-        cache = DynamicCache(config=unwrapped(self.model).config.get_text_config())  # pyright: ignore
-        ids_PT, mask_PT = batch.prompt_ids_PT, batch.prompt_mask_PT
-        logits_PV = self._forward(ids_PT, mask_PT, _positions(mask_PT), cache)
-        cache.batch_repeat_interleave(batch.num_completions)
-        logits_BV = logits_PV.repeat_interleave(batch.num_completions, dim=0)
-        mask_BT = mask_PT.repeat_interleave(batch.num_completions, dim=0)
+        """One token at a time for the sequences still running; others leave when that saves a quarter of the work."""
+        params, k = batch.params, batch.num_completions
+        decoder = Decoder(self.model, [prompt.token_ids for prompt in batch.prompts], k, params.max_new_tokens)
+        logits_BV = decoder.prefill().repeat_interleave(k, dim=0)
         rows_B = torch.arange(len(logits_BV), device=logits_BV.device)
-        stop_strings = self._stop_strings(batch.params)
-        for step in range(batch.params.max_new_tokens):
+        stop_strings = self._stop_strings(params)
+        look_every = LOOK_EVERY.get(logits_BV.device.type, LOOK_EVERY_ELSEWHERE)
+        for step in range(params.max_new_tokens):
             token_B = batch.draw(step, rows_B, logits_BV, logits_BV)
-            done_B = batch.finish(step, rows_B, token_B, stop_strings)
-            if done_B.all() or step == batch.params.max_new_tokens - 1:
+            stopped_B = batch.finish(step, rows_B, token_B, stop_strings)
+            if step == params.max_new_tokens - 1:
                 return
-            mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(mask_BT), 1)], dim=1)
-            running_B = ~done_B
-            if running_B.sum() <= COMPACT_BELOW * len(rows_B):
-                keep = running_B.nonzero().squeeze(-1)
-                cache.batch_select_indices(keep)
-                rows_B, token_B, mask_BT = rows_B[keep], token_B[keep], mask_BT[keep]
-            logits_BV = self._forward(token_B[:, None], mask_BT, mask_BT.sum(dim=1, keepdim=True) - 1, cache)
-
-    def _forward(
-        self, ids_BT: torch.Tensor, mask_BT: torch.Tensor, positions_BT: torch.Tensor, cache: DynamicCache
-    ) -> torch.Tensor:
-        """Logits of the last position, (B, V)."""
-        optional: dict[str, Any] = {**self._keep_last}
-        if self._takes_positions:
-            optional["position_ids"] = positions_BT
-        output = self.model(input_ids=ids_BT, attention_mask=mask_BT, past_key_values=cache, use_cache=True, **optional)
-        return output.logits[:, -1]
+            if step % look_every == 0:
+                running_GK = ~stopped_B.cpu().view(-1, k)
+                if not running_GK.any():
+                    return
+                keep_GK = _worth_keeping(running_GK)
+                if keep_GK is not None:
+                    keep_GK, k = keep_GK.to(rows_B.device), keep_GK.shape[1]
+                    rows_B, token_B = rows_B[keep_GK.flatten()], token_B[keep_GK.flatten()]
+                    decoder.keep(keep_GK)
+            logits_BV = decoder.step(token_B)
 
     def _decode_with_generate(self, batch: _Batch) -> None:
         """The same through `model.generate`: greedy search over scores in which our draw is the only token left."""
         params = batch.params
-        ids_BT = batch.prompt_ids_PT.repeat_interleave(batch.num_completions, dim=0)
-        mask_BT = batch.prompt_mask_PT.repeat_interleave(batch.num_completions, dim=0)
+        prompts = [prompt.token_ids for prompt in batch.prompts for _ in range(batch.num_completions)]
+        ids_BT, mask_BT = _left_padded(prompts, batch.pad_token_id, self._device)
         prompt_length = ids_BT.shape[1]
         rows_B = torch.arange(len(ids_BT), device=ids_BT.device)
         stop_strings = self._stop_strings(params)
@@ -182,10 +204,7 @@ class _Batch:
         device: torch.device,
     ) -> None:
         self.prompts, self.num_completions, self.params, self.key = prompts, num_completions, params, key
-        self.pad_token_id = params.end_token_ids[0]  # any id will do: padding is masked out
-        self.prompt_ids_PT, self.prompt_mask_PT = _left_padded(
-            [p.token_ids for p in prompts], self.pad_token_id, device
-        )
+        self.pad_token_id = 0  # any id will do: padding is masked out
         size, steps = len(prompts) * num_completions, params.max_new_tokens
         uniform = [
             uniform_numbers(key, prompt.row, sample, steps) for prompt in prompts for sample in range(num_completions)
@@ -195,7 +214,7 @@ class _Batch:
         self.logprobs_BT = torch.zeros((size, steps), device=device)
         self.length_B = torch.full((size,), steps, dtype=torch.long, device=device)
         self.stopped_B = torch.zeros(size, dtype=torch.bool, device=device)
-        self._end_ids = torch.tensor(params.end_token_ids, device=device)
+        self._end_ids = torch.tensor(params.end_token_ids, dtype=torch.long, device=device)
         self._seen_BV: torch.Tensor | None = None
 
     def draw(
@@ -205,11 +224,14 @@ class _Batch:
         before.
         """
         seen_BV = self._seen(rows_B, scores_BV.shape[-1]) if self.params.repetition_penalty != 1.0 else None
-        logits_BV = reshape_logits(scores_BV.float(), self.params, seen_BV)
-        token_B = draw_tokens(logits_BV, self.uniform_BT[rows_B, step])
+        plain = scores_BV is raw_logits_BV and not reshapes(self.params)
+        logits_BV = scores_BV if plain else reshape_logits(scores_BV.float(), self.params, seen_BV)
+        token_B, logps_B = draw_tokens(logits_BV, self.uniform_BT[rows_B, step])
+        if not plain:
+            logps_B = token_logprobs(raw_logits_BV, token_B)
         running_B = ~self.stopped_B[rows_B]
         self.ids_BT[rows_B, step] = torch.where(running_B, token_B, self.pad_token_id)
-        self.logprobs_BT[rows_B, step] = torch.where(running_B, token_logprobs(raw_logits_BV, token_B), 0.0)
+        self.logprobs_BT[rows_B, step] = torch.where(running_B, logps_B, 0.0)
         if self._seen_BV is not None:
             self._seen_BV[rows_B, token_B] = True
         return token_B
@@ -221,12 +243,12 @@ class _Batch:
         ended_B = torch.isin(token_B, self._end_ids)
         if stop_strings is not None:
             ended_B |= stop_strings(self.ids_BT[rows_B, : step + 1], None)  # pyright: ignore[reportArgumentType, reportOperatorIssue]
-        newly_B = ended_B & ~self.stopped_B[rows_B]
-        self.length_B[rows_B[newly_B]] = step + 1
-        self.stopped_B[rows_B[newly_B]] = True
-        return self.stopped_B[rows_B]
+        before_B = self.stopped_B[rows_B]
+        self.length_B[rows_B] = torch.where(ended_B & ~before_B, step + 1, self.length_B[rows_B])
+        self.stopped_B[rows_B] = before_B | ended_B
+        return before_B | ended_B
 
-    def groups(self, tokenizer: PreTrainedTokenizerBase) -> list[Group]:
+    def groups(self, tokenizer: PreTrainedTokenizerBase, version: int) -> list[Group]:
         lengths, stopped = self.length_B.tolist(), self.stopped_B.tolist()
         ids = [row[:n] for row, n in zip(self.ids_BT.tolist(), lengths, strict=True)]
         logprobs = [row[:n] for row, n in zip(self.logprobs_BT.tolist(), lengths, strict=True)]
@@ -236,7 +258,7 @@ class _Batch:
                 token_ids=tuple(ids[b]),
                 logprobs=tuple(logprobs[b]),
                 finish_reason="stop" if stopped[b] else "length",
-                policy_version=self.key.version,
+                policy_version=version,
                 text=texts[b],
             )
             for b in range(len(ids))
@@ -253,12 +275,25 @@ class _Batch:
         return self._seen_BV[rows_B]
 
 
-def _has_plain_cache(model: nn.Module) -> bool:
-    """Whether the model's memory is a key-value cache of attention layers only, which can be copied and cut by rows."""
-    base = unwrapped(model)
-    layers = set(getattr(base.config.get_text_config(), "layer_types", None) or ATTENTION_LAYERS)  # pyright: ignore
-    supported = base._supports_default_dynamic_cache()  # pyright: ignore[reportCallIssue]
-    return layers <= ATTENTION_LAYERS and not base._is_stateful and supported  # pyright: ignore[reportReturnType]
+def _worth_keeping(running_GK: torch.Tensor) -> torch.Tensor | None:
+    """Numbers of the sequences to go on with, (G', K'), the running ones of each group first; ``None`` if that saves
+    too little. Groups that run keep equally many, so a sequence that has ended may stay with them.
+    """
+    counts_G = running_GK.sum(dim=1)
+    k, groups = running_GK.shape[1], (counts_G > 0).nonzero()
+    if len(groups) * int(counts_G.max()) > COMPACT_BELOW * running_GK.numel():
+        return None
+    order_GK = running_GK.int().argsort(dim=1, descending=True, stable=True)[:, : int(counts_G.max())]
+    return groups * k + order_GK[groups[:, 0]]
+
+
+def _difference(model: nn.Module, prompt: Prompt, completion: Completion) -> float:
+    """Mean difference, nats a token, to a plain forward pass over one sequence."""
+    device = next(model.parameters()).device
+    ids_1T = torch.tensor([[*prompt.token_ids, *completion.token_ids]], device=device)
+    logits_MV = model(input_ids=ids_1T, use_cache=False).logits[0, len(prompt.token_ids) - 1 : -1]
+    logps_M = token_logprobs(logits_MV, ids_1T[0, len(prompt.token_ids) :])
+    return float((logps_M - torch.tensor(completion.logprobs, device=device)).abs().mean())
 
 
 def _left_padded(
@@ -268,7 +303,3 @@ def _left_padded(
     ids = [[pad_token_id] * (length - len(s)) + list(s) for s in sequences]
     mask = [[0] * (length - len(s)) + [1] * len(s) for s in sequences]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
-def _positions(mask_BT: torch.Tensor) -> torch.Tensor:
-    return (mask_BT.cumsum(dim=1) - 1).clamp(min=0)

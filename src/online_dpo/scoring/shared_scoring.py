@@ -15,7 +15,7 @@ from torch import nn
 
 from online_dpo.attention import attention_inputs, why_not_shared
 from online_dpo.layout import Tree, lay_out
-from online_dpo.models import unwrapped
+from online_dpo.models import MOST_ROUNDING, computing_dtype, unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +28,6 @@ SHORTEST_BEGINNING = 8
 GROUPS, TEXTS = 2, 4
 ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Mean difference, as a part of the mean size of the scores, that rounding alone may make."""
-MOST_ROUNDING = 4
-"""Padding may show that a model rounds more coarsely than that, but not by more than this factor: a model that sees the
-padding differs as well.
-"""
 
 
 def group_trees(groups: Iterable[Iterable[Text]], batch_size: int, hidden_size: int) -> list[Tree]:
@@ -116,7 +112,7 @@ def _why_not(model: nn.Module, trees: Sequence[Tree], plain: PlainScores) -> str
     texts = list(scores)
     alone_S = torch.tensor([plain([text])[0] for text in texts])
     padding = float((torch.tensor(plain(texts)) - alone_S).abs().mean())
-    rounding = ROUNDING[_dtype(model)] * float(alone_S.abs().mean())
+    rounding = ROUNDING[computing_dtype(model)] * float(alone_S.abs().mean())
     allowed = min(max(4 * padding, rounding), MOST_ROUNDING * rounding)
     exact = ROUNDING[torch.float32] * float(alone_S.abs().mean())
     allowed = min(allowed, max(exact, float(alone_S.std()) / 10))  # scores far from 0 may still be close to each other
@@ -151,11 +147,3 @@ def _common_beginning(texts: list[Text]) -> int:
     """Tokens that all texts begin with; each keeps its last token, the scored one, for itself."""
     room = min(len(text) for text in texts) - 1
     return next((i for i in range(room) if len({text[i] for text in texts}) > 1), room)
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    """The dtype that forward passes compute in."""
-    device = next(model.parameters()).device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return next(p.dtype for p in model.parameters() if p.is_floating_point())
