@@ -133,6 +133,15 @@ class OnlineDPOConfig(TrainingArguments):
     """Most completions that are decoded at the same time. Lower it when sampling runs out of memory; it does not change
     what is sampled."""
 
+    max_staleness: int = 0
+    """Steps that completions may be behind the weights that are trained on them. With 1 or more, the next steps are
+    scored while the present one is trained on (and sampled, with a server of vLLM); 0 waits, so that all training is
+    on-policy."""
+
+    sync_check_steps: int = 100
+    """Steps between two checks that a sampler with weights of its own (vLLM) has the trainer's; the first is always
+    made. 0: no further ones."""
+
     # --- scoring ----------------------------------------------------------------------------------------------------
 
     reward_model_path: str | None = None
@@ -300,6 +309,8 @@ class OnlineDPOConfig(TrainingArguments):
             (sampling["repetition_penalty"] > 0, "repetition_penalty", "above 0"),
             (self.rollout_batch_size >= 1, "rollout_batch_size", "at least 1"),
             (self.reward_batch_size >= 1, "reward_batch_size", "at least 1"),
+            (self.max_staleness >= 0, "max_staleness", "0 or more"),
+            (self.sync_check_steps >= 0, "sync_check_steps", "0 or more"),
             (self.missing_eos_penalty is None or self.missing_eos_penalty > 0, "missing_eos_penalty", "above 0"),
             (self.max_tokens_per_pass is None or self.max_tokens_per_pass >= 1, "max_tokens_per_pass", "at least 1"),
             (self.max_skipped_steps >= 1, "max_skipped_steps", "at least 1"),

@@ -16,6 +16,10 @@ class ScoringError(OnlineDPOError, ValueError):
     """A reward function, reward model or judge failed or returned something that is no score. The message names it."""
 
 
+class OutOfSyncError(OnlineDPOError, RuntimeError):
+    """An engine that samples with weights of its own does not have the trainer's."""
+
+
 class TrainingDivergedError(OnlineDPOError, RuntimeError):
     """Too many steps in a row had a loss or gradient that is not finite. A checkpoint was saved before this was
     raised.

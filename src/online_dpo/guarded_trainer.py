@@ -143,8 +143,23 @@ class GuardedTrainer(Trainer):
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Adds the seconds spent inside to ``time/name``, summed over micro-batches and averaged over ranks."""
-        start = time.perf_counter()
-        yield
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.metrics.total(f"time/{name}", (time.perf_counter() - start) / self.accelerator.num_processes)
+        with Stopwatch(self.accelerator.device) as watch:
+            yield
+        self.metrics.total(f"time/{name}", watch.seconds / self.accelerator.num_processes)
+
+
+class Stopwatch:
+    """Seconds between entering and leaving it, with all that a device was asked for in between."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.seconds = 0.0
+
+    def __enter__(self) -> Stopwatch:
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self.seconds = time.perf_counter() - self._start

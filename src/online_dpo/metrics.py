@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
@@ -24,6 +25,7 @@ class MetricStore:
         self._sums: dict[str, Any] = defaultdict(float)
         self._counts: dict[str, Any] = defaultdict(float)
         self._totals: dict[str, float] = defaultdict(float)
+        self._largest: dict[str, torch.Tensor] = {}
 
     def mean(self, name: str, values: Value) -> None:
         """Values that are not finite (of a step that the guard will skip) are left out, so that they do not hide the
@@ -43,12 +45,19 @@ class MetricStore:
         self._sums[name] = self._sums[name] + part
         self._counts[name] = self._counts[name] + whole
 
+    def largest(self, name: str, values: torch.Tensor) -> None:
+        """The largest value that any rank added, of those that are finite."""
+        largest = torch.where(values.detach().isfinite(), values.detach(), -math.inf).max()
+        known = self._largest.get(name)
+        self._largest[name] = largest if known is None else torch.maximum(known, largest)
+
     def copy(self) -> MetricStore:
         """The store as it is now, to go back to when a forward pass has to be repeated."""
         other = MetricStore()
         other._sums.update(self._sums)
         other._counts.update(self._counts)
         other._totals.update(self._totals)
+        other._largest.update(self._largest)
         return other
 
     def drain(self) -> dict[str, float]:
@@ -56,25 +65,32 @@ class MetricStore:
         mine = (
             {name: (float(value), float(self._counts[name])) for name, value in self._sums.items()},
             dict(self._totals),
+            {name: float(value) for name, value in self._largest.items()},
         )
-        for collected in (self._sums, self._counts, self._totals):
+        for collected in (self._sums, self._counts, self._totals, self._largest):
             collected.clear()
         sums: dict[str, float] = defaultdict(float)
         counts: dict[str, float] = defaultdict(float)
         totals: dict[str, float] = defaultdict(float)
-        for rank_means, rank_totals in gather_object([mine]):
+        largest: dict[str, float] = {}
+        for rank_means, rank_totals, rank_largest in gather_object([mine]):
             for name, (value, count) in rank_means.items():
                 sums[name] += value
                 counts[name] += count
             for name, amount in rank_totals.items():
                 totals[name] += amount
+            for name, value in rank_largest.items():
+                largest[name] = max(value, largest.get(name, -math.inf))
         means = {name: sums[name] / counts[name] for name in sums if counts[name]}
-        return means | dict(totals)
+        return means | dict(totals) | largest
 
 
-def record_rollout(store: MetricStore, groups: list[Group], scores: Scores | None) -> None:
-    """What sampling and scoring gave, over every completion of every group."""
+def record_rollout(store: MetricStore, groups: list[Group], scores: Scores | None, version: int) -> None:
+    """What sampling and scoring gave, over every completion of every group; ``version`` is that of the policy which is
+    trained on them.
+    """
     completions = [completion for group in groups for completion in group.completions]
+    store.mean("sampling/staleness", [float(version - c.policy_version) for c in completions])
     lengths = [float(len(c.token_ids)) for c in completions]
     store.total("completion_tokens", sum(lengths))
     store.mean("completions/mean_length", lengths)
@@ -138,6 +154,9 @@ def record_loss(
     store.mean("objective/non_score_reward", -rewards_S[used_S])
     scored_S = used_S[~rows.score_S[used_S].isnan()]
     store.mean("objective/rlhf_reward", rows.score_S[scored_S] - rewards_S[scored_S])
+    gap_M = (policy.token_logps_M.detach() - rows.sampled_logps_M).abs()
+    store.mean("sampling/sampling_logp_difference/mean", gap_M)
+    store.largest("sampling/sampling_logp_difference/max", gap_M)
 
 
 def _length_gap(chosen: Completion, rejected: Completion) -> float:

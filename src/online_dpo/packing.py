@@ -110,6 +110,7 @@ def _pack(
         tokens=tokens,
         source_M=torch.tensor(source),
         target_M=torch.tensor(target),
+        sampled_logps_M=torch.tensor([x for group in groups for c in group.completions for x in c.logprobs]),
         length_S=torch.tensor(lengths),
         chosen_N=torch.tensor(chosen, dtype=torch.long),
         rejected_N=torch.tensor(rejected, dtype=torch.long),

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -39,23 +38,23 @@ from online_dpo.build import (
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.data import PREPARED_COLUMNS, EndlessStream, collate_prompts, prepare_prompts, prompts_from_batch
 from online_dpo.evaluate import EvalRecord, eval_records, judged_wins, summarise, win_share
-from online_dpo.guarded_trainer import GuardedTrainer
+from online_dpo.feedback_trainer import EVALUATION, FeedbackTrainer
 from online_dpo.logprobs import RowLogprobs, row_logprobs
+from online_dpo.lookahead import Fetched, Lookahead
 from online_dpo.losses import LOSSES, log_ratio
-from online_dpo.metrics import record_loss, record_pairs, record_rollout
+from online_dpo.metrics import record_loss, record_pairs
 from online_dpo.model_card import write_model_card
 from online_dpo.models import end_token_ids, eval_mode
 from online_dpo.packing import as_inputs, pack_groups, pack_pairs, passes_needed, split_pairs, stand_in
 from online_dpo.pairs import pairs_from_ranks, pairs_from_scores
 from online_dpo.rollout import Engine, RolloutKey, SamplingParams, TransformersEngine
-from online_dpo.scoring import JudgeScorer, build_scorers, score_groups
+from online_dpo.scoring import JudgeScorer, build_scorers
 from online_dpo.self_check import MethodChoice
-from online_dpo.types import Completion, Group, PackedRows, Pair, Prompt, Scores
+from online_dpo.sync_check import SyncCheck
+from online_dpo.types import Completion, Feedback, Group, PackedRows, Pair, Prompt, Scores
 
-TRAINING, EVALUATION, REFERENCE = 0, 1, 2  # streams of random numbers
 
-
-class OnlineDPOTrainer(GuardedTrainer):
+class OnlineDPOTrainer(FeedbackTrainer):
     """Aligns a language model with preferences collected while it trains (Guo et al. 2024, arXiv 2402.04792).
 
     Args:
@@ -157,21 +156,30 @@ class OnlineDPOTrainer(GuardedTrainer):
             else build_scorers(reward_funcs, reward_processing_classes, args, state=lambda: self.state)
         )
         check_templates(self.scorers, train_dataset)
+        self.lookahead = Lookahead(args.max_staleness)
+        self.sync_check = SyncCheck(self.accelerator, args.sync_check_steps)
         self.choice = MethodChoice(self.accelerator, args.share_prompts)
-        self._reference_completions: dict[tuple[int, tuple[int, ...]], tuple[Completion, ...]] = {}
+        self.reference_completions: dict[tuple[int, tuple[int, ...]], tuple[Completion, ...]] = {}
 
     # --- one optimizer step -----------------------------------------------------------------------------------------
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], torch.Tensor]:
-        """The first five stages, for all micro-batches of a step at once: fetch, sample, score, pair, pack."""
-        batches = list(islice(epoch_iterator, num_batches))
-        prompts = self._usable_prompts(batches)
-        groups = self._rollout(prompts)
-        scores, ranks = self._score(groups)
-        pairs = self._form_pairs(groups, scores, ranks)
-        micro_batches = self._pack(pairs, len(batches))
+        """The first five stages, for all micro-batches of a step at once: fetch, sample, score, pair, pack.
+
+        With ``max_staleness``, the first three of the next steps begin here as well.
+        """
+
+        def fetch(step: int) -> Fetched | None:
+            return self._fetch(step, epoch_iterator, num_batches)
+
+        fetched, feedback, waited = self.lookahead.take(
+            self.state.global_step, epoch_iterator, fetch, self._sample_and_score
+        )
+        self._record(fetched, feedback, waited)
+        pairs = self._form_pairs(feedback)
+        micro_batches = self._pack(pairs, fetched.num_batches)
         return micro_batches, self._count_over_ranks(pairs)
 
     def compute_loss(
@@ -203,29 +211,9 @@ class OnlineDPOTrainer(GuardedTrainer):
 
     # --- the stages -------------------------------------------------------------------------------------------------
 
-    def _usable_prompts(self, batches: list[dict[str, list]]) -> list[Prompt]:
-        prompts = [prompt for batch in self.without_fill(batches) for prompt in prompts_from_batch(batch)]
-        invalid = [prompt for prompt in prompts if prompt.invalid is not None]
-        self.metrics.total("dropped/invalid_prompt", len(invalid))
-        self.metrics.total("prompts", len(prompts))
-        return [prompt for prompt in prompts if prompt.invalid is None]
-
-    def _rollout(self, prompts: Sequence[Prompt]) -> list[Group]:
-        step = self.state.global_step
-        key = RolloutKey(self.args.seed, step, TRAINING)
-        with self.phase("rollout"), self.accelerator.autocast():
-            self.engine.sync(self.policy, step)
-            return self.engine.generate(prompts, self.args.num_completions, self.sampling, key)
-
-    def _score(self, groups: list[Group]) -> tuple[Scores | None, list[int] | None]:
-        with self.phase("scoring"):
-            scores, ranks = self._score_or_rank(groups)
-        record_rollout(self.metrics, groups, scores)
-        return scores, ranks
-
-    def _form_pairs(self, groups: list[Group], scores: Scores | None, ranks: list[int] | None) -> list[Pair]:
-        pairs, dropped = self._pairs(groups, scores, ranks)
-        record_pairs(self.metrics, len(groups), pairs, dropped)
+    def _form_pairs(self, feedback: Feedback) -> list[Pair]:
+        pairs, dropped = self._pairs(feedback.groups, feedback.scores, feedback.ranks)
+        record_pairs(self.metrics, len(feedback.groups), pairs, dropped)
         return pairs
 
     def _pack(self, pairs: list[Pair], num_batches: int) -> list[dict[str, Any]]:
@@ -273,13 +261,6 @@ class OnlineDPOTrainer(GuardedTrainer):
             reference.logps_S[rows.rejected_N],
         )
         return LOSSES[self.args.loss_type](h_N, self._beta)
-
-    def _score_or_rank(self, groups: list[Group]) -> tuple[Scores | None, list[int] | None]:
-        if self.judge is not None:
-            return None, self.judge.rank(groups) if groups else []
-        if not groups:
-            return Scores([], {}), None
-        return self._scores_of(groups), None
 
     def _pairs(
         self, groups: list[Group], scores: Scores | None, ranks: list[int] | None
@@ -338,8 +319,8 @@ class OnlineDPOTrainer(GuardedTrainer):
     @torch.no_grad()
     def _evaluate_prompts(self, model: nn.Module, prompts: list[Prompt]) -> list[EvalRecord]:
         key = RolloutKey(self.args.seed, 0, EVALUATION)
+        self._sync_engine(prompts)
         with self.accelerator.autocast():
-            self.engine.sync(self.policy, self.state.global_step)
             groups = self.engine.generate(prompts, self.args.num_completions, self.sampling, key)
         rivals = self._rivals(prompts)
         scores, ranks = self._score_or_rank(groups)
@@ -357,19 +338,6 @@ class OnlineDPOTrainer(GuardedTrainer):
             assert self.judge is not None
             reference_scores, wins = [None] * len(groups), judged_wins(groups, rivals, self.judge.rank)
         return eval_records(groups, pairs, scores, reference_scores, wins, rows, **outputs)
-
-    def _scores_of(self, groups: list[Group]) -> Scores:
-        return score_groups(groups, self.scorers, self.args.reward_weights, self.args.missing_eos_penalty)
-
-    def _rivals(self, prompts: list[Prompt]) -> list[Group]:
-        """One completion of the reference for each prompt; sampled once, since the reference does not change."""
-        new = [prompt for prompt in prompts if (prompt.row, prompt.token_ids) not in self._reference_completions]
-        if new:
-            key = RolloutKey(self.args.seed, 0, REFERENCE)
-            with self.accelerator.autocast(), self.reference.active():
-                for group in self.reference_engine.generate(new, 1, self.sampling, key):
-                    self._reference_completions[group.prompt.row, group.prompt.token_ids] = group.completions
-        return [Group(prompt, self._reference_completions[prompt.row, prompt.token_ids]) for prompt in prompts]
 
     # --- data and files ---------------------------------------------------------------------------------------------
 

@@ -84,6 +84,21 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class Feedback:
+    """What became of the prompts of a step: its groups, and either scores or a judge's ranks.
+
+    ``seconds`` has an entry for "rollout" and one for "scoring".
+
+    >>> Feedback(groups=[group], scores=Scores([[0.7, 0.1]], {}), ranks=None, seconds={"rollout": 1.5, "scoring": 0.2})
+    """
+
+    groups: list[Group]
+    scores: Scores | None
+    ranks: list[int] | None
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Pair:
     """Chosen and rejected completion of one group, as indices into ``group.completions``.
 
@@ -144,13 +159,14 @@ class PackedRows:
     The M tokens of the S completions, one completion after the other: ``source_M`` is the place that predicts each (an
     index into the flattened rows), ``target_M`` its id; ``length_S`` is the number of tokens of each completion.
     ``chosen_N`` and ``rejected_N`` are indices of completions; ``weight_N`` is 1 for a pair and 0 for a stand-in;
-    ``score_S`` is each completion's score (float64), nan where a judge ranked without numbers. ``pairs`` are the pairs
-    themselves, none for a stand-in.
+    ``sampled_logps_M`` is what the sampler gave each token; ``score_S`` is each completion's score (float64), nan where
+    a judge ranked without numbers. ``pairs`` are the pairs themselves, none for a stand-in.
     """
 
     tokens: TokenRows
     source_M: torch.Tensor
     target_M: torch.Tensor
+    sampled_logps_M: torch.Tensor
     length_S: torch.Tensor
     chosen_N: torch.Tensor
     rejected_N: torch.Tensor

@@ -81,7 +81,7 @@ def test_each_completion_was_sampled_from_the_prompt_of_its_group(tmp_path, num_
     """The sampler's log-probabilities fit this prompt, and none of the others."""
     made = trainer(tmp_path, num_completions=num_completions, generation_kwargs=extra)
     prompts = prompts_from_batch(collate_prompts([made.train_dataset[i] for i in range(6)]))
-    groups = made._rollout(prompts)
+    groups = made._sample_and_score(0, prompts)().groups
     assert [group.prompt for group in groups] == prompts
     for group in groups:
         for completion in group.completions:
@@ -194,7 +194,8 @@ def test_no_metric_depends_on_padding_or_on_the_cut(tmp_path):
 
 
 @pytest.mark.parametrize("stop", [1, 2, 4])
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, stop):
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, stop, max_staleness):
     options = dict(
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
@@ -203,6 +204,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, stop):
         save_steps=1,
         disable_dropout=False,
         lr_scheduler_type="linear",
+        max_staleness=max_staleness,
     )
 
     def with_dropout():

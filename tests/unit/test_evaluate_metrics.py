@@ -95,11 +95,12 @@ def groups():
 def test_rollout_and_pair_metrics():
     store, made = MetricStore(), groups()
     values = [[2.0, None], [1.0, 4.0]]
-    record_rollout(store, made, Scores(values, {"f": [[3.0, None], [2.0, 5.0]]}))
+    record_rollout(store, made, Scores(values, {"f": [[3.0, None], [2.0, 5.0]]}), version=2)
     pair = Pair(made[1], chosen=1, rejected=0, chosen_score=4.0, rejected_score=1.0)
     record_pairs(store, 2, [pair], {"missing_score": 1})
     metrics = store.drain()
     assert metrics["completions/mean_length"] == (3 + 4 + 2 + 5) / 4
+    assert metrics["sampling/staleness"] == 2  # completions of version 0
     assert metrics["completions/clipped_ratio"] == 0.25 and metrics["val/contain_eos_token"] == 0.75
     assert metrics["objective/scores"] == pytest.approx(7 / 3) and metrics["scores/f"] == pytest.approx(10 / 3)
     assert metrics["scores/f/missing_ratio"] == 0.25 and metrics["objective/scores_margin"] == 3.0
@@ -113,6 +114,7 @@ def test_loss_metrics_by_hand_and_nothing_from_a_stand_in():
     made = groups()
     pairs = [Pair(made[0], 0, 1, 1.0, 0.0), Pair(made[1], 1, 0, 5.0, 3.0)]
     rows = pack_pairs(pairs, shared=True)
+    rows.sampled_logps_M.copy_(torch.tensor([-1.0] * 13 + [-1.7]))
     ones_M, length_S = torch.ones(len(rows.target_M)), rows.length_S.float()
     policy = RowLogprobs(-1.0 * ones_M, 2.0 * ones_M, -1.0 * length_S)
     reference = RowLogprobs(-1.5 * ones_M, 9.0 * ones_M, -1.5 * length_S)
@@ -120,6 +122,8 @@ def test_loss_metrics_by_hand_and_nothing_from_a_stand_in():
     record_loss(store, rows, policy, reference, torch.tensor([0.5, 0.9]), beta=0.2)
     metrics = store.drain()
     assert metrics["loss"] == pytest.approx(0.7)
+    assert metrics["sampling/sampling_logp_difference/mean"] == pytest.approx(0.7 / 14)
+    assert metrics["sampling/sampling_logp_difference/max"] == pytest.approx(0.7)
     lengths = {"chosen": (3, 5), "rejected": (4, 2)}
     assert metrics["logps/chosen"] == -4.0 and metrics["logps/rejected"] == -3.0
     assert metrics["rewards/chosen"] == pytest.approx(0.2 * 0.5 * 4) and metrics["rewards/rejected"] == pytest.approx(

@@ -70,7 +70,14 @@ class RolloutKey:
 
 
 class Engine(Protocol):
-    """Samples K completions for each prompt, in the order of the prompts, with the weights of the last `sync`."""
+    """Samples K completions for each prompt, in the order of the prompts, with the weights of the last `sync`.
+
+    ``has_own_weights``: they are a copy, so that it has to be checked that they are the model's. ``overlaps``:
+    `generate` may run in another thread while the model is trained.
+    """
+
+    has_own_weights: bool
+    overlaps: bool
 
     def sync(self, model: nn.Module, version: int) -> None:
         """Sample with these weights from now on, and stamp completions with this policy version. Where there are

@@ -44,6 +44,9 @@ class TransformersEngine:
         version: policy version of the weights, until `sync` says another.
     """
 
+    has_own_weights = False
+    overlaps = False
+
     def __init__(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int = 64, version: int = 0
     ) -> None:

@@ -1,0 +1,126 @@
+"""A `Trainer` that has its prompts answered and the answers scored: fetch, sample and score, with a look ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from online_dpo.data import prompts_from_batch
+from online_dpo.guarded_trainer import GuardedTrainer, Stopwatch
+from online_dpo.lookahead import Fetched, Lookahead
+from online_dpo.metrics import record_rollout
+from online_dpo.reference import Reference
+from online_dpo.rollout import Engine, RolloutKey, SamplingParams, TransformersEngine
+from online_dpo.scoring import JudgeScorer, score_groups
+from online_dpo.scoring.scorer import PointwiseScorer
+from online_dpo.sync_check import SyncCheck
+from online_dpo.types import Completion, Feedback, Group, Prompt, Scores
+
+TRAINING, EVALUATION, REFERENCE = 0, 1, 2  # streams of random numbers
+
+
+class FeedbackTrainer(GuardedTrainer):
+    """Prompts to groups and their scores or ranks; :class:`online_dpo.trainer.OnlineDPOTrainer` learns from them.
+
+    The attributes below are set by its constructor. ``reference_engine`` samples from the reference.
+    """
+
+    args: Any
+    policy: nn.Module
+    reference: Reference
+    engine: Engine
+    reference_engine: TransformersEngine
+    sampling: SamplingParams
+    judge: JudgeScorer | None
+    scorers: list[PointwiseScorer]
+    lookahead: Lookahead
+    sync_check: SyncCheck
+    reference_completions: dict[tuple[int, tuple[int, ...]], tuple[Completion, ...]]
+
+    def _fetch(self, step: int, batches: Iterator[Any], num_batches: int) -> Fetched | None:
+        """The prompts of a step; ``None`` for a later step that there will not be."""
+        later = step > self.state.global_step
+        if later:
+            num_batches = self.args.gradient_accumulation_steps if step < self.state.max_steps else 0
+        fetched = list(islice(batches, num_batches))
+        if later and not fetched:
+            return None
+        prompts = [prompt for batch in self.without_fill(fetched) for prompt in prompts_from_batch(batch)]
+        usable = [prompt for prompt in prompts if prompt.invalid is None]
+        return Fetched(usable, len(prompts), len(fetched))
+
+    def _sample_and_score(self, step: int, prompts: list[Prompt]) -> Callable[[], Feedback]:
+        """Samples with the present weights, and returns what may run beside training: scoring, and sampling as well if
+        the engine has a device of its own.
+        """
+        self._sync_engine(prompts)
+        key = RolloutKey(self.args.seed, step, TRAINING)
+
+        def sample() -> tuple[list[Group], float]:
+            with Stopwatch(self.accelerator.device) as watch, self.accelerator.autocast():
+                groups = self.engine.generate(prompts, self.args.num_completions, self.sampling, key)
+            return groups, watch.seconds
+
+        sampled = None if self.engine.overlaps else sample()
+
+        def score() -> Feedback:
+            groups, seconds = sampled or sample()
+            with Stopwatch(self.accelerator.device) as watch:
+                scores, ranks = self._score_or_rank(groups)
+            return Feedback(groups, scores, ranks, {"rollout": seconds, "scoring": watch.seconds})
+
+        return score
+
+    def _sync_engine(self, prompts: Sequence[Prompt]) -> None:
+        step = self.state.global_step
+        with self.phase("sync"), self.accelerator.autocast():
+            self.engine.sync(self.policy, step)
+            if self.engine.has_own_weights and self.sync_check.due(step):
+                self.sync_check.check(self.engine, self.policy, prompts, self.sampling, self.args.seed, step)
+
+    def _record(self, fetched: Fetched, feedback: Feedback, waited: float) -> None:
+        self.metrics.total("prompts", fetched.num_prompts)
+        self.metrics.total("dropped/invalid_prompt", fetched.num_prompts - len(fetched.prompts))
+        for name, seconds in {**feedback.seconds, "waiting": waited}.items():
+            self.metrics.total(f"time/{name}", seconds / self.accelerator.num_processes)
+        record_rollout(self.metrics, feedback.groups, feedback.scores, self.state.global_step)
+
+    def _score_or_rank(self, groups: list[Group]) -> tuple[Scores | None, list[int] | None]:
+        if self.judge is not None:
+            return None, self.judge.rank(groups) if groups else []
+        if not groups:
+            return Scores([], {}), None
+        return self._scores_of(groups), None
+
+    def _scores_of(self, groups: list[Group]) -> Scores:
+        return score_groups(groups, self.scorers, self.args.reward_weights, self.args.missing_eos_penalty)
+
+    def _rivals(self, prompts: list[Prompt]) -> list[Group]:
+        """One completion of the reference for each prompt; sampled once, since the reference does not change."""
+        new = [prompt for prompt in prompts if (prompt.row, prompt.token_ids) not in self.reference_completions]
+        if new:
+            key = RolloutKey(self.args.seed, 0, REFERENCE)
+            with self.accelerator.autocast(), self.reference.active():
+                for group in self.reference_engine.generate(new, 1, self.sampling, key):
+                    self.reference_completions[group.prompt.row, group.prompt.token_ids] = group.completions
+        return [Group(prompt, self.reference_completions[prompt.row, prompt.token_ids]) for prompt in prompts]
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the parent's, once nothing else asks the engine and the scorers."""
+        self.lookahead.wait()
+        return super().evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self.lookahead.save(folder, self.accelerator.process_index)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.lookahead.restore(Path(checkpoint), self.accelerator.process_index)
