@@ -2,6 +2,7 @@
 #
 #   make quickstart   train a tiny model on embedded data
 #   make test         unit and integration tests
+#   make test-vllm    engines of vLLM on a CPU, in an environment of their own
 #   make benchmark    time and memory of a step against TRL's
 #   make lint         what CI checks before the tests
 #
@@ -14,8 +15,11 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q
 TORCH := $(shell grep '^torch==' constraints.txt)
+VLLM_VENV := .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip
 
-.PHONY: venv quickstart test test-distributed test-e2e test-all benchmark lint format clean
+.PHONY: venv quickstart test test-distributed test-e2e test-vllm test-all benchmark lint format clean
 .DELETE_ON_ERROR:
 
 venv: $(STAMP)
@@ -39,7 +43,18 @@ test-distributed: $(STAMP)
 test-e2e: $(STAMP)
 	$(PYTEST) tests/e2e
 
-test-all: test test-distributed test-e2e
+# without dependencies: the file names all of them, and leaves out some that vLLM asks for
+$(VLLM_STAMP): pyproject.toml constraints-vllm.txt
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PIP) install $(TORCH) -c constraints-vllm.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(VLLM_PIP) install --no-deps -r constraints-vllm.txt
+	$(VLLM_PIP) install --no-deps -e .
+	touch $@
+
+test-vllm: $(VLLM_STAMP)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VLLM_VENV)/bin/python -m pytest -q tests/vllm_engines
+
+test-all: test test-distributed test-vllm test-e2e
 
 # TRL and this library on the same work, in turn: 20 minutes on an idle machine of 2 cores
 benchmark: $(STAMP)
@@ -56,5 +71,5 @@ format: $(STAMP)
 	$(BIN)/ruff format src tests benchmarks
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

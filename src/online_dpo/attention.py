@@ -11,14 +11,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from online_dpo import flex_rows
+from online_dpo import flex_rows, segment_rows
 from online_dpo.layout import PADDING
 from online_dpo.models import accepts_argument, unwrapped
 from online_dpo.types import TokenRows
 
 LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 WINDOWS_BY_INDEX = ("attention_layers", "window_size")  # GPT-Neo's local attention, which no mask of ours can express
-IMPLEMENTATIONS = {"sdpa", "eager", flex_rows.NAME}
+IMPLEMENTATIONS = {"sdpa", "eager", flex_rows.NAME, segment_rows.NAME}
 
 
 def why_not_shared(model: nn.Module) -> str | None:
@@ -51,6 +51,8 @@ def attention_inputs(model: nn.Module, tokens: TokenRows) -> dict[str, Any]:
     if not tokens.shares_prompts:
         return inputs | {"attention_mask": (tokens.tree_RT != PADDING).long()}
     config = unwrapped(model).config.get_text_config()
+    if config._attn_implementation == segment_rows.NAME and set(layer_kinds(config)) == {"full_attention"}:
+        inputs["segments"] = segment_rows.segments(tokens)
     masks: dict[str, Any] = {kind: _mask(model, tokens, kind) for kind in sorted(set(layer_kinds(config)))}
     return inputs | {"attention_mask": masks if len(masks) > 1 else next(iter(masks.values()))}
 
@@ -80,7 +82,7 @@ def use_flex_attention(model: nn.Module) -> None:
         ValueError: the model's attention implementation is another than SDPA, or its attention has a soft cap.
     """
     config = unwrapped(model).config.get_text_config()
-    if config._attn_implementation not in ("sdpa", flex_rows.NAME):
+    if config._attn_implementation not in ("sdpa", segment_rows.NAME, flex_rows.NAME):
         raise ValueError(
             f"`flex_attention` takes the place of SDPA, but a model was loaded with {config._attn_implementation!r}. "
             "Load it with `attn_implementation='sdpa'`, or leave `flex_attention` off."
@@ -94,6 +96,14 @@ def use_flex_attention(model: nn.Module) -> None:
 def window_of(config: Any, kind: str) -> int | None:
     """How far back layers of this kind see, in positions; ``None`` if to the beginning."""
     return config.sliding_window if kind == "sliding_attention" else None
+
+
+def use_segments(model: nn.Module) -> None:
+    """From now on, a model that uses SDPA reads long rows that share prompts in segments. For CPUs."""
+    config = unwrapped(model).config.get_text_config()
+    if config._attn_implementation == "sdpa" and unwrapped(model)._supports_attention_backend:
+        segment_rows.register()
+        config._attn_implementation = segment_rows.NAME
 
 
 def _mask(model: nn.Module, tokens: TokenRows, kind: str) -> Any:

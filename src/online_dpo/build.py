@@ -4,6 +4,7 @@ loaded.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import warnings
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from online_dpo.attention import use_flex_attention
+from online_dpo.attention import use_flex_attention, use_segments
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.logprobs import enable_logprobs
 from online_dpo.models import check_model_path, context_length, disable_dropout, load_causal_lm, to_device
@@ -25,6 +26,11 @@ from online_dpo.reference import (
     adapter_changes_output,
     frozen_copy,
 )
+from online_dpo.rollout import Engine, SamplingParams, TransformersEngine
+from online_dpo.rollout.vllm_client import VLLMClient
+from online_dpo.rollout.vllm_colocate import VLLMColocateEngine
+from online_dpo.rollout.vllm_requests import vllm_sampling
+from online_dpo.rollout.vllm_server import VLLMServerEngine
 from online_dpo.scoring import PointwiseScorer, RewardModelScorer, check_scorers
 
 logger = logging.getLogger(__name__)
@@ -81,6 +87,7 @@ def check_arguments(
         )
     if args.model_init_kwargs is not None and not isinstance(model, str):
         raise ValueError("`model_init_kwargs` is only used when `model` is a name or folder, but it is a loaded model.")
+    check_vllm(args)
     for argument, value in (("model", model), ("ref_model", ref_model)):
         if isinstance(value, str):
             check_model_path(value, argument)
@@ -145,14 +152,20 @@ def build_policy(model: Any, peft_config: Any, args: OnlineDPOConfig) -> nn.Modu
             "Adapters with virtual tokens (prompt and prefix tuning) are not supported: with padding their tokens get "
             "other positions than without. Use LoRA."
         )
+    _prepare_attention(model, args)
     enable_logprobs(model)
-    if args.flex_attention:
-        use_flex_attention(model)
     if args.disable_dropout:
         if getattr(peft_config, "lora_dropout", 0.0):
             warnings.warn("`lora_dropout` has no effect: `disable_dropout` is on.", stacklevel=3)
         disable_dropout(model)
     return model
+
+
+def _prepare_attention(model: nn.Module, args: OnlineDPOConfig) -> None:
+    if args.flex_attention:
+        use_flex_attention(model)
+    elif args.share_prompts and args.device.type == "cpu":
+        use_segments(model)
 
 
 def build_reference(ref_model: Any, policy: nn.Module, args: OnlineDPOConfig) -> Reference:
@@ -162,8 +175,7 @@ def build_reference(ref_model: Any, policy: nn.Module, args: OnlineDPOConfig) ->
     if ref_model is not None:
         disable_dropout(ref_model)
         enable_logprobs(ref_model)
-        if args.flex_attention:
-            use_flex_attention(ref_model)
+        _prepare_attention(ref_model, args)
         return FrozenReference(to_device(ref_model, args.device), "a model given separately")
     if not is_peft_model_object(policy):
         return FrozenReference(to_device(frozen_copy(policy), args.device), "a frozen copy of the policy")
@@ -173,6 +185,36 @@ def build_reference(ref_model: Any, policy: nn.Module, args: OnlineDPOConfig) ->
             "to the policy as it is now, merge the adapter first (merge_and_unload) or pass `ref_model`."
         )
     return AdapterOffReference(policy)
+
+
+def check_vllm(args: OnlineDPOConfig) -> None:
+    """
+    Raises:
+        ValueError: vLLM is missing, or does not know an option of sampling.
+        RolloutServerError: a server cannot be reached.
+    """
+    if not args.use_vllm:
+        return
+    vllm_sampling(SamplingParams.from_config(args, end_token_ids=()))
+    if args.vllm_mode == "server":
+        for url in args.vllm_server_urls:
+            VLLMClient(url, args.vllm_server_timeout).call("/health")
+    elif importlib.util.find_spec("vllm") is None:
+        raise ValueError("`use_vllm` needs vLLM, which is not installed. Install `online-dpo[vllm]`, or leave it off.")
+
+
+def build_engine(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, args: OnlineDPOConfig) -> Engine:
+    """What samples completions: the policy itself, or vLLM in this process or as servers.
+
+    Raises:
+        ValueError: vLLM is not installed, or its options do not fit this machine.
+        RolloutServerError: a server cannot be reached, or takes no weights.
+    """
+    if not args.use_vllm:
+        return TransformersEngine(policy, tokenizer, args.rollout_batch_size)
+    if args.vllm_mode == "colocate":
+        return VLLMColocateEngine(policy, tokenizer, args)
+    return VLLMServerEngine(args.vllm_server_urls, tokenizer, args)
 
 
 def check_stream(args: OnlineDPOConfig) -> None:

@@ -6,40 +6,19 @@ TRL's ``OnlineDPOConfig`` has keep its names.
 
 from __future__ import annotations
 
-import difflib
-import warnings
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, TrainingArguments
+from transformers import TrainingArguments
+
+from online_dpo.config_checks import check_generation_kwargs, check_vllm
 
 LOSS_TYPES = ("sigmoid", "ipo")
 PAIR_SELECTIONS = ("best_worst",)
 TIE_POLICIES = ("skip", "first")
 INVALID_PROMPT_POLICIES = ("error", "filter")
 SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-
-REFUSED_GENERATION_KWARGS = {
-    "num_beams": "beam search does not sample from the policy",
-    "num_beam_groups": "beam search does not sample from the policy",
-    "do_sample": "completions of one prompt must differ, so they are always sampled",
-    "num_return_sequences": "set num_completions",
-    "max_new_tokens": "set max_new_tokens in the configuration itself",
-    "max_length": "set max_new_tokens in the configuration itself",
-    "use_cache": "the KV cache is always on",
-    "return_dict_in_generate": "the trainer reads the outputs itself",
-    "output_scores": "the trainer reads the outputs itself",
-    "output_logits": "the trainer reads the outputs itself",
-    "pad_token_id": "padding is masked, so no token of its own is needed",
-    "typical_p": "the sampler knows temperature, top_k, top_p, min_p and repetition_penalty",
-    "epsilon_cutoff": "the sampler knows temperature, top_k, top_p, min_p and repetition_penalty",
-    "eta_cutoff": "the sampler knows temperature, top_k, top_p, min_p and repetition_penalty",
-    "top_h": "the sampler knows temperature, top_k, top_p, min_p and repetition_penalty",
-    "assistant_model": "assisted generation changes which random numbers are drawn",
-    "logits_processor": "pass options of GenerationConfig here, not objects",
-    "stopping_criteria": "pass options of GenerationConfig here, such as stop_strings",
-}
 
 
 @dataclass
@@ -217,43 +196,44 @@ class OnlineDPOConfig(TrainingArguments):
     ds3_gather_for_generation: bool = True
     """Gather ZeRO-3 shards for sampling. This version does not run under DeepSpeed, see `deepspeed`."""
 
-    # --- vLLM (refused in this version: use_vllm has to stay off) -----------------------------------------------------
+    # --- vLLM ---------------------------------------------------------------------------------------------------------
 
     use_vllm: bool = False
-    """Sample with vLLM. Not in this version: has to stay off."""
-
-    vllm_model_impl: str = "vllm"
-    """Only read with `use_vllm`."""
-
-    vllm_structured_outputs_regex: str | None = None
-    """Only read with `use_vllm`."""
-
-    vllm_gpu_memory_utilization: float | None = 0.55
-    """Only read with `use_vllm`."""
+    """Sample with vLLM, which gets the latest weights before each step. Needs `online-dpo[vllm]`."""
 
     vllm_mode: str = "colocate"
-    """Only read with `use_vllm`."""
+    """`colocate`: in this process, on its device. `server`: servers started with `online-dpo serve`."""
 
-    vllm_server_base_url: str | None = None
-    """Only read with `use_vllm`."""
+    vllm_model_impl: str = "vllm"
+    """`vllm`, or `transformers` for models that vLLM has no code of its own for."""
 
-    vllm_server_host: str = "0.0.0.0"
-    """Only read with `use_vllm`."""
-
-    vllm_server_port: int = 8000
-    """Only read with `use_vllm`."""
-
-    vllm_server_timeout: float = 240.0
-    """Only read with `use_vllm`."""
-
-    vllm_group_port: int = 51216
-    """Only read with `use_vllm`."""
+    vllm_gpu_memory_utilization: float | None = 0.55
+    """With `colocate`: share of the GPU's memory that vLLM takes."""
 
     vllm_tensor_parallel_size: int = 1
-    """Only read with `use_vllm`."""
+    """With `colocate` and a single training process: GPUs that vLLM spreads the model over."""
 
     vllm_enable_sleep_mode: bool = False
-    """Only read with `use_vllm`."""
+    """With `colocate`: vLLM leaves the GPU's memory while the model is trained."""
+
+    vllm_server_base_url: str | None = None
+    """With `server`: the address, or several separated by commas, which share the prompts. When not set, it is made of
+    `vllm_server_host` and `vllm_server_port`."""
+
+    vllm_server_host: str = "0.0.0.0"
+    """With `server`: its host; `0.0.0.0` is this machine."""
+
+    vllm_server_port: int = 8000
+    """With `server`: its port."""
+
+    vllm_server_timeout: float = 240.0
+    """With `server`: seconds that it may fail or be away before the run stops."""
+
+    vllm_group_port: int = 51216
+    """Kept for configurations of TRL: weights travel as files or over HTTP here, so it is not read."""
+
+    vllm_structured_outputs_regex: str | None = None
+    """Not in this version: has to stay unset."""
 
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + [
         "model_init_kwargs",
@@ -275,6 +255,14 @@ class OnlineDPOConfig(TrainingArguments):
         if isinstance(self.beta, (list, tuple)):
             return float(self.beta[min(int(epoch), len(self.beta) - 1)])
         return float(self.beta)
+
+    @property
+    def vllm_server_urls(self) -> list[str]:
+        """Addresses of the servers, without blanks and trailing slashes."""
+        if self.vllm_server_base_url is None:
+            host = "localhost" if self.vllm_server_host == "0.0.0.0" else self.vllm_server_host
+            return [f"http://{host}:{self.vllm_server_port}"]
+        return [url.strip().rstrip("/") for url in self.vllm_server_base_url.split(",") if url.strip()]
 
     @property
     def row_capacity(self) -> int:
@@ -335,17 +323,8 @@ class OnlineDPOConfig(TrainingArguments):
             )
 
     def _check_unsupported(self) -> None:
-        if self.use_vllm:
-            raise ValueError(
-                "`use_vllm=True` is not in this version. Leave it off: completions are sampled in process."
-            )
-        ignored = [
-            f.name
-            for f in fields(self)
-            if f.name.startswith("vllm_") and f.default is not MISSING and getattr(self, f.name) != f.default
-        ]
-        if ignored:
-            warnings.warn(f"Ignored without `use_vllm`: {', '.join(ignored)}.", stacklevel=3)
+        check_vllm(self)
+        check_generation_kwargs(self.generation_kwargs)
         if self.deepspeed is not None:
             raise ValueError("`deepspeed` is not in this version. Use several processes without it (torchrun).")
         if self.fsdp:
@@ -362,14 +341,6 @@ class OnlineDPOConfig(TrainingArguments):
                 "`auto_find_batch_size` must be False: a micro-batch that runs out of memory is split by the trainer "
                 "itself, without changing the gradient."
             )
-        known = vars(GenerationConfig())
-        for name in self.generation_kwargs or {}:
-            if name in REFUSED_GENERATION_KWARGS:
-                raise ValueError(f"`generation_kwargs` must not hold `{name}`: {REFUSED_GENERATION_KWARGS[name]}.")
-            if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f" Did you mean `{close[0]}`?" if close else ""
-                raise ValueError(f"`generation_kwargs` holds `{name}`, which GenerationConfig does not know.{hint}")
         if self.label_smoothing_factor:
             raise ValueError("`label_smoothing_factor` has no meaning for the DPO loss; leave it 0.")
 

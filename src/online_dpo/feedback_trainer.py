@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from torch import nn
@@ -40,6 +41,7 @@ class FeedbackTrainer(GuardedTrainer):
     scorers: list[PointwiseScorer]
     lookahead: Lookahead
     sync_check: SyncCheck
+    nobody_samples: Event
     reference_completions: dict[tuple[int, tuple[int, ...]], tuple[Completion, ...]]
 
     def _fetch(self, step: int, batches: Iterator[Any], num_batches: int) -> Fetched | None:
@@ -58,12 +60,17 @@ class FeedbackTrainer(GuardedTrainer):
         """Samples with the present weights, and returns what may run beside training: scoring, and sampling as well if
         the engine has a device of its own.
         """
+        self.nobody_samples.wait()
         self._sync_engine(prompts)
+        self.nobody_samples = done = Event()
         key = RolloutKey(self.args.seed, step, TRAINING)
 
         def sample() -> tuple[list[Group], float]:
-            with Stopwatch(self.accelerator.device) as watch, self.accelerator.autocast():
-                groups = self.engine.generate(prompts, self.args.num_completions, self.sampling, key)
+            try:
+                with Stopwatch(self.accelerator.device) as watch, self.accelerator.autocast():
+                    groups = self.engine.generate(prompts, self.args.num_completions, self.sampling, key)
+            finally:
+                done.set()
             return groups, watch.seconds
 
         sampled = None if self.engine.overlaps else sample()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 
 from online_dpo.build import (
+    build_engine,
     build_policy,
     build_reference,
     check_arguments,
@@ -47,7 +49,7 @@ from online_dpo.model_card import write_model_card
 from online_dpo.models import end_token_ids, eval_mode
 from online_dpo.packing import as_inputs, pack_groups, pack_pairs, passes_needed, split_pairs, stand_in
 from online_dpo.pairs import pairs_from_ranks, pairs_from_scores
-from online_dpo.rollout import Engine, RolloutKey, SamplingParams, TransformersEngine
+from online_dpo.rollout import RolloutKey, SamplingParams, TransformersEngine
 from online_dpo.scoring import JudgeScorer, build_scorers
 from online_dpo.self_check import MethodChoice
 from online_dpo.sync_check import SyncCheck
@@ -145,7 +147,7 @@ class OnlineDPOTrainer(FeedbackTrainer):
         )
         self.reference = build_reference(ref_model, policy, args)
         self.policy = policy
-        self.engine: Engine = TransformersEngine(policy, self.tokenizer, args.rollout_batch_size)
+        self.engine = build_engine(policy, self.tokenizer, args)
         with self.reference.active() as reference:
             self.reference_engine = TransformersEngine(reference, self.tokenizer, args.rollout_batch_size)
         self.sampling = SamplingParams.from_config(args, end_token_ids(policy, self.tokenizer))
@@ -157,6 +159,8 @@ class OnlineDPOTrainer(FeedbackTrainer):
         )
         check_templates(self.scorers, train_dataset)
         self.lookahead = Lookahead(args.max_staleness)
+        self.nobody_samples = Event()
+        self.nobody_samples.set()
         self.sync_check = SyncCheck(self.accelerator, args.sync_check_steps)
         self.choice = MethodChoice(self.accelerator, args.share_prompts)
         self.reference_completions: dict[tuple[int, tuple[int, ...]], tuple[Completion, ...]] = {}

@@ -167,7 +167,7 @@ def test_both_trainers_sample_the_lengths_asked_for(monkeypatch):
     trainers.force_our_lengths(made)
     prompts = [Prompt(text, tuple(ids), row) for row, (text, ids) in enumerate(zip(made.texts(), made.prompts))]  # noqa: B905
     params = SamplingParams(max_new_tokens=64, end_token_ids=(workloads.EOS,))
-    groups = TransformersEngine(policy, tokenizer).generate(prompts, 3, params, RolloutKey(0, 0, 0, 0))
+    groups = TransformersEngine(policy, tokenizer).generate(prompts, 3, params, RolloutKey(0, 0))
     ours = [[len(completion.token_ids) for completion in group.completions] for group in groups]
     assert ours == [lengths[:3] for lengths in made.lengths]
     assert groups[3].completions[0].finish_reason == "length" and groups[5].completions[1].finish_reason == "stop"
@@ -186,3 +186,32 @@ def test_both_trainers_sample_the_lengths_asked_for(monkeypatch):
     )[:, encoded["input_ids"].shape[1] :]
     theirs = [row.index(workloads.EOS) + 1 if workloads.EOS in row else 64 for row in sampled_BT.tolist()]
     assert theirs == [lengths[sample] for sample in range(2) for lengths in made.lengths]
+
+
+def test_sampling_alone(tmp_path):
+    sizes = ("--prompts", 2, "--completions", 3, "--prompt", 16, "--new", 8, 12, "--repetitions", 1)
+    words = ("--model", "tiny", "--engine", "built-in", "generate", *sizes, "--json", tmp_path / "rollout.json")
+    done = run(["benchmarks/rollout.py"], *words)
+    assert "built-in" in done.stdout and "share of the limit" in done.stdout
+    result = json.loads((tmp_path / "rollout.json").read_text())
+    assert result["bandwidth_gbs"] > 0.1 and "rollout.py --model tiny" in result["command"]
+    assert [(r["engine"], r["new_tokens"]) for r in result["rows"]] == [
+        (engine, new) for engine in ("built-in", "generate") for new in (8, 12)
+    ]
+    for row in result["rows"]:
+        tokens = row["tokens_per_second"] * row["seconds"]
+        assert tokens == pytest.approx(2 * 3 * row["new_tokens"], rel=0.2)  # a few end of themselves
+        assert 0 < row["limit_share"] < 1
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("--prompt", "4000", "--new", "200"), "together must be at most 4096"),
+        (("--completions", "0"), "at least 1"),
+        (("--engine", "vllm"), "vllm is not installed here"),
+        (("--json", "/no/such/folder/x.json"), "its folder must exist"),
+    ],
+)
+def test_sampling_alone_refuses(words, message):
+    assert message in run(["benchmarks/rollout.py"], *words, status=2).stderr

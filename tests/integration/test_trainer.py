@@ -15,6 +15,7 @@ from online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 from online_dpo.errors import InvalidPromptError, ScoringError
 from online_dpo.reference import AdapterOffReference
 from online_dpo.rollout import RolloutKey
+from online_dpo.rollout.vllm_client import RolloutServerError
 from training import LENGTHS, config, dataset, gradient, trainer, weights, word_reward
 
 
@@ -457,7 +458,11 @@ def test_wrong_arguments_say_what_to_do(tmp_path, changes, error, message):
         (dict(loss_type="hinge"), "sigmoid, ipo"),
         (dict(tie_policy="random"), "skip, first"),
         (dict(max_length=64, max_new_tokens=64), "leaves no room for a prompt"),
-        (dict(use_vllm=True), "use_vllm"),
+        (dict(use_vllm=True, vllm_mode="serve"), "colocate, server"),
+        (dict(use_vllm=True, vllm_structured_outputs_regex="a+"), "not in this version"),
+        (dict(use_vllm=True, vllm_mode="server", vllm_server_timeout=0), "above 0"),
+        (dict(max_staleness=-1), "`max_staleness` must be 0 or more"),
+        (dict(sync_check_steps=-1), "`sync_check_steps` must be 0 or more"),
         (dict(remove_unused_columns=True), "remove_unused_columns"),
         (dict(generation_kwargs={"num_beams": 4}), "beam search"),
         (dict(missing_eos_penalty=-1.0), "missing_eos_penalty"),
@@ -470,6 +475,43 @@ def test_wrong_arguments_say_what_to_do(tmp_path, changes, error, message):
 def test_wrong_configurations_say_what_to_do(tmp_path, fields, message):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **fields)
+
+
+@pytest.mark.parametrize(
+    "fields, error, message",
+    [
+        (dict(use_vllm=True), ValueError, "vLLM, which is not installed"),
+        (
+            dict(use_vllm=True, generation_kwargs={"no_repeat_ngram_size": 2}),
+            ValueError,
+            "no counterpart of `no_repeat",
+        ),
+        (dict(use_vllm=True, temperature=1e-3), ValueError, "at least 0.01"),
+        (
+            dict(use_vllm=True, vllm_mode="server", vllm_server_port=9, vllm_server_timeout=0.5),
+            RolloutServerError,
+            "http://localhost:9/health has failed",
+        ),
+        (
+            dict(use_vllm=True, vllm_mode="server", vllm_server_base_url="localhost:8000"),
+            ValueError,
+            "begins with http://",
+        ),
+    ],
+)
+def test_vllm_that_cannot_be_used_is_found_before_a_model_is_loaded(tmp_path, fields, error, message):
+    with pytest.raises(error, match=message):
+        trainer(tmp_path, model="a/model-that-does-not-exist", **fields)
+
+
+def test_fields_of_vllm_that_are_not_read_give_a_warning(tmp_path):
+    with pytest.warns(UserWarning, match="Ignored without `use_vllm`: vllm_server_port"):
+        config(tmp_path, vllm_server_port=80)
+    with pytest.warns(UserWarning, match="Ignored with `vllm_mode='colocate'`: vllm_server_port"):
+        config(tmp_path, use_vllm=True, vllm_server_port=80)
+    several = config(tmp_path, use_vllm=True, vllm_mode="server", vllm_server_base_url="http://a:1/, http://b:2")
+    assert several.vllm_server_urls == ["http://a:1", "http://b:2"]
+    assert config(tmp_path, vllm_mode="server").vllm_server_urls == ["http://localhost:8000"]
 
 
 def test_a_context_that_is_too_short_is_found_before_training(tmp_path):

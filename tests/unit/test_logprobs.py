@@ -24,8 +24,8 @@ from transformers import (
 )
 
 import tiny
-from online_dpo import logprobs
-from online_dpo.attention import attention_inputs, use_flex_attention, visible, why_not_shared
+from online_dpo import logprobs, segment_rows
+from online_dpo.attention import attention_inputs, use_flex_attention, use_segments, visible, why_not_shared
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.logprobs import can_chunk, enable_logprobs, row_logprobs
 from online_dpo.models import accepts_argument, disable_dropout
@@ -323,6 +323,50 @@ def test_flex_attention_equals_single_sequences(family):
     torch.testing.assert_close(row_logprobs(model, rows).token_logps_M, expected, atol=1e-5, rtol=1e-5)
     padded = row_logprobs(model, pack_groups(made, [], False)).token_logps_M  # everything else goes through SDPA
     torch.testing.assert_close(padded, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("capacity", [0, 200])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_rows_in_segments_equal_single_sequences(family, capacity, checkpointing, monkeypatch):
+    monkeypatch.setattr(segment_rows, "SHORTEST", 1)
+    calls = []
+    segment = segment_rows._row
+    monkeypatch.setattr(segment_rows, "_row", lambda *given: calls.append(given[3]) or segment(*given))
+    model, plain, made = ready(tiny.causal_lm(family)), tiny.causal_lm(family), groups()
+    use_segments(model)
+    if checkpointing:
+        disable_dropout(model)
+        model.train()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    got = row_logprobs(model, pack_groups(made, [], True, capacity)).token_logps_M
+    expected, _ = oracle(plain, made)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    weight_M = torch.linspace(-1, 1, len(expected))
+    (got * weight_M).sum().backward()
+    (expected * weight_M).sum().backward()
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert (ours.grad - theirs.grad).norm() <= 1e-4 * theirs.grad.norm(), name
+    windows = family in ("gemma2", "mistral")  # they are read with a mask
+    assert bool(calls) != windows
+    if capacity and calls:
+        assert max(map(len, calls)) > 4  # several trees in a row
+
+
+@torch.no_grad()
+def test_segments_begin_with_long_rows():
+    for length, expected in ((300, 0), (400, 2)):
+        model, group = (
+            tiny.causal_lm(max_position_embeddings=512),
+            tiny.group(tiny.prompts((length,))[0], [[5, 6], [7]]),
+        )
+        use_segments(ready(model))
+        rows = pack_groups([group], [], True)
+        found = attention_inputs(model, rows.tokens)["segments"]
+        assert (found is None) == (expected == 0)
+        if found is not None:
+            assert found == [[(0, 0, 0, 400), (0, 400, 400, 402), (0, 400, 402, 403)]]
+        torch.testing.assert_close(row_logprobs(model, rows).token_logps_M, oracle(model, [group])[0])
 
 
 def test_flex_attention_is_not_saved_with_the_model_and_generation_stays_the_same(tmp_path):

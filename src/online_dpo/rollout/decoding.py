@@ -57,6 +57,8 @@ class Decoder:
         self.prompts, self.num_completions = prompts, num_completions
         self.lengths_G = torch.tensor([len(ids) for ids in prompts], device=self.device)
         self.memory = _Memory(len(prompts), num_completions, max(map(len, prompts)), max_new_tokens)
+        self.config: Any = unwrapped(model).config.get_text_config()  # once: unwrapping takes milliseconds
+        self._windows = {kind: window_of(self.config, kind) for kind in set(layer_kinds(self.config))}
         self._last_only = {"logits_to_keep": 1} if accepts_argument(model, "logits_to_keep") else {}
 
     def prefill(self) -> torch.Tensor:
@@ -66,7 +68,7 @@ class Decoder:
         budget = PREFILL_TOKENS.get(self.device.type, PREFILL_TOKENS_ELSEWHERE)
         order = sorted(range(len(self.prompts)), key=lambda g: len(self.prompts[g]))
         parts = []
-        with _our_attention(self.model):
+        with _our_attention(self.config):
             for chosen in _cut(order, [len(ids) for ids in self.prompts], budget):
                 self.memory.write_prompts(torch.tensor(chosen, device=self.device))
                 parts.append(self._prefill([self.prompts[g] for g in chosen]))
@@ -77,9 +79,8 @@ class Decoder:
         """Logits after one more token of each sequence, (B, V)."""
         self.memory.next_place()
         position_B1 = (self.lengths_G + self.memory.place).repeat_interleave(self.num_completions)[:, None]
-        config = unwrapped(self.model).config.get_text_config()
-        masks = {kind: self._mask(window_of(config, kind)) for kind in set(layer_kinds(config))}
-        with _our_attention(self.model):
+        masks = {kind: self._mask(window) for kind, window in self._windows.items()}
+        with _our_attention(self.config):
             output = self.model(
                 input_ids=token_B[:, None],
                 position_ids=position_B1,
@@ -110,8 +111,7 @@ class Decoder:
             shares_prompts=True,
         )
         inputs = attention_inputs(self.model, tokens)
-        kinds = set(layer_kinds(unwrapped(self.model).config.get_text_config()))
-        if kinds == {"full_attention"} and all(len(p) == length for p in prompts):
+        if set(self._windows) == {"full_attention"} and all(len(p) == length for p in prompts):
             inputs["attention_mask"] = None  # plain causal attention, which has a faster kernel
         output = self.model(input_ids=tokens.ids_RT, use_cache=False, memory=self.memory, **inputs, **self._last_only)
         return output.logits[:, -1]
@@ -213,8 +213,7 @@ class _Layer:
 
 
 @contextmanager
-def _our_attention(model: nn.Module) -> Iterator[None]:
-    config = unwrapped(model).config.get_text_config()
+def _our_attention(config: Any) -> Iterator[None]:
     own = config._attn_implementation
     AttentionInterface.register(NAME, _attention)
     config._attn_implementation = NAME

@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from transformers.utils.hub import has_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from online_dpo.attention import use_segments
 from online_dpo.errors import ScoringError
 from online_dpo.layout import Tree
 from online_dpo.scoring.scorer import chat_messages, regroup
@@ -68,6 +69,8 @@ class RewardModelScorer:
             if not config._name_or_path:
                 raise ValueError(_no_tokenizer(self.name))
             tokenizer = _load_tokenizer(config._name_or_path)
+        if share_prompts and next(model.parameters()).device.type == "cpu":
+            use_segments(model)
         self.model = (model if prepare is None else prepare(model)).eval()
         self.tokenizer = tokenizer
         self.batch_size = batch_size

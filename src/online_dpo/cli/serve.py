@@ -1,0 +1,69 @@
+"""``online-dpo serve``: a vLLM server that takes the trainer's weights."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+EXTENSION = "online_dpo.rollout.vllm_worker.WeightUpdates"
+PASSED_ON = {
+    "--host": (str, "address to listen on; the server lets anybody who reaches it replace its weights"),
+    "--port": (int, "port to listen on"),
+    "--tensor-parallel-size": (int, "GPUs that one copy of the model is spread over"),
+    "--data-parallel-size": (int, "copies of the model"),
+    "--dtype": (str, "type of weights and activations, such as bfloat16; `auto` takes the model's"),
+    "--gpu-memory-utilization": (float, "share of each GPU's memory that vLLM takes"),
+    "--max-model-len": (int, "longest prompt plus completion, in tokens"),
+    "--max-num-seqs": (int, "most completions decoded at the same time"),
+}
+DEFAULTS = {"--host": "127.0.0.1", "--port": 8000, "--dtype": "auto"}
+
+
+def serve(words: Sequence[str]) -> int:
+    """Become the server. Returns (2) only when it cannot be started."""
+    command = server_command(words)
+    if importlib.util.find_spec("vllm") is None:
+        print("error: vLLM is not installed here. Install it with `pip install 'online-dpo[vllm]'`.", file=sys.stderr)
+        return 2
+    _become(command)
+
+
+def server_command(words: Sequence[str]) -> list[str]:
+    """The command line of vLLM's server. What stands behind ``--`` is passed on as it is.
+
+    vLLM's own defaults for sampling are used, not the model folder's, so that a completion ends only where the trainer
+    says.
+    """
+    words = list(words)
+    cut = words.index("--") if "--" in words else len(words)
+    arguments = vars(_parser().parse_args(words[:cut]))
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", arguments["model"]]
+    command += ["--worker-extension-cls", EXTENSION, "--generation-config", "vllm"]
+    for option in PASSED_ON:
+        value = arguments[option.lstrip("-").replace("-", "_")]
+        if value is not None:
+            command += [option, str(value)]
+    return command + words[cut + 1 :]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="online-dpo serve",
+        description="Start a vLLM server that a trainer with `use_vllm: true` and `vllm_mode: server` samples from.",
+        epilog="Further options of `vllm serve` may follow behind `--`, such as `-- --enforce-eager`.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder or hub name of the policy, as in the run file")
+    for option, (kind, text) in PASSED_ON.items():
+        default = DEFAULTS.get(option)
+        shown = "vLLM's" if default is None else "%(default)s"
+        parser.add_argument(option, type=kind, default=default, help=f"{text} (default: {shown})")
+    return parser
+
+
+def _become(command: list[str]) -> NoReturn:
+    """VLLM_SERVER_DEV_MODE opens the addresses through which weights are replaced."""
+    os.execvpe(command[0], command, {**os.environ, "VLLM_SERVER_DEV_MODE": "1"})

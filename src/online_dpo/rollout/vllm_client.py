@@ -1,0 +1,97 @@
+"""HTTP calls to one vLLM server, repeated while it fails for a reason that may pass."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds between two attempts; doubled each time
+BUSY = (408, 429)  # the statuses below 500 that ask to come again
+WORKER_RAISED = "Call to collective_rpc method failed"  # a status of 500 that will not pass
+TAKES_NO_WEIGHTS = " Weights can only be sent to a server that was started with `online-dpo serve`."
+
+# Rollout servers stand in the same network: proxies from the environment are for others.
+_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class RolloutServerError(RuntimeError):
+    """A vLLM server could not be used. The message names its address and the last cause."""
+
+
+class _ErrorStatus(Exception):
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(text.strip())
+        self.code = code
+
+
+class VLLMClient:
+    """One server, by its address.
+
+    Args:
+        url: such as ``http://localhost:8000``.
+        timeout: seconds that one answer may take, and that the server may go on failing before we give up.
+
+    Raises:
+        ValueError: ``url`` is not an address.
+    """
+
+    def __init__(self, url: str, timeout: float) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"A vLLM server's address begins with http:// or https://; {url!r} does not.")
+        self.url = url.rstrip("/")
+        self.timeout = timeout
+
+    def call(
+        self, path: str, body: dict[str, Any] | None = None, read: Callable[[Any], T] = lambda answer: answer
+    ) -> T:
+        """GET ``path``, or POST ``body`` to it, and return what ``read`` makes of the answer's JSON.
+
+        Lost connections, time-outs, statuses from 500 up, and answers that ``read`` rejects with a RuntimeError are
+        tried again, until the server has failed for ``timeout`` seconds.
+
+        Raises:
+            RolloutServerError: it went on failing, or refused the request.
+        """
+        first_failure: float | None = None
+        pause = FIRST_PAUSE
+        while True:
+            try:
+                return read(self._once(path, body))
+            except _ErrorStatus as error:
+                cause = str(error)
+                if (error.code < 500 and error.code not in BUSY) or WORKER_RAISED in cause:
+                    hint = TAKES_NO_WEIGHTS if error.code == 404 or "is not implemented" in cause else ""
+                    raise RolloutServerError(f"{self.url}{path} failed: {cause}.{hint}") from error
+            except (OSError, http.client.HTTPException, json.JSONDecodeError, RuntimeError) as error:
+                cause = f"{type(error).__name__}: {error}"
+            now = time.monotonic()
+            first_failure = now if first_failure is None else first_failure
+            if now + pause - first_failure > self.timeout:
+                raise RolloutServerError(
+                    f"{self.url}{path} has failed for {self.timeout:g} seconds; last cause: {cause}. Start the server "
+                    "with `online-dpo serve`, or raise `vllm_server_timeout` if it needs longer."
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    def rpc(self, method: str, *args: str) -> list[Any]:
+        """Call a method of `vllm_worker.WeightUpdates` in each worker, and return their answers."""
+        answer = self.call("/collective_rpc", {"method": method, "args": list(args)})
+        return answer["results"]
+
+    def _once(self, path: str, body: dict[str, Any] | None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        try:
+            with _opener.open(request, timeout=self.timeout) as response:
+                answer = response.read()
+        except urllib.error.HTTPError as error:
+            raise _ErrorStatus(error.code, f"{error.code} {error.reason} {error.read(2000).decode()}") from error
+        return json.loads(answer) if answer else None

@@ -1,0 +1,269 @@
+"""Sampling with vLLM servers, which run for themselves: on other devices, or on other machines.
+
+A server may be killed and restarted at any time, and is then back at the weights it was started with. Weights therefore
+carry a label that no other push has. Every server is asked for it before sampling and after; what was sampled while it
+was not ours at both times is thrown away, the weights are sent again, and the server samples again.
+"""
+
+from __future__ import annotations
+
+import base64
+import copy
+import json
+import uuid
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Condition, Lock
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from online_dpo.config import OnlineDPOConfig
+from online_dpo.models import unwrapped
+from online_dpo.rollout.engine import RolloutKey, SamplingParams
+from online_dpo.rollout.vllm_client import RolloutServerError, VLLMClient
+from online_dpo.rollout.vllm_requests import (
+    Request,
+    Sampled,
+    build_groups,
+    build_requests,
+    from_response,
+    vllm_sampling,
+)
+from online_dpo.rollout.vllm_worker import shape_of
+from online_dpo.rollout.weight_sync import write_weights
+from online_dpo.types import Group, Prompt
+
+Transport = Literal["auto", "file", "bytes"]
+
+CHUNK_BYTES = 32 << 20
+REQUESTS_AT_ONCE = 256  # to one server; vLLM decodes about as many together
+MOST_ROUNDS = 5
+LOST = "it restarts again and again, or another run sends its own weights to it"
+
+T = TypeVar("T")
+
+
+class VLLMServerEngine:
+    """Samples from copies of the policy that vLLM servers hold.
+
+    Where several processes train, each has an engine and samples for itself. The first one sends the weights. Another
+    can send them again to a server that restarts if it sees the files of the first (on the same machine, or with a
+    `TMPDIR` on a shared disk), and otherwise waits until that has been done.
+
+    Args:
+        urls: addresses of the servers, such as ``["http://localhost:8000"]``; prompts are spread over them.
+        tokenizer: decodes completions.
+        args: reads ``vllm_server_timeout``.
+        transport: how weights reach a server. ``file``: it reads the files that we write to the temporary folder.
+            ``bytes``: they are sent over HTTP. ``auto``: ``file`` where the server sees our folder, else ``bytes``.
+
+    Raises:
+        RolloutServerError: a server did not answer within ``vllm_server_timeout`` seconds, or takes no weights.
+    """
+
+    has_own_weights = True
+    overlaps = True
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        tokenizer: PreTrainedTokenizerBase,
+        args: OnlineDPOConfig,
+        transport: Transport = "auto",
+    ) -> None:
+        self.tokenizer = copy.deepcopy(tokenizer)  # for another thread: a fast tokenizer cannot be used by two at once
+        self.transport = transport
+        self._clients = [VLLMClient(url, args.vllm_server_timeout) for url in urls]
+        self._pool = ThreadPoolExecutor(REQUESTS_AT_ONCE * len(self._clients), thread_name_prefix="rollout")
+        self._gate = _Gate()
+        self._push_locks = {client.url: Lock() for client in self._clients}
+        self._sender = uuid.uuid4().hex
+        self._version: int | None = None
+        self._label = ""
+        self._folder = Path()
+        self._owned: TemporaryDirectory[str] | None = None
+        for client in self._clients:
+            client.call("/health")
+            client.rpc("online_dpo_loaded")  # here, and not at the first sync, we learn that it takes no weights
+
+    def sync(self, model: nn.Module, version: int) -> None:
+        """Sends the weights to every server, unless those of this version were the last sent. They are kept on disk
+        until the next `sync`, for servers that restart. Waits for a `generate` that is under way.
+
+        Raises:
+            ValueError: a server serves a model of another shape. (vLLM crops larger weights without a word, and cannot
+                be used again after smaller ones.)
+            RolloutServerError: a server could not be used.
+        """
+        if version == self._version:
+            return
+        first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        weights = TemporaryDirectory(prefix="online-dpo-weights-") if first else None
+        write_weights(model, Path(weights.name) if weights else None)
+        _raise_on_every_rank(self._check_shapes(model) if first else None)
+        with self._gate.changing():
+            self._close_files()
+            self._owned, self._version = weights, version
+            label = f"{self._sender}-{version}"
+            self._folder, self._label = _from_first_rank((Path(weights.name if weights else ""), label))
+            _raise_on_every_rank(self._send_all() if first else None)
+
+    def generate(
+        self, prompts: Sequence[Prompt], num_completions: int, params: SamplingParams, key: RolloutKey
+    ) -> list[Group]:
+        """K completions for each prompt, in the prompts' order."""
+        requests = build_requests(prompts, num_completions, vllm_sampling(params), key)
+        # completions of one prompt go to one server, whose prefix cache then holds the prompt
+        client_of = [self._clients[i // num_completions % len(self._clients)] for i in range(len(requests))]
+        with self._gate.sampling():
+            assert self._version is not None, "sync comes before generate"
+            return build_groups(prompts, self._sample(requests, client_of), self.tokenizer, self._version)
+
+    def close(self) -> None:
+        """Lets go of what was kept for the servers; they go on running."""
+        self._pool.shutdown(cancel_futures=True)
+        self._close_files()
+
+    def _close_files(self) -> None:
+        if self._owned is not None:
+            self._owned.cleanup()
+            self._owned = None
+
+    def _sample(self, requests: Sequence[Request], client_of: Sequence[VLLMClient]) -> list[Sampled]:
+        """Asks until every answer comes from a server that had our weights before it and after it."""
+        sampled: dict[int, Sampled] = {}
+        waiting = list(range(len(requests)))
+        for _ in range(MOST_ROUNDS):
+            used = list({client_of[i].url: client_of[i] for i in waiting}.values())
+            list(self._pool.map(self._bring_up_to_date, used))
+            answers = list(self._pool.map(_complete, [client_of[i] for i in waiting], [requests[i] for i in waiting]))
+            current = {client.url for client in used if self._is_current(client)}
+            sampled |= {i: answer for i, answer in zip(waiting, answers, strict=True) if client_of[i].url in current}
+            waiting = [i for i in waiting if i not in sampled]
+            if not waiting:
+                return [sampled[i] for i in range(len(requests))]
+        urls = ", ".join(sorted({client_of[i].url for i in waiting}))
+        raise RolloutServerError(f"{urls} lost the weights {MOST_ROUNDS} times while sampling; last cause: {LOST}.")
+
+    def _is_current(self, client: VLLMClient) -> bool:
+        return set(client.rpc("online_dpo_loaded")) == {self._label}
+
+    def _check_shapes(self, model: nn.Module) -> Exception | None:
+        ours = shape_of(unwrapped(model).config.get_text_config())
+        try:
+            for client in self._clients:
+                theirs = client.rpc("online_dpo_shape")[0]
+                differ = [f"{k} {theirs.get(k)} there and {ours[k]} here" for k in ours if ours[k] != theirs.get(k)]
+                if differ:
+                    message = f"{client.url} serves another model: {', '.join(differ)}. Serve the one that is trained."
+                    return ValueError(message)
+        except RolloutServerError as error:
+            return error
+        return None
+
+    def _send_all(self) -> Exception | None:
+        try:
+            list(self._pool.map(self._bring_up_to_date, self._clients))
+        except RolloutServerError as error:
+            return error
+        return None
+
+    def _bring_up_to_date(self, client: VLLMClient) -> None:
+        """Sends the latest weights unless the server has them; again, if it restarted meanwhile."""
+        if not self._folder.is_dir():
+            client.call("/collective_rpc", {"method": "online_dpo_loaded"}, read=self._expect_label)
+            return
+        for _ in range(MOST_ROUNDS):
+            if self._is_current(client):
+                return
+            with self._push_locks[client.url]:
+                if not self._is_current(client):  # another thread may have sent them
+                    self._push(client)
+        raise RolloutServerError(f"{client.url} does not keep the weights that are sent to it; last cause: {LOST}.")
+
+    def _expect_label(self, answer: Any) -> None:
+        if set(answer["results"]) != {self._label}:
+            raise RuntimeError("it has lost the weights, and the process that can send them has not done so yet")
+
+    def _push(self, client: VLLMClient) -> None:
+        """The server stands still while its weights change, and forgets the keys and values of the old ones."""
+        files = sorted(self._folder.iterdir())
+        by_file = self.transport != "bytes" and set(client.rpc("online_dpo_sees", str(files[0]))) == {"yes"}
+        if self.transport == "file" and not by_file:
+            raise RolloutServerError(f"{client.url} does not see the folder {self._folder}. Use another transport.")
+        if not by_file:
+            client.rpc("online_dpo_forget_received", self._sender)
+            for name, offset, chunk in _chunks(files):
+                client.rpc("online_dpo_receive", self._sender, name, str(offset), chunk)
+        client.call("/pause?mode=abort&clear_cache=false", {})  # what was asked by us and then given up ends here
+        if by_file:
+            client.rpc("online_dpo_load_folder", str(self._folder), self._label)
+        else:
+            sizes = {file.name: file.stat().st_size for file in files}
+            client.rpc("online_dpo_load_received", self._sender, json.dumps(sizes), self._label)
+        client.call("/reset_prefix_cache", {}, read=_expect_success)
+        client.call("/resume", {})
+
+
+class _Gate:
+    """Either weights change, or completions are sampled, by any number of threads. Who came first goes first."""
+
+    def __init__(self) -> None:
+        self._condition = Condition()
+        self._sampling = 0
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        with self._condition:
+            self._sampling += 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._sampling -= 1
+                self._condition.notify_all()
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        with self._condition:
+            self._condition.wait_for(lambda: self._sampling == 0)
+            yield
+
+
+def _from_first_rank(value: T) -> T:
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return value
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _raise_on_every_rank(error: Exception | None) -> None:
+    """Raises the first rank's error on all of them, so that none waits for one that has stopped."""
+    error = _from_first_rank(error)
+    if error is not None:
+        raise error
+
+
+def _complete(client: VLLMClient, request: Request) -> Sampled:
+    body = {**request.options, "prompt": list(request.prompt_ids), "return_token_ids": True}
+    return client.call("/v1/completions", body, read=from_response)
+
+
+def _chunks(files: Sequence[Path]) -> Iterator[tuple[str, int, str]]:
+    """Pieces of the files, as text: name, place in the file, base64."""
+    for path in files:
+        with path.open("rb") as file:
+            while data := file.read(CHUNK_BYTES):
+                yield path.name, file.tell() - len(data), base64.b64encode(data).decode()
+
+
+def _expect_success(answer: Any) -> None:
+    if not answer["success"]:
+        raise RuntimeError("the prefix cache could not be emptied: requests are still running")

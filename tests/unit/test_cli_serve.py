@@ -1,0 +1,48 @@
+"""The command line of the server that takes weights. Starts none."""
+
+import importlib.util
+import os
+import sys
+
+import pytest
+
+from online_dpo.cli import serve
+from online_dpo.cli.main import main
+from online_dpo.rollout import vllm_worker
+
+
+def test_the_command_line_of_the_server():
+    command = serve.server_command(["org/model", "--port", "8001", "--dtype", "bfloat16", "--", "--enforce-eager"])
+    assert command[:5] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", "org/model"]
+    assert command[5:9] == ["--worker-extension-cls", vllm_worker.EXTENSION, "--generation-config", "vllm"]
+    assert command[9:] == ["--host", "127.0.0.1", "--port", "8001", "--dtype", "bfloat16", "--enforce-eager"]
+
+
+def test_the_process_becomes_the_server_with_the_addresses_for_weights_open(monkeypatch):
+    calls = []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(os, "execvpe", lambda *a: calls.append(a))
+    main(["serve", "org/model", "--tensor-parallel-size", "2"])
+    [(program, command, environment)] = calls
+    assert program == sys.executable and command[-2:] == ["--dtype", "auto"]
+    assert command[command.index("--tensor-parallel-size") + 1] == "2"
+    assert environment["VLLM_SERVER_DEV_MODE"] == "1"
+
+
+def test_without_vllm_there_is_one_clear_error(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["serve", "org/model"]) == 2
+    assert "vLLM is not installed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["serve"], ["serve", "org/model", "--prot", "3"]])
+def test_wrong_words_are_told_of(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2 and "usage: online-dpo serve" in capsys.readouterr().err
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["serve", "--help"])
+    assert stop.value.code == 0 and "--tensor-parallel-size" in capsys.readouterr().out

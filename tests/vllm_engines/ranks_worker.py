@@ -1,0 +1,72 @@
+"""Run by torchrun: two ranks sync a sharded model and sample for themselves. Saves what each found.
+
+Arguments: a folder for the results, and the address of a server or ``colocate``.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import tiny
+import vllm_tools
+from online_dpo.rollout import RolloutKey, SamplingParams
+from online_dpo.rollout.vllm_client import VLLMClient
+from online_dpo.rollout.vllm_colocate import VLLMColocateEngine
+from online_dpo.rollout.vllm_server import VLLMServerEngine
+
+FAMILY = "qwen2-tied"
+KEY = RolloutKey(seed=3, step=5)
+PARAMS = SamplingParams(max_new_tokens=14, end_token_ids=(tiny.EOS, tiny.END, 9, 17))
+
+
+def changed_policy(version):
+    model = vllm_tools.policy(FAMILY)
+    vllm_tools.change_weights(model, version)
+    return model
+
+
+def main(out: Path, where: str) -> None:
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
+    torch.set_num_threads(1)
+    args, options = vllm_tools.arguments(), {"enforce_eager": True, "block_size": vllm_tools.BLOCK}
+    if where == "colocate":
+        engine = VLLMColocateEngine(vllm_tools.policy(FAMILY), tiny.tokenizer(), args, options)
+    else:
+        engine = VLLMServerEngine([where], tiny.tokenizer(), args)
+    prompts = tiny.prompts((3, 40, 70, 9))[2 * rank : 2 * rank + 2]
+    errors, versions = [], []
+    for version in (1, 2):
+        sharded = changed_policy(version)
+        for layer in sharded.model.layers:
+            fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+        fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))
+        engine.sync(sharded, version)
+        if where != "colocate" and version == 2:  # a server that has lost our weights, seen by both at the same time
+            if rank == 0:
+                VLLMClient(where, 30.0).rpc("online_dpo_load_folder", str(engine._folder), "of another")
+            distributed.barrier()
+        groups = engine.generate(prompts, 3, PARAMS, KEY)
+        errors.append(vllm_tools.largest_error(changed_policy(version), groups))
+        versions += [c.policy_version for g in groups for c in g.completions]
+        distributed.barrier()
+    torch.save({"errors": errors, "versions": versions, "rows": [g.prompt.row for g in groups]}, out / f"{rank}.pt")
+    failure = ""
+    if where != "colocate":  # an error of the first rank reaches the other
+        try:
+            engine.sync(vllm_tools.policy(FAMILY, intermediate_size=192), 3)
+        except ValueError as error:
+            failure = str(error)
+        assert "serves another model" in failure
+    engine.close()
+    assert distributed.is_initialized()  # the trainer's process group is not vLLM's to end
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,37 @@
+"""Two training processes with a sharded model: one engine each, in process or over a server."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import vllm_tools
+
+WORKER = Path(__file__).with_name("ranks_worker.py")
+
+
+def run(out, where):
+    environment = os.environ | vllm_tools.ENVIRONMENT
+    paths = [str(WORKER.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment |= {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(paths)}
+    environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    port = str(vllm_tools.free_port())
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
+    done = subprocess.run(
+        [*torchrun, str(WORKER), str(out), where], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    return [torch.load(out / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["colocate", "server"])
+def test_each_rank_samples_its_prompts_from_the_whole_models_weights(kind, tmp_path, request):
+    where = "colocate" if kind == "colocate" else request.getfixturevalue("server").url
+    for rank, found in enumerate(run(tmp_path, where)):
+        assert max(found["errors"]) < 1e-4
+        assert set(found["versions"]) == {1, 2}
+        assert found["rows"] == [2 * rank, 2 * rank + 1]

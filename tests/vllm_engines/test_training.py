@@ -1,0 +1,129 @@
+"""Training runs that sample with a real vLLM: in process, and from a server that dies in the middle."""
+
+import threading
+
+import pytest
+from transformers import TrainerCallback
+
+import tiny
+import vllm_tools
+from online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+from online_dpo.errors import OutOfSyncError
+from online_dpo.rollout.vllm_client import RolloutServerError
+from training import dataset, word_reward
+
+FAMILY = "qwen2-tied"
+LENGTHS = (5, 9, 3, 40, 12, 4, 6, 8, 10, 5, 2, 11)
+
+
+def train(tmp_path, model=None, callbacks=(), prepare=lambda made: None, **fields):
+    options = dict(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        logging_steps=1,
+        save_strategy="no",
+        learning_rate=3e-3,
+        lr_scheduler_type="constant",
+        per_device_train_batch_size=6,
+        max_steps=6,
+        max_new_tokens=10,
+        max_length=vllm_tools.MAX_LENGTH,
+        beta=0.02,
+        use_vllm=True,
+    )
+    made = OnlineDPOTrainer(
+        model=model or vllm_tools.policy(FAMILY, sharpness=1.0),
+        reward_funcs=word_reward,
+        args=OnlineDPOConfig(**{**options, **fields}),
+        train_dataset=dataset(lengths=LENGTHS),
+        processing_class=tiny.tokenizer(),
+        callbacks=list(callbacks),
+    )
+    prepare(made)
+    made.train()
+    return [entry for entry in made.state.log_history if "pairs/count" in entry]
+
+
+def check(log, steps=6, staleness=None):
+    """Sampled with the latest weights, trained, and nothing lost."""
+    assert len(log) == steps
+    for step, entry in enumerate(log):
+        behind = staleness[step] if staleness else 0
+        assert entry["sampling/staleness"] == behind
+        gap = entry["sampling/sampling_logp_difference/mean"]
+        assert gap < 1e-4 if behind == 0 else gap > 1e-3
+        assert entry["prompts"] == 6
+        assert entry["prompts"] == entry["pairs/count"] + sum(v for k, v in entry.items() if k.startswith("dropped/"))
+    assert log[-1]["objective/kl"] > 0.01
+
+
+@pytest.fixture
+def served(server):
+    return dict(vllm_mode="server", vllm_server_base_url=server.url)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_every_step_is_sampled_from_the_latest_weights(tmp_path, served, lora):
+    model = vllm_tools.lora_policy(FAMILY) if lora else None
+    check(train(tmp_path, model=model, sync_check_steps=1, **served))
+
+
+class RestartServer(TrainerCallback):
+    """Kills the server after the second step, and starts it again in another thread a while later."""
+
+    def __init__(self, server):
+        self.server = server
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            self.server.kill()
+            self.again = threading.Timer(3.0, self.server.start)
+            self.again.start()
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_a_server_that_dies_in_the_middle_of_a_run_is_waited_for(tmp_path, server, served, max_staleness):
+    """It comes back with the weights that it was first started with, and is given the latest before it samples."""
+    log = train(tmp_path, callbacks=[RestartServer(server)], max_staleness=max_staleness, **served)
+    check(log, staleness=[0, 1] * 3 if max_staleness else None)  # two steps an epoch
+
+
+def test_a_server_that_stays_away_ends_the_run_with_its_address(tmp_path, server, served):
+    class Kill(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            server.kill()
+
+    with pytest.raises(RolloutServerError, match=server.url):
+        train(tmp_path, callbacks=[Kill()], vllm_server_timeout=3.0, **served)
+    with pytest.raises(RolloutServerError, match=server.url):  # found before a model is loaded
+        train(tmp_path, model="a/model-that-does-not-exist", vllm_server_timeout=1.0, **served)
+    server.start()
+
+
+def test_a_server_that_forgets_to_load_is_found(tmp_path, served):
+    def forget(made):
+        sync = made.engine.sync
+
+        def only_once(model, version):
+            if version == 0:
+                sync(model, version)
+            made.engine._version = version
+
+        made.engine.sync = only_once
+
+    with pytest.raises(OutOfSyncError, match="After the weights of step 2"):
+        train(tmp_path, prepare=forget, sync_check_steps=2, **served)
+
+
+def test_in_process(tmp_path, monkeypatch):
+    from online_dpo.rollout import vllm_colocate
+
+    options = vllm_colocate.engine_options
+    monkeypatch.setattr(
+        vllm_colocate, "engine_options", lambda *given: {**options(*given), "enforce_eager": True, "block_size": 32}
+    )
+    engines = []
+    check(train(tmp_path, prepare=lambda made: engines.append(made.engine), sync_check_steps=1))
+    engines[0].close()
