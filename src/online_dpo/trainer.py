@@ -47,6 +47,7 @@ from online_dpo.losses import LOSSES, log_ratio
 from online_dpo.metrics import record_loss, record_pairs
 from online_dpo.model_card import write_model_card
 from online_dpo.models import end_token_ids, eval_mode
+from online_dpo.onednn import onednn_linears
 from online_dpo.packing import as_inputs, pack_groups, pack_pairs, passes_needed, split_pairs, stand_in
 from online_dpo.pairs import pairs_from_ranks, pairs_from_scores
 from online_dpo.rollout import RolloutKey, SamplingParams, TransformersEngine
@@ -254,7 +255,7 @@ class OnlineDPOTrainer(FeedbackTrainer):
 
     @torch.no_grad()
     def _reference_logprobs(self, rows: PackedRows) -> RowLogprobs:
-        with self.accelerator.autocast(), self.reference.active() as reference:
+        with self.accelerator.autocast(), self.reference.active() as reference, onednn_linears(reference, pack=False):
             return row_logprobs(reference, rows, entropy=False, chunked=self.choice.method.chunked)
 
     def _pair_losses(self, rows: PackedRows, policy: RowLogprobs, reference: RowLogprobs) -> torch.Tensor:

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from online_dpo.onednn import linear, multiplies_faster
+
 SMALLEST = -1e30  # stands for a logit of minus infinity, so that 0 times it is 0
 
 
@@ -122,11 +124,14 @@ class _Head:
         """Each chunk's place among the tokens, and its logits in fp32, which may be overwritten."""
         count, vocabulary = len(self.hidden_MH), len(self.weight_VH)
         buffer_XV = self.hidden_MH.new_empty((min(self.size, count), vocabulary), dtype=torch.float32)
+        by_onednn = multiplies_faster(self.weight_VH)
         for start in range(0, count, self.size):
             chunk = slice(start, min(start + self.size, count))
             logits_XV = buffer_XV[: chunk.stop - chunk.start]
             with torch.autocast(self.hidden_MH.device.type, enabled=False):
-                if self.dtype == torch.float32:
+                if by_onednn:
+                    logits_XV.copy_(linear(self.hidden_MH[chunk], self.weight_VH))
+                elif self.dtype == torch.float32:
                     torch.mm(self.hidden_MH[chunk], self.weight_VH.t(), out=logits_XV)
                 else:
                     logits_XV.copy_(self.hidden_MH[chunk] @ self.weight_VH.t())

@@ -342,6 +342,8 @@ def test_trees_of_passes():
     trees = [Tree((1,) * size, ((2,),) * count) for size, count in ((5, 3), (50, 2), (9, 1), (40, 2), (4, 3))]
     counts = [[(len(tree.prompt), len(tree.branches)) for tree in batch] for batch in passes(trees, 4)]
     assert counts == [[(50, 2), (40, 2)], [(9, 1), (5, 3)], [(4, 3)]]
+    counts = [[len(tree.prompt) for tree in batch] for batch in passes(trees, 6, most_tokens=42)]
+    assert counts == [[50], [40], [9, 5], [4]]  # trees of 52, 42, 10, 8 and 7 tokens
 
 
 # --- not shared -----------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokeni
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
 from online_dpo.models import MOST_ROUNDING, ROUNDING, computing_dtype, empty_device_cache, eval_mode, unwrapped
+from online_dpo.onednn import onednn_linears
 from online_dpo.rollout.decoding import Decoder, can_decode
 from online_dpo.rollout.engine import RolloutKey, SamplingParams
 from online_dpo.rollout.sampling import draw_tokens, reshape_logits, reshapes, token_logprobs, uniform_numbers
@@ -68,10 +69,11 @@ class TransformersEngine:
         """K completions for each prompt, in the prompts' order."""
         waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
         groups: dict[int, Group] = {}
-        with eval_mode(self.model):
+        with eval_mode(self.model), ExitStack() as stack:
             if self._decoder_is_right is None and prompts:
                 self._decoder_is_right = self._try_decoder([prompts[i] for i in {waiting[0], waiting[-1]}], params, key)
             decode = self._decode if self._decoder_is_right and not params.extra else self._decode_with_generate
+            stack.enter_context(onednn_linears(self.model, pack=True))
             while waiting:
                 chosen = waiting[: max(1, self.batch_size // num_completions)]
                 batch = _Batch([prompts[i] for i in chosen], num_completions, params, key, self._device)
@@ -91,7 +93,8 @@ class TransformersEngine:
         few = replace(params, max_new_tokens=min(TRIAL_TOKENS, params.max_new_tokens), end_token_ids=())
         batch = _Batch(prompts, 2, few, key, self._device)
         try:
-            self._decode(batch)
+            with onednn_linears(self.model, pack=True):
+                self._decode(batch)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever an unknown model does with such a forward pass

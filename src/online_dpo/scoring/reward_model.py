@@ -20,9 +20,12 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from online_dpo.attention import use_segments
 from online_dpo.errors import ScoringError
 from online_dpo.layout import Tree
+from online_dpo.onednn import onednn_linears
 from online_dpo.scoring.scorer import chat_messages, regroup
 from online_dpo.scoring.shared_scoring import Text, group_trees, may_share, passes, score_trees
 from online_dpo.types import Completion, Group, Prompt
+
+MOST_TOKENS = {"cpu": 1024}  # of one forward pass over shared rows: more are slower there
 
 
 class RewardModelScorer:
@@ -74,6 +77,7 @@ class RewardModelScorer:
         self.model = (model if prepare is None else prepare(model)).eval()
         self.tokenizer = tokenizer
         self.batch_size = batch_size
+        self._most_tokens = MOST_TOKENS.get(next(self.model.parameters()).device.type, math.inf)
         self.truncated = 0
         self._shares: bool | None = None if share_prompts else False  # None: not known yet
         self._config = config.get_text_config()
@@ -97,7 +101,8 @@ class RewardModelScorer:
         """P x K logits in fp32, as they come: not-finite ones as well."""
         texts = self._token_ids([(group.prompt, completion) for group in groups for completion in group.completions])
         self.model.eval()
-        values = self._values(regroup(texts, groups))
+        with onednn_linears(self.model, pack=False):
+            values = self._values(regroup(texts, groups))
         return regroup([values[text] for text in texts], groups)
 
     def _values(self, texts_PK: list[list[Text]]) -> dict[Text, float]:
@@ -107,7 +112,7 @@ class RewardModelScorer:
         if all(len(tree.branches) == 1 for tree in trees) or not self._may_share(trees, read):
             return self._plain_values(read)
         values: dict[Text, float] = {}
-        for batch in passes(trees, self.batch_size):
+        for batch in passes(trees, self.batch_size, self._most_tokens):
             values |= score_trees(self.model, batch)
         # One text's nan reaches those behind it in its row, and texts of a single token are in no row.
         values |= self._plain_values(part for part in read.values() if not math.isfinite(values.get(part, math.nan)))

@@ -6,6 +6,7 @@ Shapes: ``R`` rows, ``T`` tokens of a row, ``S`` texts, ``H`` hidden size.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -49,14 +50,16 @@ def group_trees(groups: Iterable[Iterable[Text]], batch_size: int, hidden_size: 
     return trees
 
 
-def passes(trees: Sequence[Tree], batch_size: int) -> list[list[Tree]]:
-    """The trees in lists of at most ``batch_size`` texts, trees of similar size together."""
+def passes(trees: Sequence[Tree], batch_size: int, most_tokens: float = math.inf) -> list[list[Tree]]:
+    """The trees in lists of at most ``batch_size`` texts and ``most_tokens`` padded tokens (or a single tree), trees
+    of similar size together.
+    """
     batches: list[list[Tree]] = []
-    room = 0
+    room, longest = 0, 0
     for tree in sorted(trees, key=lambda tree: tree.size, reverse=True):
-        if len(tree.branches) > room:
+        if len(tree.branches) > room or longest * (len(batches[-1]) + 1) > most_tokens:
             batches.append([])
-            room = batch_size
+            room, longest = batch_size, tree.size
         batches[-1].append(tree)
         room -= len(tree.branches)
     return batches
