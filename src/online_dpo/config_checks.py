@@ -63,8 +63,17 @@ def check_vllm(args: OnlineDPOConfig) -> None:
         raise ValueError(f"`vllm_mode` must be one of {', '.join(VLLM_MODES)}; it is {args.vllm_mode!r}.")
     if args.vllm_structured_outputs_regex is not None:
         raise ValueError("`vllm_structured_outputs_regex` is not in this version; leave it unset.")
-    if args.vllm_server_timeout <= 0:
-        raise ValueError(f"`vllm_server_timeout` must be above 0; it is {args.vllm_server_timeout!r}.")
+    share = args.vllm_gpu_memory_utilization
+    checks = [
+        (args.vllm_server_timeout > 0, "vllm_server_timeout", "above 0"),
+        (0 < args.vllm_server_port < 65536, "vllm_server_port", "a port: 1 to 65535"),
+        (args.vllm_tensor_parallel_size >= 1, "vllm_tensor_parallel_size", "at least 1"),
+        (share is None or 0 < share <= 1, "vllm_gpu_memory_utilization", "above 0 and at most 1"),
+        (len(args.vllm_server_urls) > 0, "vllm_server_base_url", "an address, or several separated by commas"),
+    ]
+    for holds, name, wanted in checks:
+        if not holds:
+            raise ValueError(f"`{name}` must be {wanted}; it is {getattr(args, name)!r}.")
     other = "server" if args.vllm_mode == "colocate" else "colocate"
     ignored = [name for name in changed if name in VLLM_MODES[other]]
     if ignored:

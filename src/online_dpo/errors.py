@@ -16,8 +16,16 @@ class ScoringError(OnlineDPOError, ValueError):
     """A reward function, reward model or judge failed or returned something that is no score. The message names it."""
 
 
+class RolloutServerError(OnlineDPOError, RuntimeError):
+    """A vLLM server could not be used. The message names its address and the last cause."""
+
+
 class OutOfSyncError(OnlineDPOError, RuntimeError):
     """An engine that samples with weights of its own does not have the trainer's."""
+
+
+class FeedbackLostError(OnlineDPOError, RuntimeError):
+    """Another process of the run could not get its completions or scores; its own error says why."""
 
 
 class TrainingDivergedError(OnlineDPOError, RuntimeError):

@@ -8,10 +8,12 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from online_dpo.data import prompts_from_batch
+from online_dpo.errors import FeedbackLostError, OnlineDPOError, OutOfSyncError, RolloutServerError, ScoringError
 from online_dpo.guarded_trainer import GuardedTrainer, Stopwatch
 from online_dpo.lookahead import Fetched, Lookahead
 from online_dpo.metrics import record_rollout
@@ -43,6 +45,44 @@ class FeedbackTrainer(GuardedTrainer):
     sync_check: SyncCheck
     nobody_samples: Event
     reference_completions: dict[tuple[int, tuple[int, ...]], tuple[Completion, ...]]
+    rng_state: torch.Tensor | None = None
+    """Torch's on the CPU after the last micro-batch: an epoch draws from it before its first prompts are there."""
+
+    def _take(self, batches: Iterator[Any], num_batches: int) -> tuple[Fetched, Feedback, float]:
+        """The prompts of this step, what became of them, and the seconds that this had to be waited for.
+
+        What fails outside of the trainer (a server, a reward function, a judge) ends the run on every rank, after a
+        checkpoint of the steps done so far.
+
+        Raises:
+            ScoringError, RolloutServerError, OutOfSyncError: as it was raised.
+            FeedbackLostError: on the other ranks.
+        """
+        problem: OnlineDPOError | None = None
+        taken = None
+        try:
+            taken = self.lookahead.take(
+                self.state.global_step,
+                batches,
+                lambda step: self._fetch(step, batches, num_batches),
+                self._sample_and_score,
+            )
+        except (ScoringError, RolloutServerError, OutOfSyncError) as error:
+            problem = error
+        failed = self.accelerator.gather(torch.tensor([problem is not None], device=self.accelerator.device))
+        if failed.any():  # pyright: ignore[reportAttributeAccessIssue]
+            if self.rng_state is not None:
+                torch.set_rng_state(self.rng_state)
+                self._save_checkpoint(self.model, trial=None)  # pyright: ignore[reportArgumentType]
+                self.control = self.callback_handler.on_save(self.args, self.state, self.control)  # pyright: ignore
+            raise problem or FeedbackLostError("Another process of this run failed; its error says why.")
+        assert taken is not None
+        return taken
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.rng_state = torch.get_rng_state()
+        return loss
 
     def _fetch(self, step: int, batches: Iterator[Any], num_batches: int) -> Fetched | None:
         """The prompts of a step; ``None`` for a later step that there will not be."""

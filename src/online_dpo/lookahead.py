@@ -72,8 +72,12 @@ class Lookahead:
             future.result()
 
     def save(self, folder: Path, rank: int) -> None:
-        """Write down what has been begun, once it is complete."""
-        kept = {step: (fetched.prompts, future.result()) for step, fetched, future in self._begun}
+        """Write down what has been begun, once it is complete; what failed is left out, and will be made anew."""
+        kept = {
+            step: (fetched.prompts, future.result())
+            for step, fetched, future in self._begun
+            if future.exception() is None
+        }
         if kept:
             torch.save(kept, folder / FILE.format(rank=rank))
 

@@ -42,7 +42,7 @@ from online_dpo.data import PREPARED_COLUMNS, EndlessStream, collate_prompts, pr
 from online_dpo.evaluate import EvalRecord, eval_records, judged_wins, summarise, win_share
 from online_dpo.feedback_trainer import EVALUATION, FeedbackTrainer
 from online_dpo.logprobs import RowLogprobs, row_logprobs
-from online_dpo.lookahead import Fetched, Lookahead
+from online_dpo.lookahead import Lookahead
 from online_dpo.losses import LOSSES, log_ratio
 from online_dpo.metrics import record_loss, record_pairs
 from online_dpo.model_card import write_model_card
@@ -175,13 +175,7 @@ class OnlineDPOTrainer(FeedbackTrainer):
 
         With ``max_staleness``, the first three of the next steps begin here as well.
         """
-
-        def fetch(step: int) -> Fetched | None:
-            return self._fetch(step, epoch_iterator, num_batches)
-
-        fetched, feedback, waited = self.lookahead.take(
-            self.state.global_step, epoch_iterator, fetch, self._sample_and_score
-        )
+        fetched, feedback, waited = self._take(epoch_iterator, num_batches)
         self._record(fetched, feedback, waited)
         pairs = self._form_pairs(feedback)
         micro_batches = self._pack(pairs, fetched.num_batches)

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import shlex
 import signal
 import statistics
 import subprocess
@@ -140,6 +141,20 @@ def small_run(tmp_path):
         "report_to: none\n"
     )
     return tmp_path / "run.yaml"
+
+
+def test_a_reward_that_fails_costs_no_step(small_run, tmp_path):
+    """In each process, the fourth call fails."""
+    (tmp_path / "rewards.py").write_text(
+        "calls = []\n\n\ndef words(completions):\n    calls.append(1)\n    if len(calls) == 4:\n"
+        "        raise ConnectionError('away')\n    return [float(len(set(c.split()))) for c in completions]\n"
+    )
+    failed = online_dpo("train", small_run, "--max_steps", 6)
+    assert failed.returncode == 1 and "error: Reward function `words` raised ConnectionError: away" in failed.stderr
+    [command] = re.findall(r"Before that: .*checkpoint-3. Resume with: online-dpo (.*)", failed.stderr)
+    resumed = online_dpo(*shlex.split(command))
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert "step 6/6" in resumed.stdout and "step 3/6" not in resumed.stdout
 
 
 def test_ctrl_c_saves_and_the_printed_command_resumes_to_the_same_end(small_run, tmp_path):

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 import tiny
 from online_dpo import OnlineDPOTrainer
 from online_dpo.data import collate_prompts, prompts_from_batch
-from online_dpo.errors import TrainingDivergedError
+from online_dpo.errors import ScoringError, TrainingDivergedError
 from training import assert_same, config, dataset, gradient, trainer, weights, word_reward
 
 
@@ -193,7 +193,7 @@ def test_no_metric_depends_on_padding_or_on_the_cut(tmp_path):
 # 5 ------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stop", [1, 2, 4])
+@pytest.mark.parametrize("stop", [1, 2, 3, 4])
 @pytest.mark.parametrize("max_staleness", [0, 1])
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, stop, max_staleness):
     options = dict(
@@ -221,6 +221,36 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, stop, 
     assert all(torch.equal(ours[i][key], theirs[i][key]) for i in theirs for key in theirs[i])
     last = [h["objective/scores"] for h in whole.state.log_history if "objective/scores" in h]
     assert [h["objective/scores"] for h in resumed.state.log_history if "objective/scores" in h] == last
+
+
+@pytest.mark.parametrize("failing_step", [2, 3])
+def test_a_run_whose_rewards_failed_goes_on_from_where_it_was(tmp_path, failing_step):
+    """Three steps an epoch: one fails in the middle of an epoch, one at its beginning."""
+    options = dict(max_steps=5, disable_dropout=False, lr_scheduler_type="linear")
+    calls = []
+
+    def failing(completions, **_):
+        calls.append(completions)
+        if len(calls) == failing_step + 1:
+            raise ConnectionError("the reward service is away")
+        return word_reward(completions)
+
+    def with_dropout():
+        return tiny.causal_lm("gpt2", sharpness=1.0, resid_pdrop=0.2, embd_pdrop=0.2)
+
+    whole = trainer(tmp_path / "whole", model=with_dropout(), **options)
+    whole.train()
+    failed = trainer(tmp_path / "failed", model=with_dropout(), reward_funcs=failing, **options)
+    with pytest.raises(ScoringError, match="the reward service is away"):
+        failed.train()
+    resumed = trainer(tmp_path / "failed", model=with_dropout(), **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert len(calls) == failing_step + 1 and resumed.state.global_step == 5
+    assert (tmp_path / "failed" / f"checkpoint-{failing_step}").is_dir()
+    for name, expected in weights(whole.model).items():
+        assert torch.equal(dict(resumed.model.named_parameters())[name], expected), name
+    steps = [[h for h in made.state.log_history if "pairs/count" in h] for made in (whole, resumed)]
+    assert [h["objective/scores"] for h in steps[0]] == [h["objective/scores"] for h in steps[1]]
 
 
 # 6 and 12 -----------------------------------------------------------------------------------------------------------

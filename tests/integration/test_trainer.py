@@ -12,10 +12,9 @@ from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, T
 
 import tiny
 from online_dpo import OnlineDPOConfig, OnlineDPOTrainer
-from online_dpo.errors import InvalidPromptError, ScoringError
+from online_dpo.errors import InvalidPromptError, RolloutServerError, ScoringError
 from online_dpo.reference import AdapterOffReference
 from online_dpo.rollout import RolloutKey
-from online_dpo.rollout.vllm_client import RolloutServerError
 from training import LENGTHS, config, dataset, gradient, trainer, weights, word_reward
 
 
@@ -461,6 +460,10 @@ def test_wrong_arguments_say_what_to_do(tmp_path, changes, error, message):
         (dict(use_vllm=True, vllm_mode="serve"), "colocate, server"),
         (dict(use_vllm=True, vllm_structured_outputs_regex="a+"), "not in this version"),
         (dict(use_vllm=True, vllm_mode="server", vllm_server_timeout=0), "above 0"),
+        (dict(use_vllm=True, vllm_mode="server", vllm_server_port=65536), "a port"),
+        (dict(use_vllm=True, vllm_mode="server", vllm_server_base_url=" , "), "an address"),
+        (dict(use_vllm=True, vllm_tensor_parallel_size=0), "at least 1"),
+        (dict(use_vllm=True, vllm_gpu_memory_utilization=1.5), "at most 1"),
         (dict(max_staleness=-1), "`max_staleness` must be 0 or more"),
         (dict(sync_check_steps=-1), "`sync_check_steps` must be 0 or more"),
         (dict(remove_unused_columns=True), "remove_unused_columns"),

@@ -9,8 +9,9 @@ import torch
 
 import tiny
 import vllm_tools
+from online_dpo.errors import RolloutServerError
 from online_dpo.rollout import RolloutKey, SamplingParams
-from online_dpo.rollout.vllm_client import RolloutServerError, VLLMClient
+from online_dpo.rollout.vllm_client import VLLMClient
 from online_dpo.rollout.vllm_server import VLLMServerEngine
 
 FAMILY = "qwen2-tied"

@@ -8,8 +8,7 @@ from transformers import TrainerCallback
 import tiny
 import vllm_tools
 from online_dpo import OnlineDPOConfig, OnlineDPOTrainer
-from online_dpo.errors import OutOfSyncError
-from online_dpo.rollout.vllm_client import RolloutServerError
+from online_dpo.errors import OutOfSyncError, RolloutServerError
 from training import dataset, word_reward
 
 FAMILY = "qwen2-tied"
@@ -97,6 +96,7 @@ def test_a_server_that_stays_away_ends_the_run_with_its_address(tmp_path, server
 
     with pytest.raises(RolloutServerError, match=server.url):
         train(tmp_path, callbacks=[Kill()], vllm_server_timeout=3.0, **served)
+    assert (tmp_path / "checkpoint-1").is_dir()
     with pytest.raises(RolloutServerError, match=server.url):  # found before a model is loaded
         train(tmp_path, model="a/model-that-does-not-exist", vllm_server_timeout=1.0, **served)
     server.start()

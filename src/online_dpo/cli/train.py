@@ -44,7 +44,10 @@ def train(plan: RunPlan, words: Sequence[str], *, show_traceback: bool) -> int:
         return 130
     except OnlineDPOError as error:
         display.close()
-        return _report(error, 1, show_traceback)
+        _report(error, 1, show_traceback)
+        if interrupt.checkpoint is not None:
+            _say_interrupted("Before that:", interrupt.checkpoint, words)
+        return 1
     finally:
         display.close()
     is_main = trainer.is_world_process_zero()

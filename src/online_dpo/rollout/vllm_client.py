@@ -10,6 +10,8 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from online_dpo.errors import RolloutServerError
+
 T = TypeVar("T")
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds between two attempts; doubled each time
@@ -19,10 +21,6 @@ TAKES_NO_WEIGHTS = " Weights can only be sent to a server that was started with 
 
 # Rollout servers stand in the same network: proxies from the environment are for others.
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-
-class RolloutServerError(RuntimeError):
-    """A vLLM server could not be used. The message names its address and the last cause."""
 
 
 class _ErrorStatus(Exception):

@@ -24,9 +24,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from online_dpo.config import OnlineDPOConfig
+from online_dpo.errors import RolloutServerError
 from online_dpo.models import unwrapped
 from online_dpo.rollout.engine import RolloutKey, SamplingParams
-from online_dpo.rollout.vllm_client import RolloutServerError, VLLMClient
+from online_dpo.rollout.vllm_client import VLLMClient
 from online_dpo.rollout.vllm_requests import (
     Request,
     Sampled,
