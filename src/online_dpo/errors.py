@@ -16,6 +16,12 @@ class ScoringError(OnlineDPOError, ValueError):
     """A reward function, reward model or judge failed or returned something that is no score. The message names it."""
 
 
+class FeedbackStopped(ScoringError):
+    """Going on makes no sense: feedback has used up its money, fails too often, or is refused. The run is worth a
+    checkpoint; the message says what to change before it is resumed.
+    """
+
+
 class OutOfSyncError(OnlineDPOError, RuntimeError):
     """An engine that samples with weights of its own does not have the trainer's."""
 
