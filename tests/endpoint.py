@@ -91,6 +91,7 @@ def serving(respond: Callable[[dict[str, Any], int], Answer], path: str = "/v1")
 
     class Server(ThreadingHTTPServer):
         daemon_threads = True
+        request_queue_size = 128  # connections that are opened at the same time
 
         def handle_error(self, request: Any, client_address: Any) -> None:
             pass  # a client that has gone

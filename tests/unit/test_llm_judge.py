@@ -268,13 +268,13 @@ def test_no_more_questions_at_once_than_allowed_also_from_two_threads():
 
 @pytest.mark.parametrize(("requests", "tokens", "most"), [(5, None, 5), (None, 400, 3)])
 def test_rate_limits_hold_in_any_period(requests, tokens, most):
-    period = 0.4
+    period = 0.3
     with serving(lambda body, number: says("A", usage=(100, 20))) as endpoint:
         settings = judge_of(endpoint).settings
 
         async def ask():
             chat = ChatEndpoint(settings, RateLimiter(requests, tokens, period), Budget(None), Tally(()))
-            for _ in range(3 * most + 1):
+            for _ in range(2 * most + 1):
                 await chat.ask("x" * 300, 4, 0.0)
 
         wait_for(submit(ask()))
@@ -285,10 +285,10 @@ def test_rate_limits_hold_in_any_period(requests, tokens, most):
 
 def test_a_question_that_waits_for_a_limit_is_not_late():
     with serving(always_a) as endpoint:
-        settings = judge_of(endpoint, question_timeout=0.3).settings
+        settings = judge_of(endpoint, question_timeout=0.2).settings
 
         async def ask():
-            chat = ChatEndpoint(settings, RateLimiter(1, None, 0.6), Budget(None), Tally(()))
+            chat = ChatEndpoint(settings, RateLimiter(1, None, 0.4), Budget(None), Tally(()))
             return [(await chat.ask("x", 4, 0.0)).text for _ in range(3)]
 
         assert wait_for(submit(ask())) == ["A", "A", "A"]
@@ -398,7 +398,7 @@ def test_too_many_failures_stop_with_counts_and_the_last_cause():
         judge = judge_of(endpoint, order="given", concurrency=1, max_failure_share=0.3)
         with pytest.raises(FeedbackStopped, match=r"`judge` .* 7 of the last 20 questions.*\(0.3\).*context is full"):
             judge.prefer(duels(40))
-        assert len(endpoint.seen) <= 21  # the next question may have begun
+        assert len(endpoint.seen) <= 22  # the next question may have begun
         tolerant = judge_of(endpoint, order="given", concurrency=1, max_failure_share=0.4)
         assert tolerant.prefer(duels(40)).count(None) in (13, 14)
     assert issubclass(FeedbackStopped, ScoringError)

@@ -168,7 +168,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_option(parser: argparse.ArgumentParser, spec: FieldSpec) -> None:
     kind = KINDS[spec.annotation.removesuffix(" | None")]
-    default = "" if spec.default in (None, "None") else f" (default: {getattr(JudgeSettings, spec.name)})"
+    value = getattr(JudgeSettings, spec.name, None)  # a required field has none
+    default = "" if value is None else f" (default: {value})"
     text = " ".join(spec.doc.replace("`", "").split()).replace("%", "%%")
     parser.add_argument(
         f"--{spec.name.replace('_', '-')}", type=kind, choices=CHOICES.get(spec.name), help=f"{text}{default}"

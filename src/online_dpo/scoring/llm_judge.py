@@ -158,8 +158,10 @@ class LLMJudge(PreferenceJudge):
                 answer = await self._fresh(template.fill(rubric, prompt, first, second), temperature)
                 if answer is None:
                     return None
-                await asyncio.to_thread(self._cache.put, key, settings.model, answer)
-                self._failures.add(f"no verdict in {answer.reply[:80]!r}" if answer.p_first is None else None)
+                try:
+                    self._failures.add(f"no verdict in {answer.reply[:80]!r}" if answer.p_first is None else None)
+                finally:  # it is paid for, also where it is the last
+                    await asyncio.to_thread(self._cache.put, key, settings.model, answer)
         if answer.p_first is None:
             self._tally.add("unparsable")
             return None
