@@ -76,3 +76,17 @@ def test_a_character_in_several_tokens():
         *choices(("\nVerdict: ", {}), ("A", {"A": 0.8, "B": 0.2})),
     ]
     assert read_verdict("🎉\nVerdict: A", tokens) == Verdict(pytest.approx(0.8), final=False)
+
+
+@pytest.mark.parametrize(
+    ("likely", "verdict"),
+    [
+        ({"A": 0.999, "x": 0.0004}, Verdict(1.0, final=True)),
+        ({"A": 0.999}, Verdict(1.0, final=True)),
+        ({"A": 0.03, "x": 0.02, "y": 0.018}, Verdict(1.0, final=False)),  # B may have 0.018
+        ({"A": 0.7}, Verdict(1.0, final=False)),
+        ({"A": 0.03, "x": 0.02, "B": 0.01}, Verdict(pytest.approx(0.75), final=True)),
+    ],
+)
+def test_a_letter_that_is_not_listed_is_unlikely_only_if_there_is_no_room_for_it(likely, verdict):
+    assert read_verdict("A", choices(("A", likely))) == verdict

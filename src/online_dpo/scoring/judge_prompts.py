@@ -45,6 +45,8 @@ TEMPLATE_TEXTS = {
 ANSWER_TOKENS = {"direct": 8}
 LONG_ANSWER = 1024
 
+UNSEEN = 0.01  # part of the seen letter's probability that the other one may have without being seen
+
 _PLACE = re.compile(r"\{(prompt|first|second|rubric)\}")
 _VERDICT_LINE = re.compile(r"^\W*(?i:(?:final\s+)?verdict)\W*(?:(?i:answer|response)\W*)?([AB])\W*$", re.MULTILINE)
 _ONE_LETTER = re.compile(r"\W*(?:(?i:the\s+)?(?i:better\s+)?(?i:answer|response)(?:\s+(?i:is))?\W*)*([AB])\W*")
@@ -156,10 +158,17 @@ def _token_at(text: str, position: int, choices: Sequence[TokenChoice]) -> int |
 
 
 def _share_of_first(logprobs: Mapping[str, float]) -> float | None:
+    """The share of A in the probability of A and B; ``None`` where it cannot be told: a letter is not listed, but
+    may have more than ``UNSEEN`` of the other one's probability.
+    """
     mass = {"A": 0.0, "B": 0.0}
-    for token, logprob in logprobs.items():
+    listed = {token: math.exp(logprob) for token, logprob in logprobs.items()}
+    for token, probability in listed.items():
         letter = re.sub(r"[\W_]", "", token)  # " A", "**B"
         if letter in mass:
-            mass[letter] += math.exp(logprob)
-    total = mass["A"] + mass["B"]
-    return mass["A"] / total if total > 0 else None
+            mass[letter] += probability
+    total = sum(mass.values())
+    at_most = min(1 - sum(listed.values()), min(listed.values()))  # the probability of a token that is not listed
+    if total == 0 or (min(mass.values()) == 0 and at_most > UNSEEN * total):
+        return None
+    return mass["A"] / total
