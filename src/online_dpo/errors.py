@@ -20,6 +20,12 @@ class RolloutServerError(OnlineDPOError, RuntimeError):
     """A vLLM server could not be used. The message names its address and the last cause."""
 
 
+class FeedbackStopped(ScoringError):
+    """Going on makes no sense: feedback has used up its money, fails too often, or is refused. The run is worth a
+    checkpoint; the message says what to change before it is resumed.
+    """
+
+
 class OutOfSyncError(OnlineDPOError, RuntimeError):
     """An engine that samples with weights of its own does not have the trainer's."""
 

@@ -23,6 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from online_dpo.cli.serve import serve
 
             return serve(words[1:])
+        if words[:1] == ["judge"]:
+            from online_dpo.cli.judge import judge
+
+            return judge(words[1:])
         arguments = _parser().parse_args(words)
         from online_dpo.cli.quickstart import quickstart
 
@@ -40,9 +44,10 @@ def _parser() -> argparse.ArgumentParser:
         prog="online-dpo", description="Train a language model on preferences collected while it trains."
     )
     parser.add_argument("--version", action="version", version=f"online-dpo {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="{train,serve,quickstart}", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="{train,serve,judge,quickstart}", required=True)
     commands.add_parser("train", help="train as a YAML file says", add_help=False)
     commands.add_parser("serve", help="start a vLLM server that takes the trainer's weights", add_help=False)
+    commands.add_parser("judge", help="ask a judge about pairs of answers in a file", add_help=False)
     quickstart = commands.add_parser("quickstart", help="train a tiny model on embedded data, offline, on any computer")
     quickstart.add_argument(
         "--output-dir", type=Path, default=Path("runs/quickstart"), help="folder of the run (default: %(default)s)"

@@ -7,6 +7,7 @@ Nothing heavy may be imported here.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,13 @@ class RunConfig:
     folder first, then in the working folder."""
 
     judge: str | None = None
-    """A judge that compares two completions, as `file.py:object` or `package.module:object`. A class is called without
-    arguments."""
+    """A judge that compares two completions: `llm` (a language model behind an endpoint), the folder of a
+    pairwise model, or one's own as `file.py:object` or `package.module:object`. A class is called without arguments."""
+
+    judge_kwargs: dict[str, Any] | None = None
+    """Settings of `judge: llm`, such as `{model: gpt-4.1-mini, rubric_file: rubric.txt, max_cost: 5}` (all of them:
+    `online-dpo judge --help`), or `template` and `batch_size` of a pairwise model. Files are looked for as those of
+    `reward_funcs`."""
 
     # --- data -------------------------------------------------------------------------------------------------------
 

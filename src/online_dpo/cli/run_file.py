@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from online_dpo.cli.judge_plan import LLM, BuiltInJudge, plan_llm, plan_pairwise_model
 from online_dpo.cli.references import Reference, parse_reference
 from online_dpo.cli.run_config import RunConfig
 from online_dpo.cli.schema import FieldSpec, load_fields
@@ -47,7 +48,7 @@ class RunPlan:
     run: RunConfig
     training: dict[str, Any]
     reward_funcs: tuple[Reference, ...]
-    judge: Reference | None
+    judge: Reference | BuiltInJudge | None
     warnings: tuple[str, ...]
 
 
@@ -90,7 +91,7 @@ def plan_run(run_file: Path | None, override_words: Sequence[str]) -> RunPlan:
         run=RunConfig(**{name: value for name, value in values.items() if name in own}),
         training={name: value for name, value in values.items() if name not in own},
         reward_funcs=tuple(checker.references.get("reward_funcs", ())),
-        judge=next(iter(checker.references.get("judge", ())), None),
+        judge=checker.judge,
         warnings=tuple(checker.warnings()),
     )
 
@@ -169,15 +170,17 @@ class _Checker:
         self.file = str(run_file) if run_file else COMMAND_LINE
         self.file_folder = run_file.parent if run_file else None
         self.references: dict[str, list[Reference]] = {}
+        self.judge: Reference | BuiltInJudge | None = None
 
     def problems(self) -> Iterator[str]:
         yield from self._missing()
         for name in INPUT_PATHS:
             if self._given(name):
                 yield from self._input_path(name)
-        for name in ("reward_funcs", "judge"):
-            if self._given(name):
-                yield from self._references(name)
+        if self._given("reward_funcs"):
+            yield from self._references("reward_funcs")
+        if self._given("judge"):
+            yield from self._judge()
         for name in COUNTS:
             if self._given(name) and self.values[name] < 1:
                 yield f"{self._where(name)}: `{name}` is {self.values[name]}; wanted: 1 or more."
@@ -193,6 +196,8 @@ class _Checker:
         for name in self.values:
             if name.startswith("lora_") and not self.values.get("use_peft"):
                 yield f"{self._where(name)}: `{name}` is ignored without `use_peft`."
+        if self._given("judge_kwargs") and not isinstance(self.judge, BuiltInJudge):
+            yield f"{self._where('judge_kwargs')}: `judge_kwargs` is ignored: only `llm` and pairwise models take them."
 
     def _given(self, name: str) -> bool:
         return self.values.get(name) not in (None, [])
@@ -232,6 +237,21 @@ class _Checker:
                 self.references[name].append(parse_reference(text, self._folders(name)))
             except ValueError as problem:
                 yield f"{self._where(name)}: `{name}` {text!r}: {problem}."
+
+    def _judge(self) -> Iterator[str]:
+        text, options = self.values["judge"], self.values.get("judge_kwargs") or {}
+        folders = self._folders("judge")
+        candidates = [folder / Path(text).expanduser() for folder in folders]
+        model = None if text == LLM else next((path for path in candidates if path.is_dir()), None)
+        if text != LLM and model is None:
+            yield from self._references("judge")
+            self.judge = next(iter(self.references["judge"]), None)
+            return
+        where = self._where("judge_kwargs" if options else "judge")
+        try:
+            self.judge = plan_llm(options, folders) if model is None else plan_pairwise_model(model, options)
+        except ValueError as problem:
+            yield f"{where}: `judge: {text}`: {problem}"
 
     def _resume(self) -> Iterator[str]:
         wish = self.values.get("resume_from_checkpoint")

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from online_dpo.cli.interrupt import InterruptCallback
+from online_dpo.cli.judge_plan import BuiltInJudge
 from online_dpo.cli.progress import ProgressDisplay, silence_progress_bars
 from online_dpo.cli.references import Reference, load_reference
 from online_dpo.cli.run_config import RunConfig
@@ -20,6 +21,7 @@ from online_dpo.cli.run_file import RunPlan
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.data import load_prompts
 from online_dpo.errors import OnlineDPOError
+from online_dpo.scoring import LLMJudge, PairwiseModelJudge
 from online_dpo.trainer import OnlineDPOTrainer
 
 SETUP_ERRORS = (ValueError, TypeError, OSError, ImportError, OnlineDPOError)
@@ -87,7 +89,7 @@ def build_trainer(plan: RunPlan, display: ProgressDisplay, interrupt: InterruptC
         model=run.model_name_or_path,
         ref_model=run.ref_model_name_or_path,
         reward_funcs=rewards or None,
-        judge=None if plan.judge is None else _load_judge(plan.judge),
+        judge=None if plan.judge is None else _load_judge(plan.judge, args),
         args=args,
         train_dataset=train_dataset,
         eval_dataset=_eval_dataset(run),
@@ -134,8 +136,12 @@ def _peft_config(run: RunConfig) -> Any:
     )
 
 
-def _load_judge(reference: Reference) -> Any:
-    loaded = load_reference(reference)
+def _load_judge(judge: Reference | BuiltInJudge, args: OnlineDPOConfig) -> Any:
+    if isinstance(judge, BuiltInJudge):
+        if judge.folder is None:
+            return LLMJudge(**judge.options)
+        return PairwiseModelJudge.load(str(judge.folder), args.device, **judge.options)
+    loaded = load_reference(judge)
     return loaded() if inspect.isclass(loaded) else loaded
 
 

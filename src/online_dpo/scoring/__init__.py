@@ -1,16 +1,22 @@
-"""Scoring: groups in, a number for each completion (or a rank for each pair) out."""
+"""Scoring: groups in, a number for each completion (or a preference for each pair) out."""
 
 from online_dpo.scoring.combine import RewardFunc, build_scorers, check_scorers, score_groups
 from online_dpo.scoring.functions import FunctionScorer
-from online_dpo.scoring.judge import Judge, JudgeScorer
+from online_dpo.scoring.http_reward import HTTPReward
+from online_dpo.scoring.judge import Judge, JudgeScorer, pairwise_scorer
+from online_dpo.scoring.llm_judge import LLMJudge
+from online_dpo.scoring.pairwise_model import PairwiseModelJudge
 from online_dpo.scoring.reward_model import RewardModelScorer, load_reward_model
 from online_dpo.scoring.scorer import AsyncPointwiseScorer, PairwiseScorer, PointwiseScorer
 
 __all__ = [
     "AsyncPointwiseScorer",
     "FunctionScorer",
+    "HTTPReward",
     "Judge",
     "JudgeScorer",
+    "LLMJudge",
+    "PairwiseModelJudge",
     "PairwiseScorer",
     "PointwiseScorer",
     "RewardFunc",
@@ -18,5 +24,6 @@ __all__ = [
     "build_scorers",
     "check_scorers",
     "load_reward_model",
+    "pairwise_scorer",
     "score_groups",
 ]

@@ -8,9 +8,11 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from online_dpo.errors import ScoringError
-from online_dpo.scoring.scorer import callable_name, chat_messages, describe, flat_list
-from online_dpo.types import Group, Prompt
+from online_dpo.errors import FeedbackStopped, ScoringError
+from online_dpo.scoring.scorer import PairwiseScorer, callable_name, chat_messages, check_duels, describe, flat_list
+from online_dpo.types import Completion, Group, Prompt
+
+NO_ANSWER = -1
 
 
 @runtime_checkable
@@ -20,8 +22,40 @@ class Judge(Protocol):
     def judge(self, prompts: list[str], completions: list[list[str]], shuffle_order: bool = True) -> Sequence[int]: ...
 
 
+class PreferenceJudge:
+    """A judge that gives probabilities, in the form of TRL's judges as well."""
+
+    name: str
+
+    def prefer(self, duels: Sequence[Group]) -> list[float | None]:
+        """As :class:`PairwiseScorer` says."""
+        raise NotImplementedError
+
+    def judge(self, prompts: list[str], completions: list[list[str]], shuffle_order: bool = True) -> list[int]:
+        """0 or 1 for the better text of each pair, -1 without a preference or with equal chances.
+
+        ``shuffle_order`` changes nothing: which orders are judged is a matter of the judge's own settings.
+        """
+        duels = [
+            Group(Prompt(prompt, (), row=row), tuple(Completion((), (), "stop", 0, text) for text in pair))
+            for row, (prompt, pair) in enumerate(zip(prompts, completions, strict=True))
+        ]
+        return [NO_ANSWER if p is None or p == 0.5 else int(p < 0.5) for p in self.prefer(duels)]
+
+
+def pairwise_scorer(
+    judge: Any, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any] | None = None
+) -> PairwiseScorer:
+    """What a user gives as ``judge``, as a scorer: itself if it is one, else a :class:`JudgeScorer` of it.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    return judge if isinstance(judge, PairwiseScorer) else JudgeScorer(judge, tokenizer, chat_template_kwargs)
+
+
 class JudgeScorer:
-    """Ranks the two completions of each group by a judge.
+    """Ranks the two completions of each group by a judge of TRL's kind, and turns the ranks into preferences.
 
     Args:
         judge: an object with ``judge(prompts, completion_pairs, shuffle_order=True)``, or a function of that form.
@@ -34,7 +68,8 @@ class JudgeScorer:
         TypeError: ``judge`` is neither.
         ValueError: (when ranking) a group has not two completions, or a prompt is conversational and the tokenizer has
             no chat template.
-        ScoringError: (when ranking) the judge raised, or returned something that is no list of ranks.
+        ScoringError: (when ranking) the judge raised, or returned something that is no list of ranks. Its own
+            ``FeedbackStopped`` passes through.
     """
 
     def __init__(
@@ -57,20 +92,21 @@ class JudgeScorer:
         self._tokenizer = tokenizer
         self._chat_template_kwargs = dict(chat_template_kwargs or {})
 
+    def prefer(self, duels: Sequence[Group]) -> list[float | None]:
+        """1 where the first completion is the better one, 0 where the second is, ``None`` without an answer."""
+        return [None if rank == NO_ANSWER else float(1 - rank) for rank in self.rank(duels)]
+
     def rank(self, groups: Sequence[Group]) -> list[int]:
         """For each group the index of the better completion, or -1."""
-        for group in groups:
-            if len(group.completions) != 2:
-                raise ValueError(
-                    f"A judge compares two completions, but a group has {len(group.completions)}. "
-                    "Set `num_completions` to 2."
-                )
+        check_duels(groups)
         if not groups:
             return []
         prompts = [self._text(group.prompt) for group in groups]
         pairs = [[completion.text for completion in group.completions] for group in groups]
         try:
             returned = self._judge(prompts, pairs, shuffle_order=True)
+        except FeedbackStopped:
+            raise
         except Exception as error:
             raise ScoringError(f"Judge `{self.name}` raised {type(error).__name__}: {error}") from error
         ranks = flat_list(returned, f"Judge `{self.name}`")

@@ -189,7 +189,7 @@ class RewardModelScorer:
         device = next(self.model.parameters()).device
         ids_RT = torch.tensor([[*ids, *[fill] * (length - len(ids))] for ids in batch], device=device)
         mask_RT = torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids in batch], device=device)
-        with torch.no_grad(), _overridden(self._config, pad_token_id=fill, use_cache=False):
+        with torch.no_grad(), overridden(self._config, pad_token_id=fill, use_cache=False):
             logits_R1 = self.model(input_ids=ids_RT, attention_mask=mask_RT).logits
         if logits_R1.shape != (len(batch), 1):
             raise ScoringError(
@@ -330,7 +330,7 @@ def _text(prompt: Prompt, completion: Completion) -> str:
 
 
 @contextmanager
-def _overridden(config: PreTrainedConfig, **values: Any) -> Iterator[None]:
+def overridden(config: PreTrainedConfig, **values: Any) -> Iterator[None]:
     """Set config fields for one forward pass: transformers reads them from there and from nowhere else."""
     before = {name: getattr(config, name) for name in values if hasattr(config, name)}
     try:

@@ -39,14 +39,28 @@ class AsyncPointwiseScorer(PointwiseScorer, Protocol):
 
 @runtime_checkable
 class PairwiseScorer(Protocol):
-    """Says which of two completions is better.
+    """Says which of two completions is better, and how surely.
 
-    ``rank`` returns one int for each group of two: 0 or 1 is the index of the better completion, -1 is no answer.
+    ``prefer`` returns for each group of two the probability, from 0 to 1, that the first completion is the better one;
+    ``None`` says that there is no preference to be had.
     """
 
     name: str
 
-    def rank(self, groups: Sequence[Group]) -> list[int]: ...
+    def prefer(self, duels: Sequence[Group]) -> list[float | None]: ...
+
+
+def check_duels(duels: Sequence[Group]) -> None:
+    """
+    Raises:
+        ValueError: a group has not two completions.
+    """
+    for duel in duels:
+        if len(duel.completions) != 2:
+            raise ValueError(
+                f"A judge compares two completions, but a group has {len(duel.completions)}. "
+                "Set `num_completions` to 2."
+            )
 
 
 def regroup(flat: Sequence[T], groups: Sequence[Group]) -> list[list[T]]:

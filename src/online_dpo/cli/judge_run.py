@@ -1,0 +1,116 @@
+"""``online-dpo judge``, once its arguments are known to be good: ask, report, write."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from online_dpo.cli.judge import LabelledPair
+from online_dpo.cli.progress import number
+from online_dpo.errors import ScoringError
+from online_dpo.evaluate import wilson_interval
+from online_dpo.scoring import LLMJudge, PairwiseModelJudge
+from online_dpo.scoring.judge_prompts import prompt_text
+from online_dpo.scoring.llm_judge import stands_first
+from online_dpo.types import Completion, Group, Prompt
+
+PAIRS_AT_ONCE = 500
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """With how many of ``count`` labels a judge agrees, as a share with its 95 % interval; an even preference counts
+    half.
+    """
+
+    share: float
+    low: float
+    high: float
+    count: int
+
+
+def judge_pairs(
+    pairs: Sequence[LabelledPair], pairwise_model: Path | None, settings: dict[str, Any], output: Path | None
+) -> int:
+    """Label the pairs and print the report. Returns the exit code."""
+    try:
+        judge = LLMJudge(**settings) if pairwise_model is None else PairwiseModelJudge.load(str(pairwise_model))
+    except (ValueError, OSError) as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    preferences: list[float | None] = []
+    try:
+        for start in range(0, len(pairs), PAIRS_AT_ONCE):
+            preferences += _prefer(judge, pairs[start : start + PAIRS_AT_ONCE])
+            if len(pairs) > PAIRS_AT_ONCE:
+                print(f"{len(preferences)} of {len(pairs)}", file=sys.stderr)
+    except ScoringError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 1
+    for line in report(judge.name, pairs, preferences, judge.metrics()):
+        print(line)
+    if output is not None:
+        _write(output, judge.name, pairs, preferences)
+        print(f"Labels written to {output}")
+    return 0
+
+
+def agreement(pairs: Sequence[LabelledPair], preferences: Sequence[float | None]) -> Agreement | None:
+    """Over the pairs that have a label and a preference; ``None`` where there are none."""
+    points = [
+        0.5 if preference == 0.5 else float((preference > 0.5) == (pair.label > 0.5))
+        for pair, preference in zip(pairs, preferences, strict=True)
+        if pair.label is not None and preference is not None
+    ]
+    if not points:
+        return None
+    share = sum(points) / len(points)
+    return Agreement(share, *wilson_interval(share, len(points)), len(points))
+
+
+def report(
+    name: str, pairs: Sequence[LabelledPair], preferences: Sequence[float | None], metrics: dict[str, float]
+) -> list[str]:
+    """The lines that are printed."""
+    answered = sum(preference is not None for preference in preferences)
+    rows = {"pairs": f"{len(pairs)}, of which {answered} have a preference"}
+    if (found := agreement(pairs, preferences)) is not None:
+        rows["agreement with labels"] = (
+            f"{found.share:.3f}, 95 % interval {found.low:.3f} to {found.high:.3f}, {found.count} labels"
+        )
+    if "judge/position_bias" in metrics:
+        rows["preference for the first place"] = f"{metrics['judge/position_bias']:.3f} (fair: 0.5)"
+    if "judge/disagreement_rate" in metrics:
+        rows["orders that disagree"] = f"{metrics['judge/disagreement_rate']:.3f}"
+    for metric, value in metrics.items():
+        if metric not in ("judge/position_bias", "judge/disagreement_rate"):
+            rows[metric.removeprefix("judge/").replace("_", " ")] = number(value)
+    width = max(map(len, rows))
+    return [f"Judge {name}", *(f"  {heading:<{width}}  {text}" for heading, text in rows.items())]
+
+
+def _prefer(judge: LLMJudge | PairwiseModelJudge, pairs: Sequence[LabelledPair]) -> list[float | None]:
+    """Preferences for the first answers. Where the file places none first, the texts decide, so that a judge who likes
+    a place does not look right or wrong.
+    """
+    duels, turned = [], []
+    for row, pair in enumerate(pairs):
+        prompt = Prompt(pair.prompt, (), row)
+        turn = not pair.placed and not stands_first(prompt_text(prompt), pair.first, pair.second)
+        texts = (pair.second, pair.first) if turn else (pair.first, pair.second)
+        duels.append(Group(prompt, tuple(Completion((), (), "stop", 0, text) for text in texts)))
+        turned.append(turn)
+    return [
+        1 - preference if turn and preference is not None else preference
+        for preference, turn in zip(judge.prefer(duels), turned, strict=True)
+    ]
+
+
+def _write(path: Path, name: str, pairs: Sequence[LabelledPair], preferences: Sequence[float | None]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for pair, preference in zip(pairs, preferences, strict=True):
+            file.write(json.dumps({**pair.row, "preference": preference, "judge": name}, ensure_ascii=False) + "\n")

@@ -1,0 +1,208 @@
+"""`online-dpo judge`: what it accepts, what it reports and writes; and judges in run files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import online_dpo
+from endpoint import error, says, serving, shown
+from online_dpo.cli.judge_plan import BuiltInJudge
+from online_dpo.cli.main import main
+from online_dpo.cli.run_file import UsageError, plan_run
+from online_dpo.evaluate import wilson_interval
+
+KEY = "sk-secret-0123456789"
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def written(name, rows):
+    path = Path(name)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def run(endpoint, *words):
+    return main(["judge", *words, "--model", "org/judge", "--base-url", endpoint.url, "--cache", "cache.sqlite3"])
+
+
+def longer_wins(body, number):
+    first, second = shown(body)
+    return says("A", 0.9) if len(first) > len(second) else says("B", 0.1)
+
+
+ROWS = [
+    *({"prompt": f"p{i}", "chosen": "long answer", "rejected": "short"} for i in range(6)),
+    *({"prompt": f"q{i}", "chosen": "short", "rejected": "long answer"} for i in range(2)),
+]
+
+
+def test_agreement_and_cost_are_reported_and_labels_written(capsys):
+    path = written("pairs.jsonl", ROWS)
+    with serving(longer_wins) as endpoint:
+        assert run(endpoint, path, "--output", "out.jsonl", "--input-price", "10", "--output-price", "100") == 0
+        printed = capsys.readouterr().out
+        assert len(endpoint.seen) == 16
+        assert run(endpoint, path) == 0
+        assert len(endpoint.seen) == 16 and "requests                        0\n" in capsys.readouterr().out
+    low, high = wilson_interval(0.75, 8)
+    lines = [line.split("  ")[-1].strip() for line in printed.splitlines()]
+    assert lines[0] == "Judge judge" and "8, of which 8 have a preference" in lines
+    assert f"0.750, 95 % interval {low:.3f} to {high:.3f}, 8 labels" in lines
+    assert "0.500 (fair: 0.5)" in lines and "0.000" in lines and "0.0176" in lines
+    rows = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    assert [row.pop("preference") for row in rows] == [pytest.approx(0.9)] * 6 + [pytest.approx(0.1)] * 2
+    assert [row.pop("judge") for row in rows] == ["judge"] * 8 and rows == ROWS
+
+
+def test_labels_in_their_own_column_and_rows_without_an_answer(capsys):
+    rows = [
+        {"prompt": "p", "response_a": "x", "response_b": "longer", "label": "b"},
+        {"prompt": [{"role": "user", "content": "q"}], "response_a": "longer", "response_b": "x", "label": 1},
+        {"prompt": "r", "response_a": "x", "response_b": "longer"},
+        {"prompt": "s", "response_a": "x", "response_b": "longer", "label": "tie"},
+        {"prompt": "t", "response_a": "?", "response_b": "longer", "label": "a"},
+    ]
+
+    def respond(body, number):
+        return error(400) if "?" in shown(body) else longer_wins(body, number)
+
+    with serving(respond) as endpoint:
+        assert run(endpoint, written("pairs.jsonl", rows), "--output", "out.jsonl", "--order", "given") == 0
+    assert "0.500, 95 % interval" in (printed := capsys.readouterr().out) and "2 labels" in printed
+    labelled = [json.loads(line)["preference"] for line in Path("out.jsonl").read_text().splitlines()]
+    assert labelled == [pytest.approx(p) for p in (0.1, 0.9, 0.1, 0.1)] + [None]
+
+
+def test_a_judge_that_likes_a_place_does_not_look_right_on_chosen_and_rejected(capsys):
+    rows = [{"prompt": f"p{i}", "chosen": "one", "rejected": "two"} for i in range(40)]
+    with serving(lambda body, number: says("A", 0.8)) as endpoint:
+        assert run(endpoint, written("pairs.jsonl", rows), "--order", "given", "--output", "out.jsonl") == 0
+    preferences = [json.loads(line)["preference"] for line in Path("out.jsonl").read_text().splitlines()]
+    assert 8 < sum(p > 0.5 for p in preferences) < 32
+    assert "0.800 (fair: 0.5)" in capsys.readouterr().out
+
+
+def test_a_judge_that_stops_is_an_error_in_one_line(capsys, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with serving(lambda body, number: error(401, f"bad key {KEY}")) as endpoint:
+        assert run(endpoint, written("pairs.jsonl", ROWS)) == 1
+    shown_text = "".join(capsys.readouterr())
+    assert "error: The endpoint refuses to judge" in shown_text and KEY not in shown_text
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "there are no pairs in it"),
+        ([ROWS[0], {"prompt": "p", "chosen": "x"}], "pairs.jsonl:2: no `response_a`, `response_b`"),
+        ([{"chosen": "x", "rejected": "y"}], "pairs.jsonl:1: no `prompt`"),
+        ([[1]], "pairs.jsonl:1: wanted: an object"),
+        ([{"prompt": 3, "chosen": "x", "rejected": "y"}], "`prompt` must be text or a list of messages"),
+        ([{"prompt": "p", "chosen": None, "rejected": "y"}], "`chosen` must be text"),
+        ([{"prompt": "p", "response_a": "x", "response_b": "y", "label": "c"}], "`label` is 'c'"),
+        ([{"prompt": "p", "response_a": "x", "response_b": "y", "label": True}], "`label` is True"),
+    ],
+)
+def test_wrong_files(rows, message, capsys):
+    words = ["--model", "m", "--base-url", "http://localhost:1/v1"]
+    assert main(["judge", written("pairs.jsonl", rows), *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "Give --model"),
+        (["--model", "m"], "no API key for https://api.openai.com/v1"),
+        (["--model", "m", "--order", "given", "--inconsistent", "skip"], "needs both orders"),
+        (["--model", "m", "--template", "nowhere"], "there is no file 'nowhere'"),
+        (["--pairwise-model", "."], "is no model folder"),
+        (["--pairwise-model", ".", "--votes", "3"], "--pairwise-model does not go with --votes"),
+        (["--model", "m", "--base-url", "http://localhost:1/v1", "--output", "no/where.jsonl"], "there is no folder"),
+    ],
+)
+def test_wrong_words(words, message, capsys):
+    assert main(["judge", written("pairs.jsonl", ROWS), *words]) == 2
+    assert message in capsys.readouterr().err
+    assert main(["judge", "nowhere.jsonl", "--model", "m", "--base-url", "http://localhost:1/v1"]) == 2
+
+
+def test_arguments_are_checked_before_heavy_imports(home):
+    program = (
+        "import sys; from online_dpo.cli.main import main; code = main(['judge', 'nowhere.jsonl', '--model', 'm']);"
+        "heavy = {'torch', 'transformers', 'openai'} & sys.modules.keys(); sys.exit(code if not heavy else 9)"
+    )
+    source = str(Path(online_dpo.__file__).parent.parent)
+    done = subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": source})
+    assert done.returncode == 2
+
+
+# --- run files --------------------------------------------------------------------------------------------------------
+
+RUN = {"model_name_or_path": "owner/model", "dataset_name": "owner/data", "judge": "llm"}
+LOCAL = {"model": "org/judge", "base_url": "http://localhost:8000/v1"}
+
+
+def plan(folder, **run):
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump({**RUN, **run}, sort_keys=False))
+    return plan_run(path, [])
+
+
+def problem(folder, **run):
+    with pytest.raises(UsageError) as caught:
+        plan(folder, **run)
+    (text,) = caught.value.problems
+    return text
+
+
+def test_a_language_model_as_judge_of_a_run(home):
+    beside = home / "runs"
+    beside.mkdir()
+    (beside / "rubric.txt").write_text("Shorter.")
+    given = {**LOCAL, "rubric_file": "rubric.txt", "max_cost": "5", "input_price": 1, "template": "reasoned"}
+    checked = {**given, "rubric_file": str(beside / "rubric.txt"), "max_cost": 5.0}
+    assert plan(beside, judge_kwargs=given).judge == BuiltInJudge(None, checked)
+
+
+def test_a_pairwise_model_as_judge_of_a_run(home):
+    (home / "house").mkdir()
+    (home / "house" / "config.json").write_text("{}")
+    made = plan(home, judge="house", judge_kwargs={"batch_size": 4})
+    assert made.judge == BuiltInJudge(home / "house", {"batch_size": 4})
+    (home / "house" / "config.json").unlink()
+    assert "is no model folder" in problem(home, judge="house")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({}, "run.yaml:3: `judge: llm`: `judge_kwargs` needs at least `model`"),
+        ({"model": "m"}, "no API key for https://api.openai.com/v1"),
+        ({**LOCAL, "rubrik": "x"}, "`rubrik` is not one of `judge_kwargs`. Did you mean `rubric`?"),
+        ({**LOCAL, "votes": "many"}, "`votes` is 'many'; wanted: a whole number."),
+        ({**LOCAL, "votes": 0}, "`votes` must be 1 or more"),
+        ({**LOCAL, "rubric_file": "nowhere.txt"}, "there is no file 'nowhere.txt'"),
+    ],
+)
+def test_wrong_judge_kwargs(home, kwargs, message):
+    assert message in problem(home, **({"judge_kwargs": kwargs} if kwargs else {}))
+
+
+def test_judge_kwargs_that_nothing_takes_are_warned_of(home):
+    (home / "mine.py").write_text("def judge(prompts, completions, shuffle_order=True): ...\n")
+    (warning,) = plan(home, judge="mine.py:judge", judge_kwargs=LOCAL).warnings
+    assert "`judge_kwargs` is ignored" in warning
