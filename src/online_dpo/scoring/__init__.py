@@ -5,9 +5,11 @@ from online_dpo.scoring.functions import FunctionScorer
 from online_dpo.scoring.judge import Judge, JudgeScorer
 from online_dpo.scoring.reward_model import RewardModelScorer, load_reward_model
 from online_dpo.scoring.scorer import AsyncPointwiseScorer, PairwiseScorer, PointwiseScorer
+from online_dpo.scoring.tournament import DuelCounter, find_preferences
 
 __all__ = [
     "AsyncPointwiseScorer",
+    "DuelCounter",
     "FunctionScorer",
     "Judge",
     "JudgeScorer",
@@ -17,6 +19,7 @@ __all__ = [
     "RewardModelScorer",
     "build_scorers",
     "check_scorers",
+    "find_preferences",
     "load_reward_model",
     "score_groups",
 ]

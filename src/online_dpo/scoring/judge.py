@@ -57,13 +57,18 @@ class JudgeScorer:
         self._tokenizer = tokenizer
         self._chat_template_kwargs = dict(chat_template_kwargs or {})
 
+    def prefer(self, duels: Sequence[Group]) -> list[float | None]:
+        """For each duel 1 or 0, whether the first completion is the better one; ``None`` without an answer."""
+        probability = {0: 1.0, 1: 0.0, -1: None}
+        return [probability[rank] for rank in self.rank(duels)]
+
     def rank(self, groups: Sequence[Group]) -> list[int]:
         """For each group the index of the better completion, or -1."""
         for group in groups:
             if len(group.completions) != 2:
                 raise ValueError(
-                    f"A judge compares two completions, but a group has {len(group.completions)}. "
-                    "Set `num_completions` to 2."
+                    f"A judge compares two completions, but a group has {len(group.completions)}: see "
+                    "`find_preferences`."
                 )
         if not groups:
             return []

@@ -41,12 +41,13 @@ class AsyncPointwiseScorer(PointwiseScorer, Protocol):
 class PairwiseScorer(Protocol):
     """Says which of two completions is better.
 
-    ``rank`` returns one int for each group of two: 0 or 1 is the index of the better completion, -1 is no answer.
+    ``prefer`` returns one number for each group of exactly two completions: the probability that the first is the
+    better one, or ``None`` for no answer.
     """
 
     name: str
 
-    def rank(self, groups: Sequence[Group]) -> list[int]: ...
+    def prefer(self, duels: Sequence[Group]) -> list[float | None]: ...
 
 
 def regroup(flat: Sequence[T], groups: Sequence[Group]) -> list[list[T]]:
