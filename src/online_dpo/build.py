@@ -22,6 +22,7 @@ from online_dpo.models import check_model_path, context_length, disable_dropout,
 from online_dpo.reference import (
     AdapterOffReference,
     FrozenReference,
+    NoReference,
     Reference,
     SyncedReference,
     adapter_changes_output,
@@ -74,6 +75,10 @@ def check_arguments(
         raise ValueError(
             "`model` and `ref_model` are the same object, so the reference would move with the policy. Leave "
             "`ref_model` out: the trainer keeps a copy of the policy itself."
+        )
+    if ref_model is not None and args.reference_free:
+        raise ValueError(
+            "A `ref_model` is given, but with `reference_free=True` nothing reads it. Leave one of them out."
         )
     if reward_funcs is None and judge is None:
         raise ValueError("Nothing scores the completions: give `reward_funcs`, `reward_model` or `judge`.")
@@ -188,6 +193,8 @@ def build_reference(ref_model: Any, policy: nn.Module, args: OnlineDPOConfig) ->
     Raises:
         ValueError: it is to follow the policy, and cannot.
     """
+    if args.reference_free:
+        return NoReference()
     if isinstance(ref_model, str):
         ref_model = load_causal_lm(ref_model, args.model_init_kwargs, args.trust_remote_code)  # pyright: ignore[reportArgumentType]
     if ref_model is not None:

@@ -219,6 +219,11 @@ class OnlineDPOConfig(TrainingArguments):
     use_weighting: bool = False
     """Weigh pairs by how likely the policy would write them itself (WPO, arXiv 2406.11827)."""
 
+    reference_free: bool = False
+    """Keep no reference, which saves its memory and its forward passes. Only with losses that do not read it (`simpo`,
+    `sft`); there is then no KL, no `rewards/*` and no win rate.
+    """
+
     sync_ref_model: bool = False
     """Let the reference follow the policy (TR-DPO, arXiv 2404.09656). Not with an adapter, whose reference is the
     policy without it.

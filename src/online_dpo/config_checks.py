@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 LOSSES_WITHOUT_LABELS = ("sft",)
+LOSSES_WITHOUT_REFERENCE = ("simpo", "sft")
 VLLM_MODES = {
     "colocate": (
         "vllm_gpu_memory_utilization",
@@ -148,8 +149,13 @@ def check_pairs(args: OnlineDPOConfig) -> None:
 def check_reference(args: OnlineDPOConfig) -> None:
     """
     Raises:
-        ValueError: how the reference follows the policy is out of range. Without `sync_ref_model` it gives a warning.
+        ValueError: how the reference follows the policy is out of range, or there is to be none and something needs it.
+            Options of `sync_ref_model` give a warning without it.
     """
+    needing = [name for name in args.loss_types if name not in LOSSES_WITHOUT_REFERENCE]
+    if args.reference_free and (needing or args.sync_ref_model):
+        needs = "`sync_ref_model`" if args.sync_ref_model else f"The loss `{needing[0]}`"
+        raise ValueError(f"{needs} needs a reference; leave `reference_free` off.")
     checks = [
         (0 < args.ref_model_mixup_alpha <= 1, "ref_model_mixup_alpha", "in (0, 1]"),
         (args.ref_model_sync_steps >= 1, "ref_model_sync_steps", "at least 1"),

@@ -71,13 +71,13 @@ def eval_records(
     *,
     loss_N: torch.Tensor,
     policy: RowLogprobs,
-    reference: RowLogprobs,
+    reference: RowLogprobs | None,
 ) -> list[EvalRecord]:
     """One record a group; ``rows`` has the completions of all groups in order, ``loss_N`` the losses of ``pairs``."""
     losses: dict[int, list[float]] = {}
     for pair, loss in zip(pairs, loss_N.tolist(), strict=True):
         losses.setdefault(id(pair.group), []).append(loss)
-    kl_S = (policy.logps_S - reference.logps_S).tolist()
+    kl_S = [] if reference is None else (policy.logps_S - reference.logps_S).tolist()
     entropy_S = [float(part.mean()) for part in policy.entropy_M.split(rows.length_S.tolist())]
     records, start = [], 0
     for p, group in enumerate(groups):

@@ -236,13 +236,15 @@ def policy_weights(pairs: PairLogprobs) -> torch.Tensor:
     return (pairs.mean_chosen_N + pairs.mean_rejected_N).detach().exp()
 
 
-def pair_logprobs(rows: PackedRows, policy: RowLogprobs, reference: RowLogprobs) -> PairLogprobs:
+def pair_logprobs(rows: PackedRows, policy: RowLogprobs, reference: RowLogprobs | None) -> PairLogprobs:
+    """The numbers of the pairs in a batch of rows; nan where a reference is missing."""
     chosen_N, rejected_N = rows.chosen_N, rows.rejected_N
+    reference_S = torch.full_like(policy.logps_S, torch.nan) if reference is None else reference.logps_S
     return PairLogprobs(
         chosen_N=policy.logps_S[chosen_N],
         rejected_N=policy.logps_S[rejected_N],
-        ref_chosen_N=reference.logps_S[chosen_N],
-        ref_rejected_N=reference.logps_S[rejected_N],
+        ref_chosen_N=reference_S[chosen_N],
+        ref_rejected_N=reference_S[rejected_N],
         chosen_length_N=rows.length_S[chosen_N],
         rejected_length_N=rows.length_S[rejected_N],
         probability_N=rows.probability_N,

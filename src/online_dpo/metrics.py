@@ -130,7 +130,7 @@ def record_loss(
     store: MetricStore,
     rows: PackedRows,
     policy: RowLogprobs,
-    reference: RowLogprobs,
+    reference: RowLogprobs | None,
     loss_N: torch.Tensor,
     beta: float,
 ) -> None:
@@ -138,33 +138,37 @@ def record_loss(
 
     ``objective/kl`` is the mean over completions of the summed log-ratio to the reference, an estimate of the sequence
     KL in nats; ``objective/entropy`` that of minus the summed log-probability; ``objective/token_entropy`` the mean
-    over tokens of the entropy of the whole next-token distribution.
+    over tokens of the entropy of the whole next-token distribution. Without a reference, what is relative to it is left
+    out.
     """
     store.mean("beta", beta)
     real_N = rows.weight_N > 0
     if not real_N.any():
         return
     chosen_N, rejected_N = rows.chosen_N[real_N], rows.rejected_N[real_N]
-    used_S = torch.cat([chosen_N, rejected_N])
-    logps_S, kl_S = policy.logps_S.detach(), (policy.logps_S - reference.logps_S).detach()
-    rewards_S = beta * kl_S
-    margin_N = rewards_S[chosen_N] - rewards_S[rejected_N]
+    used_S = torch.cat([chosen_N, rejected_N]).unique()  # a completion may stand in several pairs
+    logps_S = policy.logps_S.detach()
     store.mean("loss", loss_N[real_N])
     store.mean("logps/chosen", logps_S[chosen_N])
     store.mean("logps/rejected", logps_S[rejected_N])
+    store.mean("objective/entropy", -logps_S[used_S])
+    store.mean("objective/token_entropy", policy.entropy_M)
+    gap_M = (policy.token_logps_M.detach() - rows.sampled_logps_M).abs()
+    store.mean("sampling/sampling_logp_difference/mean", gap_M)
+    store.largest("sampling/sampling_logp_difference/max", gap_M)
+    if reference is None:
+        return
+    kl_S = logps_S - reference.logps_S
+    rewards_S = beta * kl_S
+    margin_N = rewards_S[chosen_N] - rewards_S[rejected_N]
     store.mean("rewards/chosen", rewards_S[chosen_N])
     store.mean("rewards/rejected", rewards_S[rejected_N])
     store.mean("rewards/margins", margin_N)
     store.mean("rewards/accuracies", (margin_N > 0).double())
     store.mean("objective/kl", kl_S[used_S])
-    store.mean("objective/entropy", -logps_S[used_S])
-    store.mean("objective/token_entropy", policy.entropy_M)
     store.mean("objective/non_score_reward", -rewards_S[used_S])
     scored_S = used_S[~rows.score_S[used_S].isnan()]
     store.mean("objective/rlhf_reward", rows.score_S[scored_S] - rewards_S[scored_S])
-    gap_M = (policy.token_logps_M.detach() - rows.sampled_logps_M).abs()
-    store.mean("sampling/sampling_logp_difference/mean", gap_M)
-    store.largest("sampling/sampling_logp_difference/max", gap_M)
 
 
 def _length_gap(chosen: Completion, rejected: Completion) -> float:

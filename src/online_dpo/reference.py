@@ -51,6 +51,12 @@ class FrozenReference(Reference):
         return nullcontext(self.model)
 
 
+class NoReference(Reference):
+    """For losses that need none. It lends nothing, so nobody may ask."""
+
+    description = "none"
+
+
 class AdapterOffReference(Reference):
     """The policy with its adapter switched off: no second model in memory."""
 

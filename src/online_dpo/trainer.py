@@ -53,7 +53,7 @@ from online_dpo.reference import ReferenceSteps
 from online_dpo.rollout import RolloutKey, SamplingParams, TransformersEngine
 from online_dpo.rollout.sampling import uniform_numbers
 from online_dpo.scoring import DuelCounter, JudgeScorer, build_scorers
-from online_dpo.self_check import MethodChoice
+from online_dpo.self_check import Lender, MethodChoice
 from online_dpo.sync_check import SyncCheck
 from online_dpo.types import Completion, Group, PackedRows, Pair, Pairing, Prompt, Scores, Verdicts
 
@@ -151,8 +151,9 @@ class OnlineDPOTrainer(FeedbackTrainer):
         self.add_callback(ReferenceSteps(self.reference))
         self.policy = policy
         self.engine = build_engine(policy, self.tokenizer, args)
-        with self.reference.active() as reference:
-            self.reference_engine = TransformersEngine(reference, self.tokenizer, args.rollout_batch_size)
+        if not args.reference_free:
+            with self.reference.active() as reference:
+                self.reference_engine = TransformersEngine(reference, self.tokenizer, args.rollout_batch_size)
         self.selection = Selection.from_config(args)
         self.loss_options = LossOptions.from_config(args)
         self.sampling = SamplingParams.from_config(args, end_token_ids(policy, self.tokenizer))
@@ -252,10 +253,11 @@ class OnlineDPOTrainer(FeedbackTrainer):
 
     def _settle_method(self, groups: Sequence[Group]) -> None:
         policy: Any = self.model
+        models: dict[str, Lender] = {"the policy": lambda: eval_mode(policy)}
+        if not self.args.reference_free:
+            models["the reference"] = self.reference.active
         with self.accelerator.autocast():
-            self.choice.settle(
-                {"the policy": lambda: eval_mode(policy), "the reference": self.reference.active}, groups
-            )
+            self.choice.settle(models, groups)
 
     def _weight_over_ranks(self, pairs: list[Pair]) -> torch.Tensor:
         """What all pairs of the step count together; 1 where there are none."""
@@ -265,7 +267,9 @@ class OnlineDPOTrainer(FeedbackTrainer):
         return _or_one(weight)
 
     @torch.no_grad()
-    def _reference_logprobs(self, rows: PackedRows) -> RowLogprobs:
+    def _reference_logprobs(self, rows: PackedRows) -> RowLogprobs | None:
+        if self.args.reference_free:
+            return None
         with self.accelerator.autocast(), self.reference.active() as reference:
             return row_logprobs(reference, rows, entropy=False, chunked=self.choice.method.chunked)
 
@@ -321,7 +325,6 @@ class OnlineDPOTrainer(FeedbackTrainer):
         self._sync_engine(prompts)
         with self.accelerator.autocast():
             groups = self.engine.generate(prompts, self.args.num_completions, self.sampling, key)
-        rivals = self._rivals(prompts)
         said = self._assess(groups)
         pairs = self._form_pairs(groups, said, step=0).pairs
         if self.accelerator.num_processes == 1:  # otherwise a step of training finds out, on all ranks together
@@ -329,15 +332,22 @@ class OnlineDPOTrainer(FeedbackTrainer):
         with self.accelerator.autocast():
             inputs = {"rows": pack_groups(groups, pairs, self.choice.method.shared, self.args.row_capacity)}
             _, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        rows = inputs["rows"]
+        reference_scores, wins = self._against_reference(groups, said)
+        return eval_records(groups, pairs, said, reference_scores, wins, inputs["rows"], **outputs)
+
+    def _against_reference(
+        self, groups: list[Group], said: Scores | Verdicts
+    ) -> tuple[Sequence[float | None], Sequence[float | None]]:
+        """For each group the score of the reference's completion, and the policy's share of wins against it."""
+        nothing = [None] * len(groups)
+        if self.args.reference_free:
+            return nothing, nothing
+        rivals = self._rivals([group.prompt for group in groups])
         if isinstance(said, Scores):
-            reference_scores = [values[0] for values in self._scores_of(rivals).values]
-            wins = [win_share(mine, theirs) for mine, theirs in zip(said.values, reference_scores, strict=True)]
-        else:
-            assert self.judge is not None
-            ask = DuelCounter(self.judge, self.args.missing_eos_penalty)
-            reference_scores, wins = [None] * len(groups), judged_wins(groups, rivals, ask)
-        return eval_records(groups, pairs, said, reference_scores, wins, rows, **outputs)
+            scores = [values[0] for values in self._scores_of(rivals).values]
+            return scores, [win_share(mine, theirs) for mine, theirs in zip(said.values, scores, strict=True)]
+        assert self.judge is not None
+        return nothing, judged_wins(groups, rivals, DuelCounter(self.judge, self.args.missing_eos_penalty))
 
     # --- data and files ---------------------------------------------------------------------------------------------
 

@@ -143,7 +143,7 @@ SOFT = dict(label_temperature=2.0, label_smoothing=0.05, beta=0.5)
 KINDS = {name: dict(loss_type=name, **SOFT) for name in LOSSES if name != "sft"} | {
     "sft": dict(loss_type="sft"),
     "several": dict(loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.2], **SOFT),
-    "weighted": dict(use_weighting=True, margin_weighting=True),
+    "weighted": dict(use_weighting=True, margin_weighting=True, loss_weights=[1e3]),  # weights of e^-8 are usual here
 }
 
 
@@ -302,6 +302,20 @@ def test_a_resumed_run_has_the_same_reference(tmp_path):
         for made in (whole, resumed)
     ]
     assert logs[0] == logs[1]
+
+
+def test_a_resumed_run_with_a_judge_and_steps_ahead(tmp_path):
+    """The preferences of a step that was judged before the checkpoint are part of it."""
+
+    def longer(prompts, pairs, shuffle_order=True):
+        return [int(len(second) > len(first)) for first, second in pairs]
+
+    options = dict(num_completions=3, max_staleness=1, max_steps=4, save_strategy="steps", save_steps=1)
+    whole = trainer(tmp_path, reward_funcs=None, kwargs={"judge": longer}, **options)
+    whole.train()
+    resumed = trainer(tmp_path, reward_funcs=None, kwargs={"judge": longer}, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert all(torch.equal(p, resumed.model.get_parameter(name)) for name, p in whole.model.named_parameters())
 
 
 # 6 and 12 -----------------------------------------------------------------------------------------------------------

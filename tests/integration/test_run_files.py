@@ -74,6 +74,7 @@ def test_every_selection(folder, name):
         dict(loss_type="robust", label_smoothing=0.1, use_weighting=True),
         dict(label_temperature=2, margin_weighting=True, min_margin=1, max_margin="1e1", max_length_ratio=4),
         dict(sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=0.01),
+        dict(loss_type=["simpo", "sft"], reference_free=True, beta=2),
         dict(reward_funcs=None, judge="feedback.py:longer", missing_eos_penalty=1),
     ],
     ids=lambda fields: ", ".join(fields),

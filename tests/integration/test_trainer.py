@@ -18,6 +18,7 @@ from online_dpo.errors import InvalidPromptError, ScoringError
 from online_dpo.reference import AdapterOffReference, SyncedReference
 from online_dpo.rollout import RolloutKey
 from online_dpo.rollout.vllm_client import RolloutServerError
+from online_dpo.types import Scores
 from training import LENGTHS, config, dataset, gradient, trainer, weights, word_reward
 
 
@@ -249,6 +250,33 @@ def test_the_reference_is_a_frozen_copy_or_the_model_given(tmp_path):
         assert all(torch.equal(p, tiny.causal_lm(seed=9).get_parameter(n)) for n, p in reference.named_parameters())
 
 
+def test_without_a_reference_the_same_is_learnt_and_what_is_relative_to_it_is_absent(tmp_path):
+    options = dict(max_steps=2, learning_rate=0.05, loss_type=["simpo", "sft"], beta=2.0)
+    without, plain = (
+        trainer(tmp_path, reference_free=free, kwargs={"eval_dataset": dataset()}, **options) for free in (True, False)
+    )
+    for made in (without, plain):
+        made.train()
+    assert all(torch.equal(p, without.model.get_parameter(name)) for name, p in plain.model.named_parameters())
+    ours, theirs = train_logs(without)[-1], train_logs(plain)[-1]
+    relative = {"objective/kl", "objective/non_score_reward", "objective/rlhf_reward"}
+    relative |= {f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")}
+    assert theirs.keys() - ours.keys() == relative and ours["loss"] == theirs["loss"]
+    ours, theirs = without.evaluate(), plain.evaluate()
+    absent = {"eval_win_rate", "eval_win_rate_ci95_low", "eval_win_rate_ci95_high", "eval_objective/kl"}
+    assert theirs.keys() - ours.keys() == absent | {"eval_objective/reference_scores"}
+    assert ours["eval_loss"] == theirs["eval_loss"]
+
+
+def test_a_reference_that_something_needs_cannot_be_left_out(tmp_path):
+    with pytest.raises(ValueError, match="nothing reads it"):
+        trainer(tmp_path, reference_free=True, loss_type="simpo", kwargs={"ref_model": tiny.causal_lm()})
+    with pytest.raises(ValueError, match="The loss `sigmoid` needs a reference"):
+        config(tmp_path, reference_free=True, loss_type=["simpo", "sigmoid"])
+    with pytest.raises(ValueError, match="`sync_ref_model` needs a reference"):
+        config(tmp_path, reference_free=True, loss_type="simpo", sync_ref_model=True)
+
+
 class KeepWeights(TrainerCallback):
     def __init__(self):
         self.steps = []
@@ -326,6 +354,25 @@ def test_dropout_is_off_unless_asked_for(tmp_path):
     on = trainer(tmp_path, model=model(), disable_dropout=False)
     on.train()
     assert abs(train_logs(on)[0]["rewards/margins"]) > 1e-3
+
+
+def test_random_pairs_depend_on_seed_step_and_row_and_on_nothing_else(tmp_path):
+    made = trainer(
+        tmp_path, num_completions=6, pair_selection="best_random", reward_funcs=lambda completions, **_: [0.0]
+    )
+    groups = [tiny.group(p, [[5 + k, 1] for k in range(6)]) for p in tiny.prompts([3] * 40)]
+    said = Scores([[5.0, 0.0, 1.0, 2.0, 3.0, 4.0]] * 40, {})
+
+    def rejected(groups, step):
+        pairs = made._form_pairs(groups, Scores(said.values[: len(groups)], {}), step).pairs
+        return {pair.group.prompt.row: pair.rejected for pair in pairs}
+
+    first, second = rejected(groups, 0), rejected(groups, 1)
+    assert set(first.values()) == {1, 2, 3, 4, 5} and first == rejected(groups[::-1], 0)
+    assert rejected(groups[7:9], 0) == {row: first[row] for row in (7, 8)}
+    assert sum(first[row] == second[row] for row in first) < 20
+    made.args.seed = 43
+    assert rejected(groups, 0) != first
 
 
 # evaluation ---------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 
 import tiny
 from online_dpo.config import LOSS_TYPES
-from online_dpo.config_checks import LOSSES_WITHOUT_LABELS
+from online_dpo.config_checks import LOSSES_WITHOUT_LABELS, LOSSES_WITHOUT_REFERENCE
 from online_dpo.losses import LOSSES, LossOptions, PairLogprobs, pair_logprobs, pair_losses
 from online_dpo.packing import pack_pairs
 from online_dpo.types import Pair, RowLogprobs
@@ -140,6 +140,13 @@ def test_far_from_the_reference_losses_and_gradients_stay_finite(name):
     loss = pair_losses(made, options(name, beta=1.0, label_smoothing=1e-3))
     loss.sum().backward()
     assert made.chosen_N.grad is not None and made.chosen_N.grad.isfinite().all() and loss.isfinite().all()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_without_a_reference_read_none(name):
+    made = pairs(0.7, ref_chosen_N=math.nan, ref_rejected_N=math.nan)
+    loss = pair_losses(made, options(name, label_smoothing=0.1, use_weighting=True))
+    assert bool(loss.isfinite()) is (name in LOSSES_WITHOUT_REFERENCE)
 
 
 def test_a_pairs_numbers_are_those_of_its_two_completions():
