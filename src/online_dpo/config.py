@@ -158,7 +158,9 @@ class OnlineDPOConfig(TrainingArguments):
     """Texts in one forward pass of a reward model."""
 
     missing_eos_penalty: float | None = None
-    """Subtracted from the score of a completion that did not end by itself; above 0."""
+    """Subtracted from the score of a completion that did not end by itself, or, with a judge, from its log-odds against
+    one that did; above 0.
+    """
 
     # --- pairs and loss ---------------------------------------------------------------------------------------------
 

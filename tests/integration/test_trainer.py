@@ -142,6 +142,24 @@ def test_completions_that_did_not_end_lose_before_a_judge(tmp_path):
     assert [False, True] in ended and chosen == [int(e == [False, True]) for e in ended]
 
 
+def test_they_lose_in_evaluation_as_well(tmp_path):
+    made = trainer(
+        tmp_path,
+        reward_funcs=None,
+        kwargs={"judge": lambda prompts, pairs, shuffle_order=True: [0] * len(pairs), "eval_dataset": dataset()},
+        missing_eos_penalty=50.0,
+        generation_kwargs={"eos_token_id": [1, 2, 5, 6, 7, 8]},
+    )
+    metrics = made.evaluate()
+    prompts = tiny.prompts(LENGTHS)
+    ours = made.engine.generate(prompts, 2, made.sampling, RolloutKey(42, 0, 1))
+    expected = []
+    for group, rival in zip(ours, made._rivals(prompts), strict=True):
+        mine, theirs = (g.completions[0].finish_reason == "stop" for g in (group, rival))
+        expected.append(0.0 if theirs and not mine else 1.0)
+    assert 0.0 in expected and metrics["eval_win_rate"] == pytest.approx(np.mean(expected), abs=1e-9)
+
+
 def test_a_judge_sees_conversations_through_the_chat_template(tmp_path):
     judge = LongerIsBetter()
     rows = [{"prompt": [{"role": "user", "content": p.content}]} for p in tiny.prompts([3] * 4)]
@@ -744,6 +762,21 @@ def test_callbacks_optimizers_and_reports_are_the_users(tmp_path):
     before = weights(model)
     made.train()
     assert steps == [1, 2] and all(torch.equal(before[n], p) for n, p in model.named_parameters())
+
+
+def test_beta_of_each_epoch_is_the_one_in_the_loss(tmp_path):
+    """Where policy and reference agree, IPO's loss is 1 / (2 beta) squared."""
+    made = trainer(
+        tmp_path,
+        per_device_train_batch_size=12,
+        max_steps=-1,
+        num_train_epochs=2,
+        beta=[0.5, 0.25],
+        loss_type="ipo",
+        learning_rate=1e-12,
+    )
+    made.train()
+    assert [log["loss"] for log in train_logs(made)] == pytest.approx([1.0, 4.0], rel=1e-4)
 
 
 def test_beta_of_each_epoch(tmp_path):

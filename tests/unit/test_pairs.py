@@ -88,12 +88,15 @@ def test_numbers_are_drawn_for_prompts():
 
 
 def test_the_rejected_one_closest_to_mean_minus_two_sigma():
-    """An outlier far below the others is not the one."""
-    values = [5.0, *[3.0] * 13, -2.0, -9.0]
+    """An outlier far below the others is not the one, nor is what lies one sigma below the mean."""
+    values = [5.0, *[3.0] * 13, -1.0, -4.5, -12.0]
     target = statistics.fmean(values) - 2 * statistics.pstdev(values)
-    assert -5 < target < -4
-    many = [[k, 1] for k in range(5, 21)]
-    assert indices(pairing([many], [values], strategy="best_mean_minus_two_sigma")) == [(0, 14)]
+    assert -7 < target < -6
+    many = [[k, 1] for k in range(5, 22)]
+    assert indices(pairing([many], [values], strategy="best_mean_minus_two_sigma")) == [(0, 15)]
+    # The group is all there is: its own standard deviation gives -3.05, an estimate of a wider one would give -3.27.
+    values = [*[3.0] * 10, -1.0, -5.5]
+    assert indices(pairing([many[:12]], [values], strategy="best_mean_minus_two_sigma")) == [(0, 10)]
     assert indices(pairing([THREE], [[1.0, 0.0, 0.5]], strategy="best_mean_minus_two_sigma")) == [(0, 1)]
 
 

@@ -78,6 +78,12 @@ def test_each_round_of_all_groups_is_one_call():
     assert [(p.chosen, p.rejected) for p in said.preferences] == [(3, 0), (1, 0), (0, 1)]
 
 
+def test_a_duel_that_ends_even_is_won_by_its_first():
+    said, judge = find(group("1", "1.0"), group("2", "2.0", "1", "1.0"))
+    assert said.preferences == [Preference(0, 1, 0.5), Preference(0, 3, pytest.approx(0.9))]
+    assert judge.calls[1] == [("2", "1"), ("2.0", "1.0")]
+
+
 def test_no_groups_are_no_call():
     said, judge = find()
     assert said.preferences == [] and judge.calls == []
