@@ -142,11 +142,12 @@ def test_loss_metrics_by_hand_and_nothing_from_a_stand_in():
 
 
 def test_a_completion_in_several_pairs_counts_once_where_completions_are_averaged():
-    group = tiny.group(tiny.prompts([3])[0], [[5, 6, 1], [7, 1], [8, 9, 10, 11]])
-    rows = pack_pairs([Pair(group, 0, 1, 2.0, 1.0), Pair(group, 0, 2, 2.0, 0.0), Pair(group, 1, 2, 1.0, 0.0)], True)
-    policy, reference = (RowLogprobs(torch.zeros(9), torch.zeros(9), x * rows.length_S.float()) for x in (-1.0, -1.5))
+    group = tiny.group(tiny.prompts([3])[0], [[5, 6, 1], [7, 1], [8, 9, 10, 11, 12]])
+    rows = pack_pairs([Pair(group, 0, 1, 2.0, 1.0), Pair(group, 0, 2, 2.0, 0.0)], shared=True)
+    policy, reference = (RowLogprobs(torch.zeros(10), torch.zeros(10), x * rows.length_S.float()) for x in (-1.0, -1.5))
     store = MetricStore()
-    record_loss(store, rows, policy, reference, torch.tensor([0.5, 0.9, 0.1]), beta=0.2)
+    record_loss(store, rows, policy, reference, torch.tensor([0.5, 0.9]), beta=0.2)
     metrics = store.drain()
-    assert metrics["objective/kl"] == pytest.approx(0.5 * (3 + 2 + 4) / 3) and metrics["objective/entropy"] == 3.0
-    assert metrics["loss"] == pytest.approx(0.5) and metrics["logps/chosen"] == pytest.approx(-(3 + 3 + 2) / 3)
+    assert metrics["objective/kl"] == pytest.approx(0.5 * (3 + 2 + 5) / 3)
+    assert metrics["objective/entropy"] == pytest.approx((3 + 2 + 5) / 3)
+    assert metrics["loss"] == pytest.approx(0.7) and metrics["logps/chosen"] == -3.0
