@@ -164,7 +164,7 @@ def _build_ours(job: Job, workload: Workload, output_dir: str, parts: dict[str, 
     )
     trainer: Any = OnlineDPOTrainer(**parts, args=args, peft_config=_adapter() if job.lora else None)
     force_our_lengths(workload)
-    generate, score, compute_loss = trainer.engine.generate, trainer._score_or_rank, trainer.compute_loss
+    generate, score, compute_loss = trainer.engine.generate, trainer._assess, trainer.compute_loss
 
     def generate_and_check(*args: Any, **kwargs: Any) -> Any:
         at_once = trainer.engine.batch_size
@@ -178,10 +178,10 @@ def _build_ours(job: Job, workload: Workload, output_dir: str, parts: dict[str, 
 
     def score_and_remember(groups: Any) -> Any:
         with probe.phase("score"):
-            scores, ranks = score(groups)
+            scores = score(groups)
         for lengths, values in zip(probe.lengths, scores.values, strict=True):
             probe.trained.append([lengths[values.index(max(values))], lengths[values.index(min(values))]])
-        return scores, ranks
+        return scores
 
     def loss_of_whole_step(model: Any, inputs: Any, *args: Any, num_items_in_batch: Any, **kwargs: Any) -> Any:
         assert int(num_items_in_batch) == len(probe.rows), "a prompt has given no pair"
@@ -189,7 +189,7 @@ def _build_ours(job: Job, workload: Workload, output_dir: str, parts: dict[str, 
             return compute_loss(model, inputs, *args, num_items_in_batch=num_items_in_batch, **kwargs)
 
     trainer.engine.generate = generate_and_check
-    trainer._score_or_rank = score_and_remember
+    trainer._assess = score_and_remember
     trainer._reference_logprobs = probe.timed("reference", trainer._reference_logprobs)
     trainer.compute_loss = loss_of_whole_step
     return trainer

@@ -22,7 +22,9 @@ from online_dpo.models import check_model_path, context_length, disable_dropout,
 from online_dpo.reference import (
     AdapterOffReference,
     FrozenReference,
+    NoReference,
     Reference,
+    SyncedReference,
     adapter_changes_output,
     frozen_copy,
 )
@@ -31,7 +33,7 @@ from online_dpo.rollout.vllm_client import VLLMClient
 from online_dpo.rollout.vllm_colocate import VLLMColocateEngine
 from online_dpo.rollout.vllm_requests import vllm_sampling
 from online_dpo.rollout.vllm_server import VLLMServerEngine
-from online_dpo.scoring import PointwiseScorer, RewardModelScorer, check_scorers
+from online_dpo.scoring import Judge, PairwiseScorer, PointwiseScorer, RewardModelScorer, check_scorers
 
 logger = logging.getLogger(__name__)
 
@@ -74,12 +76,19 @@ def check_arguments(
             "`model` and `ref_model` are the same object, so the reference would move with the policy. Leave "
             "`ref_model` out: the trainer keeps a copy of the policy itself."
         )
+    if ref_model is not None and args.reference_free:
+        raise ValueError(
+            "A `ref_model` is given, but with `reference_free=True` nothing reads it. Leave one of them out."
+        )
     if reward_funcs is None and judge is None:
         raise ValueError("Nothing scores the completions: give `reward_funcs`, `reward_model` or `judge`.")
-    if judge is not None and reward_funcs is None and args.num_completions != 2:
-        raise ValueError(f"A judge compares two completions: set `num_completions=2` (it is {args.num_completions}).")
-    if judge is not None and not callable(judge) and not callable(getattr(judge, "judge", None)):
-        raise TypeError("`judge` must have a method `judge(prompts, completion_pairs, shuffle_order)` or be callable.")
+    if judge is not None:
+        check_judged_pairs(args)
+    if judge is not None and not (callable(judge) or isinstance(judge, (Judge, PairwiseScorer))):
+        raise TypeError(
+            "`judge` must have `name` and `prefer(duels)`, or a method `judge(prompts, completion_pairs, "
+            "shuffle_order)`, or be callable."
+        )
     if preprocess_logits_for_metrics is not None:
         raise ValueError(
             "`preprocess_logits_for_metrics` has nothing to work on: evaluation keeps no logits. `compute_metrics` "
@@ -95,6 +104,18 @@ def check_arguments(
         raise ValueError("`model` is a PEFT model already; leave `peft_config` out, or give the base model.")
     if reward_funcs is not None:
         check_scorers(reward_funcs, reward_processing_classes, args)
+
+
+def check_judged_pairs(args: OnlineDPOConfig) -> None:
+    """
+    Raises:
+        ValueError: pairs are to be picked by scores, and a judge gives none.
+    """
+    if args.pair_selection != "best_worst":
+        raise ValueError(f"`pair_selection={args.pair_selection!r}` needs scores; a judge goes with 'best_worst'.")
+    for name in ("min_margin", "max_margin", "margin_weighting", "label_temperature"):
+        if getattr(args, name):
+            raise ValueError(f"`{name}` needs scores, and a judge gives none: its pairs have probabilities.")
 
 
 def is_peft_model_object(model: Any) -> bool:
@@ -169,22 +190,41 @@ def _prepare_attention(model: nn.Module, args: OnlineDPOConfig) -> None:
 
 
 def build_reference(ref_model: Any, policy: nn.Module, args: OnlineDPOConfig) -> Reference:
-    """The reference: the model given, else the policy with its adapter off, else a frozen copy."""
+    """The reference: the model given, else the policy with its adapter off, else a frozen copy. A model of its own may
+    follow the policy.
+
+    Raises:
+        ValueError: it is to follow the policy, and cannot.
+    """
+    if args.reference_free:
+        return NoReference()
     if isinstance(ref_model, str):
         ref_model = load_causal_lm(ref_model, args.model_init_kwargs, args.trust_remote_code)  # pyright: ignore[reportArgumentType]
     if ref_model is not None:
         disable_dropout(ref_model)
         enable_logprobs(ref_model)
         _prepare_attention(ref_model, args)
-        return FrozenReference(to_device(ref_model, args.device), "a model given separately")
+        return _own_model(to_device(ref_model, args.device), policy, args, "a model given separately")
+    if args.sync_ref_model and is_peft_model_object(policy):
+        raise ValueError(
+            "`sync_ref_model` needs a reference with weights of its own, and with an adapter the reference is the "
+            "policy without it. Train all weights, or leave it off."
+        )
     if not is_peft_model_object(policy):
-        return FrozenReference(to_device(frozen_copy(policy), args.device), "a frozen copy of the policy")
+        return _own_model(to_device(frozen_copy(policy), args.device), policy, args, "a frozen copy of the policy")
     if adapter_changes_output(policy):
         logger.warning(
             "The policy's adapter has been trained before. The reference is the base model without it; to stay close "
             "to the policy as it is now, merge the adapter first (merge_and_unload) or pass `ref_model`."
         )
     return AdapterOffReference(policy)
+
+
+def _own_model(model: nn.Module, policy: nn.Module, args: OnlineDPOConfig, description: str) -> Reference:
+    if not args.sync_ref_model:
+        return FrozenReference(model, description)
+    alpha, every = args.ref_model_mixup_alpha, args.ref_model_sync_steps
+    return SyncedReference(model, policy, alpha, every, description)
 
 
 def check_vllm(args: OnlineDPOConfig) -> None:

@@ -12,13 +12,38 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from online_dpo.config_checks import check_generation_kwargs, check_vllm
+from online_dpo.config_checks import (
+    check_choices,
+    check_generation_kwargs,
+    check_losses,
+    check_pairs,
+    check_ranges,
+    check_reference,
+    check_unsupported,
+    check_vllm,
+)
 
-LOSS_TYPES = ("sigmoid", "ipo")
-PAIR_SELECTIONS = ("best_worst",)
+LOSS_TYPES = (
+    "sigmoid",
+    "ipo",
+    "hinge",
+    "robust",
+    "exo_pair",
+    "simpo",
+    "sft",
+    "apo_zero",
+    "apo_down",
+    "dpop",
+)
+PAIR_SELECTIONS = ("best_worst", "best_random", "best_mean_minus_two_sigma", "all_pairs")
 TIE_POLICIES = ("skip", "first")
 INVALID_PROMPT_POLICIES = ("error", "filter")
-SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+CHOICES = (
+    ("loss_type", LOSS_TYPES),
+    ("pair_selection", PAIR_SELECTIONS),
+    ("tie_policy", TIE_POLICIES),
+    ("invalid_prompts", INVALID_PROMPT_POLICIES),
+)
 
 
 @dataclass
@@ -71,7 +96,7 @@ class OnlineDPOConfig(TrainingArguments):
     # --- sampling ---------------------------------------------------------------------------------------------------
 
     num_completions: int = 2
-    """Completions sampled for each prompt (K). One chosen/rejected pair is formed of them. A judge needs 2."""
+    """Completions sampled for each prompt (K). How many pairs are formed of them says `pair_selection`."""
 
     max_new_tokens: int = 64
     """Longest completion, in tokens."""
@@ -133,12 +158,36 @@ class OnlineDPOConfig(TrainingArguments):
     """Texts in one forward pass of a reward model."""
 
     missing_eos_penalty: float | None = None
-    """Subtracted from the score of a completion that did not end by itself; above 0."""
+    """Subtracted from the score of a completion that did not end by itself, or, with a judge, from its log-odds against
+    one that did; above 0.
+    """
 
     # --- pairs and loss ---------------------------------------------------------------------------------------------
 
     pair_selection: str = "best_worst"
-    """How the pair is picked from K scored completions: `best_worst` takes the highest and the lowest score."""
+    """Which completions of a group become pairs. `best_worst`: the highest against the lowest score. `best_random`:
+    the highest against a random lower one. `best_mean_minus_two_sigma`: the highest against the one closest to the
+    group's mean minus two standard deviations (arXiv 2502.16825). `all_pairs`: each against each lower one. A judge
+    goes with `best_worst`.
+    """
+
+    min_margin: float | None = None
+    """Leave out pairs whose scores differ by less; above 0."""
+
+    max_margin: float | None = None
+    """Leave out pairs whose scores differ by more; above 0."""
+
+    max_length_ratio: float | None = None
+    """Leave out pairs in which one completion has more than this many times the tokens of the other; 1 or more."""
+
+    margin_weighting: bool = False
+    """Pairs count in proportion to the difference of their scores. Off: all the same."""
+
+    label_temperature: float | None = None
+    """Makes labels soft: a pair's probability becomes the sigmoid of its scores' difference divided by this
+    (Bradley-Terry); above 0. When not set, the higher score is certainly the better one. A judge brings probabilities
+    of its own.
+    """
 
     tie_policy: str = "skip"
     """When the best and the worst score are equal: `skip` drops the group and counts it, `first` trains the first
@@ -149,8 +198,44 @@ class OnlineDPOConfig(TrainingArguments):
     stays).
     """
 
-    loss_type: str = "sigmoid"
-    """`sigmoid` (DPO, arXiv 2305.18290, equation 7) or `ipo` (arXiv 2310.12036, equation 17)."""
+    loss_type: str | list[str] = "sigmoid"
+    """The loss, or a list of losses that are added up (see `loss_weights`): `sigmoid` (DPO, arXiv 2305.18290), `ipo`
+    (2310.12036), `hinge` (SLiC, 2305.10425), `robust` (2403.00409), `exo_pair` (2402.00856), `simpo` (2405.14734),
+    `sft` (likelihood of the chosen), `apo_zero` and `apo_down` (2408.06266), `dpop` (2402.13228).
+    """
+
+    loss_weights: list[float] | None = None
+    """Weight of each loss in `loss_type`; when not set, each counts 1."""
+
+    label_smoothing: float = 0.0
+    """Share of the labels that is taken to be wrong, in [0, 0.5). With `robust`, the loss is corrected for it; with
+    `exo_pair` it has to be above 0 (1e-3 is the paper's); `sft` does not read it; the others become conservative.
+    """
+
+    simpo_gamma: float = 0.5
+    """The margin of `simpo`, in units of the loss: beta times nats a token. Its beta is usually 2 or more."""
+
+    dpop_lambda: float = 50.0
+    """How strongly `dpop` keeps the chosen completion as likely as under the reference; 0 is plain DPO."""
+
+    use_weighting: bool = False
+    """Weigh pairs by how likely the policy would write them itself (WPO, arXiv 2406.11827)."""
+
+    reference_free: bool = False
+    """Keep no reference, which saves its memory and its forward passes. Only with losses that do not read it (`simpo`,
+    `sft`); there is then no KL, no `rewards/*` and no win rate.
+    """
+
+    sync_ref_model: bool = False
+    """Let the reference follow the policy (TR-DPO, arXiv 2404.09656). Not with an adapter, whose reference is the
+    policy without it.
+    """
+
+    ref_model_mixup_alpha: float = 0.6
+    """With `sync_ref_model`: share of the policy that is mixed into the reference's weights; in (0, 1], 1 copies it."""
+
+    ref_model_sync_steps: int = 512
+    """With `sync_ref_model`: optimizer steps between two mixes. 1, with a small share: an exponential average."""
 
     disable_dropout: bool = True
     """Switch dropout off in the policy and the reference."""
@@ -247,14 +332,25 @@ class OnlineDPOConfig(TrainingArguments):
         super().__post_init__()
         if isinstance(self.beta, (list, tuple)) and len(self.beta) == 1:
             self.beta = self.beta[0]  # pyright: ignore[reportAttributeAccessIssue]
-        self._check_ranges()
-        self._check_unsupported()
+        check_ranges(self)
+        check_choices(self, CHOICES)
+        check_losses(self)
+        check_pairs(self)
+        check_reference(self)
+        check_vllm(self)
+        check_generation_kwargs(self.generation_kwargs)
+        check_unsupported(self)
 
     def beta_at(self, epoch: float) -> float:
         """The beta of an epoch that may be fractional: ``[0.1, 0.2]`` gives 0.1 in epoch 0 and 0.2 from epoch 1 on."""
         if isinstance(self.beta, (list, tuple)):
             return float(self.beta[min(int(epoch), len(self.beta) - 1)])
         return float(self.beta)
+
+    @property
+    def loss_types(self) -> list[str]:
+        """``loss_type`` as a list."""
+        return [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
 
     @property
     def vllm_server_urls(self) -> list[str]:
@@ -280,69 +376,6 @@ class OnlineDPOConfig(TrainingArguments):
         by_total = None if self.max_length is None else self.max_length - self.max_new_tokens
         limits = [limit for limit in (self.max_prompt_length, by_total) if limit is not None]
         return min(limits) if limits else None
-
-    def _check_ranges(self) -> None:
-        sampling = {name: getattr(self, name) for name in SAMPLING_FIELDS}
-        given: dict[str, Any] = {**(self.generation_kwargs or {})}  # pyright: ignore[reportGeneralTypeIssues]
-        sampling |= {name: value for name, value in given.items() if name in SAMPLING_FIELDS}
-        betas = self.beta if isinstance(self.beta, (list, tuple)) else [self.beta]
-        checks = [
-            (self.num_completions >= 2, "num_completions", "at least 2: a pair needs two completions"),
-            (self.max_new_tokens >= 1, "max_new_tokens", "at least 1"),
-            (self.max_prompt_length is None or self.max_prompt_length >= 1, "max_prompt_length", "at least 1"),
-            (sampling["temperature"] > 0, "temperature", "above 0: completions of one prompt have to differ"),
-            (0 < sampling["top_p"] <= 1, "top_p", "in (0, 1]"),
-            (sampling["top_k"] >= 0, "top_k", "0 (off) or more"),
-            (sampling["min_p"] is None or 0 <= sampling["min_p"] <= 1, "min_p", "in [0, 1]"),
-            (sampling["repetition_penalty"] > 0, "repetition_penalty", "above 0"),
-            (self.rollout_batch_size >= 1, "rollout_batch_size", "at least 1"),
-            (self.reward_batch_size >= 1, "reward_batch_size", "at least 1"),
-            (self.max_staleness >= 0, "max_staleness", "0 or more"),
-            (self.sync_check_steps >= 0, "sync_check_steps", "0 or more"),
-            (self.missing_eos_penalty is None or self.missing_eos_penalty > 0, "missing_eos_penalty", "above 0"),
-            (self.max_tokens_per_pass is None or self.max_tokens_per_pass >= 1, "max_tokens_per_pass", "at least 1"),
-            (self.max_skipped_steps >= 1, "max_skipped_steps", "at least 1"),
-            (len(betas) > 0 and all(beta > 0 for beta in betas), "beta", "above 0, or a list of such numbers"),
-        ]
-        for holds, name, wanted in checks:
-            if not holds:
-                raise ValueError(f"`{name}` must be {wanted}; it is {sampling.get(name, getattr(self, name))!r}.")
-        choices = [
-            ("loss_type", LOSS_TYPES),
-            ("pair_selection", PAIR_SELECTIONS),
-            ("tie_policy", TIE_POLICIES),
-            ("invalid_prompts", INVALID_PROMPT_POLICIES),
-        ]
-        for name, allowed in choices:
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}; it is {getattr(self, name)!r}.")
-        if self.prompt_limit is not None and self.prompt_limit < 1:
-            raise ValueError(
-                f"`max_length` ({self.max_length}) leaves no room for a prompt beside `max_new_tokens` "
-                f"({self.max_new_tokens}). Raise `max_length` or lower `max_new_tokens`."
-            )
-
-    def _check_unsupported(self) -> None:
-        check_vllm(self)
-        check_generation_kwargs(self.generation_kwargs)
-        if self.deepspeed is not None:
-            raise ValueError("`deepspeed` is not in this version. Use several processes without it (torchrun).")
-        if self.fsdp:
-            raise ValueError("`fsdp` is not in this version. Use several processes without it (torchrun).")
-        if self.remove_unused_columns:
-            raise ValueError(
-                "`remove_unused_columns` must be False: the prompt itself and the columns that reward functions "
-                "receive are no arguments of the model's forward."
-            )
-        if self.flex_attention and self.device.type == "cpu":
-            raise ValueError("`flex_attention=True` needs a GPU: FlexAttention has no backward pass on a CPU.")
-        if self.auto_find_batch_size:
-            raise ValueError(
-                "`auto_find_batch_size` must be False: a micro-batch that runs out of memory is split by the trainer "
-                "itself, without changing the gradient."
-            )
-        if self.label_smoothing_factor:
-            raise ValueError("`label_smoothing_factor` has no meaning for the DPO loss; leave it 0.")
 
 
 def _device_computes_in_bf16() -> bool:

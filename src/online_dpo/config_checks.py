@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,9 @@ from transformers import GenerationConfig
 if TYPE_CHECKING:
     from online_dpo.config import OnlineDPOConfig
 
+SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+LOSSES_WITHOUT_LABELS = ("sft",)
+LOSSES_WITHOUT_REFERENCE = ("simpo", "sft")
 VLLM_MODES = {
     "colocate": (
         "vllm_gpu_memory_utilization",
@@ -45,6 +49,151 @@ REFUSED_GENERATION_KWARGS = {
 }
 
 
+def check_ranges(args: OnlineDPOConfig) -> None:
+    """
+    Raises:
+        ValueError: a number is out of range.
+    """
+    sampling = {name: getattr(args, name) for name in SAMPLING_FIELDS}
+    given: dict[str, Any] = {**(args.generation_kwargs or {})}  # pyright: ignore[reportGeneralTypeIssues]
+    sampling |= {name: value for name, value in given.items() if name in SAMPLING_FIELDS}
+    betas = args.beta if isinstance(args.beta, (list, tuple)) else [args.beta]
+    checks = [
+        (args.num_completions >= 2, "num_completions", "at least 2: a pair needs two completions"),
+        (args.max_new_tokens >= 1, "max_new_tokens", "at least 1"),
+        (args.max_prompt_length is None or args.max_prompt_length >= 1, "max_prompt_length", "at least 1"),
+        (sampling["temperature"] > 0, "temperature", "above 0: completions of one prompt have to differ"),
+        (0 < sampling["top_p"] <= 1, "top_p", "in (0, 1]"),
+        (sampling["top_k"] >= 0, "top_k", "0 (off) or more"),
+        (sampling["min_p"] is None or 0 <= sampling["min_p"] <= 1, "min_p", "in [0, 1]"),
+        (sampling["repetition_penalty"] > 0, "repetition_penalty", "above 0"),
+        (args.rollout_batch_size >= 1, "rollout_batch_size", "at least 1"),
+        (args.reward_batch_size >= 1, "reward_batch_size", "at least 1"),
+        (args.max_staleness >= 0, "max_staleness", "0 or more"),
+        (args.sync_check_steps >= 0, "sync_check_steps", "0 or more"),
+        (args.missing_eos_penalty is None or args.missing_eos_penalty > 0, "missing_eos_penalty", "above 0"),
+        (args.max_tokens_per_pass is None or args.max_tokens_per_pass >= 1, "max_tokens_per_pass", "at least 1"),
+        (args.max_skipped_steps >= 1, "max_skipped_steps", "at least 1"),
+        (len(betas) > 0 and all(beta > 0 for beta in betas), "beta", "above 0, or a list of such numbers"),
+    ]
+    _check(args, checks, sampling)
+    if args.prompt_limit is not None and args.prompt_limit < 1:
+        raise ValueError(
+            f"`max_length` ({args.max_length}) leaves no room for a prompt beside `max_new_tokens` "
+            f"({args.max_new_tokens}). Raise `max_length` or lower `max_new_tokens`."
+        )
+
+
+def check_choices(args: OnlineDPOConfig, choices: Sequence[tuple[str, Sequence[str]]]) -> None:
+    """
+    Raises:
+        ValueError: a field, or an item of one that may be a list, is none of those that it may be.
+    """
+    for name, allowed in choices:
+        value = getattr(args, name)
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            if item not in allowed:
+                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}; it is {item!r}.")
+
+
+def check_losses(args: OnlineDPOConfig) -> None:
+    """
+    Raises:
+        ValueError: an option of a loss is out of range, or asks for what the losses cannot do.
+    """
+    names, weights = args.loss_types, args.loss_weights
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"`loss_type` must name at least one loss, and each once; it is {args.loss_type!r}.")
+    if weights is not None and len(weights) != len(names):
+        raise ValueError(
+            f"`loss_weights` has {len(weights)} numbers, but `loss_type` names {len(names)} losses. Give one for each."
+        )
+    positive = weights is None or all(0 < weight < math.inf for weight in weights)
+    checks = [
+        (positive, "loss_weights", "finite numbers above 0"),
+        (0 <= args.label_smoothing < 0.5, "label_smoothing", "in [0, 0.5)"),
+        (0 <= args.simpo_gamma < math.inf, "simpo_gamma", "0 or more"),
+        (0 <= args.dpop_lambda < math.inf, "dpop_lambda", "0 or more"),
+    ]
+    _check(args, checks)
+    if "exo_pair" in names and args.label_smoothing == 0:
+        raise ValueError("`exo_pair` is infinite for certain labels: set `label_smoothing`, for example to 1e-3.")
+    if set(names) <= set(LOSSES_WITHOUT_LABELS):
+        for name in ("label_smoothing", "label_temperature"):
+            if getattr(args, name):
+                raise ValueError(f"`{name}` has no meaning for `loss_type={args.loss_type!r}`, which reads no labels.")
+
+
+def check_pairs(args: OnlineDPOConfig) -> None:
+    """
+    Raises:
+        ValueError: an option of pair selection is out of range, or two contradict each other.
+    """
+    low, high, longest = args.min_margin, args.max_margin, args.max_length_ratio
+    temperature = args.label_temperature
+    checks = [
+        (low is None or 0 < low < math.inf, "min_margin", "above 0"),
+        (high is None or 0 < high < math.inf, "max_margin", "above 0"),
+        (longest is None or longest >= 1, "max_length_ratio", "1 or more"),
+        (temperature is None or 0 < temperature < math.inf, "label_temperature", "above 0"),
+    ]
+    _check(args, checks)
+    if low is not None and high is not None and low > high:
+        raise ValueError(f"`min_margin` ({low}) is above `max_margin` ({high}): no pair would be left.")
+    if args.tie_policy == "first":
+        for name in ("min_margin", "margin_weighting", "label_temperature"):
+            if getattr(args, name):
+                raise ValueError(f"`tie_policy='first'` trains pairs without a margin, which `{name}` needs.")
+
+
+def check_reference(args: OnlineDPOConfig) -> None:
+    """
+    Raises:
+        ValueError: how the reference follows the policy is out of range, or there is to be none and something needs it.
+            Options of `sync_ref_model` give a warning without it.
+    """
+    needing = [name for name in args.loss_types if name not in LOSSES_WITHOUT_REFERENCE]
+    if args.reference_free and (needing or args.sync_ref_model):
+        needs = "`sync_ref_model`" if args.sync_ref_model else f"The loss `{needing[0]}`"
+        raise ValueError(f"{needs} needs a reference; leave `reference_free` off.")
+    checks = [
+        (0 < args.ref_model_mixup_alpha <= 1, "ref_model_mixup_alpha", "in (0, 1]"),
+        (args.ref_model_sync_steps >= 1, "ref_model_sync_steps", "at least 1"),
+    ]
+    _check(args, checks)
+    ignored = [f.name for f in fields(args) if f.name.startswith("ref_model_") and getattr(args, f.name) != f.default]
+    if ignored and not args.sync_ref_model:
+        warnings.warn(f"Ignored without `sync_ref_model`: {', '.join(ignored)}.", stacklevel=4)
+
+
+def check_unsupported(args: OnlineDPOConfig) -> None:
+    """
+    Raises:
+        ValueError: an argument of transformers asks for something that this version does not do.
+    """
+    if args.deepspeed is not None:
+        raise ValueError("`deepspeed` is not in this version. Use several processes without it (torchrun).")
+    if args.fsdp:
+        raise ValueError("`fsdp` is not in this version. Use several processes without it (torchrun).")
+    if args.remove_unused_columns:
+        raise ValueError(
+            "`remove_unused_columns` must be False: the prompt itself and the columns that reward functions "
+            "receive are no arguments of the model's forward."
+        )
+    if args.flex_attention and args.device.type == "cpu":
+        raise ValueError("`flex_attention=True` needs a GPU: FlexAttention has no backward pass on a CPU.")
+    if args.auto_find_batch_size:
+        raise ValueError(
+            "`auto_find_batch_size` must be False: a micro-batch that runs out of memory is split by the trainer "
+            "itself, without changing the gradient."
+        )
+    if args.label_smoothing_factor:
+        raise ValueError(
+            "`label_smoothing_factor` smooths next tokens, which the loss does not predict; leave it 0. Preferences "
+            "are smoothed by `label_smoothing`."
+        )
+
+
 def check_vllm(args: OnlineDPOConfig) -> None:
     """
     Raises:
@@ -57,7 +206,7 @@ def check_vllm(args: OnlineDPOConfig) -> None:
     ]
     if not args.use_vllm:
         if changed:
-            warnings.warn(f"Ignored without `use_vllm`: {', '.join(changed)}.", stacklevel=5)
+            warnings.warn(f"Ignored without `use_vllm`: {', '.join(changed)}.", stacklevel=4)
         return
     if args.vllm_mode not in VLLM_MODES:
         raise ValueError(f"`vllm_mode` must be one of {', '.join(VLLM_MODES)}; it is {args.vllm_mode!r}.")
@@ -77,7 +226,7 @@ def check_vllm(args: OnlineDPOConfig) -> None:
     other = "server" if args.vllm_mode == "colocate" else "colocate"
     ignored = [name for name in changed if name in VLLM_MODES[other]]
     if ignored:
-        warnings.warn(f"Ignored with `vllm_mode={args.vllm_mode!r}`: {', '.join(ignored)}.", stacklevel=5)
+        warnings.warn(f"Ignored with `vllm_mode={args.vllm_mode!r}`: {', '.join(ignored)}.", stacklevel=4)
 
 
 def check_generation_kwargs(given: Mapping[str, Any] | str | None) -> None:
@@ -93,3 +242,13 @@ def check_generation_kwargs(given: Mapping[str, Any] | str | None) -> None:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean `{close[0]}`?" if close else ""
             raise ValueError(f"`generation_kwargs` holds `{name}`, which GenerationConfig does not know.{hint}")
+
+
+def _check(
+    args: OnlineDPOConfig, checks: Sequence[tuple[bool, str, str]], values: Mapping[str, Any] | None = None
+) -> None:
+    """Each check: whether it holds, the field, and what the field must be. ``values`` has those that differ from it."""
+    for holds, name, wanted in checks:
+        if not holds:
+            value = (values or {}).get(name, getattr(args, name))
+            raise ValueError(f"`{name}` must be {wanted}; it is {value!r}.")

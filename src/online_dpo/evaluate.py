@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from online_dpo.types import Group, PackedRows, Pair, RowLogprobs, Scores
+from online_dpo.types import Group, PackedRows, Pair, RowLogprobs, Scores, Verdicts
 
 
 @dataclass(frozen=True)
@@ -18,14 +18,14 @@ class EvalRecord:
 
     ``scores`` has one entry a completion, ``None`` where missing (all ``None`` with a judge); ``reference_score`` is
     that of the reference's completion. ``win`` is the share of the policy's completions that beat the reference's (a
-    tie counts half), ``None`` where it cannot be told. ``loss`` is the DPO loss of the prompt's pair, ``None`` without
-    a pair. ``kl`` and ``entropy`` are nats per completion and per token.
+    tie counts half), ``None`` where it cannot be told. ``losses`` are those of the prompt's pairs. ``kl`` and
+    ``entropy`` are nats per completion and per token.
     """
 
     scores: tuple[float | None, ...]
     reference_score: float | None
     win: float | None
-    loss: float | None
+    losses: tuple[float, ...]
     kl: tuple[float, ...]
     entropy: tuple[float, ...]
     lengths: tuple[int, ...]
@@ -64,28 +64,30 @@ def wilson_interval(share: float, count: int, z: float = 1.959964) -> tuple[floa
 def eval_records(
     groups: Sequence[Group],
     pairs: Sequence[Pair],
-    scores: Scores | None,
+    said: Scores | Verdicts,
     reference_scores: Sequence[float | None],
     wins: Sequence[float | None],
     rows: PackedRows,
     *,
     loss_N: torch.Tensor,
     policy: RowLogprobs,
-    reference: RowLogprobs,
+    reference: RowLogprobs | None,
 ) -> list[EvalRecord]:
     """One record a group; ``rows`` has the completions of all groups in order, ``loss_N`` the losses of ``pairs``."""
-    loss_of = {id(pair.group): loss for pair, loss in zip(pairs, loss_N.tolist(), strict=True)}
-    kl_S = (policy.logps_S - reference.logps_S).tolist()
+    losses: dict[int, list[float]] = {}
+    for pair, loss in zip(pairs, loss_N.tolist(), strict=True):
+        losses.setdefault(id(pair.group), []).append(loss)
+    kl_S = [] if reference is None else (policy.logps_S - reference.logps_S).tolist()
     entropy_S = [float(part.mean()) for part in policy.entropy_M.split(rows.length_S.tolist())]
     records, start = [], 0
     for p, group in enumerate(groups):
         end = start + len(group.completions)
         records.append(
             EvalRecord(
-                scores=tuple(scores.values[p]) if scores is not None else (None,) * len(group.completions),
+                scores=tuple(said.values[p]) if isinstance(said, Scores) else (None,) * len(group.completions),
                 reference_score=reference_scores[p],
                 win=wins[p],
-                loss=loss_of.get(id(group)),
+                losses=tuple(losses.get(id(group), ())),
                 kl=tuple(kl_S[start:end]),
                 entropy=tuple(entropy_S[start:end]),
                 lengths=tuple(len(c.token_ids) for c in group.completions),
@@ -97,24 +99,22 @@ def eval_records(
 
 
 def judged_wins(
-    groups: Sequence[Group], rivals: Sequence[Group], rank: Callable[[list[Group]], list[int]]
+    groups: Sequence[Group], rivals: Sequence[Group], prefer: Callable[[list[Group]], list[float | None]]
 ) -> list[float | None]:
-    """For each prompt 1 if a judge prefers the group's first completion to its rival's, 0 if not, one half where their
-    texts are the same, ``None`` where the judge gave no answer.
+    """For each prompt a judge's probability that the group's first completion is better than its rival's, ``None``
+    where it gave no answer.
     """
     duels = [
         Group(group.prompt, (group.completions[0], rival.completions[0]))
         for group, rival in zip(groups, rivals, strict=True)
     ]
-    points = {-1: None, 0: 1.0, 1: 0.0}
-    same = [duel.completions[0].text == duel.completions[1].text for duel in duels]
-    return [0.5 if draw else points[first] for draw, first in zip(same, rank(duels), strict=True)]
+    return prefer(duels)
 
 
 def summarise(records: Sequence[EvalRecord]) -> dict[str, float]:
     """The metrics of an evaluation, without prefix. A metric that no prompt gives a number for is left out."""
     means = {
-        "loss": [r.loss for r in records if r.loss is not None],
+        "loss": [loss for r in records for loss in r.losses],
         "objective/scores": [s for r in records for s in r.scores if s is not None],
         "objective/reference_scores": [r.reference_score for r in records if r.reference_score is not None],
         "objective/kl": [kl for r in records for kl in r.kl],

@@ -19,16 +19,15 @@ from online_dpo.lookahead import Fetched, Lookahead
 from online_dpo.metrics import record_rollout
 from online_dpo.reference import Reference
 from online_dpo.rollout import Engine, RolloutKey, SamplingParams, TransformersEngine
-from online_dpo.scoring import JudgeScorer, score_groups
-from online_dpo.scoring.scorer import PointwiseScorer
+from online_dpo.scoring import CountingScorer, PairwiseScorer, PointwiseScorer, find_preferences, score_groups
 from online_dpo.sync_check import SyncCheck
-from online_dpo.types import Completion, Feedback, Group, Prompt, Scores
+from online_dpo.types import Completion, Feedback, Group, Prompt, Scores, Verdicts
 
-TRAINING, EVALUATION, REFERENCE = 0, 1, 2  # streams of random numbers
+TRAINING, EVALUATION, REFERENCE, PAIRING = 0, 1, 2, 3  # streams of random numbers
 
 
 class FeedbackTrainer(GuardedTrainer):
-    """Prompts to groups and their scores or ranks; :class:`online_dpo.trainer.OnlineDPOTrainer` learns from them.
+    """Prompts to groups and their scores or preferences; :class:`online_dpo.trainer.OnlineDPOTrainer` learns from them.
 
     The attributes below are set by its constructor. ``reference_engine`` samples from the reference.
     """
@@ -39,7 +38,7 @@ class FeedbackTrainer(GuardedTrainer):
     engine: Engine
     reference_engine: TransformersEngine
     sampling: SamplingParams
-    judge: JudgeScorer | None
+    judge: PairwiseScorer | None
     scorers: list[PointwiseScorer]
     lookahead: Lookahead
     sync_check: SyncCheck
@@ -118,8 +117,8 @@ class FeedbackTrainer(GuardedTrainer):
         def score() -> Feedback:
             groups, seconds = sampled or sample()
             with Stopwatch(self.accelerator.device) as watch:
-                scores, ranks = self._score_or_rank(groups)
-            return Feedback(groups, scores, ranks, {"rollout": seconds, "scoring": watch.seconds})
+                said = self._assess(groups)
+            return Feedback(groups, said, {"rollout": seconds, "scoring": watch.seconds})
 
         return score
 
@@ -135,24 +134,30 @@ class FeedbackTrainer(GuardedTrainer):
         self.metrics.total("dropped/invalid_prompt", fetched.num_prompts - len(fetched.prompts))
         for name, seconds in {**feedback.seconds, "waiting": waited}.items():
             self.metrics.total(f"time/{name}", seconds / self.accelerator.num_processes)
-        record_rollout(self.metrics, feedback.groups, feedback.scores, self.state.global_step)
+        record_rollout(self.metrics, feedback.groups, feedback.said, self.state.global_step)
+        judge = self.judge
+        if isinstance(judge, CountingScorer):
+            counts = judge.drain()
+            for name, amount in counts.sums.items():
+                self.metrics.total(name, amount)
+            for name, (part, whole) in counts.rates.items():
+                self.metrics.ratio(name, part, whole)
 
-    def _score_or_rank(self, groups: list[Group]) -> tuple[Scores | None, list[int] | None]:
+    def _assess(self, groups: list[Group]) -> Scores | Verdicts:
+        """What the scorers, or the judge, say of the groups."""
         if self.judge is not None:
-            return None, self.judge.rank(groups) if groups else []
-        if not groups:
-            return Scores([], {}), None
-        return self._scores_of(groups), None
+            return find_preferences(groups, self.judge, self.args.missing_eos_penalty)
+        return self._scores_of(groups) if groups else Scores([], {})
 
     def _scores_of(self, groups: list[Group]) -> Scores:
         return score_groups(groups, self.scorers, self.args.reward_weights, self.args.missing_eos_penalty)
 
     def _rivals(self, prompts: list[Prompt]) -> list[Group]:
-        """One completion of the reference for each prompt; sampled once, since the reference does not change."""
+        """One completion for each prompt of the reference as it was before training; sampled once."""
         new = [prompt for prompt in prompts if (prompt.row, prompt.token_ids) not in self.reference_completions]
         if new:
             key = RolloutKey(self.args.seed, 0, REFERENCE)
-            with self.accelerator.autocast(), self.reference.active():
+            with self.reference.at_start(), self.accelerator.autocast():
                 for group in self.reference_engine.generate(new, 1, self.sampling, key):
                     self.reference_completions[group.prompt.row, group.prompt.token_ids] = group.completions
         return [Group(prompt, self.reference_completions[prompt.row, prompt.token_ids]) for prompt in prompts]
@@ -166,8 +171,11 @@ class FeedbackTrainer(GuardedTrainer):
         super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self.lookahead.save(folder, self.accelerator.process_index)
+        if self.is_world_process_zero():
+            self.reference.save(folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.lookahead.restore(Path(checkpoint), self.accelerator.process_index)
+            self.reference.restore(Path(checkpoint))

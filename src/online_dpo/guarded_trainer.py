@@ -19,7 +19,7 @@ from online_dpo.config import OnlineDPOConfig
 from online_dpo.guard import StepGuard, refuse_to_split
 from online_dpo.metrics import MetricStore
 from online_dpo.models import ConfigKeeper, RestoreConfigs, empty_device_cache
-from online_dpo.packing import halve, tree_size
+from online_dpo.packing import halve, token_count
 from online_dpo.types import PackedRows
 
 
@@ -92,7 +92,7 @@ class GuardedTrainer(Trainer):
 
     def _run(self, model: nn.Module, rows: PackedRows, num_items: Any) -> torch.Tensor:
         """One forward and backward pass; if it does not fit in memory, two, with the same gradient in the end."""
-        if len(rows.pairs) > 1 and sum(map(tree_size, rows.pairs)) > self.tokens_that_fit:
+        if len(rows.pairs) > 1 and token_count(rows.pairs) > self.tokens_that_fit:
             halves = halve(rows, self.args.row_capacity)  # pyright: ignore[reportAttributeAccessIssue]
             return torch.stack([self._run(model, half, num_items) for half in halves]).sum()
         before = self.metrics.copy()
@@ -112,7 +112,7 @@ class GuardedTrainer(Trainer):
         From now on no pass has more than half of the tokens that did not fit, unless it is a single pair.
         """
         refuse_to_split(rows, self.accelerator.num_processes)
-        self.tokens_that_fit = sum(map(tree_size, rows.pairs)) // 2
+        self.tokens_that_fit = token_count(rows.pairs) // 2
         model.zero_grad()
         empty_device_cache()
         before = self.metrics.copy()

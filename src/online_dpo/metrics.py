@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
-from online_dpo.types import Completion, Group, PackedRows, Pair, RowLogprobs, Scores
+from online_dpo.types import Completion, Group, PackedRows, Pairing, RowLogprobs, Scores, Verdicts
 
 Value = torch.Tensor | Iterable[float] | float
 
@@ -85,7 +85,7 @@ class MetricStore:
         return means | dict(totals) | largest
 
 
-def record_rollout(store: MetricStore, groups: list[Group], scores: Scores | None, version: int) -> None:
+def record_rollout(store: MetricStore, groups: list[Group], said: Scores | Verdicts, version: int) -> None:
     """What sampling and scoring gave, over every completion of every group; ``version`` is that of the policy which is
     trained on them.
     """
@@ -96,21 +96,29 @@ def record_rollout(store: MetricStore, groups: list[Group], scores: Scores | Non
     store.mean("completions/mean_length", lengths)
     store.mean("completions/clipped_ratio", [float(c.finish_reason == "length") for c in completions])
     store.mean("val/contain_eos_token", [float(c.finish_reason == "stop") for c in completions])
-    if scores is None:
+    if isinstance(said, Verdicts):
+        store.total("judge/duels", said.duels)
+        store.ratio("judge/unanswered_ratio", said.unanswered, said.duels)
         return
-    store.mean("objective/scores", _present(scores.values))
-    for name, values in scores.by_scorer.items():
+    store.mean("objective/scores", _present(said.values))
+    for name, values in said.by_scorer.items():
         store.mean(f"scores/{name}", _present(values))
         store.mean(f"scores/{name}/missing_ratio", [float(value is None) for row in values for value in row])
 
 
-def record_pairs(store: MetricStore, num_groups: int, pairs: list[Pair], dropped: dict[str, int]) -> None:
+def record_pairs(store: MetricStore, num_groups: int, pairing: Pairing) -> None:
     """What became of the groups."""
+    pairs, dropped = pairing.pairs, pairing.dropped
+    num_used = num_groups - dropped.total()
     store.total("pairs/count", len(pairs))
-    store.ratio("pairs/usable_ratio", len(pairs), num_groups)
-    store.ratio("pairs/tie_rate", dropped.get("tie", 0), num_groups)
+    store.total("pairs/groups", num_used)
+    store.ratio("pairs/usable_ratio", num_used, num_groups)
+    store.ratio("pairs/tie_rate", dropped["tie"], num_groups)
     for reason, count in dropped.items():
         store.total(f"dropped/{reason}", count)
+    for reason, count in pairing.left_out.items():
+        store.total(f"pairs/left_out/{reason}", count)
+    store.mean("pairs/probability", [pair.probability for pair in pairs])
     store.mean("objective/scores_margin", [pair.margin for pair in pairs if pair.margin is not None])
     store.mean(
         "completions/chosen_minus_rejected_length",
@@ -122,7 +130,7 @@ def record_loss(
     store: MetricStore,
     rows: PackedRows,
     policy: RowLogprobs,
-    reference: RowLogprobs,
+    reference: RowLogprobs | None,
     loss_N: torch.Tensor,
     beta: float,
 ) -> None:
@@ -130,33 +138,37 @@ def record_loss(
 
     ``objective/kl`` is the mean over completions of the summed log-ratio to the reference, an estimate of the sequence
     KL in nats; ``objective/entropy`` that of minus the summed log-probability; ``objective/token_entropy`` the mean
-    over tokens of the entropy of the whole next-token distribution.
+    over tokens of the entropy of the whole next-token distribution. Without a reference, what is relative to it is left
+    out.
     """
     store.mean("beta", beta)
     real_N = rows.weight_N > 0
     if not real_N.any():
         return
     chosen_N, rejected_N = rows.chosen_N[real_N], rows.rejected_N[real_N]
-    used_S = torch.cat([chosen_N, rejected_N])
-    logps_S, kl_S = policy.logps_S.detach(), (policy.logps_S - reference.logps_S).detach()
-    rewards_S = beta * kl_S
-    margin_N = rewards_S[chosen_N] - rewards_S[rejected_N]
+    used_S = torch.cat([chosen_N, rejected_N]).unique()  # a completion may stand in several pairs
+    logps_S = policy.logps_S.detach()
     store.mean("loss", loss_N[real_N])
     store.mean("logps/chosen", logps_S[chosen_N])
     store.mean("logps/rejected", logps_S[rejected_N])
+    store.mean("objective/entropy", -logps_S[used_S])
+    store.mean("objective/token_entropy", policy.entropy_M)
+    gap_M = (policy.token_logps_M.detach() - rows.sampled_logps_M).abs()
+    store.mean("sampling/sampling_logp_difference/mean", gap_M)
+    store.largest("sampling/sampling_logp_difference/max", gap_M)
+    if reference is None:
+        return
+    kl_S = logps_S - reference.logps_S
+    rewards_S = beta * kl_S
+    margin_N = rewards_S[chosen_N] - rewards_S[rejected_N]
     store.mean("rewards/chosen", rewards_S[chosen_N])
     store.mean("rewards/rejected", rewards_S[rejected_N])
     store.mean("rewards/margins", margin_N)
     store.mean("rewards/accuracies", (margin_N > 0).double())
     store.mean("objective/kl", kl_S[used_S])
-    store.mean("objective/entropy", -logps_S[used_S])
-    store.mean("objective/token_entropy", policy.entropy_M)
     store.mean("objective/non_score_reward", -rewards_S[used_S])
     scored_S = used_S[~rows.score_S[used_S].isnan()]
     store.mean("objective/rlhf_reward", rows.score_S[scored_S] - rewards_S[scored_S])
-    gap_M = (policy.token_logps_M.detach() - rows.sampled_logps_M).abs()
-    store.mean("sampling/sampling_logp_difference/mean", gap_M)
-    store.largest("sampling/sampling_logp_difference/max", gap_M)
 
 
 def _length_gap(chosen: Completion, rejected: Completion) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,13 +22,24 @@ STAND_IN = Group(Prompt("", (0,), 0), (_NOTHING, _NOTHING))
 
 
 def pack_pairs(pairs: Sequence[Pair], shared: bool, capacity: int = 0) -> PackedRows:
-    """Chosen and rejected of each pair, from one copy of their prompt if ``shared`` (see `layout.lay_out`)."""
+    """The completions of the pairs, from one copy of their prompt if ``shared`` (see `layout.lay_out`).
+
+    A completion that stands in several pairs of its group is there once.
+    """
     assert pairs
-    groups = [Group(p.group.prompt, (p.chosen_completion, p.rejected_completion)) for p in pairs]
-    scores = [score for p in pairs for score in (p.chosen_score, p.rejected_score)]
-    count = len(pairs)
-    chosen, rejected = list(range(0, 2 * count, 2)), list(range(1, 2 * count, 2))
-    return _pack(groups, scores, chosen, rejected, [1.0] * count, pairs, shared, capacity)
+    groups, scores, place = [], [], {}
+    for members in by_group(pairs):
+        group = members[0].group
+        found: dict[int, float | None] = {}
+        for pair in members:
+            found[pair.chosen] = pair.chosen_score
+            found[pair.rejected] = pair.rejected_score
+        place |= {(id(group), k): len(scores) + i for i, k in enumerate(found)}
+        groups.append(Group(group.prompt, tuple(group.completions[k] for k in found)))
+        scores += found.values()
+    chosen = [place[id(pair.group), pair.chosen] for pair in pairs]
+    rejected = [place[id(pair.group), pair.rejected] for pair in pairs]
+    return _pack(groups, scores, chosen, rejected, pairs, shared, capacity)
 
 
 def pack_groups(groups: Sequence[Group], pairs: Sequence[Pair], shared: bool, capacity: int = 0) -> PackedRows:
@@ -39,13 +51,12 @@ def pack_groups(groups: Sequence[Group], pairs: Sequence[Pair], shared: bool, ca
         count += len(group.completions)
     chosen = [first[id(pair.group)] + pair.chosen for pair in pairs]
     rejected = [first[id(pair.group)] + pair.rejected for pair in pairs]
-    weights = [1.0] * len(pairs)
-    return _pack(groups, [None] * count, chosen, rejected, weights, pairs, shared, capacity)
+    return _pack(groups, [None] * count, chosen, rejected, pairs, shared, capacity)
 
 
 def stand_in(shared: bool) -> PackedRows:
     """Rows of one pair with weight 0, so that a rank without pairs takes part in the same collective operations."""
-    return _pack([STAND_IN], [None, None], [0], [1], [0.0], (), shared, 0)
+    return replace(_pack([STAND_IN], [None, None], [0], [1], [Pair(STAND_IN, 0, 1, weight=0.0)], shared, 0), pairs=())
 
 
 def as_inputs(passes: Sequence[PackedRows]) -> dict[str, Any]:
@@ -56,30 +67,54 @@ def as_inputs(passes: Sequence[PackedRows]) -> dict[str, Any]:
     return {"passes": list(passes), "input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def tree_size(pair: Pair) -> int:
-    """Tokens of a pair when its prompt is stored once."""
-    return sum(len(c.token_ids) for c in (pair.group.prompt, pair.chosen_completion, pair.rejected_completion))
+def by_group(pairs: Sequence[Pair]) -> list[list[Pair]]:
+    """The pairs of each group, in the order in which groups come first."""
+    groups: dict[int, list[Pair]] = {}
+    for pair in pairs:
+        groups.setdefault(id(pair.group), []).append(pair)
+    return list(groups.values())
+
+
+def token_count(pairs: Sequence[Pair]) -> int:
+    """Tokens of the pairs when each prompt, and each completion of a group, is stored once."""
+    count = 0
+    for members in by_group(pairs):
+        group = members[0].group
+        used = {k for pair in members for k in (pair.chosen, pair.rejected)}
+        count += len(group.prompt.token_ids) + sum(len(group.completions[k].token_ids) for k in used)
+    return count
 
 
 def split_pairs(pairs: Sequence[Pair], parts: int) -> list[list[Pair]]:
-    """The pairs in ``parts`` lists with about equally many tokens; some may be empty."""
-    return [[pairs[i] for i in indices] for indices in split_balanced([tree_size(pair) for pair in pairs], parts)]
+    """The pairs in ``parts`` lists with about equally many tokens; some may be empty. Groups stay whole."""
+    return _split(by_group(pairs), parts)
 
 
 def passes_needed(pairs: Sequence[Pair], max_tokens: int) -> int:
-    """The fewest lists that `split_pairs` makes of at most ``max_tokens`` each, or of one pair that has more alone."""
-    parts = max(1, math.ceil(sum(map(tree_size, pairs)) / max_tokens))
-    while parts < len(pairs):
-        if all(len(part) <= 1 or sum(map(tree_size, part)) <= max_tokens for part in split_pairs(pairs, parts)):
+    """The fewest lists that `split_pairs` makes of at most ``max_tokens`` each, or of one group that has more alone."""
+    groups = by_group(pairs)
+    parts = max(1, math.ceil(token_count(pairs) / max_tokens))
+    while parts < len(groups):
+        split = _split(groups, parts)
+        if all(len(by_group(part)) <= 1 or token_count(part) <= max_tokens for part in split):
             return parts
         parts += 1
-    return max(1, len(pairs))
+    return max(1, len(groups))
 
 
 def halve(rows: PackedRows, capacity: int = 0) -> list[PackedRows]:
-    """The same pairs in two passes of about equally many tokens. Needs two pairs or more."""
+    """The same pairs in two passes of about equally many tokens. Needs two pairs or more; only those of a single group
+    are parted.
+    """
     assert len(rows.pairs) >= 2
-    return [pack_pairs(part, rows.tokens.shares_prompts, capacity) for part in split_pairs(rows.pairs, 2)]
+    groups = by_group(rows.pairs)
+    halves = _split(groups if len(groups) > 1 else [[pair] for pair in rows.pairs], 2)
+    return [pack_pairs(half, rows.tokens.shares_prompts, capacity) for half in halves]
+
+
+def _split(units: Sequence[list[Pair]], parts: int) -> list[list[Pair]]:
+    lists = split_balanced([token_count(unit) for unit in units], parts)
+    return [[pair for i in indices for pair in units[i]] for indices in lists]
 
 
 def _trees(group: Group) -> list[Tree]:
@@ -93,7 +128,6 @@ def _pack(
     scores: Sequence[float | None],
     chosen: list[int],
     rejected: list[int],
-    weights: list[float],
     pairs: Sequence[Pair],
     shared: bool,
     capacity: int,
@@ -114,7 +148,8 @@ def _pack(
         length_S=torch.tensor(lengths),
         chosen_N=torch.tensor(chosen, dtype=torch.long),
         rejected_N=torch.tensor(rejected, dtype=torch.long),
-        weight_N=torch.tensor(weights),
+        probability_N=torch.tensor([pair.probability for pair in pairs]),
+        weight_N=torch.tensor([pair.weight for pair in pairs]),
         score_S=torch.tensor([math.nan if score is None else score for score in scores], dtype=torch.float64),
         pairs=tuple(pairs),
     )

@@ -1,60 +1,200 @@
-"""Groups and what scorers said of them, to pairs. Every group ends as one pair or in one counted reason."""
+"""Groups and what scorers said of them, to pairs. Every group ends in pairs or in one counted reason."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
-from online_dpo.types import Group, Pair, Scores
+from online_dpo.config import OnlineDPOConfig
+from online_dpo.types import Group, Pair, Pairing, Preference, Prompt, Scores
 
 MISSING_SCORE = "missing_score"
 NO_ANSWER = "no_answer"
+CONTRADICTION = "contradiction"
 TIE = "tie"
 IDENTICAL = "identical"
+MARGIN = "margin"
+LENGTH_RATIO = "length_ratio"
+
+Draw = Callable[[Prompt], float]
+"""A number in [0, 1) for a prompt, the same whenever it is asked for in this step."""
+
+Scored = tuple[float, int]
+"""A completion's score and its index in the group."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which completions become pairs, and what is made of them: configuration fields, ``strategy`` is
+    ``pair_selection``.
+
+    >>> Selection(strategy="all_pairs", min_margin=0.5)
+    """
+
+    strategy: str = "best_worst"
+    tie_policy: str = "skip"
+    min_margin: float | None = None
+    max_margin: float | None = None
+    max_length_ratio: float | None = None
+    margin_weighting: bool = False
+    label_temperature: float | None = None
+
+    @classmethod
+    def from_config(cls, args: OnlineDPOConfig) -> Selection:
+        return cls(
+            strategy=args.pair_selection,
+            tie_policy=args.tie_policy,
+            min_margin=args.min_margin,
+            max_margin=args.max_margin,
+            max_length_ratio=args.max_length_ratio,
+            margin_weighting=args.margin_weighting,
+            label_temperature=args.label_temperature,
+        )
 
 
 def pairs_from_scores(
-    groups: Sequence[Group], scores: Scores, tie_policy: str = "skip"
-) -> tuple[list[Pair], Counter[str]]:
-    """Best against worst of each group, and how many groups were dropped for which reason.
+    groups: Sequence[Group], scores: Scores, selection: Selection | None = None, draw: Draw = lambda prompt: 0.0
+) -> Pairing:
+    """The pairs that the selection's strategy picks from each group.
 
-    A completion without a score takes part in no pair; a group with fewer than two scored completions is dropped as
-    ``missing_score``, one whose best and worst score are equal as ``tie`` (or, with ``tie_policy="first"``, gives its
-    first two scored completions as chosen and rejected), one whose two completions have the same tokens as
-    ``identical``. Between equal scores the earlier completion is the chosen one and the later the rejected one.
+    A completion without a score takes part in no pair, and of several with the same tokens only the first with a score
+    does. A group with fewer than two scored completions is dropped as ``missing_score``, one whose scores are all equal
+    as ``tie`` (or, with ``tie_policy="first"``, gives its first two as chosen and rejected), one whose completions all
+    have the same tokens as ``identical``, one whose margins or lengths the selection excludes as ``margin`` or
+    ``length_ratio``. Between equal scores the earlier completion is the chosen one and the later the rejected one.
+
+    Args:
+        draw: where random choices come from.
     """
-    pairs: list[Pair] = []
-    dropped: Counter[str] = Counter()
+    selection = selection or Selection()
+    made = Pairing()
     for group, values in zip(groups, scores.values, strict=True):
         scored = [(score, k) for k, score in enumerate(values) if score is not None]
+        distinct = _distinct(scored, group)
         if len(scored) < 2:
-            dropped[MISSING_SCORE] += 1
-            continue
-        best_score, best = max(scored, key=lambda item: (item[0], -item[1]))
-        worst_score, worst = min(scored, key=lambda item: (item[0], -item[1]))
-        if best_score == worst_score:
-            if tie_policy == "skip":
-                dropped[TIE] += 1
-                continue
-            best, worst = scored[0][1], scored[1][1]
-        _add(Pair(group, best, worst, best_score, worst_score), pairs, dropped)
-    return pairs, dropped
-
-
-def pairs_from_ranks(groups: Sequence[Group], ranks: Sequence[int]) -> tuple[list[Pair], Counter[str]]:
-    """A judge's choice for each group of two: the index of the better completion, or -1 (dropped as ``no_answer``)."""
-    pairs: list[Pair] = []
-    dropped: Counter[str] = Counter()
-    for group, rank in zip(groups, ranks, strict=True):
-        if rank == -1:
-            dropped[NO_ANSWER] += 1
+            made.dropped[MISSING_SCORE] += 1
+        elif _all_equal(scored) and selection.tie_policy == "skip":
+            made.dropped[TIE] += 1
+        elif len(distinct) < 2:
+            made.dropped[IDENTICAL] += 1
+        elif not _all_equal(distinct):
+            picked = STRATEGIES[selection.strategy](distinct, draw(group.prompt))
+            _add([_pair(group, *pick, selection) for pick in picked], made, selection)
+        elif selection.tie_policy == "first":
+            _add([_pair(group, distinct[0], distinct[1], selection)], made, selection)
         else:
-            _add(Pair(group, chosen=rank, rejected=1 - rank), pairs, dropped)
-    return pairs, dropped
+            made.dropped[TIE] += 1
+    return made
 
 
-def _add(pair: Pair, pairs: list[Pair], dropped: Counter[str]) -> None:
-    if pair.chosen_completion.token_ids == pair.rejected_completion.token_ids:
-        dropped[IDENTICAL] += 1
+def pairs_from_preferences(
+    groups: Sequence[Group], preferences: Sequence[Preference | None], selection: Selection | None = None
+) -> Pairing:
+    """The pair that a judge found in each group, with the judge's probability.
+
+    Without an answer a group is dropped as ``no_answer``; where both completions have the same tokens, as
+    ``identical``; where both are as good, as ``tie`` (with ``tie_policy="first"`` it is trained as if there were no
+    doubt); where the judge took one for the best and another for the worst and yet prefers that, as ``contradiction``.
+    """
+    selection = selection or Selection()
+    made = Pairing()
+    for group, preference in zip(groups, preferences, strict=True):
+        if preference is None:
+            made.dropped[NO_ANSWER] += 1
+            continue
+        probability = preference.probability
+        pair = Pair(group, preference.chosen, preference.rejected, probability=probability)
+        if pair.chosen_completion.token_ids == pair.rejected_completion.token_ids:
+            made.dropped[IDENTICAL] += 1
+        elif probability == 0.5 and selection.tie_policy == "skip":
+            made.dropped[TIE] += 1
+        elif probability < 0.5:
+            made.dropped[CONTRADICTION] += 1
+        else:
+            _add([replace(pair, probability=1.0) if probability == 0.5 else pair], made, selection)
+    return made
+
+
+# --- strategies: distinct completions whose scores are not all equal, and a number in [0, 1) --------------------------
+
+
+def best_worst(scored: Sequence[Scored], draw: float) -> list[tuple[Scored, Scored]]:
+    return [(_best(scored), min(scored, key=lambda item: (item[0], -item[1])))]
+
+
+def best_random(scored: Sequence[Scored], draw: float) -> list[tuple[Scored, Scored]]:
+    lower = _below_the_best(scored)
+    return [(_best(scored), lower[int(draw * len(lower))])]
+
+
+def best_mean_minus_two_sigma(scored: Sequence[Scored], draw: float) -> list[tuple[Scored, Scored]]:
+    """The worst of many samples says little about what the policy usually does wrong (arXiv 2502.16825)."""
+    scores = [score for score, _ in scored]
+    target = statistics.fmean(scores) - 2 * statistics.pstdev(scores)
+    return [(_best(scored), min(_below_the_best(scored), key=lambda item: (abs(item[0] - target), -item[1])))]
+
+
+def all_pairs(scored: Sequence[Scored], draw: float) -> list[tuple[Scored, Scored]]:
+    return [(better, worse) for better in scored for worse in scored if better[0] > worse[0]]
+
+
+Strategy = Callable[[Sequence[Scored], float], list[tuple[Scored, Scored]]]
+STRATEGIES: dict[str, Strategy] = {
+    "best_worst": best_worst,
+    "best_random": best_random,
+    "best_mean_minus_two_sigma": best_mean_minus_two_sigma,
+    "all_pairs": all_pairs,
+}
+
+
+def _best(scored: Sequence[Scored]) -> Scored:
+    return max(scored, key=lambda item: (item[0], -item[1]))
+
+
+def _below_the_best(scored: Sequence[Scored]) -> list[Scored]:
+    best = _best(scored)
+    return [item for item in scored if item[0] < best[0]]
+
+
+def _all_equal(scored: Sequence[Scored]) -> bool:
+    return len({score for score, _ in scored}) == 1
+
+
+def _distinct(scored: Sequence[Scored], group: Group) -> list[Scored]:
+    first: dict[tuple[int, ...], Scored] = {}
+    for item in scored:
+        first.setdefault(group.completions[item[1]].token_ids, item)
+    return list(first.values())
+
+
+def _pair(group: Group, chosen: Scored, rejected: Scored, selection: Selection) -> Pair:
+    pair = Pair(group, chosen[1], rejected[1], chosen[0], rejected[0])
+    margin = chosen[0] - rejected[0]
+    if selection.margin_weighting:
+        pair = replace(pair, weight=margin)
+    if selection.label_temperature is not None:
+        pair = replace(pair, probability=1 / (1 + math.exp(-margin / selection.label_temperature)))
+    return pair
+
+
+def _add(candidates: Sequence[Pair], made: Pairing, selection: Selection) -> None:
+    """The pairs of one group, without those that the selection objects to."""
+    objections = [_objection(pair, selection) for pair in candidates]
+    kept = [pair for pair, objection in zip(candidates, objections, strict=True) if objection is None]
+    reasons = [objection for objection in objections if objection is not None]
+    if kept:
+        made.pairs.extend(kept)
+        made.left_out.update(reasons)
     else:
-        pairs.append(pair)
+        made.dropped[reasons[0]] += 1
+
+
+def _objection(pair: Pair, selection: Selection) -> str | None:
+    margin, ratio = pair.margin, selection.max_length_ratio
+    low, high = selection.min_margin or 0.0, selection.max_margin or math.inf
+    if margin is not None and not low <= margin <= high:
+        return MARGIN
+    short, long = sorted(len(c.token_ids) for c in (pair.chosen_completion, pair.rejected_completion))
+    return LENGTH_RATIO if ratio is not None and long > ratio * short else None

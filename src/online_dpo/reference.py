@@ -1,27 +1,46 @@
-"""The reference: the policy as it was before training, which the loss pulls towards."""
+"""The reference, which the loss pulls towards: the policy as it was before training, or following it from behind."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from online_dpo.models import disable_dropout, eval_mode
 
 
-class Reference(Protocol):
-    """Lends the reference model: inside ``active()`` a forward pass gives the reference's logits."""
+class Reference:
+    """Lends the reference model: inside ``active()`` a forward pass gives the reference's logits, inside ``at_start()``
+    those that it had before training.
+
+    One that does not change has nothing to do after a step, and nothing to save.
+    """
 
     description: str
 
-    def active(self) -> AbstractContextManager[nn.Module]: ...
+    def active(self) -> AbstractContextManager[nn.Module]:
+        raise NotImplementedError
+
+    def at_start(self) -> AbstractContextManager[nn.Module]:
+        return self.active()
+
+    def step_ended(self, step: int) -> None:
+        """``step`` optimizer steps have been taken."""
+
+    def save(self, folder: Path) -> None:
+        """Write down what `restore` needs."""
+
+    def restore(self, folder: Path) -> None:
+        """Go on from what `save` wrote."""
 
 
-class FrozenReference:
+class FrozenReference(Reference):
     """A model of its own that is never trained."""
 
     def __init__(self, model: nn.Module, description: str) -> None:
@@ -32,7 +51,13 @@ class FrozenReference:
         return nullcontext(self.model)
 
 
-class AdapterOffReference:
+class NoReference(Reference):
+    """For losses that need none. It lends nothing, so nobody may ask."""
+
+    description = "none"
+
+
+class AdapterOffReference(Reference):
     """The policy with its adapter switched off: no second model in memory."""
 
     description = "the policy with its adapter off"
@@ -44,6 +69,83 @@ class AdapterOffReference:
     def active(self) -> Iterator[nn.Module]:
         with eval_mode(self.policy), self.policy.disable_adapter():  # pyright: ignore[reportCallIssue]
             yield self.policy
+
+
+class SyncedReference(Reference):
+    """A model of its own that follows the policy: every ``every`` steps, a share ``alpha`` of the policy is mixed into
+    its weights (TR-DPO, Gorbatovski et al. 2024, arXiv 2404.09656). With every step and a small share, an exponential
+    average.
+
+    Shares too small for a half-precision weight are not lost: such weights are mixed in fp32. The weights of the start
+    are kept in host memory.
+
+    Raises:
+        ValueError: the two models have other parameters.
+    """
+
+    FILE = "reference.pt"
+
+    def __init__(self, model: nn.Module, policy: nn.Module, alpha: float, every: int, description: str) -> None:
+        if _shapes(model) != _shapes(policy):
+            raise ValueError(
+                "`sync_ref_model` mixes the policy into the reference, so both need the same parameters, and no "
+                "adapter. Give a `ref_model` of the same kind, or leave it off."
+            )
+        self.description = f"{description}, {alpha} of the policy mixed in every {every} steps"
+        self.model = model.eval().requires_grad_(False)
+        self._policy, self._alpha, self._every = policy, alpha, every
+        self._weights = {name: p.float() for name, p in model.named_parameters()}  # fp32 ones are the model's own
+        self._start = self._copies()
+
+    def active(self) -> AbstractContextManager[nn.Module]:
+        return nullcontext(self.model)
+
+    @contextmanager
+    def at_start(self) -> Iterator[nn.Module]:
+        now = self._copies()
+        self._set(self._start)
+        try:
+            yield self.model
+        finally:
+            self._set(now)
+
+    @torch.no_grad()
+    def step_ended(self, step: int) -> None:
+        if step % self._every:
+            return
+        policy = dict(self._policy.named_parameters())
+        for name, parameter in self.model.named_parameters():
+            weight = self._weights[name].lerp_(policy[name].float(), self._alpha)
+            parameter.copy_(weight)
+
+    def save(self, folder: Path) -> None:
+        torch.save(self._copies(), folder / self.FILE)
+
+    def restore(self, folder: Path) -> None:
+        self._set(torch.load(folder / self.FILE, map_location="cpu"))
+
+    def _copies(self) -> dict[str, torch.Tensor]:
+        return {name: weight.to("cpu", copy=True) for name, weight in self._weights.items()}
+
+    @torch.no_grad()
+    def _set(self, weights: Mapping[str, torch.Tensor]) -> None:
+        for name, parameter in self.model.named_parameters():
+            self._weights[name].copy_(weights[name])
+            parameter.copy_(self._weights[name])
+
+
+class ReferenceSteps(TrainerCallback):
+    """Tells the reference when a step has ended."""
+
+    def __init__(self, reference: Reference) -> None:
+        self._reference = reference
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._reference.step_ended(state.global_step)
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
 def frozen_copy(policy: nn.Module) -> nn.Module:

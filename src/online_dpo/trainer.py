@@ -40,21 +40,23 @@ from online_dpo.build import (
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.data import PREPARED_COLUMNS, EndlessStream, collate_prompts, prepare_prompts, prompts_from_batch
 from online_dpo.evaluate import EvalRecord, eval_records, judged_wins, summarise, win_share
-from online_dpo.feedback_trainer import EVALUATION, FeedbackTrainer
+from online_dpo.feedback_trainer import EVALUATION, PAIRING, FeedbackTrainer
 from online_dpo.logprobs import RowLogprobs, row_logprobs
 from online_dpo.lookahead import Lookahead
-from online_dpo.losses import LOSSES, log_ratio
+from online_dpo.losses import LossOptions, pair_logprobs, pair_losses
 from online_dpo.metrics import record_loss, record_pairs
 from online_dpo.model_card import write_model_card
 from online_dpo.models import end_token_ids, eval_mode
 from online_dpo.onednn import onednn_linears
-from online_dpo.packing import as_inputs, pack_groups, pack_pairs, passes_needed, split_pairs, stand_in
-from online_dpo.pairs import pairs_from_ranks, pairs_from_scores
+from online_dpo.packing import as_inputs, by_group, pack_groups, pack_pairs, passes_needed, split_pairs, stand_in
+from online_dpo.pairs import Selection, pairs_from_preferences, pairs_from_scores
+from online_dpo.reference import ReferenceSteps
 from online_dpo.rollout import RolloutKey, SamplingParams, TransformersEngine
-from online_dpo.scoring import JudgeScorer, build_scorers
-from online_dpo.self_check import MethodChoice
+from online_dpo.rollout.sampling import uniform_numbers
+from online_dpo.scoring import DuelCounter, build_scorers, pairwise_scorer
+from online_dpo.self_check import Lender, MethodChoice
 from online_dpo.sync_check import SyncCheck
-from online_dpo.types import Completion, Feedback, Group, PackedRows, Pair, Prompt, Scores
+from online_dpo.types import Completion, Group, PackedRows, Pair, Pairing, Prompt, Scores, Verdicts
 
 
 class OnlineDPOTrainer(FeedbackTrainer):
@@ -65,8 +67,9 @@ class OnlineDPOTrainer(FeedbackTrainer):
         ref_model: the reference; when not given, a frozen copy of the policy, or the policy with its adapter off.
         reward_funcs: one or several of: a Python function (plain or async), a sequence-classification model, its folder
             or hub name.
-        judge: an object with ``judge(prompts, completion_pairs, shuffle_order=True) -> ranks``, or a callable of that
-            form; a rank is 0 or 1 for the better completion, -1 for no answer.
+        judge: a :class:`PairwiseScorer` such as ``LLMJudge``; or an object with ``judge(prompts, completion_pairs,
+            shuffle_order=True) -> ranks``, or a callable of that form: a rank is 0 or 1 for the better completion, -1
+            for no answer.
         reward_model: another name for ``reward_funcs``.
         args: the configuration.
         data_collator: list of rows to a dict of lists; must keep the columns ``prompt``, ``prompt_ids``, ``prompt_row``
@@ -147,12 +150,16 @@ class OnlineDPOTrainer(FeedbackTrainer):
             optimizers=optimizers,
         )
         self.reference = build_reference(ref_model, policy, args)
+        self.add_callback(ReferenceSteps(self.reference))
         self.policy = policy
         self.engine = build_engine(policy, self.tokenizer, args)
-        with self.reference.active() as reference:
-            self.reference_engine = TransformersEngine(reference, self.tokenizer, args.rollout_batch_size)
+        if not args.reference_free:
+            with self.reference.active() as reference:
+                self.reference_engine = TransformersEngine(reference, self.tokenizer, args.rollout_batch_size)
+        self.selection = Selection.from_config(args)
+        self.loss_options = LossOptions.from_config(args)
         self.sampling = SamplingParams.from_config(args, end_token_ids(policy, self.tokenizer))
-        self.judge = None if judge is None else JudgeScorer(judge, self.tokenizer, args.chat_template_kwargs)  # pyright: ignore
+        self.judge = None if judge is None else pairwise_scorer(judge, self.tokenizer, args.chat_template_kwargs)  # pyright: ignore
         self.scorers = (
             []
             if judge is not None
@@ -177,9 +184,10 @@ class OnlineDPOTrainer(FeedbackTrainer):
         """
         fetched, feedback, waited = self._take(epoch_iterator, num_batches)
         self._record(fetched, feedback, waited)
-        pairs = self._form_pairs(feedback)
-        micro_batches = self._pack(pairs, fetched.num_batches)
-        return micro_batches, self._count_over_ranks(pairs)
+        pairing = self._form_pairs(feedback.groups, feedback.said, self.state.global_step)
+        record_pairs(self.metrics, len(feedback.groups), pairing)
+        micro_batches = self._pack(pairing.pairs, fetched.num_batches)
+        return micro_batches, self._weight_over_ranks(pairing.pairs)
 
     def compute_loss(
         self,
@@ -190,17 +198,18 @@ class OnlineDPOTrainer(FeedbackTrainer):
     ) -> Any:
         """The last two stages: log-probabilities of policy and reference, and the loss.
 
-        The sum of the pairs' losses over the number of pairs in the whole step, over all ranks and micro-batches; times
-        the number of ranks, because data parallelism averages gradients over them.
+        The sum of the pairs' losses over the number of pairs in the whole step (their mean by weight, if they have
+        weights), over all ranks and micro-batches; times the number of ranks, because data parallelism averages
+        gradients over them.
         """
         rows: PackedRows = inputs["rows"].to(self.accelerator.device)
         with self.phase("reference") if model.training else nullcontext():
             reference = self._reference_logprobs(rows)  # first: no activations of the policy are held meanwhile
         policy = row_logprobs(model, rows, chunked=self.choice.method.chunked)
 
-        loss_N = self._pair_losses(rows, policy, reference)
+        loss_N = pair_losses(pair_logprobs(rows, policy, reference), self.loss_options.with_beta(self._beta))
         if num_items_in_batch is None:
-            loss = (loss_N * rows.weight_N).sum() / rows.weight_N.sum().clamp(min=1)
+            loss = (loss_N * rows.weight_N).sum() / _or_one(rows.weight_N.sum())
         else:
             loss = (loss_N * rows.weight_N).sum() / num_items_in_batch * self.accelerator.num_processes
         if model.training:
@@ -210,15 +219,20 @@ class OnlineDPOTrainer(FeedbackTrainer):
 
     # --- the stages -------------------------------------------------------------------------------------------------
 
-    def _form_pairs(self, feedback: Feedback) -> list[Pair]:
-        pairs, dropped = self._pairs(feedback.groups, feedback.scores, feedback.ranks)
-        record_pairs(self.metrics, len(feedback.groups), pairs, dropped)
-        return pairs
+    def _form_pairs(self, groups: list[Group], said: Scores | Verdicts, step: int) -> Pairing:
+        if isinstance(said, Verdicts):
+            return pairs_from_preferences(groups, said.preferences, self.selection)
+        key = RolloutKey(self.args.seed, step, PAIRING)
+
+        def draw(prompt: Prompt) -> float:
+            return float(uniform_numbers(key, prompt.row, sample=0, count=1)[0])
+
+        return pairs_from_scores(groups, said, self.selection, draw)
 
     def _pack(self, pairs: list[Pair], num_batches: int) -> list[dict[str, Any]]:
         """Exactly as many micro-batches as were fetched: `Trainer` counts them to find the optimizer step."""
         self.done_in_step = []
-        self._settle_method([pair.group for pair in pairs])
+        self._settle_method([members[0].group for members in by_group(pairs)])
         shared, capacity = self.choice.method.shared, self.args.row_capacity
         parts = split_pairs(pairs, num_batches)
         passes = self._most_over_ranks([passes_needed(part, self.args.tokens_per_pass) for part in parts])
@@ -235,39 +249,25 @@ class OnlineDPOTrainer(FeedbackTrainer):
 
     def _settle_method(self, groups: Sequence[Group]) -> None:
         policy: Any = self.model
+        models: dict[str, Lender] = {"the policy": lambda: eval_mode(policy)}
+        if not self.args.reference_free:
+            models["the reference"] = self.reference.active
         with self.accelerator.autocast():
-            self.choice.settle(
-                {"the policy": lambda: eval_mode(policy), "the reference": self.reference.active}, groups
-            )
+            self.choice.settle(models, groups)
 
-    def _count_over_ranks(self, pairs: list[Pair]) -> torch.Tensor:
-        count = torch.tensor(float(len(pairs)), device=self.accelerator.device)
-        count = self.accelerator.reduce(count, reduction="sum")
-        assert isinstance(count, torch.Tensor)
+    def _weight_over_ranks(self, pairs: list[Pair]) -> torch.Tensor:
+        """What all pairs of the step count together; 1 where there are none."""
+        mine = torch.tensor([float(len(pairs)), sum(pair.weight for pair in pairs)], device=self.accelerator.device)
+        count, weight = self.accelerator.reduce(mine, reduction="sum")
         self.guard.expect(int(count))
-        return count.clamp(min=1)
+        return _or_one(weight)
 
     @torch.no_grad()
-    def _reference_logprobs(self, rows: PackedRows) -> RowLogprobs:
+    def _reference_logprobs(self, rows: PackedRows) -> RowLogprobs | None:
+        if self.args.reference_free:
+            return None
         with self.accelerator.autocast(), self.reference.active() as reference, onednn_linears(reference, pack=False):
             return row_logprobs(reference, rows, entropy=False, chunked=self.choice.method.chunked)
-
-    def _pair_losses(self, rows: PackedRows, policy: RowLogprobs, reference: RowLogprobs) -> torch.Tensor:
-        h_N = log_ratio(
-            policy.logps_S[rows.chosen_N],
-            policy.logps_S[rows.rejected_N],
-            reference.logps_S[rows.chosen_N],
-            reference.logps_S[rows.rejected_N],
-        )
-        return LOSSES[self.args.loss_type](h_N, self._beta)
-
-    def _pairs(
-        self, groups: list[Group], scores: Scores | None, ranks: list[int] | None
-    ) -> tuple[list[Pair], Counter[str]]:
-        if scores is not None:
-            return pairs_from_scores(groups, scores, self.args.tie_policy)
-        assert ranks is not None
-        return pairs_from_ranks(groups, ranks)
 
     @property
     def _beta(self) -> float:
@@ -321,22 +321,29 @@ class OnlineDPOTrainer(FeedbackTrainer):
         self._sync_engine(prompts)
         with self.accelerator.autocast():
             groups = self.engine.generate(prompts, self.args.num_completions, self.sampling, key)
-        rivals = self._rivals(prompts)
-        scores, ranks = self._score_or_rank(groups)
-        pairs, _ = self._pairs(groups, scores, ranks)
+        said = self._assess(groups)
+        pairs = self._form_pairs(groups, said, step=0).pairs
         if self.accelerator.num_processes == 1:  # otherwise a step of training finds out, on all ranks together
             self._settle_method(groups)
         with self.accelerator.autocast():
             inputs = {"rows": pack_groups(groups, pairs, self.choice.method.shared, self.args.row_capacity)}
             _, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        rows = inputs["rows"]
-        if scores is not None:
-            reference_scores = [values[0] for values in self._scores_of(rivals).values]
-            wins = [win_share(mine, theirs) for mine, theirs in zip(scores.values, reference_scores, strict=True)]
-        else:
-            assert self.judge is not None
-            reference_scores, wins = [None] * len(groups), judged_wins(groups, rivals, self.judge.rank)
-        return eval_records(groups, pairs, scores, reference_scores, wins, rows, **outputs)
+        reference_scores, wins = self._against_reference(groups, said)
+        return eval_records(groups, pairs, said, reference_scores, wins, inputs["rows"], **outputs)
+
+    def _against_reference(
+        self, groups: list[Group], said: Scores | Verdicts
+    ) -> tuple[Sequence[float | None], Sequence[float | None]]:
+        """For each group the score of the reference's completion, and the policy's share of wins against it."""
+        nothing = [None] * len(groups)
+        if self.args.reference_free:
+            return nothing, nothing
+        rivals = self._rivals([group.prompt for group in groups])
+        if isinstance(said, Scores):
+            scores = [values[0] for values in self._scores_of(rivals).values]
+            return scores, [win_share(mine, theirs) for mine, theirs in zip(said.values, scores, strict=True)]
+        assert self.judge is not None
+        return nothing, judged_wins(groups, rivals, DuelCounter(self.judge, self.args.missing_eos_penalty))
 
     # --- data and files ---------------------------------------------------------------------------------------------
 
@@ -366,3 +373,7 @@ class OnlineDPOTrainer(FeedbackTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.create_model_card()
         super()._save_checkpoint(model, trial)
+
+
+def _or_one(total: torch.Tensor) -> torch.Tensor:
+    return torch.where(total > 0, total, 1.0)

@@ -7,6 +7,7 @@ batch, ``T`` tokens of a row, ``S`` completions in a batch, ``M`` tokens of all 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -84,17 +85,42 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class Preference:
+    """What a judge says of a group: which completion is its best and which its worst, as indices, and the probability
+    that the former is better than the latter.
+
+    >>> Preference(chosen=2, rejected=0, probability=0.9)
+    """
+
+    chosen: int
+    rejected: int
+    probability: float
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """A judge's preference for each group, ``None`` where it gave no answer; how many duels it was asked about, and how
+    many of them it left unanswered.
+
+    >>> Verdicts(preferences=[Preference(1, 0, 0.8), None], duels=2, unanswered=1)
+    """
+
+    preferences: list[Preference | None]
+    duels: int
+    unanswered: int
+
+
+@dataclass(frozen=True)
 class Feedback:
-    """What became of the prompts of a step: its groups, and either scores or a judge's ranks.
+    """What became of the prompts of a step: its groups, and what is said of them, by scorers or by a judge.
 
     ``seconds`` has an entry for "rollout" and one for "scoring".
 
-    >>> Feedback(groups=[group], scores=Scores([[0.7, 0.1]], {}), ranks=None, seconds={"rollout": 1.5, "scoring": 0.2})
+    >>> Feedback(groups=[group], said=Scores([[0.7, 0.1]], {}), seconds={"rollout": 1.5, "scoring": 0.2})
     """
 
     groups: list[Group]
-    scores: Scores | None
-    ranks: list[int] | None
+    said: Scores | Verdicts
     seconds: Mapping[str, float]
 
 
@@ -102,8 +128,9 @@ class Feedback:
 class Pair:
     """Chosen and rejected completion of one group, as indices into ``group.completions``.
 
-    ``chosen_score`` and ``rejected_score`` are ``None`` when a judge ranked the two without numbers. ``margin`` is
-    their difference.
+    ``chosen_score`` and ``rejected_score`` are ``None`` when a judge compared the two without numbers. ``margin`` is
+    their difference. ``probability`` is that the chosen one is better, 0.5 to 1; ``weight`` is what the pair counts in
+    the mean over pairs, above 0.
 
     >>> Pair(group=group, chosen=1, rejected=0, chosen_score=2.0, rejected_score=-1.0)
     """
@@ -113,6 +140,8 @@ class Pair:
     rejected: int
     chosen_score: float | None = None
     rejected_score: float | None = None
+    probability: float = 1.0
+    weight: float = 1.0
 
     @property
     def chosen_completion(self) -> Completion:
@@ -127,6 +156,19 @@ class Pair:
         if self.chosen_score is None or self.rejected_score is None:
             return None
         return self.chosen_score - self.rejected_score
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """What became of groups.
+
+    ``dropped`` counts the groups without a pair by reason, ``left_out`` the pairs that were left out of groups which
+    have others.
+    """
+
+    pairs: list[Pair] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
@@ -158,9 +200,10 @@ class PackedRows:
 
     The M tokens of the S completions, one completion after the other: ``source_M`` is the place that predicts each (an
     index into the flattened rows), ``target_M`` its id; ``length_S`` is the number of tokens of each completion.
-    ``chosen_N`` and ``rejected_N`` are indices of completions; ``weight_N`` is 1 for a pair and 0 for a stand-in;
-    ``sampled_logps_M`` is what the sampler gave each token; ``score_S`` is each completion's score (float64), nan where
-    a judge ranked without numbers. ``pairs`` are the pairs themselves, none for a stand-in.
+    ``chosen_N`` and ``rejected_N`` are indices of completions; ``probability_N`` and ``weight_N`` are those of the
+    pairs, and a stand-in has weight 0; ``sampled_logps_M`` is what the sampler gave each token; ``score_S`` is each
+    completion's score (float64), nan where a judge compared without numbers. ``pairs`` are the pairs themselves, none
+    for a stand-in.
     """
 
     tokens: TokenRows
@@ -170,6 +213,7 @@ class PackedRows:
     length_S: torch.Tensor
     chosen_N: torch.Tensor
     rejected_N: torch.Tensor
+    probability_N: torch.Tensor
     weight_N: torch.Tensor
     score_S: torch.Tensor
     pairs: tuple[Pair, ...]

@@ -84,6 +84,19 @@ if __name__ == "__main__":
     out, processes = Path(sys.argv[1]), int(sys.argv[2])
     run(out, "plain", processes)
     run(out, "accumulated", processes, gradient_accumulation_steps=2, train_dataset=dataset(lengths=LENGTHS * 2))
+    run(
+        out,
+        "weighted",
+        processes,
+        num_completions=3,
+        pair_selection="all_pairs",
+        margin_weighting=True,
+        label_temperature=2.0,
+        sync_ref_model=True,
+        ref_model_sync_steps=1,
+        max_steps=2,
+        train_dataset=dataset(lengths=LENGTHS * 2),
+    )
     run(out, "one_sided", processes, reward_funcs=only_rows_of_the_first_rank)
     stream = IterableDataset.from_generator(lambda: iter(dataset(lengths=LENGTHS).to_list()))
     run(out, "stream", processes, train_dataset=stream)

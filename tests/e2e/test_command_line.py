@@ -188,7 +188,7 @@ def test_wrong_input_is_one_clear_line_and_costs_no_time(small_run):
     for words, expected in [
         (["--learning_rat", "1"], "learning_rate"),
         (["--temperature", "hot"], "temperature"),
-        (["--loss_type", "hinge"], "sigmoid"),
+        (["--loss_type", "dpo"], "sigmoid"),
         (["--model_name_or_path", "./nowhere"], "nowhere"),
         (["--dataset_name", "./missing.jsonl"], "missing.jsonl"),
         (["--reward_funcs", "rewards.py:absent"], "absent"),

@@ -11,6 +11,8 @@ import tiny
 from online_dpo import OnlineDPOTrainer
 from online_dpo.data import collate_prompts, prompts_from_batch
 from online_dpo.errors import ScoringError, TrainingDivergedError
+from online_dpo.losses import LOSSES
+from online_dpo.pairs import STRATEGIES
 from training import assert_same, config, dataset, gradient, trainer, weights, word_reward
 
 
@@ -137,6 +139,52 @@ def test_gradient_does_not_depend_on_accumulation(tmp_path, batch, accumulation)
     assert_same(cut, whole, 1e-5)
 
 
+SOFT = dict(label_temperature=2.0, label_smoothing=0.05, beta=0.5)
+KINDS = {name: dict(loss_type=name, **SOFT) for name in LOSSES if name != "sft"} | {
+    "sft": dict(loss_type="sft"),
+    "several": dict(loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.2], **SOFT),
+    "weighted": dict(use_weighting=True, margin_weighting=True, loss_weights=[1e3]),  # weights of e^-8 are usual here
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_losss_gradient_depends_on_the_cut(tmp_path, kind):
+    """Soft labels, all pairs of a group, and a reference of its own, so that every part of the formulas counts."""
+    options = dict(
+        KINDS[kind],
+        num_completions=3,
+        pair_selection="all_pairs",
+        train_dataset=dataset(lengths=(5, 9, 3, 7)),
+    )
+
+    def made(**cut):
+        return gradient(tmp_path, kwargs={"ref_model": tiny.causal_lm(seed=5, sharpness=1.0)}, **options, **cut)
+
+    cut = made(per_device_train_batch_size=2, gradient_accumulation_steps=2, max_tokens_per_pass=20)
+    assert_same(cut, made(per_device_train_batch_size=4, share_prompts=False), 2e-5)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_no_strategys_gradient_depends_on_the_cut(tmp_path, strategy):
+    options = dict(num_completions=6, pair_selection=strategy)
+    whole = gradient(tmp_path, per_device_train_batch_size=8, **options)
+    cut = gradient(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4, **options)
+    assert_same(cut, whole, 2e-5)
+
+
+def test_margin_weights_are_relative_to_the_whole_step(tmp_path):
+    """Scores ten times as large, and margins with them, change nothing; the pairs' losses count by their margins."""
+
+    def reward(scale):
+        return lambda completions, **_: [scale * x for x in word_reward(completions)]
+
+    options = dict(margin_weighting=True, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    small, large = (gradient(tmp_path, reward_funcs=reward(scale), **options) for scale in (0.1, 10.0))
+    assert_same(small, large, 1e-5)
+    plain = gradient(tmp_path, reward_funcs=reward(1.0), **{**options, "margin_weighting": False})
+    assert sum((small[name] - plain[name]).norm() for name in plain) > 1e-3
+
+
 @pytest.mark.parametrize("batch, accumulation", [(4, 2), (2, 4)])
 def test_a_short_last_accumulation_weighs_its_pairs_the_same(tmp_path, batch, accumulation):
     """12 prompts, 8 a step: the second step of the epoch has 4."""
@@ -253,6 +301,53 @@ def test_a_run_whose_rewards_failed_goes_on_from_where_it_was(tmp_path, failing_
     assert [h["objective/scores"] for h in steps[0]] == [h["objective/scores"] for h in steps[1]]
 
 
+def test_a_resumed_run_draws_the_same_pairs(tmp_path):
+    options = dict(num_completions=4, pair_selection="best_random", max_steps=3, save_strategy="steps", save_steps=1)
+    whole = trainer(tmp_path, **options)
+    whole.train()
+    resumed = trainer(tmp_path, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert all(torch.equal(p, resumed.model.get_parameter(name)) for name, p in whole.model.named_parameters())
+    other = trainer(tmp_path, **{**options, "pair_selection": "best_worst"})
+    other.train()
+    assert any(not torch.equal(p, other.model.get_parameter(name)) for name, p in whole.model.named_parameters())
+
+
+def test_a_resumed_run_has_the_same_reference(tmp_path):
+    """It has followed the policy before the checkpoint, in it, and after it."""
+    options = dict(max_steps=5, save_strategy="steps", save_steps=1, learning_rate=0.05, beta=1.0)
+    options |= dict(sync_ref_model=True, ref_model_sync_steps=2, ref_model_mixup_alpha=0.3)
+    options |= dict(eval_strategy="steps", eval_steps=1)
+    whole = trainer(tmp_path, kwargs={"eval_dataset": dataset()}, **options)
+    whole.train()
+    resumed = trainer(tmp_path, kwargs={"eval_dataset": dataset()}, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    for ours, theirs in ((resumed.model, whole.model), (resumed.reference.model, whole.reference.model)):
+        assert all(torch.equal(p, ours.get_parameter(name)) for name, p in theirs.named_parameters())
+    logs = [
+        [
+            {k: v for k, v in log.items() if k.startswith(("eval_win", "eval_obj", "obj"))}
+            for log in made.state.log_history
+        ]
+        for made in (whole, resumed)
+    ]
+    assert logs[0] == logs[1]
+
+
+def test_a_resumed_run_with_a_judge_and_steps_ahead(tmp_path):
+    """The preferences of a step that was judged before the checkpoint are part of it."""
+
+    def longer(prompts, pairs, shuffle_order=True):
+        return [int(len(second) > len(first)) for first, second in pairs]
+
+    options = dict(num_completions=3, max_staleness=1, max_steps=4, save_strategy="steps", save_steps=1)
+    whole = trainer(tmp_path, reward_funcs=None, kwargs={"judge": longer}, **options)
+    whole.train()
+    resumed = trainer(tmp_path, reward_funcs=None, kwargs={"judge": longer}, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert all(torch.equal(p, resumed.model.get_parameter(name)) for name, p in whole.model.named_parameters())
+
+
 # 6 and 12 -----------------------------------------------------------------------------------------------------------
 
 
@@ -272,6 +367,28 @@ def test_every_prompt_of_an_epoch_ends_as_a_pair_or_in_a_counted_reason(tmp_path
     assert totals["prompts"] == 24 and totals["pairs/count"] == 6
     assert totals["dropped/missing_score"] == 12 and totals["dropped/tie"] == 6
     assert totals["pairs/count"] + sum(v for k, v in totals.items() if k.startswith("dropped/")) == totals["prompts"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_prompt_ends_as_pairs_or_in_a_counted_reason_whatever_the_selection(tmp_path, strategy):
+    made = trainer(
+        tmp_path,
+        num_completions=4,
+        pair_selection=strategy,
+        min_margin=1.5,
+        max_margin=4.0,
+        max_length_ratio=2.0,
+        generation_kwargs={"eos_token_id": [1, 2, 5, 6, 7, 8]},  # completions of many lengths
+        max_steps=-1,
+        num_train_epochs=2,
+    )
+    made.train()
+    totals = Counter()
+    for log in made.state.log_history:
+        totals.update({k: v for k, v in log.items() if k.startswith("dropped/") or k in ("pairs/groups", "prompts")})
+    assert totals["prompts"] == 24 and totals["pairs/groups"] > 0
+    assert totals["dropped/margin"] > 0 or totals["dropped/length_ratio"] > 0
+    assert totals["pairs/groups"] + sum(v for k, v in totals.items() if k.startswith("dropped/")) == totals["prompts"]
 
 
 def test_a_missing_score_does_not_beat_a_bad_one(tmp_path):

@@ -1,6 +1,7 @@
 """Training on the answers of a language model, asked over HTTP."""
 
 import pytest
+import torch
 
 from endpoint import error, says, serving, shown
 from online_dpo.cli.judge_plan import BuiltInJudge
@@ -10,9 +11,10 @@ from online_dpo.scoring import LLMJudge
 from training import config, trainer
 
 
-def judged(tmp_path, endpoint, cache="cache.sqlite3", **fields):
-    judge = LLMJudge(model="m", base_url=endpoint.url, cache=str(tmp_path / cache))
-    return trainer(tmp_path, reward_funcs=None, kwargs={"judge": judge}, num_completions=2, max_steps=3, **fields)
+def judged(tmp_path, endpoint, cache="cache.sqlite3", settings=None, **fields):
+    judge = LLMJudge(model="m", base_url=endpoint.url, cache=str(tmp_path / cache), **(settings or {}))
+    fields = {"num_completions": 2, "max_steps": 3, **fields}
+    return trainer(tmp_path, reward_funcs=None, kwargs={"judge": judge}, **fields)
 
 
 def more_w1(body, number):
@@ -40,6 +42,54 @@ def test_a_judge_that_stops_ends_the_run_with_its_own_error(tmp_path):
 
     with serving(respond) as endpoint, pytest.raises(FeedbackStopped, match="revoked"):
         judged(tmp_path, endpoint).train()
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_a_run_that_was_stopped_is_resumed_without_asking_again(tmp_path, max_staleness):
+    options = dict(max_steps=5, max_staleness=max_staleness, num_completions=3)
+    refused = []
+
+    def revoked_for_a_while(body, number):
+        if number >= 40 and not refused:
+            refused.append(number)
+            return error(401, "revoked")
+        return more_w1(body, number)
+
+    with serving(more_w1) as endpoint:
+        whole = judged(tmp_path, endpoint, **options)
+        whole.train()
+        asked = len(endpoint.seen)
+    with serving(revoked_for_a_while) as endpoint:
+        stopped = judged(tmp_path / "stopped", endpoint, **options)
+        with pytest.raises(FeedbackStopped, match="revoked"):
+            stopped.train()
+        assert 1 <= stopped.state.global_step < 5
+        resumed = judged(tmp_path / "stopped", endpoint, **options)
+        resumed.train(resume_from_checkpoint=True)
+        answered = [request for number, request in enumerate(endpoint.seen) if number not in refused]
+        questions = [request.body["messages"][-1]["content"] for request in answered]
+        assert len(questions) == len(set(questions))
+        if max_staleness == 0:  # else the step that failed is judged anew with later weights
+            assert len(questions) == asked
+    if max_staleness == 0:
+        for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_a_judge_that_likes_the_first_place_is_told_by_the_log(tmp_path):
+    """Whatever it reads, it gives 0.7 to what stands first: in both orders that is a preference for neither."""
+    with serving(lambda body, number: says("A", 0.7)) as endpoint:
+        both = judged(tmp_path, endpoint, num_completions=4, logging_steps=3)
+        both.train()
+        [log] = [entry for entry in both.state.log_history if "pairs/count" in entry]
+        assert log["judge/position_bias"] == pytest.approx(0.7, abs=1e-6)
+        assert log["judge/disagreement_rate"] == 1.0 and log["judge/requests"] == 2 * log["judge/duels"]
+        assert log["pairs/count"] == 0 and log["dropped/tie"] == 12
+        once = judged(tmp_path, endpoint, settings={"order": "given"}, logging_steps=3)
+        once.train()
+        [log] = [entry for entry in once.state.log_history if "pairs/count" in entry]
+        assert log["judge/position_bias"] == pytest.approx(0.7, abs=1e-6)
+        assert log["pairs/probability"] == pytest.approx(0.7, abs=1e-6) and log["pairs/count"] >= 10
 
 
 def test_the_judge_of_a_run_file(tmp_path):

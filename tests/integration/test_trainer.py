@@ -1,6 +1,7 @@
 """What users do with the trainer, on tiny real models."""
 
 import json
+import math
 import warnings
 
 import numpy as np
@@ -12,9 +13,11 @@ from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, T
 
 import tiny
 from online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+from online_dpo.data import prompts_from_batch
 from online_dpo.errors import InvalidPromptError, RolloutServerError, ScoringError
-from online_dpo.reference import AdapterOffReference
+from online_dpo.reference import AdapterOffReference, SyncedReference
 from online_dpo.rollout import RolloutKey
+from online_dpo.types import Scores
 from training import LENGTHS, config, dataset, gradient, trainer, weights, word_reward
 
 
@@ -90,6 +93,70 @@ def test_a_judge_picks_the_pairs(tmp_path, as_callable):
     assert log["dropped/no_answer"] == undecided and log["pairs/count"] == 12 - undecided
     assert log["completions/chosen_minus_rejected_length"] > 0
     assert "objective/scores" not in log and "objective/rlhf_reward" not in log
+
+
+@pytest.mark.parametrize("num_completions", [3, 4, 5])
+def test_a_judge_finds_best_and_worst_of_several(tmp_path, num_completions):
+    judge = LongerIsBetter()
+    ends = (1, 5, 6, 7, 8, 9, 10, 11, 12)
+    made = trainer(
+        tmp_path,
+        reward_funcs=None,
+        kwargs={"judge": judge, "eval_dataset": dataset()},
+        num_completions=num_completions,
+        per_device_train_batch_size=12,
+        model=tiny.causal_lm(sharpness=1.0, eos_token_id=list(ends)),
+    )
+    made.sampling = made.sampling.__class__(**{**made.sampling.__dict__, "end_token_ids": ends})
+    made.train()
+    [log] = train_logs(made)
+    assert log["judge/duels"] == len(judge.pairs) <= 12 * (math.ceil(3 * num_completions / 2) - 1)
+    undecided = sum(len(a.split()) == len(b.split()) for a, b in judge.pairs)
+    assert log["judge/unanswered_ratio"] == pytest.approx(undecided / len(judge.pairs))
+    dropped = sum(value for name, value in log.items() if name.startswith("dropped/"))
+    assert 0 < log["pairs/count"] == 12 - dropped
+    assert log["completions/chosen_minus_rejected_length"] > 2
+    assert 0 < made.evaluate()["eval_win_rate"] < 1
+
+
+def test_what_a_judge_cannot_do_is_refused(tmp_path):
+    for fields in (dict(pair_selection="all_pairs"), dict(min_margin=1.0), dict(label_temperature=1.0)):
+        with pytest.raises(ValueError, match="needs scores"):
+            trainer(tmp_path, reward_funcs=None, kwargs={"judge": LongerIsBetter()}, **fields)
+
+
+def test_completions_that_did_not_end_lose_before_a_judge(tmp_path):
+    """The judge would always take the first; the penalty is larger than its certainty."""
+    made = trainer(
+        tmp_path,
+        reward_funcs=None,
+        kwargs={"judge": lambda prompts, pairs, shuffle_order=True: [0] * len(pairs)},
+        missing_eos_penalty=50.0,
+        generation_kwargs={"eos_token_id": [1, 2, 5, 6, 7, 8]},
+        per_device_train_batch_size=12,
+    )
+    groups = made._sample_and_score(0, [p for b in made.get_train_dataloader() for p in prompts_from_batch(b)])()
+    ended = [[c.finish_reason == "stop" for c in group.completions] for group in groups.groups]
+    chosen = [preference.chosen for preference in groups.said.preferences]
+    assert [False, True] in ended and chosen == [int(e == [False, True]) for e in ended]
+
+
+def test_they_lose_in_evaluation_as_well(tmp_path):
+    made = trainer(
+        tmp_path,
+        reward_funcs=None,
+        kwargs={"judge": lambda prompts, pairs, shuffle_order=True: [0] * len(pairs), "eval_dataset": dataset()},
+        missing_eos_penalty=50.0,
+        generation_kwargs={"eos_token_id": [1, 2, 5, 6, 7, 8]},
+    )
+    metrics = made.evaluate()
+    prompts = tiny.prompts(LENGTHS)
+    ours = made.engine.generate(prompts, 2, made.sampling, RolloutKey(42, 0, 1))
+    expected = []
+    for group, rival in zip(ours, made._rivals(prompts), strict=True):
+        mine, theirs = (g.completions[0].finish_reason == "stop" for g in (group, rival))
+        expected.append(0.0 if theirs and not mine else 1.0)
+    assert 0.0 in expected and metrics["eval_win_rate"] == pytest.approx(np.mean(expected), abs=1e-9)
 
 
 def test_a_judge_sees_conversations_through_the_chat_template(tmp_path):
@@ -200,6 +267,100 @@ def test_the_reference_is_a_frozen_copy_or_the_model_given(tmp_path):
         assert all(torch.equal(p, tiny.causal_lm(seed=9).get_parameter(n)) for n, p in reference.named_parameters())
 
 
+def test_without_a_reference_the_same_is_learnt_and_what_is_relative_to_it_is_absent(tmp_path):
+    options = dict(max_steps=2, learning_rate=0.05, loss_type=["simpo", "sft"], beta=2.0)
+    without, plain = (
+        trainer(tmp_path, reference_free=free, kwargs={"eval_dataset": dataset()}, **options) for free in (True, False)
+    )
+    for made in (without, plain):
+        made.train()
+    assert all(torch.equal(p, without.model.get_parameter(name)) for name, p in plain.model.named_parameters())
+    ours, theirs = train_logs(without)[-1], train_logs(plain)[-1]
+    relative = {"objective/kl", "objective/non_score_reward", "objective/rlhf_reward"}
+    relative |= {f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")}
+    assert theirs.keys() - ours.keys() == relative and ours["loss"] == theirs["loss"]
+    ours, theirs = without.evaluate(), plain.evaluate()
+    absent = {"eval_win_rate", "eval_win_rate_ci95_low", "eval_win_rate_ci95_high", "eval_objective/kl"}
+    assert theirs.keys() - ours.keys() == absent | {"eval_objective/reference_scores"}
+    assert ours["eval_loss"] == theirs["eval_loss"]
+
+
+def test_a_reference_that_something_needs_cannot_be_left_out(tmp_path):
+    with pytest.raises(ValueError, match="nothing reads it"):
+        trainer(tmp_path, reference_free=True, loss_type="simpo", kwargs={"ref_model": tiny.causal_lm()})
+    with pytest.raises(ValueError, match="The loss `sigmoid` needs a reference"):
+        config(tmp_path, reference_free=True, loss_type=["simpo", "sigmoid"])
+    with pytest.raises(ValueError, match="`sync_ref_model` needs a reference"):
+        config(tmp_path, reference_free=True, loss_type="simpo", sync_ref_model=True)
+
+
+class KeepWeights(TrainerCallback):
+    def __init__(self):
+        self.steps = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.steps.append(weights(model))
+
+
+def test_a_reference_that_follows_is_mixed_every_few_steps(tmp_path):
+    keep = KeepWeights()
+    made = trainer(
+        tmp_path,
+        max_steps=5,
+        learning_rate=0.05,
+        sync_ref_model=True,
+        ref_model_sync_steps=2,
+        ref_model_mixup_alpha=0.3,
+        kwargs={"callbacks": [keep], "eval_dataset": dataset()},
+    )
+    start = weights(made.model)
+    made.train()
+    for name, value in start.items():
+        second, fourth = keep.steps[1][name], keep.steps[3][name]
+        expected = 0.7 * (0.7 * value + 0.3 * second) + 0.3 * fourth
+        torch.testing.assert_close(made.reference.model.get_parameter(name), expected)
+        with made.reference.at_start() as reference:
+            assert torch.equal(reference.get_parameter(name), value)
+        torch.testing.assert_close(made.reference.model.get_parameter(name), expected)
+
+
+def test_win_rates_are_against_the_start_and_kl_against_the_reference_as_it_is(tmp_path):
+    kwargs = {"eval_dataset": dataset()}
+    options = dict(max_steps=4, learning_rate=0.05)
+    follows = trainer(
+        tmp_path, sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=1.0, kwargs=kwargs, **options
+    )
+    follows.train()
+    metrics = follows.evaluate()
+    assert metrics["eval_objective/kl"] == pytest.approx(0, abs=1e-5)  # the reference is the policy now
+    start = tiny.causal_lm(sharpness=1.0)
+    rivals = follows.engine.__class__(start, follows.tokenizer).generate(
+        tiny.prompts(LENGTHS), 1, follows.sampling, RolloutKey(42, 0, 2)
+    )
+    kept = [follows.reference_completions[group.prompt.row, group.prompt.token_ids] for group in rivals]
+    assert [c[0].token_ids for c in kept] == [group.completions[0].token_ids for group in rivals]
+
+
+def test_shares_too_small_for_half_precision_add_up():
+    reference, policy = (tiny.causal_lm(seed=seed, sharpness=1.0).bfloat16() for seed in (0, 1))
+    start = {name: p.float() for name, p in reference.named_parameters()}
+    synced = SyncedReference(reference, policy, alpha=1e-3, every=1, description="")
+    for step in range(1, 101):
+        synced.step_ended(step)
+    for name, p in policy.named_parameters():
+        expected = p.float() + (start[name] - p.float()) * 0.999**100
+        torch.testing.assert_close(reference.get_parameter(name).float(), expected, rtol=5e-3, atol=1e-5)
+
+
+def test_a_reference_that_cannot_follow_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="weights of its own"):
+        trainer(tmp_path, sync_ref_model=True, kwargs={"peft_config": LoraConfig(**LORA)})
+    with pytest.raises(ValueError, match="both need the same parameters"):
+        trainer(tmp_path, sync_ref_model=True, kwargs={"ref_model": tiny.causal_lm("qwen2")})
+    with pytest.warns(UserWarning, match="Ignored without `sync_ref_model`: ref_model_sync_steps"):
+        config(tmp_path, ref_model_sync_steps=3)
+
+
 def test_dropout_is_off_unless_asked_for(tmp_path):
     def model():
         return tiny.causal_lm("gpt2", sharpness=1.0, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
@@ -210,6 +371,25 @@ def test_dropout_is_off_unless_asked_for(tmp_path):
     on = trainer(tmp_path, model=model(), disable_dropout=False)
     on.train()
     assert abs(train_logs(on)[0]["rewards/margins"]) > 1e-3
+
+
+def test_random_pairs_depend_on_seed_step_and_row_and_on_nothing_else(tmp_path):
+    made = trainer(
+        tmp_path, num_completions=6, pair_selection="best_random", reward_funcs=lambda completions, **_: [0.0]
+    )
+    groups = [tiny.group(p, [[5 + k, 1] for k in range(6)]) for p in tiny.prompts([3] * 40)]
+    said = Scores([[5.0, 0.0, 1.0, 2.0, 3.0, 4.0]] * 40, {})
+
+    def rejected(groups, step):
+        pairs = made._form_pairs(groups, Scores(said.values[: len(groups)], {}), step).pairs
+        return {pair.group.prompt.row: pair.rejected for pair in pairs}
+
+    first, second = rejected(groups, 0), rejected(groups, 1)
+    assert set(first.values()) == {1, 2, 3, 4, 5} and first == rejected(groups[::-1], 0)
+    assert rejected(groups[7:9], 0) == {row: first[row] for row in (7, 8)}
+    assert sum(first[row] == second[row] for row in first) < 20
+    made.args.seed = 43
+    assert rejected(groups, 0) != first
 
 
 # evaluation ---------------------------------------------------------------------------------------------------------
@@ -454,8 +634,27 @@ def test_wrong_arguments_say_what_to_do(tmp_path, changes, error, message):
         (dict(temperature=0.0), "above 0"),
         (dict(top_p=1.5), r"in \(0, 1\]"),
         (dict(beta=[0.1, -1.0]), "`beta`"),
-        (dict(loss_type="hinge"), "sigmoid, ipo"),
+        (dict(loss_type="dpo"), "one of sigmoid, ipo"),
+        (dict(loss_type=["sigmoid", "dpo"]), "it is 'dpo'"),
+        (dict(loss_type=[]), "at least one loss"),
+        (dict(loss_type=["ipo", "ipo"]), "each once"),
+        (dict(loss_type=["sigmoid", "sft"], loss_weights=[1.0]), "names 2 losses"),
+        (dict(loss_weights=[0.0]), "`loss_weights` must be finite numbers above 0"),
+        (dict(label_smoothing=0.5), r"`label_smoothing` must be in \[0, 0.5\)"),
+        (dict(label_smoothing_factor=0.1), "smoothed by `label_smoothing`"),
+        (dict(loss_type="exo_pair"), "set `label_smoothing`, for example to 1e-3"),
+        (dict(loss_type="sft", label_smoothing=0.1), "reads no labels"),
+        (dict(simpo_gamma=-1.0), "`simpo_gamma` must be 0 or more"),
+        (dict(dpop_lambda=float("inf")), "`dpop_lambda` must be 0 or more"),
+        (dict(pair_selection="worst"), "best_worst, best_random"),
+        (dict(min_margin=0.0), "`min_margin` must be above 0"),
+        (dict(min_margin=2.0, max_margin=1.0), "no pair would be left"),
+        (dict(max_length_ratio=0.5), "`max_length_ratio` must be 1 or more"),
+        (dict(label_temperature=0.0), "`label_temperature` must be above 0"),
+        (dict(tie_policy="first", margin_weighting=True), "without a margin, which `margin_weighting` needs"),
         (dict(tie_policy="random"), "skip, first"),
+        (dict(sync_ref_model=True, ref_model_mixup_alpha=0.0), r"`ref_model_mixup_alpha` must be in \(0, 1\]"),
+        (dict(sync_ref_model=True, ref_model_sync_steps=0), "`ref_model_sync_steps` must be at least 1"),
         (dict(max_length=64, max_new_tokens=64), "leaves no room for a prompt"),
         (dict(use_vllm=True, vllm_mode="serve"), "colocate, server"),
         (dict(use_vllm=True, vllm_structured_outputs_regex="a+"), "not in this version"),
@@ -566,6 +765,21 @@ def test_callbacks_optimizers_and_reports_are_the_users(tmp_path):
     before = weights(model)
     made.train()
     assert steps == [1, 2] and all(torch.equal(before[n], p) for n, p in model.named_parameters())
+
+
+def test_beta_of_each_epoch_is_the_one_in_the_loss(tmp_path):
+    """Where policy and reference agree, IPO's loss is 1 / (2 beta) squared."""
+    made = trainer(
+        tmp_path,
+        per_device_train_batch_size=12,
+        max_steps=-1,
+        num_train_epochs=2,
+        beta=[0.5, 0.25],
+        loss_type="ipo",
+        learning_rate=1e-12,
+    )
+    made.train()
+    assert [log["loss"] for log in train_logs(made)] == pytest.approx([1.0, 4.0], rel=1e-4)
 
 
 def test_beta_of_each_epoch(tmp_path):

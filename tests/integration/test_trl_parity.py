@@ -90,7 +90,7 @@ def test_loss_log_probabilities_and_gradient_equal_trls(tmp_path, monkeypatch, l
         tmp_path, model=policy(), kwargs={"ref_model": reference()}, loss_type=loss_type, beta=[0.3], max_new_tokens=5
     )
     groups = [tiny.group(p, c) for p, c in zip(tiny.prompts(PROMPT_LENGTHS), COMPLETIONS, strict=True)]
-    pairs, _ = pairs_from_scores(groups, Scores(SCORES, {}))
+    pairs = pairs_from_scores(groups, Scores(SCORES, {})).pairs
     rows = pack_pairs(pairs, shared=True)
     made.model.train()
     loss, outputs = made.compute_loss(made.model, {"rows": rows}, return_outputs=True, num_items_in_batch=4)
@@ -126,7 +126,7 @@ def test_where_trl_is_wrong_its_numbers_move_with_padding_and_ours_do_not(tmp_pa
     _, stats, (trl_policy, trl_reference), _ = trl_step(tmp_path, "sigmoid", monkeypatch)
     made = trainer(tmp_path, model=policy(), kwargs={"ref_model": reference()}, max_new_tokens=5)
     groups = [tiny.group(p, c) for p, c in zip(tiny.prompts(PROMPT_LENGTHS), COMPLETIONS, strict=True)]
-    pairs, _ = pairs_from_scores(groups, Scores(SCORES, {}))
+    pairs = pairs_from_scores(groups, Scores(SCORES, {})).pairs
     made.model.train()
     made.compute_loss(made.model, {"rows": pack_pairs(pairs, shared=True)}, num_items_in_batch=4)
     kl, entropy = [], []

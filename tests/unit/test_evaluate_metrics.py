@@ -1,6 +1,7 @@
 """Numbers of evaluation and logging, against values by hand."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import tiny
 from online_dpo.evaluate import EvalRecord, summarise, wilson_interval, win_share
 from online_dpo.metrics import MetricStore, record_loss, record_pairs, record_rollout
 from online_dpo.packing import pack_pairs, stand_in
-from online_dpo.types import Pair, RowLogprobs, Scores
+from online_dpo.types import Pair, Pairing, RowLogprobs, Scores
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,7 @@ def record(**changes):
         scores=(1.0, 3.0),
         reference_score=2.0,
         win=0.5,
-        loss=0.7,
+        losses=(0.7,),
         kl=(1.0, 2.0),
         entropy=(0.5, 1.5),
         lengths=(4, 6),
@@ -49,14 +50,14 @@ def record(**changes):
 
 def test_summary_leaves_missing_values_out():
     metrics = summarise(
-        [record(), record(scores=(None, 7.0), win=1.0, loss=None), record(win=None, reference_score=None)]
+        [record(), record(scores=(None, 7.0), win=1.0, losses=()), record(win=None, reference_score=None)]
     )
     assert metrics["objective/scores"] == pytest.approx((1 + 3 + 7 + 1 + 3) / 5)
     assert metrics["objective/reference_scores"] == 2.0 and metrics["win_rate"] == 0.75 and metrics["loss"] == 0.7
     assert metrics["objective/kl"] == 1.5 and metrics["completions/mean_length"] == 5.0 and metrics["prompts"] == 3.0
     low, high = wilson_interval(0.75, 2)
     assert (metrics["win_rate_ci95_low"], metrics["win_rate_ci95_high"]) == (low, high)
-    assert "win_rate" not in summarise([record(win=None)]) and math.isnan(summarise([record(loss=None)])["loss"])
+    assert "win_rate" not in summarise([record(win=None)]) and math.isnan(summarise([record(losses=())])["loss"])
 
 
 def test_means_weigh_every_value_the_same_however_they_came():
@@ -97,7 +98,7 @@ def test_rollout_and_pair_metrics():
     values = [[2.0, None], [1.0, 4.0]]
     record_rollout(store, made, Scores(values, {"f": [[3.0, None], [2.0, 5.0]]}), version=2)
     pair = Pair(made[1], chosen=1, rejected=0, chosen_score=4.0, rejected_score=1.0)
-    record_pairs(store, 2, [pair], {"missing_score": 1})
+    record_pairs(store, 2, Pairing([pair], Counter(missing_score=1)))
     metrics = store.drain()
     assert metrics["completions/mean_length"] == (3 + 4 + 2 + 5) / 4
     assert metrics["sampling/staleness"] == 2  # completions of version 0
@@ -105,9 +106,8 @@ def test_rollout_and_pair_metrics():
     assert metrics["objective/scores"] == pytest.approx(7 / 3) and metrics["scores/f"] == pytest.approx(10 / 3)
     assert metrics["scores/f/missing_ratio"] == 0.25 and metrics["objective/scores_margin"] == 3.0
     assert metrics["completions/chosen_minus_rejected_length"] == 3.0
-    assert (
-        metrics["pairs/usable_ratio"] == 0.5 and metrics["pairs/count"] == 1 and metrics["dropped/missing_score"] == 1
-    )
+    assert metrics["pairs/usable_ratio"] == 0.5 and metrics["pairs/groups"] == 1 and metrics["pairs/probability"] == 1.0
+    assert metrics["pairs/tie_rate"] == 0.0 and metrics["pairs/count"] == 1 and metrics["dropped/missing_score"] == 1
 
 
 def test_loss_metrics_by_hand_and_nothing_from_a_stand_in():
@@ -139,3 +139,15 @@ def test_loss_metrics_by_hand_and_nothing_from_a_stand_in():
     zeros = RowLogprobs(torch.zeros(2), torch.zeros(2), torch.zeros(2))
     record_loss(store, empty, zeros, zeros, torch.tensor([0.7]), beta=0.2)
     assert store.drain() == {"beta": 0.2}
+
+
+def test_a_completion_in_several_pairs_counts_once_where_completions_are_averaged():
+    group = tiny.group(tiny.prompts([3])[0], [[5, 6, 1], [7, 1], [8, 9, 10, 11, 12]])
+    rows = pack_pairs([Pair(group, 0, 1, 2.0, 1.0), Pair(group, 0, 2, 2.0, 0.0)], shared=True)
+    policy, reference = (RowLogprobs(torch.zeros(10), torch.zeros(10), x * rows.length_S.float()) for x in (-1.0, -1.5))
+    store = MetricStore()
+    record_loss(store, rows, policy, reference, torch.tensor([0.5, 0.9]), beta=0.2)
+    metrics = store.drain()
+    assert metrics["objective/kl"] == pytest.approx(0.5 * (3 + 2 + 5) / 3)
+    assert metrics["objective/entropy"] == pytest.approx((3 + 2 + 5) / 3)
+    assert metrics["loss"] == pytest.approx(0.7) and metrics["logps/chosen"] == -3.0

@@ -1,12 +1,14 @@
 """Rows and micro-batches as data: what stands where, nothing lost, nothing twice."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
 from online_dpo.layout import BLOCK, PADDING, Tree, lay_out, split_balanced
-from online_dpo.packing import as_inputs, halve, pack_groups, pack_pairs, passes_needed, split_pairs, tree_size
+from online_dpo.packing import as_inputs, halve, pack_groups, pack_pairs, passes_needed, split_pairs, token_count
 from online_dpo.types import Pair
 
 tokens = st.integers(1, 99)
@@ -94,11 +96,11 @@ def test_passes_stay_within_the_budget(pairs, budget):
     count = passes_needed(pairs, budget)
     pieces = split_pairs(pairs, count)
     assert sorted(id(p) for piece in pieces for p in piece) == sorted(map(id, pairs))
-    assert all(len(piece) <= 1 or sum(map(tree_size, piece)) <= budget for piece in pieces)
+    assert all(len(piece) <= 1 or token_count(piece) <= budget for piece in pieces)
     assert 1 <= count <= max(1, len(pairs))
-    if count > 1 and all(tree_size(pair) <= budget for pair in pairs):
+    if count > 1 and all(token_count([pair]) <= budget for pair in pairs):
         fewer = split_pairs(pairs, count - 1)
-        assert any(len(piece) > 1 and sum(map(tree_size, piece)) > budget for piece in fewer)
+        assert any(len(piece) > 1 and token_count(piece) > budget for piece in fewer)
 
 
 @given(pair_lists.filter(lambda pairs: len(pairs) >= 2), st.booleans())
@@ -132,6 +134,45 @@ def test_a_pair_of_many_completions_takes_only_its_two():
     assert rows.tokens.ids_RT.tolist() == [[*group.prompt.token_ids, 6, 6, 6, 5, 5]]
     assert rows.chosen_N.tolist() == [0] and rows.rejected_N.tolist() == [1] and rows.weight_N.tolist() == [1.0]
     assert rows.score_S[0] == 3.0 and rows.score_S[1].isnan()
+
+
+def all_pairs_of(lengths):
+    """Every pair of a group with completions of these lengths."""
+    group = tiny.group(tiny.prompts([4])[0], [[5 + k] * length for k, length in enumerate(lengths)])
+    count = range(len(lengths))
+    return [Pair(group, i, j, float(-i), float(-j)) for i in count for j in count if i < j]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_pairs_of_one_group_share_their_completions_and_one_prompt(shared):
+    pairs = [*make_pairs([(3, 2, 5)]), *all_pairs_of([1, 2, 3]), *make_pairs([(4, 1, 1)])]
+    rows = pack_pairs(pairs, shared)
+    assert token_count(pairs) == (3 + 2 + 5) + (4 + 1 + 2 + 3) + (4 + 1 + 1)
+    assert len(rows.length_S) == 2 + 3 + 2 and len(rows.chosen_N) == 5
+    completions = [tuple(ids.tolist()) for ids in rows.target_M.split(rows.length_S.tolist())]
+    for pair, chosen, rejected in zip(pairs, rows.chosen_N.tolist(), rows.rejected_N.tolist(), strict=True):
+        assert completions[chosen] == pair.chosen_completion.token_ids
+        assert completions[rejected] == pair.rejected_completion.token_ids
+        assert rows.score_S[[chosen, rejected]].tolist() == [pair.chosen_score, pair.rejected_score]
+    if shared:
+        assert int((rows.tokens.tree_RT >= 0).sum()) == token_count(pairs)
+
+
+def test_groups_stay_whole_until_one_alone_is_too_large():
+    pairs = [*all_pairs_of([10, 10, 10]), *make_pairs([(3, 5, 5)]), *all_pairs_of([2, 2, 2, 2])]
+    assert passes_needed(pairs, 1) == 3 and passes_needed(pairs, 50) == 2 and passes_needed(pairs, 59) == 1
+    for parts in (1, 2, 3, 5):
+        pieces = split_pairs(pairs, parts)
+        places = {(id(pair.group), n) for n, piece in enumerate(pieces) for pair in piece}
+        assert len(places) == 3 and sum(map(len, pieces)) == len(pairs)
+    halves = halve(pack_pairs(all_pairs_of([10, 10, 10]), shared=True))
+    assert [len(half.pairs) for half in halves] == [2, 1]
+
+
+def test_probabilities_and_weights_of_pairs():
+    [pair] = make_pairs([(3, 2, 5)])
+    rows = pack_pairs([pair, replace(pair, probability=0.75, weight=2.5)], shared=True)
+    assert rows.probability_N.tolist() == [1.0, 0.75] and rows.weight_N.tolist() == [1.0, 2.5]
 
 
 def test_trainer_counts_real_tokens():

@@ -50,6 +50,8 @@ def test_ranks_and_what_the_judge_sees():
     assert scorer.rank(GROUPS) == [1, 0]
     assert judge.seen == [(["p", "q"], [["a", "bb"], ["ccc", "d"]], True)]
     assert scorer.rank([]) == [] and len(judge.seen) == 1
+    assert scorer.prefer(GROUPS) == [0.0, 1.0]
+    assert JudgeScorer(lambda *_, **__: [-1, 0], tokenizer()).prefer(GROUPS) == [None, 1.0]
 
 
 def test_a_function_is_a_judge_too():
@@ -114,7 +116,7 @@ def test_a_judge_that_raises():
 
 
 def test_wrong_number_of_completions_and_wrong_judge():
-    with pytest.raises(ValueError, match="two completions, but a group has 3. Set `num_completions` to 2"):
+    with pytest.raises(ValueError, match="two completions, but a group has 3"):
         JudgeScorer(Longest(), tokenizer()).rank([*GROUPS, group("r", ["a", "b", "c"])])
     with pytest.raises(TypeError, match="`judge` must have a method.*this is int 5"):
         JudgeScorer(5, tokenizer())  # pyright: ignore[reportArgumentType]

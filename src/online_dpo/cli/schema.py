@@ -155,7 +155,9 @@ def _string_tuples(module: ast.Module) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Module constants such as ``LOSS_TYPES = ("sigmoid", "ipo")``."""
     for node in module.body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and isinstance(node.value, ast.Tuple):
-            yield node.targets[0].id, ast.literal_eval(node.value)
+            items = [item.value for item in node.value.elts if isinstance(item, ast.Constant)]
+            if items and all(isinstance(item, str) for item in items):
+                yield node.targets[0].id, tuple(map(str, items))
 
 
 def _string_beneath(node: ast.stmt | None) -> str:

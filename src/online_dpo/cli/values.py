@@ -155,8 +155,9 @@ def _number(value: str | float) -> float | None:
 
 
 def _check_choice(spec: FieldSpec, value: Any) -> Any:
-    if spec.choices and isinstance(value, str) and value not in spec.choices:
-        raise BadValue(f"is {_show(value)}; wanted: {wanted(spec)}.{nearest(value, spec.choices)}")
+    for item in value if isinstance(value, list) else [value]:
+        if spec.choices and isinstance(item, str) and item not in spec.choices:
+            raise BadValue(f"is {_show(value)}; wanted: {wanted(spec)}.{nearest(item, spec.choices)}")
     return value
 
 
@@ -174,6 +175,8 @@ def _describe(kind: ast.expr, spec: FieldSpec) -> str:
         return f"one of {', '.join(spec.choices)}"
     if head == "dict":
         return "a mapping"
+    if head == "list" and spec.choices:
+        return "a list of these"
     if head == "list":
         items = _alternatives(kind.slice) if isinstance(kind, ast.Subscript) else []
         plural = {"int": "whole numbers", "float": "numbers", "str": "texts"}

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from online_dpo.config import SAMPLING_FIELDS, OnlineDPOConfig
+from online_dpo.config import OnlineDPOConfig
+from online_dpo.config_checks import SAMPLING_FIELDS
 from online_dpo.types import Group, Prompt
 
 

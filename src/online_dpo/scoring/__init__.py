@@ -7,10 +7,13 @@ from online_dpo.scoring.judge import Judge, JudgeScorer, pairwise_scorer
 from online_dpo.scoring.llm_judge import LLMJudge
 from online_dpo.scoring.pairwise_model import PairwiseModelJudge
 from online_dpo.scoring.reward_model import RewardModelScorer, load_reward_model
-from online_dpo.scoring.scorer import AsyncPointwiseScorer, PairwiseScorer, PointwiseScorer
+from online_dpo.scoring.scorer import AsyncPointwiseScorer, CountingScorer, PairwiseScorer, PointwiseScorer
+from online_dpo.scoring.tournament import DuelCounter, find_preferences
 
 __all__ = [
     "AsyncPointwiseScorer",
+    "CountingScorer",
+    "DuelCounter",
     "FunctionScorer",
     "HTTPReward",
     "Judge",
@@ -23,6 +26,7 @@ __all__ = [
     "RewardModelScorer",
     "build_scorers",
     "check_scorers",
+    "find_preferences",
     "load_reward_model",
     "pairwise_scorer",
     "score_groups",

@@ -71,38 +71,38 @@ class ChatEndpoint:
         self._limiter = limiter
         self._budget = budget
         self._tally = tally
-        self._slots = asyncio.Semaphore(settings.concurrency)
+        self.slots = asyncio.Semaphore(settings.concurrency)
         self._asks_logprobs = settings.logprobs
         self._client = _client(settings)
 
     async def ask(self, question: str, max_tokens: int, temperature: float) -> Reply:
-        """
+        """One question; the caller holds one of ``slots`` meanwhile.
+
         Raises:
             QuestionFailed: it has no reply in time, or the endpoint does not take it.
             FeedbackStopped: no question will have one, or the money is spent.
         """
         from tenacity import AsyncRetrying, retry_if_exception_type
 
-        async with self._slots:
-            cause = "none"
-            try:
-                async with asyncio.timeout(self._settings.question_timeout) as limit:
+        cause = "none"
+        try:
+            async with asyncio.timeout(self._settings.question_timeout) as limit:
 
-                    def stop(state: RetryCallState) -> bool:
-                        nonlocal cause
-                        cause = str(state.outcome.exception()) if state.outcome else cause
-                        end = limit.when()
-                        assert end is not None
-                        too_late = asyncio.get_running_loop().time() + state.upcoming_sleep >= end
-                        return too_late or state.attempt_number >= self._settings.attempts
+                def stop(state: RetryCallState) -> bool:
+                    nonlocal cause
+                    cause = str(state.outcome.exception()) if state.outcome else cause
+                    end = limit.when()
+                    assert end is not None
+                    too_late = asyncio.get_running_loop().time() + state.upcoming_sleep >= end
+                    return too_late or state.attempt_number >= self._settings.attempts
 
-                    retrying = AsyncRetrying(
-                        retry=retry_if_exception_type(_Again), stop=stop, wait=_pause, sleep=asyncio.sleep, reraise=True
-                    )
-                    return await retrying(self._attempt, question, max_tokens, temperature, limit)
-            except TimeoutError:
-                text = f"no reply within `question_timeout`, {self._settings.question_timeout:g} s (before: {cause})"
-                raise QuestionFailed(text) from None
+                retrying = AsyncRetrying(
+                    retry=retry_if_exception_type(_Again), stop=stop, wait=_pause, sleep=asyncio.sleep, reraise=True
+                )
+                return await retrying(self._attempt, question, max_tokens, temperature, limit)
+        except TimeoutError:
+            text = f"no reply within `question_timeout`, {self._settings.question_timeout:g} s (before: {cause})"
+            raise QuestionFailed(text) from None
 
     async def _attempt(self, question: str, max_tokens: int, temperature: float, limit: asyncio.Timeout) -> Reply:
         guess = len(question) // 3 + 16

@@ -7,6 +7,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 
 from online_dpo.errors import FeedbackStopped
+from online_dpo.scoring.scorer import Counts
 
 WINDOW, ENOUGH = 200, 20  # questions that the share of failures is taken of, and the fewest that say something
 
@@ -34,15 +35,14 @@ class Tally:
         self.add("answered")
         self.add("preferred_first", p_first)
 
-    def drain(self) -> dict[str, float]:
+    def drain(self) -> Counts:
         """Sums and rates by the name of their metric, and start anew. A rate that nothing was counted for is absent."""
         with self._lock:
             counts, self._counts = self._counts, Counter()
-        metrics = {f"judge/{name}": float(counts[name]) for name in self._names}
-        for rate, (part, whole) in RATES.items():
-            if counts[whole]:
-                metrics[f"judge/{rate}"] = counts[part] / counts[whole]
-        return metrics
+        return Counts(
+            sums={f"judge/{name}": float(counts[name]) for name in self._names},
+            rates={f"judge/{name}": (counts[p], counts[w]) for name, (p, w) in RATES.items() if counts[w]},
+        )
 
 
 class FailureWindow:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
+from online_dpo.errors import FeedbackStopped
 from online_dpo.judge_settings import JudgeSettings
 from online_dpo.scoring.functions import submit, wait_for
 from online_dpo.scoring.judge import PreferenceJudge
@@ -18,7 +19,7 @@ from online_dpo.scoring.judge_client import ChatEndpoint, QuestionFailed
 from online_dpo.scoring.judge_prompts import GENERAL_RUBRIC, Verdict, load_template, prompt_text, read_verdict
 from online_dpo.scoring.judge_tally import FailureWindow, Tally
 from online_dpo.scoring.rate_limit import Budget, RateLimiter
-from online_dpo.scoring.scorer import check_duels
+from online_dpo.scoring.scorer import Counts, check_duels
 from online_dpo.types import Group
 
 T = TypeVar("T")
@@ -58,6 +59,7 @@ class LLMJudge(PreferenceJudge):
         self._endpoint: ChatEndpoint | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._asking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._begun: set[asyncio.Future[Answer | None]] = set()
 
     def prefer(self, duels: Sequence[Group]) -> list[float | None]:
         """For each group of two, the probability that its first completion is the better one.
@@ -71,6 +73,9 @@ class LLMJudge(PreferenceJudge):
         started = time.perf_counter()
         try:
             answers = wait_for(submit(_together(self._duel(*text) for text in distinct)))
+        except FeedbackStopped:
+            wait_for(submit(self._let_finish()))
+            raise
         finally:
             self._tally.add("seconds", time.perf_counter() - started)
         preferences = dict(zip(distinct, answers, strict=True))
@@ -81,6 +86,10 @@ class LLMJudge(PreferenceJudge):
         which stood first was given, 0.5 for a fair judge asked in both orders; ``judge/disagreement_rate`` the share of
         duels whose orders had different winners. Both count cached answers as well; requests, tokens and cost do not.
         """
+        return self.drain().metrics()
+
+    def drain(self) -> Counts:
+        """The same, with rates as part and whole, so that they can be added up."""
         return self._tally.drain()
 
     async def _duel(self, prompt: str, first: str, second: str) -> float | None:
@@ -155,17 +164,35 @@ class LLMJudge(PreferenceJudge):
             if answer is not None:
                 self._tally.add("cached")
             else:
-                answer = await self._fresh(template.fill(rubric, prompt, first, second), temperature)
-                if answer is None:
-                    return None
-                try:
-                    self._failures.add(f"no verdict in {answer.reply[:80]!r}" if answer.p_first is None else None)
-                finally:  # it is paid for, also where it is the last
-                    await asyncio.to_thread(self._cache.put, key, settings.model, answer)
+                async with self._connected().slots:
+                    asking = asyncio.ensure_future(
+                        self._ask_and_keep(key, template.fill(rubric, prompt, first, second), temperature)
+                    )
+                    self._begun.add(asking)
+                    asking.add_done_callback(self._begun.discard)
+                    answer = await asyncio.shield(asking)
+        if answer is None:
+            return None
         if answer.p_first is None:
             self._tally.add("unparsable")
             return None
         return Verdict(answer.p_first, answer.final)
+
+    async def _ask_and_keep(self, key: str, question: str, temperature: float) -> Answer | None:
+        answer = await self._fresh(question, temperature)
+        if answer is not None:
+            await asyncio.to_thread(self._cache.put, key, self.settings.model, answer)
+            self._failures.add(f"no verdict in {answer.reply[:80]!r}" if answer.p_first is None else None)
+        return answer
+
+    async def _let_finish(self) -> None:
+        """Questions that were on their way when another one stopped the judge are paid for: keep their answers."""
+        if not self._begun:
+            return
+        done, late = await asyncio.wait(self._begun, timeout=self.settings.request_timeout)
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*done, *late, return_exceptions=True)
 
     async def _fresh(self, question: str, temperature: float) -> Answer | None:
         try:

@@ -20,7 +20,7 @@ from online_dpo.scoring.judge import PreferenceJudge
 from online_dpo.scoring.judge_prompts import Template, prompt_text
 from online_dpo.scoring.judge_tally import Tally
 from online_dpo.scoring.reward_model import last_part, overridden
-from online_dpo.scoring.scorer import check_duels
+from online_dpo.scoring.scorer import Counts, check_duels
 from online_dpo.types import Group
 
 TEMPLATE = "Request: {prompt}\n\nFirst answer: {first}\n\nSecond answer: {second}"
@@ -105,6 +105,10 @@ class PairwiseModelJudge(PreferenceJudge):
 
     def metrics(self) -> dict[str, float]:
         """What was counted since the last call, as :meth:`LLMJudge.metrics`."""
+        return self.drain().metrics()
+
+    def drain(self) -> Counts:
+        """The same, with rates as part and whole, so that they can be added up."""
         return self._tally.drain()
 
     def _both_orders(self, duel: Group) -> tuple[str, str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -48,6 +49,28 @@ class PairwiseScorer(Protocol):
     name: str
 
     def prefer(self, duels: Sequence[Group]) -> list[float | None]: ...
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a scorer has counted: sums, and rates as part and whole, by the name of their metric.
+
+    >>> Counts(sums={"judge/requests": 12.0}, rates={"judge/position_bias": (6.5, 12.0)}).metrics()
+    {'judge/requests': 12.0, 'judge/position_bias': 0.5416666666666666}
+    """
+
+    sums: Mapping[str, float]
+    rates: Mapping[str, tuple[float, float]]
+
+    def metrics(self) -> dict[str, float]:
+        return {**self.sums, **{name: part / whole for name, (part, whole) in self.rates.items()}}
+
+
+@runtime_checkable
+class CountingScorer(Protocol):
+    """A scorer that counts what it does; ``drain`` returns what was counted since the last time."""
+
+    def drain(self) -> Counts: ...
 
 
 def check_duels(duels: Sequence[Group]) -> None:
