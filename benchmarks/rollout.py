@@ -22,13 +22,14 @@ from typing import Any
 
 from measure import describe_machine, group_forward_flop, matrix_rate, versions
 from vs_trl import refuse
-from workloads import EOS, FIRST_WORD, MODELS, Shape
+from workloads import EOS, FIRST_WORD, MODELS, PAD, Shape
 
 ENGINES: dict[str, dict[str, Any]] = {
     "built-in": {},
     "generate": {"no_repeat_ngram_size": 0},  # an option that changes nothing, and that only `generate` knows
     "generate-static": {"cache_implementation": "static"},
     "vllm": {},
+    "continuous-batching": {},
 }
 """The `generation_kwargs` that make the built-in engine take each way."""
 
@@ -78,7 +79,9 @@ def engine_and_sampler(name: str, shape: Shape, options: argparse.Namespace, mos
 
     model = make_policy(shape, options.device).to(getattr(torch, options.dtype)).eval()
     tokenizer = make_tokenizer(shape)
-    if name == "vllm":
+    if name == "continuous-batching":
+        engine: Any = ContinuousBatching(model)
+    elif name == "vllm":
         args = OnlineDPOConfig(
             output_dir="unused",
             use_cpu=options.device == "cpu",
@@ -87,7 +90,7 @@ def engine_and_sampler(name: str, shape: Shape, options: argparse.Namespace, mos
             max_length=MOST_POSITIONS,
             report_to=[],
         )
-        engine: Any = VLLMColocateEngine(model, tokenizer, args)
+        engine = VLLMColocateEngine(model, tokenizer, args)
     else:
         engine = TransformersEngine(model, tokenizer, batch_size=most)
     engine.sync(model, 0)
@@ -96,6 +99,38 @@ def engine_and_sampler(name: str, shape: Shape, options: argparse.Namespace, mos
         return SamplingParams(max_new_tokens=new, end_token_ids=(EOS,), extra=ENGINES[name])
 
     return engine, model, sampling
+
+
+class ContinuousBatching:
+    """The continuous batching of transformers, asked as an engine is. It samples with random numbers of its own and
+    returns no log-probabilities, so it is here to be compared and nothing else.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def sync(self, model: Any, version: int) -> None: ...
+
+    def close(self) -> None: ...
+
+    def generate(self, prompts: list[Any], num_completions: int, params: Any, key: Any) -> list[Any]:
+        from transformers import GenerationConfig
+
+        from online_dpo.types import Completion, Group
+
+        config = GenerationConfig(
+            max_new_tokens=params.max_new_tokens,
+            do_sample=True,
+            top_k=0,
+            num_return_sequences=num_completions,
+            eos_token_id=EOS,
+            pad_token_id=PAD,
+        )
+        outputs = self.model.generate_batch([list(p.token_ids) for p in prompts], generation_config=config)
+        if len(outputs) != len(prompts) * num_completions:
+            raise RuntimeError(f"{len(outputs)} completions came back of {len(prompts) * num_completions}")
+        completions = tuple(Completion(tuple(o.generated_tokens), (), "stop", 0, "") for o in outputs.values())
+        return [Group(prompts[0], completions)]  # whose they are does not matter here
 
 
 def measure(

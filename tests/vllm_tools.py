@@ -87,9 +87,9 @@ def free_port() -> int:
 class ServerProcess:
     """`online-dpo serve` in a process of its own, on a port that stays the same when it is restarted."""
 
-    def __init__(self, family: str, folder: Path) -> None:
-        self.model, self.log = folder / "model", folder / "server.log"
-        policy(family, seed=77).save_pretrained(self.model)  # weights that no test samples from
+    def __init__(self, family: str, folder: Path, seed: int = 77, options: Sequence[str] = ()) -> None:
+        self.model, self.log, self.options = folder / "model", folder / "server.log", list(options)
+        policy(family, seed=seed).save_pretrained(self.model)  # with the default, weights that no test samples from
         tiny.tokenizer().save_pretrained(self.model)
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -97,7 +97,7 @@ class ServerProcess:
 
     def start(self) -> None:
         command = [sys.executable, "-m", "online_dpo", "serve", str(self.model), "--port", str(self.port)]
-        command += ["--dtype", "float32", "--max-model-len", str(MAX_LENGTH)]
+        command += ["--dtype", "float32", "--max-model-len", str(MAX_LENGTH), *self.options]
         command += ["--", "--enforce-eager", "--block-size", str(BLOCK)]
         with self.log.open("ab") as log:
             environment = {**os.environ, **ENVIRONMENT}

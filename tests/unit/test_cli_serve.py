@@ -18,6 +18,12 @@ def test_the_command_line_of_the_server():
     assert command[9:] == ["--host", "127.0.0.1", "--port", "8001", "--dtype", "bfloat16", "--enforce-eager"]
 
 
+@pytest.mark.parametrize("rank, started_for", [(1, "1"), (4, "8"), (16, "16"), (300, "320")])
+def test_a_server_for_adapters(rank, started_for):
+    command = serve.server_command(["org/model", "--lora-rank", str(rank)])
+    assert command[-7:] == ["--enable-lora", "--max-lora-rank", started_for, "--max-loras", "1", "--max-cpu-loras", "2"]
+
+
 def test_the_process_becomes_the_server_with_the_addresses_for_weights_open(monkeypatch):
     calls = []
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
@@ -26,7 +32,8 @@ def test_the_process_becomes_the_server_with_the_addresses_for_weights_open(monk
     [(program, command, environment)] = calls
     assert program == sys.executable and command[-2:] == ["--dtype", "auto"]
     assert command[command.index("--tensor-parallel-size") + 1] == "2"
-    assert environment["VLLM_SERVER_DEV_MODE"] == "1"
+    assert environment["VLLM_SERVER_DEV_MODE"] == environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+    assert "--enable-lora" not in command
 
 
 def test_without_vllm_there_is_one_clear_error(monkeypatch, capsys):

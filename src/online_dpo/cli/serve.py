@@ -20,6 +20,8 @@ PASSED_ON = {
     "--max-model-len": (int, "longest prompt plus completion, in tokens"),
     "--max-num-seqs": (int, "most completions decoded at the same time"),
 }
+LORA_RANK = "--lora-rank"
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM can be started for
 DEFAULTS = {"--host": "127.0.0.1", "--port": 8000, "--dtype": "auto"}
 
 
@@ -47,6 +49,10 @@ def server_command(words: Sequence[str]) -> list[str]:
         value = arguments[option.lstrip("-").replace("-", "_")]
         if value is not None:
             command += [option, str(value)]
+    if arguments["lora_rank"] is not None:
+        # one adapter is computed with, and the next may be loaded before it leaves
+        rank = str(next((known for known in LORA_RANKS if known >= arguments["lora_rank"]), arguments["lora_rank"]))
+        command += ["--enable-lora", "--max-lora-rank", rank, "--max-loras", "1", "--max-cpu-loras", "2"]
     return command + words[cut + 1 :]
 
 
@@ -61,9 +67,15 @@ def _parser() -> argparse.ArgumentParser:
         default = DEFAULTS.get(option)
         shown = "vLLM's" if default is None else "%(default)s"
         parser.add_argument(option, type=kind, default=default, help=f"{text} (default: {shown})")
+    parser.add_argument(
+        LORA_RANK,
+        type=int,
+        help="take LoRA adapters of up to this rank, in place of whole weights: for a policy that is trained with one",
+    )
     return parser
 
 
 def _become(command: list[str]) -> NoReturn:
-    """VLLM_SERVER_DEV_MODE opens the addresses through which weights are replaced."""
-    os.execvpe(command[0], command, {**os.environ, "VLLM_SERVER_DEV_MODE": "1"})
+    """The variables open the addresses through which weights are replaced and adapters loaded."""
+    opened = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    os.execvpe(command[0], command, {**os.environ, **opened})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import time
 import urllib.error
 import urllib.request
@@ -16,7 +17,8 @@ T = TypeVar("T")
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds between two attempts; doubled each time
 BUSY = (408, 429)  # the statuses below 500 that ask to come again
-WORKER_RAISED = "Call to collective_rpc method failed"  # a status of 500 that will not pass
+WORKER_RAISED = re.compile(r"Call to \w+ method failed")  # a status of 500 that will not pass
+PLAIN_TEXT = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")  # what these answer is no JSON, and not read
 TAKES_NO_WEIGHTS = " Weights can only be sent to a server that was started with `online-dpo serve`."
 
 # Rollout servers stand in the same network: proxies from the environment are for others.
@@ -64,7 +66,7 @@ class VLLMClient:
                 return read(self._once(path, body))
             except _ErrorStatus as error:
                 cause = str(error)
-                if (error.code < 500 and error.code not in BUSY) or WORKER_RAISED in cause:
+                if (error.code < 500 and error.code not in BUSY) or WORKER_RAISED.search(cause):
                     hint = TAKES_NO_WEIGHTS if error.code == 404 or "is not implemented" in cause else ""
                     raise RolloutServerError(f"{self.url}{path} failed: {cause}.{hint}") from error
             except (OSError, http.client.HTTPException, json.JSONDecodeError, RuntimeError) as error:
@@ -92,4 +94,4 @@ class VLLMClient:
                 answer = response.read()
         except urllib.error.HTTPError as error:
             raise _ErrorStatus(error.code, f"{error.code} {error.reason} {error.read(2000).decode()}") from error
-        return json.loads(answer) if answer else None
+        return json.loads(answer) if answer and path not in PLAIN_TEXT else None

@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.errors import RolloutServerError
 from online_dpo.models import unwrapped
+from online_dpo.rollout.adapters import check_adapter, write_adapter
 from online_dpo.rollout.engine import RolloutKey, SamplingParams
 from online_dpo.rollout.vllm_client import VLLMClient
 from online_dpo.rollout.vllm_requests import (
@@ -45,6 +46,7 @@ Transport = Literal["auto", "file", "bytes"]
 CHUNK_BYTES = 32 << 20
 REQUESTS_AT_ONCE = 256  # to one server; vLLM decodes about as many together
 MOST_ROUNDS = 5
+NOT_YET = "it has lost the weights, and the process that can send them has not done so yet"
 LOST = "it restarts again and again, or another run sends its own weights to it"
 
 T = TypeVar("T")
@@ -56,6 +58,10 @@ class VLLMServerEngine:
     Where several processes train, each has an engine and samples for itself. The first one sends the weights. Another
     can send them again to a server that restarts if it sees the files of the first (on the same machine, or with a
     `TMPDIR` on a shared disk), and otherwise waits until that has been done.
+
+    Servers that were started for adapters (``--lora-rank``) serve the base model, and are sent the adapter alone, each
+    version under a name of its own. So nothing has to stand still meanwhile, and a completion of another version cannot
+    come back.
 
     Args:
         urls: addresses of the servers, such as ``["http://localhost:8000"]``; prompts are spread over them.
@@ -89,24 +95,33 @@ class VLLMServerEngine:
         self._label = ""
         self._folder = Path()
         self._owned: TemporaryDirectory[str] | None = None
+        ranks = []
         for client in self._clients:
             client.call("/health")
-            client.rpc("online_dpo_loaded")  # here, and not at the first sync, we learn that it takes no weights
+            ranks += client.rpc(
+                "online_dpo_lora_rank"
+            )  # here, and not at the first sync, we learn that it takes nothing
+        self._lora_rank = int(min(ranks, key=int))
+        if self._lora_rank == 0 and set(ranks) != {"0"}:
+            raise ValueError("Some servers take adapters and others do not. Give all of them `--lora-rank`, or none.")
 
     def sync(self, model: nn.Module, version: int) -> None:
         """Sends the weights to every server, unless those of this version were the last sent. They are kept on disk
         until the next `sync`, for servers that restart. Waits for a `generate` that is under way.
 
         Raises:
-            ValueError: a server serves a model of another shape. (vLLM crops larger weights without a word, and cannot
-                be used again after smaller ones.)
+            ValueError: a server serves a model of another shape (vLLM crops larger weights without a word, and cannot
+                be used again after smaller ones), or waits for adapters and the policy has none that fits.
             RolloutServerError: a server could not be used.
         """
         if version == self._version:
             return
         first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        if self._lora_rank:
+            check_adapter(model, self._lora_rank)
         weights = TemporaryDirectory(prefix="online-dpo-weights-") if first else None
-        write_weights(model, Path(weights.name) if weights else None)
+        write = write_adapter if self._lora_rank else write_weights
+        write(model, Path(weights.name) if weights else None)
         _raise_on_every_rank(self._check_shapes(model) if first else None)
         with self._gate.changing():
             self._close_files()
@@ -143,16 +158,35 @@ class VLLMServerEngine:
         for _ in range(MOST_ROUNDS):
             used = list({client_of[i].url: client_of[i] for i in waiting}.values())
             list(self._pool.map(self._bring_up_to_date, used))
-            answers = list(self._pool.map(_complete, [client_of[i] for i in waiting], [requests[i] for i in waiting]))
+            asked = [client_of[i] for i in waiting], [requests[i] for i in waiting]
+            answers = list(self._pool.map(self._complete, *asked))
             current = {client.url for client in used if self._is_current(client)}
-            sampled |= {i: answer for i, answer in zip(waiting, answers, strict=True) if client_of[i].url in current}
+            sampled |= {
+                i: answer
+                for i, answer in zip(waiting, answers, strict=True)
+                if answer is not None and client_of[i].url in current
+            }
             waiting = [i for i in waiting if i not in sampled]
             if not waiting:
                 return [sampled[i] for i in range(len(requests))]
         urls = ", ".join(sorted({client_of[i].url for i in waiting}))
         raise RolloutServerError(f"{urls} lost the weights {MOST_ROUNDS} times while sampling; last cause: {LOST}.")
 
+    def _complete(self, client: VLLMClient, request: Request) -> Sampled | None:
+        """``None`` where the server has no adapter of the present version."""
+        body = {**request.options, "prompt": list(request.prompt_ids), "return_token_ids": True}
+        if not self._lora_rank:
+            return client.call("/v1/completions", body, read=from_response)
+        try:
+            return client.call("/v1/completions", {**body, "model": self._label}, read=from_response)
+        except RolloutServerError:
+            if self._is_current(client):
+                raise
+            return None  # it has restarted
+
     def _is_current(self, client: VLLMClient) -> bool:
+        if self._lora_rank:
+            return self._label in _models(client)
         return set(client.rpc("online_dpo_loaded")) == {self._label}
 
     def _check_shapes(self, model: nn.Module) -> Exception | None:
@@ -178,7 +212,10 @@ class VLLMServerEngine:
     def _bring_up_to_date(self, client: VLLMClient) -> None:
         """Sends the latest weights unless the server has them; again, if it restarted meanwhile."""
         if not self._folder.is_dir():
-            client.call("/collective_rpc", {"method": "online_dpo_loaded"}, read=self._expect_label)
+            if self._lora_rank:
+                client.call("/v1/models", read=self._expect_adapter)
+            else:
+                client.call("/collective_rpc", {"method": "online_dpo_loaded"}, read=self._expect_label)
             return
         for _ in range(MOST_ROUNDS):
             if self._is_current(client):
@@ -190,9 +227,32 @@ class VLLMServerEngine:
 
     def _expect_label(self, answer: Any) -> None:
         if set(answer["results"]) != {self._label}:
-            raise RuntimeError("it has lost the weights, and the process that can send them has not done so yet")
+            raise RuntimeError(NOT_YET)
+
+    def _expect_adapter(self, answer: Any) -> None:
+        if self._label not in _names(answer):
+            raise RuntimeError(NOT_YET)
 
     def _push(self, client: VLLMClient) -> None:
+        if self._lora_rank:
+            self._push_adapter(client)
+        else:
+            self._push_weights(client)
+
+    def _push_adapter(self, client: VLLMClient) -> None:
+        """Adapters of other versions leave first: there is room for one."""
+        config = self._folder / "adapter_config.json"
+        if set(client.rpc("online_dpo_sees", str(config))) != {"yes"}:
+            raise RolloutServerError(
+                f"{client.url} does not see the folder {self._folder}, from which adapters are read. Set `TMPDIR` to a "
+                "disk that both see, or start the server without `--lora-rank`."
+            )
+        for name in _models(client):
+            if name.startswith(self._sender):
+                client.call("/v1/unload_lora_adapter", {"lora_name": name})
+        client.call("/v1/load_lora_adapter", {"lora_name": self._label, "lora_path": str(self._folder)})
+
+    def _push_weights(self, client: VLLMClient) -> None:
         """The server stands still while its weights change, and forgets the keys and values of the old ones."""
         files = sorted(self._folder.iterdir())
         by_file = self.transport != "bytes" and set(client.rpc("online_dpo_sees", str(files[0]))) == {"yes"}
@@ -252,9 +312,12 @@ def _raise_on_every_rank(error: Exception | None) -> None:
         raise error
 
 
-def _complete(client: VLLMClient, request: Request) -> Sampled:
-    body = {**request.options, "prompt": list(request.prompt_ids), "return_token_ids": True}
-    return client.call("/v1/completions", body, read=from_response)
+def _models(client: VLLMClient) -> set[str]:
+    return client.call("/v1/models", read=_names)
+
+
+def _names(answer: Any) -> set[str]:
+    return {model["id"] for model in answer["data"]}
 
 
 def _chunks(files: Sequence[Path]) -> Iterator[tuple[str, int, str]]:

@@ -46,6 +46,11 @@ class WeightUpdates:
         """What the model that is served looks like."""
         return shape_of(self.model_config.hf_text_config)  # pyright: ignore[reportAttributeAccessIssue]
 
+    def online_dpo_lora_rank(self) -> str:
+        """The largest rank of an adapter that can be put on top of the model, ``0`` where none can."""
+        config = self.vllm_config.lora_config  # pyright: ignore[reportAttributeAccessIssue]
+        return str(config.max_lora_rank if config else 0)
+
     def online_dpo_sees(self, path: str) -> str:
         """Whether this worker's machine has the trainer's file, ``yes`` or ``no`` (what HTTP returns is text)."""
         return "yes" if Path(path).is_file() else "no"

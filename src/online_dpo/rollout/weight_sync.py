@@ -40,7 +40,7 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     peft = is_peft_model(extract_model_from_parallel(model, keep_torch_compile=False))
     weights = _merged_weights(base) if peft else _plain_weights(base, "")
     tied = base.all_tied_weights_keys
-    weights = ((name, _full(tensor)) for name, tensor in weights if name not in tied)
+    weights = ((name, full_tensor(tensor)) for name, tensor in weights if name not in tied)
     # Few families are held in other shapes than their checkpoints (fused experts); only these need all at once.
     if getattr(base, "_weight_conversions", None) or get_model_conversion_mapping(base, add_legacy=False):
         return iter(revert_weight_conversion(base, dict(weights)).items())
@@ -64,7 +64,8 @@ def write_weights(model: nn.Module, folder: Path | None) -> None:
         save_file(shard, folder / f"{number:05d}.safetensors")
 
 
-def _full(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor that may be sharded: then a collective operation."""
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
