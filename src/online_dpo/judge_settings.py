@@ -6,7 +6,7 @@ import importlib.util
 import ipaddress
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -99,13 +99,13 @@ class JudgeSettings:
     # --- limits -----------------------------------------------------------------------------------------------------
 
     concurrency: int = 16
-    """Most questions at the same time, of this process."""
+    """Most questions at the same time. Several processes share this, and the limits below."""
 
     requests_per_minute: int | None = None
-    """Most requests in any 60 seconds, of this process."""
+    """Most requests in any 60 seconds."""
 
     tokens_per_minute: int | None = None
-    """Most tokens, read and written, in any 60 seconds, of this process."""
+    """Most tokens, read and written, in any 60 seconds."""
 
     request_timeout: float = 60.0
     """Seconds that one request may take."""
@@ -127,7 +127,7 @@ class JudgeSettings:
     """Price of a million tokens written."""
 
     max_cost: float | None = None
-    """The run stops before this process has spent more, in the currency of the prices."""
+    """The run stops before it has spent more, in the currency of the prices. A resumed run begins to count anew."""
 
     # --- the cache --------------------------------------------------------------------------------------------------
 
@@ -197,6 +197,21 @@ class JudgeSettings:
     def is_local(self) -> bool:
         """Whether the endpoint stands on this machine or in one's own network."""
         return in_own_network(self.base_url)
+
+    def share_of(self, processes: int) -> JudgeSettings:
+        """The same, with what one of several processes may use, so that together they keep to the limits. Each may ask
+        one question at a time, however many they are.
+
+        Raises:
+            ValueError: a limit cannot be divided among so many.
+        """
+        shares: dict[str, Any] = {"concurrency": max(self.concurrency // processes, 1)}
+        for name in ("requests_per_minute", "tokens_per_minute"):
+            limit = getattr(self, name)
+            if limit is not None and limit < processes:
+                raise ValueError(f"`{name}` is {limit}, which {processes} processes cannot share. Raise it.")
+            shares[name] = None if limit is None else limit // processes
+        return replace(self, **shares, max_cost=None if self.max_cost is None else self.max_cost / processes)
 
     def cost(self, input_tokens: int, output_tokens: int) -> float:
         """What a request of so many tokens costs."""

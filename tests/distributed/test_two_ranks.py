@@ -10,9 +10,20 @@ import pytest
 import torch
 
 import tiny
+from endpoint import says, serving, shown
 from training import assert_same
 
 WORKER = Path(__file__).with_name("worker.py")
+
+
+def slowly_more_w1(body, number):
+    first, second = shown(body)
+    p_first = 0.5 + 0.4 * math.tanh(first.count("w1") - second.count("w1"))
+    return says("A" if p_first >= 0.5 else "B", p_first, delay=0.05)
+
+
+def shown_to(request):
+    return shown(request.body)
 
 
 @pytest.fixture(scope="module")
@@ -25,25 +36,29 @@ def results(tmp_path_factory):
         "PYTHONPATH": os.pathsep.join(paths),
     }
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
+    asked = {}
     for command, processes in ((torchrun, 2), ([sys.executable], 1)):
-        done = subprocess.run(
-            [*command, str(WORKER), str(out), str(processes)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=280,
-        )
+        with serving(slowly_more_w1) as endpoint:
+            done = subprocess.run(
+                [*command, str(WORKER), str(out), str(processes), endpoint.url],
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=280,
+            )
         assert done.returncode == 0, done.stderr[-4000:]
+        asked[processes] = endpoint
 
     def load(case):
         one = torch.load(out / f"{case}-of-1-rank-0.pt")
         return one, [torch.load(out / f"{case}-of-2-rank-{rank}.pt") for rank in range(2)]
 
+    load.asked = asked
     return load
 
 
 @pytest.mark.parametrize(
-    "case", ["plain", "accumulated", "weighted", "xpo", "nash_md", "one_sided", "stream", "uneven"]
+    "case", ["plain", "accumulated", "weighted", "xpo", "nash_md", "one_sided", "stream", "uneven", "judged"]
 )
 def test_gradient_of_two_ranks_equals_that_of_one(results, case):
     one, two = results(case)
@@ -53,7 +68,7 @@ def test_gradient_of_two_ranks_equals_that_of_one(results, case):
 
 
 @pytest.mark.parametrize(
-    "case", ["plain", "accumulated", "weighted", "xpo", "nash_md", "one_sided", "stream", "uneven"]
+    "case", ["plain", "accumulated", "weighted", "xpo", "nash_md", "one_sided", "stream", "uneven", "judged"]
 )
 def test_metrics_of_two_ranks_equal_those_of_one(results, case):
     one, two = results(case)
@@ -69,6 +84,13 @@ def test_rows_repeated_to_fill_the_last_batch_are_not_trained_twice(results):
 def test_one_rank_without_pairs_is_a_case_of_its_own(results):
     one, _ = results("one_sided")
     assert one["log"]["pairs/count"] == 4 and one["log"]["dropped/missing_score"] == 4
+
+
+def test_ranks_ask_a_judge_together_as_often_and_as_much_at_once_as_one(results):
+    one, two = results.asked[1], results.asked[2]
+    assert one.most_at_once == two.most_at_once == 4
+    assert len(one.seen) == len(two.seen) > 30
+    assert sorted(map(shown_to, one.seen)) == sorted(map(shown_to, two.seen))
 
 
 def test_evaluation_counts_each_prompt_once(results):

@@ -13,6 +13,7 @@ from transformers import TrainerState
 
 import tiny
 from online_dpo.guard import StepGuard
+from online_dpo.scoring import LLMJudge
 from training import KeepGradient, dataset, trainer, weights
 
 LENGTHS = (5, 9, 3, 7, 12, 4, 6, 8)
@@ -41,7 +42,7 @@ def run(out, case, processes, **options):
     log = {
         k: v
         for k, v in made.state.log_history[made.state.global_step - 1].items()
-        if not k.startswith(("time/", "perf/"))
+        if not k.startswith(("time/", "perf/", "judge/seconds"))
     }
     saved = {"gradient": keep.last, "log": log, "weights": weights(made.model)}
     if made.eval_dataset is not None:
@@ -112,5 +113,7 @@ if __name__ == "__main__":
         per_device_eval_batch_size=2,
         kwargs={"eval_dataset": dataset(lengths=(3, 4, 5, 6, 7))},
     )
+    judge = LLMJudge(model="m", base_url=sys.argv[3], concurrency=4, cache=None)
+    run(out, "judged", processes, reward_funcs=None, num_completions=4, kwargs={"judge": judge})
     run(out, "not_finite", processes, model=poisoned_on_the_last_rank(), learning_rate=0.1)
     guard_alone(out, processes)

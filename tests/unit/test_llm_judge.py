@@ -14,6 +14,7 @@ import pytest
 
 from endpoint import Answer, duel, duels, error, says, serving, shown
 from online_dpo.errors import FeedbackStopped, ScoringError
+from online_dpo.judge_settings import JudgeSettings
 from online_dpo.scoring import JudgeScorer, LLMJudge, PairwiseScorer, judge_cache, pairwise_scorer
 from online_dpo.scoring.functions import submit, wait_for
 from online_dpo.scoring.judge_client import ChatEndpoint
@@ -315,6 +316,18 @@ def test_the_total_cost_stays_below_the_cap():
             judge.prefer(duels(40)[30:])
         assert judge.metrics()["judge/requests"] == 0
         assert judge_of(endpoint, order="given", max_cost=0.1, **prices).prefer(duels(40)) == [1.0] * 40
+
+
+def test_processes_share_the_limits():
+    limits = {"requests_per_minute": 10, "tokens_per_minute": 7000, "max_cost": 3.0, "input_price": 1.0}
+    settings = JudgeSettings(model="m", base_url="http://localhost:1/v1", concurrency=3, **limits)
+    assert settings.share_of(1) == settings
+    share = settings.share_of(4)
+    assert (share.concurrency, share.requests_per_minute, share.tokens_per_minute) == (1, 2, 1750)
+    assert share.max_cost == 0.75 and share.model == "m"
+    with pytest.raises(ValueError, match="`requests_per_minute` is 10, which 11 processes cannot share"):
+        settings.share_of(11)
+    assert JudgeSettings(model="m", base_url="http://localhost:1/v1").share_of(3).max_cost is None
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------

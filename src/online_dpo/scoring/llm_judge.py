@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
+import torch.distributed as dist
+
 from online_dpo.errors import FeedbackStopped
 from online_dpo.judge_settings import JudgeSettings
 from online_dpo.scoring.functions import submit, wait_for
@@ -216,8 +218,9 @@ class LLMJudge(PreferenceJudge):
         """The endpoint, with limits and connections that belong to the running loop: a forked process has another."""
         loop = asyncio.get_running_loop()
         if self._endpoint is None or self._loop is not loop:
-            limiter = RateLimiter(self.settings.requests_per_minute, self.settings.tokens_per_minute)
-            self._endpoint = ChatEndpoint(self.settings, limiter, Budget(self.settings.max_cost), self._tally)
+            share = self.settings.share_of(dist.get_world_size() if dist.is_initialized() else 1)
+            limiter = RateLimiter(share.requests_per_minute, share.tokens_per_minute)
+            self._endpoint = ChatEndpoint(share, limiter, Budget(share.max_cost), self._tally)
             self._loop = loop
         return self._endpoint
 
