@@ -1,5 +1,6 @@
 """One thread a process: on a small shared machine OpenMP's spinning costs far more than it gains."""
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -9,3 +10,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_collection(session):
+    """Python 3.11 now and then fails to parse a long file when its memory is collected in the middle of that
+    ("AST constructor recursion depth mismatch"): not while pytest reads the tests.
+    """
+    gc.disable()
+
+
+def pytest_collection_finish(session):
+    gc.enable()

@@ -84,24 +84,27 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-class ServerProcess:
-    """`online-dpo serve` in a process of its own, on a port that stays the same when it is restarted."""
+class Launched:
+    """A server in a process of its own, on a port that stays the same when it is restarted."""
 
-    def __init__(self, family: str, folder: Path, seed: int = 77, options: Sequence[str] = ()) -> None:
-        self.model, self.log, self.options = folder / "model", folder / "server.log", list(options)
-        policy(family, seed=seed).save_pretrained(self.model)  # with the default, weights that no test samples from
-        tiny.tokenizer().save_pretrained(self.model)
+    def __init__(self, folder: Path) -> None:
+        self.model, self.log = folder / "model", folder / "server.log"
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.start()
 
+    def command(self) -> list[str]:
+        raise NotImplementedError
+
     def start(self) -> None:
-        command = [sys.executable, "-m", "online_dpo", "serve", str(self.model), "--port", str(self.port)]
-        command += ["--dtype", "float32", "--max-model-len", str(MAX_LENGTH), *self.options]
-        command += ["--", "--enforce-eager", "--block-size", str(BLOCK)]
         with self.log.open("ab") as log:
-            environment = {**os.environ, **ENVIRONMENT}
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", *self.command()],
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **ENVIRONMENT},
+                start_new_session=True,
+            )
 
     def kill(self) -> None:
         """At once, with all of its children, as when a machine is lost."""
@@ -113,6 +116,22 @@ class ServerProcess:
     def restart(self) -> None:
         self.kill()
         self.start()
+
+
+class ServerProcess(Launched):
+    """`online-dpo serve` with a policy."""
+
+    def __init__(self, family: str, folder: Path, seed: int = 77, options: Sequence[str] = ()) -> None:
+        self.options = list(options)
+        policy(family, seed=seed).save_pretrained(
+            folder / "model"
+        )  # with the default, weights that no test samples from
+        tiny.tokenizer().save_pretrained(folder / "model")
+        super().__init__(folder)
+
+    def command(self) -> list[str]:
+        options = ["--port", str(self.port), "--dtype", "float32", "--max-model-len", str(MAX_LENGTH), *self.options]
+        return ["online_dpo", "serve", str(self.model), *options, "--", "--enforce-eager", "--block-size", str(BLOCK)]
 
 
 @dataclass

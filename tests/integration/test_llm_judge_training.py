@@ -8,13 +8,13 @@ from online_dpo.cli.judge_plan import BuiltInJudge
 from online_dpo.cli.train import load_judge
 from online_dpo.errors import FeedbackStopped
 from online_dpo.scoring import LLMJudge
-from training import config, trainer
+from training import LENGTHS, config, dataset, trainer, word_reward
 
 
-def judged(tmp_path, endpoint, cache="cache.sqlite3", settings=None, **fields):
+def judged(tmp_path, endpoint, cache="cache.sqlite3", settings=None, kwargs=None, **fields):
     judge = LLMJudge(model="m", base_url=endpoint.url, cache=str(tmp_path / cache), **(settings or {}))
     fields = {"num_completions": 2, "max_steps": 3, **fields}
-    return trainer(tmp_path, reward_funcs=None, kwargs={"judge": judge}, **fields)
+    return trainer(tmp_path, reward_funcs=None, kwargs={"judge": judge, **(kwargs or {})}, **fields)
 
 
 def more_w1(body, number):
@@ -90,6 +90,33 @@ def test_a_judge_that_likes_the_first_place_is_told_by_the_log(tmp_path):
         [log] = [entry for entry in once.state.log_history if "pairs/count" in entry]
         assert log["judge/position_bias"] == pytest.approx(0.7, abs=1e-6)
         assert log["pairs/probability"] == pytest.approx(0.7, abs=1e-6) and log["pairs/count"] >= 10
+
+
+def prefers_the_first(body, number):
+    """0.7 for what stands first, whatever it says; the remaining 0.3 are for the answer with more short words."""
+    first, second = (word_reward([text])[0] for text in shown(body))
+    fair = 0.5 if first == second else 0.98 if first > second else 0.02
+    return says("A", 0.7 + 0.3 * fair if body.get("logprobs") else None)  # A is the likelier letter in any case
+
+
+def test_both_orders_learn_from_a_judge_that_one_order_learns_nothing_from(tmp_path):
+    """Its letter alone says only which answer stood first, as a judge that is asked once would be read. Asked in both
+    orders, what it likes about the first place cancels in its probabilities.
+    """
+    fields = dict(max_steps=16, learning_rate=5e-3, beta=0.1, seed=2, logging_steps=16)
+    fields |= dict(per_device_train_batch_size=12, train_dataset=dataset(LENGTHS * 4))
+    held_out = {"eval_dataset": dataset(tuple(range(2, 14)) * 4), "eval_reward_funcs": word_reward}
+    gold, log = {}, {}
+    with serving(prefers_the_first) as endpoint:
+        for order, settings in {"both": {}, "given": {"order": "given", "logprobs": False}}.items():
+            made = judged(tmp_path / order, endpoint, settings=settings, kwargs=held_out, **fields)
+            made.train()
+            [log[order]] = [entry for entry in made.state.log_history if "pairs/count" in entry]
+            gold[order] = made.evaluate()
+    assert gold["both"]["eval_gold_win_rate_ci95_low"] > 0.65
+    assert gold["given"]["eval_gold_win_rate"] < 0.55
+    assert log["both"]["judge/position_bias"] == pytest.approx(0.85) and log["both"]["judge/disagreement_rate"] == 1.0
+    assert log["given"]["judge/position_bias"] == 1.0 and log["given"]["pairs/usable_ratio"] == 1.0
 
 
 def test_the_judge_of_a_run_file(tmp_path):

@@ -318,6 +318,12 @@ def test_the_total_cost_stays_below_the_cap():
         assert judge_of(endpoint, order="given", max_cost=0.1, **prices).prefer(duels(40)) == [1.0] * 40
 
 
+def test_log_probabilities_that_were_not_asked_for_are_not_read():
+    with serving(lambda body, number: says("A", 0.6)) as endpoint:
+        assert judge_of(endpoint, order="given").prefer([duel("x", "y")]) == [pytest.approx(0.6)]
+        assert judge_of(endpoint, order="given", logprobs=False).prefer([duel("x", "y")]) == [1.0]
+
+
 def test_processes_share_the_limits():
     limits = {"requests_per_minute": 10, "tokens_per_minute": 7000, "max_cost": 3.0, "input_price": 1.0}
     settings = JudgeSettings(model="m", base_url="http://localhost:1/v1", concurrency=3, **limits)

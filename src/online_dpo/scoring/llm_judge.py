@@ -207,7 +207,7 @@ class LLMJudge(PreferenceJudge):
         except QuestionFailed as error:
             cause = str(error)
         else:
-            verdict = read_verdict(reply.text, reply.choices)
+            verdict = read_verdict(reply.text, reply.choices if self.settings.logprobs else [])
             p_first, final = (None, False) if verdict is None else (verdict.p_first, verdict.final)
             return Answer(p_first, final, reply.text, reply.input_tokens, reply.output_tokens)
         self._tally.add("failed")
