@@ -25,7 +25,7 @@ from online_dpo.cli.main import main
 from online_dpo.cli.run_file import UsageError
 from online_dpo.cli.schema import load_fields
 from online_dpo.evaluate import wilson_interval
-from online_dpo.rollout import RolloutKey, SamplingParams, TransformersEngine
+from online_dpo.rollout import RolloutKey, SamplingParams, Stream, TransformersEngine
 
 REWARDS = """
 def words(completions):
@@ -173,7 +173,7 @@ def test_both_models_answer_with_the_same_random_numbers_and_the_kl_is_that_of_p
         *("--model", "policy", "--against", "other", "--prompts", "prompts.jsonl", "--reward", "rewards.py:words"),
         *(*SHORT, "--seed", 7, "--temperature", 0.5, "--output", "answers.jsonl"),
     )
-    prompts, key = tiny.prompts(LENGTHS), RolloutKey(7, 0, 4)
+    prompts, key = tiny.prompts(LENGTHS), RolloutKey(7, 0, Stream.ANSWERS)
     models = {name: tiny.causal_lm(seed=seed, sharpness=1.0) for name, seed in (("model", 0), ("against", 5))}
     rows = [json.loads(line) for line in Path("answers.jsonl").read_text().splitlines()]
     for side, model in models.items():
@@ -181,7 +181,7 @@ def test_both_models_answer_with_the_same_random_numbers_and_the_kl_is_that_of_p
         groups = engine.generate(prompts, 1, SamplingParams(8, (tiny.EOS,), temperature=0.5), key)
         assert [row[side]["text"] for row in rows] == [group.completions[0].text for group in groups]
     plain = TransformersEngine(models["model"], tiny.tokenizer()).generate(
-        prompts, 1, SamplingParams(8, (tiny.EOS,)), RolloutKey(7, 0, 5)
+        prompts, 1, SamplingParams(8, (tiny.EOS,)), RolloutKey(7, 0, Stream.FOR_KL)
     )
     ratios = []
     for group in plain:

@@ -23,12 +23,10 @@ from online_dpo.evaluate import win_rate
 from online_dpo.quickstart.artifacts import build
 from online_dpo.quickstart.language import rubric
 from online_dpo.quickstart.models import FULL, QuickstartSize
-from online_dpo.rollout import RolloutKey, SamplingParams, TransformersEngine
+from online_dpo.rollout import RolloutKey, SamplingParams, Stream, TransformersEngine
 from online_dpo.scoring import RewardModelScorer, load_reward_model
 from online_dpo.trainer import OnlineDPOTrainer
 from online_dpo.types import Group, Prompt
-
-HELD_OUT = 3  # stream of random numbers of the samples that are judged; training and evaluation use others
 
 
 @dataclass(frozen=True)
@@ -177,7 +175,7 @@ def _held_out_judge(
 
     def judge(policy: PreTrainedModel) -> Judged:
         engine = TransformersEngine(policy, tokenizer, batch_size=128)
-        groups = engine.generate(prompts, 1, params, RolloutKey(seed, 0, HELD_OUT))
+        groups = engine.generate(prompts, 1, params, RolloutKey(seed, 0, Stream.HELD_OUT))
         gold = [rubric(str(group.prompt.content), group.completions[0].text) for group in groups]
         proxy = [values[0] for values in scorer.score(groups)]
         return Judged(groups, gold, [float(value) for value in proxy if value is not None])

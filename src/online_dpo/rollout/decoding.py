@@ -8,7 +8,7 @@ places of completions, ``V`` vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 
 from online_dpo.attention import attention_inputs, layer_kinds, window_of
 from online_dpo.last_layer import reading
-from online_dpo.layout import PADDING
+from online_dpo.layout import PADDING, cut
 from online_dpo.models import accepts_argument, hands_on_arguments, unwrapped
 from online_dpo.rollout.engine import SamplingParams
 from online_dpo.rollout.memory import Memory, our_attention
@@ -89,7 +89,7 @@ class Decoder(StepwiseDecoder):
         order = sorted(range(len(self.prompts)), key=lambda g: len(self.prompts[g]))
         parts = []
         with our_attention(self.config):
-            for chosen in _cut(order, [len(ids) for ids in self.prompts], budget):
+            for chosen in cut(order, [len(ids) for ids in self.prompts], budget):
                 self.memory.write_prompts(torch.tensor(chosen, device=self.device))
                 parts.append(self._prefill([self.prompts[g] for g in chosen]))
         logits_GV = torch.cat(parts)
@@ -158,14 +158,3 @@ class Decoder(StepwiseDecoder):
         if window is not None:
             seen_GX &= now_G1 - position_GX < window
         return seen_GX.repeat_interleave(num_completions, dim=0)[:, None, None]
-
-
-def _cut(order: Sequence[int], lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Neighbours in ``order``, which goes from short to long, whose padded rows have at most ``budget`` tokens."""
-    piece: list[int] = []
-    for g in order:
-        if piece and (len(piece) + 1) * lengths[g] > budget:
-            yield piece
-            piece = []
-        piece.append(g)
-    yield piece
