@@ -117,6 +117,14 @@ def answer(model: Player, against: Player, args: OnlineDPOConfig, sampling: Samp
     return Answers(mine, theirs, ratios or [()] * len(rows))
 
 
+def unscored(answers: Answers) -> list[Match]:
+    """The matches before anything is said of them."""
+    return [
+        Match(group, rival, (None,) * len(group.completions), log_ratios=ratios)
+        for group, rival, ratios in zip(answers.model, answers.against, answers.log_ratios, strict=True)
+    ]
+
+
 def score_answers(
     answers: Answers, scorers: Sequence[PointwiseScorer], weights: Sequence[float] | None, penalty: float | None
 ) -> list[Match]:

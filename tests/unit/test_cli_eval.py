@@ -263,17 +263,28 @@ def test_a_judge_that_fails_is_an_error_in_one_line(folder, capsys, where):
     with serving(lambda body, number: answer) as endpoint:
         kwargs = json.dumps({"model": "m", "base_url": endpoint.url, "cache": None, "max_failure_share": 1})
         words = ("--model", "policy", "--against", "other", "--prompts", "prompts.jsonl", "--judge", "llm")
-        assert run(*words, "--judge_kwargs", kwargs, *SHORT, "--json", "figures.json") == 1
+        files = ("--json", "figures.json", "--output", "answers.jsonl")
+        assert run(*words, "--judge_kwargs", kwargs, *SHORT, *files) == 1
     printed = capsys.readouterr()
     assert ("bad key" in printed.err) == (where == "refuses") and printed.err.count("error:") == 1
     assert ("no such format" in printed.err) == (where == "fails")
     assert "Traceback" not in printed.err and not Path("figures.json").exists()
+    assert printed.err.endswith("The answers, without scores, are in answers.jsonl\n") and "written" not in printed.out
+    rows = [json.loads(line) for line in Path("answers.jsonl").read_text().splitlines()]
+    prompts, key = tiny.prompts(LENGTHS), RolloutKey(42, 0, Stream.ANSWERS)
+    for side, seed in (("model", 0), ("against", 5)):
+        engine = TransformersEngine(tiny.causal_lm(seed=seed, sharpness=1.0), tiny.tokenizer())
+        groups = engine.generate(prompts, 1, SamplingParams(8, (tiny.EOS,), temperature=0.9), key)
+        assert [row[side]["text"] for row in rows] == [group.completions[0].text for group in groups]
+        assert all(row[side].keys() == {"text", "tokens", "ended"} for row in rows)
+    assert {row["preference"] for row in rows} == {None} and [row["row"] for row in rows] == list(range(16))
 
 
 def test_a_reward_function_that_fails_is_an_error_in_one_line(folder, capsys):
     words = ("--model", "policy", "--against", "other", "--prompts", "prompts.jsonl", "--reward", "rewards.py:fails")
     assert run(*words, *SHORT) == 1
-    assert "error: Reward function `fails` raised ConnectionError: away" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "error: Reward function `fails` raised ConnectionError: away" in said and "answers" not in said
 
 
 def test_another_tokenizer_has_no_kl(folder, capsys, monkeypatch):
