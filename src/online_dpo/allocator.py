@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-import sys
+import platform
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 KEPT = 2**30
@@ -20,18 +20,7 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether it was done: not without glibc, and not where the user has set one of glibc's own variables for it.
     """
-    if not _is_glibc() or any(name in os.environ for name in USERS_OWN):
+    if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in USERS_OWN):
         return False
     library = ctypes.CDLL(None)
     return bool(library.mallopt(M_MMAP_THRESHOLD, KEPT)) and bool(library.mallopt(M_TRIM_THRESHOLD, KEPT))
-
-
-def _is_glibc() -> bool:
-    return sys.platform == "linux" and "CS_GNU_LIBC_VERSION" in os.confstr_names and bool(_version())
-
-
-def _version() -> str | None:
-    try:
-        return os.confstr("CS_GNU_LIBC_VERSION")
-    except OSError:  # another C library, which knows the name and has no answer
-        return None

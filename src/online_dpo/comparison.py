@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from online_dpo.bootstrap import bootstrap_interval, standard_error
+from online_dpo.chance import preference_by_score
 from online_dpo.evaluate import wilson_interval
 from online_dpo.length_control import length_controlled_win_rate
 from online_dpo.types import Group
@@ -47,7 +48,7 @@ def preferences_by_score(model: Values, against: Values) -> tuple[float | None, 
     (1.0, 0.5, None)
     """
     return tuple(
-        None if mine is None or theirs is None else (1.0 if mine > theirs else 0.5 if mine == theirs else 0.0)
+        None if mine is None or theirs is None else preference_by_score(mine, theirs)
         for mine, theirs in zip(model, against, strict=True)
     )
 

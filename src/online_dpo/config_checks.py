@@ -239,9 +239,7 @@ def check_vllm(args: OnlineDPOConfig) -> None:
         (share is None or 0 < share <= 1, "vllm_gpu_memory_utilization", "above 0 and at most 1"),
         (len(args.vllm_server_urls) > 0, "vllm_server_base_url", "an address, or several separated by commas"),
     ]
-    for holds, name, wanted in checks:
-        if not holds:
-            raise ValueError(f"`{name}` must be {wanted}; it is {getattr(args, name)!r}.")
+    _check(args, checks)
     other = "server" if args.vllm_mode == "colocate" else "colocate"
     ignored = [name for name in changed if name in VLLM_MODES[other]]
     if ignored:

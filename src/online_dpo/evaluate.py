@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from online_dpo.bootstrap import standard_error
+from online_dpo.chance import preference_by_score
 from online_dpo.types import Group, PackedRows, Pair, RowLogprobs, Scores, Verdicts
 
 
@@ -51,8 +52,17 @@ def win_share(scores: Sequence[float | None], reference_score: float | None) -> 
     scored = [score for score in scores if score is not None]
     if reference_score is None or not scored:
         return None
-    points = [1.0 if s > reference_score else 0.5 if s == reference_score else 0.0 for s in scored]
-    return sum(points) / len(points)
+    return sum(preference_by_score(score, reference_score) for score in scored) / len(scored)
+
+
+def win_rate(wins: Sequence[float]) -> tuple[float, float, float]:
+    """The mean of one win or more, and its `wilson_interval`.
+
+    >>> tuple(round(value, 4) for value in win_rate([1.0, 0.5, 0.0, 1.0]))
+    (0.625, 0.2194, 0.9081)
+    """
+    share = float(np.mean(wins))
+    return share, *wilson_interval(share, len(wins))
 
 
 def wilson_interval(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
@@ -131,14 +141,11 @@ def summarise(records: Sequence[EvalRecord]) -> dict[str, float]:
         "objective/token_entropy": [e for r in records for e in r.entropy],
         "completions/mean_length": [n for r in records for n in r.lengths],
         "val/contain_eos_token": [float(f) for r in records for f in r.finished],
-        "win_rate": [r.win for r in records if r.win is not None],
     }
     metrics = {name: float(np.mean(values)) for name, values in means.items() if values}
     metrics.setdefault("loss", math.nan)  # the metric by which Trainer finds the best model unless told otherwise
     metrics["prompts"] = float(len(records))
-    if means["win_rate"]:
-        low, high = wilson_interval(metrics["win_rate"], len(means["win_rate"]))
-        metrics |= {"win_rate_ci95_low": low, "win_rate_ci95_high": high}
+    metrics |= _win_rate_metrics("win_rate", [r.win for r in records if r.win is not None])
     gold = [(record, record.gold) for record in records if record.gold is not None]
     return metrics | (gold_metrics(gold) if gold else {})
 
@@ -153,10 +160,7 @@ def gold_metrics(records: Sequence[tuple[EvalRecord, GoldRecord]]) -> dict[str, 
         metrics["gold_missing_ratio"] = 1 - len(present) / len(scores)
     if present:
         metrics["gold_score"] = float(np.mean(present))
-    if wins:
-        metrics["gold_win_rate"] = float(np.mean(wins))
-        low, high = wilson_interval(metrics["gold_win_rate"], len(wins))
-        metrics |= {"gold_win_rate_ci95_low": low, "gold_win_rate_ci95_high": high}
+    metrics |= _win_rate_metrics("gold_win_rate", wins)
     by_prompt = {
         "objective/scores": [_mean(record.scores) for record, _ in records],
         "win_rate": [record.win for record, _ in records],
@@ -168,6 +172,12 @@ def gold_metrics(records: Sequence[tuple[EvalRecord, GoldRecord]]) -> dict[str, 
         if error is not None:
             metrics[f"{name}_stderr"] = error
     return metrics
+
+
+def _win_rate_metrics(name: str, wins: Sequence[float]) -> dict[str, float]:
+    if not wins:
+        return {}
+    return dict(zip((name, f"{name}_ci95_low", f"{name}_ci95_high"), win_rate(wins), strict=True))
 
 
 def _mean(scores: Sequence[float | None]) -> float | None:

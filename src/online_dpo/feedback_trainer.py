@@ -24,13 +24,11 @@ from online_dpo.lookahead import Fetched, Lookahead
 from online_dpo.metrics import record_rollout
 from online_dpo.overoptimisation import OveroptimisationGuard
 from online_dpo.reference import Reference
-from online_dpo.rollout import Engine, RolloutKey, SamplingParams, TransformersEngine
+from online_dpo.rollout import Engine, RolloutKey, SamplingParams, Stream, TransformersEngine
 from online_dpo.rollout.opponent import Opponent, joined
 from online_dpo.scoring import CountingScorer, PairwiseScorer, PointwiseScorer, find_preferences, score_groups
 from online_dpo.sync_check import SyncCheck
 from online_dpo.types import Completion, Feedback, Group, Prompt, Scores, Verdicts
-
-TRAINING, EVALUATION, REFERENCE, PAIRING, OPPONENT = 0, 1, 2, 3, 5  # streams of random numbers
 
 
 class FeedbackTrainer(GuardedTrainer):
@@ -114,14 +112,14 @@ class FeedbackTrainer(GuardedTrainer):
         self._sync_engine(prompts)
         seed, own = self.args.seed, self.args.num_completions - self.opponent.completions
         with Stopwatch(self.accelerator.device) as before, self.accelerator.autocast():
-            theirs = self.opponent.answer(prompts, self.sampling, RolloutKey(seed, step, OPPONENT))
+            theirs = self.opponent.answer(prompts, self.sampling, RolloutKey(seed, step, Stream.OPPONENT))
 
         self.nobody_samples = done = Event()
 
         def sample() -> tuple[list[Group], float]:
             try:
                 with Stopwatch(self.accelerator.device) as watch, self.accelerator.autocast():
-                    groups = self.engine.generate(prompts, own, self.sampling, RolloutKey(seed, step, TRAINING))
+                    groups = self.engine.generate(prompts, own, self.sampling, RolloutKey(seed, step, Stream.TRAINING))
             finally:
                 done.set()
             return joined(groups, theirs), before.seconds + watch.seconds
@@ -170,7 +168,7 @@ class FeedbackTrainer(GuardedTrainer):
         """One completion for each prompt of the reference as it was before training; sampled once."""
         new = [prompt for prompt in prompts if (prompt.row, prompt.token_ids) not in self.reference_completions]
         if new:
-            key = RolloutKey(self.args.seed, 0, REFERENCE)
+            key = RolloutKey(self.args.seed, 0, Stream.REFERENCE)
             with self.reference.at_start(), self.accelerator.autocast():
                 for group in self.reference_engine.generate(new, 1, self.sampling, key):
                     self.reference_completions[group.prompt.row, group.prompt.token_ids] = group.completions

@@ -5,7 +5,7 @@ One model is in memory at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from online_dpo.comparison import Match, preferences_by_score
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.data import prepare_prompts, prompts_from_batch
+from online_dpo.layout import cut
 from online_dpo.logprobs import enable_logprobs, row_logprobs
 from online_dpo.models import (
     check_model_path,
@@ -29,7 +30,7 @@ from online_dpo.models import (
     to_device,
 )
 from online_dpo.packing import pack_groups
-from online_dpo.rollout import RolloutKey, SamplingParams, TransformersEngine
+from online_dpo.rollout import RolloutKey, SamplingParams, Stream, TransformersEngine
 from online_dpo.rollout.sampling import reshapes
 from online_dpo.scoring import (
     DuelCounter,
@@ -41,8 +42,6 @@ from online_dpo.scoring import (
 )
 from online_dpo.self_check import Method, choose_method
 from online_dpo.types import Group, Prompt
-
-ANSWERS, FOR_KL = 4, 5  # streams of random numbers; training and its evaluation use others
 
 
 @dataclass(frozen=True)
@@ -116,6 +115,14 @@ def answer(model: Player, against: Player, args: OnlineDPOConfig, sampling: Samp
     empty_device_cache()
     ratios = [tuple(a - b for a, b in zip(one, two, strict=True)) for one, two in zip(own, others, strict=True)]
     return Answers(mine, theirs, ratios or [()] * len(rows))
+
+
+def unscored(answers: Answers) -> list[Match]:
+    """The matches before anything is said of them."""
+    return [
+        Match(group, rival, (None,) * len(group.completions), log_ratios=ratios)
+        for group, rival, ratios in zip(answers.model, answers.against, answers.log_ratios, strict=True)
+    ]
 
 
 def score_answers(
@@ -196,13 +203,13 @@ def _play(
     """Its answers; completions at temperature 1, which may be the same; and the log-probabilities of these."""
     model = _load(player, args)
     params = sampling.params(args, end_token_ids(model, player.tokenizer))
-    answers = _sample(model, player, rows, params, args, sampling.samples, ANSWERS)
+    answers = _sample(model, player, rows, params, args, sampling.samples, Stream.ANSWERS)
     if not sampling.kl:
         return answers, [], []
     plain = answers
     if reshapes(params) or params.extra:
         plain_params = SamplingParams(params.max_new_tokens, params.end_token_ids, stop_strings=params.stop_strings)
-        plain = _sample(model, player, rows, plain_params, args, sampling.samples, FOR_KL)
+        plain = _sample(model, player, rows, plain_params, args, sampling.samples, Stream.FOR_KL)
     return answers, plain, _sequence_logprobs(model, plain, args)
 
 
@@ -212,7 +219,7 @@ def _answer_and_read(
     """Its answers, and the log-probabilities that it gives to the other's completions."""
     model = _load(player, args)
     params = sampling.params(args, end_token_ids(model, player.tokenizer))
-    answers = _sample(model, player, rows, params, args, sampling.samples, ANSWERS)
+    answers = _sample(model, player, rows, params, args, sampling.samples, Stream.ANSWERS)
     return answers, _sequence_logprobs(model, plain, args) if plain else []
 
 
@@ -237,7 +244,7 @@ def _sample(
     params: SamplingParams,
     args: OnlineDPOConfig,
     samples: int,
-    stream: int,
+    stream: Stream,
 ) -> list[Group]:
     engine = TransformersEngine(model, player.tokenizer, args.rollout_batch_size)
     with _autocast(args):
@@ -250,27 +257,12 @@ def _sequence_logprobs(model: nn.Module, groups: Sequence[Group], args: OnlineDP
     with _autocast(args):
         found = choose_method({"the model": lambda: nullcontext(model)}, groups, share=False)
         method = found[0] if found else Method()
+        samples = len(groups[0].completions)
+        sizes = [len(g.prompt.token_ids) + max(len(c.token_ids) for c in g.completions) for g in groups]
+        longest_first = sorted(range(len(groups)), key=lambda p: -sizes[p])
         logps: dict[int, list[float]] = {}
-        for batch in _batches(groups, args.tokens_per_pass):
+        for batch in cut(longest_first, sizes, args.tokens_per_pass // samples):
             rows = pack_groups([groups[p] for p in batch], [], shared=False).to(args.device)
             logps_S = row_logprobs(model, rows, entropy=False, chunked=method.chunked).logps_S
-            parts = logps_S.split([len(groups[p].completions) for p in batch])
-            logps |= {p: part.tolist() for p, part in zip(batch, parts, strict=True)}
+            logps |= dict(zip(batch, logps_S.view(-1, samples).tolist(), strict=True))
     return [logps[p] for p in range(len(groups))]
-
-
-def _batches(groups: Sequence[Group], most_tokens: int) -> Iterator[list[int]]:
-    """Indices of the groups, longest first, in lists of at most so many padded tokens, or of one group."""
-
-    def longest(p: int) -> int:
-        return len(groups[p].prompt.token_ids) + max(len(c.token_ids) for c in groups[p].completions)
-
-    batch: list[int] = []
-    for p in sorted(range(len(groups)), key=longest, reverse=True):
-        rows = sum(len(groups[q].completions) for q in [*batch, p])
-        if batch and rows * longest(batch[0]) > most_tokens:
-            yield batch
-            batch = []
-        batch.append(p)
-    if batch:
-        yield batch

@@ -13,17 +13,16 @@ Shapes: ``R`` rows, ``T`` tokens of a row, ``X`` tokens that are read, ``H`` hid
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from online_dpo import segment_rows
-from online_dpo.models import unwrapped
+from online_dpo.forwards import replaced_forwards
+from online_dpo.models import hands_on_arguments, unwrapped
 
 TOKEN_BY_TOKEN = ("mlp", "self_attn.q_proj", "self_attn.o_proj")
 """Modules of a layer that work on each token alone, wherever a layer has one of this name."""
@@ -36,34 +35,41 @@ _alone = threading.RLock()
 def enable_reading(model: nn.Module) -> None:
     """Let the model's body take ``read_X``, the places of the flattened rows whose hidden states are read, (X,) int64,
     ascending and each once. All others are then undefined. Models that cannot are left as they are (see `reading`).
+
+    What is found out here is kept by name, so that it holds for copies, and for adapters that come later.
     """
-    layer = _last_layer(model)
-    if layer is None or hasattr(layer, "forward_everywhere"):
-        return
-    layer.forward_everywhere = layer.forward
-    layer.forward = MethodType(_forward, layer)  # bound, so that a copy of the model calls the copy's own
-
-
-def reading(model: nn.Module, read_X: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The argument for the model's body; none where the model cannot use it."""
-    return {"read_X": read_X} if hasattr(_last_layer(model), "forward_everywhere") else {}
-
-
-def _last_layer(model: nn.Module) -> Any:
-    """The last layer, if it has modules that can be spared work and the model hands its layers all arguments."""
     base: Any = unwrapped(model)
-    if not isinstance(base, PreTrainedModel) or not base._supports_attention_backend or base._is_stateful:
+    layer = _last_layer(base)
+    if layer is None or not (spared := [name for name in TOKEN_BY_TOKEN if _can_be_spared(_submodule(layer, name))]):
+        return
+    base.takes_read_X = True
+    if not hasattr(layer, "forward_everywhere"):
+        layer.spared = spared
+        layer.forward_everywhere = layer.forward
+        layer.forward = MethodType(_forward, layer)  # bound, so that a copy of the model calls the copy's own
+
+
+def reading(base: nn.Module, read_X: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The argument for the model's body; none where the model cannot use it.
+
+    Args:
+        base: the model under its wrappers (`unwrapped`).
+    """
+    return {"read_X": read_X} if hasattr(base, "takes_read_X") else {}
+
+
+def _last_layer(base: Any) -> Any:
+    """The last layer, where the model hands its layers all arguments."""
+    if not hands_on_arguments(base):
         return None
     count = base.config.get_text_config().num_hidden_layers
     stacks = (module for module in base.base_model.children() if isinstance(module, nn.ModuleList))
-    layer = next((stack[-1] for stack in stacks if len(stack) == count), None)
-    return layer if layer is not None and _spared(layer) else None
+    return next((stack[-1] for stack in stacks if len(stack) == count), None)
 
 
-def _spared(layer: nn.Module) -> list[nn.Module]:
-    found = [module for name in TOKEN_BY_TOKEN if (module := _submodule(layer, name)) is not None]
-    # Experts get their share of all tokens at once, and what they return is not always a tensor.
-    return [module for module in found if not any("expert" in name for name, _ in module.named_modules())]
+def _can_be_spared(module: nn.Module | None) -> bool:
+    """Not experts: they get their share of all tokens at once, and what they return is not always a tensor."""
+    return module is not None and not any("expert" in name for name, _ in module.named_modules())
 
 
 def _submodule(module: nn.Module | None, name: str) -> nn.Module | None:
@@ -79,24 +85,10 @@ def _forward(
         return self.forward_everywhere(hidden_states, *args, **kwargs)
     if kwargs.get("segments") is not None:
         kwargs["segments"] = segment_rows.only_read(kwargs["segments"], read_X, hidden_states.shape[1])
-    with _only(_spared(self), read_X):
-        return self.forward_everywhere(hidden_states, *args, **kwargs)
-
-
-@contextmanager
-def _only(modules: list[nn.Module], read_X: torch.Tensor) -> Iterator[None]:
-    """While it lasts, the modules see these tokens only. One thread at a time: it changes the modules."""
-    with _alone:
-        before = [vars(module).get("forward") for module in modules]
-        for module in modules:
-            module.forward = _sparing(module.forward, read_X)
-        try:
-            yield
-        finally:
-            for module, forward in zip(modules, before, strict=True):
-                del module.forward
-                if forward is not None:
-                    module.forward = forward
+    with _alone:  # one thread at a time: it changes the modules
+        modules = [self.get_submodule(name) for name in self.spared]
+        with replaced_forwards({module: _sparing(module.forward, read_X) for module in modules}):
+            return self.forward_everywhere(hidden_states, *args, **kwargs)
 
 
 def _sparing(forward: Callable[..., torch.Tensor], read_X: torch.Tensor) -> Callable[..., torch.Tensor]:

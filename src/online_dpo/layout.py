@@ -6,7 +6,7 @@ Shapes: ``R`` rows, ``T`` tokens of a row.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,6 +80,23 @@ def split_balanced(sizes: Sequence[int], parts: int) -> list[list[int]]:
         lists[lightest].append(i)
         loads[lightest] += sizes[i]
     return [sorted(indices) for indices in lists]
+
+
+def cut(order: Sequence[int], sizes: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Neighbours in ``order``, which goes from short to long or from long to short, that take at most ``budget`` when
+    all are padded to the longest of them; or a single one that takes more.
+
+    >>> list(cut([2, 0, 1], sizes=[3, 3, 9], budget=10))
+    [[2], [0, 1]]
+    """
+    piece: list[int] = []
+    for i in order:
+        if piece and (len(piece) + 1) * max(sizes[piece[0]], sizes[i]) > budget:
+            yield piece
+            piece = []
+        piece.append(i)
+    if piece:
+        yield piece
 
 
 def _fill_rows(sizes: Sequence[int], capacity: int) -> list[list[int]]:

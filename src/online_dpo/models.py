@@ -73,6 +73,14 @@ def accepts_argument(model: nn.Module, name: str) -> bool:
     return name in inspect.signature(type(unwrapped(model)).forward).parameters
 
 
+def hands_on_arguments(model: nn.Module) -> bool:
+    """Whether this is a model of `transformers` that calls its attention function in every layer, with whatever further
+    arguments it is given, and keeps no state but keys and values.
+    """
+    base: Any = unwrapped(model)
+    return isinstance(base, PreTrainedModel) and base._supports_attention_backend and not base._is_stateful
+
+
 def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Every token that ends a completion: the tokenizer's, and all that the model's generation config declares.
 

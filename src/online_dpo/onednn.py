@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from online_dpo.forwards import replaced_forwards
+
 
 def multiplies_faster(weight: torch.Tensor) -> bool:
     """Whether `linear` may take the place of PyTorch's own product with this weight."""
@@ -40,16 +42,14 @@ def onednn_linears(model: nn.Module, pack: bool) -> Iterator[None]:
     """
     autocast = torch.is_autocast_enabled("cpu")
     layers: list[Any] = [] if autocast else [module for module in model.modules() if _can_be_replaced(module)]
+    forwards: dict[nn.Module, Any] = {}
     for layer in layers:
         weight = layer.weight.detach()
         if pack:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-        layer.forward = partial(_forward, weight, None if layer.bias is None else layer.bias.detach())
-    try:
+        forwards[layer] = partial(_forward, weight, None if layer.bias is None else layer.bias.detach())
+    with replaced_forwards(forwards):
         yield
-    finally:
-        for layer in layers:
-            vars(layer).pop("forward", None)  # gone already if another thread was here at the same time
 
 
 def _forward(weight: torch.Tensor, bias: torch.Tensor | None, input: torch.Tensor) -> torch.Tensor:

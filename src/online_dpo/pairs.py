@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from online_dpo.chance import sigmoid
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.types import Group, Pair, Pairing, Preference, Prompt, Scores, Verdicts
 
@@ -149,7 +150,7 @@ def _first_is_better(said: Scores | Verdicts, p: int, temperature: float) -> flo
     first, second = said.values[p]
     if first is None or second is None:
         return None
-    return (1 + math.tanh((first - second) / temperature / 2)) / 2  # the sigmoid, without overflow
+    return sigmoid((first - second) / temperature)
 
 
 # --- strategies: distinct completions whose scores are not all equal, and a number in [0, 1) --------------------------
@@ -210,7 +211,7 @@ def _pair(group: Group, chosen: Scored, rejected: Scored, selection: Selection) 
     if selection.margin_weighting:
         pair = replace(pair, weight=margin)
     if selection.label_temperature is not None:
-        pair = replace(pair, probability=1 / (1 + math.exp(-margin / selection.label_temperature)))
+        pair = replace(pair, probability=sigmoid(margin / selection.label_temperature))
     return pair
 
 

@@ -111,14 +111,17 @@ def _row(
         else:
             keys, values = key[:, start:end], value[:, start:end]
         plain = not before and read == start
-        seen = torch.ones(end - read, before + end - start, dtype=torch.bool, device=query.device)
+        seen = None
+        if not plain:
+            seen = torch.ones(end - read, before + end - start, dtype=torch.bool, device=query.device)
+            seen = seen.tril(before + read - start)
         parts.append(query.new_zeros(query.shape[0], read - place, value.shape[-1]))
         parts.append(
             F.scaled_dot_product_attention(
                 query[None, :, read:end],
                 keys[None],
                 values[None],
-                attn_mask=None if plain else seen.tril(before + read - start),
+                attn_mask=seen,
                 is_causal=plain,
                 scale=scale,
             )[0]

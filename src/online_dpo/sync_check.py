@@ -13,11 +13,10 @@ from online_dpo.errors import OutOfSyncError
 from online_dpo.logprobs import row_logprobs
 from online_dpo.models import MOST_ROUNDING, ROUNDING, computing_dtype, eval_mode
 from online_dpo.packing import pack_groups
-from online_dpo.rollout import Engine, RolloutKey, SamplingParams
+from online_dpo.rollout import Engine, RolloutKey, SamplingParams, Stream
 from online_dpo.types import Prompt
 
 PROMPTS, COMPLETIONS, TOKENS = 2, 2, 16
-STREAM = 4
 ALLOWED = {torch.float32: 1e-4, torch.float64: 1e-4}
 """Difference in nats a token. Other types: what rounding makes between two right ways to compute it
 (`models.ROUNDING`).
@@ -50,7 +49,7 @@ class SyncCheck:
         short = replace(params, max_new_tokens=min(TOKENS, params.max_new_tokens))
         gap = 0.0
         if prompts:
-            groups = engine.generate(prompts[:PROMPTS], COMPLETIONS, short, RolloutKey(seed, step, STREAM))
+            groups = engine.generate(prompts[:PROMPTS], COMPLETIONS, short, RolloutKey(seed, step, Stream.SYNC_CHECK))
             with eval_mode(model):
                 rows = pack_groups(groups, [], shared=False).to(next(model.parameters()).device)
                 found_M = row_logprobs(model, rows, entropy=False, chunked=False).token_logps_M

@@ -43,7 +43,7 @@ from online_dpo.build import (
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.data import PREPARED_COLUMNS, EndlessStream, collate_prompts, prepare_prompts, prompts_from_batch
 from online_dpo.evaluate import EvalRecord, eval_records, judged_wins, summarise, win_share
-from online_dpo.feedback_trainer import EVALUATION, PAIRING, FeedbackTrainer
+from online_dpo.feedback_trainer import FeedbackTrainer
 from online_dpo.gold import check_gold
 from online_dpo.logprobs import RowLogprobs, row_logprobs
 from online_dpo.lookahead import Lookahead
@@ -55,7 +55,7 @@ from online_dpo.onednn import onednn_linears
 from online_dpo.packing import as_inputs, by_group, pack_groups, pack_pairs, passes_needed, split_pairs, stand_in
 from online_dpo.pairs import Selection, pairs_from_preferences, pairs_from_scores, pairs_of_two
 from online_dpo.reference import ReferenceSteps
-from online_dpo.rollout import RolloutKey, SamplingParams
+from online_dpo.rollout import RolloutKey, SamplingParams, Stream
 from online_dpo.rollout.sampling import uniform_numbers
 from online_dpo.scoring import DuelCounter, build_scorers, pairwise_scorer
 from online_dpo.self_check import Lender, MethodChoice
@@ -240,7 +240,7 @@ class OnlineDPOTrainer(FeedbackTrainer):
             return pairs_of_two(groups, said, self.args.label_temperature or 1.0)
         if isinstance(said, Verdicts):
             return pairs_from_preferences(groups, said.preferences, self.selection)
-        key = RolloutKey(self.args.seed, step, PAIRING)
+        key = RolloutKey(self.args.seed, step, Stream.PAIRING)
 
         def draw(prompt: Prompt) -> float:
             return float(uniform_numbers(key, prompt.row, sample=0, count=1)[0])
@@ -335,7 +335,7 @@ class OnlineDPOTrainer(FeedbackTrainer):
 
     @torch.no_grad()
     def _evaluate_prompts(self, model: nn.Module, prompts: list[Prompt]) -> list[EvalRecord]:
-        key = RolloutKey(self.args.seed, 0, EVALUATION)
+        key = RolloutKey(self.args.seed, 0, Stream.EVALUATION)
         self._sync_engine(prompts)
         with self.accelerator.autocast():
             groups = self.engine.generate(prompts, self.args.num_completions, self.sampling, key)

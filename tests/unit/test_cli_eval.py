@@ -25,7 +25,7 @@ from online_dpo.cli.main import main
 from online_dpo.cli.run_file import UsageError
 from online_dpo.cli.schema import load_fields
 from online_dpo.evaluate import wilson_interval
-from online_dpo.rollout import RolloutKey, SamplingParams, TransformersEngine
+from online_dpo.rollout import RolloutKey, SamplingParams, Stream, TransformersEngine
 
 REWARDS = """
 def words(completions):
@@ -173,7 +173,7 @@ def test_both_models_answer_with_the_same_random_numbers_and_the_kl_is_that_of_p
         *("--model", "policy", "--against", "other", "--prompts", "prompts.jsonl", "--reward", "rewards.py:words"),
         *(*SHORT, "--seed", 7, "--temperature", 0.5, "--output", "answers.jsonl"),
     )
-    prompts, key = tiny.prompts(LENGTHS), RolloutKey(7, 0, 4)
+    prompts, key = tiny.prompts(LENGTHS), RolloutKey(7, 0, Stream.ANSWERS)
     models = {name: tiny.causal_lm(seed=seed, sharpness=1.0) for name, seed in (("model", 0), ("against", 5))}
     rows = [json.loads(line) for line in Path("answers.jsonl").read_text().splitlines()]
     for side, model in models.items():
@@ -181,7 +181,7 @@ def test_both_models_answer_with_the_same_random_numbers_and_the_kl_is_that_of_p
         groups = engine.generate(prompts, 1, SamplingParams(8, (tiny.EOS,), temperature=0.5), key)
         assert [row[side]["text"] for row in rows] == [group.completions[0].text for group in groups]
     plain = TransformersEngine(models["model"], tiny.tokenizer()).generate(
-        prompts, 1, SamplingParams(8, (tiny.EOS,)), RolloutKey(7, 0, 5)
+        prompts, 1, SamplingParams(8, (tiny.EOS,)), RolloutKey(7, 0, Stream.FOR_KL)
     )
     ratios = []
     for group in plain:
@@ -263,17 +263,28 @@ def test_a_judge_that_fails_is_an_error_in_one_line(folder, capsys, where):
     with serving(lambda body, number: answer) as endpoint:
         kwargs = json.dumps({"model": "m", "base_url": endpoint.url, "cache": None, "max_failure_share": 1})
         words = ("--model", "policy", "--against", "other", "--prompts", "prompts.jsonl", "--judge", "llm")
-        assert run(*words, "--judge_kwargs", kwargs, *SHORT, "--json", "figures.json") == 1
+        files = ("--json", "figures.json", "--output", "answers.jsonl")
+        assert run(*words, "--judge_kwargs", kwargs, *SHORT, *files) == 1
     printed = capsys.readouterr()
     assert ("bad key" in printed.err) == (where == "refuses") and printed.err.count("error:") == 1
     assert ("no such format" in printed.err) == (where == "fails")
     assert "Traceback" not in printed.err and not Path("figures.json").exists()
+    assert printed.err.endswith("The answers, without scores, are in answers.jsonl\n") and "written" not in printed.out
+    rows = [json.loads(line) for line in Path("answers.jsonl").read_text().splitlines()]
+    prompts, key = tiny.prompts(LENGTHS), RolloutKey(42, 0, Stream.ANSWERS)
+    for side, seed in (("model", 0), ("against", 5)):
+        engine = TransformersEngine(tiny.causal_lm(seed=seed, sharpness=1.0), tiny.tokenizer())
+        groups = engine.generate(prompts, 1, SamplingParams(8, (tiny.EOS,), temperature=0.9), key)
+        assert [row[side]["text"] for row in rows] == [group.completions[0].text for group in groups]
+        assert all(row[side].keys() == {"text", "tokens", "ended"} for row in rows)
+    assert {row["preference"] for row in rows} == {None} and [row["row"] for row in rows] == list(range(16))
 
 
 def test_a_reward_function_that_fails_is_an_error_in_one_line(folder, capsys):
     words = ("--model", "policy", "--against", "other", "--prompts", "prompts.jsonl", "--reward", "rewards.py:fails")
     assert run(*words, *SHORT) == 1
-    assert "error: Reward function `fails` raised ConnectionError: away" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "error: Reward function `fails` raised ConnectionError: away" in said and "answers" not in said
 
 
 def test_another_tokenizer_has_no_kl(folder, capsys, monkeypatch):

@@ -67,6 +67,24 @@ def test_every_step_equals_a_plain_forward_pass(name, monkeypatch):
                 torch.testing.assert_close(logits_BV[row], alone(model, sequences[row]), atol=2e-5, rtol=1e-5)
 
 
+def test_where_all_is_seen_there_is_no_mask(monkeypatch):
+    """With prompts of one length nothing that is read has to be hidden; memory that grows is read as far as written."""
+    monkeypatch.setattr(memory, "FIRST_PLACES", 2)
+    model, masks = tiny.causal_lm(), []
+    keep = model.register_forward_pre_hook(
+        lambda _, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        decoder = Decoder(model, [[5, 6, 7], [8, 9, 10]], 1, max_new_tokens=6)
+        decoder.prefill()
+        steps = [decoder.step(torch.tensor([11 + step, 20 + step])) for step in range(5)]
+        keep.remove()
+        for step, logits_BV in enumerate(steps):
+            ids = [8, 9, 10, *range(20, 21 + step)]
+            torch.testing.assert_close(logits_BV[1], alone(model, ids), atol=2e-5, rtol=1e-5)
+    assert masks == [None] * 6
+
+
 def test_sequences_may_leave_before_the_first_step():
     model = tiny.causal_lm()
     with torch.no_grad():

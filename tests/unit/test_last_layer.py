@@ -1,5 +1,6 @@
 """The last layer computes what is read, and what is read is what it would have been anyway."""
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -137,6 +138,35 @@ def test_with_adapters_and_with_other_products():
         torch.testing.assert_close(row_logprobs(model, rows()).token_logps_M, base, atol=1e-6, rtol=1e-6)
     assert (whole - base).abs().max() > 0.01
     assert "forward" not in vars(attention.q_proj) and "forward" not in vars(attention.o_proj)
+
+
+@torch.no_grad()
+def test_adapters_may_come_later():
+    model = tiny.causal_lm()
+    enable_logprobs(model)
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False)).eval()
+    last = layers(model.get_base_model())[-1]
+    seen = [tokens_seen(module) for module in (last.self_attn.q_proj, last.self_attn.q_proj.lora_A["default"])]
+    sparing = row_logprobs(model, rows()).token_logps_M
+    assert seen == [[READ], [READ]]
+    with everywhere():
+        torch.testing.assert_close(row_logprobs(model, rows()).token_logps_M, sparing, atol=1e-6, rtol=1e-6)
+
+
+@torch.no_grad()
+def test_a_copy_spares_itself_and_not_its_original():
+    model = tiny.causal_lm()
+    enable_logprobs(model)
+    copied = copy.deepcopy(model)
+    for parameter in copied.parameters():
+        parameter *= 1.1
+    seen = [tokens_seen(layers(one)[-1].mlp) for one in (model, copied)]
+    sparing = row_logprobs(copied, rows()).token_logps_M
+    assert seen == [[], [READ]]
+    with everywhere():
+        torch.testing.assert_close(row_logprobs(copied, rows()).token_logps_M, sparing, atol=1e-6, rtol=1e-6)
+    assert (row_logprobs(model, rows()).token_logps_M - sparing).abs().max() > 1e-3
+    assert seen == [[READ], [READ, ALL]]
 
 
 @torch.no_grad()

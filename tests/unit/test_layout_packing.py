@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
-from online_dpo.layout import BLOCK, PADDING, Tree, lay_out, split_balanced
+from online_dpo.layout import BLOCK, PADDING, Tree, cut, lay_out, split_balanced
 from online_dpo.packing import as_inputs, halve, pack_groups, pack_pairs, passes_needed, split_pairs, token_count
 from online_dpo.types import Pair
 
@@ -180,3 +180,12 @@ def test_trainer_counts_real_tokens():
     inputs = as_inputs(passes)
     assert inputs["input_ids"].shape == inputs["attention_mask"].shape == (1, 16 + 23)
     assert inputs["attention_mask"].all()
+
+
+@pytest.mark.parametrize("longest_first", [False, True])
+def test_neighbours_are_cut_where_their_padded_rows_take_more(longest_first):
+    sizes = [4, 30, 3, 4, 5, 1]
+    order = sorted(range(6), key=lambda i: sizes[i], reverse=longest_first)
+    expected = [[1], [4, 0], [3, 2, 5]] if longest_first else [[5, 2, 0], [3, 4], [1]]
+    assert list(cut(order, sizes, budget=12)) == expected
+    assert list(cut([], sizes, budget=12)) == []

@@ -13,7 +13,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from online_dpo.rollout import RolloutKey, SamplingParams
+from online_dpo.rollout import RolloutKey, SamplingParams, Stream
 from online_dpo.rollout.sampling import draw_tokens, reshape_logits, token_logprobs, uniform_numbers
 
 
@@ -83,3 +83,9 @@ def test_token_logprobs_are_those_of_the_unmodified_distribution():
     logits = torch.tensor([[1.0, 2.0, 3.0]])
     expected = 2.0 - math.log(math.exp(1) + math.exp(2) + math.exp(3))
     assert token_logprobs(logits, torch.tensor([1])).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_only_the_quickstarts_held_out_samples_share_their_numbers_with_another_use():
+    names = {name: uniform_numbers(RolloutKey(0, 0, stream), 0, 0, 1)[0] for name, stream in Stream.__members__.items()}
+    same = [{a, b} for a in names for b in names if a < b and names[a] == names[b]]
+    assert same == [{"PAIRING", "HELD_OUT"}]

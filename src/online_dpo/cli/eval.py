@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from online_dpo.cli.help import eval_help
-from online_dpo.cli.run_file import UsageError
+from online_dpo.cli.eval_plan import EvalPlan, plan_eval
+from online_dpo.cli.help import EVAL_USAGE, eval_help
+from online_dpo.cli.planning import planned
 
 
 def evaluate(words: Sequence[str]) -> int:
     """Evaluate and report. Returns the exit code: 0, 1 (scoring failed) or 2 (wrong input)."""
-    if not words or "--help" in words or "-h" in words:
-        print(eval_help(), file=sys.stdout if words else sys.stderr)
-        return 0 if words else 2
-    from online_dpo.cli.eval_plan import plan_eval
+    return planned(words, usage=EVAL_USAGE, help=eval_help, plan=plan_eval, run=_run)
 
-    show_traceback = "--traceback" in words
-    words = [word for word in words if word != "--traceback"]
-    has_file = bool(words) and not words[0].startswith("--")
-    try:
-        plan = plan_eval(Path(words[0]) if has_file else None, words[1:] if has_file else words)
-    except UsageError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-        return 2
+
+def _run(plan: EvalPlan, words: list[str], show_traceback: bool) -> int:
     from online_dpo.cli.eval_run import run_evaluation
 
     return run_evaluation(plan, show_traceback=show_traceback)

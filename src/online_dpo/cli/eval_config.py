@@ -43,7 +43,8 @@ class EvalConfig:
     """File to write the figures to."""
 
     output: str | None = None
-    """File to write prompts, answers, scores and preferences to, as jsonl with one pair of answers a line."""
+    """File to write prompts, answers, scores and preferences to, as jsonl with one pair of answers a line. It is
+    written before anything is scored, too: where scoring fails, it holds the answers."""
 
 
 RUN_FIELDS = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from online_dpo.head_to_head import (
     prepare_player,
     same_vocabulary,
     score_answers,
+    unscored,
 )
 from online_dpo.scoring import LLMJudge, PairwiseScorer, PointwiseScorer, build_scorers, pairwise_scorer
 from online_dpo.types import Completion, Group
@@ -62,21 +63,24 @@ def run_evaluation(plan: EvalPlan, *, show_traceback: bool) -> int:
     try:
         setup = set_up(plan)
         answers = answer(setup.model, setup.against, setup.args, setup.sampling)
+        _write(plan.options.output, map(_line, _rows(unscored(answers))))  # scoring may fail, and sampling took long
     except SETUP_ERRORS as error:
         return report_error(error, 2, show_traceback)
     try:
         matches = _matches(setup, answers)
+        result = {**_heading(plan, setup), **compare(matches, setup.args.seed)}
+        if result["undecidable"] == result["duels"]:
+            raise ScoringError(_why_nothing(setup))
     except OnlineDPOError as error:
-        return report_error(error, 1, show_traceback)
-    result = {**_heading(plan, setup), **compare(matches, setup.args.seed)}
-    if result["undecidable"] == result["duels"]:
-        return report_error(ScoringError(_why_nothing(setup)), 1, show_traceback)
+        report_error(error, 1, show_traceback)
+        if plan.options.output is not None:
+            print(f"The answers, without scores, are in {plan.options.output}", file=sys.stderr)
+        return 1
     report(Console(), result)
-    for option, lines in (("json", [json.dumps(result, indent=2)]), ("output", map(_line, _rows(matches)))):
-        path = getattr(plan.options, option)
-        if path is not None:
-            Path(path).expanduser().write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-            print(f"{'Figures' if option == 'json' else 'Answers'} written to {path}")
+    if _write(plan.options.json, [json.dumps(result, indent=2)]):
+        print(f"Figures written to {plan.options.json}")
+    if _write(plan.options.output, map(_line, _rows(matches))):
+        print(f"Answers written to {plan.options.output}")
     if plan.trained_on:
         print(f"warning: {TRAINED_ON}", file=sys.stderr)
     return 0
@@ -208,6 +212,13 @@ def _side(group: Group, scores: Sequence[float | None] | None, k: int) -> dict[s
         "ended": completion.finish_reason == "stop",
     }
     return side if scores is None else {**side, "score": scores[k]}
+
+
+def _write(path: str | None, lines: Iterable[str]) -> bool:
+    """Whether there is such a file to write."""
+    if path is not None:
+        Path(path).expanduser().write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path is not None
 
 
 def _line(row: dict[str, Any]) -> str:

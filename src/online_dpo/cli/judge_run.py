@@ -12,7 +12,7 @@ from typing import Any
 from online_dpo.cli.judge_file import LabelledPair
 from online_dpo.cli.progress import number
 from online_dpo.errors import ScoringError
-from online_dpo.evaluate import wilson_interval
+from online_dpo.evaluate import win_rate
 from online_dpo.scoring import LLMJudge, PairwiseModelJudge
 from online_dpo.scoring.judge_prompts import prompt_text
 from online_dpo.scoring.llm_judge import stands_first
@@ -72,8 +72,7 @@ def agreement(pairs: Sequence[LabelledPair], preferences: Sequence[float | None]
     ]
     if not points:
         return None
-    share = sum(points) / len(points)
-    return Agreement(share, *wilson_interval(share, len(points)), len(points))
+    return Agreement(*win_rate(points), len(points))
 
 
 def report(

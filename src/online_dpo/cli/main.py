@@ -10,7 +10,6 @@ from pathlib import Path
 from online_dpo import __version__
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
-USAGE = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,27 +60,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _train(words: list[str]) -> int:
-    """Check the run; only then import what trains it. The run file, if any, comes before the fields."""
-    if not words or "--help" in words or "-h" in words:
-        from online_dpo.cli.help import USAGE as USAGE_TEXT
-        from online_dpo.cli.help import train_help
+def _train(words: Sequence[str]) -> int:
+    """Check the run; only then import what trains it."""
+    from online_dpo.cli.help import USAGE, train_help
+    from online_dpo.cli.planning import planned
+    from online_dpo.cli.run_file import RunPlan, plan_run
 
-        print(train_help() if words else USAGE_TEXT, file=sys.stdout if words else sys.stderr)
-        return 0 if words else USAGE
-    from online_dpo.cli.run_file import UsageError, plan_run
+    def run(plan: RunPlan, words: list[str], show_traceback: bool) -> int:
+        for warning in plan.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        from online_dpo.cli.train import train
 
-    show_traceback = "--traceback" in words
-    words = [word for word in words if word != "--traceback"]
-    has_file = bool(words) and not words[0].startswith("--")
-    try:
-        plan = plan_run(Path(words[0]) if has_file else None, words[1:] if has_file else words)
-    except UsageError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-        return USAGE
-    for warning in plan.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    from online_dpo.cli.train import train
+        return train(plan, words, show_traceback=show_traceback)
 
-    return train(plan, words, show_traceback=show_traceback)
+    return planned(words, usage=USAGE, help=train_help, plan=plan_run, run=run)

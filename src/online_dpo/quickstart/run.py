@@ -16,18 +16,17 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
+from online_dpo.chance import preference_by_score
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.data import load_prompts, prepare_prompts, prompts_from_batch
-from online_dpo.evaluate import wilson_interval
+from online_dpo.evaluate import win_rate
 from online_dpo.quickstart.artifacts import build
 from online_dpo.quickstart.language import rubric
 from online_dpo.quickstart.models import FULL, QuickstartSize
-from online_dpo.rollout import RolloutKey, SamplingParams, TransformersEngine
+from online_dpo.rollout import RolloutKey, SamplingParams, Stream, TransformersEngine
 from online_dpo.scoring import RewardModelScorer, load_reward_model
 from online_dpo.trainer import OnlineDPOTrainer
 from online_dpo.types import Group, Prompt
-
-HELD_OUT = 3  # stream of random numbers of the samples that are judged; training and evaluation use others
 
 
 @dataclass(frozen=True)
@@ -132,13 +131,10 @@ def summarise(before: Judged, after: Judged) -> dict[str, Any]:
     """Win rate of after against before by the rubric, a tie counting half, with its Wilson interval; and mean
     scores.
     """
-    points = [
-        1.0 if new > old else 0.5 if new == old else 0.0 for old, new in zip(before.gold, after.gold, strict=True)
-    ]
-    win_rate = statistics.fmean(points)
+    value, *interval = win_rate([preference_by_score(*golds) for golds in zip(after.gold, before.gold, strict=True)])
     return {
-        "win_rate": win_rate,
-        "win_rate_ci95": list(wilson_interval(win_rate, len(points))),
+        "win_rate": value,
+        "win_rate_ci95": interval,
         "gold_before": statistics.fmean(before.gold),
         "gold_after": statistics.fmean(after.gold),
         "proxy_before": statistics.fmean(before.proxy),
@@ -179,7 +175,7 @@ def _held_out_judge(
 
     def judge(policy: PreTrainedModel) -> Judged:
         engine = TransformersEngine(policy, tokenizer, batch_size=128)
-        groups = engine.generate(prompts, 1, params, RolloutKey(seed, 0, HELD_OUT))
+        groups = engine.generate(prompts, 1, params, RolloutKey(seed, 0, Stream.HELD_OUT))
         gold = [rubric(str(group.prompt.content), group.completions[0].text) for group in groups]
         proxy = [values[0] for values in scorer.score(groups)]
         return Judged(groups, gold, [float(value) for value in proxy if value is not None])

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from online_dpo.forwards import replaced_forwards
+
 
 class CastLinears:
     """Autocast casts a layer's weights each time they are used, or once and forgets them when it ends. A captured step
@@ -27,18 +29,14 @@ class CastLinears:
         Only under autocast, and only where its type is not the weights' own.
         """
         device = next(model.parameters()).device.type
-        layers: list[Any] = []
+        forwards: dict[nn.Module, Any] = {}
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             layers = [m for m in model.modules() if type(m) is nn.Linear and m.weight.dtype != dtype]
             layers = [layer for layer in layers if "forward" not in vars(layer)]
-            for layer in layers:
-                layer.forward = partial(_forward, *self._copy(layer, dtype))
-        try:
+            forwards = {layer: partial(_forward, *self._copy(layer, dtype)) for layer in layers}
+        with replaced_forwards(forwards):
             yield
-        finally:
-            for layer in layers:
-                vars(layer).pop("forward", None)
 
     def release(self) -> None:
         self._copies.clear()

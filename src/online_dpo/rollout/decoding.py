@@ -8,17 +8,16 @@ places of completions, ``V`` vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from online_dpo.attention import attention_inputs, layer_kinds, window_of
 from online_dpo.last_layer import reading
-from online_dpo.layout import PADDING
-from online_dpo.models import accepts_argument, unwrapped
+from online_dpo.layout import PADDING, cut
+from online_dpo.models import accepts_argument, hands_on_arguments, unwrapped
 from online_dpo.rollout.engine import SamplingParams
 from online_dpo.rollout.memory import Memory, our_attention
 from online_dpo.rollout.sampling import next_tokens
@@ -31,10 +30,10 @@ PREFILL_TOKENS_ELSEWHERE = 16384
 
 def can_decode(model: nn.Module) -> bool:
     """Whether the model is made of attention layers that go through the attention function of `transformers`."""
-    base: Any = unwrapped(model)
-    if not isinstance(base, PreTrainedModel) or not base._supports_attention_backend or base._is_stateful:
+    if not hands_on_arguments(model):
         return False
-    return set(layer_kinds(base.config.get_text_config())) <= KINDS and accepts_argument(model, "position_ids")
+    kinds = set(layer_kinds(unwrapped(model).config.get_text_config()))
+    return kinds <= KINDS and accepts_argument(model, "position_ids")
 
 
 class StepwiseDecoder(Protocol):
@@ -77,7 +76,8 @@ class Decoder(StepwiseDecoder):
         self.lengths_G = torch.tensor([len(ids) for ids in prompts], device=self.device)
         self._sees_all = len({len(ids) for ids in prompts}) == 1  # of all places that are read
         self.memory = Memory(len(prompts), num_completions, max(map(len, prompts)), max_new_tokens)
-        self.config: Any = unwrapped(model).config.get_text_config()  # once: unwrapping takes milliseconds
+        self._base: Any = unwrapped(model)  # once: it takes milliseconds
+        self.config: Any = self._base.config.get_text_config()
         self._windows = {kind: window_of(self.config, kind) for kind in set(layer_kinds(self.config))}
         self._last_only = {"logits_to_keep": 1} if accepts_argument(model, "logits_to_keep") else {}
 
@@ -89,7 +89,7 @@ class Decoder(StepwiseDecoder):
         order = sorted(range(len(self.prompts)), key=lambda g: len(self.prompts[g]))
         parts = []
         with our_attention(self.config):
-            for chosen in _cut(order, [len(ids) for ids in self.prompts], budget):
+            for chosen in cut(order, [len(ids) for ids in self.prompts], budget):
                 self.memory.write_prompts(torch.tensor(chosen, device=self.device))
                 parts.append(self._prefill([self.prompts[g] for g in chosen]))
         logits_GV = torch.cat(parts)
@@ -125,7 +125,7 @@ class Decoder(StepwiseDecoder):
             inputs["attention_mask"] = None  # plain causal attention, which has a faster kernel
         if self._last_only:
             last_G = torch.arange(1, len(prompts) + 1, device=self.device) * length - 1
-            inputs |= reading(self.model, last_G)
+            inputs |= reading(self._base, last_G)
         output = self.model(input_ids=tokens.ids_RT, use_cache=False, memory=self.memory, **inputs, **self._last_only)
         return output.logits[:, -1]
 
@@ -158,14 +158,3 @@ class Decoder(StepwiseDecoder):
         if window is not None:
             seen_GX &= now_G1 - position_GX < window
         return seen_GX.repeat_interleave(num_completions, dim=0)[:, None, None]
-
-
-def _cut(order: Sequence[int], lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Neighbours in ``order``, which goes from short to long, whose padded rows have at most ``budget`` tokens."""
-    piece: list[int] = []
-    for g in order:
-        if piece and (len(piece) + 1) * lengths[g] > budget:
-            yield piece
-            piece = []
-        piece.append(g)
-    yield piece

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from enum import IntEnum
 from typing import Any, Protocol
 
 from torch import nn
@@ -58,17 +59,34 @@ class SamplingParams:
         return replace(params, **overrides, extra=extra)
 
 
+class Stream(IntEnum):
+    """What random numbers are for, so that no two uses draw the same ones.
+
+    ``HELD_OUT``, the quickstart's samples that are judged, has the number of ``PAIRING``, and keeps it because its
+    published figures hang on it. Only ``best_random`` reads the numbers of pairing, one for each training prompt of a
+    step; the quickstart pairs best with worst, and held-out prompts are never paired.
+    """
+
+    TRAINING = 0
+    EVALUATION = 1
+    REFERENCE = 2
+    PAIRING = 3
+    HELD_OUT = 3
+    ANSWERS = 4
+    OPPONENT = 5
+    SYNC_CHECK = 6
+    FOR_KL = 7
+
+
 @dataclass(frozen=True)
 class RolloutKey:
-    """Names one call of an engine, so that its random numbers are a function of (seed, step, prompt, sample) alone.
-
-    ``stream`` keeps uses apart: training 0, evaluation 1, the reference's completions 2, the opponent's in training 5,
-    others 3 and 4.
+    """Names one call of an engine, so that its random numbers are a function of (seed, step, prompt, sample) alone;
+    ``stream`` keeps uses apart.
     """
 
     seed: int
     step: int
-    stream: int = 0
+    stream: int = Stream.TRAINING
 
 
 class Engine(Protocol):

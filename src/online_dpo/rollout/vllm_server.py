@@ -98,9 +98,8 @@ class VLLMServerEngine:
         ranks = []
         for client in self._clients:
             client.call("/health")
-            ranks += client.rpc(
-                "online_dpo_lora_rank"
-            )  # here, and not at the first sync, we learn that it takes nothing
+            # a server that takes nothing says so here, and not at the first sync
+            ranks += client.rpc("online_dpo_lora_rank")
         self._lora_rank = int(min(ranks, key=int))
         if self._lora_rank == 0 and set(ranks) != {"0"}:
             raise ValueError("Some servers take adapters and others do not. Give all of them `--lora-rank`, or none.")

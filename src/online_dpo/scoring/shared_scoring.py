@@ -77,9 +77,8 @@ def score_trees(model: nn.Module, trees: Sequence[Tree], capacity: int = 0) -> d
             texts.append(tree.prompt + branch)
             last_tokens.append(place.start + len(branch) - 1)
     base: Any = unwrapped(model)
-    inputs = attention_inputs(model, tokens) | reading(
-        model, torch.tensor(sorted(last_tokens)).to(tokens.ids_RT.device)
-    )
+    read_X = torch.tensor(sorted(last_tokens)).to(tokens.ids_RT.device)
+    inputs = attention_inputs(model, tokens) | reading(base, read_X)
     hidden_RTH = base.base_model(input_ids=tokens.ids_RT, use_cache=False, **inputs)[0]
     scores_S1 = base.score(hidden_RTH.flatten(0, 1)[last_tokens])
     return dict(zip(texts, scores_S1[:, 0].float().tolist(), strict=True))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Sequence
 
+from online_dpo.chance import sigmoid
 from online_dpo.scoring.scorer import PairwiseScorer
 from online_dpo.types import Completion, Group, Preference, Verdicts
 
@@ -144,5 +145,4 @@ def _less_penalty(answer: float, completions: Sequence[Completion], penalty: flo
     if shift == 0.0:
         return answer
     answer = min(max(answer, 1 - CERTAIN), CERTAIN)
-    log_odds = math.log(answer / (1 - answer)) + shift
-    return (1 + math.tanh(log_odds / 2)) / 2  # the sigmoid, without overflow
+    return sigmoid(math.log(answer / (1 - answer)) + shift)
