@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import tiny
@@ -42,10 +42,10 @@ def tokenizer(chat: str | None = CHAT) -> PreTrainedTokenizerFast:
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS, *tiny.WORDS])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\s"), "isolated")  # every space and line counts
-    made = PreTrainedTokenizerFast(
+    backend.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 1)])
+    return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", unk_token="<unk>", chat_template=chat
     )
-    return made
 
 
 def folder(path, family="llama", chat: str | None = CHAT, **overrides):
@@ -103,12 +103,12 @@ def test_a_template_and_letters_of_ones_own(tmp_path):
     assert judge.prefer(DUELS[:4]) == [pytest.approx((a + 1 - b) / 2, abs=1e-5) for a, b in orders]
 
 
-def test_without_a_chat_template_the_text_is_read_as_it_is(tmp_path):
+def test_without_a_chat_template_the_tokenizer_begins_the_text_its_way(tmp_path):
     path, model, words = folder(tmp_path / "judge", chat=None)
     judge = PairwiseModelJudge.load(str(path), template=OWN)
 
     def write(prompt, a, b):
-        return f"user {prompt} first {a} second {b}"
+        return f"<bos>user {prompt} first {a} second {b}"
 
     orders = [[p_first(model, words, text) for text in both_orders(one, write)] for one in DUELS[:4]]
     assert judge.prefer(DUELS[:4]) == [pytest.approx((a + 1 - b) / 2, abs=1e-5) for a, b in orders]

@@ -95,9 +95,10 @@ def test_nothing_is_cut_off():
     assert judge.metrics()["judge/too_long"] == 1
 
 
-def test_a_number_that_is_none_is_no_preference():
+@pytest.mark.parametrize("bias", [float("nan"), float("inf")])
+def test_a_number_that_is_none_is_no_preference(bias):
     model = encoder(1)
-    torch.nn.init.constant_(model.classifier.bias, float("nan"))
+    torch.nn.init.constant_(model.classifier.bias, bias)
     judge = PairwiseModelJudge(model, tiny.tokenizer(), template=TEMPLATE)
     assert judge.prefer(DUELS[:1]) == [None] and judge.metrics()["judge/failed"] == 2
 
