@@ -37,7 +37,7 @@ from online_dpo.rollout.vllm_client import VLLMClient
 from online_dpo.rollout.vllm_colocate import VLLMColocateEngine
 from online_dpo.rollout.vllm_requests import vllm_sampling
 from online_dpo.rollout.vllm_server import VLLMServerEngine
-from online_dpo.scoring import Judge, PairwiseScorer, PointwiseScorer, RewardModelScorer, check_scorers
+from online_dpo.scoring import PointwiseScorer, RewardModelScorer, check_judge, check_scorers
 
 logger = logging.getLogger(__name__)
 
@@ -88,11 +88,7 @@ def check_arguments(
         raise ValueError("Nothing scores the completions: give `reward_funcs`, `reward_model` or `judge`.")
     if judge is not None:
         check_judged_pairs(args)
-    if judge is not None and not (callable(judge) or isinstance(judge, (Judge, PairwiseScorer))):
-        raise TypeError(
-            "`judge` must have `name` and `prefer(duels)`, or a method `judge(prompts, completion_pairs, "
-            "shuffle_order)`, or be callable."
-        )
+        check_judge(judge, "judge")
     if preprocess_logits_for_metrics is not None:
         raise ValueError(
             "`preprocess_logits_for_metrics` has nothing to work on: evaluation keeps no logits. `compute_metrics` "

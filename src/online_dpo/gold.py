@@ -13,10 +13,10 @@ from online_dpo.config import OnlineDPOConfig
 from online_dpo.evaluate import EvalRecord, GoldRecord, judged_wins, win_share
 from online_dpo.scoring import (
     DuelCounter,
-    Judge,
     PairwiseScorer,
     PointwiseScorer,
     build_scorers,
+    check_judge,
     check_scorers,
     pairwise_scorer,
     score_groups,
@@ -73,8 +73,8 @@ def check_gold(reward_funcs: Any, judge: Any, args: OnlineDPOConfig) -> None:
         )
     if judge is not None and args.reference_free:
         raise ValueError("`eval_judge` compares with the reference, and with `reference_free` there is none.")
-    if judge is not None and not (callable(judge) or isinstance(judge, (Judge, PairwiseScorer))):
-        raise TypeError("`eval_judge` must be a judge such as `LLMJudge`, or one of the forms that `judge` takes.")
+    if judge is not None:
+        check_judge(judge, "eval_judge")
     if rewards is not None:
         check_scorers(rewards, None, _without_weights(args))
 

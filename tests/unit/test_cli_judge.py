@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import online_dpo
@@ -17,6 +18,7 @@ from online_dpo.cli.judge_plan import BuiltInJudge
 from online_dpo.cli.main import main
 from online_dpo.cli.run_file import UsageError, plan_run
 from online_dpo.evaluate import wilson_interval
+from pairwise_folders import pairrm_folder, pairrm_log_odds
 
 KEY = "sk-secret-0123456789"
 
@@ -153,6 +155,8 @@ def test_wrong_files(rows, message, capsys):
         (["--model", "m", "--template", "nowhere"], "there is no file 'nowhere'"),
         (["--pairwise-model", "."], "is no model folder"),
         (["--pairwise-model", ".", "--votes", "3"], "--pairwise-model does not go with --votes"),
+        (["--model", "m", "--pairwise-kwargs", "{batch_size: 2}"], "--pairwise-kwargs goes with --pairwise-model"),
+        (["--pairwise-model", ".", "--pairwise-kwargs", "batch_size"], "its options are 'batch_size'; wanted: such as"),
         (["--model", "m", "--base-url", "http://localhost:1/v1", "--output", "no/where.jsonl"], "there is no folder"),
     ],
 )
@@ -160,6 +164,21 @@ def test_wrong_words(words, message, capsys):
     assert main(["judge", written("pairs.jsonl", ROWS), *words]) == 2
     assert message in capsys.readouterr().err
     assert main(["judge", "nowhere.jsonl", "--model", "m", "--base-url", "http://localhost:1/v1"]) == 2
+
+
+def test_a_folder_with_pairrm_judges_a_file(home, capsys):
+    folder = pairrm_folder(home / "house")
+    rows = [{"prompt": "w1", "response_a": "w2 w3", "response_b": "w4", "label": "a"}, {**ROWS[0], "label": None}]
+    words = [written("pairs.jsonl", rows), "--pairwise-model", str(folder), "--output", "out.jsonl"]
+    assert main(["judge", *words, "--pairwise-kwargs", "{max_tokens: 14, batch_size: 1}"]) == 0
+    printed = capsys.readouterr().out
+    assert "Judge house" in printed and "2, of which 1 have a preference" in printed
+    both = [pairrm_log_odds(folder, "w1", *texts) for texts in (("w2 w3", "w4"), ("w4", "w2 w3"))]
+    given, turned = torch.tensor(both).sigmoid().tolist()
+    labelled = [json.loads(line)["preference"] for line in Path("out.jsonl").read_text().splitlines()]
+    assert labelled == [pytest.approx((given + 1 - turned) / 2, abs=1e-6), None]
+    assert main(["judge", *words, "--pairwise-kwargs", "{template: x}"]) == 2
+    assert "--pairwise-model: A PairRM as judge takes no `template`" in capsys.readouterr().err
 
 
 def test_arguments_are_checked_before_heavy_imports(home):
@@ -207,6 +226,45 @@ def test_a_pairwise_model_as_judge_of_a_run(home):
     assert made.judge == BuiltInJudge(home / "house", {"batch_size": 4})
     (home / "house" / "config.json").unlink()
     assert "is no model folder" in problem(home, judge="house")
+
+
+CLASSIFIER, LLAMA = {"architectures": ["BertForSequenceClassification"]}, {"architectures": ["LlamaForCausalLM"]}
+PAIRRM = {"architectures": ["DebertaV2PairRM"], "source_prefix_id": 5, "cand1_prefix_id": 6, "cand2_prefix_id": 7}
+PAIRRM |= {"n_tasks": 1, "drop_out": 0.05}
+
+
+@pytest.mark.parametrize(
+    ("config", "kwargs"),
+    [
+        (CLASSIFIER, {"template": "{prompt} {first} {second}"}),
+        (LLAMA, {"template": "{prompt} {first} {second}", "letters": ["1", "2"]}),
+        (PAIRRM, {"max_tokens": 3370, "batch_size": 2}),
+    ],
+)
+def test_options_of_each_kind_of_pairwise_model(home, config, kwargs):
+    (home / "house").mkdir()
+    (home / "house" / "config.json").write_text(json.dumps(config))
+    assert plan(home, judge="house", judge_kwargs=kwargs).judge == BuiltInJudge(home / "house", kwargs)
+
+
+@pytest.mark.parametrize(
+    ("config", "kwargs", "message"),
+    [
+        (CLASSIFIER, {"template": "{prompt} {first}"}, "The template has no place for {second}"),
+        (CLASSIFIER, {"letters": ["A", "B"]}, "A sequence classifier as judge takes no `letters`; it takes `template`"),
+        (PAIRRM, {"template": "{prompt} {first} {second}"}, "A PairRM as judge takes no `template`"),
+        (PAIRRM, {"batch_size": 0}, "`batch_size` must be 1 or more; it is 0"),
+        (PAIRRM, {"batchsize": 2}, "`batchsize` is not one of `judge_kwargs`. Did you mean `batch_size`?"),
+        (LLAMA, {"letters": ["A", "A"]}, "`letters` must be two different answers"),
+        (LLAMA, {"max_tokens": 5}, "A causal language model as judge takes no `max_tokens`"),
+        ({"ranker_type": "pairranker", "model_type": "deberta"}, {}, "`judge: house`: this is PairRM in LLM-Blender's"),
+        ({"architectures": ["DebertaV2PairRM"]}, {}, "must say `source_prefix_id`, `cand1_prefix_id`"),
+    ],
+)
+def test_wrong_options_of_pairwise_models(home, config, kwargs, message):
+    (home / "house").mkdir()
+    (home / "house" / "config.json").write_text(json.dumps(config))
+    assert message in problem(home, judge="house", **({"judge_kwargs": kwargs} if kwargs else {}))
 
 
 @pytest.mark.parametrize(

@@ -95,11 +95,21 @@ def test_nothing_is_cut_off():
     assert judge.metrics()["judge/too_long"] == 1
 
 
-def test_a_number_that_is_none_is_no_preference():
+@pytest.mark.parametrize("bias", [float("nan"), float("inf")])
+def test_a_number_that_is_none_is_no_preference(bias):
     model = encoder(1)
-    torch.nn.init.constant_(model.classifier.bias, float("nan"))
+    torch.nn.init.constant_(model.classifier.bias, bias)
     judge = PairwiseModelJudge(model, tiny.tokenizer(), template=TEMPLATE)
     assert judge.prefer(DUELS[:1]) == [None] and judge.metrics()["judge/failed"] == 2
+
+
+def test_half_precision_is_kept_in_a_folder(tmp_path):
+    encoder(1).bfloat16().save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    judge = PairwiseModelJudge.load(str(tmp_path), template=TEMPLATE)
+    assert judge.model.dtype == torch.bfloat16
+    full = PairwiseModelJudge(encoder(1), tiny.tokenizer(), template=TEMPLATE).prefer(DUELS)
+    assert judge.prefer(DUELS) == [pytest.approx(p, abs=0.03) for p in full]
 
 
 def test_loaded_from_a_folder_and_in_trls_form(tmp_path):
@@ -124,7 +134,7 @@ def test_wrong_models_and_templates(tmp_path):
     model.classifier = torch.nn.Linear(32, 4)
     with pytest.raises(ScoringError, match=r"logits of shape \(2, 4\) for 2 texts; .* \(2, 2\)"):
         PairwiseModelJudge(model, tiny.tokenizer(), template=TEMPLATE).prefer(DUELS[:1])
-    tiny.causal_lm().save_pretrained(tmp_path)
+    encoder(2).bert.save_pretrained(tmp_path)
     tiny.tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="no trained pairwise model"):
+    with pytest.raises(ValueError, match="no trained pairwise model: it has no weights for .*classifier.bias"):
         PairwiseModelJudge.load(str(tmp_path))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from online_dpo.errors import ScoringError
-from online_dpo.scoring import JudgeScorer, PairwiseScorer
+from online_dpo.errors import FeedbackStopped, ScoringError
+from online_dpo.scoring import FunctionJudge, JudgeScorer, PairwiseScorer, pairwise_scorer
 from online_dpo.types import Completion, Group, Prompt
 
 TEMPLATE = (
@@ -120,3 +123,105 @@ def test_wrong_number_of_completions_and_wrong_judge():
         JudgeScorer(Longest(), tokenizer()).rank([*GROUPS, group("r", ["a", "b", "c"])])
     with pytest.raises(TypeError, match="`judge` must have a method.*this is int 5"):
         JudgeScorer(5, tokenizer())  # pyright: ignore[reportArgumentType]
+
+
+# --- functions of one pair --------------------------------------------------------------------------------------------
+
+
+def shorter(prompt, first, second):
+    return len(first) < len(second)
+
+
+def test_a_function_of_one_pair():
+    judge = FunctionJudge(shorter)
+    assert isinstance(judge, PairwiseScorer) and judge.name == "shorter"
+    assert judge.prefer(GROUPS) == [1.0, 0.0] and judge.judge(["p", "q"], [["a", "bb"], ["ccc", "d"]]) == [0, 1]
+    assert FunctionJudge(shorter, name="house").name == "house" and judge.prefer([]) == []
+
+    @FunctionJudge
+    def seen(prompt, first, second):
+        return {"a": 0.25, "ccc": None}[first] if (prompt, first, second) in ASKED else 1
+
+    assert seen.name == "seen" and seen.prefer(GROUPS) == [0.25, None]
+
+
+ASKED = [("p", "a", "bb"), ("q", "ccc", "d")]
+
+
+def test_messages_may_be_changed_in_place():
+    talk = [{"role": "user", "content": "Hi"}]
+    assert FunctionJudge(lambda prompt, a, b: prompt.pop()["content"] == "Hi").prefer([group(talk, ["a", "b"])]) == [1]
+    assert talk == [{"role": "user", "content": "Hi"}]
+
+
+@pytest.mark.parametrize(
+    ("reply", "preference"),
+    [(True, 1.0), (np.bool_(False), 0.0), (1, 1.0), (np.float32(0.5), 0.5), (torch.tensor(0.25), 0.25), (None, None)]
+    + [(float("nan"), None), (torch.tensor(float("nan")), None)],
+)
+def test_what_a_function_may_say(reply, preference):
+    [found] = FunctionJudge(lambda *_: reply).prefer(GROUPS[:1])
+    assert found == preference and type(found) is type(preference)
+
+
+@pytest.mark.parametrize("reply", [-1, 1.5, float("inf"), "0.5", [0.5], torch.tensor([0.5])])
+def test_what_a_function_may_not_say(reply):
+    with pytest.raises(ScoringError, match="Judge `house` returned .*Return the probability"):
+        FunctionJudge(lambda *_: reply, name="house").prefer(GROUPS)
+
+
+def test_an_async_function_is_asked_about_several_pairs_at_once():
+    now, most, cancelled = 0, 0, []
+
+    async def slow(prompt, first, second):
+        nonlocal now, most
+        now, most = now + 1, max(most, now + 1)
+        try:
+            await asyncio.sleep(0.01 if prompt != "waits" else 60)
+        except asyncio.CancelledError:
+            cancelled.append(first)
+            raise
+        now -= 1
+        if prompt == "fails":
+            raise ConnectionError("no route")
+        return int(first) / 10
+
+    duels = [group("p", [str(i), "x"]) for i in range(10)]
+    assert FunctionJudge(slow, concurrency=3).prefer(duels) == [i / 10 for i in range(10)] and most == 3
+    with pytest.raises(ScoringError, match="Judge `slow` raised ConnectionError: no route"):
+        FunctionJudge(slow).prefer([group("waits", ["8", "x"]), group("fails", ["1", "x"]), group("waits", ["9", "x"])])
+    for _ in range(100):
+        if len(cancelled) == 2:
+            break
+        time.sleep(0.01)
+    assert sorted(cancelled) == ["8", "9"]
+    with pytest.raises(ValueError, match="`concurrency` must be 1 or more; it is 0"):
+        FunctionJudge(slow, concurrency=0)
+
+
+def test_errors_of_a_function():
+    def broken(prompt, first, second):
+        raise KeyError("answer")
+
+    def stops(prompt, first, second):
+        raise FeedbackStopped("enough")
+
+    with pytest.raises(ScoringError, match="Judge `broken` raised KeyError: 'answer'"):
+        FunctionJudge(broken).prefer(GROUPS)
+    with pytest.raises(FeedbackStopped, match="enough"):
+        FunctionJudge(stops).prefer(GROUPS)
+    with pytest.raises(ValueError, match="two completions, but a group has 3"):
+        FunctionJudge(shorter).prefer([group("r", ["a", "b", "c"])])
+    with pytest.raises(TypeError, match=r"called as f\(prompt, first, second\)"):
+        FunctionJudge(lambda prompts, pairs: [])
+
+
+def test_which_form_a_function_has():
+    """With `shuffle_order` it is TRL's, which is called with it."""
+    of_pair = pairwise_scorer(lambda prompt, a, b: 0.25, tokenizer())
+    assert isinstance(of_pair, FunctionJudge) and of_pair.prefer(GROUPS) == [0.25, 0.25]
+    for of_lists in (lambda prompts, pairs, shuffle_order=True: [1, 0], lambda *_, **__: [1, 0], Longest()):
+        assert pairwise_scorer(of_lists, tokenizer()).prefer(GROUPS) == [0.0, 1.0]
+    assert pairwise_scorer(of_pair, tokenizer()) is of_pair
+    with pytest.raises(TypeError, match=r"`judge` must have `name`.*or of the form f\(prompt, first, second\)"):
+        pairwise_scorer(lambda prompts, pairs: [1, 0], tokenizer())

@@ -9,7 +9,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from online_dpo.cli.judge_file import read_pairs
+from online_dpo.cli.judge_plan import BuiltInJudge, plan_pairwise_model
 from online_dpo.cli.schema import PACKAGE, FieldSpec, read_class
 from online_dpo.judge_settings import INCONSISTENT, ORDERS, JudgeSettings
 
@@ -22,7 +25,7 @@ def judge(words: Sequence[str]) -> int:
     """Label the file and print a report. Returns the exit code: 0, 1 (the judge failed) or 2 (wrong input)."""
     arguments = vars(_parser().parse_args(words))
     try:
-        settings = judge_options(arguments)
+        chosen = chosen_judge(arguments)
         if arguments["limit"] is not None and arguments["limit"] < 1:
             raise ValueError(f"--limit must be 1 or more; it is {arguments['limit']}.")
         pairs = read_pairs(arguments["file"], arguments["limit"])
@@ -34,11 +37,11 @@ def judge(words: Sequence[str]) -> int:
         return 2
     from online_dpo.cli.judge_run import judge_pairs
 
-    return judge_pairs(pairs, arguments["pairwise_model"], settings, output)
+    return judge_pairs(pairs, chosen, output)
 
 
-def judge_options(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The settings of the judge that were given, checked; none for a pairwise model.
+def chosen_judge(arguments: dict[str, Any]) -> BuiltInJudge:
+    """The judge and its settings that were given, checked.
 
     Raises:
         ValueError: they contradict each other, or something that they need is not there.
@@ -48,17 +51,30 @@ def judge_options(arguments: dict[str, Any]) -> dict[str, Any]:
         given["cache"] = None
     elif arguments["cache"] is not None:
         given["cache"] = str(arguments["cache"])
-    folder = arguments["pairwise_model"]
+    folder, options = arguments["pairwise_model"], arguments["pairwise_kwargs"]
     if folder is not None:
         if given:
             raise ValueError(f"--pairwise-model does not go with --{next(iter(given)).replace('_', '-')}.")
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"--pairwise-model: {folder} is no model folder.")
-        return {}
+        try:
+            return plan_pairwise_model(folder, _mapping(options))
+        except ValueError as problem:
+            raise ValueError(f"--pairwise-model: {problem}") from None
+    if options is not None:
+        raise ValueError("--pairwise-kwargs goes with --pairwise-model.")
     if "model" not in given:
         raise ValueError("Give --model, the judging model's name at the endpoint, or --pairwise-model.")
     JudgeSettings(**given).check_environment()
-    return given
+    return BuiltInJudge(None, given)
+
+
+def _mapping(text: str | None) -> dict[str, Any]:
+    try:
+        options = yaml.safe_load(text or "{}")
+    except yaml.YAMLError:
+        options = None
+    if not isinstance(options, dict):
+        raise ValueError(f"its options are {text!r}; wanted: such as '{{batch_size: 8}}'.")
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,7 +91,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", type=Path, help="jsonl to write: the rows and their `preference`, from 0 to 1")
     parser.add_argument("--limit", type=int, help="judge so many pairs at most")
-    parser.add_argument("--pairwise-model", type=Path, metavar="FOLDER", help="a cross-encoder in place of an endpoint")
+    parser.add_argument("--pairwise-model", type=Path, metavar="FOLDER", help="a model here, not an endpoint")
+    parser.add_argument(
+        "--pairwise-kwargs", metavar="OPTIONS", help="its options as in `judge_kwargs` of a run: '{template: ...}'"
+    )
     parser.add_argument("--cache", type=Path, help=f"file of the cache (default: {JudgeSettings.cache})")
     parser.add_argument("--no-cache", action="store_true", help="keep no answers")
     for spec in read_class(PACKAGE / "judge_settings.py", "JudgeSettings", group="").values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 from online_dpo.cli.schema import PACKAGE, FieldSpec, read_class
 from online_dpo.cli.values import BadValue, convert, nearest
 from online_dpo.judge_settings import TEMPLATES, JudgeSettings
+from online_dpo.pairwise_kinds import OPTIONS, check_options, pairwise_kind
 
 LLM = "llm"
 FILES = ("rubric_file", "template")
 PAIRWISE_OPTIONS = {
     name: FieldSpec(name, annotation, None, "", group="")
-    for name, annotation in (("template", "str"), ("batch_size", "int"))
+    for options in OPTIONS.values()
+    for name, annotation in options.items()
 }
 
 
@@ -53,11 +56,17 @@ def plan_pairwise_model(folder: Path, given: dict[str, Any]) -> BuiltInJudge:
     """A pairwise model as judge.
 
     Raises:
-        ValueError: the folder holds no model, or an option is unknown or of the wrong type.
+        ValueError: the folder holds no model, or an option is unknown, of a wrong type or not for that model.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is no model folder: it holds no config.json.")
-    return BuiltInJudge(folder, _converted(given, PAIRWISE_OPTIONS))
+    options = _converted(given, PAIRWISE_OPTIONS)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise ValueError(f"{folder / 'config.json'} is no JSON: {problem}") from None
+    check_options(pairwise_kind(config), options)
+    return BuiltInJudge(folder, options)
 
 
 def _converted(given: dict[str, Any], specs: dict[str, FieldSpec]) -> dict[str, Any]:

@@ -7,9 +7,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import torch
 
 from online_dpo.cli.judge_file import LabelledPair
+from online_dpo.cli.judge_plan import BuiltInJudge
 from online_dpo.cli.progress import number
 from online_dpo.errors import ScoringError
 from online_dpo.evaluate import win_rate
@@ -33,12 +35,10 @@ class Agreement:
     count: int
 
 
-def judge_pairs(
-    pairs: Sequence[LabelledPair], pairwise_model: Path | None, settings: dict[str, Any], output: Path | None
-) -> int:
+def judge_pairs(pairs: Sequence[LabelledPair], chosen: BuiltInJudge, output: Path | None) -> int:
     """Label the pairs and print the report. Returns the exit code."""
     try:
-        judge = LLMJudge(**settings) if pairwise_model is None else PairwiseModelJudge.load(str(pairwise_model))
+        judge = _load(chosen)
     except (ValueError, OSError) as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
@@ -57,10 +57,17 @@ def judge_pairs(
         _write(output, judge.name, pairs, preferences)
         print(f"Labels written to {output}")
     if all(preference is None for preference in preferences):
-        cause = judge.last_failure if isinstance(judge, LLMJudge) else "all are longer than the model reads"
+        cause = judge.last_failure if isinstance(judge, LLMJudge) else "too long for the model, or no number came out"
         print(f"error: no pair has a preference. Last cause: {cause}", file=sys.stderr)
         return 1
     return 0
+
+
+def _load(chosen: BuiltInJudge) -> LLMJudge | PairwiseModelJudge:
+    if chosen.folder is None:
+        return LLMJudge(**chosen.options)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return PairwiseModelJudge.load(str(chosen.folder), device, **chosen.options)
 
 
 def agreement(pairs: Sequence[LabelledPair], preferences: Sequence[float | None]) -> Agreement | None:

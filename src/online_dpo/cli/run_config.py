@@ -31,13 +31,15 @@ class RunConfig:
     folder first, then in the working folder."""
 
     judge: str | None = None
-    """A judge that compares two completions: `llm` (a language model behind an endpoint), the folder of a
-    pairwise model, or one's own as `file.py:object` or `package.module:object`. A class is called without arguments."""
+    """A judge that compares two completions: `llm` (a language model behind an endpoint), the folder of a pairwise
+    model (PairRM, a sequence classifier, a language model that answers with a letter), or one's own as `file.py:name`
+    or `package.module:name`: a function `f(prompt, first, second)` that gives the probability that the first is
+    better, or an object. A class is called without arguments."""
 
     judge_kwargs: dict[str, Any] | None = None
     """Settings of `judge: llm`, such as `{model: gpt-4.1-mini, rubric_file: rubric.txt, max_cost: 5}` (all of them:
-    `online-dpo judge --help`), or `template` and `batch_size` of a pairwise model. Files are looked for as those of
-    `reward_funcs`."""
+    `online-dpo judge --help`), or of a pairwise model `batch_size` and, by its kind, `template`, `letters` or
+    `max_tokens`. Files are looked for as those of `reward_funcs`."""
 
     eval_reward_funcs: list[str] | None = None
     """Gold: functions in the form of `reward_funcs` whose sum evaluations report as `eval_gold_score` beside the

@@ -3,7 +3,7 @@
 from online_dpo.scoring.combine import RewardFunc, build_scorers, check_scorers, score_groups
 from online_dpo.scoring.functions import FunctionScorer
 from online_dpo.scoring.http_reward import HTTPReward
-from online_dpo.scoring.judge import Judge, JudgeScorer, pairwise_scorer
+from online_dpo.scoring.judge import FunctionJudge, Judge, JudgeScorer, check_judge, pairwise_scorer
 from online_dpo.scoring.llm_judge import LLMJudge
 from online_dpo.scoring.pairwise_model import PairwiseModelJudge
 from online_dpo.scoring.reward_model import RewardModelScorer, load_reward_model
@@ -14,6 +14,7 @@ __all__ = [
     "AsyncPointwiseScorer",
     "CountingScorer",
     "DuelCounter",
+    "FunctionJudge",
     "FunctionScorer",
     "HTTPReward",
     "Judge",
@@ -25,6 +26,7 @@ __all__ = [
     "RewardFunc",
     "RewardModelScorer",
     "build_scorers",
+    "check_judge",
     "check_scorers",
     "find_preferences",
     "load_reward_model",

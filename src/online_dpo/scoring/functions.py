@@ -59,7 +59,7 @@ class FunctionScorer:
         if not callable(function):
             raise TypeError(f"A reward function must be callable; this is {describe(function)}.")
         self.name = name or callable_name(function)
-        self.is_async = _is_async(function)
+        self.is_async = is_async_function(function)
         self._function = function
         self._state = state
         self._parameters = list(inspect.signature(function).parameters.values())
@@ -182,7 +182,8 @@ def _event_loop() -> asyncio.AbstractEventLoop:
         return _loop_thread[0]
 
 
-def _is_async(function: Any) -> bool:
+def is_async_function(function: Any) -> bool:
+    """Also inside a ``functools.partial``, and of an object with ``__call__``."""
     while isinstance(function, functools.partial):
         function = function.func
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)

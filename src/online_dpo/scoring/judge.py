@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import copy
+import inspect
+import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from online_dpo.errors import FeedbackStopped, ScoringError
+from online_dpo.scoring.functions import is_async_function, submit, wait_for
 from online_dpo.scoring.scorer import PairwiseScorer, callable_name, chat_messages, check_duels, describe, flat_list
 from online_dpo.types import Completion, Group, Prompt
 
@@ -43,15 +50,123 @@ class PreferenceJudge:
         return [NO_ANSWER if p is None or p == 0.5 else int(p < 0.5) for p in self.prefer(duels)]
 
 
+class FunctionJudge(PreferenceJudge):
+    """A Python function, or an object with ``__call__``, that is asked about one pair at a time.
+
+    >>> FunctionJudge(lambda prompt, first, second: len(first) < len(second))
+
+    It is called as ``function(prompt, first, second)`` with the prompt (text, or a list of messages) and two texts, and
+    returns the probability that the first one is better, True or False, or ``None`` where it has no answer (nan is none
+    as well). An ``async`` function is asked about several pairs at the same time. Which of the two stands first is as
+    it comes: a function with a liking for a place should ask for both itself.
+
+    Args:
+        function: what to call.
+        name: name in metrics; when not given, the function's own.
+        concurrency: pairs that an ``async`` function is asked about at the same time.
+
+    Raises:
+        TypeError: ``function`` cannot be called with three arguments.
+        ValueError: ``concurrency`` is not 1 or more, or (when judging) a group has not two completions.
+        ScoringError: (when judging) it raised, or returned no probability. Its own ``FeedbackStopped`` passes through.
+    """
+
+    def __init__(self, function: Callable[..., Any], name: str | None = None, concurrency: int = 16) -> None:
+        if not callable(function) or not _takes(function, "prompt", "first", "second"):
+            raise TypeError(f"A judge function is called as f(prompt, first, second); this is {describe(function)}.")
+        if concurrency < 1:
+            raise ValueError(f"`concurrency` must be 1 or more; it is {concurrency}.")
+        self.name = name or callable_name(function)
+        self._function = function
+        self._is_async = is_async_function(function)
+        self._concurrency = concurrency
+
+    def prefer(self, duels: Sequence[Group]) -> list[float | None]:
+        """As :class:`PairwiseScorer` says."""
+        check_duels(duels)
+        try:
+            if self._is_async:
+                replies = wait_for(submit(self._ask(duels)))
+            else:
+                replies = [self._function(*_texts(duel)) for duel in duels]
+        except FeedbackStopped:
+            raise
+        except Exception as error:
+            raise ScoringError(f"Judge `{self.name}` raised {type(error).__name__}: {error}") from error
+        return [self._preference(reply) for reply in replies]
+
+    async def _ask(self, duels: Sequence[Group]) -> list[Any]:
+        room = asyncio.Semaphore(self._concurrency)
+
+        async def one(duel: Group) -> Any:
+            async with room:
+                return await self._function(*_texts(duel))
+
+        waiting = [asyncio.ensure_future(one(duel)) for duel in duels]
+        try:
+            return list(await asyncio.gather(*waiting))
+        finally:
+            for task in waiting:
+                task.cancel()
+
+    def _preference(self, reply: Any) -> float | None:
+        value = reply.item() if isinstance(reply, (torch.Tensor, np.ndarray, np.generic)) and reply.ndim == 0 else reply
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            return None
+        if isinstance(value, numbers.Real) and 0 <= float(value) <= 1:
+            return float(value)
+        raise ScoringError(
+            f"Judge `{self.name}` returned {describe(reply)}. Return the probability that the first text is better, "
+            "from 0 to 1, or None."
+        )
+
+
+def check_judge(judge: Any, argument: str) -> None:
+    """
+    Raises:
+        TypeError: ``judge`` has none of the forms that :func:`pairwise_scorer` takes.
+    """
+    known = isinstance(judge, (Judge, PairwiseScorer))
+    if not known and not (callable(judge) and (_takes_lists(judge) or _takes(judge, "prompt", "first", "second"))):
+        raise TypeError(
+            f"`{argument}` must have `name` and `prefer(duels)`, or a method `judge(prompts, completion_pairs, "
+            "shuffle_order)`, or be a function of that form or of the form f(prompt, first, second); this is "
+            f"{describe(judge)}."
+        )
+
+
 def pairwise_scorer(
     judge: Any, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any] | None = None
 ) -> PairwiseScorer:
-    """What a user gives as ``judge``, as a scorer: itself if it is one, else a :class:`JudgeScorer` of it.
+    """What a user gives as ``judge``, as a scorer: itself if it is one, a :class:`JudgeScorer` of it if it has TRL's
+    form, else a :class:`FunctionJudge`. A function has TRL's form if it takes ``shuffle_order``.
 
     Raises:
-        TypeError: it is neither.
+        TypeError: it has none of these forms.
     """
-    return judge if isinstance(judge, PairwiseScorer) else JudgeScorer(judge, tokenizer, chat_template_kwargs)
+    check_judge(judge, "judge")
+    if isinstance(judge, PairwiseScorer):
+        return judge
+    if isinstance(judge, Judge) or _takes_lists(judge):
+        return JudgeScorer(judge, tokenizer, chat_template_kwargs)
+    return FunctionJudge(judge)
+
+
+def _takes_lists(function: Callable[..., Any]) -> bool:
+    return _takes(function, [], [], shuffle_order=True)
+
+
+def _takes(function: Callable[..., Any], *arguments: Any, **named: Any) -> bool:
+    try:
+        inspect.signature(function).bind(*arguments, **named)
+    except TypeError:
+        return False
+    return True
+
+
+def _texts(duel: Group) -> tuple[Any, str, str]:
+    first, second = duel.completions
+    return copy.deepcopy(duel.prompt.content), first.text, second.text  # a function may change messages in place
 
 
 class JudgeScorer:

@@ -1,0 +1,123 @@
+"""Run files whose judge is a folder with PairRM that has learned something, or a function of one pair."""
+
+import json
+import random
+
+import pytest
+import torch
+import yaml
+
+import tiny
+from endpoint import duel
+from online_dpo.cli.interrupt import InterruptCallback
+from online_dpo.cli.progress import ProgressDisplay
+from online_dpo.cli.run_file import plan_run
+from online_dpo.cli.train import build_trainer
+from online_dpo.scoring import FunctionJudge, PairwiseModelJudge
+from online_dpo.scoring.duel_reader import padded
+from online_dpo.scoring.pairrm import DebertaV2PairRM
+from pairwise_folders import pairrm_folder, pairrm_tokenizer
+
+FEEDBACK = """
+def words(text):
+    return sum(len(word) == 2 for word in text.split())
+
+def count_words(completions, **_):
+    return [float(words(text)) for text in completions]
+
+def more_words(prompt, first, second):
+    if words(first) == words(second):
+        return None
+    return 0.75 if words(first) > words(second) else 0.25
+"""
+
+
+def words(text):
+    return sum(len(word) == 2 for word in text.split())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("run")
+    tiny.causal_lm(sharpness=1.0).save_pretrained(made / "policy")
+    tiny.tokenizer().save_pretrained(made / "policy")
+    rows = [json.dumps({"prompt": prompt.content}) for prompt in tiny.prompts([4] * 24)]
+    (made / "data.jsonl").write_text("\n".join(rows))
+    (made / "feedback.py").write_text(FEEDBACK)
+    return made
+
+
+def trainer(folder, **fields):
+    settings = dict(
+        model_name_or_path="./policy",
+        dataset_name="data.jsonl",
+        output_dir=str(folder / "out"),
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1,
+        max_steps=6,
+        learning_rate=3e-2,
+        beta=0.01,
+        per_device_train_batch_size=8,
+        max_new_tokens=8,
+        max_length=64,
+        num_completions=4,
+        gradient_checkpointing=False,
+    )
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump({**settings, **fields}))
+    return build_trainer(plan_run(path, []), ProgressDisplay(), InterruptCallback())
+
+
+def random_duels(count, rng):
+    """Prompt and two answers, of which one has more words of two letters."""
+
+    def text(most):
+        return " ".join(rng.choice(tiny.WORDS[:39]) for _ in range(rng.randint(1, most)))
+
+    made = ((text(6), text(8), text(8)) for _ in iter(int, 1))
+    return [next(d for d in made if words(d[1]) != words(d[2])) for _ in range(count)]
+
+
+def learn(folder, steps=100):
+    """Fit a fresh PairRM to that, without dropout, and save it over itself."""
+    pairrm_folder(folder, num_hidden_layers=1, initializer_range=0.1)
+    model = DebertaV2PairRM.from_pretrained(folder)
+    reader, rng = PairwiseModelJudge(model, pairrm_tokenizer()).reader, random.Random(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(steps):
+        batch = random_duels(32, rng)
+        log_odds = model(*padded(reader.token_ids([duel(a, b, prompt=p) for p, a, b in batch]), 0, model.device))
+        label = torch.tensor([float(words(a) > words(b)) for _, a, b in batch])
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(log_odds, label)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder)
+
+
+def test_a_policy_learns_what_pairrm_has_learned(folder):
+    learn(folder / "house")
+    gold = dict(eval_reward_funcs="feedback.py:count_words", eval_dataset_name="data.jsonl", eval_on_start=True)
+    made = trainer(folder, judge="house", judge_kwargs={"batch_size": 32}, eval_strategy="steps", eval_steps=6, **gold)
+    assert isinstance(made.judge, PairwiseModelJudge) and made.judge.name == "house"
+    asked = random_duels(200, random.Random(1))
+    told = made.judge.prefer([duel(a, b, prompt=p) for p, a, b in asked])
+    assert sum((p > 0.5) == (words(a) > words(b)) for p, (_, a, b) in zip(told, asked, strict=True)) > 180
+    made.judge.drain()
+    made.train()
+    first, last = (log for log in made.state.log_history if "eval_gold_score" in log)
+    error = (first["eval_gold_score_stderr"] ** 2 + last["eval_gold_score_stderr"] ** 2) ** 0.5
+    assert last["eval_gold_score"] - first["eval_gold_score"] > 4 * error
+    logs = [log for log in made.state.log_history if "judge/duels" in log]
+    assert len(logs) == 6 and all(log["judge/too_long"] == log["judge/failed"] == 0 for log in logs)
+
+
+def test_a_function_of_one_pair_in_a_run_file(folder):
+    made = trainer(folder, judge="feedback.py:more_words", num_completions=2, max_steps=1)
+    assert isinstance(made.judge, FunctionJudge) and made.judge.name == "more_words"
+    made.train()
+    log = next(log for log in made.state.log_history if "prompts" in log)
+    assert log["pairs/count"] > 0 and log["pairs/probability"] == pytest.approx(0.75)
+    assert log["pairs/count"] + log["dropped/no_answer"] + log.get("dropped/identical", 0) == 8
