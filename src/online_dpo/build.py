@@ -41,6 +41,9 @@ from online_dpo.scoring import PointwiseScorer, RewardModelScorer, check_judge, 
 
 logger = logging.getLogger(__name__)
 
+REWARD_FIELDS = ("reward_weights", "reward_normalization")
+"""Fields that only rewards read."""
+
 
 def check_arguments(
     *,
@@ -109,13 +112,15 @@ def check_arguments(
 def check_judged_pairs(args: OnlineDPOConfig) -> None:
     """
     Raises:
-        ValueError: pairs are to be picked by scores, and a judge gives none.
+        ValueError: pairs are to be made by scores, and a judge makes them.
     """
     if args.pair_selection != "best_worst":
-        raise ValueError(f"`pair_selection={args.pair_selection!r}` needs scores; a judge goes with 'best_worst'.")
+        raise ValueError(
+            f"`pair_selection={args.pair_selection!r}` needs scores to make the pairs; a judge goes with 'best_worst'."
+        )
     for name in ("min_margin", "max_margin", "margin_weighting", "label_temperature"):
         if getattr(args, name):
-            raise ValueError(f"`{name}` needs scores, and a judge gives none: its pairs have probabilities.")
+            raise ValueError(f"`{name}` needs scores to make the pairs; those of a judge have probabilities.")
 
 
 def is_peft_model_object(model: Any) -> bool:
@@ -124,10 +129,10 @@ def is_peft_model_object(model: Any) -> bool:
 
 def choose_scorers(reward_funcs: Any, reward_model: Any, judge: Any, args: OnlineDPOConfig | None) -> tuple[Any, Any]:
     """The reward functions and the judge that are used: ``reward_model`` is another name for ``reward_funcs``, and
-    rewards win.
+    rewards win unless the judge is for the best of them.
 
     Raises:
-        ValueError: rewards are given in two places.
+        ValueError: rewards are given in two places, or the judge is to see the best of them and one is missing.
     """
     if reward_funcs is not None and reward_model is not None:
         raise ValueError("Give `reward_funcs` or `reward_model`, not both: `reward_funcs` takes a list of all of them.")
@@ -139,9 +144,21 @@ def choose_scorers(reward_funcs: Any, reward_model: Any, judge: Any, args: Onlin
         )
     if rewards is None:
         rewards = path
-    if rewards is not None and judge is not None:
-        warnings.warn("Both a reward and a `judge` are given: the reward is used, the judge is not.", stacklevel=3)
+    if args is not None and getattr(args, "judge_top", None) is not None:
+        if rewards is None or judge is None:
+            missing = "`judge`" if judge is None else "reward (`reward_funcs`, `reward_model_path`)"
+            raise ValueError(f"`judge_top` shows a judge the best completions by a reward: give a {missing} as well.")
+    elif rewards is not None and judge is not None:
+        warnings.warn(
+            "Both a reward and a `judge` are given: the reward is used, the judge is not. With `judge_top` the judge "
+            "compares the best completions by the reward.",
+            stacklevel=3,
+        )
         judge = None
+    if rewards is None and args is not None:
+        ignored = [name for name in REWARD_FIELDS if getattr(args, name, None) != getattr(type(args), name, None)]
+        if ignored:
+            warnings.warn(f"Ignored without a reward: {', '.join(ignored)}.", stacklevel=3)
     return rewards, judge
 
 

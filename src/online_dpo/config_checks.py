@@ -81,7 +81,6 @@ def check_ranges(args: OnlineDPOConfig) -> None:
         (args.reward_batch_size >= 1, "reward_batch_size", "at least 1"),
         (args.max_staleness >= 0, "max_staleness", "0 or more"),
         (args.sync_check_steps >= 0, "sync_check_steps", "0 or more"),
-        (args.missing_eos_penalty is None or args.missing_eos_penalty > 0, "missing_eos_penalty", "above 0"),
         (args.max_tokens_per_pass is None or args.max_tokens_per_pass >= 1, "max_tokens_per_pass", "at least 1"),
         (args.max_skipped_steps >= 1, "max_skipped_steps", "at least 1"),
         (args.overoptimisation_patience >= 1, "overoptimisation_patience", "at least 1"),
@@ -146,8 +145,12 @@ def check_pairs(args: OnlineDPOConfig) -> None:
         ValueError: an option of pair selection is out of range, or two contradict each other.
     """
     low, high, longest = args.min_margin, args.max_margin, args.max_length_ratio
-    temperature = args.label_temperature
+    temperature, top = args.label_temperature, args.judge_top
+    unfinished, token = args.missing_eos_penalty, args.length_penalty
     checks = [
+        (unfinished is None or 0 < unfinished < math.inf, "missing_eos_penalty", "above 0"),
+        (token is None or 0 < token < math.inf, "length_penalty", "above 0"),
+        (top is None or 2 <= top <= args.num_completions, "judge_top", f"from 2 to {args.num_completions} completions"),
         (low is None or 0 < low < math.inf, "min_margin", "above 0"),
         (high is None or 0 < high < math.inf, "max_margin", "above 0"),
         (longest is None or longest >= 1, "max_length_ratio", "1 or more"),

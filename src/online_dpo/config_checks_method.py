@@ -48,6 +48,11 @@ def check_method(args: OnlineDPOConfig) -> None:
             f"`method={args.method!r}` compares one completion of the policy with one of its opponent: "
             f"`num_completions` must be 2; it is {args.num_completions}."
         )
+    if args.judge_top is not None:
+        raise ValueError(
+            f"`judge_top` picks among several completions of the policy, and `method={args.method!r}` has one of them; "
+            "leave it out."
+        )
     if args.reference_free:
         raise ValueError(f"`method={args.method!r}` needs a reference; leave `reference_free` off.")
     if args.method == "nash_md":

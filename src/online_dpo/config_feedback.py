@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 PAIR_SELECTIONS = ("best_worst", "best_random", "best_mean_minus_two_sigma", "all_pairs")
+REWARD_NORMALIZATIONS = ("none", "group")
 TIE_POLICIES = ("skip", "first")
 OVEROPTIMISATION_POLICIES = ("off", "warn", "stop")
 CHOICES = (
     ("pair_selection", PAIR_SELECTIONS),
+    ("reward_normalization", REWARD_NORMALIZATIONS),
     ("tie_policy", TIE_POLICIES),
     ("overoptimisation", OVEROPTIMISATION_POLICIES),
 )
@@ -26,12 +28,30 @@ class FeedbackFields:
     reward_weights: list[float] | None = None
     """Weight of each reward function, in their order; when not set, each counts 1."""
 
+    reward_normalization: str | list[str] = "none"
+    """What reward functions are brought to before they are weighted, so that their scale does not count: `none`, or
+    `group`, their distance from the mean of the prompt's completions, in standard deviations. A list says it for each
+    of them. It decides which completions become pairs and with what margin; logged scores, evaluations and win rates
+    stay as they are.
+    """
+
     reward_batch_size: int = 16
     """Texts in one forward pass of a reward model."""
 
     missing_eos_penalty: float | None = None
     """Subtracted from the score of a completion that did not end by itself, or, with a judge, from its log-odds against
     one that did; above 0.
+    """
+
+    length_penalty: float | None = None
+    """Subtracted from the score of a completion for each of its tokens, or, with a judge, from its log-odds for each
+    token that it is longer than the other; above 0.
+    """
+
+    judge_top: int | None = None
+    """With both a reward and a judge: the judge compares only this many completions of a prompt, those with the highest
+    scores; the best of them is chosen, the lowest score rejected. At least 2. When not set, a judge is not used beside
+    a reward.
     """
 
     # --- pairs ------------------------------------------------------------------------------------------------------

@@ -26,8 +26,8 @@ class GoldRecord:
 class EvalRecord:
     """One held-out prompt.
 
-    ``scores`` has one entry a completion, ``None`` where missing (all ``None`` with a judge); ``reference_score`` is
-    that of the reference's completion. ``win`` is the share of the policy's completions that beat the reference's (a
+    ``scores`` has one entry a completion, ``None`` where missing (all ``None`` with a judge alone); ``reference_score``
+    is that of the reference's completion. ``win`` is the share of the policy's completions that beat the reference's (a
     tie counts half), ``None`` where it cannot be told. ``losses`` are those of the prompt's pairs. ``kl`` and
     ``entropy`` are nats per completion and per token. ``gold`` is ``None`` without a gold scorer.
     """
@@ -98,13 +98,14 @@ def eval_records(
     for pair, loss in zip(pairs, loss_N.tolist(), strict=True):
         losses.setdefault(id(pair.group), []).append(loss)
     kl_S = [] if reference is None else (policy.logps_S - reference.logps_S).tolist()
+    scores = said.scores if isinstance(said, Verdicts) else said
     entropy_S = [float(part.mean()) for part in policy.entropy_M.split(rows.length_S.tolist())]
     records, start = [], 0
     for p, group in enumerate(groups):
         end = start + len(group.completions)
         records.append(
             EvalRecord(
-                scores=tuple(said.values[p]) if isinstance(said, Scores) else (None,) * len(group.completions),
+                scores=(None,) * len(group.completions) if scores is None else tuple(scores.values[p]),
                 reference_score=reference_scores[p],
                 win=wins[p],
                 losses=tuple(losses.get(id(group), ())),

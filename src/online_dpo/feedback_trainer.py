@@ -17,7 +17,7 @@ from online_dpo.beta import Beta
 from online_dpo.build import check_templates
 from online_dpo.data import prompts_from_batch
 from online_dpo.errors import FeedbackLostError, OnlineDPOError, OutOfSyncError, RolloutServerError, ScoringError
-from online_dpo.evaluate import EvalRecord
+from online_dpo.evaluate import EvalRecord, judged_wins, win_share
 from online_dpo.gold import Gold, build_gold
 from online_dpo.guarded_trainer import GuardedTrainer, Stopwatch
 from online_dpo.lookahead import Fetched, Lookahead
@@ -26,7 +26,16 @@ from online_dpo.overoptimisation import OveroptimisationGuard
 from online_dpo.reference import Reference
 from online_dpo.rollout import Engine, RolloutKey, SamplingParams, Stream, TransformersEngine
 from online_dpo.rollout.opponent import Opponent, joined
-from online_dpo.scoring import CountingScorer, PairwiseScorer, PointwiseScorer, find_preferences, score_groups
+from online_dpo.scoring import (
+    CountingScorer,
+    DuelCounter,
+    PairwiseScorer,
+    Penalties,
+    PointwiseScorer,
+    find_preferences,
+    judge_the_top,
+    score_groups,
+)
 from online_dpo.sync_check import SyncCheck
 from online_dpo.types import Completion, Feedback, Group, Prompt, Scores, Verdicts
 
@@ -156,13 +165,37 @@ class FeedbackTrainer(GuardedTrainer):
                 self.metrics.ratio(name, part, whole)
 
     def _assess(self, groups: list[Group]) -> Scores | Verdicts:
-        """What the scorers, or the judge, say of the groups."""
-        if self.judge is not None:
-            return find_preferences(groups, self.judge, self.args.missing_eos_penalty)
-        return self._scores_of(groups) if groups else Scores([], {})
+        """What the scorers, or the judge, or both say of the groups."""
+        if self.judge is not None and not self.scorers:
+            return find_preferences(groups, self.judge, self._penalties)
+        scores = self._scores_of(groups) if groups else Scores([], {})
+        if self.judge is None:
+            return scores
+        return judge_the_top(groups, scores, self.judge, self.args.judge_top, self._penalties)
 
     def _scores_of(self, groups: list[Group]) -> Scores:
-        return score_groups(groups, self.scorers, self.args.reward_weights, self.args.missing_eos_penalty)
+        args = self.args
+        return score_groups(groups, self.scorers, args.reward_weights, self._penalties, args.reward_normalization)
+
+    @property
+    def _penalties(self) -> Penalties:
+        return Penalties.from_config(self.args)
+
+    def _against_reference(
+        self, groups: list[Group], said: Scores | Verdicts
+    ) -> tuple[Sequence[float | None], Sequence[float | None]]:
+        """For each group the score of the reference's completion, and the policy's share of wins against it, by the
+        judge if there is one.
+        """
+        nothing = [None] * len(groups)
+        if self.args.reference_free:
+            return nothing, nothing
+        rivals = self._rivals([group.prompt for group in groups])
+        scores = [values[0] for values in self._scores_of(rivals).values] if self.scorers else nothing
+        if isinstance(said, Scores):
+            return scores, [win_share(mine, theirs) for mine, theirs in zip(said.values, scores, strict=True)]
+        assert self.judge is not None
+        return scores, judged_wins(groups, rivals, DuelCounter(self.judge, self._penalties))
 
     def _rivals(self, prompts: list[Prompt]) -> list[Group]:
         """One completion for each prompt of the reference as it was before training; sampled once."""

@@ -27,7 +27,8 @@ from online_dpo.types import Group
 class Gold:
     """Scorers, whose sum is the gold score, or a judge.
 
-    ``reward_weights`` and ``missing_eos_penalty`` are part of what is trained on, and have no effect here.
+    ``reward_weights``, ``reward_normalization`` and the penalties are part of what is trained on, and have no effect
+    here.
     """
 
     def __init__(self, scorers: Sequence[PointwiseScorer], judge: PairwiseScorer | None) -> None:
@@ -44,7 +45,7 @@ class Gold:
         """
         if self._judge is not None:
             assert rivals is not None
-            wins = judged_wins(groups, rivals, DuelCounter(self._judge, None))
+            wins = judged_wins(groups, rivals, DuelCounter(self._judge))
             gold = [GoldRecord((), win) for win in wins]
         else:
             scores, wins = self._scores(groups), [None] * len(groups)
@@ -55,7 +56,7 @@ class Gold:
         return [replace(record, gold=said) for record, said in zip(records, gold, strict=True)]
 
     def _scores(self, groups: Sequence[Group]) -> list[list[float | None]]:
-        return score_groups(groups, self.scorers, weights=None, missing_eos_penalty=None).values
+        return score_groups(groups, self.scorers).values
 
 
 def check_gold(reward_funcs: Any, judge: Any, args: OnlineDPOConfig) -> None:
@@ -107,7 +108,7 @@ def _gold_rewards(reward_funcs: Any, args: OnlineDPOConfig) -> Any:
 
 
 def _without_weights(args: OnlineDPOConfig) -> OnlineDPOConfig:
-    """The weights are those of the training rewards, and may be more or fewer."""
+    """Weights and normalisation are those of the training rewards, which may be more or fewer."""
     plain = copy.copy(args)
-    plain.reward_weights = None
+    plain.reward_weights, plain.reward_normalization = None, "none"
     return plain

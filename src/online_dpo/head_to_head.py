@@ -37,6 +37,7 @@ from online_dpo.scoring import (
     LLMJudge,
     PairwiseModelJudge,
     PairwiseScorer,
+    Penalties,
     PointwiseScorer,
     score_groups,
 )
@@ -126,14 +127,14 @@ def unscored(answers: Answers) -> list[Match]:
 
 
 def score_answers(
-    answers: Answers, scorers: Sequence[PointwiseScorer], weights: Sequence[float] | None, penalty: float | None
+    answers: Answers, scorers: Sequence[PointwiseScorer], weights: Sequence[float] | None, penalties: Penalties
 ) -> list[Match]:
-    """The matches as the scorers see them; ``penalty`` is what an answer loses that did not end by itself.
+    """The matches as the scorers see them, less the penalties.
 
     Raises:
         ScoringError: a scorer failed.
     """
-    both = score_groups([*answers.model, *answers.against], scorers, weights, penalty).values
+    both = score_groups([*answers.model, *answers.against], scorers, weights, penalties).values
     mine, theirs = both[: len(answers.model)], both[len(answers.model) :]
     return [
         Match(group, rival, preferences_by_score(a, b), tuple(a), tuple(b), ratios)
@@ -143,8 +144,8 @@ def score_answers(
     ]
 
 
-def judge_answers(answers: Answers, judge: PairwiseScorer, penalty: float | None) -> list[Match]:
-    """The matches as a judge sees them, asked in both orders unless it sees to its order itself.
+def judge_answers(answers: Answers, judge: PairwiseScorer, penalties: Penalties) -> list[Match]:
+    """The matches as a judge sees them, less the penalties, asked in both orders unless it sees to its order itself.
 
     Raises:
         ScoringError: the judge failed.
@@ -155,7 +156,7 @@ def judge_answers(answers: Answers, judge: PairwiseScorer, penalty: float | None
         for group, rival in pairs
         for both in zip(group.completions, rival.completions, strict=True)
     ]
-    told = iter(DuelCounter(judge if is_fair(judge) else BothOrders(judge), penalty)(duels))
+    told = iter(DuelCounter(judge if is_fair(judge) else BothOrders(judge), penalties)(duels))
     return [
         Match(group, rival, tuple(next(told) for _ in group.completions), log_ratios=ratios)
         for (group, rival), ratios in zip(pairs, answers.log_ratios, strict=True)

@@ -114,10 +114,12 @@ def record_rollout(store: MetricStore, groups: list[Group], said: Scores | Verdi
     if isinstance(said, Verdicts):
         store.total("judge/duels", said.duels)
         store.ratio("judge/unanswered_ratio", said.unanswered, said.duels)
+    scores = said.scores if isinstance(said, Verdicts) else said
+    if scores is None:
         return
-    store.mean("objective/scores", _present(said.values, groups))
-    store.mean("opponent/scores", _present(said.values, groups, by_policy=False))
-    for name, values in said.by_scorer.items():
+    store.mean("objective/scores", _present(scores.values, groups))
+    store.mean("opponent/scores", _present(scores.values, groups, by_policy=False))
+    for name, values in scores.by_scorer.items():
         store.mean(f"scores/{name}", _present(values, groups))
         store.mean(f"scores/{name}/missing_ratio", [float(value is None) for row in values for value in row])
 

@@ -18,7 +18,8 @@ from online_dpo.models import unwrapped
 
 SETTINGS = (
     *("method", "num_completions", "max_new_tokens", "max_length", "temperature", "top_p", "top_k", "min_p"),
-    *("repetition_penalty", "missing_eos_penalty", "pair_selection", "min_margin", "max_margin", "max_length_ratio"),
+    *("repetition_penalty", "reward_weights", "reward_normalization", "missing_eos_penalty", "length_penalty"),
+    *("judge_top", "pair_selection", "min_margin", "max_margin", "max_length_ratio"),
     *("margin_weighting", "label_temperature", "tie_policy", "loss_type", "loss_weights", "beta", "label_smoothing"),
     *("xpo_alpha", "mixture_coef", "target_kl"),
     *("simpo_gamma", "dpop_lambda", "use_weighting", "sync_ref_model"),

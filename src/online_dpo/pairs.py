@@ -25,6 +25,9 @@ Draw = Callable[[Prompt], float]
 Scored = tuple[float, int]
 """A completion's score and its index in the group."""
 
+Candidate = tuple[Pair, float | None]
+"""A pair, and the difference of the scores that made it one: none with a judge."""
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -60,6 +63,8 @@ def pairs_from_scores(
 ) -> Pairing:
     """The pairs that the selection's strategy picks from each group.
 
+    They are formed and their margins are measured by ``scores.ranking``; what they carry are ``scores.values``.
+
     A completion without a score takes part in no pair, and of several with the same tokens only the first with a score
     does. A group with fewer than two scored completions is dropped as ``missing_score``, one whose scores are all equal
     as ``tie`` (or, with ``tie_policy="first"``, gives its first two as chosen and rejected), one whose completions all
@@ -71,8 +76,8 @@ def pairs_from_scores(
     """
     selection = selection or Selection()
     made = Pairing()
-    for group, values in zip(groups, scores.values, strict=True):
-        scored = [(score, k) for k, score in enumerate(values) if score is not None]
+    for group, ranking, values in zip(groups, scores.ranking, scores.values, strict=True):
+        scored = [(score, k) for k, score in enumerate(ranking) if score is not None]
         distinct = _distinct(scored, group)
         if len(scored) < 2:
             made.dropped[MISSING_SCORE] += 1
@@ -82,31 +87,37 @@ def pairs_from_scores(
             made.dropped[IDENTICAL] += 1
         elif not _all_equal(distinct):
             picked = STRATEGIES[selection.strategy](distinct, draw(group.prompt))
-            _add([_pair(group, *pick, selection) for pick in picked], made, selection)
+            _add([_candidate(group, values, *pick, selection) for pick in picked], made, selection)
         elif selection.tie_policy == "first":
-            _add([_pair(group, distinct[0], distinct[1], selection)], made, selection)
+            _add([_candidate(group, values, distinct[0], distinct[1], selection)], made, selection)
         else:
             made.dropped[TIE] += 1
     return made
 
 
 def pairs_from_preferences(
-    groups: Sequence[Group], preferences: Sequence[Preference | None], selection: Selection | None = None
+    groups: Sequence[Group],
+    preferences: Sequence[Preference | None],
+    selection: Selection | None = None,
+    scores: Scores | None = None,
 ) -> Pairing:
-    """The pair that a judge found in each group, with the judge's probability.
+    """The pair that a judge found in each group, with the judge's probability, and its scores if there are any.
 
-    Without an answer a group is dropped as ``no_answer``; where both completions have the same tokens, as
+    Without an answer a group is dropped as ``no_answer``, or as ``missing_score`` if scores say whom the judge sees and
+    fewer than two completions have one; where both completions have the same tokens, as
     ``identical``; where both are as good, as ``tie`` (with ``tie_policy="first"`` it is trained as if there were no
     doubt); where the judge took one for the best and another for the worst and yet prefers that, as ``contradiction``.
     """
     selection = selection or Selection()
     made = Pairing()
-    for group, preference in zip(groups, preferences, strict=True):
+    for p, (group, preference) in enumerate(zip(groups, preferences, strict=True)):
+        values = [None] * len(group.completions) if scores is None else scores.values[p]
         if preference is None:
-            made.dropped[NO_ANSWER] += 1
+            unscored = scores is not None and sum(score is not None for score in scores.ranking[p]) < 2
+            made.dropped[MISSING_SCORE if unscored else NO_ANSWER] += 1
             continue
-        probability = preference.probability
-        pair = Pair(group, preference.chosen, preference.rejected, probability=probability)
+        chosen, rejected, probability = preference.chosen, preference.rejected, preference.probability
+        pair = Pair(group, chosen, rejected, values[chosen], values[rejected], probability)
         if pair.chosen_completion.token_ids == pair.rejected_completion.token_ids:
             made.dropped[IDENTICAL] += 1
         elif probability == 0.5 and selection.tie_policy == "skip":
@@ -114,7 +125,7 @@ def pairs_from_preferences(
         elif probability < 0.5:
             made.dropped[CONTRADICTION] += 1
         else:
-            _add([replace(pair, probability=1.0) if probability == 0.5 else pair], made, selection)
+            _add([(replace(pair, probability=1.0) if probability == 0.5 else pair, None)], made, selection)
     return made
 
 
@@ -147,7 +158,7 @@ def _first_is_better(said: Scores | Verdicts, p: int, temperature: float) -> flo
         if preference is None:
             return None
         return preference.probability if preference.chosen == 0 else 1 - preference.probability
-    first, second = said.values[p]
+    first, second = said.ranking[p]
     if first is None or second is None:
         return None
     return sigmoid((first - second) / temperature)
@@ -205,20 +216,22 @@ def _distinct(scored: Sequence[Scored], group: Group) -> list[Scored]:
     return list(first.values())
 
 
-def _pair(group: Group, chosen: Scored, rejected: Scored, selection: Selection) -> Pair:
-    pair = Pair(group, chosen[1], rejected[1], chosen[0], rejected[0])
+def _candidate(
+    group: Group, values: Sequence[float | None], chosen: Scored, rejected: Scored, selection: Selection
+) -> Candidate:
+    pair = Pair(group, chosen[1], rejected[1], values[chosen[1]], values[rejected[1]])
     margin = chosen[0] - rejected[0]
     if selection.margin_weighting:
         pair = replace(pair, weight=margin)
     if selection.label_temperature is not None:
         pair = replace(pair, probability=sigmoid(margin / selection.label_temperature))
-    return pair
+    return pair, margin
 
 
-def _add(candidates: Sequence[Pair], made: Pairing, selection: Selection) -> None:
+def _add(candidates: Sequence[Candidate], made: Pairing, selection: Selection) -> None:
     """The pairs of one group, without those that the selection objects to."""
-    objections = [_objection(pair, selection) for pair in candidates]
-    kept = [pair for pair, objection in zip(candidates, objections, strict=True) if objection is None]
+    objections = [_objection(pair, margin, selection) for pair, margin in candidates]
+    kept = [pair for (pair, _), objection in zip(candidates, objections, strict=True) if objection is None]
     reasons = [objection for objection in objections if objection is not None]
     if kept:
         made.pairs.extend(kept)
@@ -227,8 +240,8 @@ def _add(candidates: Sequence[Pair], made: Pairing, selection: Selection) -> Non
         made.dropped[reasons[0]] += 1
 
 
-def _objection(pair: Pair, selection: Selection) -> str | None:
-    margin, ratio = pair.margin, selection.max_length_ratio
+def _objection(pair: Pair, margin: float | None, selection: Selection) -> str | None:
+    ratio = selection.max_length_ratio
     low, high = selection.min_margin or 0.0, selection.max_margin or math.inf
     if margin is not None and not low <= margin <= high:
         return MARGIN

@@ -42,7 +42,7 @@ from online_dpo.build import (
 )
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.data import PREPARED_COLUMNS, EndlessStream, collate_prompts, prepare_prompts, prompts_from_batch
-from online_dpo.evaluate import EvalRecord, eval_records, judged_wins, summarise, win_share
+from online_dpo.evaluate import EvalRecord, eval_records, summarise
 from online_dpo.feedback_trainer import FeedbackTrainer
 from online_dpo.gold import check_gold
 from online_dpo.logprobs import RowLogprobs, row_logprobs
@@ -57,7 +57,7 @@ from online_dpo.pairs import Selection, pairs_from_preferences, pairs_from_score
 from online_dpo.reference import ReferenceSteps
 from online_dpo.rollout import RolloutKey, SamplingParams, Stream
 from online_dpo.rollout.sampling import uniform_numbers
-from online_dpo.scoring import DuelCounter, build_scorers, pairwise_scorer
+from online_dpo.scoring import build_scorers, pairwise_scorer
 from online_dpo.self_check import Lender, MethodChoice
 from online_dpo.sync_check import SyncCheck
 from online_dpo.types import Completion, Group, PackedRows, Pair, Pairing, Prompt, Scores, Verdicts
@@ -73,7 +73,7 @@ class OnlineDPOTrainer(FeedbackTrainer):
             or hub name.
         judge: a :class:`PairwiseScorer` such as ``LLMJudge``; or an object with ``judge(prompts, completion_pairs,
             shuffle_order=True) -> ranks``, or a callable of that form: a rank is 0 or 1 for the better completion, -1
-            for no answer.
+            for no answer. Beside a reward it is used with ``judge_top`` alone.
         reward_model: another name for ``reward_funcs``.
         args: the configuration.
         data_collator: list of rows to a dict of lists; must keep the columns ``prompt``, ``prompt_ids``, ``prompt_row``
@@ -174,7 +174,7 @@ class OnlineDPOTrainer(FeedbackTrainer):
         self.judge = None if judge is None else pairwise_scorer(judge, self.tokenizer, args.chat_template_kwargs)  # pyright: ignore
         self.scorers = (
             []
-            if judge is not None
+            if reward_funcs is None
             else build_scorers(reward_funcs, reward_processing_classes, args, state=lambda: self.state)
         )
         check_templates(self.scorers, train_dataset)
@@ -239,7 +239,7 @@ class OnlineDPOTrainer(FeedbackTrainer):
         if self.args.method == "nash_md":
             return pairs_of_two(groups, said, self.args.label_temperature or 1.0)
         if isinstance(said, Verdicts):
-            return pairs_from_preferences(groups, said.preferences, self.selection)
+            return pairs_from_preferences(groups, said.preferences, self.selection, said.scores)
         key = RolloutKey(self.args.seed, step, Stream.PAIRING)
 
         def draw(prompt: Prompt) -> float:
@@ -350,20 +350,6 @@ class OnlineDPOTrainer(FeedbackTrainer):
         records = eval_records(groups, pairs, said, reference_scores, wins, inputs["rows"], **outputs)
         return self._with_gold(records, groups)
 
-    def _against_reference(
-        self, groups: list[Group], said: Scores | Verdicts
-    ) -> tuple[Sequence[float | None], Sequence[float | None]]:
-        """For each group the score of the reference's completion, and the policy's share of wins against it."""
-        nothing = [None] * len(groups)
-        if self.args.reference_free:
-            return nothing, nothing
-        rivals = self._rivals([group.prompt for group in groups])
-        if isinstance(said, Scores):
-            scores = [values[0] for values in self._scores_of(rivals).values]
-            return scores, [win_share(mine, theirs) for mine, theirs in zip(said.values, scores, strict=True)]
-        assert self.judge is not None
-        return nothing, judged_wins(groups, rivals, DuelCounter(self.judge, self.args.missing_eos_penalty))
-
     # --- data and files ---------------------------------------------------------------------------------------------
 
     def _prepared(self, dataset: Any, name: str) -> Any:
@@ -378,7 +364,7 @@ class OnlineDPOTrainer(FeedbackTrainer):
     def create_model_card(self, *args: Any, model_name: str | None = None, **kwargs: Any) -> None:
         """Writes README.md into the output folder, with the facts of the run."""
         if self.is_world_process_zero():
-            feedback = [self.judge] if self.judge is not None else self.scorers
+            feedback = [*self.scorers, *([] if self.judge is None else [self.judge])]
             write_model_card(
                 self.args,
                 self.state,

@@ -84,13 +84,21 @@ class Group:
 class Scores:
     """The numbers of a batch of groups: ``values[p][k]``, ``None`` where a score is missing.
 
-    ``by_scorer`` keeps what each scorer said, before weights and penalties, under the scorer's name.
+    ``by_scorer`` keeps what each scorer said, before weights and penalties, under the scorer's name. ``normalized``
+    has the numbers made of normalised scorers, if any is: pairs are formed by these, and only compare within a group,
+    while ``values`` are what is reported.
 
     >>> Scores(values=[[0.7, None]], by_scorer={"length_reward": [[0.7, None]]})
     """
 
     values: list[list[float | None]]
     by_scorer: Mapping[str, list[list[float | None]]]
+    normalized: list[list[float | None]] | None = None
+
+    @property
+    def ranking(self) -> list[list[float | None]]:
+        """The numbers that pairs are formed by."""
+        return self.values if self.normalized is None else self.normalized
 
 
 @dataclass(frozen=True)
@@ -109,7 +117,7 @@ class Preference:
 @dataclass(frozen=True)
 class Verdicts:
     """A judge's preference for each group, ``None`` where it gave no answer; how many duels it was asked about, and how
-    many of them it left unanswered.
+    many of them it left unanswered. ``scores`` are those by which it was shown the best completions only.
 
     >>> Verdicts(preferences=[Preference(1, 0, 0.8), None], duels=2, unanswered=1)
     """
@@ -117,6 +125,7 @@ class Verdicts:
     preferences: list[Preference | None]
     duels: int
     unanswered: int
+    scores: Scores | None = None
 
 
 @dataclass(frozen=True)
@@ -138,8 +147,8 @@ class Pair:
     """Chosen and rejected completion of one group, as indices into ``group.completions``.
 
     ``chosen_score`` and ``rejected_score`` are ``None`` when a judge compared the two without numbers. ``margin`` is
-    their difference. ``probability`` is that the chosen one is better, 0.5 to 1; ``weight`` is what the pair counts in
-    the mean over pairs, above 0.
+    their difference, below 0 where something else has decided (a judge, normalised scores). ``probability`` is that the
+    chosen one is better, 0.5 to 1; ``weight`` is what the pair counts in the mean over pairs, above 0.
 
     >>> Pair(group=group, chosen=1, rejected=0, chosen_score=2.0, rejected_score=-1.0)
     """

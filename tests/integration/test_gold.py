@@ -131,7 +131,8 @@ def test_agreeing_rewards_never_stop(tmp_path, caplog):
 
 def test_gold_is_told_of_the_same_completions_and_changes_no_training(tmp_path):
     """Scores without the weights and the penalty of training, against an independent count."""
-    options = dict(num_completions=3, reward_weights=[2.0], missing_eos_penalty=1.0, max_steps=2, learning_rate=1e-3)
+    options = dict(num_completions=3, reward_weights=[2.0], reward_normalization=["group"], missing_eos_penalty=1.0)
+    options |= dict(length_penalty=0.1, max_steps=2, learning_rate=1e-3)
     kwargs = {"eval_dataset": dataset(), "ref_model": tiny.causal_lm(seed=5, sharpness=1.0)}
     with_gold = trainer(tmp_path, kwargs={**kwargs, "eval_reward_funcs": [opposite, same_but_finer]}, **options)
     kwargs = {"eval_dataset": dataset(), "ref_model": tiny.causal_lm(seed=5, sharpness=1.0)}

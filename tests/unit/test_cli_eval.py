@@ -389,6 +389,7 @@ RUN = {
     "reward_funcs": "rewards.py:words",
     "reward_weights": [2.0],
     "missing_eos_penalty": 1.0,
+    "length_penalty": 0.25,
     "output_dir": "other",
     "max_new_tokens": 8,
     "max_length": 64,
@@ -408,7 +409,7 @@ def test_a_run_file_is_enough(folder, capsys):
     assert (made.model, made.against, made.prompts.source) == ("other", "policy", "prompts.jsonl")
     assert [reward.name for reward in made.rewards] == ["words"] and made.trained_on
     expected = {"max_new_tokens": 8, "max_length": 64, "use_cpu": True}
-    assert made.training == {**expected, "reward_weights": [2.0], "missing_eos_penalty": 1.0}
+    assert made.training == {**expected, "reward_weights": [2.0], "missing_eos_penalty": 1.0, "length_penalty": 0.25}
     assert plan(eval_limit=3).prompts.limit == 3 and plan("--limit", "2", eval_limit=3).prompts.limit == 2
     assert plan(ref_model_name_or_path="other").against == "other"
     plan("--temperature", "0.5", eval_limit=3)
@@ -418,13 +419,14 @@ def test_a_run_file_is_enough(folder, capsys):
     assert result["prompts"] == 3 and result["trained_on_scorer"] is True
     rows = [json.loads(line) for line in Path("answers.jsonl").read_text().splitlines()]
     for side in (side for row in rows for side in (row["model"], row["against"])):
-        assert side["score"] == 2.0 * len(side["text"].split()) - (0.0 if side["ended"] else 1.0)
+        penalty = (0.0 if side["ended"] else 1.0) + 0.25 * side["tokens"]
+        assert side["score"] == 2.0 * len(side["text"].split()) - penalty
 
 
 def test_the_runs_gold_scorer_comes_before_the_trained_one(folder):
     gold = plan(eval_reward_funcs="rewards.py:forced")
     assert [reward.name for reward in gold.rewards] == ["forced"] and not gold.trained_on
-    assert "reward_weights" not in gold.training and "missing_eos_penalty" not in gold.training
+    assert not {"reward_weights", "missing_eos_penalty", "length_penalty"} & gold.training.keys()
     assert (
         plan("--missing_eos_penalty", "2", eval_reward_funcs="rewards.py:forced").training["missing_eos_penalty"] == 2
     )

@@ -10,7 +10,7 @@ import tiny
 from online_dpo.evaluate import EvalRecord, summarise, wilson_interval, win_share
 from online_dpo.metrics import MetricStore, record_loss, record_pairs, record_rollout
 from online_dpo.packing import pack_pairs, stand_in
-from online_dpo.types import Pair, Pairing, RowLogprobs, Scores
+from online_dpo.types import Pair, Pairing, Preference, RowLogprobs, Scores, Verdicts
 
 
 @pytest.mark.parametrize(
@@ -108,6 +108,17 @@ def test_rollout_and_pair_metrics():
     assert metrics["completions/chosen_minus_rejected_length"] == 3.0
     assert metrics["pairs/usable_ratio"] == 0.5 and metrics["pairs/groups"] == 1 and metrics["pairs/probability"] == 1.0
     assert metrics["pairs/tie_rate"] == 0.0 and metrics["pairs/count"] == 1 and metrics["dropped/missing_score"] == 1
+
+
+def test_a_judge_for_the_best_has_metrics_of_both():
+    store, made = MetricStore(), groups()
+    scores = Scores([[2.0, None], [1.0, 4.0]], {"f": [[3.0, None], [2.0, 5.0]]}, normalized=[[9.0, None], [9.0, 9.0]])
+    record_rollout(store, made, Verdicts([None, Preference(1, 0, 0.9)], duels=2, unanswered=1, scores=scores), 2)
+    metrics = store.drain()
+    assert metrics["judge/duels"] == 2 and metrics["judge/unanswered_ratio"] == 0.5
+    assert metrics["objective/scores"] == pytest.approx(7 / 3) and metrics["scores/f"] == pytest.approx(10 / 3)
+    record_rollout(store, made, Verdicts([None, None], duels=2, unanswered=2), 2)
+    assert "objective/scores" not in store.drain()
 
 
 def test_loss_metrics_by_hand_and_nothing_from_a_stand_in():

@@ -34,7 +34,7 @@ def test_columns_are_sent_and_batches_wait_beside_each_other(tmp_path):
         groups = [duel("a", "b", weight=float(i)) for i in range(8)] + [duel("a", "b")]
         scorers = build_scorers([reward, reward], None, OnlineDPOConfig(str(tmp_path), use_cpu=True), state=None)
         started = time.monotonic()
-        scores = score_groups(groups, scorers, [1.0, 1.0], None)
+        scores = score_groups(groups, scorers, [1.0, 1.0])
         assert time.monotonic() - started < 1.2 and endpoint.most_at_once == 4
     assert scores.values == [[2.0 * i, 2.0 * i] for i in range(8)] + [[None, None]]
     assert len(endpoint.seen) == 9  # listed twice, asked once
@@ -53,7 +53,7 @@ def test_what_fails_is_missing_and_what_passes_is_tried_again():
     assert all(math.isnan(score) for score in scores[2] if score is not None)
     assert len(endpoint.seen) == 6
     gone = HTTPReward(endpoint.url, attempts=1)  # nobody listens any more
-    assert score_groups(duels(1), [gone], None, None).values == [[None, None]]
+    assert score_groups(duels(1), [gone]).values == [[None, None]]
 
 
 def test_time_is_limited():

@@ -150,6 +150,15 @@ def test_scores_of_two_become_bradley_terry_probabilities_and_ties_stay():
     assert [p.probability for p in certain.pairs] == pytest.approx([1.0, s(1.0), 0.5])  # the last two are the same text
 
 
+def test_two_are_compared_by_normalised_scores_and_keep_the_reported_ones():
+    said = Scores([[1.0, 3.0], [2.0, 2.0], [9.0, 9.0]], {}, normalized=[[2.0, -2.0], [0.0, 1.0], [0.0, 0.0]])
+    assert outcome(pairs_of_two(groups_of_two(), said, temperature=4.0)) == [
+        (0, 1, round(s(1.0), 6), 1.0, 3.0),
+        (1, 0, round(s(0.25), 6), 2.0, 2.0),
+        (0, 1, 0.5, 9.0, 9.0),
+    ]
+
+
 def test_a_judges_answers_about_two_are_taken_as_they_are():
     said = Verdicts([Preference(1, 0, 0.8), None, Preference(0, 1, 0.5)], duels=3, unanswered=1)
     made = pairs_of_two(groups_of_two(), said)

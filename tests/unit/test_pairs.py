@@ -149,3 +149,37 @@ def test_a_judges_ties_identical_completions_and_lengths():
     made = pairs_from_preferences(groups, said, Selection(tie_policy="first", max_length_ratio=3.0))
     assert [(p.chosen, p.rejected, p.probability) for p in made.pairs] == [(0, 1, 1.0)]
     assert made.dropped == {"identical": 1, "length_ratio": 1}
+
+
+# normalised scores, and a judge beside scores -------------------------------------------------------------------------
+
+
+def test_pairs_are_formed_by_normalised_scores_and_carry_the_reported_ones():
+    """Also where both say the opposite, and where the reported ones are all the same."""
+    scores = Scores([[5.0, 1.0, 3.0], [2.0, 2.0, 2.0]], {}, normalized=[[-1.0, 0.5, 0.0], [0.0, -3.0, 1.0]])
+    made = pairs_from_scores(groups_of(THREE, THREE), scores, Selection(label_temperature=3.0, margin_weighting=True))
+    assert [(p.chosen, p.rejected, p.chosen_score, p.rejected_score) for p in made.pairs] == [
+        (1, 0, 1.0, 5.0),
+        (2, 1, 2.0, 2.0),
+    ]
+    assert [p.margin for p in made.pairs] == [-4.0, 0.0] and [p.weight for p in made.pairs] == [1.5, 4.0]
+    assert [p.probability for p in made.pairs] == pytest.approx([1 / (1 + math.exp(-m / 3)) for m in (1.5, 4.0)])
+    made = pairs_from_scores(groups_of(THREE, THREE), scores, Selection(min_margin=2.0))
+    assert indices(made) == [(2, 1)] and made.dropped == {"margin": 1}
+
+
+def test_equal_normalised_scores_are_a_tie_whatever_is_reported():
+    scores = Scores([[5.0, 1.0], [2.0, None]], {}, normalized=[[0.0, 0.0], [0.0, None]])
+    made = pairs_from_scores(groups_of(THREE[:2], THREE[:2]), scores)
+    assert made.dropped == {"tie": 1, "missing_score": 1}
+
+
+def test_a_judges_pairs_have_the_scores_by_which_it_was_shown_the_best():
+    scores = Scores([[3.0, 2.0, 1.0], [2.0, 3.0, 1.0], [None, None, 4.0], [1.0, None, 4.0], [1.0, 2.0, 3.0]], {})
+    said = [Preference(1, 2, 0.8), Preference(2, 0, 0.7), None, None, Preference(2, 0, 0.1)]
+    made = pairs_from_preferences(groups_of(*[THREE] * 5), said, Selection(), scores)
+    assert [(p.chosen, p.rejected, p.chosen_score, p.rejected_score, p.probability) for p in made.pairs] == [
+        (1, 2, 2.0, 1.0, 0.8),
+        (2, 0, 1.0, 2.0, 0.7),
+    ]
+    assert made.dropped == {"missing_score": 1, "no_answer": 1, "contradiction": 1}

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from online_dpo.scoring import DuelCounter, find_preferences
+from online_dpo.scoring import DuelCounter, Penalties, find_preferences
 from online_dpo.types import Completion, Group, Preference, Prompt
 
 PROMPT = Prompt("p", (1,), row=0)
@@ -33,20 +33,21 @@ class Strengths:
         return 0.5 if a == b else self.probability if a > b else 1 - self.probability
 
 
-def group(*strengths, finished=None):
+def group(*strengths, finished=None, tokens=None):
     finished = finished or [True] * len(strengths)
+    tokens = tokens or [1] * len(strengths)
     return Group(
         PROMPT,
         tuple(
-            Completion((k,), (0.0,), "stop" if end else "length", 0, str(strength))
-            for k, (strength, end) in enumerate(zip(strengths, finished, strict=True))
+            Completion((k,) * count, (0.0,) * count, "stop" if end else "length", 0, str(strength))
+            for k, (strength, end, count) in enumerate(zip(strengths, finished, tokens, strict=True))
         ),
     )
 
 
-def find(*groups, judge=None, penalty=None):
+def find(*groups, judge=None):
     judge = judge or Strengths()
-    return find_preferences(groups, judge, penalty), judge
+    return find_preferences(groups, judge), judge
 
 
 @pytest.mark.parametrize("count", range(2, 10))
@@ -141,7 +142,7 @@ def test_best_and_worst_are_never_the_same_however_odd_the_judge():
 
 
 def test_a_penalty_on_log_odds_where_only_one_has_ended():
-    ask = DuelCounter(Strengths(0.8), missing_eos_penalty=1.5)
+    ask = DuelCounter(Strengths(0.8), Penalties(missing_eos=1.5))
     duels = [
         group(2, 1, finished=[True, True]),
         group(2, 1, finished=[False, False]),
@@ -155,8 +156,31 @@ def test_a_penalty_on_log_odds_where_only_one_has_ended():
 
 
 def test_certainty_counts_a_hundred_to_one_there():
-    ask = DuelCounter(Strengths(1.0), missing_eos_penalty=6.0)
+    ask = DuelCounter(Strengths(1.0), Penalties(missing_eos=6.0))
     odds = math.log(0.99 / 0.01)
     expected = [1.0, 1 / (1 + math.exp(6.0 - odds)), 1 / (1 + math.exp(-6.0 - odds))]
     given = [group(2, 1), group(2, 1, finished=[False, True]), group(2, 1, finished=[True, False])]
     assert ask(given) == pytest.approx(expected) and expected[1] < 0.5
+
+
+def test_each_token_counts_on_log_odds_by_the_difference_of_lengths():
+    ask = DuelCounter(Strengths(0.8), Penalties(missing_eos=1.0, per_token=0.25))
+    duels = [
+        group(2, 1, tokens=[7, 7]),
+        group(2, 1, tokens=[9, 5]),
+        group(2, 1, tokens=[5, 9]),
+        group(2, 1, tokens=[3, 1], finished=[False, True]),
+        group(2, 1, tokens=[1, 5], finished=[False, True]),  # what the one has in tokens the other has in its end
+    ]
+    odds = math.log(0.8 / 0.2)
+    shifted = [1 / (1 + math.exp(-x)) for x in (odds - 1.0, odds + 1.0, odds - 1.5)]
+    assert ask(duels) == pytest.approx([0.8, *shifted, 0.8])
+
+
+def test_certainty_stays_certain_between_equal_lengths():
+    ask = DuelCounter(Strengths(1.0), Penalties(per_token=0.5))
+    odds = math.log(0.99 / 0.01)
+    expected = [1.0, 1 / (1 + math.exp(0.5 - odds)), 1 / (1 + math.exp(5.0 - odds))]
+    assert ask([group(2, 1), group(2, 1, tokens=[2, 1]), group(2, 1, tokens=[11, 1])]) == pytest.approx(expected)
+    said = find_preferences([group(2, 1, tokens=[11, 1])], Strengths(1.0), Penalties(per_token=0.5))
+    assert said.preferences == [Preference(1, 0, pytest.approx(1 - expected[2]))] and expected[2] < 0.5

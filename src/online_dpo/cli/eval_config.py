@@ -53,7 +53,7 @@ RUN_FIELDS = (
     *("max_new_tokens", "max_length", "max_prompt_length"),
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs", "cache_implementation"),
     *("rollout_batch_size", "max_tokens_per_pass", "dataset_num_proc", "seed"),
-    *("reward_weights", "reward_batch_size", "missing_eos_penalty", "share_prompts"),
+    *("reward_weights", "reward_batch_size", "missing_eos_penalty", "length_penalty", "share_prompts"),
     *("model_init_kwargs", "trust_remote_code", "bf16", "fp16", "use_cpu"),
 )
 """Fields of a run file that an evaluation reads, from the file or from the command line."""

@@ -25,7 +25,7 @@ from online_dpo.cli.schema import PACKAGE, FieldSpec, load_fields, read_class
 HELP = "online-dpo eval --help"
 MODEL_FILES = ("config.json", "adapter_config.json")
 NO_ARGUMENTS = ("judge", "judge_kwargs", "dataset_config", "dataset_test_split")
-OF_TRAINING = ("reward_weights", "missing_eos_penalty")
+OF_TRAINING = ("reward_weights", "missing_eos_penalty", "length_penalty")
 """Part of the training score: they hold for the run's own scorers, or where the command line says so."""
 
 
@@ -135,7 +135,9 @@ class EvalChecker(RunChecker):
     # --- what scores ------------------------------------------------------------------------------------------------
 
     def _scoring(self) -> Iterator[str]:
-        """On the command line; else the run's gold; else what the run was trained on."""
+        """On the command line; else the run's gold; else what the run was trained on: the judge, if it chose among the
+        best by a reward.
+        """
         if "reward" in self.given and "judge" in self.given:
             yield f"{self._where('judge')}: `judge` is given beside `reward`. Give one of them."
         elif "reward" in self.given:
@@ -147,6 +149,8 @@ class EvalChecker(RunChecker):
             yield from self._rewards_of_run(*GOLD_REWARDS)
         elif self._given("eval_judge"):
             yield from self._judged_by("eval_judge")
+        elif self._given("judge") and self._given("judge_top"):
+            yield from self._judged_by("judge")
         elif self._given("reward_funcs") or self._given("reward_model_path"):
             yield from self._rewards_of_run("reward_funcs", "reward_model_path")
         elif self._given("judge"):

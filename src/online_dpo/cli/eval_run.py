@@ -32,7 +32,7 @@ from online_dpo.head_to_head import (
     score_answers,
     unscored,
 )
-from online_dpo.scoring import LLMJudge, PairwiseScorer, PointwiseScorer, build_scorers, pairwise_scorer
+from online_dpo.scoring import LLMJudge, PairwiseScorer, Penalties, PointwiseScorer, build_scorers, pairwise_scorer
 from online_dpo.types import Completion, Group
 
 TRAINED_ON = (
@@ -162,10 +162,10 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
 
 
 def _matches(setup: Setup, answers: Answers) -> list[Match]:
-    weights, penalty = setup.args.reward_weights, setup.args.missing_eos_penalty
+    penalties = Penalties.from_config(setup.args)
     if setup.judge is not None:
-        return judge_answers(answers, setup.judge, penalty)
-    return score_answers(answers, setup.scorers, weights, penalty)
+        return judge_answers(answers, setup.judge, penalties)
+    return score_answers(answers, setup.scorers, setup.args.reward_weights, penalties)
 
 
 def _heading(plan: EvalPlan, setup: Setup) -> dict[str, Any]:

@@ -31,7 +31,8 @@ INPUT_PATHS = (
     "eval_dataset_name",
 )
 COUNTS = ("dataset_limit", "eval_limit", "lora_r", "lora_alpha")
-SCORERS = ("reward_funcs", "reward_model_path", "judge")
+REWARDS = ("reward_funcs", "reward_model_path")
+SCORERS = (*REWARDS, "judge")
 JUDGES = ("judge", "eval_judge")
 GOLD_REWARDS = ("eval_reward_funcs", "eval_reward_model_path")
 
@@ -234,6 +235,13 @@ class RunChecker:
         for name in JUDGES:
             if self._given(name):
                 yield from self._judge(name)
+        if self._given("judge_top"):
+            for names, what in ((REWARDS, "reward"), (("judge",), "judge")):
+                if not any(self._given(name) for name in names):
+                    yield (
+                        f"{self._where('judge_top')}: `judge_top` shows a judge the best completions by a reward, "
+                        f"and there is no {what}. Give {' or '.join(f'`{name}`' for name in names)}."
+                    )
         gold = [name for name in (*GOLD_REWARDS, "eval_judge") if self._given(name)]
         if "eval_judge" in gold and len(gold) > 1:
             yield f"{self._where('eval_judge')}: `eval_judge` is given beside `{gold[0]}`. Give one of them."

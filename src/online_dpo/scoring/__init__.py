@@ -6,8 +6,10 @@ from online_dpo.scoring.http_reward import HTTPReward
 from online_dpo.scoring.judge import FunctionJudge, Judge, JudgeScorer, check_judge, pairwise_scorer
 from online_dpo.scoring.llm_judge import LLMJudge
 from online_dpo.scoring.pairwise_model import PairwiseModelJudge
+from online_dpo.scoring.penalties import Penalties
 from online_dpo.scoring.reward_model import RewardModelScorer, load_reward_model
 from online_dpo.scoring.scorer import AsyncPointwiseScorer, CountingScorer, PairwiseScorer, PointwiseScorer
+from online_dpo.scoring.top_judge import judge_the_top
 from online_dpo.scoring.tournament import DuelCounter, find_preferences
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "LLMJudge",
     "PairwiseModelJudge",
     "PairwiseScorer",
+    "Penalties",
     "PointwiseScorer",
     "RewardFunc",
     "RewardModelScorer",
@@ -29,6 +32,7 @@ __all__ = [
     "check_judge",
     "check_scorers",
     "find_preferences",
+    "judge_the_top",
     "load_reward_model",
     "pairwise_scorer",
     "score_groups",

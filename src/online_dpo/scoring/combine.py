@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import statistics
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from online_dpo.config import OnlineDPOConfig
 from online_dpo.errors import ScoringError
 from online_dpo.models import looks_local, to_device
 from online_dpo.scoring.functions import FunctionScorer, submit, wait_for
+from online_dpo.scoring.penalties import NO_PENALTIES, Penalties
 from online_dpo.scoring.reward_model import RewardModelScorer, check_reward_model, last_part, load_reward_model
 from online_dpo.scoring.scorer import AsyncPointwiseScorer, PointwiseScorer, callable_name, describe
 from online_dpo.types import Group, Scores
@@ -35,8 +37,9 @@ def check_scorers(
 
     Raises:
         TypeError: a reward or a processing class is of a wrong type.
-        ValueError: there is no reward; the numbers of rewards, processing classes and ``args.reward_weights`` differ; a
-            path does not exist or holds no model; a reward model has more than one label or no tokenizer.
+        ValueError: there is no reward; the numbers of rewards, processing classes, ``args.reward_weights`` and
+            ``args.reward_normalization`` differ; a path does not exist or holds no model; a reward model has more than
+            one label or no tokenizer.
     """
     rewards = _as_list(reward_funcs)
     if not rewards:
@@ -50,6 +53,12 @@ def check_scorers(
         )
     if weights is not None and not all(math.isfinite(weight) for weight in weights):
         raise ValueError(f"`reward_weights` must be finite numbers; they are {weights}.")
+    kinds = args.reward_normalization
+    if not isinstance(kinds, str) and len(kinds) != len(rewards):
+        raise ValueError(
+            f"`reward_normalization` has {len(kinds)} entries, but there are {len(rewards)} reward functions. "
+            "Give one for each, or one for all."
+        )
     for reward, tokenizer in zip(rewards, tokenizers, strict=True):
         _check_reward(reward, tokenizer)
 
@@ -83,10 +92,15 @@ def build_scorers(
 def score_groups(
     groups: Sequence[Group],
     scorers: Sequence[PointwiseScorer],
-    weights: Sequence[float] | None,
-    missing_eos_penalty: float | None,
+    weights: Sequence[float] | None = None,
+    penalties: Penalties = NO_PENALTIES,
+    normalization: str | Sequence[str] = "none",
 ) -> Scores:
-    """The weighted sum of all scorers for each completion, less ``missing_eos_penalty`` where it did not end by itself.
+    """The weighted sum of all scorers for each completion, less its penalties.
+
+    ``normalization`` is that of all scorers, or one for each: with ``group``, the numbers that pairs are formed by have
+    in place of the scorer's own number its distance from the mean of those that the scorer gave in the group, in their
+    standard deviations. The penalties are taken from that sum as well.
 
     A score is missing (``None``), never a number, where any scorer gave ``nan`` or an infinity. A scorer that gave
     ``None`` for every completion of a group does not apply to that prompt and is left out there; ``None`` for only some
@@ -104,19 +118,51 @@ def score_groups(
     if len(weights) != len(scorers):
         raise ValueError(f"There are {len(weights)} weights for {len(scorers)} scorers. Give one for each.")
     raw = _run(groups, scorers)
-    penalty = missing_eos_penalty or 0.0
-    values = [
-        [
-            _total([scores[p] for scores in raw], k, weights, 0.0 if completion.finish_reason == "stop" else penalty)
-            for k, completion in enumerate(group.completions)
+    kinds = [normalization] * len(scorers) if isinstance(normalization, str) else normalization
+    values = _sums(groups, raw, weights, penalties)
+    normalized = None
+    if any(kind == "group" for kind in kinds):
+        relative = [
+            [_in_deviations(row) for row in said] if kind == "group" else said
+            for said, kind in zip(raw, kinds, strict=True)
         ]
-        for p, group in enumerate(groups)
-    ]
+        normalized = [
+            [None if value is None else score for value, score in zip(reported, row, strict=True)]
+            for reported, row in zip(values, _sums(groups, relative, weights, penalties), strict=True)
+        ]
     by_scorer = {
         name: [[_finite(value) for value in row] for row in scores]
         for name, scores in zip(_unique_names(scorers), raw, strict=True)
     }
-    return Scores(values=values, by_scorer=by_scorer)
+    return Scores(values, by_scorer, normalized)
+
+
+def _sums(groups: Sequence[Group], said: Sequence[Values], weights: Sequence[float], penalties: Penalties) -> Values:
+    """``said`` is what each scorer says of all groups."""
+    return [
+        [
+            _total([values[p] for values in said], k, weights, penalties.of(completion))
+            for k, completion in enumerate(group.completions)
+        ]
+        for p, group in enumerate(groups)
+    ]
+
+
+def _in_deviations(row: list[float | None]) -> list[float | None]:
+    """The finite numbers of a group as their distance from their mean in standard deviations; 0 where all are equal.
+
+    Rounded, so that scorers which contradict each other cancel: of two numbers the one is 1 and the other -1, exactly.
+    """
+    finite = [_finite(value) for value in row]
+    numbers = [number for number in finite if number is not None]
+    deviation = statistics.pstdev(numbers) if numbers else 0.0
+    if deviation == 0:
+        return [value if number is None else 0.0 for value, number in zip(row, finite, strict=True)]
+    mean = statistics.mean(numbers)
+    return [
+        value if number is None else round((number - mean) / deviation, 9)
+        for value, number in zip(row, finite, strict=True)
+    ]
 
 
 def _total(rows: list[list[float | None]], k: int, weights: Sequence[float], penalty: float) -> float | None:

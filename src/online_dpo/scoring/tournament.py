@@ -8,31 +8,27 @@ round of all groups is one call of the judge.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 
-from online_dpo.chance import sigmoid
+from online_dpo.scoring.penalties import NO_PENALTIES, Penalties
 from online_dpo.scoring.scorer import PairwiseScorer
-from online_dpo.types import Completion, Group, Preference, Verdicts
-
-CERTAIN = 0.99
-"""What a judge's certainty counts where `missing_eos_penalty` is taken from it: certain log-odds are infinite."""
+from online_dpo.types import Group, Preference, Verdicts
 
 Duel = tuple[int, int]
 Answers = list[float | None]
+Contest = Generator[list[Duel], Answers, Preference | None]
+"""The rounds of one group: yields duels, is sent their answers, returns the outcome."""
 
 
 class DuelCounter:
     """Asks a judge, but not about completions with the same text, and counts.
 
-    Args:
-        missing_eos_penalty: taken from the log-odds of a completion that did not end by itself when it meets one that
-            did. An answer beyond `CERTAIN` counts as `CERTAIN` there.
+    ``penalties`` are taken from the judge's log-odds, see `Penalties.shifted`.
     """
 
-    def __init__(self, judge: PairwiseScorer, missing_eos_penalty: float | None) -> None:
+    def __init__(self, judge: PairwiseScorer, penalties: Penalties = NO_PENALTIES) -> None:
         self._judge = judge
-        self._penalty = missing_eos_penalty or 0.0
+        self._penalties = penalties
         self.duels = 0
         self.unanswered = 0
 
@@ -46,12 +42,12 @@ class DuelCounter:
         self.duels += len(asked)
         self.unanswered += sum(reply is None for reply in replies)
         return [
-            None if answer is None else _less_penalty(answer, duel.completions, self._penalty)
+            None if answer is None else self._penalties.shifted(answer, duel)
             for answer, duel in zip(answers, duels, strict=True)
         ]
 
 
-def find_preferences(groups: Sequence[Group], judge: PairwiseScorer, missing_eos_penalty: float | None) -> Verdicts:
+def find_preferences(groups: Sequence[Group], judge: PairwiseScorer, penalties: Penalties = NO_PENALTIES) -> Verdicts:
     """Best and worst completion of each group by the judge's duels.
 
     Of completions with the same text that have ended alike, the first stands for all. Where a duel ends even, its first
@@ -59,10 +55,18 @@ def find_preferences(groups: Sequence[Group], judge: PairwiseScorer, missing_eos
     the best any more, two losers not the worst. A group has no preference where nobody is left, or where the last duel,
     best against worst, has no answer.
     """
-    ask = DuelCounter(judge, missing_eos_penalty)
+    ask = DuelCounter(judge, penalties)
     preferences: list[Preference | None] = [Preference(0, 1, 0.5)] * len(groups)  # all texts the same
-    entrants = {p: found for p, group in enumerate(groups) if len(found := _distinct(group)) > 1}
-    contests = {p: _contest(found) for p, found in entrants.items()}
+    entrants = {p: distinct(group, range(len(group.completions))) for p, group in enumerate(groups)}
+    contests = {p: _contest(found) for p, found in entrants.items() if len(found) > 1}
+    for p, outcome in hold(groups, contests, ask).items():
+        preferences[p] = outcome
+    return Verdicts(preferences, ask.duels, ask.unanswered)
+
+
+def hold(groups: Sequence[Group], contests: Mapping[int, Contest], ask: DuelCounter) -> dict[int, Preference | None]:
+    """The outcome of each contest, by the index of its group; a round of all of them is one call of the judge."""
+    ended: dict[int, Preference | None] = {}
     waiting = {p: next(contest) for p, contest in contests.items()}
     while waiting:
         duels = [(p, duel) for p, wanted in waiting.items() for duel in wanted]
@@ -73,53 +77,63 @@ def find_preferences(groups: Sequence[Group], judge: PairwiseScorer, missing_eos
             try:
                 waiting[p] = contests[p].send(reply)
             except StopIteration as end:
-                preferences[p] = end.value
-    return Verdicts(preferences, ask.duels, ask.unanswered)
+                ended[p] = end.value
+    return ended
 
 
-def _contest(everybody: list[int]) -> Generator[list[Duel], Answers, Preference | None]:
-    """The rounds of one group: yields duels, is sent their answers, returns the outcome."""
-    known: dict[Duel, float | None] = {}
+class Rounds:
+    """The duels of one group that have been fought, and who goes on."""
 
-    def play(duels: list[Duel]) -> Generator[list[Duel], Answers, None]:
-        known.update(zip(duels, (yield duels), strict=True))
+    def __init__(self) -> None:
+        self._known: dict[Duel, float | None] = {}
 
-    def outcome(duel: Duel) -> Duel | None:
+    def play(self, duels: list[Duel]) -> Generator[list[Duel], Answers, None]:
+        self._known.update(zip(duels, (yield duels), strict=True))
+
+    def survivors(self, entrants: list[int], place: int) -> list[int]:
+        """Of each duel the winner (place 0) or the loser (1); an entrant without an opponent goes on."""
+        ended = [self._outcome(duel) for duel in neighbours(entrants)]
+        return [end[place] for end in ended if end is not None] + _alone(entrants)
+
+    def last(self, best: int, worst: int) -> Contest:
+        """The preference for the best over the worst: they meet unless they have met."""
+        if (worst, best) in self._known:
+            answer = self._known[worst, best]
+            return None if answer is None else Preference(best, worst, 1 - answer)
+        if (best, worst) not in self._known:
+            yield from self.play([(best, worst)])
+        answer = self._known[best, worst]
+        return None if answer is None else Preference(best, worst, answer)
+
+    def _outcome(self, duel: Duel) -> Duel | None:
         """Winner and loser."""
-        answer = known[duel]
+        answer = self._known[duel]
         if answer is None:
             return None
         return duel if answer >= 0.5 else (duel[1], duel[0])
 
-    def survivors(entrants: list[int], place: int) -> list[int]:
-        """Of each duel the winner (place 0) or the loser (1); an entrant without an opponent goes on."""
-        ended = [outcome(duel) for duel in _duels(entrants)]
-        return [end[place] for end in ended if end is not None] + _alone(entrants)
 
-    yield from play(_duels(everybody))
+def _contest(everybody: list[int]) -> Contest:
+    rounds = Rounds()
+    yield from rounds.play(neighbours(everybody))
     late = _alone(everybody)  # has not played: it may be the best, or else the worst
-    winners = survivors(everybody, 0)
-    losers = [k for k in survivors(everybody, 1) if k not in late]
+    winners = rounds.survivors(everybody, 0)
+    losers = [k for k in rounds.survivors(everybody, 1) if k not in late]
     while len(winners) > 1 or len(losers) > 1:
-        yield from play(_duels(winners) + _duels(losers))
-        winners, losers = survivors(winners, 0), survivors(losers, 1)
+        yield from rounds.play(neighbours(winners) + neighbours(losers))
+        winners, losers = rounds.survivors(winners, 0), rounds.survivors(losers, 1)
     if late and winners and losers and winners != late:
         losers += late
-        yield from play(_duels(losers))
-        losers = survivors(losers, 1)
+        yield from rounds.play(neighbours(losers))
+        losers = rounds.survivors(losers, 1)
     if not winners or not losers:
         return None
     [best], [worst] = winners, losers
-    if (worst, best) in known:
-        answer = known[worst, best]
-        return None if answer is None else Preference(best, worst, 1 - answer)
-    if (best, worst) not in known:
-        yield from play([(best, worst)])
-    answer = known[best, worst]
-    return None if answer is None else Preference(best, worst, answer)
+    return (yield from rounds.last(best, worst))
 
 
-def _duels(entrants: Sequence[int]) -> list[Duel]:
+def neighbours(entrants: Sequence[int]) -> list[Duel]:
+    """Each duel of a round: the first meets the second, the third the fourth."""
     return list(zip(entrants[0::2], entrants[1::2], strict=False))
 
 
@@ -128,21 +142,14 @@ def _alone(entrants: list[int]) -> list[int]:
     return entrants[len(entrants) // 2 * 2 :]
 
 
-def _distinct(group: Group) -> list[int]:
+def distinct(group: Group, taking_part: Sequence[int]) -> list[int]:
+    """Of completions with the same text that have ended alike the first one that takes part."""
     first: dict[tuple[str, str], int] = {}
-    for k, completion in enumerate(group.completions):
+    for k in taking_part:
+        completion = group.completions[k]
         first.setdefault((completion.text, completion.finish_reason), k)
     return list(first.values())
 
 
 def _duel(group: Group, duel: Duel) -> Group:
     return Group(group.prompt, (group.completions[duel[0]], group.completions[duel[1]]))
-
-
-def _less_penalty(answer: float, completions: Sequence[Completion], penalty: float) -> float:
-    unfinished = [completion.finish_reason != "stop" for completion in completions]
-    shift = penalty * (unfinished[1] - unfinished[0])
-    if shift == 0.0:
-        return answer
-    answer = min(max(answer, 1 - CERTAIN), CERTAIN)
-    return sigmoid(math.log(answer / (1 - answer)) + shift)
