@@ -20,7 +20,7 @@ SETTINGS = (
     *("method", "num_completions", "max_new_tokens", "max_length", "temperature", "top_p", "top_k", "min_p"),
     *("repetition_penalty", "missing_eos_penalty", "pair_selection", "min_margin", "max_margin", "max_length_ratio"),
     *("margin_weighting", "label_temperature", "tie_policy", "loss_type", "loss_weights", "beta", "label_smoothing"),
-    *("xpo_alpha", "mixture_coef", "target_kl"),
+    *("resample_rounds", "xpo_alpha", "mixture_coef", "target_kl"),
     *("simpo_gamma", "dpop_lambda", "use_weighting", "sync_ref_model"),
     *("learning_rate", "lr_scheduler_type", "optim", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("max_steps", "num_train_epochs", "seed", "bf16", "fp16"),

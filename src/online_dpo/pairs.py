@@ -6,9 +6,12 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from online_dpo.config import OnlineDPOConfig
-from online_dpo.types import Group, Pair, Pairing, Preference, Prompt, Scores, Verdicts
+from online_dpo.types import Feedback, Group, Pair, Pairing, Preference, Prompt, Scores, Verdicts
+
+T = TypeVar("T")
 
 MISSING_SCORE = "missing_score"
 NO_ANSWER = "no_answer"
@@ -150,6 +153,37 @@ def _first_is_better(said: Scores | Verdicts, p: int, temperature: float) -> flo
     if first is None or second is None:
         return None
     return (1 + math.tanh((first - second) / temperature / 2)) / 2  # the sigmoid, without overflow
+
+
+# --- groups that are answered again ----------------------------------------------------------------------------------
+
+
+def without_pair(groups: Sequence[Group], made: Pairing) -> list[int]:
+    """The places of the groups that gave no pair."""
+    used = {id(pair.group) for pair in made.pairs}  # a prompt that comes twice in a step has two equal groups
+    return [p for p, group in enumerate(groups) if id(group) not in used]
+
+
+def latest(feedback: Feedback) -> tuple[list[Group], Scores | Verdicts]:
+    """The groups of a step after the last round, and what is said of them; duels are those of all rounds."""
+    groups, said = feedback.groups, feedback.said
+    for again in feedback.further:
+        places, more = again.places, again.said
+        groups = _replaced(groups, places, again.groups)
+        if isinstance(said, Scores) and isinstance(more, Scores):
+            by_scorer = {name: _replaced(rows, places, more.by_scorer[name]) for name, rows in said.by_scorer.items()}
+            said = Scores(_replaced(said.values, places, more.values), by_scorer)
+        elif isinstance(said, Verdicts) and isinstance(more, Verdicts):
+            preferences = _replaced(said.preferences, places, more.preferences)
+            said = Verdicts(preferences, said.duels + more.duels, said.unanswered + more.unanswered)
+    return groups, said
+
+
+def _replaced(items: Sequence[T], places: Sequence[int], new: Sequence[T]) -> list[T]:
+    made = list(items)
+    for place, item in zip(places, new, strict=True):
+        made[place] = item
+    return made
 
 
 # --- strategies: distinct completions whose scores are not all equal, and a number in [0, 1) --------------------------

@@ -63,12 +63,18 @@ class RolloutKey:
     """Names one call of an engine, so that its random numbers are a function of (seed, step, prompt, sample) alone.
 
     ``stream`` keeps uses apart: training 0, evaluation 1, the reference's completions 2, the opponent's in training 5,
-    others 3 and 4.
+    others 3 and 4. ``first_sample`` is the number of the first completion of each prompt: completions beyond the K of
+    an earlier call with the same key differ from them.
     """
 
     seed: int
     step: int
     stream: int = 0
+    first_sample: int = 0
+
+    def samples(self, num_completions: int) -> range:
+        """The numbers of a prompt's completions."""
+        return range(self.first_sample, self.first_sample + num_completions)
 
 
 class Engine(Protocol):
@@ -91,7 +97,8 @@ class Engine(Protocol):
         self, prompts: Sequence[Prompt], num_completions: int, params: SamplingParams, key: RolloutKey
     ) -> list[Group]:
         """K completions for each prompt. A token's log-probability is that of the model's own distribution, before
-        temperature and the like.
+        temperature and the like. Where there are several processes, all of them call it equally often, with no prompts
+        where a process has none.
         """
         ...
 
