@@ -21,6 +21,7 @@ from online_dpo.config_checks import (
     check_pairs,
     check_ranges,
     check_reference,
+    check_resampling,
     check_unsupported,
     check_vllm,
 )
@@ -197,6 +198,7 @@ class OnlineDPOConfig(VLLMFields, LossFields, MethodFields, FeedbackFields, Trai
         check_choices(self, CHOICES + config_feedback.CHOICES + config_loss.CHOICES + config_method.CHOICES)
         check_losses(self)
         check_pairs(self)
+        check_resampling(self)
         check_reference(self)
         check_method(self)
         check_target_kl(self)

@@ -80,6 +80,7 @@ def check_ranges(args: OnlineDPOConfig) -> None:
         (args.rollout_batch_size >= 1, "rollout_batch_size", "at least 1"),
         (args.reward_batch_size >= 1, "reward_batch_size", "at least 1"),
         (args.max_staleness >= 0, "max_staleness", "0 or more"),
+        (args.resample_rounds >= 0, "resample_rounds", "0 or more"),
         (args.sync_check_steps >= 0, "sync_check_steps", "0 or more"),
         (args.max_tokens_per_pass is None or args.max_tokens_per_pass >= 1, "max_tokens_per_pass", "at least 1"),
         (args.max_skipped_steps >= 1, "max_skipped_steps", "at least 1"),
@@ -163,6 +164,19 @@ def check_pairs(args: OnlineDPOConfig) -> None:
         for name in ("min_margin", "margin_weighting", "label_temperature"):
             if getattr(args, name):
                 raise ValueError(f"`tie_policy='first'` trains pairs without a margin, which `{name}` needs.")
+
+
+def check_resampling(args: OnlineDPOConfig) -> None:
+    """
+    Raises:
+        ValueError: prompts are to be answered again once scores are there, while the policy that answers is trained.
+    """
+    beside = args.use_vllm and args.vllm_mode == "server"
+    if args.resample_rounds and args.max_staleness and not beside:
+        raise ValueError(
+            "`resample_rounds` with `max_staleness` samples while the policy is trained, which needs "
+            '`vllm_mode="server"`. Set one of the two to 0, or sample with a vLLM server.'
+        )
 
 
 def check_reference(args: OnlineDPOConfig) -> None:

@@ -22,6 +22,7 @@ NASH_MD_NEEDS = (
     ("max_margin", None, "a policy gradient without some of the pairs would be biased"),
     ("max_length_ratio", None, "a policy gradient without some of the pairs would be biased"),
     ("margin_weighting", False, "a policy gradient with weights would be biased"),
+    ("resample_rounds", 0, "a policy gradient of completions picked by their scores would be biased"),
     ("max_staleness", 0, "a policy gradient needs completions of the present policy"),
     ("use_vllm", False, "vLLM cannot sample from a mixture of two models"),
     ("cache_implementation", None, "a mixture of two models is not sampled by `generate`"),

@@ -85,6 +85,12 @@ class FeedbackFields:
     """When the best and the worst score are equal: `skip` drops the group and counts it, `first` trains the first
     completion as the chosen one (what TRL does)."""
 
+    resample_rounds: int = 0
+    """How often the prompts whose completions give no pair (ties, missing scores, the same tokens, excluded margins)
+    are answered and scored anew within their step, before they are dropped. All completions of such a prompt are
+    replaced. With `max_staleness` it needs a vLLM server.
+    """
+
     # --- a second opinion -------------------------------------------------------------------------------------------
 
     eval_reward_model_path: str | None = None

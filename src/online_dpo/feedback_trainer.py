@@ -23,9 +23,11 @@ from online_dpo.guarded_trainer import GuardedTrainer, Stopwatch
 from online_dpo.lookahead import Fetched, Lookahead
 from online_dpo.metrics import record_rollout
 from online_dpo.overoptimisation import OveroptimisationGuard
+from online_dpo.pairs import Selection, pairs_from_preferences, pairs_from_scores, pairs_of_two, without_pair
 from online_dpo.reference import Reference
 from online_dpo.rollout import Engine, RolloutKey, SamplingParams, Stream, TransformersEngine
 from online_dpo.rollout.opponent import Opponent, joined
+from online_dpo.rollout.sampling import uniform_numbers
 from online_dpo.scoring import (
     CountingScorer,
     DuelCounter,
@@ -37,11 +39,12 @@ from online_dpo.scoring import (
     score_groups,
 )
 from online_dpo.sync_check import SyncCheck
-from online_dpo.types import Completion, Feedback, Group, Prompt, Scores, Verdicts
+from online_dpo.types import Completion, Feedback, Group, Pairing, Prompt, Round, Scores, Verdicts
 
 
 class FeedbackTrainer(GuardedTrainer):
-    """Prompts to groups and their scores or preferences; :class:`online_dpo.trainer.OnlineDPOTrainer` learns from them.
+    """Prompts to groups, their scores or preferences, and pairs; :class:`online_dpo.trainer.OnlineDPOTrainer` learns
+    from them.
 
     The attributes below are set by its constructor. ``reference_engine`` samples from the reference.
     """
@@ -55,6 +58,7 @@ class FeedbackTrainer(GuardedTrainer):
     opponent: Opponent
     beta: Beta
     sampling: SamplingParams
+    selection: Selection
     judge: PairwiseScorer | None
     scorers: list[PointwiseScorer]
     gold: Gold | None
@@ -118,20 +122,21 @@ class FeedbackTrainer(GuardedTrainer):
         the engine has a device of its own. The policy's opponent, if it has one, answers at once.
         """
         self.nobody_samples.wait()
+        if self.args.resample_rounds:
+            with self.phase("waiting"):  # steps begun before may sample until they are scored, with the weights of then
+                self.lookahead.wait()
         self._sync_engine(prompts)
-        seed, own = self.args.seed, self.args.num_completions - self.opponent.completions
         with Stopwatch(self.accelerator.device) as before, self.accelerator.autocast():
-            theirs = self.opponent.answer(prompts, self.sampling, RolloutKey(seed, step, Stream.OPPONENT))
+            theirs = self.opponent.answer(prompts, self.sampling, RolloutKey(self.args.seed, step, Stream.OPPONENT))
 
         self.nobody_samples = done = Event()
 
         def sample() -> tuple[list[Group], float]:
             try:
-                with Stopwatch(self.accelerator.device) as watch, self.accelerator.autocast():
-                    groups = self.engine.generate(prompts, own, self.sampling, RolloutKey(seed, step, Stream.TRAINING))
+                groups, seconds = self._answer(theirs, step)
             finally:
                 done.set()
-            return joined(groups, theirs), before.seconds + watch.seconds
+            return groups, before.seconds + seconds
 
         sampled = None if self.engine.overlaps else sample()
 
@@ -139,9 +144,34 @@ class FeedbackTrainer(GuardedTrainer):
             groups, seconds = sampled or sample()
             with Stopwatch(self.accelerator.device) as watch:
                 said = self._assess(groups)
-            return Feedback(groups, said, {"rollout": seconds, "scoring": watch.seconds})
+            first = Feedback(groups, said, {"rollout": seconds, "scoring": watch.seconds})
+            return self._answer_again(first, theirs, step)
 
         return score
+
+    def _answer(self, theirs: Sequence[Group], step: int, number: int = 0) -> tuple[list[Group], float]:
+        """The policy's answers beside those of its opponent, and the seconds that they took; each round has others."""
+        own = self.args.num_completions - self.opponent.completions
+        key = RolloutKey(self.args.seed, step, Stream.TRAINING, first_sample=number * own)
+        with Stopwatch(self.accelerator.device) as watch, self.accelerator.autocast():
+            groups = self.engine.generate([group.prompt for group in theirs], own, self.sampling, key)
+        return joined(groups, theirs), watch.seconds
+
+    def _answer_again(self, first: Feedback, theirs: Sequence[Group], step: int) -> Feedback:
+        """Up to ``resample_rounds`` times, the prompts whose group gives no pair; what an opponent said stays."""
+        groups, said, places = first.groups, first.said, list(range(len(first.groups)))
+        seconds, further = {**first.seconds}, first.further
+        for number in range(1, self.args.resample_rounds + 1):
+            places = [places[i] for i in without_pair(groups, self._form_pairs(groups, said, step))]
+            if not places and self.accelerator.num_processes == 1:
+                break
+            groups, sampling = self._answer([theirs[p] for p in places], step, number)  # on every rank equally often
+            with Stopwatch(self.accelerator.device) as watch:
+                said = self._assess(groups)
+            seconds = {"rollout": seconds["rollout"] + sampling, "scoring": seconds["scoring"] + watch.seconds}
+            if places:
+                further += (Round(places, groups, said),)
+        return Feedback(first.groups, first.said, seconds, further)
 
     def _sync_engine(self, prompts: Sequence[Prompt]) -> None:
         step = self.state.global_step
@@ -196,6 +226,18 @@ class FeedbackTrainer(GuardedTrainer):
             return scores, [win_share(mine, theirs) for mine, theirs in zip(said.values, scores, strict=True)]
         assert self.judge is not None
         return scores, judged_wins(groups, rivals, DuelCounter(self.judge, self._penalties))
+
+    def _form_pairs(self, groups: list[Group], said: Scores | Verdicts, step: int) -> Pairing:
+        if self.args.method == "nash_md":
+            return pairs_of_two(groups, said, self.args.label_temperature or 1.0)
+        if isinstance(said, Verdicts):
+            return pairs_from_preferences(groups, said.preferences, self.selection, said.scores)
+        key = RolloutKey(self.args.seed, step, Stream.PAIRING)
+
+        def draw(prompt: Prompt) -> float:
+            return float(uniform_numbers(key, prompt.row, sample=0, count=1)[0])
+
+        return pairs_from_scores(groups, said, self.selection, draw)
 
     def _rivals(self, prompts: list[Prompt]) -> list[Group]:
         """One completion for each prompt of the reference as it was before training; sampled once."""

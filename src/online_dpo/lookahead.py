@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,9 +67,8 @@ class Lookahead:
         return fetched, future.result(), time.perf_counter() - since
 
     def wait(self) -> None:
-        """Until nothing is under way."""
-        for _, _, future in self._begun:
-            future.result()
+        """Until nothing is under way. What has failed is told by `take`, at the same time on every rank."""
+        wait([future for _, _, future in self._begun])
 
     def save(self, folder: Path, rank: int) -> None:
         """Write down what has been begun, once it is complete; what failed is left out, and will be made anew."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 
-from online_dpo.types import Completion, Group, PackedRows, Pair, Pairing, RowLogprobs, Scores, Verdicts
+from online_dpo.types import Completion, Group, PackedRows, Pair, Pairing, Round, RowLogprobs, Scores, Verdicts
 
 STEP_KL = "step/kl"
 """Collected for the step alone, see `MetricStore.take_mean`."""
@@ -112,8 +112,7 @@ def record_rollout(store: MetricStore, groups: list[Group], said: Scores | Verdi
     store.mean("completions/clipped_ratio", [float(c.finish_reason == "length") for c in completions])
     store.mean("val/contain_eos_token", [float(c.finish_reason == "stop") for c in completions])
     if isinstance(said, Verdicts):
-        store.total("judge/duels", said.duels)
-        store.ratio("judge/unanswered_ratio", said.unanswered, said.duels)
+        _record_duels(store, said)
     scores = said.scores if isinstance(said, Verdicts) else said
     if scores is None:
         return
@@ -143,6 +142,22 @@ def record_pairs(store: MetricStore, num_groups: int, pairing: Pairing) -> None:
         "completions/chosen_minus_rejected_length",
         [_length_gap(p.chosen_completion, p.rejected_completion) for p in pairs],
     )
+
+
+def record_resampling(store: MetricStore, further: Sequence[Round], pairing: Pairing) -> None:
+    """What answering prompts again has cost and brought; ``pairing`` is that of the step in the end.
+
+    Lengths and scores of these answers are recorded nowhere: who is asked again is decided by the scores, so means over
+    these answers, or over the last ones of each prompt, would say something else than how good the policy is.
+    """
+    for again in further:
+        completions = [c for group in again.groups for c in group.completions if c.by_policy]
+        store.total("completion_tokens", sum(len(c.token_ids) for c in completions))
+        if isinstance(again.said, Verdicts):
+            _record_duels(store, again.said)
+    asked_again = len(further[0].places) if further else 0
+    store.total("resample/groups", asked_again)
+    store.total("resample/rescued", asked_again - pairing.dropped.total())
 
 
 def record_loss(
@@ -201,6 +216,11 @@ def _own_completions(rows: PackedRows) -> torch.Tensor:
     real_N = rows.weight_N > 0
     used_S = torch.cat([rows.chosen_N[real_N], rows.rejected_N[real_N]]).unique()
     return used_S[rows.by_policy_S[used_S]]
+
+
+def _record_duels(store: MetricStore, said: Verdicts) -> None:
+    store.total("judge/duels", said.duels)
+    store.ratio("judge/unanswered_ratio", said.unanswered, said.duels)
 
 
 def _has_opponent(pair: Pair) -> bool:

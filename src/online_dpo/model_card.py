@@ -21,7 +21,7 @@ SETTINGS = (
     *("repetition_penalty", "reward_weights", "reward_normalization", "missing_eos_penalty", "length_penalty"),
     *("judge_top", "pair_selection", "min_margin", "max_margin", "max_length_ratio"),
     *("margin_weighting", "label_temperature", "tie_policy", "loss_type", "loss_weights", "beta", "label_smoothing"),
-    *("xpo_alpha", "mixture_coef", "target_kl"),
+    *("resample_rounds", "xpo_alpha", "mixture_coef", "target_kl"),
     *("simpo_gamma", "dpop_lambda", "use_weighting", "sync_ref_model"),
     *("learning_rate", "lr_scheduler_type", "optim", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("max_steps", "num_train_epochs", "seed", "bf16", "fp16"),

@@ -48,19 +48,18 @@ from online_dpo.gold import check_gold
 from online_dpo.logprobs import RowLogprobs, row_logprobs
 from online_dpo.lookahead import Lookahead
 from online_dpo.losses import LossOptions, method_losses, pair_logprobs
-from online_dpo.metrics import STEP_KL, record_loss, record_pairs, trained_kl
+from online_dpo.metrics import STEP_KL, record_loss, record_pairs, record_resampling, trained_kl
 from online_dpo.model_card import write_model_card
 from online_dpo.models import end_token_ids, eval_mode
 from online_dpo.onednn import onednn_linears
 from online_dpo.packing import as_inputs, by_group, pack_groups, pack_pairs, passes_needed, split_pairs, stand_in
-from online_dpo.pairs import Selection, pairs_from_preferences, pairs_from_scores, pairs_of_two
+from online_dpo.pairs import Selection, latest
 from online_dpo.reference import ReferenceSteps
 from online_dpo.rollout import RolloutKey, SamplingParams, Stream
-from online_dpo.rollout.sampling import uniform_numbers
 from online_dpo.scoring import build_scorers, pairwise_scorer
 from online_dpo.self_check import Lender, MethodChoice
 from online_dpo.sync_check import SyncCheck
-from online_dpo.types import Completion, Group, PackedRows, Pair, Pairing, Prompt, Scores, Verdicts
+from online_dpo.types import Completion, Group, PackedRows, Pair, Prompt
 
 
 class OnlineDPOTrainer(FeedbackTrainer):
@@ -197,8 +196,10 @@ class OnlineDPOTrainer(FeedbackTrainer):
         """
         fetched, feedback, waited = self._take(epoch_iterator, num_batches)
         self._record(fetched, feedback, waited)
-        pairing = self._form_pairs(feedback.groups, feedback.said, self.state.global_step)
+        pairing = self._form_pairs(*latest(feedback), self.state.global_step)
         record_pairs(self.metrics, len(feedback.groups), pairing)
+        if self.args.resample_rounds:
+            record_resampling(self.metrics, feedback.further, pairing)
         micro_batches = self._pack(pairing.pairs, fetched.num_batches)
         return micro_batches, self._weight_over_ranks(pairing.pairs)
 
@@ -234,18 +235,6 @@ class OnlineDPOTrainer(FeedbackTrainer):
         return (loss, {"loss_N": loss_N, "policy": policy, "reference": reference}) if return_outputs else loss
 
     # --- the stages -------------------------------------------------------------------------------------------------
-
-    def _form_pairs(self, groups: list[Group], said: Scores | Verdicts, step: int) -> Pairing:
-        if self.args.method == "nash_md":
-            return pairs_of_two(groups, said, self.args.label_temperature or 1.0)
-        if isinstance(said, Verdicts):
-            return pairs_from_preferences(groups, said.preferences, self.selection, said.scores)
-        key = RolloutKey(self.args.seed, step, Stream.PAIRING)
-
-        def draw(prompt: Prompt) -> float:
-            return float(uniform_numbers(key, prompt.row, sample=0, count=1)[0])
-
-        return pairs_from_scores(groups, said, self.selection, draw)
 
     def _pack(self, pairs: list[Pair], num_batches: int) -> list[dict[str, Any]]:
         """Exactly as many micro-batches as were fetched: `Trainer` counts them to find the optimizer step."""

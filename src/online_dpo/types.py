@@ -129,10 +129,23 @@ class Verdicts:
 
 
 @dataclass(frozen=True)
+class Round:
+    """Prompts of a step that were answered once more: their places among the step's groups, and what came of it.
+
+    >>> Round(places=[3], groups=[group], said=Scores([[0.7, 0.1]], {}))
+    """
+
+    places: list[int]
+    groups: list[Group]
+    said: Scores | Verdicts
+
+
+@dataclass(frozen=True)
 class Feedback:
     """What became of the prompts of a step: its groups, and what is said of them, by scorers or by a judge.
 
-    ``seconds`` has an entry for "rollout" and one for "scoring".
+    ``seconds`` has an entry for "rollout" and one for "scoring". ``further`` are the rounds in which groups without a
+    pair were replaced; ``groups`` and ``said`` are of the first answers all the same.
 
     >>> Feedback(groups=[group], said=Scores([[0.7, 0.1]], {}), seconds={"rollout": 1.5, "scoring": 0.2})
     """
@@ -140,6 +153,7 @@ class Feedback:
     groups: list[Group]
     said: Scores | Verdicts
     seconds: Mapping[str, float]
+    further: tuple[Round, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from endpoint import says, serving, shown
 from training import assert_same
 
 WORKER = Path(__file__).with_name("worker.py")
+CASES = ["plain", "accumulated", "weighted", "xpo", "nash_md", "one_sided", "resampled", "stream", "uneven", "judged"]
 
 
 def slowly_more_w1(body, number):
@@ -57,9 +58,7 @@ def results(tmp_path_factory):
     return load
 
 
-@pytest.mark.parametrize(
-    "case", ["plain", "accumulated", "weighted", "xpo", "nash_md", "one_sided", "stream", "uneven", "judged"]
-)
+@pytest.mark.parametrize("case", CASES)
 def test_gradient_of_two_ranks_equals_that_of_one(results, case):
     one, two = results(case)
     for rank in two:
@@ -67,9 +66,7 @@ def test_gradient_of_two_ranks_equals_that_of_one(results, case):
         assert all(torch.equal(rank["weights"][n], two[0]["weights"][n]) for n in rank["weights"])
 
 
-@pytest.mark.parametrize(
-    "case", ["plain", "accumulated", "weighted", "xpo", "nash_md", "one_sided", "stream", "uneven", "judged"]
-)
+@pytest.mark.parametrize("case", CASES)
 def test_metrics_of_two_ranks_equal_those_of_one(results, case):
     one, two = results(case)
     assert two[0]["log"] == pytest.approx(one["log"], rel=1e-5, abs=1e-6)
@@ -91,6 +88,15 @@ def test_ranks_ask_a_judge_together_as_often_and_as_much_at_once_as_one(results)
     assert one.most_at_once == two.most_at_once == 4
     assert len(one.seen) == len(two.seen) > 30
     assert sorted(map(shown_to, one.seen)) == sorted(map(shown_to, two.seen))
+
+
+def test_one_rank_that_samples_again_alone_is_a_case_of_its_own(results):
+    """Both call the engine equally often, the other one with no prompts."""
+    one, (first, last) = results("resampled")
+    again = int(one["log"]["resample/groups"])
+    assert 0 < one["log"]["resample/rescued"] < again <= 4
+    assert first["calls"] == [4, 0, 0] and last["calls"][:2] == [4, again] and len(last["calls"]) == 3
+    assert one["calls"][:2] == [8, again]
 
 
 def test_evaluation_counts_each_prompt_once(results):

@@ -3,6 +3,7 @@ came out.
 """
 
 import sys
+import zlib
 from pathlib import Path
 
 import torch
@@ -24,6 +25,14 @@ def only_rows_of_the_first_rank(completions, name, **_):
     return [float(i % 2) if int(n.split()[1]) < 4 else None for i, n in enumerate(name)]
 
 
+def ties_on_the_last_rank(completions, name, **_):
+    """The other rows, those of the first rank, give a pair at once."""
+    return [
+        float(i % 2 if int(n.split()[1]) < 4 else zlib.crc32(text.encode()) % 5 // 4)
+        for i, (text, n) in enumerate(zip(completions, name, strict=True))
+    ]
+
+
 def run(out, case, processes, **options):
     keep = KeepGradient()
     kwargs = {"ref_model": tiny.causal_lm(seed=5, sharpness=1.0), **options.pop("kwargs", {})}
@@ -38,13 +47,15 @@ def run(out, case, processes, **options):
     )
     assert made.accelerator.num_processes == processes
     made.callback_handler.callbacks.insert(0, keep)
+    calls, generate = [], made.engine.generate
+    made.engine.generate = lambda prompts, *args: (calls.append(len(prompts)), generate(prompts, *args))[1]
     made.train()
     log = {
         k: v
         for k, v in made.state.log_history[made.state.global_step - 1].items()
         if not k.startswith(("time/", "perf/", "judge/seconds"))
     }
-    saved = {"gradient": keep.last, "log": log, "weights": weights(made.model)}
+    saved = {"gradient": keep.last, "log": log, "weights": weights(made.model), "calls": calls}
     if made.eval_dataset is not None:
         saved["eval"] = {k: v for k, v in made.evaluate().items() if "runtime" not in k and "per_second" not in k}
     torch.save(saved, out / f"{case}-of-{processes}-rank-{made.accelerator.process_index}.pt")
@@ -102,6 +113,7 @@ if __name__ == "__main__":
     run(out, "xpo", processes, method="xpo", xpo_alpha=0.01, **steps)
     run(out, "nash_md", processes, method="nash_md", mixture_coef=0.25, temperature=1.0, **steps)
     run(out, "one_sided", processes, reward_funcs=only_rows_of_the_first_rank)
+    run(out, "resampled", processes, reward_funcs=ties_on_the_last_rank, resample_rounds=2)
     stream = IterableDataset.from_generator(lambda: iter(dataset(lengths=LENGTHS).to_list()))
     run(out, "stream", processes, train_dataset=stream)
     uneven = dataset(lengths=(*LENGTHS, 5, 6))  # the second step has two prompts, both on the first rank

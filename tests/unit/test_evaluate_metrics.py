@@ -2,15 +2,16 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
 import tiny
 from online_dpo.evaluate import EvalRecord, summarise, wilson_interval, win_share
-from online_dpo.metrics import MetricStore, record_loss, record_pairs, record_rollout
+from online_dpo.metrics import MetricStore, record_loss, record_pairs, record_resampling, record_rollout
 from online_dpo.packing import pack_pairs, stand_in
-from online_dpo.types import Pair, Pairing, Preference, RowLogprobs, Scores, Verdicts
+from online_dpo.types import Pair, Pairing, Preference, Round, RowLogprobs, Scores, Verdicts
 
 
 @pytest.mark.parametrize(
@@ -119,6 +120,21 @@ def test_a_judge_for_the_best_has_metrics_of_both():
     assert metrics["objective/scores"] == pytest.approx(7 / 3) and metrics["scores/f"] == pytest.approx(10 / 3)
     record_rollout(store, made, Verdicts([None, None], duels=2, unanswered=2), 2)
     assert "objective/scores" not in store.drain()
+
+
+def test_what_is_answered_again_counts_as_work_and_not_as_scores():
+    store, made = MetricStore(), groups()
+    theirs = replace(made[1].completions[1], author="reference")  # was there before
+    again = [made[0], replace(made[1], completions=(made[1].completions[0], theirs))]
+    further = (Round([0, 3], again, Verdicts([None, None], 4, 3)), Round([3], again[1:], Verdicts([None], 2, 0)))
+    record_resampling(store, further, Pairing([], Counter(tie=1)))
+    assert store.drain() == {
+        "completion_tokens": (3 + 4 + 2) + 2,
+        "judge/duels": 6,
+        "judge/unanswered_ratio": 0.5,
+        "resample/groups": 2,
+        "resample/rescued": 1,
+    }
 
 
 def test_loss_metrics_by_hand_and_nothing_from_a_stand_in():

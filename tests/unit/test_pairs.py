@@ -7,8 +7,8 @@ import pytest
 
 import tiny
 from online_dpo.config_feedback import PAIR_SELECTIONS
-from online_dpo.pairs import STRATEGIES, Selection, pairs_from_preferences, pairs_from_scores
-from online_dpo.types import Preference, Scores
+from online_dpo.pairs import STRATEGIES, Selection, latest, pairs_from_preferences, pairs_from_scores, without_pair
+from online_dpo.types import Feedback, Preference, Round, Scores, Verdicts
 
 PROMPTS = tiny.prompts([3] * 8)
 THREE = [[5, 1], [6, 1], [7, 1]]
@@ -183,3 +183,43 @@ def test_a_judges_pairs_have_the_scores_by_which_it_was_shown_the_best():
         (2, 0, 1.0, 2.0, 0.7),
     ]
     assert made.dropped == {"missing_score": 1, "no_answer": 1, "contradiction": 1}
+
+
+# --- groups that are answered again
+
+
+def test_a_group_without_a_pair_is_told_from_an_equal_one_that_has_one():
+    """A prompt may come twice in a step."""
+    twice = [tiny.group(PROMPTS[0], [[5, 1], [6, 1]]) for _ in range(3)]
+    made = pairs_from_scores(twice, Scores([[1.0, 1.0], [2.0, 1.0], [None, 1.0]], {}))
+    assert twice[0] == twice[1] and without_pair(twice, made) == [0, 2]
+    assert without_pair([], pairs_from_scores([], Scores([], {}))) == []
+
+
+def test_the_latest_answers_are_those_of_the_last_round_of_each_prompt():
+    groups, again = groups_of(THREE[:2], THREE[:2], THREE[:2]), groups_of(FOUR[2:], FOUR[2:], FOUR[1:3])
+    first = Scores([[1.0, 1.0], [2.0, 0.0], [3.0, 3.0]], {"f": [[0.5, 0.5], [1.0, 0.0], [1.5, 1.5]]})
+    rounds = (
+        Round([0, 2], again[:2], Scores([[4.0, 5.0], [6.0, 6.0]], {"f": [[2.0, 2.5], [3.0, 3.0]]})),
+        Round([2], again[2:], Scores([[7.0, 8.0]], {"f": [[3.5, 4.0]]})),
+    )
+    feedback = Feedback(groups, first, {}, rounds)
+    last, said = latest(feedback)
+    assert [group is other for group, other in zip(last, [again[0], groups[1], again[2]], strict=True)] == [True] * 3
+    assert said == Scores([[4.0, 5.0], [2.0, 0.0], [7.0, 8.0]], {"f": [[2.0, 2.5], [1.0, 0.0], [3.5, 4.0]]})
+    assert first.values[0] == [1.0, 1.0] and latest(Feedback(groups, first, {})) == (groups, first)
+
+    normalized = Scores([[1.0, 2.0]], {}, normalized=[[-1.0, 1.0]])
+    turned = Scores([[5.0, 3.0]], {}, normalized=[[1.0, -1.0]])
+    _, said = latest(Feedback(groups[:1], normalized, {}, (Round([0], again[:1], turned),)))
+    assert said == turned
+
+    even, sure = Preference(0, 1, 0.5), Preference(1, 0, 0.9)
+    judged = Feedback(
+        groups, Verdicts([even, sure, None], 4, 1), {}, (Round([0, 2], again[:2], Verdicts([sure, None], 3, 2)),)
+    )
+    assert latest(judged)[1] == Verdicts([sure, sure, None], 7, 3)
+    top = Verdicts([even], 2, 0, normalized)
+    assert latest(Feedback(groups[:1], top, {}, (Round([0], again[:1], Verdicts([sure], 1, 1, turned)),)))[
+        1
+    ] == Verdicts([sure], 3, 1, turned)

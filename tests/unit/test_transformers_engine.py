@@ -195,3 +195,14 @@ def test_running_out_of_memory_halves_the_batch_and_samples_the_same():
     model.model.register_forward_pre_hook(lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("none at all")))
     with pytest.raises(torch.OutOfMemoryError):
         small.generate(prompts, 2, PARAMS, KEY)
+
+
+def test_further_samples_are_those_that_come_next():
+    model, prompts = tiny.causal_lm(), tiny.prompts(LENGTHS)
+    six = ids_of(engine(model).generate(prompts, 6, PARAMS, KEY))
+    two = ids_of(engine(model).generate(prompts[1:3], 2, PARAMS, replace(KEY, first_sample=4)))
+    assert two == [group[4:] for group in six[1:3]] and two != [group[:2] for group in six[1:3]]
+
+
+def test_no_prompts_give_no_groups():
+    assert engine(tiny.causal_lm()).generate([], 2, PARAMS, KEY) == []

@@ -108,3 +108,10 @@ def test_groups_hold_k_completions_with_text_and_version():
     assert [[c.text for c in g.completions] for g in groups] == [["w0", "w1"], ["w2", "w3"]]
     assert {c.policy_version for g in groups for c in g.completions} == {6}
     assert build_groups([], [], tiny.tokenizer(), version=6) == []
+
+
+def test_further_samples_have_the_seeds_that_come_next():
+    prompts = tiny.prompts([3, 4])
+    six = [r.options["seed"] for r in build_requests(prompts, 6, vllm_sampling(PARAMS), KEY)]
+    two = [r.options["seed"] for r in build_requests(prompts, 2, vllm_sampling(PARAMS), replace(KEY, first_sample=4))]
+    assert two == six[4:6] + six[10:12]

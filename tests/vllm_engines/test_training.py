@@ -31,6 +31,13 @@ def test_a_server_that_dies_in_the_middle_of_a_run_is_waited_for(tmp_path, serve
     check(log, staleness=[0, 1] * 3 if max_staleness else None)  # two steps an epoch
 
 
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_prompts_without_a_pair_are_answered_again_from_the_same_weights(tmp_path, served, max_staleness):
+    log = train(tmp_path, max_staleness=max_staleness, resample_rounds=2, **served)
+    check(log, staleness=[0, 1] * 3 if max_staleness else None)
+    assert sum(entry["resample/rescued"] for entry in log) > 0
+
+
 def test_a_server_that_stays_away_ends_the_run_with_its_address(tmp_path, server, served):
     class Kill(TrainerCallback):
         def on_step_end(self, *args, **kwargs):

@@ -80,13 +80,20 @@ class Stream(IntEnum):
 
 @dataclass(frozen=True)
 class RolloutKey:
-    """Names one call of an engine, so that its random numbers are a function of (seed, step, prompt, sample) alone;
-    ``stream`` keeps uses apart.
+    """Names one call of an engine, so that its random numbers are a function of (seed, step, prompt, sample) alone.
+
+    ``stream`` keeps uses apart. ``first_sample`` is the number of the first completion of each prompt: completions
+    beyond the K of an earlier call with the same key differ from them.
     """
 
     seed: int
     step: int
     stream: int = Stream.TRAINING
+    first_sample: int = 0
+
+    def samples(self, num_completions: int) -> range:
+        """The numbers of a prompt's completions."""
+        return range(self.first_sample, self.first_sample + num_completions)
 
 
 class Engine(Protocol):
@@ -109,7 +116,8 @@ class Engine(Protocol):
         self, prompts: Sequence[Prompt], num_completions: int, params: SamplingParams, key: RolloutKey
     ) -> list[Group]:
         """K completions for each prompt. A token's log-probability is that of the model's own distribution, before
-        temperature and the like.
+        temperature and the like. Where there are several processes, all of them call it equally often, with no prompts
+        where a process has none.
         """
         ...
 

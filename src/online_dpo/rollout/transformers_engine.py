@@ -277,7 +277,9 @@ class _Batch:
         self.pad_token_id = 0  # any id will do: padding is masked out
         size, steps = len(prompts) * num_completions, params.max_new_tokens
         uniform = [
-            uniform_numbers(key, prompt.row, sample, steps) for prompt in prompts for sample in range(num_completions)
+            uniform_numbers(key, prompt.row, sample, steps)
+            for prompt in prompts
+            for sample in key.samples(num_completions)
         ]
         self.uniform_BT = torch.stack([torch.from_numpy(numbers) for numbers in uniform]).to(device)
         self.ids_BT = torch.full((size, steps), self.pad_token_id, dtype=torch.long, device=device)

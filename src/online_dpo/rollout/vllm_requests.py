@@ -98,7 +98,7 @@ def build_requests(
     return [
         Request(prompt.token_ids, {**options, "seed": completion_seed(key, prompt.row, sample)})
         for prompt in prompts
-        for sample in range(num_completions)
+        for sample in key.samples(num_completions)
     ]
 
 
