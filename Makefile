@@ -4,6 +4,7 @@
 #   make test         unit and integration tests
 #   make test-slow    those of them that take long
 #   make test-vllm    engines of vLLM on a CPU, in an environment of their own
+#   make figures      what other feedback and methods are worth on the quickstart
 #   make benchmark    time and memory of a step against TRL's
 #   make lint         what CI checks before the tests
 #
@@ -20,7 +21,7 @@ VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip
 
-.PHONY: venv quickstart test test-slow test-distributed test-e2e test-vllm test-all benchmark lint format clean
+.PHONY: venv quickstart test test-slow test-distributed test-e2e test-vllm test-all figures benchmark lint format clean
 .DELETE_ON_ERROR:
 
 venv: $(STAMP)
@@ -59,6 +60,10 @@ test-vllm: $(VLLM_STAMP)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VLLM_VENV)/bin/python -m pytest -q tests/vllm_engines
 
 test-all: test test-slow test-distributed test-vllm test-e2e
+
+# the table of "Try it on the quickstart" in docs/feedback.md: 15 minutes on an idle machine of 2 cores
+figures: $(STAMP)
+	$(PYTEST) -s tests/figures
 
 # TRL and this library on the same work, in turn: 20 minutes on an idle machine of 2 cores
 benchmark: $(STAMP)

@@ -15,10 +15,10 @@ from online_dpo.scoring import (
     DuelCounter,
     PairwiseScorer,
     PointwiseScorer,
+    build_judge,
     build_scorers,
     check_judge,
     check_scorers,
-    pairwise_scorer,
     score_groups,
 )
 from online_dpo.types import Group
@@ -89,7 +89,7 @@ def build_gold(
 ) -> Gold | None:
     """``None`` where neither rewards nor a judge are given."""
     if judge is not None:
-        return Gold([], pairwise_scorer(judge, tokenizer, args.chat_template_kwargs))  # pyright: ignore[reportArgumentType]
+        return Gold([], build_judge(judge, tokenizer, args))
     rewards = _gold_rewards(reward_funcs, args)
     return None if rewards is None else Gold(build_scorers(rewards, None, _without_weights(args), state=state), None)
 

@@ -56,7 +56,7 @@ from online_dpo.packing import as_inputs, by_group, pack_groups, pack_pairs, pas
 from online_dpo.pairs import Selection, latest
 from online_dpo.reference import ReferenceSteps
 from online_dpo.rollout import RolloutKey, SamplingParams, Stream
-from online_dpo.scoring import build_scorers, pairwise_scorer
+from online_dpo.scoring import build_judge, build_scorers
 from online_dpo.self_check import Lender, MethodChoice
 from online_dpo.sync_check import SyncCheck
 from online_dpo.types import Completion, Group, PackedRows, Pair, Prompt
@@ -70,9 +70,10 @@ class OnlineDPOTrainer(FeedbackTrainer):
         ref_model: the reference; when not given, a frozen copy of the policy, or the policy with its adapter off.
         reward_funcs: one or several of: a Python function (plain or async), a sequence-classification model, its folder
             or hub name.
-        judge: a :class:`PairwiseScorer` such as ``LLMJudge``; or an object with ``judge(prompts, completion_pairs,
-            shuffle_order=True) -> ranks``, or a callable of that form: a rank is 0 or 1 for the better completion, -1
-            for no answer. Beside a reward it is used with ``judge_top`` alone.
+        judge: a :class:`PairwiseScorer` such as ``LLMJudge``; the folder or hub name of a pairwise model; a function of
+            ``prompt, first, second`` that returns the probability that the first is better; or an object with
+            ``judge(prompts, completion_pairs, shuffle_order=True) -> ranks``, or a callable of that form: a rank is 0
+            or 1 for the better completion, -1 for no answer. Beside a reward it is used with ``judge_top`` alone.
         reward_model: another name for ``reward_funcs``.
         args: the configuration.
         data_collator: list of rows to a dict of lists; must keep the columns ``prompt``, ``prompt_ids``, ``prompt_row``
@@ -170,7 +171,7 @@ class OnlineDPOTrainer(FeedbackTrainer):
         self.selection = Selection.from_config(args)
         self.loss_options = LossOptions.from_config(args)
         self.sampling = SamplingParams.from_config(args, end_token_ids(policy, self.tokenizer))
-        self.judge = None if judge is None else pairwise_scorer(judge, self.tokenizer, args.chat_template_kwargs)  # pyright: ignore
+        self.judge = None if judge is None else build_judge(judge, self.tokenizer, args)
         self.scorers = (
             []
             if reward_funcs is None

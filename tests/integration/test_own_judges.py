@@ -17,6 +17,7 @@ from online_dpo.scoring import FunctionJudge, PairwiseModelJudge
 from online_dpo.scoring.duel_reader import padded
 from online_dpo.scoring.pairrm import DebertaV2PairRM
 from pairwise_folders import pairrm_folder, pairrm_tokenizer
+from training import trainer as in_python
 
 FEEDBACK = """
 def words(text):
@@ -121,3 +122,27 @@ def test_a_function_of_one_pair_in_a_run_file(folder):
     log = next(log for log in made.state.log_history if "prompts" in log)
     assert log["pairs/count"] > 0 and log["pairs/probability"] == pytest.approx(0.75)
     assert log["pairs/count"] + log["dropped/no_answer"] + log.get("dropped/identical", 0) == 8
+
+
+def test_the_folder_of_a_pairwise_model_in_python(tmp_path):
+    pairrm_folder(tmp_path / "house")
+
+    def preferences(judge):
+        made = in_python(tmp_path, reward_funcs=None, kwargs={"judge": judge}, num_completions=2)
+        return made.judge.prefer([duel("w1 w2", "w3"), duel("w4", "w5 w6")])
+
+    named = preferences(str(tmp_path / "house"))
+    assert named == preferences(PairwiseModelJudge.load(str(tmp_path / "house"))) and named[0] != 0.5
+
+
+@pytest.mark.parametrize(
+    ("judge", "message"),
+    [
+        ("llm", r"`judge` needs settings: give `LLMJudge\(model=..., ...\)`"),
+        ("/nowhere/house", "`judge`: there is no folder '/nowhere/house'"),
+        (7, "`judge` must have `name` and .* path of a pairwise model; this is int 7"),
+    ],
+)
+def test_a_judge_that_is_none_is_refused_before_a_model_is_loaded(tmp_path, judge, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        in_python(tmp_path, model="a/model-that-does-not-exist", reward_funcs=None, kwargs={"judge": judge})

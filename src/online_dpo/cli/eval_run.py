@@ -32,7 +32,7 @@ from online_dpo.head_to_head import (
     score_answers,
     unscored,
 )
-from online_dpo.scoring import LLMJudge, PairwiseScorer, Penalties, PointwiseScorer, build_scorers, pairwise_scorer
+from online_dpo.scoring import LLMJudge, PairwiseScorer, Penalties, PointwiseScorer, build_judge, build_scorers
 from online_dpo.types import Completion, Group
 
 TRAINED_ON = (
@@ -114,7 +114,7 @@ def set_up(plan: EvalPlan) -> Setup:
     return Setup(
         args=args,
         scorers=scorers,
-        judge=None if judge is None else pairwise_scorer(judge, tokenizers[0], args.chat_template_kwargs),  # pyright: ignore
+        judge=None if judge is None else build_judge(judge, tokenizers[0], args),
         model=model,
         against=against,
         sampling=Sampling(plan.options.samples, plan.options.greedy, wants_kl),

@@ -5,7 +5,7 @@ from online_dpo.scoring.functions import FunctionScorer
 from online_dpo.scoring.http_reward import HTTPReward
 from online_dpo.scoring.judge import FunctionJudge, Judge, JudgeScorer, check_judge, pairwise_scorer
 from online_dpo.scoring.llm_judge import LLMJudge
-from online_dpo.scoring.pairwise_model import PairwiseModelJudge
+from online_dpo.scoring.pairwise_model import PairwiseModelJudge, build_judge
 from online_dpo.scoring.penalties import Penalties
 from online_dpo.scoring.reward_model import RewardModelScorer, load_reward_model
 from online_dpo.scoring.scorer import AsyncPointwiseScorer, CountingScorer, PairwiseScorer, PointwiseScorer
@@ -28,6 +28,7 @@ __all__ = [
     "PointwiseScorer",
     "RewardFunc",
     "RewardModelScorer",
+    "build_judge",
     "build_scorers",
     "check_judge",
     "check_scorers",

@@ -15,11 +15,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from online_dpo.errors import FeedbackStopped, ScoringError
+from online_dpo.models import check_model_path
 from online_dpo.scoring.functions import is_async_function, submit, wait_for
 from online_dpo.scoring.scorer import PairwiseScorer, callable_name, chat_messages, check_duels, describe, flat_list
 from online_dpo.types import Completion, Group, Prompt
 
 NO_ANSWER = -1
+LLM = "llm"  # how run files name a language model
 
 
 @runtime_checkable
@@ -124,14 +126,20 @@ class FunctionJudge(PreferenceJudge):
 def check_judge(judge: Any, argument: str) -> None:
     """
     Raises:
-        TypeError: ``judge`` has none of the forms that :func:`pairwise_scorer` takes.
+        TypeError: ``judge`` has none of the forms that :func:`pairwise_scorer` takes, and is no path.
+        ValueError: it is the path of a folder that is not there, or names a judge that needs settings.
     """
+    if judge == LLM:
+        raise ValueError(f"A language model as `{argument}` needs settings: give `LLMJudge(model=..., ...)`.")
+    if isinstance(judge, str):
+        check_model_path(judge, argument)
+        return
     known = isinstance(judge, (Judge, PairwiseScorer))
     if not known and not (callable(judge) and (_takes_lists(judge) or _takes(judge, "prompt", "first", "second"))):
         raise TypeError(
             f"`{argument}` must have `name` and `prefer(duels)`, or a method `judge(prompts, completion_pairs, "
-            "shuffle_order)`, or be a function of that form or of the form f(prompt, first, second); this is "
-            f"{describe(judge)}."
+            "shuffle_order)`, or be a function of that form or of the form f(prompt, first, second), or the path of a "
+            f"pairwise model; this is {describe(judge)}."
         )
 
 

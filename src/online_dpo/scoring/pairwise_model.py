@@ -21,14 +21,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from online_dpo.config import OnlineDPOConfig
 from online_dpo.pairwise_kinds import LETTERS, PAIRRM, check_options, kind_of_class, pairwise_kind
 from online_dpo.scoring.duel_classifier import DuelClassifier
 from online_dpo.scoring.duel_letters import LetterReader
 from online_dpo.scoring.duel_reader import DuelReader, Text
-from online_dpo.scoring.judge import PreferenceJudge
+from online_dpo.scoring.judge import PreferenceJudge, check_judge, pairwise_scorer
 from online_dpo.scoring.judge_tally import Tally
 from online_dpo.scoring.reward_model import last_part
-from online_dpo.scoring.scorer import Counts, check_duels
+from online_dpo.scoring.scorer import Counts, PairwiseScorer, check_duels
 from online_dpo.types import Group
 
 
@@ -165,3 +166,16 @@ def _classes(kind: str) -> tuple[Any, Any]:
     if kind == LETTERS:
         return AutoModelForCausalLM, LetterReader
     return AutoModelForSequenceClassification, DuelClassifier
+
+
+def build_judge(judge: Any, tokenizer: PreTrainedTokenizerBase, args: OnlineDPOConfig) -> PairwiseScorer:
+    """What a user gives as ``judge``, as :func:`pairwise_scorer`; a string is the path or hub name of a pairwise model,
+    which is moved to ``args.device``.
+
+    Raises:
+        TypeError, ValueError, OSError: as :func:`check_judge` and :meth:`PairwiseModelJudge.load` say.
+    """
+    check_judge(judge, "judge")
+    if isinstance(judge, str):
+        return PairwiseModelJudge.load(judge, args.device)
+    return pairwise_scorer(judge, tokenizer, args.chat_template_kwargs)  # pyright: ignore[reportArgumentType]
