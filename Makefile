@@ -46,7 +46,7 @@ test-slow: $(STAMP)
 	$(PYTEST) -n 2 -m slow tests/unit tests/integration
 
 test-e2e: $(STAMP)
-	$(PYTEST) tests/e2e
+	$(PYTEST) -n 2 tests/e2e
 
 # without dependencies: the file names all of them, and leaves out some that vLLM asks for
 $(VLLM_STAMP): pyproject.toml constraints-vllm.txt

@@ -147,6 +147,7 @@ KINDS = {name: dict(loss_type=name, **SOFT) for name in LOSSES if name != "sft"}
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_losss_gradient_depends_on_the_cut(tmp_path, kind):
     """Soft labels, all pairs of a group, and a reference of its own, so that every part of the formulas counts."""
@@ -572,6 +573,7 @@ def test_running_out_of_memory_splits_the_micro_batch_and_keeps_the_gradient(tmp
     assert comparable(small) == pytest.approx(comparable(expected_log), rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", [True, False])
 def test_memory_that_sampling_keeps_is_taken_back_when_a_pass_does_not_fit(tmp_path, room):
     def hook(module, args, output):
@@ -586,6 +588,7 @@ def test_memory_that_sampling_keeps_is_taken_back_when_a_pass_does_not_fit(tmp_p
     assert bool(made.engine._buffers.layers) == room
 
 
+@pytest.mark.slow
 def test_a_single_pair_that_does_not_fit_says_what_to_do(tmp_path):
     def hook(module, args, output):
         if module.training:

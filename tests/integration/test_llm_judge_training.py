@@ -22,6 +22,7 @@ def more_w1(body, number):
     return says("A", 0.8) if first.count("w1") > second.count("w1") else says("B", 0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_staleness", [0, 1])
 def test_the_same_run_again_asks_nothing(tmp_path, max_staleness):
     with serving(more_w1) as endpoint:
@@ -44,6 +45,7 @@ def test_a_judge_that_stops_ends_the_run_with_its_own_error(tmp_path):
         judged(tmp_path, endpoint).train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_staleness", [0, 1])
 def test_a_run_that_was_stopped_is_resumed_without_asking_again(tmp_path, max_staleness):
     options = dict(max_steps=5, max_staleness=max_staleness, num_completions=3)
@@ -99,6 +101,7 @@ def prefers_the_first(body, number):
     return says("A", 0.7 + 0.3 * fair if body.get("logprobs") else None)  # A is the likelier letter in any case
 
 
+@pytest.mark.slow
 def test_both_orders_learn_from_a_judge_that_one_order_learns_nothing_from(tmp_path):
     """Its letter alone says only which answer stood first, as a judge that is asked once would be read. Asked in both
     orders, what it likes about the first place cancels in its probabilities.

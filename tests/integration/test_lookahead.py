@@ -135,6 +135,7 @@ def with_copy(tmp_path, forgets_from, **fields):
     return made
 
 
+@pytest.mark.slow
 def test_an_engine_that_samples_from_stale_weights_is_found(tmp_path):
     with_copy(tmp_path, 10**9, sync_check_steps=1).train()
     with pytest.raises(OutOfSyncError, match="After the weights of step 0"):

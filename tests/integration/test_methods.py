@@ -246,6 +246,7 @@ RESUMED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", RESUMED)
 @pytest.mark.parametrize("stop", [1, 3])
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, kind, stop):

@@ -98,6 +98,7 @@ def learn(folder, steps=100):
     model.save_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_a_policy_learns_what_pairrm_has_learned(folder):
     learn(folder / "house")
     gold = dict(eval_reward_funcs="feedback.py:count_words", eval_dataset_name="data.jsonl", eval_on_start=True)

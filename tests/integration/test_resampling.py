@@ -248,6 +248,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, kind):
     assert ours == theirs and sum(log["resample/rescued"] for log in theirs[2:]) > 0
 
 
+@pytest.mark.slow
 def test_a_run_that_failed_in_a_further_round_goes_on_from_where_it_was(tmp_path):
     options = dict(max_steps=4, resample_rounds=2, disable_dropout=False, learning_rate=0.02)
     scored = []

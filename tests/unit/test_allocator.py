@@ -32,6 +32,7 @@ def faults(word: str) -> int:
     return int(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
 def test_a_run_on_a_cpu_uses_freed_memory_again():
     assert faults("leave") > 100_000  # five times 120 MB in pages of 4 KiB are 146 000

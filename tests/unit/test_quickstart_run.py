@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -39,6 +40,7 @@ def test_summary_counts_ties_half():
     assert (summary["gold_before"], summary["gold_after"], summary["proxy_after"]) == (2.5, 2.75, 1.0)
 
 
+@pytest.mark.slow
 def test_a_tiny_run_writes_what_it_says(tmp_path):
     console = Console(record=True, width=200)
     summary = run_quickstart(tmp_path, seed=1, size=TINY, max_steps=2, console=console)
