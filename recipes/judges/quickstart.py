@@ -3,7 +3,10 @@
     python recipes/judges/quickstart.py runs/quickstart/start
 
 It starts as the quickstart's reward model, learns from comparisons that the rubric labels with 10 % noise, and is saved
-as `judge` in that folder. Its template is part of what it learned: `judge_kwargs: {template: "{prompt} {first}\n{prompt} {second}"}`.
+as `judge` in that folder. How its texts are written is part of what it learned, so a run file says it too:
+
+    judge: runs/quickstart/start/judge
+    judge_kwargs: {template: "{prompt} {first}<eos>{prompt} {second}<eos>"}
 """
 
 from __future__ import annotations
@@ -39,6 +42,8 @@ def main() -> None:
     parser.add_argument("--comparisons", type=int, default=FULL.comparisons, help="requests to learn from")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    if not (arguments.folder / "reward_model").is_dir():
+        parser.error(f"{arguments.folder} holds no reward_model; `online-dpo quickstart` makes one.")
     began = time.perf_counter()
     torch.manual_seed(arguments.seed)
     tokenizer = AutoTokenizer.from_pretrained(arguments.folder / "reward_model")
@@ -59,7 +64,9 @@ def deeper(reward_model: LlamaForSequenceClassification) -> LlamaForSequenceClas
     return model
 
 
-def examples(comparisons: list[Comparison], tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> Iterator[Example]:
+def examples(
+    comparisons: list[Comparison], tokenizer: PreTrainedTokenizerBase, rng: random.Random
+) -> Iterator[Example]:
     """A few preferences of each comparison, in either order."""
     for item in comparisons:
         for win, loss in rng.sample(item.wins, min(len(item.wins), 2)):

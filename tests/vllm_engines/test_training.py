@@ -21,7 +21,13 @@ def test_every_step_is_sampled_from_the_latest_weights(tmp_path, served, lora):
     check(train(tmp_path, model=model, sync_check_steps=1, **served))
 
 
-@pytest.mark.parametrize("max_staleness, transfer", [(0, "broadcast"), (1, "auto"), (1, "broadcast")])
+def test_xpo_samples_the_policy_there_and_the_reference_here(tmp_path, served):
+    log = train(tmp_path, method="xpo", sync_check_steps=1, **served)
+    check(log)
+    assert all(entry["opponent/mean_length"] > 0 and 0 <= entry["opponent/win_rate"] <= 1 for entry in log)
+
+
+@pytest.mark.parametrize("max_staleness, transfer", [(0, "auto"), (1, "broadcast")])
 def test_a_server_that_dies_in_the_middle_of_a_run_is_waited_for(tmp_path, server, served, max_staleness, transfer):
     """It comes back with the weights that it was first started with, and is given the latest before it samples; with
     ``max_staleness``, those of a step that has been trained beyond meanwhile.
