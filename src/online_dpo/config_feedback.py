@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-PAIR_SELECTIONS = ("best_worst", "best_random", "best_mean_minus_two_sigma", "all_pairs")
+PAIR_SELECTIONS = ("best_worst", "best_random", "best_mean_minus_two_sigma", "all_pairs", "widest_allowed")
 REWARD_NORMALIZATIONS = ("none", "group")
 TIE_POLICIES = ("skip", "first")
 OVEROPTIMISATION_POLICIES = ("off", "warn", "stop")
@@ -59,8 +59,9 @@ class FeedbackFields:
     pair_selection: str = "best_worst"
     """Which completions of a group become pairs. `best_worst`: the highest against the lowest score. `best_random`:
     the highest against a random lower one. `best_mean_minus_two_sigma`: the highest against the one closest to the
-    group's mean minus two standard deviations (arXiv 2502.16825). `all_pairs`: each against each lower one. A judge
-    goes with `best_worst`.
+    group's mean minus two standard deviations (arXiv 2502.16825). `all_pairs`: each against each lower one.
+    `widest_allowed`: of all pairs that `min_margin`, `max_margin` and `max_length_ratio` allow, the one whose scores
+    differ most. A judge goes with `best_worst`.
     """
 
     min_margin: float | None = None

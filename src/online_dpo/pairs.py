@@ -235,13 +235,21 @@ def all_pairs(scored: Sequence[Scored], draw: float) -> list[tuple[Scored, Score
     return [(better, worse) for better in scored for worse in scored if better[0] > worse[0]]
 
 
+def widest_allowed(scored: Sequence[Scored], draw: float) -> list[tuple[Scored, Scored]]:
+    """All pairs, the widest first; what is trained is the first one that nothing objects to."""
+    return sorted(all_pairs(scored, draw), key=lambda pair: (pair[1][0] - pair[0][0], pair[0][1], -pair[1][1]))
+
+
 Strategy = Callable[[Sequence[Scored], float], list[tuple[Scored, Scored]]]
 STRATEGIES: dict[str, Strategy] = {
     "best_worst": best_worst,
     "best_random": best_random,
     "best_mean_minus_two_sigma": best_mean_minus_two_sigma,
     "all_pairs": all_pairs,
+    "widest_allowed": widest_allowed,
 }
+FIRST_ALLOWED = ("widest_allowed",)
+"""Strategies that look for another pair where there is an objection to the first."""
 
 
 def _best(scored: Sequence[Scored]) -> Scored:
@@ -281,7 +289,9 @@ def _add(candidates: Sequence[Candidate], made: Pairing, selection: Selection) -
     objections = [_objection(pair, margin, selection) for pair, margin in candidates]
     kept = [pair for (pair, _), objection in zip(candidates, objections, strict=True) if objection is None]
     reasons = [objection for objection in objections if objection is not None]
-    if kept:
+    if kept and selection.strategy in FIRST_ALLOWED:
+        made.pairs.append(kept[0])
+    elif kept:
         made.pairs.extend(kept)
         made.left_out.update(reasons)
     else:

@@ -151,6 +151,31 @@ def test_a_judges_ties_identical_completions_and_lengths():
     assert made.dropped == {"identical": 1, "length_ratio": 1}
 
 
+def test_the_widest_pair_that_is_allowed():
+    """Lengths 2, 9, 3 and 8 tokens: in 0 to 2 and 1 to 3 they are within half of each other."""
+    lengths = [[5, 1], [5] * 8 + [1], [6, 5, 1], [7] * 7 + [1]]
+    selection = Selection(strategy="widest_allowed", max_length_ratio=1.5)
+    rows = [
+        [9.0, 1.0, 8.0, 5.0],
+        [9.0, 1.0, 3.0, 2.0],
+        [9.0, 9.0, 9.0, 9.0],
+        [None, 1.0, 2.0, None],
+        [4.0, 2.0, 1.0, 5.0],
+    ]
+    made = pairs_from_scores(groups_of(*[lengths] * 5), Scores(rows, {}), selection)
+    assert indices(made) == [(3, 1), (0, 2), (0, 2)]
+    assert made.dropped == {"tie": 1, "length_ratio": 1} and not made.left_out
+
+    selection = Selection(strategy="widest_allowed", min_margin=0.5, max_margin=3.0)
+    rows = [[9.0, 1.0, 6.0, 5.0], [9.0, 1.0, 9.25, 20.0], [4.0, 2.0, 4.0, 2.0]]
+    made = pairs_from_scores(groups_of(*[lengths] * 3), Scores(rows, {}), selection)
+    assert indices(made) == [(0, 2), (0, 3)] and made.dropped == {"margin": 1} and not made.left_out
+    plain = Selection(strategy="widest_allowed")
+    assert indices(pairs_from_scores(groups_of(*[lengths] * 3), Scores(rows, {}), plain)) == indices(
+        pairs_from_scores(groups_of(*[lengths] * 3), Scores(rows, {}))
+    )
+
+
 # normalised scores, and a judge beside scores -------------------------------------------------------------------------
 
 
