@@ -252,7 +252,7 @@ def xpo_losses(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
 
 def nash_md_losses(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
     """Nash-MD-PG: ``-(P(y > y') - 1/2 - beta log(pi(y) / pi_ref(y))) log pi(y)``, where the policy wrote ``y`` and its
-    opponent ``y'``, and no gradient flows into the bracket (Munos et al. 2023, arXiv 2312.00886, section 7.2: the
+    opponent ``y'``, and no gradient flows into the bracket (Munos et al. 2023, arXiv 2312.00886, section 7: the
     regularised policy gradient, with beta as its tau).
 
     In expectation its gradient is that of ``beta KL(pi, pi_ref) - P(pi > opponent)``; its value means nothing. One half

@@ -1,9 +1,12 @@
 """Training on the answers of a language model, asked over HTTP."""
 
+import hashlib
+from collections import Counter
+
 import pytest
 import torch
 
-from endpoint import error, says, serving, shown
+from endpoint import Answer, error, says, serving, shown
 from online_dpo.cli.judge_plan import BuiltInJudge
 from online_dpo.cli.train import load_judge
 from online_dpo.errors import FeedbackStopped
@@ -92,6 +95,57 @@ def test_a_judge_that_likes_the_first_place_is_told_by_the_log(tmp_path):
         [log] = [entry for entry in once.state.log_history if "pairs/count" in entry]
         assert log["judge/position_bias"] == pytest.approx(0.7, abs=1e-6)
         assert log["pairs/probability"] == pytest.approx(0.7, abs=1e-6) and log["pairs/count"] >= 10
+
+
+def digit(body):
+    """The same for the same question."""
+    return hashlib.sha256(body["messages"][0]["content"].encode()).digest()[0] % 10
+
+
+def cannot_say_now_and_then(body, number):
+    return says("I cannot say.") if digit(body) == 0 else more_w1(body, number)
+
+
+@pytest.mark.slow
+def test_an_endpoint_in_trouble_ends_where_a_healthy_one_does(tmp_path):
+    """The first time that they are asked, questions meet 429, 500, an answer that is no JSON, a connection that says
+    nothing for longer than is waited for, or a very slow one. None of it changes what is trained; all of it is counted.
+    """
+    asked = Counter()
+    troubles = {
+        1: lambda: error(429, **{"Retry-After": "0.2"}),
+        2: lambda: error(500),
+        3: lambda: Answer(b"<html>Bad gateway</html>", headers={"Content-Type": "text/html"}),
+        4: lambda: Answer(b"{}", delay=2.0),
+        5: lambda: Answer(b"{" * 40, drip=0.1),
+    }
+
+    def in_trouble(body, number):
+        question = body["messages"][0]["content"]
+        asked[question] += 1
+        if asked[question] == 1 and digit(body) in troubles:
+            return troubles[digit(body)]()
+        return cannot_say_now_and_then(body, number)
+
+    fields = dict(max_steps=4, num_completions=3, logging_steps=4)
+    logs, weights = [], []
+    for name, respond in {"healthy": cannot_say_now_and_then, "in_trouble": in_trouble}.items():
+        with serving(respond) as endpoint:
+            settings = {"request_timeout": 1.0, "max_failure_share": 0.5}
+            made = judged(tmp_path / name, endpoint, f"{name}.sqlite3", settings, **fields)
+            made.train()
+            [log] = [entry for entry in made.state.log_history if "pairs/count" in entry]
+            logs.append(log)
+            weights.append(list(made.model.parameters()))
+    healthy, troubled = logs
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*weights, strict=True))
+    counts = ("judge/failed", "judge/unparsable", "judge/duels", "pairs/count", "prompts", "dropped/no_answer")
+    assert {name: healthy[name] for name in counts} == {name: troubled[name] for name in counts}
+    met = Counter(digit({"messages": [{"content": question}]}) for question in asked)
+    assert min(met[trouble] for trouble in troubles) >= 1 and troubled["judge/unparsable"] == met[0] >= 1
+    again = sum(met[trouble] for trouble in troubles)
+    assert troubled["judge/requests"] == healthy["judge/requests"] + again
+    assert troubled["prompts"] == troubled["pairs/count"] + sum(v for k, v in troubled.items() if "dropped/" in k)
 
 
 def prefers_the_first(body, number):
