@@ -7,7 +7,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from accelerate.utils import is_peft_model
@@ -37,7 +37,7 @@ from online_dpo.rollout.vllm_client import VLLMClient
 from online_dpo.rollout.vllm_colocate import VLLMColocateEngine
 from online_dpo.rollout.vllm_requests import vllm_sampling
 from online_dpo.rollout.vllm_server import VLLMServerEngine
-from online_dpo.scoring import PointwiseScorer, RewardModelScorer, check_judge, check_scorers
+from online_dpo.scoring import PointwiseScorer, RewardModelScorer, check_judge, check_reward_columns, check_scorers
 
 logger = logging.getLogger(__name__)
 
@@ -316,6 +316,27 @@ def check_stream(args: OnlineDPOConfig) -> None:
             raise ValueError(
                 f"A list of `{name}`s goes by epochs, and a streamed `train_dataset` has none; give one number."
             )
+
+
+def named_datasets(eval_dataset: Any) -> dict[str, Any]:
+    """The datasets to evaluate on, each as an error should call it."""
+    if isinstance(eval_dataset, dict):
+        return {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
+    return {} if eval_dataset is None else {"eval_dataset": eval_dataset}
+
+
+def check_columns(reward_funcs: Any, datasets: Mapping[str, Any], not_passed_on: Sequence[str]) -> None:
+    """
+    Raises:
+        ScoringError: a reward function names a column that one of the prepared datasets has not. A stream may not know
+            its columns; it is checked when the function is called.
+    """
+    if reward_funcs is None:
+        return
+    for name, dataset in datasets.items():
+        if isinstance(dataset, Dataset):
+            columns = [column for column in dataset.column_names if column not in not_passed_on]
+            check_reward_columns(reward_funcs, columns, f"`{name}`")
 
 
 def check_templates(scorers: Sequence[PointwiseScorer], dataset: Any) -> None:

@@ -34,6 +34,7 @@ class StepGuard(TrainerCallback):
         self.max_skipped_steps = max_skipped_steps
         self.skipped_in_a_row = 0
         self.skipped = 0
+        self._idle = False
         self._begin_step(num_pairs=0)
 
     def _begin_step(self, num_pairs: int) -> None:
@@ -85,6 +86,29 @@ class StepGuard(TrainerCallback):
         if control.should_training_stop:
             control.should_log = True  # what has been collected since the last log would be lost
         return control
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Says once, until there are pairs again, that nothing is trained."""
+        if not logs or "pairs/count" not in logs:  # an evaluation's, or the last one's
+            return
+        idle = logs["pairs/count"] == 0
+        if idle and not self._idle and state.is_world_process_zero:
+            reasons = {name.partition("/")[2]: count for name, count in logs.items() if name.startswith("dropped/")}
+            why = ", ".join(f"{reason} {count:.0f}" for reason, count in reasons.items() if count)
+            logger.warning(
+                "Nothing was trained since the last log, at step %d: none of %.0f prompts gave a pair (%s).",
+                state.global_step,
+                logs["prompts"],
+                why,
+            )
+        self._idle = idle
 
     @property
     def diverged(self) -> bool:

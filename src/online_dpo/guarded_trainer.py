@@ -58,6 +58,13 @@ class GuardedTrainer(Trainer):
         self.guard.raise_if_diverged(self.state, self.args.output_dir)  # pyright: ignore[reportArgumentType]
         return result
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """The parent's, unless the checkpoint that is resumed was the run's last: it would train one more step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def without_fill(self, batches: list[dict[str, list]]) -> list[dict[str, list]]:
         """The batches of a step without the rows that a data loader repeats so that all ranks have equally many.
 

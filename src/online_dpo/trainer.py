@@ -35,9 +35,11 @@ from online_dpo.build import (
     build_reference,
     built_in_engine,
     check_arguments,
+    check_columns,
     check_stream,
     check_templates,
     choose_scorers,
+    named_datasets,
     train_on_one_device_per_process,
 )
 from online_dpo.config import OnlineDPOConfig
@@ -143,6 +145,10 @@ class OnlineDPOTrainer(FeedbackTrainer):
             }
         elif eval_dataset is not None:
             eval_dataset = self._prepared(eval_dataset, "eval_dataset")
+        if data_collator is None:  # one's own may add columns
+            looked_at = named_datasets(eval_dataset) if args.eval_strategy != "no" else {}
+            check_columns(reward_funcs, {"train_dataset": train_dataset, **looked_at}, PREPARED_COLUMNS)
+            check_columns(eval_reward_funcs, looked_at, PREPARED_COLUMNS)
         train_on_one_device_per_process(args)
 
         set_seed(args.seed)  # an adapter's first weights are random

@@ -9,6 +9,7 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, TrainerCallback
 
 import tiny
@@ -824,3 +825,46 @@ def test_missing_eos_penalty_lowers_unfinished_completions(tmp_path):
     [log] = train_logs(made)
     assert log["objective/scores"] == pytest.approx(-2.5 * log["completions/clipped_ratio"])
     assert OnlineDPOConfig(output_dir=str(tmp_path), use_cpu=True).missing_eos_penalty is None
+
+
+def test_resuming_a_run_that_was_over_trains_nothing_more(tmp_path):
+    trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2).train()
+    made = trainer(tmp_path, max_steps=2)
+    made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    assert made.state.global_step == 2
+    assert all(torch.equal(made.model.get_parameter(name), weight) for name, weight in saved.items())
+
+
+def test_steps_without_any_pair_are_warned_of_once_until_there_are_some(tmp_path, caplog):
+    steps = iter([True, True, False, True])
+
+    def reward(completions):
+        missing = next(steps)
+        return [None if missing else float(number) for number, _ in enumerate(completions)]
+
+    trainer(tmp_path, reward_funcs=reward, max_steps=4).train()
+    said = [record.getMessage() for record in caplog.records if "Nothing was trained" in record.getMessage()]
+    assert said == [
+        f"Nothing was trained since the last log, at step {step}: none of 4 prompts gave a pair (missing_score 4)."
+        for step in (1, 4)
+    ]
+
+
+@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
+def test_a_column_that_a_reward_needs_is_missed_before_anything_is_loaded(tmp_path, name):
+    def reward(completions, solution):
+        return [0.0] * len(completions)
+
+    with_column = dataset(solution=["a"] * len(LENGTHS))
+    datasets = {"train_dataset": with_column, "eval_dataset": with_column, name: dataset()}
+    with pytest.raises(ScoringError, match=f"`reward` needs the argument `solution`, but `{name}` has no such column"):
+        trainer(
+            tmp_path,
+            model="org/that-is-nowhere",
+            reward_funcs=reward,
+            train_dataset=datasets["train_dataset"],
+            kwargs={"eval_dataset": datasets["eval_dataset"]},
+            eval_strategy="steps",
+            eval_steps=1,
+        )

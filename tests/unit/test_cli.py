@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
 import online_dpo
 from online_dpo.cli.interrupt import InterruptCallback
-from online_dpo.cli.progress import ProgressDisplay, duration, number
+from online_dpo.cli.progress import ProgressDisplay, duration, number, plain_warnings
 from online_dpo.cli.references import load_reference, parse_reference
 from online_dpo.cli.run_config import RunConfig
 from online_dpo.cli.run_file import UsageError, looks_like_path, plan_run
@@ -515,3 +516,21 @@ def test_numbers_and_durations() -> None:
         "inf",
     ]
     assert (duration(3723.4), duration(-1)) == ("1:02:03", "0:00:00")
+
+
+def test_warnings_are_one_line_without_a_place_in_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    plain_warnings()
+    assert warnings.formatwarning("Ignored without\n  a reward: x.", UserWarning, "train.py", 86) == (
+        "warning: Ignored without a reward: x.\n"
+    )
+    assert "library.py:7: DeprecationWarning: old" in warnings.formatwarning(
+        "old", DeprecationWarning, "library.py", 7, line=""
+    )
+
+
+def test_stopping_by_overoptimisation_needs_evaluations(folder: Path) -> None:
+    run = write(folder / "run.yaml", {**GOOD, "overoptimisation": "stop"})
+    assert problems_of(run) == [
+        f"{run}:{len(GOOD) + 1}: `overoptimisation: stop` compares evaluations. Give `eval_strategy` and `eval_steps`."
+    ]

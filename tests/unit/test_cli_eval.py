@@ -41,6 +41,10 @@ def partly(prompts, completions):
     return [None if p.split()[0] == first else float(len(c.split())) for p, c in zip(prompts, completions)]
 
 
+def checks(completions, solution):
+    return [0.0] * len(completions)
+
+
 def fails(completions):
     raise ConnectionError("away")
 
@@ -336,6 +340,7 @@ REWARD = ("--reward", "rewards.py:words")
         ((*MODELS, *PROMPTS, *REWARD, "--samples", "0"), "command line: `samples` is 0; wanted: 1 or more."),
         ((*MODELS, *PROMPTS, *REWARD, "--samples", "2", "--greedy"), "command line: `samples` is above 1, but with"),
         ((*MODELS, *PROMPTS, *REWARD, "--json", "no/x.json"), "command line: `json`: there is no folder no."),
+        ((*MODELS, *PROMPTS, *REWARD, "--output", "empty"), "command line: `output`: empty is a folder."),
         (
             (*MODELS, *PROMPTS, *REWARD, "--temprature", "1"),
             "command line: `temprature` is not a field. Did you mean `",
@@ -454,3 +459,9 @@ def test_a_run_that_has_not_ended_says_where_its_checkpoints_are(folder):
         (folder / "out" / f"checkpoint-{step}").mkdir(parents=True)
     with pytest.raises(UsageError, match=r"holds no model. Give --model, such as --model out/checkpoint-10\."):
         plan(output_dir="out")
+
+
+def test_a_column_that_a_reward_needs_is_missed_before_the_models_answer(folder, capsys):
+    assert run(*MODELS, *PROMPTS, "--reward", "rewards.py:checks", "--output", "answers.jsonl") == 2
+    said = "`checks` needs the argument `solution`, but `prompts` has no such column"
+    assert said in capsys.readouterr().err and not Path("answers.jsonl").exists()

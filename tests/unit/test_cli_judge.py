@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,11 +14,12 @@ import torch
 import yaml
 
 import online_dpo
-from endpoint import error, says, serving, shown
+from endpoint import Answer, error, says, serving, shown
 from online_dpo.cli.judge_plan import BuiltInJudge
 from online_dpo.cli.main import main
 from online_dpo.cli.run_file import UsageError, plan_run
 from online_dpo.evaluate import wilson_interval
+from online_dpo.judge_settings import JudgeSettings
 from pairwise_folders import pairrm_folder, pairrm_log_odds
 
 KEY = "sk-secret-0123456789"
@@ -156,13 +158,63 @@ def test_wrong_files(rows, message, capsys):
         (["--pairwise-model", "."], "is no model folder"),
         (["--pairwise-model", ".", "--votes", "3"], "--pairwise-model does not go with --votes"),
         (["--model", "m", "--pairwise-kwargs", "{batch_size: 2}"], "--pairwise-kwargs goes with --pairwise-model"),
-        (["--pairwise-model", ".", "--pairwise-kwargs", "batch_size"], "its options are 'batch_size'; wanted: such as"),
+        (["--pairwise-model", ".", "--pairwise-kwargs", "batch_size"], "is 'batch_size'; wanted: such as '{batch_size"),
+        (["--model", "m", "--base-url", "http://localhost:1/v1", "--extra", "seed"], "--extra is 'seed'; wanted: such"),
         (["--model", "m", "--base-url", "http://localhost:1/v1", "--output", "no/where.jsonl"], "there is no folder"),
+        (["--model", "m", "--base_url", "http://localhost:1/v1", "--output", "."], "--output: . is a folder"),
+        (["--model", "m", "--base-url", "http://localhost:1/v1", "--rubric-file", "empty.txt"], "empty.txt is empty"),
     ],
 )
 def test_wrong_words(words, message, capsys):
+    Path("empty.txt").write_text("\n")
     assert main(["judge", written("pairs.jsonl", ROWS), *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_wrong_option_is_one_line_with_the_nearest(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["judge", "pairs.jsonl", "--modle", "m"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: unrecognized arguments: --modle m. Did you mean `model`? See: online-dpo judge --help\n"
+    )
+
+
+def test_fields_of_the_request(capsys):
+    def vote(body, number):
+        return says("A")
+
+    with serving(vote) as endpoint:
+        extra = "{seed: 7, max_tokens: null, max_completion_tokens: 50}"
+        assert run(endpoint, written("pairs.jsonl", ROWS[:1]), "--extra", extra, "--no-logprobs") == 0
+    assert [seen.body["seed"] for seen in endpoint.seen] == [7, 7]
+    assert {name for seen in endpoint.seen for name in seen.body} == {
+        "model",
+        "messages",
+        "temperature",
+        "seed",
+        "max_completion_tokens",
+    }
+
+
+def test_every_setting_of_a_judge_is_an_option(capsys):
+    with pytest.raises(SystemExit):
+        main(["judge", "--help"])
+    listed = capsys.readouterr().out
+    options = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(JudgeSettings)}
+    assert all(option in listed for option in options - {"--logprobs"}) and "--no-logprobs" in listed
+
+
+def test_an_endpoint_that_is_away_is_named(capsys):
+    words = ["--model", "m", "--base_url", "http://localhost:1/v1", "--attempts", "1", "--no_cache"]
+    assert main(["judge", written("pairs.jsonl", ROWS[:2]), *words]) == 1
+    assert "Last cause: no connection to http://localhost:1/v1: " in capsys.readouterr().err
+
+
+def test_an_endpoint_that_is_something_else_is_named(capsys):
+    with serving(lambda body, number: Answer(b"<html>hello</html>")) as endpoint:
+        assert run(endpoint, written("pairs.jsonl", ROWS[:2]), "--attempts", "1") == 1
+    assert f"no chat completion from {endpoint.url}, but '<html>hello</html>'" in capsys.readouterr().err
     assert main(["judge", "nowhere.jsonl", "--model", "m", "--base-url", "http://localhost:1/v1"]) == 2
 
 
@@ -280,6 +332,17 @@ def test_wrong_options_of_pairwise_models(home, config, kwargs, message):
 )
 def test_wrong_judge_kwargs(home, kwargs, message):
     assert message in problem(home, **({"judge_kwargs": kwargs} if kwargs else {}))
+
+
+def test_judge_kwargs_that_are_no_mapping_are_one_problem(home):
+    assert problem(home, judge_kwargs="gpt").endswith("run.yaml:4: `judge_kwargs` is 'gpt'; wanted: a mapping or null.")
+
+
+@pytest.mark.parametrize("name", ["./away", "llm-blender/PairRM-hf", "LLM", "mine.py"])
+def test_a_judge_that_is_nowhere_is_told_every_form(home, name):
+    said = problem(home, judge=name)
+    assert f"`judge` is {name!r}, but there is no folder" in said
+    assert "Give `llm`, the folder of a pairwise model on this disk, `file.py:name` or `package.module:name`." in said
 
 
 def test_judge_kwargs_that_nothing_takes_are_warned_of(home):

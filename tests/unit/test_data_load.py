@@ -191,7 +191,7 @@ MALFORMED = {
     "cut.jsonl.gz": ('{"prompt": "a"}\n\n{"prompt": "b\n', r"cut\.jsonl\.gz: line 3 is no JSON object \("),
     "strings.ndjson": ('"a"\n"b"\n', r"strings\.ndjson: line 1 is no JSON object \(but of type str\)"),
     "array.json": ('[\n{"prompt": "a"},\n{"prompt" "b"}\n]', r"array\.json: malformed JSON in line 3 \(Expecting ':'"),
-    "no_bytes.jsonl": ("", r"Empty: .*no_bytes\.jsonl"),
+    "no_bytes.jsonl": ("", r"There are no prompts in .*no_bytes\.jsonl: the file is empty"),
     "blank.jsonl": ("\n\n", r"blank\.jsonl: it holds no rows"),
     "blank.jsonl.gz": ("", r"blank\.jsonl\.gz: it holds no rows"),
     "numbers.json": ("[{}, 3]", r"numbers\.json.*(entry 2 is no JSON object|int)"),

@@ -94,7 +94,7 @@ def test_it_stops_when_refused_or_when_too_much_fails(monkeypatch):
     with serving(lambda body, number: error(400, "no")) as endpoint:
         reward = HTTPReward(endpoint.url, batch_size=2)
         reward.score(duels(9))
-        with pytest.raises(FeedbackStopped, match="20 of the last 20 questions"):
+        with pytest.raises(FeedbackStopped, match=r"Reward `.*` gave no usable answer to 20 of the last 20 questions"):
             reward.score(duels(1))
 
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from online_dpo.errors import FeedbackStopped, ScoringError
-from online_dpo.scoring import FunctionJudge, JudgeScorer, PairwiseScorer, pairwise_scorer
+from online_dpo.scoring import FunctionJudge, JudgeScorer, PairwiseScorer, check_judge, pairwise_scorer
 from online_dpo.types import Completion, Group, Prompt
 
 TEMPLATE = (
@@ -225,3 +225,13 @@ def test_which_form_a_function_has():
     assert pairwise_scorer(of_pair, tokenizer()) is of_pair
     with pytest.raises(TypeError, match=r"`judge` must have `name`.*or of the form f\(prompt, first, second\)"):
         pairwise_scorer(lambda prompts, pairs: [1, 0], tokenizer())
+
+
+def test_a_function_of_another_form_is_shown_with_its_arguments():
+    def compare(question, pair):
+        return 0
+
+    with pytest.raises(TypeError, match=r"this is the function compare\(question, pair\)\."):
+        check_judge(compare, "judge")
+    with pytest.raises(TypeError, match=r"this is the function compare\(question, pair\)\."):
+        FunctionJudge(compare)

@@ -111,6 +111,8 @@ class EvalChecker(RunChecker):
         for name in ("json", "output"):
             if self._given(name) and not Path(self.values[name]).expanduser().absolute().parent.is_dir():
                 yield f"{self._where(name)}: `{name}`: there is no folder {Path(self.values[name]).parent}."
+            elif self._given(name) and Path(self.values[name]).expanduser().is_dir():
+                yield f"{self._where(name)}: `{name}`: {self.values[name]} is a folder. Give the name of a file."
 
     def plan(self) -> EvalPlan:
         assert self.prompts is not None

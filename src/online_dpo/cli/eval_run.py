@@ -12,14 +12,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from online_dpo.build import check_templates
+from online_dpo.build import check_columns, check_templates
 from online_dpo.cli.eval_plan import EvalPlan
-from online_dpo.cli.progress import number, silence_progress_bars
+from online_dpo.cli.progress import number, plain_warnings, silence_progress_bars
 from online_dpo.cli.references import Reference, load_reference
 from online_dpo.cli.train import SETUP_ERRORS, load_judge, load_tokenizer, report_error
 from online_dpo.comparison import Match, compare
 from online_dpo.config import OnlineDPOConfig
-from online_dpo.data import load_prompts
+from online_dpo.data import PREPARED_COLUMNS, load_prompts
 from online_dpo.errors import OnlineDPOError, ScoringError
 from online_dpo.head_to_head import (
     Answers,
@@ -60,6 +60,7 @@ class Setup:
 def run_evaluation(plan: EvalPlan, *, show_traceback: bool) -> int:
     """Run a checked plan and return the exit code: 0, 1 (scoring failed) or 2 (something cannot be loaded)."""
     silence_progress_bars()
+    plain_warnings()
     try:
         setup = set_up(plan)
         answers = answer(setup.model, setup.against, setup.args, setup.sampling)
@@ -107,6 +108,7 @@ def set_up(plan: EvalPlan) -> Setup:
         prepare_player(path, tokenizer, dataset, args)
         for path, tokenizer in zip((plan.model, plan.against), tokenizers, strict=True)
     )
+    check_columns(rewards, {"prompts": model.dataset}, PREPARED_COLUMNS)
     wants_kl = shared if plan.options.kl is None else plan.options.kl
     judge = None if plan.judge is None else load_judge(plan.judge, args)
     scorers = [] if judge is not None else build_scorers(rewards, None, args, state=None)

@@ -7,23 +7,24 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
 from online_dpo.cli.judge_file import read_pairs
 from online_dpo.cli.judge_plan import BuiltInJudge, plan_pairwise_model
 from online_dpo.cli.schema import PACKAGE, FieldSpec, read_class
+from online_dpo.cli.values import nearest
 from online_dpo.judge_settings import INCONSISTENT, ORDERS, JudgeSettings
 
 KINDS = {"str": str, "int": int, "float": float}
 CHOICES = {"order": ORDERS, "inconsistent": INCONSISTENT}
-NO_OPTION = ("extra", "logprobs", "cache")
+NO_OPTION = ("extra", "logprobs", "cache")  # these are written by hand
 
 
 def judge(words: Sequence[str]) -> int:
     """Label the file and print a report. Returns the exit code: 0, 1 (the judge failed) or 2 (wrong input)."""
-    arguments = vars(_parser().parse_args(words))
+    arguments = vars(_parser().parse_args(_with_hyphens(words)))
     try:
         chosen = chosen_judge(arguments)
         if arguments["limit"] is not None and arguments["limit"] < 1:
@@ -32,6 +33,8 @@ def judge(words: Sequence[str]) -> int:
         output = arguments["output"]
         if output is not None and not output.absolute().parent.is_dir():
             raise ValueError(f"--output: there is no folder {output.absolute().parent}.")
+        if output is not None and output.is_dir():
+            raise ValueError(f"--output: {output} is a folder. Give the name of a file.")
     except ValueError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
@@ -51,12 +54,17 @@ def chosen_judge(arguments: dict[str, Any]) -> BuiltInJudge:
         given["cache"] = None
     elif arguments["cache"] is not None:
         given["cache"] = str(arguments["cache"])
+    if arguments["no_logprobs"]:
+        given["logprobs"] = False
+    if "extra" in given:
+        given["extra"] = _mapping("--extra", given["extra"], "{seed: 0}")
     folder, options = arguments["pairwise_model"], arguments["pairwise_kwargs"]
     if folder is not None:
         if given:
             raise ValueError(f"--pairwise-model does not go with --{next(iter(given)).replace('_', '-')}.")
+        given_options = _mapping("--pairwise-kwargs", options or "{}", "{batch_size: 8}")
         try:
-            return plan_pairwise_model(folder, _mapping(options))
+            return plan_pairwise_model(folder, given_options)
         except ValueError as problem:
             raise ValueError(f"--pairwise-model: {problem}") from None
     if options is not None:
@@ -67,18 +75,38 @@ def chosen_judge(arguments: dict[str, Any]) -> BuiltInJudge:
     return BuiltInJudge(None, given)
 
 
-def _mapping(text: str | None) -> dict[str, Any]:
+def _with_hyphens(words: Sequence[str]) -> list[str]:
+    """The words, with options written as ``train`` and ``eval`` also take them: ``--base_url``."""
+
+    def hyphenated(word: str) -> str:
+        name, equals, value = word.partition("=")
+        return f"{name.replace('_', '-')}{equals}{value}" if word.startswith("--") else word
+
+    return [hyphenated(word) for word in words]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without all options above it."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0]
+        options = [option[2:].replace("-", "_") for option in self._option_string_actions]
+        hint = nearest(unknown[2:], options) if unknown.startswith("--") else ""
+        self.exit(2, f"error: {message}.{hint} See: {self.prog} --help\n")
+
+
+def _mapping(name: str, text: str, example: str) -> dict[str, Any]:
     try:
-        options = yaml.safe_load(text or "{}")
+        options = yaml.safe_load(text)
     except yaml.YAMLError:
         options = None
     if not isinstance(options, dict):
-        raise ValueError(f"its options are {text!r}; wanted: such as '{{batch_size: 8}}'.")
+        raise ValueError(f"{name} is {text!r}; wanted: such as '{example}'.")
     return options
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="online-dpo judge",
         description="Ask a judge about pairs of answers, and report how far it agrees with labels and with itself.",
         epilog="Answers are kept in the cache: what was asked before is not asked again.",
@@ -97,6 +125,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--cache", type=Path, help=f"file of the cache (default: {JudgeSettings.cache})")
     parser.add_argument("--no-cache", action="store_true", help="keep no answers")
+    parser.add_argument(
+        "--no-logprobs", action="store_true", help="ask for no log-probabilities: each answer is a vote"
+    )
+    parser.add_argument(
+        "--extra",
+        metavar="FIELDS",
+        help="further fields of each request: '{seed: 0}'; null leaves one out: '{max_tokens: null, "
+        "max_completion_tokens: 2000}' for models that know only the other name",
+    )
     for spec in read_class(PACKAGE / "judge_settings.py", "JudgeSettings", group="").values():
         if spec.name not in NO_OPTION:
             _add_option(parser, spec)

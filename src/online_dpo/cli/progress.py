@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, TextIO
@@ -25,6 +26,18 @@ def silence_progress_bars() -> None:
 
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
+
+
+def plain_warnings() -> None:
+    """Warnings to users in one line, as the commands' own: where in the code they were given tells them nothing."""
+    usual = warnings.formatwarning
+
+    def formatted(message: Warning | str, category: type[Warning], *place: Any, **line: Any) -> str:
+        if category is UserWarning:
+            return f"warning: {' '.join(str(message).split())}\n"
+        return usual(message, category, *place, **line)
+
+    warnings.formatwarning = formatted
 
 
 COLUMNS = {

@@ -276,10 +276,19 @@ class RunChecker:
         candidates = [folder / Path(text).expanduser() for folder in folders]
         model = None if text == LLM else next((path for path in candidates if path.is_dir()), None)
         if text != LLM and model is None:
+            if ":" not in text:
+                places = " or ".join(dict.fromkeys(map(str, candidates)))
+                yield (
+                    f"{self._where(name)}: `{name}` is {text!r}, but there is no folder {places}. Give `llm`, the "
+                    "folder of a pairwise model on this disk, `file.py:name` or `package.module:name`."
+                )
+                return
             yield from self._references(name)
             if self.references[name]:
                 [self.judges[name]] = self.references[name]
             return
+        if f"{name}_kwargs" in self.entries and f"{name}_kwargs" not in self.values:
+            return  # they are no mapping, which has been said
         where = self._where(f"{name}_kwargs" if options else name)
         try:
             self.judges[name] = plan_llm(options, folders) if model is None else plan_pairwise_model(model, options)
@@ -304,6 +313,9 @@ class RunChecker:
             name = "eval_strategy" if "eval_strategy" in self.values else "eval_on_start"
             where = self._where(name)
             yield f"{where}: `{name}` needs prompts to evaluate on. Give `dataset_test_split` or `eval_dataset_name`."
+        if self.values.get("overoptimisation") == "stop" and self.values.get("eval_strategy", "no") == "no":
+            where = self._where("overoptimisation")
+            yield f"{where}: `overoptimisation: stop` compares evaluations. Give `eval_strategy` and `eval_steps`."
 
 
 def looks_like_path(text: str) -> bool:

@@ -165,7 +165,7 @@ def _load_files(source: str, files: dict[str, list[Path]], split: str, streaming
         raise ValueError(f"{source} has no split {split!r}. Its splits are: {listed}.")
     empty = [str(file) for file in every_file if file.stat().st_size == 0]
     if empty:
-        raise ValueError(f"Empty: {', '.join(empty)}.")
+        raise ValueError(f"There are no prompts in {', '.join(empty)}: the file is empty.")
     if read_here:
         return _stream_json(source, files[split])
     # Brackets in a folder's name are no pattern.

@@ -1,6 +1,6 @@
 """Scoring: groups in, a number for each completion (or a preference for each pair) out."""
 
-from online_dpo.scoring.combine import RewardFunc, build_scorers, check_scorers, score_groups
+from online_dpo.scoring.combine import RewardFunc, build_scorers, check_reward_columns, check_scorers, score_groups
 from online_dpo.scoring.functions import FunctionScorer
 from online_dpo.scoring.http_reward import HTTPReward
 from online_dpo.scoring.judge import FunctionJudge, Judge, JudgeScorer, check_judge, pairwise_scorer
@@ -31,6 +31,7 @@ __all__ = [
     "build_judge",
     "build_scorers",
     "check_judge",
+    "check_reward_columns",
     "check_scorers",
     "find_preferences",
     "judge_the_top",

@@ -7,7 +7,7 @@ import math
 import os
 import statistics
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from torch import nn
@@ -235,6 +235,18 @@ def _build(
     if callable(reward):
         return FunctionScorer(reward, state=state)
     return reward
+
+
+def check_reward_columns(
+    reward_funcs: RewardFunc | Sequence[RewardFunc], columns: Collection[str], dataset: str
+) -> None:
+    """
+    Raises:
+        ScoringError: one of the functions needs a column that is none of ``columns``, those of ``dataset``.
+    """
+    for reward in _as_list(reward_funcs):
+        if callable(reward) and not isinstance(reward, nn.Module):
+            FunctionScorer(reward).check_columns(columns, dataset)
 
 
 def _check_reward(reward: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:

@@ -12,7 +12,7 @@ import functools
 import inspect
 import numbers
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -24,6 +24,8 @@ from online_dpo.scoring.scorer import callable_name, describe, flat_list, regrou
 from online_dpo.types import Completion, Group, Prompt
 
 T = TypeVar("T")
+
+ALWAYS_THERE = ("prompts", "completions", "completion_ids", "trainer_state")
 
 
 class FunctionScorer:
@@ -113,18 +115,25 @@ class FunctionScorer:
         else:
             names = {parameter.name for parameter in self._parameters}
             wanted = {name: value for name, value in available.items() if name in names}
+        self.check_columns(column_names)
+        return wanted
+
+    def check_columns(self, names: Collection[str], dataset: str = "the dataset") -> None:
+        """
+        Raises:
+            ScoringError: the function needs an argument that is none of these columns, nor what is always there.
+        """
         for parameter in self._parameters:
             required = parameter.default is parameter.empty and parameter.kind in (
                 parameter.POSITIONAL_OR_KEYWORD,
                 parameter.KEYWORD_ONLY,
             )
-            if required and parameter.name not in available:
+            if required and parameter.name not in names and parameter.name not in ALWAYS_THERE:
                 raise ScoringError(
-                    f"{self._label} needs the argument `{parameter.name}`, but the dataset has no such column. "
-                    f"Available columns: {', '.join(column_names) or 'none'}. Available besides: prompts, completions, "
-                    "completion_ids, trainer_state. Rename the argument or give it a default."
+                    f"{self._label} needs the argument `{parameter.name}`, but {dataset} has no such column. "
+                    f"Available columns: {', '.join(names) or 'none'}. Available besides: {', '.join(ALWAYS_THERE)}. "
+                    "Rename the argument or give it a default."
                 )
-        return wanted
 
     def _failure(self, error: Exception) -> ScoringError:
         return ScoringError(f"{self._label} raised {type(error).__name__}: {error}")

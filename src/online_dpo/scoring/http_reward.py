@@ -92,7 +92,7 @@ class HTTPReward:
         self.timeout = timeout
         self.attempts = attempts
         self.api_key_env = api_key_env
-        self._failures = FailureWindow(self.name, max_failure_share)
+        self._failures = FailureWindow(f"Reward `{self.name}`", max_failure_share)
         # Proxies from the environment are for others than those in one's own network.
         proxies = urllib.request.ProxyHandler({}) if in_own_network(url) else urllib.request.ProxyHandler()
         self._opener = urllib.request.build_opener(proxies)

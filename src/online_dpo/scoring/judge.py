@@ -75,7 +75,7 @@ class FunctionJudge(PreferenceJudge):
 
     def __init__(self, function: Callable[..., Any], name: str | None = None, concurrency: int = 16) -> None:
         if not callable(function) or not _takes(function, "prompt", "first", "second"):
-            raise TypeError(f"A judge function is called as f(prompt, first, second); this is {describe(function)}.")
+            raise TypeError(f"A judge function is called as f(prompt, first, second); this is {_form(function)}.")
         if concurrency < 1:
             raise ValueError(f"`concurrency` must be 1 or more; it is {concurrency}.")
         self.name = name or callable_name(function)
@@ -139,7 +139,7 @@ def check_judge(judge: Any, argument: str) -> None:
         raise TypeError(
             f"`{argument}` must have `name` and `prefer(duels)`, or a method `judge(prompts, completion_pairs, "
             "shuffle_order)`, or be a function of that form or of the form f(prompt, first, second), or the path of a "
-            f"pairwise model; this is {describe(judge)}."
+            f"pairwise model; this is {_form(judge)}."
         )
 
 
@@ -170,6 +170,13 @@ def _takes(function: Callable[..., Any], *arguments: Any, **named: Any) -> bool:
     except TypeError:
         return False
     return True
+
+
+def _form(judge: Any) -> str:
+    """A function with its arguments, anything else as it shows itself."""
+    if inspect.isfunction(judge):
+        return f"the function {judge.__name__}{inspect.signature(judge)}"
+    return describe(judge)
 
 
 def _texts(duel: Group) -> tuple[Any, str, str]:

@@ -110,7 +110,8 @@ class ChatEndpoint:
             with _stopped(limit):
                 await stack.enter_async_context(self._budget.reserve(self._settings.cost(guess, max_tokens)))
                 entry = await self._limiter.acquire(guess + max_tokens)
-            reply = _read_reply(await self._request(self._body(question, max_tokens, temperature)), question)
+            text = await self._request(self._body(question, max_tokens, temperature))
+            reply = _read_reply(text, question, self._settings.base_url)
             entry.tokens = reply.input_tokens + reply.output_tokens
             cost = self._settings.cost(reply.input_tokens, reply.output_tokens)
             self._budget.spent += cost
@@ -149,7 +150,8 @@ class ChatEndpoint:
         except APIStatusError as error:
             raise self._refusal(error, asked_logprobs) from None
         except APIConnectionError as error:
-            raise _Again(self._clean(f"{type(error).__name__}: {error.__cause__ or error}")) from None
+            cause = f"no connection to {self._settings.base_url}: {error.__cause__ or error}"
+            raise _Again(self._clean(cause)) from None
 
     def _refusal(self, error: APIStatusError, asked_logprobs: bool) -> Exception:
         status = error.status_code
@@ -227,7 +229,7 @@ def _retry_after(header: str | None) -> float | None:
         return None
 
 
-def _read_reply(text: str, question: str) -> Reply:
+def _read_reply(text: str, question: str, address: str) -> Reply:
     """
     Raises:
         _Again: the text is no chat completion. Proxies send such when an endpoint is about to go down or come up.
@@ -242,7 +244,7 @@ def _read_reply(text: str, question: str) -> Reply:
         sizes = usage.get("prompt_tokens", len(question) // 4), usage.get("completion_tokens", len(content) // 4 + 1)
         return Reply(content, choices, int(sizes[0]), int(sizes[1]))
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        raise _Again(f"no chat completion, but {' '.join(text.split())[:80]!r}") from None
+        raise _Again(f"no chat completion from {address}, but {' '.join(text.split())[:80]!r}") from None
 
 
 def _token_choice(token: dict[str, Any]) -> TokenChoice:

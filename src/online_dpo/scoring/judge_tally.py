@@ -46,15 +46,15 @@ class Tally:
 
 
 class FailureWindow:
-    """Stops a judge that fails too often.
+    """Stops a judge, or a reward over HTTP, that fails too often.
 
     Args:
-        name: the judge's.
+        who: begins the message, such as "Judge `gpt-4.1-mini`".
         max_share: of the last ``WINDOW`` questions, once ``ENOUGH`` were asked.
     """
 
-    def __init__(self, name: str, max_share: float) -> None:
-        self._name = name
+    def __init__(self, who: str, max_share: float) -> None:
+        self._who = who
         self._max_share = max_share
         self._failures: deque[bool] = deque(maxlen=WINDOW)
         self.last_cause = ""
@@ -71,6 +71,6 @@ class FailureWindow:
         if asked >= ENOUGH and failed > self._max_share * asked:
             self._failures.clear()  # whoever goes on all the same begins anew
             raise FeedbackStopped(
-                f"Judge `{self._name}` gave no usable answer to {failed} of the last {asked} questions, more than "
+                f"{self._who} gave no usable answer to {failed} of the last {asked} questions, more than "
                 f"`max_failure_share` ({self._max_share:g}) allows. Last cause: {self.last_cause}"
             )

@@ -57,7 +57,7 @@ class LLMJudge(PreferenceJudge):
         self._max_tokens = self.settings.max_tokens or self._template.max_tokens
         self._cache = AnswerCache(self.settings.cache)
         self._tally = Tally(COUNTS)
-        self._failures = FailureWindow(self.name, self.settings.max_failure_share)
+        self._failures = FailureWindow(f"Judge `{self.name}`", self.settings.max_failure_share)
         self._endpoint: ChatEndpoint | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._asking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -270,5 +270,8 @@ async def _together(coroutines: Iterable[Awaitable[T]]) -> list[T]:
 
 def _rubric(settings: JudgeSettings) -> str:
     if settings.rubric_file is not None:
-        return Path(settings.rubric_file).expanduser().read_text(encoding="utf-8").strip()
+        rubric = Path(settings.rubric_file).expanduser().read_text(encoding="utf-8").strip()
+        if not rubric:
+            raise ValueError(f"`rubric_file`: {settings.rubric_file} is empty. Write what makes an answer better.")
+        return rubric
     return settings.rubric or GENERAL_RUBRIC
