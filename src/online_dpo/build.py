@@ -37,7 +37,7 @@ from online_dpo.rollout.vllm_client import VLLMClient
 from online_dpo.rollout.vllm_colocate import VLLMColocateEngine
 from online_dpo.rollout.vllm_requests import vllm_sampling
 from online_dpo.rollout.vllm_server import VLLMServerEngine
-from online_dpo.scoring import PointwiseScorer, RewardModelScorer, check_judge, check_scorers
+from online_dpo.scoring import PointwiseScorer, RewardModelScorer, check_judge, check_scorers, check_share
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +92,7 @@ def check_arguments(
     if judge is not None:
         check_judged_pairs(args)
         check_judge(judge, "judge")
+        check_share(judge, args.world_size)
     if preprocess_logits_for_metrics is not None:
         raise ValueError(
             "`preprocess_logits_for_metrics` has nothing to work on: evaluation keeps no logits. `compute_metrics` "
