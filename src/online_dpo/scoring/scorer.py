@@ -48,7 +48,7 @@ class PairwiseScorer(Protocol):
     """Says which of two completions is better, and how surely.
 
     ``prefer`` returns for each group of two the probability, from 0 to 1, that the first completion is the better one;
-    ``None`` says that there is no preference to be had.
+    ``None`` says that there is no preference to be had, and so does nan.
     """
 
     name: str
