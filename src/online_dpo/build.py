@@ -37,12 +37,31 @@ from online_dpo.rollout.vllm_client import VLLMClient
 from online_dpo.rollout.vllm_colocate import VLLMColocateEngine
 from online_dpo.rollout.vllm_requests import vllm_sampling
 from online_dpo.rollout.vllm_server import VLLMServerEngine
-from online_dpo.scoring import PointwiseScorer, RewardModelScorer, check_judge, check_reward_columns, check_scorers
+from online_dpo.scoring import (
+    PointwiseScorer,
+    RewardModelScorer,
+    check_judge,
+    check_reward_columns,
+    check_scorers,
+    check_share,
+)
 
 logger = logging.getLogger(__name__)
 
 REWARD_FIELDS = ("reward_weights", "reward_normalization")
 """Fields that only rewards read."""
+
+
+def checked_config(args: OnlineDPOConfig | None) -> OnlineDPOConfig:
+    """
+    Raises:
+        ValueError, TypeError: there is no configuration, or it is of another kind.
+    """
+    if args is None:
+        raise ValueError("`args` must be given: an `OnlineDPOConfig` with at least `output_dir`.")
+    if not isinstance(args, OnlineDPOConfig):
+        raise TypeError(f"`args` must be an `OnlineDPOConfig`; it is a {type(args).__name__}.")
+    return args
 
 
 def check_arguments(
@@ -51,7 +70,7 @@ def check_arguments(
     ref_model: Any,
     reward_funcs: Any,
     judge: Any,
-    args: OnlineDPOConfig | None,
+    args: OnlineDPOConfig,
     train_dataset: Any,
     processing_class: Any,
     reward_processing_classes: Any,
@@ -63,10 +82,6 @@ def check_arguments(
         ValueError, TypeError: an argument is missing, of the wrong kind, or contradicts another; the message says
             which.
     """
-    if args is None:
-        raise ValueError("`args` must be given: an `OnlineDPOConfig` with at least `output_dir`.")
-    if not isinstance(args, OnlineDPOConfig):
-        raise TypeError(f"`args` must be an `OnlineDPOConfig`; it is a {type(args).__name__}.")
     if train_dataset is None:
         raise ValueError("`train_dataset` must be given: a dataset with a `prompt` column.")
     if processing_class is None:
@@ -92,6 +107,7 @@ def check_arguments(
     if judge is not None:
         check_judged_pairs(args)
         check_judge(judge, "judge")
+        check_share(judge, args.world_size)
     if preprocess_logits_for_metrics is not None:
         raise ValueError(
             "`preprocess_logits_for_metrics` has nothing to work on: evaluation keeps no logits. `compute_metrics` "
@@ -127,7 +143,7 @@ def is_peft_model_object(model: Any) -> bool:
     return isinstance(model, nn.Module) and bool(is_peft_model(model))
 
 
-def choose_scorers(reward_funcs: Any, reward_model: Any, judge: Any, args: OnlineDPOConfig | None) -> tuple[Any, Any]:
+def choose_scorers(reward_funcs: Any, reward_model: Any, judge: Any, args: OnlineDPOConfig) -> tuple[Any, Any]:
     """The reward functions and the judge that are used: ``reward_model`` is another name for ``reward_funcs``, and
     rewards win unless the judge is for the best of them.
 
@@ -137,14 +153,13 @@ def choose_scorers(reward_funcs: Any, reward_model: Any, judge: Any, args: Onlin
     if reward_funcs is not None and reward_model is not None:
         raise ValueError("Give `reward_funcs` or `reward_model`, not both: `reward_funcs` takes a list of all of them.")
     rewards = reward_funcs if reward_funcs is not None else reward_model
-    path = None if args is None else getattr(args, "reward_model_path", None)
-    if rewards is not None and path is not None:
+    if rewards is not None and args.reward_model_path is not None:
         raise ValueError(
             "`reward_model_path` is given beside `reward_funcs`: put the path into the list `reward_funcs`."
         )
     if rewards is None:
-        rewards = path
-    if args is not None and getattr(args, "judge_top", None) is not None:
+        rewards = args.reward_model_path
+    if args.judge_top is not None:
         if rewards is None or judge is None:
             missing = "`judge`" if judge is None else "reward (`reward_funcs`, `reward_model_path`)"
             raise ValueError(f"`judge_top` shows a judge the best completions by a reward: give a {missing} as well.")
@@ -155,8 +170,8 @@ def choose_scorers(reward_funcs: Any, reward_model: Any, judge: Any, args: Onlin
             stacklevel=3,
         )
         judge = None
-    if rewards is None and args is not None:
-        ignored = [name for name in REWARD_FIELDS if getattr(args, name, None) != getattr(type(args), name, None)]
+    if rewards is None:
+        ignored = [name for name in REWARD_FIELDS if getattr(args, name) != getattr(type(args), name)]
         if ignored:
             warnings.warn(f"Ignored without a reward: {', '.join(ignored)}.", stacklevel=3)
     return rewards, judge

@@ -19,6 +19,7 @@ from online_dpo.scoring import (
     build_scorers,
     check_judge,
     check_scorers,
+    check_share,
     score_groups,
 )
 from online_dpo.types import Group
@@ -76,6 +77,7 @@ def check_gold(reward_funcs: Any, judge: Any, args: OnlineDPOConfig) -> None:
         raise ValueError("`eval_judge` compares with the reference, and with `reference_free` there is none.")
     if judge is not None:
         check_judge(judge, "eval_judge")
+        check_share(judge, args.world_size)
     if rewards is not None:
         check_scorers(rewards, None, _without_weights(args))
 

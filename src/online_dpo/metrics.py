@@ -156,8 +156,9 @@ def record_resampling(store: MetricStore, further: Sequence[Round], pairing: Pai
         if isinstance(again.said, Verdicts):
             _record_duels(store, again.said)
     asked_again = len(further[0].places) if further else 0
+    dropped = pairing.dropped.total() if further else 0  # a checkpoint from before there were rounds has none
     store.total("resample/groups", asked_again)
-    store.total("resample/rescued", asked_again - pairing.dropped.total())
+    store.total("resample/rescued", asked_again - dropped)
 
 
 def record_loss(

@@ -38,6 +38,7 @@ from online_dpo.build import (
     check_columns,
     check_stream,
     check_templates,
+    checked_config,
     choose_scorers,
     named_datasets,
     train_on_one_device_per_process,
@@ -117,6 +118,7 @@ class OnlineDPOTrainer(FeedbackTrainer):
         eval_reward_funcs: Any = None,
         eval_judge: Any = None,
     ) -> None:
+        args = checked_config(args)
         reward_funcs, judge = choose_scorers(reward_funcs, reward_model, judge, args)
         check_arguments(
             model=model,
@@ -130,7 +132,7 @@ class OnlineDPOTrainer(FeedbackTrainer):
             peft_config=peft_config,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        assert args is not None and processing_class is not None
+        assert processing_class is not None
         check_gold(eval_reward_funcs, eval_judge, args)
         self.tokenizer: PreTrainedTokenizerBase = getattr(processing_class, "tokenizer", processing_class)  # pyright: ignore
         self.args = args

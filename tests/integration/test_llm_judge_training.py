@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from endpoint import Answer, error, says, serving, shown
+from online_dpo import OnlineDPOConfig
 from online_dpo.cli.judge_plan import BuiltInJudge
 from online_dpo.cli.train import load_judge
 from online_dpo.errors import FeedbackStopped
@@ -180,3 +181,14 @@ def test_the_judge_of_a_run_file(tmp_path):
     options = {"model": "m", "base_url": "http://localhost:1/v1", "cache": None, "votes": 3}
     judge = load_judge(BuiltInJudge(None, options), config(tmp_path))
     assert isinstance(judge, LLMJudge) and judge.settings.votes == 3
+
+
+@pytest.mark.parametrize("argument", ["judge", "eval_judge"])
+def test_limits_that_the_processes_cannot_share_are_refused_before_the_policy_is_loaded(
+    tmp_path, monkeypatch, argument
+):
+    monkeypatch.setattr(OnlineDPOConfig, "world_size", 8)  # as under torchrun with 8 processes
+    judge = LLMJudge(model="m", base_url="http://localhost:1/v1", cache=None, requests_per_minute=7)
+    rewards = None if argument == "judge" else word_reward
+    with pytest.raises(ValueError, match="`requests_per_minute` is 7, which 8 processes cannot share"):
+        trainer(tmp_path, model="owner/never-asked-for", reward_funcs=rewards, kwargs={argument: judge})

@@ -137,6 +137,12 @@ def test_what_is_answered_again_counts_as_work_and_not_as_scores():
     }
 
 
+def test_a_step_of_a_checkpoint_from_before_there_were_rounds_rescues_nothing():
+    store = MetricStore()
+    record_resampling(store, (), Pairing([], Counter(tie=3)))
+    assert store.drain() == {"resample/groups": 0, "resample/rescued": 0}
+
+
 def test_loss_metrics_by_hand_and_nothing_from_a_stand_in():
     made = groups()
     pairs = [Pair(made[0], 0, 1, 1.0, 0.0), Pair(made[1], 1, 0, 5.0, 3.0)]

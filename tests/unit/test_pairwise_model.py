@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
@@ -9,7 +12,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 import tiny
 from endpoint import duel
 from online_dpo.errors import ScoringError
-from online_dpo.scoring import PairwiseModelJudge, PairwiseScorer
+from online_dpo.scoring import PairwiseModelJudge, PairwiseScorer, RewardModelScorer
 
 TEMPLATE = "{prompt} <end> {first} <end> {second}"
 DUELS = [
@@ -110,6 +113,33 @@ def test_half_precision_is_kept_in_a_folder(tmp_path):
     assert judge.model.dtype == torch.bfloat16
     full = PairwiseModelJudge(encoder(1), tiny.tokenizer(), template=TEMPLATE).prefer(DUELS)
     assert judge.prefer(DUELS) == [pytest.approx(p, abs=0.03) for p in full]
+
+
+@pytest.mark.parametrize("kind", ["judge", "reward"])
+def test_threads_take_turns(kind):
+    """With `max_staleness`, several steps are scored at the same time. Heads on decoders want a token to pad with,
+    which is in the config for the time of a forward pass."""
+    model = decoder(1)
+    made = (
+        PairwiseModelJudge(model, tiny.tokenizer()) if kind == "judge" else RewardModelScorer(model, tiny.tokenizer())
+    )
+    ask = made.prefer if kind == "judge" else made.score
+    expected, inside, most = ask(DUELS), 0, 0
+
+    def enter(*_):
+        nonlocal inside, most
+        inside, most = inside + 1, max(most, inside + 1)
+        time.sleep(0.05)
+
+    def leave(*_):
+        nonlocal inside
+        inside -= 1
+
+    model.model.register_forward_pre_hook(enter)
+    model.model.register_forward_hook(leave)
+    with ThreadPoolExecutor(3) as threads:
+        assert list(threads.map(ask, [DUELS] * 3)) == [expected] * 3
+    assert most == 1 and model.config.pad_token_id is None
 
 
 def test_loaded_from_a_folder_and_in_trls_form(tmp_path):

@@ -188,6 +188,8 @@ def test_scorers_that_contradict_each_other_cancel_exactly():
         f, g = sorted(rng.random() for _ in range(2)), sorted((rng.random() * 1e3 for _ in range(2)), reverse=True)
         scores = score_groups(GROUPS[:1], [Says("f", f), Says("g", g)], [0.3, 0.3], normalization="group")
         assert scores.ranking == [[0.0, 0.0]]
+    far = [Says("f", [1e8 + 0.1, 1e8 + 0.2]), Says("g", [1.0, 0.0])]
+    assert score_groups(GROUPS[:1], far, normalization="group").ranking == [[0.0, 0.0]]
 
 
 def test_each_group_is_normalised_by_itself():

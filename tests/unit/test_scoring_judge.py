@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -195,6 +196,10 @@ def test_an_async_function_is_asked_about_several_pairs_at_once():
             break
         time.sleep(0.01)
     assert sorted(cancelled) == ["8", "9"]
+    now = most = 0
+    judge = FunctionJudge(slow, concurrency=3)
+    with ThreadPoolExecutor(2) as threads:  # as with `max_staleness`
+        assert list(threads.map(judge.prefer, [duels, duels])) == [[i / 10 for i in range(10)]] * 2 and most == 3
     with pytest.raises(ValueError, match="`concurrency` must be 1 or more; it is 0"):
         FunctionJudge(slow, concurrency=0)
 

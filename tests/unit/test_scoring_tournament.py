@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from online_dpo.errors import ScoringError
 from online_dpo.scoring import DuelCounter, Penalties, find_preferences
 from online_dpo.types import Completion, Group, Preference, Prompt
 
@@ -184,3 +185,19 @@ def test_certainty_stays_certain_between_equal_lengths():
     assert ask([group(2, 1), group(2, 1, tokens=[2, 1]), group(2, 1, tokens=[11, 1])]) == pytest.approx(expected)
     said = find_preferences([group(2, 1, tokens=[11, 1])], Strengths(1.0), Penalties(per_token=0.5))
     assert said.preferences == [Preference(1, 0, pytest.approx(1 - expected[2]))] and expected[2] < 0.5
+
+
+class Says(Strengths):
+    def answer(self, first, second):
+        return self.probability
+
+
+def test_an_answer_that_is_no_number_is_none():
+    said = find_preferences([group(1, 2)], Says(math.nan), Penalties(per_token=1.0))
+    assert said.preferences == [None] and (said.duels, said.unanswered) == (1, 1)
+
+
+@pytest.mark.parametrize("number", [-0.1, 1.5, math.inf])
+def test_a_number_that_is_no_probability_is_told_and_not_trained_on(number):
+    with pytest.raises(ScoringError, match=f"Judge `strengths` says {number:g} of a pair.*from 0 to 1, or None"):
+        find_preferences([group(1, 2)], Says(number))

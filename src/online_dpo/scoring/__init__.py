@@ -4,7 +4,7 @@ from online_dpo.scoring.combine import RewardFunc, build_scorers, check_reward_c
 from online_dpo.scoring.functions import FunctionScorer
 from online_dpo.scoring.http_reward import HTTPReward
 from online_dpo.scoring.judge import FunctionJudge, Judge, JudgeScorer, check_judge, pairwise_scorer
-from online_dpo.scoring.llm_judge import LLMJudge
+from online_dpo.scoring.llm_judge import LLMJudge, check_share
 from online_dpo.scoring.pairwise_model import PairwiseModelJudge, build_judge
 from online_dpo.scoring.penalties import Penalties
 from online_dpo.scoring.reward_model import RewardModelScorer, load_reward_model
@@ -33,6 +33,7 @@ __all__ = [
     "check_judge",
     "check_reward_columns",
     "check_scorers",
+    "check_share",
     "find_preferences",
     "judge_the_top",
     "load_reward_model",

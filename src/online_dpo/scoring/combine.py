@@ -8,6 +8,7 @@ import os
 import statistics
 import warnings
 from collections.abc import Callable, Collection, Sequence
+from fractions import Fraction
 from typing import Any
 
 from torch import nn
@@ -151,16 +152,17 @@ def _sums(groups: Sequence[Group], said: Sequence[Values], weights: Sequence[flo
 def _in_deviations(row: list[float | None]) -> list[float | None]:
     """The finite numbers of a group as their distance from their mean in standard deviations; 0 where all are equal.
 
-    Rounded, so that scorers which contradict each other cancel: of two numbers the one is 1 and the other -1, exactly.
+    Scorers that contradict each other cancel: of two numbers the one is 1 and the other -1, exactly, however far from 0
+    both are. So the mean is a fraction, and the result is rounded.
     """
     finite = [_finite(value) for value in row]
     numbers = [number for number in finite if number is not None]
     deviation = statistics.pstdev(numbers) if numbers else 0.0
     if deviation == 0:
         return [value if number is None else 0.0 for value, number in zip(row, finite, strict=True)]
-    mean = statistics.mean(numbers)
+    mean = statistics.mean(map(Fraction, numbers))
     return [
-        value if number is None else round((number - mean) / deviation, 9)
+        value if number is None else round(float((Fraction(number) - mean) / Fraction(deviation)), 9)
         for value, number in zip(row, finite, strict=True)
     ]
 

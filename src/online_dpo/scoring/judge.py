@@ -81,7 +81,7 @@ class FunctionJudge(PreferenceJudge):
         self.name = name or callable_name(function)
         self._function = function
         self._is_async = is_async_function(function)
-        self._concurrency = concurrency
+        self._room = asyncio.Semaphore(concurrency)  # one for all threads: they share the event loop
 
     def prefer(self, duels: Sequence[Group]) -> list[float | None]:
         """As :class:`PairwiseScorer` says."""
@@ -98,10 +98,8 @@ class FunctionJudge(PreferenceJudge):
         return [self._preference(reply) for reply in replies]
 
     async def _ask(self, duels: Sequence[Group]) -> list[Any]:
-        room = asyncio.Semaphore(self._concurrency)
-
         async def one(duel: Group) -> Any:
-            async with room:
+            async with self._room:
                 return await self._function(*_texts(duel))
 
         waiting = [asyncio.ensure_future(one(duel)) for duel in duels]

@@ -225,6 +225,15 @@ class LLMJudge(PreferenceJudge):
         return self._endpoint
 
 
+def check_share(judge: Any, processes: int) -> None:
+    """
+    Raises:
+        ValueError: ``judge`` is a language model, and so many processes cannot share its limits.
+    """
+    if isinstance(judge, LLMJudge):
+        judge.settings.share_of(processes)
+
+
 def stands_first(prompt: str, one: str, other: str) -> bool:
     """Whether ``one`` goes before ``other`` in an order that looks random, but depends on the texts only.
 

@@ -29,7 +29,7 @@ from online_dpo.scoring.duel_reader import DuelReader, Text
 from online_dpo.scoring.judge import PreferenceJudge, check_judge, pairwise_scorer
 from online_dpo.scoring.judge_tally import Tally
 from online_dpo.scoring.reward_model import last_part
-from online_dpo.scoring.scorer import Counts, PairwiseScorer, check_duels
+from online_dpo.scoring.scorer import Counts, PairwiseScorer, check_duels, one_at_a_time
 from online_dpo.types import Group
 
 
@@ -109,8 +109,9 @@ class PairwiseModelJudge(PreferenceJudge):
         started = time.perf_counter()
         longest = self.reader.max_tokens
         orders = [order for duel in duels for order in (duel, Group(duel.prompt, duel.completions[::-1]))]
-        ids = self.reader.token_ids(orders)
-        p_first = self._probabilities([text for text in dict.fromkeys(ids) if len(text) <= longest])
+        with one_at_a_time:
+            ids = self.reader.token_ids(orders)
+            p_first = self._probabilities([text for text in dict.fromkeys(ids) if len(text) <= longest])
         read = [p_first.get(text) for text in ids]
         preferences = [self._combined(*pair) for pair in zip(read[::2], read[1::2], strict=True)]
         self._tally.add("too_long", sum(None in pair for pair in zip(read[::2], read[1::2], strict=True)))

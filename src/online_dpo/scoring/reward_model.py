@@ -22,7 +22,7 @@ from online_dpo.errors import ScoringError
 from online_dpo.last_layer import enable_reading
 from online_dpo.layout import Tree
 from online_dpo.onednn import onednn_linears
-from online_dpo.scoring.scorer import chat_messages, regroup
+from online_dpo.scoring.scorer import chat_messages, one_at_a_time, regroup
 from online_dpo.scoring.shared_scoring import Text, group_trees, may_share, passes, score_trees
 from online_dpo.types import Completion, Group, Prompt
 
@@ -100,11 +100,12 @@ class RewardModelScorer:
             )
 
     def score(self, groups: Sequence[Group]) -> list[list[float | None]]:
-        """P x K logits in fp32, as they come: not-finite ones as well."""
-        texts = self._token_ids([(group.prompt, completion) for group in groups for completion in group.completions])
-        self.model.eval()
-        with onednn_linears(self.model, pack=False):
-            values = self._values(regroup(texts, groups))
+        """P x K logits in fp32, as they come: not-finite ones as well. Several threads take turns."""
+        with one_at_a_time:
+            texts = self._token_ids([(group.prompt, answer) for group in groups for answer in group.completions])
+            self.model.eval()
+            with onednn_linears(self.model, pack=False):
+                values = self._values(regroup(texts, groups))
         return regroup([values[text] for text in texts], groups)
 
     def _values(self, texts_PK: list[list[Text]]) -> dict[Text, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -14,6 +15,10 @@ from online_dpo.errors import ScoringError
 from online_dpo.types import Group, Message, Prompt
 
 T = TypeVar("T")
+
+one_at_a_time = threading.RLock()
+"""Held while a model scores in this process. With `max_staleness`, several steps are scored at the same time, each in a
+thread of its own; a forward pass changes the model's config and modules for a while, which another would run into."""
 
 
 @runtime_checkable
@@ -43,7 +48,7 @@ class PairwiseScorer(Protocol):
     """Says which of two completions is better, and how surely.
 
     ``prefer`` returns for each group of two the probability, from 0 to 1, that the first completion is the better one;
-    ``None`` says that there is no preference to be had.
+    ``None`` says that there is no preference to be had, and so does nan.
     """
 
     name: str

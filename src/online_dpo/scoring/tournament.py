@@ -8,8 +8,10 @@ round of all groups is one call of the judge.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Mapping, Sequence
 
+from online_dpo.errors import ScoringError
 from online_dpo.scoring.penalties import NO_PENALTIES, Penalties
 from online_dpo.scoring.scorer import PairwiseScorer
 from online_dpo.types import Group, Preference, Verdicts
@@ -33,18 +35,32 @@ class DuelCounter:
         self.unanswered = 0
 
     def __call__(self, duels: Sequence[Group]) -> Answers:
-        """The probability that the first completion of each duel is the better one; one half for the same text."""
+        """The probability that the first completion of each duel is the better one; one half for the same text.
+
+        Raises:
+            ScoringError: the judge failed, or gave a number that is no probability (nan is no answer).
+        """
         asked = [i for i, duel in enumerate(duels) if duel.completions[0].text != duel.completions[1].text]
         answers: Answers = [0.5] * len(duels)
         replies = self._judge.prefer([duels[i] for i in asked]) if asked else []
         for i, reply in zip(asked, replies, strict=True):
-            answers[i] = reply
+            answers[i] = self._probability(reply)
         self.duels += len(asked)
-        self.unanswered += sum(reply is None for reply in replies)
+        self.unanswered += sum(answers[i] is None for i in asked)
         return [
             None if answer is None else self._penalties.shifted(answer, duel)
             for answer, duel in zip(answers, duels, strict=True)
         ]
+
+    def _probability(self, reply: float | None) -> float | None:
+        if reply is None or math.isnan(reply):
+            return None
+        if not 0 <= reply <= 1:
+            raise ScoringError(
+                f"Judge `{self._judge.name}` says {reply:g} of a pair. `prefer` returns the probability that the first "
+                "completion is better, from 0 to 1, or None."
+            )
+        return reply
 
 
 def find_preferences(groups: Sequence[Group], judge: PairwiseScorer, penalties: Penalties = NO_PENALTIES) -> Verdicts:
