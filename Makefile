@@ -45,8 +45,10 @@ test-distributed: $(STAMP)
 test-slow: $(STAMP)
 	$(PYTEST) -n 2 -m slow tests/unit tests/integration
 
+# the quickstart takes both cores, as its users run it
 test-e2e: $(STAMP)
-	$(PYTEST) -n 2 tests/e2e
+	$(PYTEST) -n 2 tests/e2e --ignore tests/e2e/test_quickstart.py
+	$(PYTEST) tests/e2e/test_quickstart.py
 
 # without dependencies: the file names all of them, and leaves out some that vLLM asks for
 $(VLLM_STAMP): pyproject.toml constraints-vllm.txt

@@ -108,6 +108,7 @@ def test_where_only_the_best_is_saved_the_last_is_saved_as_well(tmp_path, caplog
     assert made.evaluate()["eval_gold_score"] == max(log["eval_gold_score"] for log in evaluations(made))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_remembers_the_best(tmp_path):
     """Stopped by patience 1 at step n, gone on with patience 2: the evaluation before the checkpoint counts."""
     first = run(tmp_path, overoptimisation="stop", logging_steps=4)

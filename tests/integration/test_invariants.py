@@ -272,6 +272,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, stop, 
     assert [h["objective/scores"] for h in resumed.state.log_history if "objective/scores" in h] == last
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failing_step", [2, 3])
 def test_a_run_whose_rewards_failed_goes_on_from_where_it_was(tmp_path, failing_step):
     """Three steps an epoch: one fails in the middle of an epoch, one at its beginning."""
@@ -302,6 +303,7 @@ def test_a_run_whose_rewards_failed_goes_on_from_where_it_was(tmp_path, failing_
     assert [h["objective/scores"] for h in steps[0]] == [h["objective/scores"] for h in steps[1]]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_draws_the_same_pairs(tmp_path):
     options = dict(num_completions=4, pair_selection="best_random", max_steps=3, save_strategy="steps", save_steps=1)
     whole = trainer(tmp_path, **options)
@@ -314,6 +316,7 @@ def test_a_resumed_run_draws_the_same_pairs(tmp_path):
     assert any(not torch.equal(p, other.model.get_parameter(name)) for name, p in whole.model.named_parameters())
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_reference(tmp_path):
     """It has followed the policy before the checkpoint, in it, and after it."""
     options = dict(max_steps=5, save_strategy="steps", save_steps=1, learning_rate=0.05, beta=1.0)

@@ -338,6 +338,7 @@ def test_a_run_begins_to_adapt_where_it_is_resumed_with_a_target(tmp_path):
 # evaluation and files -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_evaluation_is_of_the_policy_alone_and_changes_nothing(tmp_path, method):
     runs = []

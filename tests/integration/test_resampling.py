@@ -234,6 +234,7 @@ RESUMED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", RESUMED)
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, kind):
     options = dict(max_steps=4, save_strategy="steps", save_steps=1, learning_rate=0.02, disable_dropout=False)
@@ -324,6 +325,7 @@ def test_all_rounds_of_a_step_sample_with_the_same_weights(tmp_path, max_stalene
     assert logs(made)[3 - max_staleness]["time/waiting"] > 0.2
 
 
+@pytest.mark.slow
 def test_rounds_of_a_step_that_has_begun_are_part_of_a_checkpoint(tmp_path):
     options = dict(save_strategy="steps", save_steps=1)
     whole, resumed = (beside(tmp_path, 1, Beside(), **options) for _ in range(2))

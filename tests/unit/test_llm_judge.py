@@ -407,9 +407,12 @@ def test_a_retry_after_that_is_too_long_is_not_waited_for():
         assert time.monotonic() - started < 1.0 and len(endpoint.seen) == 1
 
 
-def test_nobody_listens():
+def test_nobody_listens(caplog):
+    """That is said at the first attempt, once, long before the last one has failed."""
     judge = LLMJudge(model="m", base_url="http://127.0.0.1:9/v1", attempts=2, cache=None, order="given")
-    assert judge.prefer([duel("x", "y")]) == [None]
+    assert judge.prefer([duel("x", "y"), duel("y", "z")]) == [None, None]
+    [said] = [record.getMessage() for record in caplog.records if "in trouble" in record.getMessage()]
+    assert "no connection to http://127.0.0.1:9/v1" in said and said.endswith("Questions are tried 2 times.")
 
 
 def test_too_many_failures_stop_with_counts_and_the_last_cause():

@@ -73,6 +73,7 @@ class ChatEndpoint:
         self._tally = tally
         self.slots = asyncio.Semaphore(settings.concurrency)
         self._asks_logprobs = settings.logprobs
+        self._was_in_trouble = False
         self._client = _client(settings)
 
     async def ask(self, question: str, max_tokens: int, temperature: float) -> Reply:
@@ -91,6 +92,7 @@ class ChatEndpoint:
                 def stop(state: RetryCallState) -> bool:
                     nonlocal cause
                     cause = str(state.outcome.exception()) if state.outcome else cause
+                    self._say_once(cause)
                     end = limit.when()
                     assert end is not None
                     too_late = asyncio.get_running_loop().time() + state.upcoming_sleep >= end
@@ -103,6 +105,13 @@ class ChatEndpoint:
         except TimeoutError:
             text = f"no reply within `question_timeout`, {self._settings.question_timeout:g} s (before: {cause})"
             raise QuestionFailed(text) from None
+
+    def _say_once(self, trouble: str) -> None:
+        """Before many attempts and their pauses have passed in silence."""
+        if not self._was_in_trouble:
+            self._was_in_trouble = True
+            attempts = self._settings.attempts
+            logger.warning("The judge's endpoint is in trouble: %s. Questions are tried %d times.", trouble, attempts)
 
     async def _attempt(self, question: str, max_tokens: int, temperature: float, limit: asyncio.Timeout) -> Reply:
         guess = len(question) // 3 + 16
