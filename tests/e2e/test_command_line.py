@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
+from endpoint import says, serving, shown
 from online_dpo.data import transcript_to_messages
 from online_dpo.quickstart.models import (
     Comparison,
@@ -182,6 +184,45 @@ def test_ctrl_c_saves_and_the_printed_command_resumes_to_the_same_end(small_run,
     one, other = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("whole", "out"))
     assert all(torch.equal(p, other.get_parameter(name)) for name, p in one.named_parameters())
     AutoTokenizer.from_pretrained(tmp_path / "out")
+
+
+def test_a_run_that_is_killed_asks_its_judge_nothing_twice(small_run, tmp_path):
+    """And ends as the uninterrupted run. What was on its way when the run was killed is not counted."""
+
+    def more_different_words(body, number):
+        first, second = (len(set(text.split())) for text in shown(body))
+        return says("A", 0.8) if first > second else says("B", 0.3)
+
+    def train(endpoint, name, *words):
+        judge = {"model": "m", "base_url": endpoint.url, "cache": str(tmp_path / f"{name}.sqlite3")}
+        command = [sys.executable, "-m", "online_dpo", "train", small_run, "--output_dir", tmp_path / name]
+        command += ["--judge_kwargs", json.dumps(judge), *words]
+        return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT)
+
+    text = small_run.read_text().replace("reward_funcs: [rewards.py:words]", "judge: llm\nnum_completions: 3")
+    small_run.write_text(text.replace("save_strategy: 'no'", "save_steps: 4").replace("max_steps: 40", "max_steps: 14"))
+    with serving(more_different_words) as endpoint:
+        assert train(endpoint, "whole").wait(timeout=120) == 0
+        asked = len(endpoint.seen)
+    with serving(more_different_words) as endpoint:
+        run = train(endpoint, "killed")
+        for line in run.stdout:
+            if line.startswith("step 10/"):
+                break
+        run.kill()
+        run.wait()
+        on_its_way = [request for request in endpoint.seen if request.time > time.monotonic() - 0.5]
+        before = len(endpoint.seen)
+        assert asked / 2 < before < asked
+        resumed = train(endpoint, "killed", "--resume_from_checkpoint", tmp_path / "killed" / "checkpoint-8")
+        output, _ = resumed.communicate(timeout=120)
+        assert resumed.returncode == 0 and "step 14/14" in output and "step 8/14" not in output
+        counts = Counter(request.body["messages"][0]["content"] for request in endpoint.seen)
+        late = {request.body["messages"][0]["content"] for request in on_its_way}
+        assert all(count == 1 for question, count in counts.items() if question not in late)
+        assert len(counts) == asked and len(late) < before / 2
+    one, other = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("whole", "killed"))
+    assert all(torch.equal(p, other.get_parameter(name)) for name, p in one.named_parameters())
 
 
 def test_wrong_input_is_one_clear_line_and_costs_no_time(small_run):
