@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+LLM = "llm"  # how run files name such a judge
 OPENAI = "https://api.openai.com/v1"
 
 ORDERS = ("both", "random", "given")

@@ -1,20 +1,15 @@
 """Scorers together: normalised, with a price on length, and a judge among a reward's best, in short real runs."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
-import yaml
 from transformers import LlamaForSequenceClassification
 
 import tiny
 from online_dpo.cli.eval_plan import plan_eval
-from online_dpo.cli.interrupt import InterruptCallback
-from online_dpo.cli.progress import ProgressDisplay
 from online_dpo.cli.run_file import UsageError, plan_run
-from online_dpo.cli.train import build_trainer
 from online_dpo.rollout import RolloutKey
+from run_files import fill_folder, trainer_of, write_run_file
 from training import LENGTHS, assert_same, dataset, gradient, trainer, weights, word_reward
 
 ENDS = (1, 5, 6, 7, 8, 9, 10)
@@ -268,41 +263,19 @@ def longer(prompts, completion_pairs, shuffle_order=True):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("composed")
+    made = fill_folder(tmp_path_factory.mktemp("composed"), FEEDBACK)
     reward = LlamaForSequenceClassification(tiny.config("llama", num_labels=1, hidden_size=16))
-    for name, model in (("policy", tiny.causal_lm(sharpness=1.0)), ("reward", reward)):
-        model.save_pretrained(made / name)
-        tiny.tokenizer().save_pretrained(made / name)
-    rows = [json.dumps({"prompt": prompt.content}) for prompt in tiny.prompts([4] * 8)]
-    (made / "data.jsonl").write_text("\n".join(rows))
-    (made / "feedback.py").write_text(FEEDBACK)
+    reward.save_pretrained(made / "reward")
+    tiny.tokenizer().save_pretrained(made / "reward")
     return made
 
 
 def run_file(folder, **fields):
-    settings = dict(
-        model_name_or_path="./policy",
-        dataset_name="data.jsonl",
-        reward_model_path="./reward",
-        output_dir=str(folder / "out"),
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        logging_steps=1,
-        max_steps=1,
-        per_device_train_batch_size=8,
-        max_new_tokens=8,
-        max_length=64,
-        num_completions=6,
-        gradient_checkpointing=False,
-    )
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump({k: v for k, v in {**settings, **fields}.items() if v is not None}))
-    return path
+    return write_run_file(folder, **{"reward_model_path": "./reward", "num_completions": 6, **fields})
 
 
 def trained(path):
-    made = build_trainer(plan_run(path, []), ProgressDisplay(), InterruptCallback())
+    made = trainer_of(path)
     made.train()
     return step_log(made)
 

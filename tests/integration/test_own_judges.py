@@ -1,22 +1,17 @@
 """Run files whose judge is a folder with PairRM that has learned something, or a function of one pair."""
 
-import json
 import random
 
 import pytest
 import torch
-import yaml
 
 import tiny
 from endpoint import duel
-from online_dpo.cli.interrupt import InterruptCallback
-from online_dpo.cli.progress import ProgressDisplay
-from online_dpo.cli.run_file import plan_run
-from online_dpo.cli.train import build_trainer
 from online_dpo.scoring import FunctionJudge, PairwiseModelJudge
 from online_dpo.scoring.duel_reader import padded
 from online_dpo.scoring.pairrm import DebertaV2PairRM
 from pairwise_folders import pairrm_folder, pairrm_tokenizer
+from run_files import fill_folder, trainer_of, write_run_file
 from training import trainer as in_python
 
 FEEDBACK = """
@@ -39,36 +34,11 @@ def words(text):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("run")
-    tiny.causal_lm(sharpness=1.0).save_pretrained(made / "policy")
-    tiny.tokenizer().save_pretrained(made / "policy")
-    rows = [json.dumps({"prompt": prompt.content}) for prompt in tiny.prompts([4] * 24)]
-    (made / "data.jsonl").write_text("\n".join(rows))
-    (made / "feedback.py").write_text(FEEDBACK)
-    return made
+    return fill_folder(tmp_path_factory.mktemp("run"), FEEDBACK, prompts=24)
 
 
 def trainer(folder, **fields):
-    settings = dict(
-        model_name_or_path="./policy",
-        dataset_name="data.jsonl",
-        output_dir=str(folder / "out"),
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        logging_steps=1,
-        max_steps=6,
-        learning_rate=3e-2,
-        beta=0.01,
-        per_device_train_batch_size=8,
-        max_new_tokens=8,
-        max_length=64,
-        num_completions=4,
-        gradient_checkpointing=False,
-    )
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump({**settings, **fields}))
-    return build_trainer(plan_run(path, []), ProgressDisplay(), InterruptCallback())
+    return trainer_of(write_run_file(folder, **{"max_steps": 6, "learning_rate": 3e-2, "beta": 0.01, **fields}))
 
 
 def random_duels(count, rng):

@@ -1,17 +1,10 @@
 """Every loss and every way to pick pairs, from a run file as the command line reads it to a trained step."""
 
-import json
-
 import pytest
-import yaml
 
-import tiny
-from online_dpo.cli.interrupt import InterruptCallback
-from online_dpo.cli.progress import ProgressDisplay
-from online_dpo.cli.run_file import plan_run
-from online_dpo.cli.train import build_trainer
 from online_dpo.losses import LOSSES
 from online_dpo.pairs import STRATEGIES
+from run_files import fill_folder, trainer_of, write_run_file
 
 REWARD = """
 def count_words(completions, **_):
@@ -24,35 +17,11 @@ def longer(prompts, completion_pairs, shuffle_order=True):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("run")
-    tiny.causal_lm(sharpness=1.0).save_pretrained(made / "policy")
-    tiny.tokenizer().save_pretrained(made / "policy")
-    rows = [json.dumps({"prompt": prompt.content}) for prompt in tiny.prompts([4] * 8)]
-    (made / "data.jsonl").write_text("\n".join(rows))
-    (made / "feedback.py").write_text(REWARD)
-    return made
+    return fill_folder(tmp_path_factory.mktemp("run"), REWARD)
 
 
 def run(folder, **fields):
-    settings = dict(
-        model_name_or_path="./policy",
-        dataset_name="data.jsonl",
-        reward_funcs="feedback.py:count_words",
-        output_dir=str(folder / "out"),
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        logging_steps=1,
-        max_steps=1,
-        per_device_train_batch_size=8,
-        max_new_tokens=8,
-        max_length=64,
-        num_completions=4,
-        gradient_checkpointing=False,
-    )
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump({k: v for k, v in {**settings, **fields}.items() if v is not None}))
-    made = build_trainer(plan_run(path, []), ProgressDisplay(), InterruptCallback())
+    made = trainer_of(write_run_file(folder, **{"reward_funcs": "feedback.py:count_words", **fields}))
     made.train()
     return next(log for log in made.state.log_history if "prompts" in log)
 

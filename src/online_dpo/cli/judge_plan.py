@@ -13,7 +13,6 @@ from online_dpo.cli.values import BadValue, convert, nearest
 from online_dpo.judge_settings import TEMPLATES, JudgeSettings
 from online_dpo.pairwise_kinds import OPTIONS, check_options, pairwise_kind
 
-LLM = "llm"
 FILES = ("rubric_file", "template")
 PAIRWISE_OPTIONS = {
     name: FieldSpec(name, annotation, None, "", group="")

@@ -14,11 +14,12 @@ from typing import Any
 
 import yaml
 
-from online_dpo.cli.judge_plan import LLM, BuiltInJudge, plan_llm, plan_pairwise_model
+from online_dpo.cli.judge_plan import BuiltInJudge, plan_llm, plan_pairwise_model
 from online_dpo.cli.references import Reference, parse_reference
 from online_dpo.cli.run_config import RunConfig
 from online_dpo.cli.schema import FieldSpec, load_fields
 from online_dpo.cli.values import BadValue, convert, convert_words, nearest
+from online_dpo.judge_settings import LLM
 
 COMMAND_LINE = "command line"
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")

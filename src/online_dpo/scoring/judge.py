@@ -15,13 +15,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from online_dpo.errors import FeedbackStopped, ScoringError
+from online_dpo.judge_settings import LLM
 from online_dpo.models import check_model_path
 from online_dpo.scoring.functions import is_async_function, submit, wait_for
 from online_dpo.scoring.scorer import PairwiseScorer, callable_name, chat_messages, check_duels, describe, flat_list
 from online_dpo.types import Completion, Group, Prompt
 
 NO_ANSWER = -1
-LLM = "llm"  # how run files name a language model
 
 
 @runtime_checkable
