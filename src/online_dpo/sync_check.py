@@ -9,9 +9,10 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from online_dpo.borrowing import eval_mode
 from online_dpo.errors import OutOfSyncError
 from online_dpo.logprobs import row_logprobs
-from online_dpo.models import MOST_ROUNDING, ROUNDING, computing_dtype, eval_mode
+from online_dpo.models import MOST_ROUNDING, ROUNDING, computing_dtype
 from online_dpo.packing import pack_groups
 from online_dpo.rollout import Engine, RolloutKey, SamplingParams, Stream
 from online_dpo.types import Prompt

@@ -518,15 +518,16 @@ def test_numbers_and_durations() -> None:
     assert (duration(3723.4), duration(-1)) == ("1:02:03", "0:00:00")
 
 
-def test_warnings_are_one_line_without_a_place_in_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-    plain_warnings()
-    assert warnings.formatwarning("Ignored without\n  a reward: x.", UserWarning, "train.py", 86) == (
-        "warning: Ignored without a reward: x.\n"
-    )
-    assert "library.py:7: DeprecationWarning: old" in warnings.formatwarning(
-        "old", DeprecationWarning, "library.py", 7, line=""
-    )
+def test_warnings_are_one_line_without_a_place_in_the_code() -> None:
+    usual = warnings.formatwarning
+    with plain_warnings():
+        assert warnings.formatwarning("Ignored without\n  a reward: x.", UserWarning, "train.py", 86) == (
+            "warning: Ignored without a reward: x.\n"
+        )
+        assert "library.py:7: DeprecationWarning: old" in warnings.formatwarning(
+            "old", DeprecationWarning, "library.py", 7, line=""
+        )
+    assert warnings.formatwarning is usual
 
 
 def test_stopping_by_overoptimisation_needs_evaluations(folder: Path) -> None:

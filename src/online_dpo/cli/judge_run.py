@@ -12,7 +12,7 @@ import torch
 
 from online_dpo.cli.judge_file import LabelledPair
 from online_dpo.cli.judge_plan import BuiltInJudge
-from online_dpo.cli.progress import number, plain_warnings, silence_progress_bars
+from online_dpo.cli.progress import no_progress_bars, number, plain_warnings
 from online_dpo.errors import ScoringError
 from online_dpo.evaluate import win_rate
 from online_dpo.scoring import LLMJudge, PairwiseModelJudge
@@ -35,10 +35,10 @@ class Agreement:
     count: int
 
 
+@no_progress_bars()
+@plain_warnings()
 def judge_pairs(pairs: Sequence[LabelledPair], chosen: BuiltInJudge, output: Path | None) -> int:
     """Label the pairs and print the report. Returns the exit code."""
-    silence_progress_bars()
-    plain_warnings()
     try:
         judge = _load(chosen)
     except (ValueError, OSError) as problem:

@@ -6,7 +6,8 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TextIO
 
@@ -17,18 +18,26 @@ from rich.table import Table
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
-def silence_progress_bars() -> None:
-    """Switches off the bars of libraries for loading weights and reading data, which would run through our own
-    output.
-    """
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Without the bars of libraries for loading weights and reading data, which would run through our own output."""
     import datasets
     from transformers.utils import logging
 
+    of_datasets, of_transformers = datasets.are_progress_bars_disabled(), logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if not of_datasets:
+            datasets.enable_progress_bars()
+        if of_transformers:
+            logging.enable_progress_bar()
 
 
-def plain_warnings() -> None:
+@contextmanager
+def plain_warnings() -> Iterator[None]:
     """Warnings to users in one line, as the commands' own: where in the code they were given tells them nothing."""
     usual = warnings.formatwarning
 
@@ -38,6 +47,10 @@ def plain_warnings() -> None:
         return usual(message, category, *place, **line)
 
     warnings.formatwarning = formatted
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 COLUMNS = {

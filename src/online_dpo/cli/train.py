@@ -14,7 +14,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from online_dpo.cli.interrupt import InterruptCallback
 from online_dpo.cli.judge_plan import BuiltInJudge
-from online_dpo.cli.progress import ProgressDisplay, plain_warnings, silence_progress_bars
+from online_dpo.cli.progress import ProgressDisplay, no_progress_bars, plain_warnings
 from online_dpo.cli.references import Reference, load_reference
 from online_dpo.cli.run_config import RunConfig
 from online_dpo.cli.run_file import RunPlan
@@ -28,10 +28,10 @@ SETUP_ERRORS = (ValueError, TypeError, OSError, ImportError, OnlineDPOError)
 """What wrong input ends in. ``OSError`` is what transformers raises for a model that is nowhere."""
 
 
+@no_progress_bars()
+@plain_warnings()
 def train(plan: RunPlan, words: Sequence[str], *, show_traceback: bool) -> int:
     """Run a checked plan and return the exit code. ``words`` are the command's own, to say how to resume."""
-    silence_progress_bars()
-    plain_warnings()
     display, interrupt = ProgressDisplay(), InterruptCallback()
     resume = plan.training.get("resume_from_checkpoint") or None
     try:
