@@ -198,7 +198,8 @@ def build_policy(model: Any, peft_config: Any, args: OnlineDPOConfig) -> nn.Modu
         from peft import get_peft_model, prepare_model_for_kbit_training
 
         if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
-            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
+            # Trainer turns checkpointing on, as the run asks for it
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         model = get_peft_model(model, peft_config)
     if is_peft_model_object(model) and model.active_peft_config.is_prompt_learning:
         raise ValueError(

@@ -30,6 +30,7 @@ from online_dpo.config_feedback import FeedbackFields
 from online_dpo.config_loss import LossFields
 from online_dpo.config_method import MethodFields
 from online_dpo.config_vllm import VLLMFields
+from online_dpo.versions import hand_on_checkpointing
 
 INVALID_PROMPT_POLICIES = ("error", "filter")
 CHOICES = (("invalid_prompts", INVALID_PROMPT_POLICIES),)
@@ -55,7 +56,7 @@ class OnlineDPOConfig(VLLMFields, LossFields, MethodFields, FeedbackFields, Trai
 
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass instead of keeping them. The KV cache of generation is not touched by
-    it.
+    it. `activation_checkpointing`, as transformers calls it from 5.23 on, says the same and comes first where given.
     """
 
     bf16: bool | None = None
@@ -189,6 +190,7 @@ class OnlineDPOConfig(VLLMFields, LossFields, MethodFields, FeedbackFields, Trai
     def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and _device_computes_in_bf16()
+        hand_on_checkpointing(self)
         super().__post_init__()
         for name in EPOCH_FIELDS:
             given = getattr(self, name)
