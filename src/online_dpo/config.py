@@ -19,6 +19,7 @@ from online_dpo.config_checks import (
     check_generation_kwargs,
     check_losses,
     check_pairs,
+    check_processes,
     check_ranges,
     check_reference,
     check_resampling,
@@ -194,6 +195,7 @@ class OnlineDPOConfig(VLLMFields, LossFields, MethodFields, FeedbackFields, Trai
             given = getattr(self, name)
             if isinstance(given, (list, tuple)) and len(given) == 1:
                 setattr(self, name, given[0])
+        check_processes(self)
         check_ranges(self)
         check_choices(self, CHOICES + config_feedback.CHOICES + config_loss.CHOICES + config_method.CHOICES)
         check_losses(self)
