@@ -16,6 +16,10 @@ class ScoringError(OnlineDPOError, ValueError):
     """A reward function, reward model or judge failed or returned something that is no score. The message names it."""
 
 
+class UnknownTokenError(OnlineDPOError, ValueError):
+    """A model would be given a token that it has no embedding for. The message has the numbers and what to do."""
+
+
 class RolloutServerError(OnlineDPOError, RuntimeError):
     """A vLLM server could not be used. The message names its address and the last cause."""
 
