@@ -42,3 +42,14 @@ class TrainingDivergedError(OnlineDPOError, RuntimeError):
     """Too many steps in a row had a loss or gradient that is not finite. A checkpoint was saved before this was
     raised.
     """
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Ctrl-C stopped a run. The message says how to go on; ``checkpoint`` is the folder that was saved last, if any.
+
+    A `KeyboardInterrupt`, so that a script ends as it would without the checkpoint.
+    """
+
+    def __init__(self, message: str, checkpoint: str | None) -> None:
+        super().__init__(message)
+        self.checkpoint = checkpoint

@@ -47,6 +47,7 @@ from online_dpo.config import OnlineDPOConfig
 from online_dpo.data import PREPARED_COLUMNS, EndlessStream, collate_prompts, prepare_prompts, prompts_from_batch
 from online_dpo.evaluate import EvalRecord, eval_records, summarise
 from online_dpo.feedback_trainer import FeedbackTrainer
+from online_dpo.figures import in_order
 from online_dpo.gold import check_gold
 from online_dpo.known_tokens import Readers, check_options, check_policy, check_reference, embedding_rows
 from online_dpo.logprobs import RowLogprobs, row_logprobs
@@ -337,7 +338,7 @@ class OnlineDPOTrainer(FeedbackTrainer):
         metrics = summarise(records)
         if self.compute_metrics is not None:
             metrics |= self.compute_metrics(EvalPrediction(predictions=scores, label_ids=reference))
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in in_order(metrics).items()}
         return EvalLoopOutput(predictions=scores, label_ids=reference, metrics=metrics, num_samples=len(records))
 
     @torch.no_grad()

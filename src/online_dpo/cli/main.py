@@ -68,13 +68,18 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(words: Sequence[str]) -> int:
     """Check the run; only then import what trains it."""
+    from online_dpo.cli.header import INDENT, describe_plan, is_first_process
     from online_dpo.cli.help import USAGE, train_help
     from online_dpo.cli.planning import planned
     from online_dpo.cli.run_file import RunPlan, plan_run
+    from online_dpo.cli.screen import say
 
     def run(plan: RunPlan, words: list[str], show_traceback: bool) -> int:
         for warning in plan.warnings:
             print(f"warning: {warning}", file=sys.stderr)
+        if is_first_process():
+            say(describe_plan(plan), INDENT)
+            say(["Loading torch, transformers and the models"])
         from online_dpo.cli.train import train
 
         return train(plan, words, show_traceback=show_traceback)
