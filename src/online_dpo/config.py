@@ -18,6 +18,7 @@ from online_dpo.config_checks import (
     check_generation_kwargs,
     check_losses,
     check_pairs,
+    check_processes,
     check_ranges,
     check_reference,
     check_resampling,
@@ -193,6 +194,7 @@ class OnlineDPOConfig(VLLMFields, LossFields, MethodFields, FeedbackFields, Trai
             self.bf16 = not self.fp16 and not self.use_cpu and _device_computes_in_bf16()
         settle_input(self, choices := CHOICES + config_feedback.CHOICES + config_loss.CHOICES + config_method.CHOICES)
         super().__post_init__()
+        check_processes(self)
         check_ranges(self)
         check_choices(self, choices)
         check_losses(self)

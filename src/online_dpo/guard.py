@@ -51,6 +51,17 @@ class StepGuard(TrainerCallback):
     def saw_gradient_norm(self, norm: torch.Tensor | float) -> None:
         self._finite = self._finite & torch.isfinite(torch.as_tensor(norm, device=self._finite.device)).all()
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step >= state.max_steps and state.is_world_process_zero:
+            logger.warning(
+                "This run was over: step %d of %d is done. Nothing more is trained; to go on, raise `max_steps` or "
+                "`num_train_epochs`.",
+                state.global_step,
+                state.max_steps,
+            )
+
     def on_pre_optimizer_step(
         self,
         args: TrainingArguments,
