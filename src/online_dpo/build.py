@@ -43,6 +43,7 @@ from online_dpo.scoring import (
     RewardModelScorer,
     check_judge,
     check_reward_columns,
+    check_reward_path,
     check_scorers,
     check_share,
 )
@@ -154,10 +155,7 @@ def choose_scorers(reward_funcs: Any, reward_model: Any, judge: Any, args: Onlin
     if reward_funcs is not None and reward_model is not None:
         raise ValueError("Give `reward_funcs` or `reward_model`, not both: `reward_funcs` takes a list of all of them.")
     rewards = reward_funcs if reward_funcs is not None else reward_model
-    if rewards is not None and args.reward_model_path is not None:
-        raise ValueError(
-            "`reward_model_path` is given beside `reward_funcs`: put the path into the list `reward_funcs`."
-        )
+    check_reward_path(rewards, args.reward_model_path, "reward_model_path", "reward_funcs")
     if rewards is None:
         rewards = args.reward_model_path
     if args.judge_top is not None:

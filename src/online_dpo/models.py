@@ -62,6 +62,19 @@ def load_causal_lm(path: str, init_kwargs: dict[str, Any] | None, trust_remote_c
     return AutoModelForCausalLM.from_pretrained(path, **kwargs)
 
 
+def source_of(model: Any) -> str | None:
+    """The folder or hub name that a model was loaded from: a name itself, what a model's config says, else ``None``."""
+    if isinstance(model, str):
+        return model
+    base = unwrapped(model) if isinstance(model, nn.Module) else None
+    return base.config._name_or_path or None if isinstance(base, PreTrainedModel) else None
+
+
+def same_source(one: str, other: str) -> bool:
+    """Whether two names mean the same model: the same hub name, or the same folder however it is written."""
+    return one == other or Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+
+
 def unwrapped(model: nn.Module) -> PreTrainedModel:
     """The model under the wrappers of data parallelism, `torch.compile` and PEFT."""
     wrapped: Any = extract_model_from_parallel(model, keep_torch_compile=False)
