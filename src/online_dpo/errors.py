@@ -38,3 +38,9 @@ class TrainingDivergedError(OnlineDPOError, RuntimeError):
     """Too many steps in a row had a loss or gradient that is not finite. A checkpoint was saved before this was
     raised.
     """
+
+
+class NothingTrainedError(OnlineDPOError, RuntimeError):
+    """A run came to its end, and no step of it trained anything. The message counts why; if there were steps, a
+    checkpoint was saved before this was raised.
+    """

@@ -20,7 +20,9 @@ from online_dpo.guard import StepGuard, refuse_to_split
 from online_dpo.metrics import MetricStore
 from online_dpo.models import ConfigKeeper, RestoreConfigs, empty_device_cache
 from online_dpo.packing import halve, token_count
+from online_dpo.precision import keeps_small_steps
 from online_dpo.types import PackedRows
+from online_dpo.updates import UpdatedRatio
 
 
 class GuardedTrainer(Trainer):
@@ -43,6 +45,8 @@ class GuardedTrainer(Trainer):
         self.metrics = MetricStore()
         self.guard = StepGuard(self.accelerator, args.max_skipped_steps, self._count_skipped_pairs)
         self.add_callback(self.guard)
+        self.updates = UpdatedRatio(lambda: self.guard.trained_steps, warns=not keeps_small_steps(args))
+        self.add_callback(self.updates)
         self.done_in_step: list[PackedRows] = []
         self.tokens_that_fit = sys.maxsize
         self._last_log = time.perf_counter()
@@ -52,10 +56,14 @@ class GuardedTrainer(Trainer):
 
         Raises:
             TrainingDivergedError: ``max_skipped_steps`` steps in a row were not finite; a checkpoint has been saved.
+            NothingTrainedError: no step trained anything; a checkpoint has been saved if there were steps.
+            ValueError: the optimizer trains no weight of the model.
         """
         self._last_log = time.perf_counter()
+        self.guard.begin_run()
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         self.guard.raise_if_diverged(self.state, self.args.output_dir)  # pyright: ignore[reportArgumentType]
+        self.guard.raise_if_nothing_trained(self.state, self.args.output_dir)  # pyright: ignore[reportArgumentType]
         return result
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -144,6 +152,7 @@ class GuardedTrainer(Trainer):
         if "loss" in logs:
             elapsed = time.perf_counter() - self._last_log
             self._last_log = time.perf_counter()
+            self.metrics.ratio("train/updated_ratio", *self.updates.since_last())
             mine = self.metrics.drain()
             mine["perf/tokens_per_second"] = mine.pop("completion_tokens", 0.0) / elapsed
             # The parent's loss is a mean over steps, in which one without pairs counts 0; ours is over pairs.

@@ -35,6 +35,7 @@ from online_dpo.build import (
     build_reference,
     built_in_engine,
     check_arguments,
+    check_batches,
     check_columns,
     check_stream,
     check_templates,
@@ -141,6 +142,7 @@ class OnlineDPOTrainer(FeedbackTrainer):
         if isinstance(train_dataset, IterableDataset):
             check_stream(args)
             train_dataset = EndlessStream(train_dataset)  # pyright: ignore[reportAssignmentType]
+        check_batches(train_dataset, args)
         if isinstance(eval_dataset, dict):
             eval_dataset = {
                 name: self._prepared(data, f"eval_dataset[{name!r}]") for name, data in eval_dataset.items()
@@ -154,7 +156,7 @@ class OnlineDPOTrainer(FeedbackTrainer):
         train_on_one_device_per_process(args)
 
         set_seed(args.seed)  # an adapter's first weights are random
-        policy = build_policy(model, peft_config, args)
+        policy = build_policy(model, peft_config, args, optimizers[0])
         super().__init__(
             model=policy,
             args=args,

@@ -20,7 +20,7 @@ from online_dpo.cli.run_config import RunConfig
 from online_dpo.cli.run_file import RunPlan
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.data import load_prompts
-from online_dpo.errors import OnlineDPOError
+from online_dpo.errors import NothingTrainedError, OnlineDPOError
 from online_dpo.scoring import LLMJudge, PairwiseModelJudge
 from online_dpo.trainer import OnlineDPOTrainer
 
@@ -45,6 +45,10 @@ def train(plan: RunPlan, words: Sequence[str], *, show_traceback: bool) -> int:
         display.close()
         _say_interrupted("Stopped at once.", interrupt.checkpoint, words)
         return 130
+    except NothingTrainedError as error:
+        display.close()
+        if not interrupt.stopped:
+            return report_error(error, 3, show_traceback)
     except OnlineDPOError as error:
         display.close()
         report_error(error, 1, show_traceback)
