@@ -100,6 +100,13 @@ def causal_lm(family: str = "llama", seed: int = 0, sharpness: float = 3.0, **ov
     return model.eval()
 
 
+def checkpoint_layers(model: PreTrainedModel, use_reentrant: bool = False) -> None:
+    """Layers are computed again in the backward pass, as `Trainer` asks for; `transformers` 5.23 has renamed it."""
+    new_name = hasattr(model, "activation_checkpointing_enable")
+    enable = model.activation_checkpointing_enable if new_name else model.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})
+
+
 def prompts(lengths: Sequence[int], seed: int = 0) -> list[Prompt]:
     generator = torch.Generator().manual_seed(seed)
     made = []

@@ -20,10 +20,10 @@ from online_dpo.allocator import keep_freed_memory
 from online_dpo.attention import use_flex_attention, use_segments
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.config_checks import EPOCH_FIELDS
+from online_dpo.known_tokens import check_room
 from online_dpo.logprobs import enable_logprobs
 from online_dpo.models import (
     check_model_path,
-    context_length,
     disable_dropout,
     is_adapter,
     load_causal_lm,
@@ -218,13 +218,7 @@ def build_policy(model: Any, peft_config: Any, args: OnlineDPOConfig, optimizer:
         trains_adapter = peft_config is not None
     if model.config.is_encoder_decoder:
         raise ValueError("`model` is an encoder-decoder; Online DPO here trains decoder-only language models.")
-    context = context_length(model)
-    longest = None if args.prompt_limit is None else args.prompt_limit + args.max_new_tokens
-    if context is not None and (longest is None or longest > context):
-        raise ValueError(
-            f"The model has room for {context} tokens, prompts and completions may have "
-            f"{'any number' if longest is None else longest}. Set `max_length` to at most {context}."
-        )
+    check_room(model, _longest(args), "model")
     if peft_config is not None:
         from peft import get_peft_model, prepare_model_for_kbit_training
 
@@ -262,6 +256,11 @@ def _prepare_attention(model: nn.Module, args: OnlineDPOConfig) -> None:
         use_segments(model)
 
 
+def _longest(args: OnlineDPOConfig) -> int | None:
+    """Most tokens of a prompt and its completion; ``None``: any number."""
+    return None if args.prompt_limit is None else args.prompt_limit + args.max_new_tokens
+
+
 def build_reference(ref_model: Any, policy: nn.Module, args: OnlineDPOConfig) -> Reference:
     """The reference: the model given, else the policy with its adapter off, else a frozen copy. A model of its own may
     follow the policy.
@@ -270,7 +269,7 @@ def build_reference(ref_model: Any, policy: nn.Module, args: OnlineDPOConfig) ->
     policy's type, but for what mixed precision casts in each pass anyway.
 
     Raises:
-        ValueError: it is to follow the policy, and cannot.
+        ValueError: it is to follow the policy, and cannot; or its context is shorter than ``max_length``.
     """
     if args.reference_free:
         return NoReference()
@@ -282,6 +281,7 @@ def build_reference(ref_model: Any, policy: nn.Module, args: OnlineDPOConfig) ->
     elif ref_model is not None:
         warn_of_other_dtype(ref_model, policy)
     if ref_model is not None:
+        check_room(ref_model, _longest(args), "ref_model")
         disable_dropout(ref_model)
         enable_logprobs(ref_model)
         _prepare_attention(ref_model, args)
@@ -316,7 +316,7 @@ def _own_model(model: nn.Module, policy: nn.Module, args: OnlineDPOConfig, descr
 def check_vllm(args: OnlineDPOConfig) -> None:
     """
     Raises:
-        ValueError: vLLM is missing, or does not know an option of sampling.
+        ValueError: vLLM is missing, does not know an option of sampling, or a server has not room for ``max_length``.
         RolloutServerError: a server cannot be reached.
     """
     if not args.use_vllm:
@@ -324,9 +324,20 @@ def check_vllm(args: OnlineDPOConfig) -> None:
     vllm_sampling(SamplingParams.from_config(args, end_token_ids=()))
     if args.vllm_mode == "server":
         for url in args.vllm_server_urls:
-            VLLMClient(url, args.vllm_server_timeout).call("/health")
+            _check_server(VLLMClient(url, args.vllm_server_timeout), _longest(args))
     elif importlib.util.find_spec("vllm") is None:
         raise ValueError("`use_vllm` needs vLLM, which is not installed. Install `online-dpo[vllm]`, or leave it off.")
+
+
+def _check_server(client: VLLMClient, longest: int | None) -> None:
+    client.call("/health")
+    room = client.call("/v1/models")["data"][0]["max_model_len"]
+    if room is not None and (longest is None or longest > room):
+        raise ValueError(
+            f"The vLLM server at {client.url} has room for {room} tokens, prompts and completions may have "
+            f"{'any number' if longest is None else longest}. Set `max_length` to at most {room}, or start the server "
+            "with a larger `--max-model-len`."
+        )
 
 
 def build_engine(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, args: OnlineDPOConfig) -> Engine:

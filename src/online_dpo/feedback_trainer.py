@@ -16,10 +16,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from online_dpo.beta import Beta
 from online_dpo.build import check_templates
 from online_dpo.data import prompts_from_batch
-from online_dpo.errors import FeedbackLostError, OnlineDPOError, OutOfSyncError, RolloutServerError, ScoringError
+from online_dpo.errors import FeedbackLostError, OnlineDPOError
 from online_dpo.evaluate import EvalRecord, judged_wins, win_share
 from online_dpo.gold import Gold, build_gold
 from online_dpo.guarded_trainer import GuardedTrainer, Stopwatch
+from online_dpo.known_tokens import Readers
 from online_dpo.lookahead import Fetched, Lookahead
 from online_dpo.metrics import record_rollout
 from online_dpo.overoptimisation import OveroptimisationGuard
@@ -53,6 +54,7 @@ class FeedbackTrainer(GuardedTrainer):
     tokenizer: PreTrainedTokenizerBase
     policy: nn.Module
     reference: Reference
+    readers: Readers
     engine: Engine
     reference_engine: TransformersEngine
     opponent: Opponent
@@ -76,7 +78,7 @@ class FeedbackTrainer(GuardedTrainer):
         checkpoint of the steps done so far.
 
         Raises:
-            ScoringError, RolloutServerError, OutOfSyncError: as it was raised.
+            OnlineDPOError: as it was raised.
             FeedbackLostError: on the other ranks.
         """
         problem: OnlineDPOError | None = None
@@ -88,7 +90,7 @@ class FeedbackTrainer(GuardedTrainer):
                 lambda step: self._fetch(step, batches, num_batches),
                 self._sample_and_score,
             )
-        except (ScoringError, RolloutServerError, OutOfSyncError) as error:
+        except OnlineDPOError as error:
             problem = error
         failed = self.accelerator.gather(torch.tensor([problem is not None], device=self.accelerator.device))
         if failed.any():  # pyright: ignore[reportAttributeAccessIssue]
@@ -115,6 +117,7 @@ class FeedbackTrainer(GuardedTrainer):
             return None
         prompts = [prompt for batch in self.without_fill(fetched) for prompt in prompts_from_batch(batch)]
         usable = [prompt for prompt in prompts if prompt.invalid is None]
+        self.readers.check_prompts(usable)  # of a stream, or of a collator, nothing is known before
         return Fetched(usable, len(prompts), len(fetched))
 
     def _sample_and_score(self, step: int, prompts: list[Prompt]) -> Callable[[], Feedback]:
@@ -155,7 +158,9 @@ class FeedbackTrainer(GuardedTrainer):
         key = RolloutKey(self.args.seed, step, Stream.TRAINING, first_sample=number * own)
         with Stopwatch(self.accelerator.device) as watch, self.accelerator.autocast():
             groups = self.engine.generate([group.prompt for group in theirs], own, self.sampling, key)
-        return joined(groups, theirs), watch.seconds
+        answered = joined(groups, theirs)
+        self.readers.check_groups(answered)
+        return answered, watch.seconds
 
     def _answer_again(self, first: Feedback, theirs: Sequence[Group], step: int) -> Feedback:
         """Up to ``resample_rounds`` times, the prompts whose group gives no pair; what an opponent said stays."""

@@ -69,6 +69,13 @@ class StepGuard(TrainerCallback):
             ValueError: the optimizer trains no weight of the model.
         """
         assert model is not None
+        if state.global_step >= state.max_steps and state.is_world_process_zero:
+            logger.warning(
+                "This run was over: step %d of %d is done. Nothing more is trained; to go on, raise `max_steps` or "
+                "`num_train_epochs`.",
+                state.global_step,
+                state.max_steps,
+            )
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:  # it holds flat copies
             return
         inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
@@ -105,10 +112,10 @@ class StepGuard(TrainerCallback):
                 parameter.grad = None
         self._trains = finite and self._num_pairs > 0
         if finite:
-            self.untrained["no pair"] += self._num_pairs == 0
+            self.untrained["without a pair"] += self._num_pairs == 0
             self.skipped_in_a_row = 0
             return
-        self.untrained["a loss or gradient that is not finite"] += 1
+        self.untrained["not finite"] += 1
         self.skipped_in_a_row += 1
         self.skipped += 1
         self.on_skip(self._num_pairs)
@@ -129,9 +136,9 @@ class StepGuard(TrainerCallback):
         if not self._trains:
             return
         if self.accelerator.optimizer_step_was_skipped:
-            self.untrained["a gradient beyond the range of fp16"] += 1
+            self.untrained["gradient beyond the range of fp16"] += 1
         elif all(group["lr"] == 0 for group in optimizer.param_groups):
-            self.untrained["a learning rate of 0"] += 1
+            self.untrained["learning rate 0"] += 1
         else:
             self.trained_steps += 1
 
@@ -195,17 +202,17 @@ class StepGuard(TrainerCallback):
             return
         if state.global_step == 0:
             raise NothingTrainedError("The run has trained nothing: there was no step, because the data gave no batch.")
-        why = ", ".join(f"{count} had {reason}" for reason, count in self.untrained.items() if count)
         dropped: Counter[str] = Counter()
         for log in state.log_history:
             dropped.update({name.partition("/")[2]: int(n) for name, n in log.items() if name.startswith("dropped/")})
         prompts = int(sum(log.get("prompts", 0) for log in state.log_history))
-        reasons = ", ".join(f"{reason} {count}" for reason, count in dropped.most_common() if count)
-        raise NothingTrainedError(
-            f"The run has trained nothing: of its {sum(self.untrained.values())} steps {why}. Dropped of {prompts} "
-            f"prompts: {reasons or 'none'}. The weights are those of the start; the run's state is in "
-            f"{output_dir}/checkpoint-{state.global_step}."
-        )
+        message = f"The run has trained nothing. Dropped of {prompts} prompts: {_counts(dropped)}."
+        if steps := self.untrained.total():  # none of a run that was over when it was resumed
+            message += (
+                f" Of {steps} steps: {_counts(self.untrained)}. The weights are those of the start; the run's state is "
+                f"in {output_dir}/checkpoint-{state.global_step}."
+            )
+        raise NothingTrainedError(message)
 
     def save(self, folder: Path) -> None:
         """Write down what `restore` needs."""
@@ -215,6 +222,10 @@ class StepGuard(TrainerCallback):
         """Go on from what `save` wrote; in a checkpoint without it, all of its ``steps`` are taken for trained."""
         path = folder / self.FILE
         self.trained_steps = json.loads(path.read_text(encoding="utf-8"))["trained_steps"] if path.is_file() else steps
+
+
+def _counts(of: Counter[str]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in of.most_common() if count) or "none"
 
 
 def refuse_to_split(rows: PackedRows, num_processes: int) -> None:

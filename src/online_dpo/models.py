@@ -106,16 +106,25 @@ def hands_on_arguments(model: nn.Module) -> bool:
 
 
 def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every token that ends a completion: the tokenizer's, and all that the model's generation config declares.
+    """Every token that ends a completion: the tokenizer's, and all that the model's generation config declares, as far
+    as the model can choose them.
 
     Raises:
         ValueError: there is none, so that no completion could ever end by itself.
     """
     sources: list[Any] = [unwrapped(model).generation_config.eos_token_id, tokenizer.eos_token_id]
-    ids = [i for source in sources if source is not None for i in ([source] if isinstance(source, int) else source)]
+    ids = {i for source in sources if source is not None for i in ([source] if isinstance(source, int) else source)}
     if not ids:
         raise ValueError("Neither the tokenizer nor the model's generation config has an end token; set `eos_token`.")
-    return tuple(sorted(set(ids)))
+    written = unwrapped(model).config.get_text_config().vocab_size
+    known = tuple(sorted(i for i in ids if 0 <= i < written))
+    if not known:
+        raise ValueError(
+            f"No completion could end by itself: the model chooses from {written} tokens, and its end tokens are "
+            f"{', '.join(map(str, sorted(ids)))}. Set `tokenizer.eos_token` to a token that the model knows, or call "
+            "`model.resize_token_embeddings(len(tokenizer))`."
+        )
+    return known
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -158,9 +167,15 @@ def state_of_forward(model: nn.Module) -> tuple[Any, ...]:
 
 
 def context_length(model: nn.Module) -> int | None:
-    """Most positions the model has been built for, or ``None`` where its config does not say."""
-    config = unwrapped(model).config.get_text_config()
-    return getattr(config, "max_position_embeddings", None)
+    """Most tokens that the model has positions for, or ``None`` where its config does not say."""
+    base = unwrapped(model)
+    positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    if positions is None:  # recurrent and ALiBi models
+        return None
+    for name, module in base.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return positions - module.padding_idx - 1  # RoBERTa and its kin count from behind the padding token's id
+    return positions
 
 
 class ConfigKeeper:

@@ -48,7 +48,9 @@ from online_dpo.config import OnlineDPOConfig
 from online_dpo.data import PREPARED_COLUMNS, EndlessStream, collate_prompts, prepare_prompts, prompts_from_batch
 from online_dpo.evaluate import EvalRecord, eval_records, summarise
 from online_dpo.feedback_trainer import FeedbackTrainer
+from online_dpo.figures import in_order
 from online_dpo.gold import check_gold
+from online_dpo.known_tokens import Readers, check_options, check_policy, check_reference, embedding_rows
 from online_dpo.logprobs import RowLogprobs, row_logprobs
 from online_dpo.lookahead import Lookahead
 from online_dpo.losses import LossOptions, method_losses, pair_logprobs
@@ -157,6 +159,9 @@ class OnlineDPOTrainer(FeedbackTrainer):
 
         set_seed(args.seed)  # an adapter's first weights are random
         policy = build_policy(model, peft_config, args, optimizers[0])
+        prepared = {"train_dataset": train_dataset, **named_datasets(eval_dataset)}
+        check_policy(policy, self.tokenizer, prepared)
+        check_options(policy, args.generation_kwargs or {})  # pyright: ignore[reportArgumentType]
         super().__init__(
             model=policy,
             args=args,
@@ -169,6 +174,11 @@ class OnlineDPOTrainer(FeedbackTrainer):
             optimizers=optimizers,
         )
         self.reference = build_reference(ref_model, policy, args)
+        self.readers = Readers({"the policy": embedding_rows(policy)})
+        if ref_model is not None:
+            with self.reference.active() as reference:
+                check_reference(reference, policy, self.tokenizer, prepared)
+                self.readers = Readers({**self.readers.rows, "the reference": embedding_rows(reference)})
         self.add_callback(ReferenceSteps(self.reference))
         self.policy = policy
         self.engine = build_engine(policy, self.tokenizer, args)
@@ -330,15 +340,17 @@ class OnlineDPOTrainer(FeedbackTrainer):
         metrics = summarise(records)
         if self.compute_metrics is not None:
             metrics |= self.compute_metrics(EvalPrediction(predictions=scores, label_ids=reference))
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in in_order(metrics).items()}
         return EvalLoopOutput(predictions=scores, label_ids=reference, metrics=metrics, num_samples=len(records))
 
     @torch.no_grad()
     def _evaluate_prompts(self, model: nn.Module, prompts: list[Prompt]) -> list[EvalRecord]:
         key = RolloutKey(self.args.seed, 0, Stream.EVALUATION)
+        self.readers.check_prompts(prompts)
         self._sync_engine(prompts)
         with self.accelerator.autocast():
             groups = self.engine.generate(prompts, self.args.num_completions, self.sampling, key)
+        self.readers.check_groups(groups)
         said = self._assess(groups)
         pairs = self._form_pairs(groups, said, step=0).pairs
         if self.accelerator.num_processes == 1:  # otherwise a step of training finds out, on all ranks together

@@ -55,9 +55,10 @@ class Completion:
     text="Red.")
 
     ``token_ids`` ends with the end token when the model produced one. ``logprobs`` holds, for every token, the
-    log-probability under its unmodified author (temperature 1, no truncation of the distribution). ``text`` is decoded
-    without special tokens. ``policy_version`` is the number of optimizer steps behind the weights that sampled it; of a
-    completion that the policy did not write it says nothing.
+    log-probability under its unmodified author (temperature 1, no truncation of the distribution). ``text`` is what
+    they add to the prompt's text, without special tokens (see `rollout.completion_text`). ``policy_version`` is the
+    number of optimizer steps behind the weights that sampled it; of a completion that the policy did not write it says
+    nothing.
     """
 
     token_ids: tuple[int, ...]

@@ -92,7 +92,7 @@ class UpdatedRatio(TrainerCallback):
         if self._logs == LOGS and self._warns and state.is_world_process_zero:
             self._warns = False
             logger.warning(
-                "The weights hardly change: for %d logs in a row, steps were trained, and up to step %d only %.2g %% of "
+                "The weights hardly change: for %d logs in a row, steps were trained, and at step %d only %.2g %% of "
                 "the sampled weights differ from the log before. Updates are smaller than the weights' type can hold "
                 "(in bf16: load them in fp32, or raise `learning_rate`), or go to other tensors than the model's.",
                 LOGS,

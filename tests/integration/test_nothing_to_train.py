@@ -124,14 +124,6 @@ def test_too_few_rows_for_a_whole_batch_are_refused_before_a_model_is_loaded(tmp
 # at the end ---------------------------------------------------------------------------------------------------------
 
 
-class Poison(TrainerCallback):
-    """Makes every gradient infinite."""
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        for parameter in model.parameters():
-            parameter.grad.fill_(torch.inf)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -161,7 +153,7 @@ def nan_loss(module, args, output):
 def test_steps_that_are_not_finite_train_nothing(tmp_path):
     policy = model()
     policy.register_forward_hook(nan_loss)
-    with pytest.raises(NothingTrainedError, match="of its 2 steps 2 had a loss or gradient that is not finite"):
+    with pytest.raises(NothingTrainedError, match="Of 2 steps: not finite 2."):
         trainer(tmp_path, model=policy, max_steps=2).train()
 
 
@@ -174,7 +166,7 @@ def test_one_step_that_trains_is_enough(tmp_path):
 
     made = trainer(tmp_path, reward_funcs=once, max_steps=3)
     made.train()
-    assert made.guard.trained_steps == 1 and dict(made.guard.untrained)["no pair"] == 2
+    assert made.guard.trained_steps == 1 and dict(made.guard.untrained)["without a pair"] == 2
     assert not (tmp_path / "checkpoint-3").exists()
 
 
@@ -208,7 +200,7 @@ def test_the_command_ends_with_code_3_and_one_line(tmp_path, capsys):
     assert train(plan_run(path, []), [str(path)], show_traceback=False) == 3
     output, errors = capsys.readouterr()
     [line] = [line for line in errors.splitlines() if line.startswith("error:")]
-    assert "of its 2 steps 2 had no pair. Dropped of 16 prompts: tie 16." in line
+    assert "Dropped of 16 prompts: tie 16. Of 2 steps: without a pair 2." in line
     assert "Model saved" not in output and not (folder / "out" / "model.safetensors").exists()
     assert (folder / "out" / "checkpoint-2" / "model.safetensors").is_file()
 
@@ -247,7 +239,7 @@ def test_the_share_of_changed_weights_is_measured(tmp_path, caplog, half):
     assert all(share < 0.02 if half else share > 0.95 for share in watch.shares)
     assert len(hardly(caplog)) == half
     if half:
-        assert "for 3 logs in a row" in hardly(caplog)[0] and "up to step 3" in hardly(caplog)[0]
+        assert "for 3 logs in a row" in hardly(caplog)[0] and "at step 3" in hardly(caplog)[0]
 
 
 def test_a_sample_of_a_larger_model_tells_the_same(tmp_path, monkeypatch):
