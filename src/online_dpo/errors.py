@@ -44,6 +44,12 @@ class TrainingDivergedError(OnlineDPOError, RuntimeError):
     """
 
 
+class NothingTrainedError(OnlineDPOError, RuntimeError):
+    """A run came to its end, and no step of it trained anything. The message counts why; if there were steps, a
+    checkpoint was saved before this was raised.
+    """
+
+
 class TrainingInterrupted(KeyboardInterrupt):
     """Ctrl-C stopped a run. The message says how to go on; ``checkpoint`` is the folder that was saved last, if any.
 

@@ -297,6 +297,7 @@ class FeedbackTrainer(GuardedTrainer):
         if self.is_world_process_zero():
             self.reference.save(folder)
             self.adaptive_beta.save(folder)
+            self.guard.save(folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -304,3 +305,4 @@ class FeedbackTrainer(GuardedTrainer):
             self.lookahead.restore(Path(checkpoint), self.accelerator.process_index)
             self.reference.restore(Path(checkpoint))
             self.adaptive_beta.restore(Path(checkpoint))
+            self.guard.restore(Path(checkpoint), self.state.global_step)

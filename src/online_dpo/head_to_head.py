@@ -6,7 +6,7 @@ One model is in memory at a time.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from online_dpo.models import (
     to_device,
 )
 from online_dpo.packing import pack_groups
+from online_dpo.precision import mixed_precision
 from online_dpo.rollout import RolloutKey, SamplingParams, Stream, TransformersEngine
 from online_dpo.rollout.sampling import reshapes
 from online_dpo.scoring import (
@@ -237,12 +238,6 @@ def _load(player: Player, args: OnlineDPOConfig) -> nn.Module:
     return to_device(model, args.device).eval()
 
 
-def _autocast(args: OnlineDPOConfig) -> AbstractContextManager[Any]:
-    if not (args.bf16 or args.fp16):
-        return nullcontext()
-    return torch.autocast(args.device.type, torch.bfloat16 if args.bf16 else torch.float16)
-
-
 def _sample(
     model: nn.Module,
     player: Player,
@@ -253,14 +248,14 @@ def _sample(
     stream: Stream,
 ) -> list[Group]:
     engine = TransformersEngine(model, player.tokenizer, args.rollout_batch_size)
-    with _autocast(args):
+    with mixed_precision(args):
         return engine.generate([player.prompts[row] for row in rows], samples, params, RolloutKey(args.seed, 0, stream))
 
 
 @torch.no_grad()
 def _sequence_logprobs(model: nn.Module, groups: Sequence[Group], args: OnlineDPOConfig) -> list[list[float]]:
     """Log-probability of each completion of each group under the model, at temperature 1."""
-    with _autocast(args):
+    with mixed_precision(args):
         found = choose_method({"the model": lambda: nullcontext(model)}, groups, share=False)
         method = found[0] if found else Method()
         samples = len(groups[0].completions)

@@ -41,21 +41,27 @@ def check_model_path(path: str, argument: str) -> None:
         raise ValueError(f"`{argument}`: there is no folder {path!r}. Give a saved model's folder or a hub name.")
 
 
-def load_causal_lm(path: str, init_kwargs: dict[str, Any] | None, trust_remote_code: bool) -> PreTrainedModel:
+def load_causal_lm(
+    path: str,
+    init_kwargs: dict[str, Any] | None,
+    trust_remote_code: bool,
+    dtype: str | torch.dtype = "auto",
+) -> PreTrainedModel:
     """A causal language model from a folder or the hub; an adapter folder gives its base model with the adapter
     trainable.
+
+    Args:
+        dtype: of the weights, unless ``init_kwargs`` name one; ``auto`` is the type that they were saved in.
 
     Raises:
         ValueError: ``init_kwargs["dtype"]`` names no torch type.
     """
     path = os.path.expanduser(path)
     kwargs = {"trust_remote_code": trust_remote_code, **(init_kwargs or {})}
-    dtype = kwargs.get("dtype")
-    if isinstance(dtype, str) and dtype != "auto":
-        if not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise ValueError(f"`model_init_kwargs`: {dtype!r} is no torch dtype. Use 'auto', 'float32' or 'bfloat16'.")
-        kwargs["dtype"] = getattr(torch, dtype)
-    if (Path(path) / "adapter_config.json").is_file():
+    old_name = kwargs.pop("torch_dtype", None)  # transformers reads it only where `dtype` is not given
+    given = kwargs.pop("dtype", old_name)
+    kwargs["dtype"] = dtype if given is None else check_dtype(given)
+    if is_adapter(path):
         from peft import AutoPeftModelForCausalLM
 
         return AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True, **kwargs)
@@ -73,6 +79,24 @@ def source_of(model: Any) -> str | None:
 def same_source(one: str, other: str) -> bool:
     """Whether two names mean the same model: the same hub name, or the same folder however it is written."""
     return one == other or Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+
+
+def is_adapter(path: str) -> bool:
+    """Whether the folder holds an adapter of PEFT and not a whole model."""
+    return (Path(path).expanduser() / "adapter_config.json").is_file()
+
+
+def check_dtype(given: Any) -> Any:
+    """A type for `from_pretrained`; names of torch types become the types.
+
+    Raises:
+        ValueError: there is no type of this name.
+    """
+    if not isinstance(given, str) or given == "auto":
+        return given
+    if not isinstance(getattr(torch, given, None), torch.dtype):
+        raise ValueError(f"`model_init_kwargs`: {given!r} is no torch dtype. Use 'auto', 'float32' or 'bfloat16'.")
+    return getattr(torch, given)
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:

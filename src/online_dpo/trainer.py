@@ -36,6 +36,7 @@ from online_dpo.build import (
     build_reference,
     built_in_engine,
     check_arguments,
+    check_batches,
     check_columns,
     check_stream,
     check_templates,
@@ -145,6 +146,7 @@ class OnlineDPOTrainer(TRLAttributes, FeedbackTrainer):
         if isinstance(train_dataset, IterableDataset):
             check_stream(args)
             train_dataset = EndlessStream(train_dataset)  # pyright: ignore[reportAssignmentType]
+        check_batches(train_dataset, args)
         if isinstance(eval_dataset, dict):
             eval_dataset = {
                 name: self._prepared(data, f"eval_dataset[{name!r}]") for name, data in eval_dataset.items()
@@ -158,7 +160,7 @@ class OnlineDPOTrainer(TRLAttributes, FeedbackTrainer):
         train_on_one_device_per_process(args)
 
         set_seed(args.seed)  # an adapter's first weights are random
-        policy = build_policy(model, peft_config, args)
+        policy = build_policy(model, peft_config, args, optimizers[0])
         prepared = {"train_dataset": train_dataset, **named_datasets(eval_dataset)}
         check_policy(policy, self.tokenizer, prepared)
         check_options(policy, args.generation_kwargs or {})  # pyright: ignore[reportArgumentType]
