@@ -4,7 +4,6 @@ loaded.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from online_dpo.allocator import keep_freed_memory
 from online_dpo.attention import use_flex_attention, use_segments
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.config_checks import EPOCH_FIELDS
+from online_dpo.config_checks_training import check_output_dir
 from online_dpo.known_tokens import check_room
 from online_dpo.logprobs import enable_logprobs
 from online_dpo.models import (
@@ -47,6 +47,7 @@ from online_dpo.reference import (
     adapter_changes_output,
     frozen_copy,
 )
+from online_dpo.requirements import problems
 from online_dpo.rollout import Engine, SamplingParams, TransformersEngine
 from online_dpo.rollout.mixture import MixtureEngine
 from online_dpo.rollout.opponent import ModelOpponent, Nobody, Opponent
@@ -137,6 +138,7 @@ def check_arguments(
     check_vllm(args)
     if isinstance(model, nn.Module) and peft_config is None:
         check_trained(model)
+    check_output_dir(args)
     for argument, value in (("model", model), ("ref_model", ref_model)):
         if isinstance(value, str):
             check_model_path(value, argument)
@@ -324,8 +326,9 @@ def check_vllm(args: OnlineDPOConfig) -> None:
     if args.vllm_mode == "server":
         for url in args.vllm_server_urls:
             _check_server(VLLMClient(url, args.vllm_server_timeout), _longest(args))
-    elif importlib.util.find_spec("vllm") is None:
-        raise ValueError("`use_vllm` needs vLLM, which is not installed. Install `online-dpo[vllm]`, or leave it off.")
+    else:
+        for _, problem in problems({"use_vllm": True}):
+            raise ValueError(problem)
 
 
 def _check_server(client: VLLMClient, longest: int | None) -> None:
