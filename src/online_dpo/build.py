@@ -4,7 +4,6 @@ loaded.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from online_dpo.allocator import keep_freed_memory
 from online_dpo.attention import use_flex_attention, use_segments
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.config_checks import EPOCH_FIELDS
+from online_dpo.config_checks_training import check_output_dir
 from online_dpo.known_tokens import check_room
 from online_dpo.logprobs import enable_logprobs
 from online_dpo.models import (
@@ -47,6 +47,7 @@ from online_dpo.reference import (
     adapter_changes_output,
     frozen_copy,
 )
+from online_dpo.requirements import problems
 from online_dpo.rollout import Engine, SamplingParams, TransformersEngine
 from online_dpo.rollout.mixture import MixtureEngine
 from online_dpo.rollout.opponent import ModelOpponent, Nobody, Opponent
@@ -59,6 +60,7 @@ from online_dpo.scoring import (
     RewardModelScorer,
     check_judge,
     check_reward_columns,
+    check_reward_path,
     check_scorers,
     check_share,
 )
@@ -136,6 +138,7 @@ def check_arguments(
     check_vllm(args)
     if isinstance(model, nn.Module) and peft_config is None:
         check_trained(model)
+    check_output_dir(args)
     for argument, value in (("model", model), ("ref_model", ref_model)):
         if isinstance(value, str):
             check_model_path(value, argument)
@@ -173,10 +176,7 @@ def choose_scorers(reward_funcs: Any, reward_model: Any, judge: Any, args: Onlin
     if reward_funcs is not None and reward_model is not None:
         raise ValueError("Give `reward_funcs` or `reward_model`, not both: `reward_funcs` takes a list of all of them.")
     rewards = reward_funcs if reward_funcs is not None else reward_model
-    if rewards is not None and args.reward_model_path is not None:
-        raise ValueError(
-            "`reward_model_path` is given beside `reward_funcs`: put the path into the list `reward_funcs`."
-        )
+    check_reward_path(rewards, args.reward_model_path, "reward_model_path", "reward_funcs")
     if rewards is None:
         rewards = args.reward_model_path
     if args.judge_top is not None:
@@ -223,7 +223,8 @@ def build_policy(model: Any, peft_config: Any, args: OnlineDPOConfig, optimizer:
         from peft import get_peft_model, prepare_model_for_kbit_training
 
         if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
-            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
+            # Trainer turns checkpointing on, as the run asks for it
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         model = get_peft_model(model, peft_config)
     if is_peft_model_object(model) and model.active_peft_config.is_prompt_learning:
         raise ValueError(
@@ -325,8 +326,9 @@ def check_vllm(args: OnlineDPOConfig) -> None:
     if args.vllm_mode == "server":
         for url in args.vllm_server_urls:
             _check_server(VLLMClient(url, args.vllm_server_timeout), _longest(args))
-    elif importlib.util.find_spec("vllm") is None:
-        raise ValueError("`use_vllm` needs vLLM, which is not installed. Install `online-dpo[vllm]`, or leave it off.")
+    else:
+        for _, problem in problems({"use_vllm": True}):
+            raise ValueError(problem)
 
 
 def _check_server(client: VLLMClient, longest: int | None) -> None:

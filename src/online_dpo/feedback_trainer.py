@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from threading import Event
@@ -22,7 +23,7 @@ from online_dpo.gold import Gold, build_gold
 from online_dpo.guarded_trainer import GuardedTrainer, Stopwatch
 from online_dpo.known_tokens import Readers
 from online_dpo.lookahead import Fetched, Lookahead
-from online_dpo.metrics import record_rollout
+from online_dpo.metrics import record_notes, record_rollout
 from online_dpo.overoptimisation import OveroptimisationGuard
 from online_dpo.pairs import Selection, pairs_from_preferences, pairs_from_scores, pairs_of_two, without_pair
 from online_dpo.reference import Reference
@@ -37,6 +38,8 @@ from online_dpo.scoring import (
     PointwiseScorer,
     find_preferences,
     judge_the_top,
+    nothing_noted,
+    noting,
     score_groups,
 )
 from online_dpo.sync_check import SyncCheck
@@ -58,7 +61,7 @@ class FeedbackTrainer(GuardedTrainer):
     engine: Engine
     reference_engine: TransformersEngine
     opponent: Opponent
-    beta: Beta
+    adaptive_beta: Beta
     sampling: SamplingParams
     selection: Selection
     judge: PairwiseScorer | None
@@ -68,6 +71,8 @@ class FeedbackTrainer(GuardedTrainer):
     sync_check: SyncCheck
     nobody_samples: Event
     reference_completions: dict[tuple[int, tuple[int, ...]], tuple[Completion, ...]]
+    last_feedback: Feedback | None = None
+    """That of the step which is trained on, on this process."""
     rng_state: torch.Tensor | None = None
     """Torch's on the CPU after the last micro-batch: an epoch draws from it before its first prompts are there."""
 
@@ -145,9 +150,9 @@ class FeedbackTrainer(GuardedTrainer):
 
         def score() -> Feedback:
             groups, seconds = sampled or sample()
-            with Stopwatch(self.accelerator.device) as watch:
+            with Stopwatch(self.accelerator.device) as watch, noting() as notes:
                 said = self._assess(groups)
-            first = Feedback(groups, said, {"rollout": seconds, "scoring": watch.seconds})
+            first = Feedback(groups, said, {"rollout": seconds, "scoring": watch.seconds}, notes=notes)
             return self._answer_again(first, theirs, step)
 
         return score
@@ -176,7 +181,7 @@ class FeedbackTrainer(GuardedTrainer):
             seconds = {"rollout": seconds["rollout"] + sampling, "scoring": seconds["scoring"] + watch.seconds}
             if places:
                 further += (Round(places, groups, said),)
-        return Feedback(first.groups, first.said, seconds, further)
+        return replace(first, seconds=seconds, further=further)
 
     def _sync_engine(self, prompts: Sequence[Prompt]) -> None:
         step = self.state.global_step
@@ -191,6 +196,8 @@ class FeedbackTrainer(GuardedTrainer):
         for name, seconds in {**feedback.seconds, "waiting": waited}.items():
             self.metrics.total(f"time/{name}", seconds / self.accelerator.num_processes)
         record_rollout(self.metrics, feedback.groups, feedback.said, self.state.global_step)
+        record_notes(self.metrics, feedback.notes)
+        self.last_feedback = feedback
         judge = self.judge
         if isinstance(judge, CountingScorer):
             counts = judge.drain()
@@ -226,7 +233,8 @@ class FeedbackTrainer(GuardedTrainer):
         if self.args.reference_free:
             return nothing, nothing
         rivals = self._rivals([group.prompt for group in groups])
-        scores = [values[0] for values in self._scores_of(rivals).values] if self.scorers else nothing
+        with nothing_noted():
+            scores = [values[0] for values in self._scores_of(rivals).values] if self.scorers else nothing
         if isinstance(said, Scores):
             return scores, [win_share(mine, theirs) for mine, theirs in zip(said.values, scores, strict=True)]
         assert self.judge is not None
@@ -288,7 +296,7 @@ class FeedbackTrainer(GuardedTrainer):
         self.lookahead.save(folder, self.accelerator.process_index)
         if self.is_world_process_zero():
             self.reference.save(folder)
-            self.beta.save(folder)
+            self.adaptive_beta.save(folder)
             self.guard.save(folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -296,5 +304,5 @@ class FeedbackTrainer(GuardedTrainer):
         if checkpoint is not None:
             self.lookahead.restore(Path(checkpoint), self.accelerator.process_index)
             self.reference.restore(Path(checkpoint))
-            self.beta.restore(Path(checkpoint))
+            self.adaptive_beta.restore(Path(checkpoint))
             self.guard.restore(Path(checkpoint), self.state.global_step)

@@ -8,7 +8,7 @@ import gc
 import inspect
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ import torch
 from accelerate.utils import extract_model_from_parallel, is_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from online_dpo.foreign import foreign
+from online_dpo.requirements import adapter_problem
 
 ROUNDING = {torch.float32: 2e-5, torch.float64: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Difference in nats a token, mean over a completion, that rounding alone may make between two right ways to compute
@@ -35,10 +38,13 @@ def check_model_path(path: str, argument: str) -> None:
     """Refuse a path that can only be a missing local folder, before anything is loaded.
 
     Raises:
-        ValueError: ``path`` looks like a local folder (absolute, or starting with ``.`` or ``~``) and there is none.
+        ValueError: ``path`` looks like a local folder (absolute, or starting with ``.`` or ``~``) and there is none, or
+            a package is missing to load what it holds.
     """
     if looks_local(path) and not Path(path).expanduser().is_dir():
         raise ValueError(f"`{argument}`: there is no folder {path!r}. Give a saved model's folder or a hub name.")
+    if problem := adapter_problem(path):
+        raise ValueError(f"`{argument}`: {problem}")
 
 
 def load_causal_lm(
@@ -54,7 +60,7 @@ def load_causal_lm(
         dtype: of the weights, unless ``init_kwargs`` name one; ``auto`` is the type that they were saved in.
 
     Raises:
-        ValueError: ``init_kwargs["dtype"]`` names no torch type.
+        ValueError: ``init_kwargs["dtype"]`` names no torch type, or the folder cannot be read.
     """
     path = os.path.expanduser(path)
     kwargs = {"trust_remote_code": trust_remote_code, **(init_kwargs or {})}
@@ -64,8 +70,28 @@ def load_causal_lm(
     if is_adapter(path):
         from peft import AutoPeftModelForCausalLM
 
-        return AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True, **kwargs)
-    return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+        with loading(path):
+            return AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True, **kwargs)
+    with loading(path):
+        return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+
+
+def loading(path: str) -> AbstractContextManager[None]:
+    """Errors of libraries that read a folder, such as of a damaged file, name it."""
+    return foreign(f"Loading `{path}`", raises=ValueError, passes=(OSError, ImportError))
+
+
+def source_of(model: Any) -> str | None:
+    """The folder or hub name that a model was loaded from: a name itself, what a model's config says, else ``None``."""
+    if isinstance(model, str):
+        return model
+    base = unwrapped(model) if isinstance(model, nn.Module) else None
+    return base.config._name_or_path or None if isinstance(base, PreTrainedModel) else None
+
+
+def same_source(one: str, other: str) -> bool:
+    """Whether two names mean the same model: the same hub name, or the same folder however it is written."""
+    return one == other or Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
 
 
 def is_adapter(path: str) -> bool:

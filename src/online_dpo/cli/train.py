@@ -22,11 +22,17 @@ from online_dpo.cli.summary import places
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.data import load_prompts
 from online_dpo.errors import NothingTrainedError, OnlineDPOError, TrainingInterrupted
+from online_dpo.models import loading
 from online_dpo.scoring import LLMJudge, PairwiseModelJudge
 from online_dpo.trainer import OnlineDPOTrainer
 
-SETUP_ERRORS = (ValueError, TypeError, OSError, ImportError, OnlineDPOError)
-"""What wrong input ends in. ``OSError`` is what transformers raises for a model that is nowhere."""
+SETUP_ERRORS = (Exception,)
+"""What wrong input ends in. Libraries have kinds of their own for a file that cannot be read, a hub that cannot be
+reached, or a tracker that lacks its key: here all are told in one line."""
+
+
+EXPLAINED = (ValueError, TypeError, OSError, ImportError, OnlineDPOError)
+"""Kinds whose message stands for itself."""
 
 
 def train(plan: RunPlan, words: Sequence[str], *, show_traceback: bool) -> int:
@@ -109,9 +115,10 @@ def _eval_dataset(run: RunConfig) -> Any:
 
 def load_tokenizer(model: str, args: OnlineDPOConfig) -> Any:
     options = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
-    return AutoTokenizer.from_pretrained(
-        model, revision=options.get("revision", "main"), trust_remote_code=args.trust_remote_code
-    )
+    with loading(model):
+        return AutoTokenizer.from_pretrained(
+            model, revision=options.get("revision", "main"), trust_remote_code=args.trust_remote_code
+        )
 
 
 def _peft_config(run: RunConfig) -> Any:
@@ -150,6 +157,8 @@ def report_error(error: BaseException, code: int, show_traceback: bool) -> int:
         traceback.print_exception(error)
     else:
         message = " ".join(str(error).split()) or type(error).__name__
+        if not isinstance(error, EXPLAINED):
+            message = f"{type(error).__name__}: {message}"
         print(f"error: {message}\n(--traceback shows where it came from)", file=sys.stderr)
     return code
 

@@ -23,6 +23,7 @@ from transformers import (
 
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.known_tokens import check_tokenizer
+from online_dpo.models import loading
 from online_dpo.pairwise_kinds import LETTERS, PAIRRM, check_options, kind_of_class, pairwise_kind
 from online_dpo.scoring.duel_classifier import DuelClassifier
 from online_dpo.scoring.duel_letters import LetterReader
@@ -93,17 +94,20 @@ class PairwiseModelJudge(PreferenceJudge):
             OSError: there is no such model or tokenizer.
         """
         path = os.path.expanduser(path)
-        config, _ = PreTrainedConfig.get_config_dict(path)
+        with loading(path):
+            config, _ = PreTrainedConfig.get_config_dict(path)
         try:
             kind = pairwise_kind(config)
         except ValueError as problem:
             raise ValueError(f"`{path}`: {problem}") from None
         check_options(kind, {option: value for option, value in options.items() if option != "name"})
-        model, info = _classes(kind)[0].from_pretrained(path, dtype="auto", output_loading_info=True)
+        with loading(path):
+            model, info = _classes(kind)[0].from_pretrained(path, dtype="auto", output_loading_info=True)
+            tokenizer = AutoTokenizer.from_pretrained(path)
         if info["missing_keys"]:
             missing = ", ".join(sorted(info["missing_keys"]))
             raise ValueError(f"`{path}` is no trained pairwise model: it has no weights for {missing}.")
-        return cls(model.to(device), AutoTokenizer.from_pretrained(path), **options)
+        return cls(model.to(device), tokenizer, **options)
 
     def prefer(self, duels: Sequence[Group]) -> list[float | None]:
         """For each group of two, the probability that its first completion is the better one; ``None`` if they are too

@@ -22,7 +22,7 @@ from online_dpo.errors import ScoringError
 from online_dpo.known_tokens import check_tokenizer, embedding_rows
 from online_dpo.last_layer import enable_reading
 from online_dpo.layout import Tree
-from online_dpo.models import context_length
+from online_dpo.models import context_length, loading
 from online_dpo.onednn import onednn_linears
 from online_dpo.scoring.scorer import chat_messages, one_at_a_time, regroup
 from online_dpo.scoring.shared_scoring import Text, group_trees, may_share, passes, score_trees
@@ -293,9 +293,10 @@ def last_part(path: str) -> str:
 
 def _load_model(path: str, **options: Any) -> nn.Module:
     # Mismatched sizes are let through here, only to be refused below with words of ours.
-    model, info = AutoModelForSequenceClassification.from_pretrained(
-        path, num_labels=1, output_loading_info=True, ignore_mismatched_sizes=True, **options
-    )
+    with loading(path):
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            path, num_labels=1, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
     if info["mismatched_keys"]:
         name, saved, _ = next(iter(info["mismatched_keys"]))
         raise ValueError(_not_one_label(path, f"`{name}` of shape {tuple(saved)}"))
