@@ -55,6 +55,7 @@ class TransformersEngine:
 
     has_own_weights = False
     overlaps = False
+    own_dtype = None
 
     def __init__(
         self,

@@ -20,7 +20,7 @@ from online_dpo.models import context_length, empty_device_cache, unwrapped
 from online_dpo.process_state import environment, kept_random_state
 from online_dpo.rollout.engine import RolloutKey, SamplingParams
 from online_dpo.rollout.vllm_requests import build_groups, build_requests, from_output, vllm_sampling
-from online_dpo.rollout.vllm_worker import EXTENSION
+from online_dpo.rollout.vllm_worker import EXTENSION, coarsest
 from online_dpo.rollout.weight_sync import named_weights, write_weights
 from online_dpo.types import Group, Prompt
 
@@ -66,6 +66,7 @@ class VLLMColocateEngine:
             unwrapped(model).config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             self._llm = _start_vllm(folder, options)
+        self.own_dtype = coarsest(self._llm.collective_rpc("online_dpo_dtype"))
         self._fall_asleep()
 
     def sync(self, model: nn.Module, version: int) -> None:
