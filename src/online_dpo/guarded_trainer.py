@@ -16,13 +16,13 @@ from torch import nn
 from transformers import Trainer
 
 from online_dpo.config import OnlineDPOConfig
+from online_dpo.displays import choose_displays
 from online_dpo.figures import in_order
 from online_dpo.guard import StepGuard, refuse_to_split
 from online_dpo.interrupt import Interrupt
 from online_dpo.metrics import MetricStore
 from online_dpo.models import ConfigKeeper, RestoreConfigs, empty_device_cache
 from online_dpo.packing import halve, token_count
-from online_dpo.run_display import choose_displays
 from online_dpo.types import PackedRows
 
 
