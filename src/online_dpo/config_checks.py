@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import GenerationConfig
 
+from online_dpo.processes import SLURM, start_alone, started_together
+
 if TYPE_CHECKING:
     from online_dpo.config import OnlineDPOConfig
 
@@ -69,6 +71,9 @@ def check_ranges(args: OnlineDPOConfig) -> None:
     sampling |= {name: value for name, value in given.items() if name in SAMPLING_FIELDS}
     betas, alphas, shares = (epoch_values(getattr(args, name)) for name in EPOCH_FIELDS)
     checks = [
+        (0 < args.learning_rate < math.inf, "learning_rate", "above 0"),
+        (args.max_steps != 0, "max_steps", "above 0, or -1 to go by `num_train_epochs`"),
+        (args.max_steps > 0 or args.num_train_epochs > 0, "num_train_epochs", "above 0"),
         (args.num_completions >= 2, "num_completions", "at least 2: a pair needs two completions"),
         (args.max_new_tokens >= 1, "max_new_tokens", "at least 1"),
         (args.max_prompt_length is None or args.max_prompt_length >= 1, "max_prompt_length", "at least 1"),
@@ -225,6 +230,25 @@ def check_unsupported(args: OnlineDPOConfig) -> None:
             "`label_smoothing_factor` smooths next tokens, which the loss does not predict; leave it 0. Preferences "
             "are smoothed by `label_smoothing`."
         )
+
+
+def check_processes(args: OnlineDPOConfig) -> None:
+    """
+    Raises:
+        ValueError: several processes were started, and do not work together: each would train alone, into one folder.
+    """
+    started = started_together()
+    if started is None or args.world_size == started.count:
+        return
+    if args.device.type == "cpu" and not args.use_cpu and started.variable != SLURM:
+        remedy = "On a CPU they work together with `use_cpu: true` (`--use_cpu`, `use_cpu=True`)."
+    else:
+        remedy = f"To train together, start them with `torchrun --nproc_per_node {started.count}`."
+    raise ValueError(
+        f"{started.count} processes were started ({started.variable}), but this one trains as one of "
+        f"{args.world_size}, into the same folder as the others. {remedy} If each is a run of its own: "
+        f"{start_alone(started)[0].lower()}{start_alone(started)[1:]}"
+    )
 
 
 def check_vllm(args: OnlineDPOConfig) -> None:

@@ -23,7 +23,9 @@ from online_dpo.interrupt import Interrupt
 from online_dpo.metrics import MetricStore
 from online_dpo.models import ConfigKeeper, RestoreConfigs, empty_device_cache
 from online_dpo.packing import halve, token_count
+from online_dpo.precision import keeps_small_steps
 from online_dpo.types import PackedRows
+from online_dpo.updates import UpdatedRatio
 
 
 class GuardedTrainer(Trainer):
@@ -48,6 +50,8 @@ class GuardedTrainer(Trainer):
         self.add_callback(self.interrupt)  # before the guard, which has a last log written
         self.guard = StepGuard(self.accelerator, args.max_skipped_steps, self._count_skipped_pairs)
         self.add_callback(self.guard)
+        self.updates = UpdatedRatio(lambda: self.guard.trained_steps, warns=not keeps_small_steps(args))
+        self.add_callback(self.updates)
         self.done_in_step: list[PackedRows] = []
         self.tokens_that_fit = sys.maxsize
         self._last_log = time.perf_counter()
@@ -57,9 +61,12 @@ class GuardedTrainer(Trainer):
 
         Raises:
             TrainingDivergedError: ``max_skipped_steps`` steps in a row were not finite; a checkpoint has been saved.
+            NothingTrainedError: no step trained anything; a checkpoint has been saved if there were steps.
+            ValueError: the optimizer trains no weight of the model.
             TrainingInterrupted: Ctrl-C was pressed; unless it was pressed twice, a checkpoint has been saved.
         """
         self._last_log = time.perf_counter()
+        self.guard.begin_run()
         displays = choose_displays(self)
         try:
             with self.interrupt.handled(displays):
@@ -68,6 +75,7 @@ class GuardedTrainer(Trainer):
             for display in displays:
                 display.close()
         self.guard.raise_if_diverged(self.state, self.args.output_dir)  # pyright: ignore[reportArgumentType]
+        self.guard.raise_if_nothing_trained(self.state, self.args.output_dir)  # pyright: ignore[reportArgumentType]
         return result
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -167,6 +175,7 @@ class GuardedTrainer(Trainer):
         if "loss" in logs:
             elapsed = time.perf_counter() - self._last_log
             self._last_log = time.perf_counter()
+            self.metrics.ratio("train/updated_ratio", *self.updates.since_last())
             mine = self.metrics.drain()
             mine["perf/tokens_per_second"] = mine.pop("completion_tokens", 0.0) / elapsed
             # The parent's loss is a mean over steps, in which one without pairs counts 0; ours is over pairs.

@@ -140,8 +140,8 @@ def test_the_better_model_wins_and_everything_printed_stands_in_the_json(folder,
     assert "Wins 16, ties 0, losses 0 of 16" in printed.out and "KL" not in printed.out
     rows = [json.loads(line) for line in Path("answers.jsonl").read_text().splitlines()]
     assert len(rows) == 16 and rows[3]["row"] == 3 and rows[3]["prompt"] == tiny.prompts(LENGTHS)[3].content
-    assert rows[3]["model"] == {"text": "w7", "tokens": 2, "ended": True, "score": 1.0}
-    assert rows[3]["against"] == {"text": "w8", "tokens": 2, "ended": True, "score": 0.0}
+    assert rows[3]["model"] == {"text": " w7", "tokens": 2, "ended": True, "score": 1.0}
+    assert rows[3]["against"] == {"text": " w8", "tokens": 2, "ended": True, "score": 0.0}
     assert {row["preference"] for row in rows} == {1.0}
     turned, _ = figures(capsys, "--model", "bad", "--against", "good", *words[4:], *SHORT)
     assert turned["losses"] == 16 and turned["win_rate"]["value"] == 0.0
@@ -208,7 +208,7 @@ def test_greedy_answers_are_the_most_probable_tokens(folder, capsys):
     made = tiny.causal_lm(sharpness=1.0).generate(
         torch.tensor([prompt.token_ids]), max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=tiny.EOS
     )[0, len(prompt.token_ids) :]
-    assert rows[0]["model"]["text"] == tiny.tokenizer().decode(made, skip_special_tokens=True)
+    assert rows[0]["model"]["text"] == " " + tiny.tokenizer().decode(made, skip_special_tokens=True)
 
 
 def test_missing_scores_are_counted(folder, capsys):

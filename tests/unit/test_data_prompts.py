@@ -130,7 +130,7 @@ def test_prompts_that_were_cut_are_marked_and_told_with_what_to_set(messages, sh
 def test_the_limit_that_cuts_is_named():
     message = cut_message("eval", 2, 3, arguments(max_prompt_length=4, max_length=100, max_new_tokens=8))
     assert message.startswith(
-        "eval: 2 of 3 prompts are longer than 4 tokens, which is `max_prompt_length`; they are cut on the left. Raise it,"
+        "eval: 2 of 3 prompts are longer than 4 tokens, which is `max_prompt_length`; they are cut on the left."
     )
 
 

@@ -8,13 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from online_dpo import __version__
+from online_dpo.processes import why_not_alone
 
+WRONG_INPUT = 2
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+IN_ONE_PROCESS = ("eval", "judge", "quickstart")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 1 (the run failed), 2 (wrong input), 130 (interrupted)."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] and words[0] in IN_ONE_PROCESS and (problem := why_not_alone(f"online-dpo {words[0]}")):
+        print(f"error: {problem}", file=sys.stderr)
+        return WRONG_INPUT
     try:
         if words[:1] == ["train"]:
             return _train(words[1:])

@@ -21,7 +21,7 @@ from online_dpo.cli.screen import say
 from online_dpo.cli.summary import describe_trainer, places
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.data import load_prompts
-from online_dpo.errors import OnlineDPOError, TrainingInterrupted
+from online_dpo.errors import NothingTrainedError, OnlineDPOError, TrainingInterrupted
 from online_dpo.scoring import LLMJudge, PairwiseModelJudge
 from online_dpo.trainer import OnlineDPOTrainer
 
@@ -47,6 +47,8 @@ def train(plan: RunPlan, words: Sequence[str], *, show_traceback: bool) -> int:
         if is_main:
             _say_stopped(str(stop).partition(". ")[0] + ":", stop.checkpoint, words)
         return 130
+    except NothingTrainedError as error:
+        return report_error(error, 3, show_traceback)
     except OnlineDPOError as error:
         report_error(error, 1, show_traceback)
         if trainer.interrupt.checkpoint is not None:

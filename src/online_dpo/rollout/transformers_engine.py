@@ -23,6 +23,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList, Stop
 
 from online_dpo.models import MOST_ROUNDING, ROUNDING, computing_dtype, empty_device_cache, eval_mode, unwrapped
 from online_dpo.onednn import onednn_linears
+from online_dpo.rollout.completion_text import completion_texts
 from online_dpo.rollout.decoding import Decoder, StepwiseDecoder, can_decode
 from online_dpo.rollout.engine import RolloutKey, SamplingParams
 from online_dpo.rollout.sampling import next_tokens, token_logprobs, uniform_numbers
@@ -327,7 +328,7 @@ class _Batch:
         lengths, stopped = self.length_B.tolist(), self.stopped_B.tolist()
         ids = [row[:n] for row, n in zip(self.ids_BT.tolist(), lengths, strict=True)]
         logprobs = [row[:n] for row, n in zip(self.logprobs_BT.tolist(), lengths, strict=True)]
-        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        texts = completion_texts(tokenizer, self.prompts, ids)
         completions = [
             Completion(
                 token_ids=tuple(ids[b]),

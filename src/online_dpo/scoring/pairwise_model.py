@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from online_dpo.config import OnlineDPOConfig
+from online_dpo.known_tokens import check_tokenizer
 from online_dpo.pairwise_kinds import LETTERS, PAIRRM, check_options, kind_of_class, pairwise_kind
 from online_dpo.scoring.duel_classifier import DuelClassifier
 from online_dpo.scoring.duel_letters import LetterReader
@@ -55,7 +56,8 @@ class PairwiseModelJudge(PreferenceJudge):
             ``max_tokens`` of PairRM, for prompt and answers together (2048).
 
     Raises:
-        ValueError: an option does not go with the model or has no such value, or the model is no pairwise model.
+        ValueError: an option does not go with the model or has no such value, the model is no pairwise model, or its
+            tokenizer has tokens that it does not know.
         ScoringError: (when judging) the model's logits are not of the shape that they should have.
     """
 
@@ -74,6 +76,8 @@ class PairwiseModelJudge(PreferenceJudge):
             options["template"] = template
         check_options(kind, {**options, "batch_size": batch_size})
         self.name = name or last_part(config._name_or_path) or type(model).__name__
+        chat = kind == LETTERS and tokenizer.chat_template is not None
+        check_tokenizer(model, tokenizer, f"Judge `{self.name}`", chat=chat)
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.batch_size = batch_size
