@@ -178,6 +178,7 @@ class GuardedTrainer(Trainer):
             self.metrics.ratio("train/updated_ratio", *self.updates.since_last())
             mine = self.metrics.drain()
             mine["perf/tokens_per_second"] = mine.pop("completion_tokens", 0.0) / elapsed
+            mine["time/all"] = elapsed
             # The parent's loss is a mean over steps, in which one without pairs counts 0; ours is over pairs.
             others = {name: value for name, value in logs.items() if name != "loss"}
             logs = in_order({**others, **mine, "guard/skipped_steps": float(self.guard.skipped)})

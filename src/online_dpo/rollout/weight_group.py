@@ -27,6 +27,8 @@ from torch.distributed import (
     TCPStore,  # pyright: ignore[reportPrivateImportUsage]
 )
 
+from online_dpo.errors import error_text, named_error
+
 BUCKET_BYTES = 256 << 20
 ALIGNMENT = 16  # bytes; that of the largest dtype
 CONNECT_SECONDS = 20.0
@@ -84,7 +86,7 @@ class Meeting:
             yield
         except BaseException as error:
             with suppress(RuntimeError):  # without the store they know it already
-                self.store.set("over", f"{who} gave up: {error}")
+                self.store.set("over", f"{who} gave up: {named_error(error)}")
             raise
 
     def _look(self, what: str) -> None:
@@ -288,5 +290,4 @@ def _surviving_failures() -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    """torch's errors go on with a stack of C++."""
-    return str(error).partition("\n")[0]
+    return error_text(error, first_line=True)
