@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from online_dpo.beta import Beta
 from online_dpo.build import check_templates
-from online_dpo.data import prompts_from_batch
+from online_dpo.data import CUT, prompts_from_batch
 from online_dpo.errors import FeedbackLostError, OnlineDPOError
 from online_dpo.evaluate import EvalRecord, judged_wins, win_share
 from online_dpo.gold import Gold, build_gold
@@ -196,6 +196,7 @@ class FeedbackTrainer(GuardedTrainer):
     def _record(self, fetched: Fetched, feedback: Feedback, waited: float) -> None:
         self.metrics.total("prompts", fetched.num_prompts)
         self.metrics.total("dropped/invalid_prompt", fetched.num_prompts - len(fetched.prompts))
+        self.metrics.total(CUT, sum(prompt.cut for prompt in fetched.prompts))
         for name, seconds in {**feedback.seconds, "waiting": waited}.items():
             self.metrics.total(f"time/{name}", seconds / self.accelerator.num_processes)
         record_rollout(self.metrics, feedback.groups, feedback.said, self.state.global_step)

@@ -18,6 +18,7 @@ from transformers.trainer_utils import PredictionOutput
 
 from online_dpo.borrowing import kept_flags
 from online_dpo.config import OnlineDPOConfig
+from online_dpo.displays import choose_displays
 from online_dpo.figures import in_order
 from online_dpo.guard import StepGuard, refuse_to_split
 from online_dpo.interrupt import Interrupt
@@ -26,7 +27,6 @@ from online_dpo.models import ConfigKeeper, empty_device_cache
 from online_dpo.packing import halve, token_count
 from online_dpo.precision import keeps_small_steps
 from online_dpo.process_state import kept_random_state
-from online_dpo.run_display import choose_displays
 from online_dpo.types import PackedRows
 from online_dpo.updates import UpdatedRatio
 
@@ -213,6 +213,7 @@ class GuardedTrainer(Trainer):
             self.metrics.ratio("train/updated_ratio", *self.updates.since_last())
             mine = self.metrics.drain()
             mine["perf/tokens_per_second"] = mine.pop("completion_tokens", 0.0) / elapsed
+            mine["time/all"] = elapsed
             # The parent's loss is a mean over steps, in which one without pairs counts 0; ours is over pairs.
             others = {name: value for name, value in logs.items() if name != "loss"}
             logs = in_order({**others, **mine, "guard/skipped_steps": float(self.guard.skipped)})

@@ -47,7 +47,14 @@ from online_dpo.build import (
     train_on_one_device_per_process,
 )
 from online_dpo.config import OnlineDPOConfig
-from online_dpo.data import PREPARED_COLUMNS, EndlessStream, collate_prompts, prepare_prompts, prompts_from_batch
+from online_dpo.data import (
+    PREPARED_COLUMNS,
+    EndlessStream,
+    SayCutPrompts,
+    collate_prompts,
+    prepare_prompts,
+    prompts_from_batch,
+)
 from online_dpo.evaluate import EvalRecord, eval_records, mean_notes, summarise
 from online_dpo.feedback_trainer import FeedbackTrainer
 from online_dpo.figures import in_order
@@ -85,8 +92,8 @@ class OnlineDPOTrainer(TRLAttributes, FeedbackTrainer):
             or 1 for the better completion, -1 for no answer. Beside a reward it is used with ``judge_top`` alone.
         reward_model: another name for ``reward_funcs``.
         args: the configuration.
-        data_collator: list of rows to a dict of lists; must keep the columns ``prompt``, ``prompt_ids``, ``prompt_row``
-            and ``prompt_invalid``.
+        data_collator: list of rows to a dict of lists; must keep the columns ``prompt``, ``prompt_ids``,
+            ``prompt_row``, ``prompt_invalid`` and ``prompt_cut``.
         train_dataset, eval_dataset: rows with a ``prompt`` (text or messages); ``eval_dataset`` may be a dict of them.
             Other columns are handed to reward functions.
         processing_class: the policy's tokenizer.
@@ -147,6 +154,7 @@ class OnlineDPOTrainer(TRLAttributes, FeedbackTrainer):
         train_dataset = self._prepared(train_dataset, "train_dataset")
         if isinstance(train_dataset, IterableDataset):
             check_stream(args)
+            callbacks = [*(callbacks or []), SayCutPrompts("train_dataset")]
             train_dataset = EndlessStream(train_dataset)  # pyright: ignore[reportAssignmentType]
         check_batches(train_dataset, args)
         if isinstance(eval_dataset, dict):

@@ -11,17 +11,17 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from online_dpo.cli.header import INDENT, describe_trainer
+from online_dpo.cli.header import INDENT
 from online_dpo.cli.judge_plan import BuiltInJudge
 from online_dpo.cli.progress import ProgressDisplay, no_progress_bars, plain_warnings
 from online_dpo.cli.references import Reference, load_reference
 from online_dpo.cli.run_config import RunConfig
 from online_dpo.cli.run_file import RunPlan
 from online_dpo.cli.screen import say
-from online_dpo.cli.summary import places
+from online_dpo.cli.summary import describe_trainer, places
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.data import load_prompts
-from online_dpo.errors import NothingTrainedError, OnlineDPOError, TrainingInterrupted
+from online_dpo.errors import NothingTrainedError, OnlineDPOError, TrainingInterrupted, error_text, named_error
 from online_dpo.models import loading
 from online_dpo.scoring import LLMJudge, PairwiseModelJudge
 from online_dpo.trainer import OnlineDPOTrainer
@@ -156,9 +156,7 @@ def report_error(error: BaseException, code: int, show_traceback: bool) -> int:
     if show_traceback:
         traceback.print_exception(error)
     else:
-        message = " ".join(str(error).split()) or type(error).__name__
-        if not isinstance(error, EXPLAINED):
-            message = f"{type(error).__name__}: {message}"
+        message = error_text(error) if isinstance(error, EXPLAINED) else named_error(error)
         print(f"error: {message}\n(--traceback shows where it came from)", file=sys.stderr)
     return code
 

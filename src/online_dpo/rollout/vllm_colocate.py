@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from online_dpo.config import OnlineDPOConfig
+from online_dpo.errors import error_text
 from online_dpo.models import context_length, empty_device_cache, unwrapped
 from online_dpo.process_state import environment, kept_random_state
 from online_dpo.rollout.engine import RolloutKey, SamplingParams
@@ -183,7 +184,7 @@ def _start_vllm(folder: str, options: dict[str, Any]) -> Any:
         from vllm import LLM  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(
-            f"`use_vllm` needs vLLM, which cannot be imported ({error}). Install `online-dpo[vllm]`."
+            f"`use_vllm` needs vLLM, which cannot be imported ({error_text(error)}). Install `online-dpo[vllm]`."
         ) from error
     with environment(VLLM_ENABLE_V1_MULTIPROCESSING="0"):  # weights are handed over by reference
         return LLM(model=folder, **options)

@@ -19,7 +19,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from online_dpo.attention import use_segments
 from online_dpo.borrowing import eval_mode
-from online_dpo.errors import ScoringError
+from online_dpo.errors import ScoringError, error_text
 from online_dpo.known_tokens import check_tokenizer, embedding_rows
 from online_dpo.last_layer import enable_reading
 from online_dpo.layout import Tree
@@ -318,7 +318,9 @@ def _load_adapter(path: str, **options: Any) -> tuple[nn.Module, str, str | None
     try:
         model = AutoPeftModelForSequenceClassification.from_pretrained(path, num_labels=1, **options)
     except RuntimeError as error:  # how torch and transformers say that shapes differ
-        raise ValueError(f"{_not_one_label(path, 'other shapes')} Loading it failed with: {error}") from error
+        raise ValueError(
+            f"{_not_one_label(path, 'other shapes')} Loading it failed with: {error_text(error)}"
+        ) from error
     return model, base_path, peft_config.revision
 
 
@@ -326,7 +328,7 @@ def _load_tokenizer(path: str, **options: Any) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{_no_tokenizer(path)} Loading one failed with: {error}") from error
+        raise ValueError(f"{_no_tokenizer(path)} Loading one failed with: {error_text(error)}") from error
     # For some model types transformers makes up an empty tokenizer where no files are.
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise ValueError(_no_tokenizer(path))
