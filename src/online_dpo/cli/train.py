@@ -83,6 +83,7 @@ def build_trainer(plan: RunPlan, display: ProgressDisplay, interrupt: InterruptC
         config=run.dataset_config,
         streaming=run.dataset_streaming,
         limit=run.dataset_limit,
+        types=run.dataset_types,
     )
     trainer = OnlineDPOTrainer(
         model=run.model_name_or_path,
@@ -111,6 +112,7 @@ def _eval_dataset(run: RunConfig) -> Any:
         split=run.dataset_test_split or "train",
         config=run.dataset_config if run.eval_dataset_name is None else None,
         limit=run.eval_limit,
+        types=run.dataset_types,
     )
 
 

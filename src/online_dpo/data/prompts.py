@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.data.convert import PromptSource, UnusablePrompt, find_source, without_nulls
+from online_dpo.data.json_columns import dataset_from_rows, json_columns_of, reading_json
 from online_dpo.data.tokens import fit_messages, fit_text
 from online_dpo.errors import InvalidPromptError
 from online_dpo.types import Message
@@ -75,6 +76,8 @@ def prepare_prompts(
     if "prompt" in columns and source.template is None and source.column != "prompt":
         logger.warning("%s: the prompts are read from %s and replace the column `prompt`.", name, source)
     source, kind = _settle_kind(rows, source, tokenizer, args, name)
+    as_json = json_columns_of(rows)
+    keeps_json = kind == "messages" and source.column in as_json
     prepare_row = PromptRow(
         tokenizer=tokenizer,
         source=source,
@@ -84,6 +87,7 @@ def prepare_prompts(
         raise_invalid=args.invalid_prompts == "error",
         name=name,
         chat_template_kwargs=_template_kwargs(args),
+        prompt_as_json=keeps_json,
     )
     if isinstance(rows, IterableDataset):
         return rows.map(prepare_row, with_indices=True), Counter()
@@ -94,6 +98,8 @@ def prepare_prompts(
         num_proc=args.dataset_num_proc,
         desc=f"Preparing {name}",
     )
+    of_prompt = ("prompt",) if keeps_json else ()
+    prepared = reading_json(prepared, [*(column for column in as_json if column != "prompt"), *of_prompt])
     return _leave_out_invalid(prepared, name)
 
 
@@ -102,6 +108,7 @@ class PromptRow:
     """The row function: a row and its index to the four prepared columns. Picklable; its state is the cache key.
 
     ``raise_invalid``: an unusable row raises ``InvalidPromptError``; otherwise it gets a reason and no tokens.
+    ``prompt_as_json``: the prompt comes as JSON text (see `json_columns`).
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -112,7 +119,8 @@ class PromptRow:
     raise_invalid: bool
     name: str
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    version: int = 2
+    prompt_as_json: bool = False
+    version: int = 3
     """Raise it when rows come out differently: a cached dataset of an older version of this code is then not reused."""
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
@@ -131,9 +139,15 @@ class PromptRow:
                     f"Row {index} of {self.name} cannot be used as a prompt ({self.source}): {why}. Mend the row, or "
                     'set `invalid_prompts="filter"` to leave such rows out; they are then counted.'
                 ) from None
-            empty = "" if self.kind == "text" else []
-            return {"prompt": empty, "prompt_ids": [], "prompt_row": index, "prompt_invalid": str(why)}
-        return {"prompt": content, "prompt_ids": ids, "prompt_row": index, "prompt_invalid": None}
+            empty: Any = "" if self.kind == "text" else []
+            return self._prepared(empty, [], index, str(why))
+        return self._prepared(content, ids, index, None)
+
+    def _prepared(
+        self, content: str | list[Message], ids: list[int], index: int, invalid: str | None
+    ) -> dict[str, Any]:
+        prompt = json.dumps(content) if self.prompt_as_json else content
+        return {"prompt": prompt, "prompt_ids": ids, "prompt_row": index, "prompt_invalid": invalid}
 
     def _template_arguments(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The configuration's arguments, the row's own ones over them, and the row's tools."""
@@ -151,15 +165,15 @@ class PromptRow:
 
 
 def _as_dataset(dataset: Any, name: str) -> Dataset | IterableDataset:
-    if isinstance(dataset, (Dataset, IterableDataset)):
+    if isinstance(dataset, Dataset):
+        return reading_json(dataset, json_columns_of(dataset))
+    if isinstance(dataset, IterableDataset):
         return dataset.with_format(None)
     if isinstance(dataset, list):
         wrong = [index for index, row in enumerate(dataset) if not isinstance(row, dict)]
         if wrong:
             raise TypeError(f"{name} is a list, so its rows must be dicts; row {wrong[0]} is {dataset[wrong[0]]!r}.")
-        columns = dict.fromkeys(column for row in dataset for column in row)
-        # "use_json" lets rows differ in type; the row function then names the ones that are no prompt.
-        return Dataset.from_dict({c: [row.get(c) for row in dataset] for c in columns}, on_mixed_types="use_json")
+        return dataset_from_rows(dataset)  # rows may differ in type; the row function names those that are no prompt
     hint = f" Choose a split: {', '.join(map(str, dataset))}." if isinstance(dataset, Mapping) else ""
     raise TypeError(
         f"{name} must be a datasets.Dataset, a datasets.IterableDataset or a list of dicts, "
