@@ -23,6 +23,9 @@ _HOMES = {"OnlineDPOConfig": "online_dpo.config", "OnlineDPOTrainer": "online_dp
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'online_dpo' has no attribute {name!r}")
+    from online_dpo.versions import warn_once
+
+    warn_once()  # before the import, which an untested version may break
     value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value

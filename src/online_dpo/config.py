@@ -14,11 +14,11 @@ from transformers import TrainingArguments
 
 from online_dpo import config_feedback, config_loss, config_method
 from online_dpo.config_checks import (
-    EPOCH_FIELDS,
     check_choices,
     check_generation_kwargs,
     check_losses,
     check_pairs,
+    check_processes,
     check_ranges,
     check_reference,
     check_resampling,
@@ -26,15 +26,20 @@ from online_dpo.config_checks import (
     check_vllm,
 )
 from online_dpo.config_checks_method import check_method, check_target_kl
+from online_dpo.config_checks_training import check_names, check_training
 from online_dpo.config_feedback import FeedbackFields
+from online_dpo.config_input import settle_input
 from online_dpo.config_loss import LossFields
 from online_dpo.config_method import MethodFields
 from online_dpo.config_vllm import VLLMFields
+from online_dpo.field_specs import documented
+from online_dpo.versions import hand_on_checkpointing
 
 INVALID_PROMPT_POLICIES = ("error", "filter")
 CHOICES = (("invalid_prompts", INVALID_PROMPT_POLICIES),)
 
 
+@documented
 @dataclass
 class OnlineDPOConfig(VLLMFields, LossFields, MethodFields, FeedbackFields, TrainingArguments):
     """Arguments of :class:`online_dpo.OnlineDPOTrainer`.
@@ -55,7 +60,7 @@ class OnlineDPOConfig(VLLMFields, LossFields, MethodFields, FeedbackFields, Trai
 
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass instead of keeping them. The KV cache of generation is not touched by
-    it.
+    it. `activation_checkpointing`, as transformers calls it from 5.23 on, says the same and comes first where given.
     """
 
     bf16: bool | None = None
@@ -189,13 +194,13 @@ class OnlineDPOConfig(VLLMFields, LossFields, MethodFields, FeedbackFields, Trai
     def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and _device_computes_in_bf16()
+        settle_input(self, choices := CHOICES + config_feedback.CHOICES + config_loss.CHOICES + config_method.CHOICES)
+        check_names(self)
+        hand_on_checkpointing(self)
         super().__post_init__()
-        for name in EPOCH_FIELDS:
-            given = getattr(self, name)
-            if isinstance(given, (list, tuple)) and len(given) == 1:
-                setattr(self, name, given[0])
+        check_processes(self)
         check_ranges(self)
-        check_choices(self, CHOICES + config_feedback.CHOICES + config_loss.CHOICES + config_method.CHOICES)
+        check_choices(self, choices)
         check_losses(self)
         check_pairs(self)
         check_resampling(self)
@@ -205,6 +210,7 @@ class OnlineDPOConfig(VLLMFields, LossFields, MethodFields, FeedbackFields, Trai
         check_vllm(self)
         check_generation_kwargs(self.generation_kwargs)
         check_unsupported(self)
+        check_training(self)
 
     def beta_at(self, epoch: float) -> float:
         """The beta of an epoch that may be fractional: ``[0.1, 0.2]`` gives 0.1 in epoch 0 and 0.2 from epoch 1 on."""

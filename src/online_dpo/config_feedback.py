@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from online_dpo.field_specs import documented
+
 PAIR_SELECTIONS = ("best_worst", "best_random", "best_mean_minus_two_sigma", "all_pairs", "widest_allowed")
 REWARD_NORMALIZATIONS = ("none", "group")
 TIE_POLICIES = ("skip", "first")
@@ -16,6 +18,7 @@ CHOICES = (
 )
 
 
+@documented
 @dataclass
 class FeedbackFields:
     """Part of :class:`online_dpo.OnlineDPOConfig`."""

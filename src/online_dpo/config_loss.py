@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from online_dpo.field_specs import documented
+
 LOSS_TYPES = (
     "sigmoid",
     "ipo",
@@ -19,6 +21,7 @@ LOSS_TYPES = (
 CHOICES = (("loss_type", LOSS_TYPES),)
 
 
+@documented
 @dataclass
 class LossFields:
     """Part of :class:`online_dpo.OnlineDPOConfig`."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from online_dpo.field_specs import documented
+
 METHODS = ("online_dpo", "xpo", "nash_md")
 CHOICES = (("method", METHODS),)
 
 
+@documented
 @dataclass
 class MethodFields:
     """Part of :class:`online_dpo.OnlineDPOConfig`."""

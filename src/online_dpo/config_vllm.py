@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from online_dpo.field_specs import documented
 
+
+@documented
 @dataclass
 class VLLMFields:
     """Part of :class:`online_dpo.OnlineDPOConfig`."""

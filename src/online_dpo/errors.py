@@ -16,6 +16,10 @@ class ScoringError(OnlineDPOError, ValueError):
     """A reward function, reward model or judge failed or returned something that is no score. The message names it."""
 
 
+class UnknownTokenError(OnlineDPOError, ValueError):
+    """A model would be given a token that it has no embedding for. The message has the numbers and what to do."""
+
+
 class RolloutServerError(OnlineDPOError, RuntimeError):
     """A vLLM server could not be used. The message names its address and the last cause."""
 
@@ -38,3 +42,20 @@ class TrainingDivergedError(OnlineDPOError, RuntimeError):
     """Too many steps in a row had a loss or gradient that is not finite. A checkpoint was saved before this was
     raised.
     """
+
+
+class NothingTrainedError(OnlineDPOError, RuntimeError):
+    """A run came to its end, and no step of it trained anything. The message counts why; if there were steps, a
+    checkpoint was saved before this was raised.
+    """
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Ctrl-C stopped a run. The message says how to go on; ``checkpoint`` is the folder that was saved last, if any.
+
+    A `KeyboardInterrupt`, so that a script ends as it would without the checkpoint.
+    """
+
+    def __init__(self, message: str, checkpoint: str | None) -> None:
+        super().__init__(message)
+        self.checkpoint = checkpoint

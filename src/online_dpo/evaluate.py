@@ -11,7 +11,7 @@ import torch
 
 from online_dpo.bootstrap import standard_error
 from online_dpo.chance import preference_by_score
-from online_dpo.types import Group, PackedRows, Pair, RowLogprobs, Scores, Verdicts
+from online_dpo.types import Group, Notes, PackedRows, Pair, RowLogprobs, Scores, Verdicts
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,12 @@ def summarise(records: Sequence[EvalRecord]) -> dict[str, float]:
     metrics |= _win_rate_metrics("win_rate", [r.win for r in records if r.win is not None])
     gold = [(record, record.gold) for record in records if record.gold is not None]
     return metrics | (gold_metrics(gold) if gold else {})
+
+
+def mean_notes(notes: Sequence[Notes]) -> dict[str, float]:
+    """The means of what reward functions noted on all ranks, under the names that they gave."""
+    names = sorted({name for one in notes for name in one.metrics})
+    return {name: float(np.mean([value for one in notes for value in one.metrics.get(name, [])])) for name in names}
 
 
 def gold_metrics(records: Sequence[tuple[EvalRecord, GoldRecord]]) -> dict[str, float]:

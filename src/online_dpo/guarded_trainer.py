@@ -16,11 +16,16 @@ from torch import nn
 from transformers import Trainer
 
 from online_dpo.config import OnlineDPOConfig
+from online_dpo.figures import in_order
 from online_dpo.guard import StepGuard, refuse_to_split
+from online_dpo.interrupt import Interrupt
 from online_dpo.metrics import MetricStore
 from online_dpo.models import ConfigKeeper, RestoreConfigs, empty_device_cache
 from online_dpo.packing import halve, token_count
+from online_dpo.precision import keeps_small_steps
+from online_dpo.run_display import choose_displays
 from online_dpo.types import PackedRows
+from online_dpo.updates import UpdatedRatio
 
 
 class GuardedTrainer(Trainer):
@@ -41,8 +46,12 @@ class GuardedTrainer(Trainer):
         self.add_callback(RestoreConfigs(configs))
         self.model_accepts_loss_kwargs = True
         self.metrics = MetricStore()
+        self.interrupt = Interrupt()
+        self.add_callback(self.interrupt)  # before the guard, which has a last log written
         self.guard = StepGuard(self.accelerator, args.max_skipped_steps, self._count_skipped_pairs)
         self.add_callback(self.guard)
+        self.updates = UpdatedRatio(lambda: self.guard.trained_steps, warns=not keeps_small_steps(args))
+        self.add_callback(self.updates)
         self.done_in_step: list[PackedRows] = []
         self.tokens_that_fit = sys.maxsize
         self._last_log = time.perf_counter()
@@ -52,10 +61,21 @@ class GuardedTrainer(Trainer):
 
         Raises:
             TrainingDivergedError: ``max_skipped_steps`` steps in a row were not finite; a checkpoint has been saved.
+            NothingTrainedError: no step trained anything; a checkpoint has been saved if there were steps.
+            ValueError: the optimizer trains no weight of the model.
+            TrainingInterrupted: Ctrl-C was pressed; unless it was pressed twice, a checkpoint has been saved.
         """
         self._last_log = time.perf_counter()
-        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        self.guard.begin_run()
+        displays = choose_displays(self)
+        try:
+            with self.interrupt.handled(displays):
+                result = super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            for display in displays:
+                display.close()
         self.guard.raise_if_diverged(self.state, self.args.output_dir)  # pyright: ignore[reportArgumentType]
+        self.guard.raise_if_nothing_trained(self.state, self.args.output_dir)  # pyright: ignore[reportArgumentType]
         return result
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -139,17 +159,33 @@ class GuardedTrainer(Trainer):
         self.guard.saw_gradient_norm(norm)  # pyright: ignore[reportArgumentType]
         return norm
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """The parent's. A weight under several names (a tied ``lm_head``) is saved under one of them, so the other
+        names are not missing when it is loaded.
+        """
+        missing = set(load_result.missing_keys)
+        named = dict(self.model.named_parameters(remove_duplicate=False))  # pyright: ignore[reportOptionalMemberAccess]
+        loaded = {id(parameter) for name, parameter in named.items() if name not in missing}
+        for name in [name for name in missing if name in named and id(named[name]) in loaded]:
+            load_result.missing_keys.remove(name)
+        super()._issue_warnings_after_load(load_result)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the parent's; the log of a training step gains the metrics collected since the last one."""
         if "loss" in logs:
             elapsed = time.perf_counter() - self._last_log
             self._last_log = time.perf_counter()
+            self.metrics.ratio("train/updated_ratio", *self.updates.since_last())
             mine = self.metrics.drain()
             mine["perf/tokens_per_second"] = mine.pop("completion_tokens", 0.0) / elapsed
             # The parent's loss is a mean over steps, in which one without pairs counts 0; ours is over pairs.
             others = {name: value for name, value in logs.items() if name != "loss"}
-            logs = {**others, **mine, "guard/skipped_steps": float(self.guard.skipped)}
+            logs = in_order({**others, **mine, "guard/skipped_steps": float(self.guard.skipped)})
+        if self.state.epoch is not None:
+            logs = {"epoch": self.state.epoch, **logs}  # the parent would put it last
         super().log(logs, start_time)
+        last = self.state.log_history[-1]
+        self.state.log_history[-1] = {"step": last["step"], **last}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -6,7 +6,7 @@ One model is in memory at a time.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from online_dpo.comparison import Match, preferences_by_score
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.data import prepare_prompts, prompts_from_batch
+from online_dpo.known_tokens import Readers, check_policy, embedding_rows
 from online_dpo.layout import cut
 from online_dpo.logprobs import enable_logprobs, row_logprobs
 from online_dpo.models import (
@@ -30,6 +31,7 @@ from online_dpo.models import (
     to_device,
 )
 from online_dpo.packing import pack_groups
+from online_dpo.precision import mixed_precision
 from online_dpo.rollout import RolloutKey, SamplingParams, Stream, TransformersEngine
 from online_dpo.rollout.sampling import reshapes
 from online_dpo.scoring import (
@@ -189,7 +191,9 @@ def _check_room(player: Player, args: OnlineDPOConfig) -> None:
     if (Path(player.path).expanduser() / "adapter_config.json").is_file():
         return
     config = AutoConfig.from_pretrained(player.path, trust_remote_code=args.trust_remote_code)
-    room = getattr(config.get_text_config(), "max_position_embeddings", None)
+    text_config = config.get_text_config()
+    Readers({f"`{player.path}`": text_config.vocab_size}).check_prompts(player.prompts.values())
+    room = getattr(text_config, "max_position_embeddings", None)
     longest = max(len(prompt.token_ids) for prompt in player.prompts.values()) + args.max_new_tokens
     if room is not None and longest > room:
         raise ValueError(
@@ -220,6 +224,7 @@ def _answer_and_read(
     """Its answers, and the log-probabilities that it gives to the other's completions."""
     model = _load(player, args)
     params = sampling.params(args, end_token_ids(model, player.tokenizer))
+    Readers({f"`{player.path}`": embedding_rows(model)}).check_groups(plain)
     answers = _sample(model, player, rows, params, args, sampling.samples, Stream.ANSWERS)
     return answers, _sequence_logprobs(model, plain, args) if plain else []
 
@@ -227,15 +232,10 @@ def _answer_and_read(
 def _load(player: Player, args: OnlineDPOConfig) -> nn.Module:
     init_kwargs: Any = args.model_init_kwargs
     model = load_causal_lm(player.path, init_kwargs, args.trust_remote_code)
+    check_policy(model, player.tokenizer, {"prompts": player.dataset})
     disable_dropout(model)
     enable_logprobs(model)
     return to_device(model, args.device).eval()
-
-
-def _autocast(args: OnlineDPOConfig) -> AbstractContextManager[Any]:
-    if not (args.bf16 or args.fp16):
-        return nullcontext()
-    return torch.autocast(args.device.type, torch.bfloat16 if args.bf16 else torch.float16)
 
 
 def _sample(
@@ -248,14 +248,14 @@ def _sample(
     stream: Stream,
 ) -> list[Group]:
     engine = TransformersEngine(model, player.tokenizer, args.rollout_batch_size)
-    with _autocast(args):
+    with mixed_precision(args):
         return engine.generate([player.prompts[row] for row in rows], samples, params, RolloutKey(args.seed, 0, stream))
 
 
 @torch.no_grad()
 def _sequence_logprobs(model: nn.Module, groups: Sequence[Group], args: OnlineDPOConfig) -> list[list[float]]:
     """Log-probability of each completion of each group under the model, at temperature 1."""
-    with _autocast(args):
+    with mixed_precision(args):
         found = choose_method({"the model": lambda: nullcontext(model)}, groups, share=False)
         method = found[0] if found else Method()
         samples = len(groups[0].completions)

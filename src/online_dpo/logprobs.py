@@ -107,7 +107,7 @@ def _chunked_logprobs(model: Any, hidden_MH: torch.Tensor, predict: Predict) -> 
     for hidden_XH, target_X in zip(hidden_MH.split(size), predict.target_M.split(size), strict=True):
         run = functools.partial(_project, model, itertools.count(), predict.entropy)
         if hidden_MH.requires_grad:
-            parts.append(checkpoint(run, hidden_XH, target_X, use_reentrant=False, preserve_rng_state=False))
+            parts.append(checkpoint(run, hidden_XH, target_X, use_reentrant=False))  # adapters may have dropout
         else:
             parts.append(run(hidden_XH, target_X))
     logps, entropies = zip(*parts, strict=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
-from online_dpo.types import Completion, Group, PackedRows, Pair, Pairing, Round, RowLogprobs, Scores, Verdicts
+from online_dpo.types import Completion, Group, Notes, PackedRows, Pair, Pairing, Round, RowLogprobs, Scores, Verdicts
 
 STEP_KL = "step/kl"
 """Collected for the step alone, see `MetricStore.take_mean`."""
@@ -62,6 +62,12 @@ class MetricStore:
         parts = gather_object([mine])
         count = sum(part[1] for part in parts)
         return sum(part[0] for part in parts) / count if count else None
+
+    def means(self) -> dict[str, float]:
+        """Every mean so far on this process, which stays collected."""
+        return {
+            name: float(total) / float(self._counts[name]) for name, total in self._sums.items() if self._counts[name]
+        }
 
     def copy(self) -> MetricStore:
         """The store as it is now, to go back to when a forward pass has to be repeated."""
@@ -121,6 +127,12 @@ def record_rollout(store: MetricStore, groups: list[Group], said: Scores | Verdi
     for name, values in scores.by_scorer.items():
         store.mean(f"scores/{name}", _present(values, groups))
         store.mean(f"scores/{name}/missing_ratio", [float(value is None) for row in values for value in row])
+
+
+def record_notes(store: MetricStore, notes: Notes | None) -> None:
+    """What reward functions noted through ``log_metric``, under the names that they gave."""
+    for name, values in ({} if notes is None else notes.metrics).items():
+        store.mean(name, values)
 
 
 def record_pairs(store: MetricStore, num_groups: int, pairing: Pairing) -> None:

@@ -8,7 +8,7 @@ import gc
 import inspect
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ import torch
 from accelerate.utils import extract_model_from_parallel, is_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from online_dpo.foreign import foreign
+from online_dpo.requirements import adapter_problem
 
 ROUNDING = {torch.float32: 2e-5, torch.float64: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Difference in nats a token, mean over a completion, that rounding alone may make between two right ways to compute
@@ -35,31 +38,78 @@ def check_model_path(path: str, argument: str) -> None:
     """Refuse a path that can only be a missing local folder, before anything is loaded.
 
     Raises:
-        ValueError: ``path`` looks like a local folder (absolute, or starting with ``.`` or ``~``) and there is none.
+        ValueError: ``path`` looks like a local folder (absolute, or starting with ``.`` or ``~``) and there is none, or
+            a package is missing to load what it holds.
     """
     if looks_local(path) and not Path(path).expanduser().is_dir():
         raise ValueError(f"`{argument}`: there is no folder {path!r}. Give a saved model's folder or a hub name.")
+    if problem := adapter_problem(path):
+        raise ValueError(f"`{argument}`: {problem}")
 
 
-def load_causal_lm(path: str, init_kwargs: dict[str, Any] | None, trust_remote_code: bool) -> PreTrainedModel:
+def load_causal_lm(
+    path: str,
+    init_kwargs: dict[str, Any] | None,
+    trust_remote_code: bool,
+    dtype: str | torch.dtype = "auto",
+) -> PreTrainedModel:
     """A causal language model from a folder or the hub; an adapter folder gives its base model with the adapter
     trainable.
 
+    Args:
+        dtype: of the weights, unless ``init_kwargs`` name one; ``auto`` is the type that they were saved in.
+
     Raises:
-        ValueError: ``init_kwargs["dtype"]`` names no torch type.
+        ValueError: ``init_kwargs["dtype"]`` names no torch type, or the folder cannot be read.
     """
     path = os.path.expanduser(path)
     kwargs = {"trust_remote_code": trust_remote_code, **(init_kwargs or {})}
-    dtype = kwargs.get("dtype")
-    if isinstance(dtype, str) and dtype != "auto":
-        if not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise ValueError(f"`model_init_kwargs`: {dtype!r} is no torch dtype. Use 'auto', 'float32' or 'bfloat16'.")
-        kwargs["dtype"] = getattr(torch, dtype)
-    if (Path(path) / "adapter_config.json").is_file():
+    old_name = kwargs.pop("torch_dtype", None)  # transformers reads it only where `dtype` is not given
+    given = kwargs.pop("dtype", old_name)
+    kwargs["dtype"] = dtype if given is None else check_dtype(given)
+    if is_adapter(path):
         from peft import AutoPeftModelForCausalLM
 
-        return AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True, **kwargs)
-    return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+        with loading(path):
+            return AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True, **kwargs)
+    with loading(path):
+        return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+
+
+def loading(path: str) -> AbstractContextManager[None]:
+    """Errors of libraries that read a folder, such as of a damaged file, name it."""
+    return foreign(f"Loading `{path}`", raises=ValueError, passes=(OSError, ImportError))
+
+
+def source_of(model: Any) -> str | None:
+    """The folder or hub name that a model was loaded from: a name itself, what a model's config says, else ``None``."""
+    if isinstance(model, str):
+        return model
+    base = unwrapped(model) if isinstance(model, nn.Module) else None
+    return base.config._name_or_path or None if isinstance(base, PreTrainedModel) else None
+
+
+def same_source(one: str, other: str) -> bool:
+    """Whether two names mean the same model: the same hub name, or the same folder however it is written."""
+    return one == other or Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+
+
+def is_adapter(path: str) -> bool:
+    """Whether the folder holds an adapter of PEFT and not a whole model."""
+    return (Path(path).expanduser() / "adapter_config.json").is_file()
+
+
+def check_dtype(given: Any) -> Any:
+    """A type for `from_pretrained`; names of torch types become the types.
+
+    Raises:
+        ValueError: there is no type of this name.
+    """
+    if not isinstance(given, str) or given == "auto":
+        return given
+    if not isinstance(getattr(torch, given, None), torch.dtype):
+        raise ValueError(f"`model_init_kwargs`: {given!r} is no torch dtype. Use 'auto', 'float32' or 'bfloat16'.")
+    return getattr(torch, given)
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
@@ -82,16 +132,25 @@ def hands_on_arguments(model: nn.Module) -> bool:
 
 
 def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every token that ends a completion: the tokenizer's, and all that the model's generation config declares.
+    """Every token that ends a completion: the tokenizer's, and all that the model's generation config declares, as far
+    as the model can choose them.
 
     Raises:
         ValueError: there is none, so that no completion could ever end by itself.
     """
     sources: list[Any] = [unwrapped(model).generation_config.eos_token_id, tokenizer.eos_token_id]
-    ids = [i for source in sources if source is not None for i in ([source] if isinstance(source, int) else source)]
+    ids = {i for source in sources if source is not None for i in ([source] if isinstance(source, int) else source)}
     if not ids:
         raise ValueError("Neither the tokenizer nor the model's generation config has an end token; set `eos_token`.")
-    return tuple(sorted(set(ids)))
+    written = unwrapped(model).config.get_text_config().vocab_size
+    known = tuple(sorted(i for i in ids if 0 <= i < written))
+    if not known:
+        raise ValueError(
+            f"No completion could end by itself: the model chooses from {written} tokens, and its end tokens are "
+            f"{', '.join(map(str, sorted(ids)))}. Set `tokenizer.eos_token` to a token that the model knows, or call "
+            "`model.resize_token_embeddings(len(tokenizer))`."
+        )
+    return known
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -134,9 +193,15 @@ def state_of_forward(model: nn.Module) -> tuple[Any, ...]:
 
 
 def context_length(model: nn.Module) -> int | None:
-    """Most positions the model has been built for, or ``None`` where its config does not say."""
-    config = unwrapped(model).config.get_text_config()
-    return getattr(config, "max_position_embeddings", None)
+    """Most tokens that the model has positions for, or ``None`` where its config does not say."""
+    base = unwrapped(model)
+    positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    if positions is None:  # recurrent and ALiBi models
+        return None
+    for name, module in base.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return positions - module.padding_idx - 1  # RoBERTa and its kin count from behind the padding token's id
+    return positions
 
 
 class ConfigKeeper:

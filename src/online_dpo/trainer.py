@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.utils.data import DataLoader
@@ -35,6 +36,7 @@ from online_dpo.build import (
     build_reference,
     built_in_engine,
     check_arguments,
+    check_batches,
     check_columns,
     check_stream,
     check_templates,
@@ -45,9 +47,11 @@ from online_dpo.build import (
 )
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.data import PREPARED_COLUMNS, EndlessStream, collate_prompts, prepare_prompts, prompts_from_batch
-from online_dpo.evaluate import EvalRecord, eval_records, summarise
+from online_dpo.evaluate import EvalRecord, eval_records, mean_notes, summarise
 from online_dpo.feedback_trainer import FeedbackTrainer
+from online_dpo.figures import in_order
 from online_dpo.gold import check_gold
+from online_dpo.known_tokens import Readers, check_options, check_policy, check_reference, embedding_rows
 from online_dpo.logprobs import RowLogprobs, row_logprobs
 from online_dpo.lookahead import Lookahead
 from online_dpo.losses import LossOptions, method_losses, pair_logprobs
@@ -59,13 +63,14 @@ from online_dpo.packing import as_inputs, by_group, pack_groups, pack_pairs, pas
 from online_dpo.pairs import Selection, latest
 from online_dpo.reference import ReferenceSteps
 from online_dpo.rollout import RolloutKey, SamplingParams, Stream
-from online_dpo.scoring import build_judge, build_scorers
+from online_dpo.scoring import build_judge, build_scorers, noting
 from online_dpo.self_check import Lender, MethodChoice
 from online_dpo.sync_check import SyncCheck
+from online_dpo.trl_attributes import TRLAttributes
 from online_dpo.types import Completion, Group, PackedRows, Pair, Prompt
 
 
-class OnlineDPOTrainer(FeedbackTrainer):
+class OnlineDPOTrainer(TRLAttributes, FeedbackTrainer):
     """Aligns a language model with preferences collected while it trains (Guo et al. 2024, arXiv 2402.04792).
 
     Args:
@@ -141,6 +146,7 @@ class OnlineDPOTrainer(FeedbackTrainer):
         if isinstance(train_dataset, IterableDataset):
             check_stream(args)
             train_dataset = EndlessStream(train_dataset)  # pyright: ignore[reportAssignmentType]
+        check_batches(train_dataset, args)
         if isinstance(eval_dataset, dict):
             eval_dataset = {
                 name: self._prepared(data, f"eval_dataset[{name!r}]") for name, data in eval_dataset.items()
@@ -154,7 +160,10 @@ class OnlineDPOTrainer(FeedbackTrainer):
         train_on_one_device_per_process(args)
 
         set_seed(args.seed)  # an adapter's first weights are random
-        policy = build_policy(model, peft_config, args)
+        policy = build_policy(model, peft_config, args, optimizers[0])
+        prepared = {"train_dataset": train_dataset, **named_datasets(eval_dataset)}
+        check_policy(policy, self.tokenizer, prepared)
+        check_options(policy, args.generation_kwargs or {})  # pyright: ignore[reportArgumentType]
         super().__init__(
             model=policy,
             args=args,
@@ -167,6 +176,11 @@ class OnlineDPOTrainer(FeedbackTrainer):
             optimizers=optimizers,
         )
         self.reference = build_reference(ref_model, policy, args)
+        self.readers = Readers({"the policy": embedding_rows(policy)})
+        if ref_model is not None:
+            with self.reference.active() as reference:
+                check_reference(reference, policy, self.tokenizer, prepared)
+                self.readers = Readers({**self.readers.rows, "the reference": embedding_rows(reference)})
         self.add_callback(ReferenceSteps(self.reference))
         self.policy = policy
         self.engine = build_engine(policy, self.tokenizer, args)
@@ -174,8 +188,8 @@ class OnlineDPOTrainer(FeedbackTrainer):
             with self.reference.active() as reference:
                 self.reference_engine = built_in_engine(reference, self.tokenizer, args)
         self.opponent = build_opponent(policy, self.reference, self.tokenizer, args, lambda: self.state.epoch or 0.0)
-        self.beta = Beta(args, lambda: self.metrics.take_mean(STEP_KL))
-        self.add_callback(self.beta)
+        self.adaptive_beta = Beta(args, lambda: self.metrics.take_mean(STEP_KL))
+        self.add_callback(self.adaptive_beta)
         self.selection = Selection.from_config(args)
         self.loss_options = LossOptions.from_config(args)
         self.sampling = SamplingParams.from_config(args, end_token_ids(policy, self.tokenizer))
@@ -239,7 +253,7 @@ class OnlineDPOTrainer(FeedbackTrainer):
         if model.training:
             self.guard.saw_loss(loss)
             record_loss(self.metrics, rows, policy, reference, loss_N, options.beta)
-            if self.beta.adapts and reference is not None:
+            if self.adaptive_beta.adapts and reference is not None:
                 self.metrics.mean(STEP_KL, trained_kl(rows, policy, reference))
         return (loss, {"loss_N": loss_N, "policy": policy, "reference": reference}) if return_outputs else loss
 
@@ -287,7 +301,7 @@ class OnlineDPOTrainer(FeedbackTrainer):
 
     def _loss_options_now(self) -> LossOptions:
         epoch = self.state.epoch or 0.0
-        return self.loss_options.now(self.beta.at(epoch), self.args.at_epoch("xpo_alpha", epoch))
+        return self.loss_options.now(self.adaptive_beta.at(epoch), self.args.at_epoch("xpo_alpha", epoch))
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
@@ -317,7 +331,7 @@ class OnlineDPOTrainer(FeedbackTrainer):
         model = self._wrap_model(self.model, training=False)  # pyright: ignore[reportArgumentType]
         records: list[EvalRecord] = []
         self.callback_handler.eval_dataloader = dataloader  # pyright: ignore[reportAttributeAccessIssue]
-        with eval_mode(model):
+        with eval_mode(model), noting() as notes:
             for batch in dataloader:
                 prompts = [prompt for prompt in prompts_from_batch(batch) if prompt.invalid is None]
                 mine = self._evaluate_prompts(model, prompts) if prompts else []
@@ -325,18 +339,20 @@ class OnlineDPOTrainer(FeedbackTrainer):
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         scores = np.array([[np.nan if s is None else s for s in r.scores] for r in records])
         reference = np.array([np.nan if r.reference_score is None else r.reference_score for r in records])
-        metrics = summarise(records)
+        metrics = {**mean_notes(gather_object([notes])), **summarise(records)}
         if self.compute_metrics is not None:
             metrics |= self.compute_metrics(EvalPrediction(predictions=scores, label_ids=reference))
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in in_order(metrics).items()}
         return EvalLoopOutput(predictions=scores, label_ids=reference, metrics=metrics, num_samples=len(records))
 
     @torch.no_grad()
     def _evaluate_prompts(self, model: nn.Module, prompts: list[Prompt]) -> list[EvalRecord]:
         key = RolloutKey(self.args.seed, 0, Stream.EVALUATION)
+        self.readers.check_prompts(prompts)
         self._sync_engine(prompts)
         with self.accelerator.autocast():
             groups = self.engine.generate(prompts, self.args.num_completions, self.sampling, key)
+        self.readers.check_groups(groups)
         said = self._assess(groups)
         pairs = self._form_pairs(groups, said, step=0).pairs
         if self.accelerator.num_processes == 1:  # otherwise a step of training finds out, on all ranks together

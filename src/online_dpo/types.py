@@ -142,11 +142,23 @@ class Round:
 
 
 @dataclass(frozen=True)
+class Notes:
+    """What reward functions have noted beside their scores: numbers for the metrics, and columns with one value for
+    each completion, group by group.
+
+    >>> Notes(metrics={"parsed": [1.0, 0.0]}, columns={"answer": ["5", "7", None, "5"]})
+    """
+
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Feedback:
     """What became of the prompts of a step: its groups, and what is said of them, by scorers or by a judge.
 
     ``seconds`` has an entry for "rollout" and one for "scoring". ``further`` are the rounds in which groups without a
-    pair were replaced; ``groups`` and ``said`` are of the first answers all the same.
+    pair were replaced; ``groups``, ``said`` and ``notes`` are of the first answers all the same.
 
     >>> Feedback(groups=[group], said=Scores([[0.7, 0.1]], {}), seconds={"rollout": 1.5, "scoring": 0.2})
     """
@@ -155,6 +167,7 @@ class Feedback:
     said: Scores | Verdicts
     seconds: Mapping[str, float]
     further: tuple[Round, ...] = ()
+    notes: Notes | None = None
 
 
 @dataclass(frozen=True)

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import os
-import signal
 import subprocess
 import sys
 import time
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
 import online_dpo
-from online_dpo.cli.interrupt import InterruptCallback
-from online_dpo.cli.progress import ProgressDisplay, duration, number, plain_warnings
+from online_dpo.cli.progress import plain_warnings
 from online_dpo.cli.references import load_reference, parse_reference
 from online_dpo.cli.run_config import RunConfig
 from online_dpo.cli.run_file import UsageError, looks_like_path, plan_run
@@ -414,108 +410,11 @@ def test_importing_the_package_loads_no_torch() -> None:
 # --- while training -------------------------------------------------------------------------------------------------
 
 
-def arguments(world_size: int = 1) -> SimpleNamespace:
-    """The part of TrainingArguments that callbacks read."""
-    return SimpleNamespace(world_size=world_size, output_dir="out")
-
-
-def test_first_interrupt_saves_and_stops_at_the_end_of_the_step(capfd: pytest.CaptureFixture[str]) -> None:
-    before = signal.getsignal(signal.SIGINT)
-    callback, control = InterruptCallback(), TrainerControl()
-    with callback:
-        callback.on_step_end(arguments(), TrainerState(global_step=3), control)
-        assert (control.should_save, control.should_training_stop, callback.stopped) == (False, False, False)
-        os.kill(os.getpid(), signal.SIGINT)
-        callback.on_step_end(arguments(), TrainerState(global_step=4), control)
-        assert (control.should_save, control.should_training_stop, callback.stopped) == (True, True, True)
-        callback.on_save(arguments(), TrainerState(global_step=4), control)
-        assert callback.checkpoint == os.path.join("out", "checkpoint-4")
-    assert signal.getsignal(signal.SIGINT) is before
-    assert "Stopping after this step" in capfd.readouterr().err
-
-
-def test_second_interrupt_stops_at_once() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), InterruptCallback():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(1)
-    assert signal.getsignal(signal.SIGINT) is before
-
-
 def test_the_command_that_resumes_keeps_the_other_words() -> None:
     from online_dpo.cli.train import resume_words  # loads the trainer
 
     words = ["run.yaml", "--resume-from-checkpoint", "old", "--beta", "0.1", "0.2", "--resume_from_checkpoint=older"]
     assert resume_words(words, "new") == ["run.yaml", "--beta", "0.1", "0.2", "--resume_from_checkpoint", "new"]
-
-
-LOGS = {
-    "loss": 0.693147,
-    "objective/scores": 1.25,
-    "objective/kl": 0.0123456,
-    "rewards/margins": -0.5,
-    "perf/tokens_per_second": 12345.6,
-    "learning_rate": 1e-4,
-}
-
-
-def display_on(stream: io.StringIO, state: TrainerState) -> ProgressDisplay:
-    display = ProgressDisplay(stream)
-    display.on_train_begin(arguments(), state, TrainerControl())
-    return display
-
-
-def test_plain_lines_where_output_is_no_terminal() -> None:
-    stream, state = io.StringIO(), TrainerState(max_steps=100, is_world_process_zero=True)
-    display = display_on(stream, state)
-    display.on_log(arguments(), state, TrainerControl(), logs=LOGS)
-    state.global_step = 100
-    display.on_log(arguments(), state, TrainerControl(), logs=LOGS)
-    display.on_log(arguments(), state, TrainerControl(), logs={"eval_loss": 0.5, "eval_objective/kl": 2})
-    display.on_log(arguments(), state, TrainerControl(), logs={"train_runtime": 3.0, "train_loss": 0.5})
-    display.on_train_end(arguments(), state, TrainerControl())
-    figures = "loss 0.6931  reward 1.25  kl 0.01235  margin -0.5  tok/s 12346"
-    assert stream.getvalue().splitlines() == [
-        f"step 0/100  {figures}  eta ?",
-        f"step 100/100  {figures}  eta 0:00:00",
-        "eval step 100/100  loss 0.5  kl 2",
-    ]
-
-
-def test_other_ranks_are_silent() -> None:
-    stream, state = io.StringIO(), TrainerState(max_steps=100, is_world_process_zero=False)
-    display_on(stream, state).on_log(arguments(), state, TrainerControl(), logs=LOGS)
-    assert stream.getvalue() == ""
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_table_and_bar_on_a_terminal() -> None:
-    stream, state = Terminal(), TrainerState(max_steps=4, is_world_process_zero=True)
-    display = display_on(stream, state)
-    state.global_step = 2
-    display.on_step_end(arguments(), state, TrainerControl())
-    display.on_log(arguments(), state, TrainerControl(), logs=LOGS)
-    display.on_log(arguments(), state, TrainerControl(), logs={"eval_loss": 0.25})
-    display.on_train_end(arguments(), state, TrainerControl())
-    shown = stream.getvalue()
-    assert all(text in shown for text in ("reward", "0.6931", "1.25", "0.01235", "12346", "2/4", "eval 2", "0.25"))
-
-
-def test_numbers_and_durations() -> None:
-    assert [number(x) for x in (0.00001234, 1.0, 999.96, 1000.4, float("nan"), float("inf"))] == [
-        "1.234e-05",
-        "1",
-        "1000",
-        "1000",
-        "nan",
-        "inf",
-    ]
-    assert (duration(3723.4), duration(-1)) == ("1:02:03", "0:00:00")
 
 
 def test_warnings_are_one_line_without_a_place_in_the_code(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,13 +14,14 @@ from rich.table import Table
 
 from online_dpo.build import check_columns, check_templates
 from online_dpo.cli.eval_plan import EvalPlan
-from online_dpo.cli.progress import number, plain_warnings, silence_progress_bars
+from online_dpo.cli.progress import plain_warnings, silence_progress_bars
 from online_dpo.cli.references import Reference, load_reference
 from online_dpo.cli.train import SETUP_ERRORS, load_judge, load_tokenizer, report_error
 from online_dpo.comparison import Match, compare
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.data import PREPARED_COLUMNS, load_prompts
 from online_dpo.errors import OnlineDPOError, ScoringError
+from online_dpo.figures import number
 from online_dpo.head_to_head import (
     Answers,
     Player,

@@ -12,9 +12,10 @@ import torch
 
 from online_dpo.cli.judge_file import LabelledPair
 from online_dpo.cli.judge_plan import BuiltInJudge
-from online_dpo.cli.progress import number, plain_warnings, silence_progress_bars
+from online_dpo.cli.progress import plain_warnings, silence_progress_bars
 from online_dpo.errors import ScoringError
 from online_dpo.evaluate import win_rate
+from online_dpo.figures import number
 from online_dpo.scoring import LLMJudge, PairwiseModelJudge
 from online_dpo.scoring.judge_prompts import prompt_text
 from online_dpo.scoring.llm_judge import stands_first

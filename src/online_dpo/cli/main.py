@@ -8,13 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from online_dpo import __version__
+from online_dpo.processes import why_not_alone
 
+WRONG_INPUT = 2
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+IN_ONE_PROCESS = ("eval", "judge", "quickstart")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 1 (the run failed), 2 (wrong input), 130 (interrupted)."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] and words[0] in IN_ONE_PROCESS and (problem := why_not_alone(f"online-dpo {words[0]}")):
+        print(f"error: {problem}", file=sys.stderr)
+        return WRONG_INPUT
     try:
         if words[:1] == ["train"]:
             return _train(words[1:])
@@ -62,13 +68,18 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(words: Sequence[str]) -> int:
     """Check the run; only then import what trains it."""
+    from online_dpo.cli.header import INDENT, describe_plan, is_first_process
     from online_dpo.cli.help import USAGE, train_help
     from online_dpo.cli.planning import planned
     from online_dpo.cli.run_file import RunPlan, plan_run
+    from online_dpo.cli.screen import say
 
     def run(plan: RunPlan, words: list[str], show_traceback: bool) -> int:
         for warning in plan.warnings:
             print(f"warning: {warning}", file=sys.stderr)
+        if is_first_process():
+            say(describe_plan(plan), INDENT)
+            say(["Loading torch, transformers and the models"])
         from online_dpo.cli.train import train
 
         return train(plan, words, show_traceback=show_traceback)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from online_dpo import versions
 from online_dpo.cli.run_file import UsageError
 
 WRONG_INPUT = 2
@@ -44,4 +45,12 @@ def planned(
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         return WRONG_INPUT
+    say_untested_versions()
     return run(made, kept, "--traceback" in words)
+
+
+def say_untested_versions() -> None:
+    """Before the heavy imports, which an untested version may break."""
+    warning = versions.warning()
+    if warning is not None:
+        print(f"warning: {warning}", file=sys.stderr)

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.errors import ScoringError
-from online_dpo.models import looks_local, to_device
+from online_dpo.models import looks_local, same_source, source_of, to_device
+from online_dpo.requirements import adapter_problem
 from online_dpo.scoring.functions import FunctionScorer, submit, wait_for
 from online_dpo.scoring.penalties import NO_PENALTIES, Penalties
 from online_dpo.scoring.reward_model import RewardModelScorer, check_reward_model, last_part, load_reward_model
@@ -133,7 +134,7 @@ def score_groups(
         ]
     by_scorer = {
         name: [[_finite(value) for value in row] for row in scores]
-        for name, scores in zip(_unique_names(scorers), raw, strict=True)
+        for name, scores in zip(unique_names(scorers), raw, strict=True)
     }
     return Scores(values, by_scorer, normalized)
 
@@ -207,7 +208,8 @@ def _finite(value: float | None) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
 
 
-def _unique_names(scorers: Sequence[PointwiseScorer]) -> list[str]:
+def unique_names(scorers: Sequence[PointwiseScorer]) -> list[str]:
+    """Their names in metrics: ``f``, ``f_2`` where names repeat."""
     names: list[str] = []
     for scorer in scorers:
         name, count = scorer.name, 1
@@ -237,6 +239,24 @@ def _build(
     if callable(reward):
         return FunctionScorer(reward, state=state)
     return reward
+
+
+def check_reward_path(rewards: Any, path: str | None, field: str, argument: str) -> None:
+    """A script may name the reward model in the configuration, load it from there, and hand over the model.
+
+    Raises:
+        ValueError: the path (the configuration's ``field``) is given beside rewards (``argument``) none of which comes
+            from there.
+    """
+    if rewards is None or path is None:
+        return
+    sources = [source for source in map(source_of, _as_list(rewards)) if source is not None]
+    if not any(same_source(source, path) for source in sources):
+        found = f"comes from there (but from {', '.join(sources)})" if sources else "is a model from there"
+        raise ValueError(
+            f"`{field}` is given beside `{argument}`, none of which {found}. Put the path {path!r} into the list "
+            f"`{argument}`, or leave it out."
+        )
 
 
 def check_reward_columns(
@@ -278,6 +298,8 @@ def _check_path(path: str) -> None:
         raise ValueError(
             f"Reward model `{path}` is no model folder: it holds neither config.json nor adapter_config.json."
         )
+    if problem := adapter_problem(path):
+        raise ValueError(f"Reward model: {problem}")
 
 
 def _as_list(reward_funcs: RewardFunc | Sequence[RewardFunc]) -> list[RewardFunc]:

@@ -10,22 +10,19 @@ import asyncio
 import copy
 import functools
 import inspect
-import numbers
 import threading
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-import numpy as np
-import torch
-
 from online_dpo.errors import ScoringError
-from online_dpo.scoring.scorer import callable_name, describe, flat_list, regroup
+from online_dpo.scoring.notes import log_functions
+from online_dpo.scoring.scorer import as_number, callable_name, describe, flat_list, regroup
 from online_dpo.types import Completion, Group, Prompt
 
 T = TypeVar("T")
 
-ALWAYS_THERE = ("prompts", "completions", "completion_ids", "trainer_state")
+ALWAYS_THERE = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
 
 class FunctionScorer:
@@ -40,9 +37,10 @@ class FunctionScorer:
     - every other column of the dataset (``None`` where a prompt does not have it; a column with one of the names above
       or below is not passed on);
 
-    and ``trainer_state``, what ``state()`` returns. A function without ``**kwargs`` gets only the arguments that it
-    names. It returns one number for each completion (list, tuple, 1-D tensor or array), or ``None`` where it does not
-    apply.
+    and ``trainer_state``, what ``state()`` returns; ``log_metric(name, value)``, which adds a number to the metrics;
+    and ``log_extra(column, values)``, which adds a column to the trainer's ``completions``, one value for each. A
+    function without ``**kwargs`` gets only the arguments that it names. It returns one number for each completion
+    (list, tuple, 1-D tensor or array), or ``None`` where it does not apply.
 
     Args:
         function: what to call.
@@ -62,7 +60,7 @@ class FunctionScorer:
             raise TypeError(f"A reward function must be callable; this is {describe(function)}.")
         self.name = name or callable_name(function)
         self.is_async = is_async_function(function)
-        self._function = function
+        self.function = function
         self._state = state
         self._parameters = list(inspect.signature(function).parameters.values())
         for parameter in self._parameters:
@@ -84,7 +82,7 @@ class FunctionScorer:
             return []
         arguments = self._arguments(groups)
         try:
-            returned = self._function(**arguments)
+            returned = self.function(**arguments)
         except Exception as error:
             raise self._failure(error) from error
         return self._checked(returned, groups)
@@ -95,7 +93,7 @@ class FunctionScorer:
             return []
         arguments = self._arguments(groups)
         try:
-            returned = await self._function(**arguments)
+            returned = await self.function(**arguments)
         except Exception as error:
             raise self._failure(error) from error
         return self._checked(returned, groups)
@@ -109,6 +107,7 @@ class FunctionScorer:
         available["completions"] = [_completion_argument(prompt, completion) for prompt, completion in samples]
         available["completion_ids"] = [list(completion.token_ids) for _, completion in samples]
         available["trainer_state"] = None if self._state is None else self._state()
+        available["log_extra"], available["log_metric"] = log_functions(len(samples))
 
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in self._parameters):
             wanted = available
@@ -152,11 +151,9 @@ class FunctionScorer:
     def _number(self, index: int, item: Any) -> float | None:
         if item is None:
             return None
-        value = item
-        if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) and value.ndim == 0:
-            value = value.item()
-        if isinstance(value, numbers.Real):
-            return float(value)
+        value = as_number(item)
+        if value is not None:
+            return value
         raise ScoringError(
             f"{self._label} returned {describe(item)} at index {index}. Each score must be a number or None."
         )

@@ -22,6 +22,8 @@ from transformers import (
 )
 
 from online_dpo.config import OnlineDPOConfig
+from online_dpo.known_tokens import check_tokenizer
+from online_dpo.models import loading
 from online_dpo.pairwise_kinds import LETTERS, PAIRRM, check_options, kind_of_class, pairwise_kind
 from online_dpo.scoring.duel_classifier import DuelClassifier
 from online_dpo.scoring.duel_letters import LetterReader
@@ -55,7 +57,8 @@ class PairwiseModelJudge(PreferenceJudge):
             ``max_tokens`` of PairRM, for prompt and answers together (2048).
 
     Raises:
-        ValueError: an option does not go with the model or has no such value, or the model is no pairwise model.
+        ValueError: an option does not go with the model or has no such value, the model is no pairwise model, or its
+            tokenizer has tokens that it does not know.
         ScoringError: (when judging) the model's logits are not of the shape that they should have.
     """
 
@@ -74,6 +77,8 @@ class PairwiseModelJudge(PreferenceJudge):
             options["template"] = template
         check_options(kind, {**options, "batch_size": batch_size})
         self.name = name or last_part(config._name_or_path) or type(model).__name__
+        chat = kind == LETTERS and tokenizer.chat_template is not None
+        check_tokenizer(model, tokenizer, f"Judge `{self.name}`", chat=chat)
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.batch_size = batch_size
@@ -89,17 +94,20 @@ class PairwiseModelJudge(PreferenceJudge):
             OSError: there is no such model or tokenizer.
         """
         path = os.path.expanduser(path)
-        config, _ = PreTrainedConfig.get_config_dict(path)
+        with loading(path):
+            config, _ = PreTrainedConfig.get_config_dict(path)
         try:
             kind = pairwise_kind(config)
         except ValueError as problem:
             raise ValueError(f"`{path}`: {problem}") from None
         check_options(kind, {option: value for option, value in options.items() if option != "name"})
-        model, info = _classes(kind)[0].from_pretrained(path, dtype="auto", output_loading_info=True)
+        with loading(path):
+            model, info = _classes(kind)[0].from_pretrained(path, dtype="auto", output_loading_info=True)
+            tokenizer = AutoTokenizer.from_pretrained(path)
         if info["missing_keys"]:
             missing = ", ".join(sorted(info["missing_keys"]))
             raise ValueError(f"`{path}` is no trained pairwise model: it has no weights for {missing}.")
-        return cls(model.to(device), AutoTokenizer.from_pretrained(path), **options)
+        return cls(model.to(device), tokenizer, **options)
 
     def prefer(self, duels: Sequence[Group]) -> list[float | None]:
         """For each group of two, the probability that its first completion is the better one; ``None`` if they are too

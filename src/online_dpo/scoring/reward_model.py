@@ -19,8 +19,10 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from online_dpo.attention import use_segments
 from online_dpo.errors import ScoringError
+from online_dpo.known_tokens import check_tokenizer, embedding_rows
 from online_dpo.last_layer import enable_reading
 from online_dpo.layout import Tree
+from online_dpo.models import context_length, loading
 from online_dpo.onednn import onednn_linears
 from online_dpo.scoring.scorer import chat_messages, one_at_a_time, regroup
 from online_dpo.scoring.shared_scoring import Text, group_trees, may_share, passes, score_trees
@@ -53,8 +55,8 @@ class RewardModelScorer:
 
     Raises:
         TypeError: the model has no config of transformers.
-        ValueError: it has more than one label, no tokenizer is to be had, or (when scoring) a prompt is conversational
-            and the tokenizer has no chat template.
+        ValueError: it has more than one label, no tokenizer is to be had, the tokenizer has tokens that the model does
+            not know, or (when scoring) a prompt is conversational and the tokenizer has no chat template.
         ScoringError: (when scoring) the model's logits have not the shape ``(R, 1)``.
     """
 
@@ -73,6 +75,7 @@ class RewardModelScorer:
             if not config._name_or_path:
                 raise ValueError(_no_tokenizer(self.name))
             tokenizer = _load_tokenizer(config._name_or_path)
+        check_tokenizer(model, tokenizer, f"Reward model `{self.name}`")
         if share_prompts and next(model.parameters()).device.type == "cpu":
             use_segments(model)
         enable_reading(model)
@@ -84,15 +87,19 @@ class RewardModelScorer:
         self._shares: bool | None = None if share_prompts else False  # None: not known yet
         self._config = config.get_text_config()
         self._hidden_size = getattr(self._config, "hidden_size", 1024)  # some name it otherwise; it only tells costs
-        positions = getattr(self._config, "max_position_embeddings", None)  # recurrent and ALiBi models have none
-        self._max_tokens = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
+        self._known_tokens = embedding_rows(model)
+        self._max_tokens = longest_text(model, tokenizer)
 
     def check_chat_template(self) -> None:
-        """Call this early when prompts are conversational; scoring calls it as well.
+        """Call this early when prompts are conversational.
 
         Raises:
-            ValueError: the reward tokenizer has no chat template.
+            ValueError: the reward tokenizer has no chat template, or one with tokens that the model does not know.
         """
+        self._need_chat_template()
+        check_tokenizer(self.model, self.tokenizer, f"Reward model `{self.name}`", chat=True)
+
+    def _need_chat_template(self) -> None:
         if self.tokenizer.chat_template is None:
             raise ValueError(
                 f"The tokenizer of reward model `{self.name}` has no chat template, so it cannot read conversational "
@@ -156,7 +163,7 @@ class RewardModelScorer:
         return token_ids
 
     def _conversation(self, prompt: Prompt, completion: Completion) -> str:
-        self.check_chat_template()
+        self._need_chat_template()
         messages = chat_messages(prompt)
         if messages[-1]["role"] == "assistant":
             messages[-1]["content"] = messages[-1]["content"] + completion.text
@@ -213,12 +220,12 @@ class RewardModelScorer:
         if pad is not None:
             return pad
         last_tokens = {ids[-1] for ids in batch}
-        return next(token for token in range(self._config.vocab_size) if token not in last_tokens)
+        return next(token for token in range(self._known_tokens) if token not in last_tokens)
 
     def _padding_token(self) -> int | None:
         """The config's, if it is a token that the model knows."""
         pad = self._config.pad_token_id
-        return pad if pad is not None and 0 <= pad < self._config.vocab_size else None
+        return pad if pad is not None and 0 <= pad < self._known_tokens else None
 
     def _read_part(self, text: Text) -> Text:
         """The text up to the token that a decoder's head scores, which sees nothing behind it (see `_fill_token`).
@@ -274,6 +281,11 @@ def check_reward_model(model: nn.Module) -> PreTrainedConfig:
     return config
 
 
+def longest_text(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+    """As many tokens as both can take."""
+    return min(tokenizer.model_max_length, context_length(model) or tokenizer.model_max_length)
+
+
 def last_part(path: str) -> str:
     """``model`` of ``org/model`` and of ``/some/folder/model/``."""
     return path.rstrip("/").split("/")[-1]
@@ -281,9 +293,10 @@ def last_part(path: str) -> str:
 
 def _load_model(path: str, **options: Any) -> nn.Module:
     # Mismatched sizes are let through here, only to be refused below with words of ours.
-    model, info = AutoModelForSequenceClassification.from_pretrained(
-        path, num_labels=1, output_loading_info=True, ignore_mismatched_sizes=True, **options
-    )
+    with loading(path):
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            path, num_labels=1, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
     if info["mismatched_keys"]:
         name, saved, _ = next(iter(info["mismatched_keys"]))
         raise ValueError(_not_one_label(path, f"`{name}` of shape {tuple(saved)}"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import reprlib
 import threading
 from collections.abc import Mapping, Sequence
@@ -114,6 +115,13 @@ def flat_list(returned: Any, owner: str) -> list[Any]:
     if isinstance(returned, (list, tuple)):
         return list(returned)
     raise ScoringError(f"{owner} returned {describe(returned)}. Return one flat list.")
+
+
+def as_number(value: Any) -> float | None:
+    """A number of Python, numpy or torch (without dimensions) as a float; ``None`` for anything else."""
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) and value.ndim == 0:
+        value = value.item()
+    return float(value) if isinstance(value, numbers.Real) else None
 
 
 def describe(value: Any) -> str:
