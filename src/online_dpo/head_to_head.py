@@ -93,7 +93,7 @@ def prepare_player(path: str, tokenizer: PreTrainedTokenizerBase, dataset: Any, 
     check_model_path(path, "model")
     prepared, _ = prepare_prompts(dataset, tokenizer, args, name="prompts")
     assert isinstance(prepared, Dataset)
-    prompts = prompts_from_batch(prepared.to_dict())  # pyright: ignore[reportArgumentType]
+    prompts = prompts_from_batch(prepared[:])
     player = Player(path, tokenizer, prepared, {prompt.row: prompt for prompt in prompts})
     _check_room(player, args)
     return player

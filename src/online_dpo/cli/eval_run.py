@@ -104,7 +104,9 @@ def set_up(plan: EvalPlan) -> Setup:
             "other. Leave `kl` out."
         )
     source = plan.prompts
-    dataset = load_prompts(source.source, split=source.split, config=source.config, limit=source.limit)
+    dataset = load_prompts(
+        source.source, split=source.split, config=source.config, limit=source.limit, types=source.types
+    )
     model, against = (
         prepare_player(path, tokenizer, dataset, args)
         for path, tokenizer in zip((plan.model, plan.against), tokenizers, strict=True)

@@ -85,6 +85,7 @@ def build_trainer(plan: RunPlan, display: ProgressDisplay) -> OnlineDPOTrainer:
         config=run.dataset_config,
         streaming=run.dataset_streaming,
         limit=run.dataset_limit,
+        types=run.dataset_types,
     )
     return OnlineDPOTrainer(
         model=run.model_name_or_path,
@@ -110,6 +111,7 @@ def _eval_dataset(run: RunConfig) -> Any:
         split=run.dataset_test_split or "train",
         config=run.dataset_config if run.eval_dataset_name is None else None,
         limit=run.eval_limit,
+        types=run.dataset_types,
     )
 
 
