@@ -26,6 +26,7 @@ from online_dpo.config_checks import (
     check_vllm,
 )
 from online_dpo.config_checks_method import check_method, check_target_kl
+from online_dpo.config_checks_training import check_names, check_training
 from online_dpo.config_feedback import FeedbackFields
 from online_dpo.config_input import settle_input
 from online_dpo.config_loss import LossFields
@@ -176,7 +177,8 @@ class OnlineDPOConfig(VLLMFields, LossFields, MethodFields, FeedbackFields, Trai
 
     model_init_kwargs: dict[str, Any] | str | None = None
     """Passed to `AutoModelForCausalLM.from_pretrained` when the policy (or the reference) is given by name, for example
-    `{"dtype": "bfloat16"}`."""
+    `{"attn_implementation": "sdpa"}`. Without a `dtype`, trained weights are loaded in fp32 and a base under an adapter
+    as it was saved; trained weights in half precision lose most of their updates."""
 
     trust_remote_code: bool = False
     """Allow models and tokenizers that bring their own Python code."""
@@ -194,6 +196,7 @@ class OnlineDPOConfig(VLLMFields, LossFields, MethodFields, FeedbackFields, Trai
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and _device_computes_in_bf16()
         settle_input(self, choices := CHOICES + config_feedback.CHOICES + config_loss.CHOICES + config_method.CHOICES)
+        check_names(self)
         hand_on_checkpointing(self)
         super().__post_init__()
         check_processes(self)
@@ -208,6 +211,7 @@ class OnlineDPOConfig(VLLMFields, LossFields, MethodFields, FeedbackFields, Trai
         check_vllm(self)
         check_generation_kwargs(self.generation_kwargs)
         check_unsupported(self)
+        check_training(self)
 
     def beta_at(self, epoch: float) -> float:
         """The beta of an epoch that may be fractional: ``[0.1, 0.2]`` gives 0.1 in epoch 0 and 0.2 from epoch 1 on."""

@@ -29,6 +29,7 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 
 from online_dpo.beta import Beta
+from online_dpo.borrowing import eval_mode, restores_models_on_error
 from online_dpo.build import (
     build_engine,
     build_opponent,
@@ -64,7 +65,7 @@ from online_dpo.lookahead import Lookahead
 from online_dpo.losses import LossOptions, method_losses, pair_logprobs
 from online_dpo.metrics import STEP_KL, record_loss, record_pairs, record_resampling, trained_kl
 from online_dpo.model_card import write_model_card
-from online_dpo.models import end_token_ids, eval_mode
+from online_dpo.models import end_token_ids
 from online_dpo.onednn import onednn_linears
 from online_dpo.packing import as_inputs, by_group, pack_groups, pack_pairs, passes_needed, split_pairs, stand_in
 from online_dpo.pairs import Selection, latest
@@ -109,6 +110,7 @@ class OnlineDPOTrainer(TRLAttributes, FeedbackTrainer):
         InvalidPromptError: a dataset row is no usable prompt (see ``invalid_prompts``).
     """
 
+    @restores_models_on_error
     def __init__(
         self,
         model: PreTrainedModel | nn.Module | str | None = None,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from online_dpo import requirements
 from online_dpo.cli.eval_config import FROM_THE_RUN, RUN_FIELDS, EvalConfig
 from online_dpo.cli.judge_plan import BuiltInJudge
 from online_dpo.cli.references import Reference, parse_reference
@@ -24,7 +25,7 @@ from online_dpo.cli.schema import PACKAGE, FieldSpec, load_fields, read_class
 
 HELP = "online-dpo eval --help"
 MODEL_FILES = ("config.json", "adapter_config.json")
-NO_ARGUMENTS = ("judge", "judge_kwargs", "dataset_config", "dataset_test_split")
+NO_ARGUMENTS = ("judge", "judge_kwargs", "dataset_config", "dataset_test_split", "dataset_types")
 OF_TRAINING = ("reward_weights", "missing_eos_penalty", "length_penalty")
 """Part of the training score: they hold for the run's own scorers, or where the command line says so."""
 
@@ -37,6 +38,7 @@ class PromptSet:
     split: str
     config: str | None
     limit: int | None
+    types: dict[str, str] | None
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,9 @@ class EvalChecker(RunChecker):
         yield from self._scoring()
         yield from self._players()
         yield from self._prompts()
+        read = {name: self.values[name] for name in RUN_FIELDS if name in self.values}
+        for name, problem in requirements.problems(read):
+            yield f"{self._where(name)}: {problem}"
         for name in ("limit", "samples"):
             if self._given(name) and self.values[name] < 1:
                 yield f"{self._where(name)}: `{name}` is {self.values[name]}; wanted: 1 or more."
@@ -219,6 +224,8 @@ class EvalChecker(RunChecker):
             if not _is_model(path):
                 files = " or ".join(MODEL_FILES)
                 yield f"{self._where(name)}: `{name}`: {text} is no model folder: it holds no {files}."
+            elif problem := requirements.adapter_problem(text):
+                yield f"{self._where(name)}: `{name}`: {problem}"
         elif looks_like_path(text) or path.parent != Path() and path.parent.is_dir():
             yield f"{self._where(name)}: `{name}`: there is no folder {text}."
 
@@ -242,7 +249,7 @@ class EvalChecker(RunChecker):
             return
         yield from self._input_path(name)
         limit = self.values.get("limit") or self.values.get("eval_limit")
-        self.prompts = PromptSet(self.values[name], split or "train", config, limit)
+        self.prompts = PromptSet(self.values[name], split or "train", config, limit, self.values.get("dataset_types"))
 
 
 def _is_model(folder: Path) -> bool:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from online_dpo.cli.judge_file import LabelledPair
 from online_dpo.cli.judge_plan import BuiltInJudge
-from online_dpo.cli.progress import plain_warnings, silence_progress_bars
+from online_dpo.cli.progress import no_progress_bars, plain_warnings
 from online_dpo.cli.screen import say
 from online_dpo.conclusions import judge_conclusion
 from online_dpo.errors import ScoringError, error_text
@@ -38,10 +38,10 @@ class Agreement:
     count: int
 
 
+@no_progress_bars()
+@plain_warnings()
 def judge_pairs(pairs: Sequence[LabelledPair], chosen: BuiltInJudge, output: Path | None) -> int:
     """Label the pairs and print the report. Returns the exit code."""
-    silence_progress_bars()
-    plain_warnings()
     try:
         judge = _load(chosen)
     except (ValueError, OSError) as problem:
@@ -108,11 +108,8 @@ def report(
     lines = [f"Judge {name}", *(f"  {heading:<{width}}  {text}" for heading, text in rows.items())]
     if answered == 0:
         return lines
-    figures = (
-        None if found is None else {"value": found.share, "low": found.low, "high": found.high, "count": found.count}
-    )
-    unanswered = 1 - answered / len(pairs)
-    return [*lines, *judge_conclusion(figures, unanswered, metrics.get("judge/position_bias"))]
+    unanswered, bias = 1 - answered / len(pairs), metrics.get("judge/position_bias")
+    return [*lines, *judge_conclusion(None if found is None else asdict(found), unanswered, bias)]
 
 
 def _prefer(judge: LLMJudge | PairwiseModelJudge, pairs: Sequence[LabelledPair]) -> list[float | None]:

@@ -6,7 +6,6 @@ All problems are found before any is reported, each with its file and line.
 from __future__ import annotations
 
 import glob
-import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from online_dpo import requirements
 from online_dpo.cli.judge_plan import BuiltInJudge, plan_llm, plan_pairwise_model
 from online_dpo.cli.references import Reference, parse_reference
 from online_dpo.cli.run_config import RunConfig
@@ -202,8 +202,8 @@ class RunChecker:
         if self.values.get("dataset_streaming") and (self.values.get("max_steps") or 0) < 1:
             where = self._where("dataset_streaming")
             yield f"{where}: `dataset_streaming` needs `max_steps`: a stream has no known length."
-        if self.values.get("use_peft") and importlib.util.find_spec("peft") is None:
-            yield f"{self._where('use_peft')}: `use_peft` needs peft. Install it with: pip install 'online-dpo[peft]'"
+        for name, problem in requirements.problems(self.values):
+            yield f"{self._where(name)}: {problem}"
 
     def warnings(self) -> Iterator[str]:
         for name in self.values:
@@ -258,6 +258,8 @@ class RunChecker:
         found = next((path for path in candidates if glob.glob(str(path), recursive=True)), None)
         if found is not None:
             self.values[name] = str(found)
+            if problem := requirements.adapter_problem(str(found)):
+                yield f"{self._where(name)}: `{name}`: {problem}"
         elif looks_like_path(given):
             places = " or ".join(dict.fromkeys(map(str, candidates)))
             yield f"{self._where(name)}: `{name}` is {given!r}, but there is no {places}."

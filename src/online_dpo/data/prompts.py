@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.data.convert import PromptSource, UnusablePrompt, find_source, without_nulls
 from online_dpo.data.cut import cut_message
+from online_dpo.data.json_columns import dataset_from_rows, json_columns_of, reading_json
 from online_dpo.data.tokens import fit_messages, fit_text
 from online_dpo.errors import InvalidPromptError
 from online_dpo.types import Message
@@ -76,6 +77,8 @@ def prepare_prompts(
     if "prompt" in columns and source.template is None and source.column != "prompt":
         logger.warning("%s: the prompts are read from %s and replace the column `prompt`.", name, source)
     source, kind = _settle_kind(rows, source, tokenizer, args, name)
+    as_json = json_columns_of(rows)
+    keeps_json = kind == "messages" and source.column in as_json
     prepare_row = PromptRow(
         tokenizer=tokenizer,
         source=source,
@@ -85,6 +88,7 @@ def prepare_prompts(
         raise_invalid=args.invalid_prompts == "error",
         name=name,
         chat_template_kwargs=_template_kwargs(args),
+        prompt_as_json=keeps_json,
     )
     if isinstance(rows, IterableDataset):
         return rows.map(prepare_row, with_indices=True), Counter()
@@ -95,6 +99,8 @@ def prepare_prompts(
         num_proc=args.dataset_num_proc,
         desc=f"Preparing {name}",
     )
+    of_prompt = ("prompt",) if keeps_json else ()
+    prepared = reading_json(prepared, [*(column for column in as_json if column != "prompt"), *of_prompt])
     usable, left_out = _leave_out_invalid(prepared, name)
     cut = sum(usable["prompt_cut"][:])
     if cut and args.process_index == 0:
@@ -107,6 +113,7 @@ class PromptRow:
     """The row function: a row and its index to the five prepared columns. Picklable; its state is the cache key.
 
     ``raise_invalid``: an unusable row raises ``InvalidPromptError``; otherwise it gets a reason and no tokens.
+    ``prompt_as_json``: the prompt comes as JSON text (see `json_columns`).
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -117,6 +124,7 @@ class PromptRow:
     raise_invalid: bool
     name: str
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    prompt_as_json: bool = False
     version: int = 3
     """Raise it when rows come out differently: a cached dataset of an older version of this code is then not reused."""
 
@@ -143,7 +151,7 @@ class PromptRow:
     def _columns(
         self, prompt: Any, ids: list[int], row: int, *, invalid: str | None = None, cut: bool = False
     ) -> dict[str, Any]:
-        values = (prompt, ids, row, invalid, cut)
+        values = (json.dumps(prompt) if self.prompt_as_json else prompt, ids, row, invalid, cut)
         return dict(zip(PREPARED_COLUMNS, values, strict=True))
 
     def _template_arguments(self, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,15 +170,15 @@ class PromptRow:
 
 
 def _as_dataset(dataset: Any, name: str) -> Dataset | IterableDataset:
-    if isinstance(dataset, (Dataset, IterableDataset)):
+    if isinstance(dataset, Dataset):
+        return reading_json(dataset, json_columns_of(dataset))
+    if isinstance(dataset, IterableDataset):
         return dataset.with_format(None)
     if isinstance(dataset, list):
         wrong = [index for index, row in enumerate(dataset) if not isinstance(row, dict)]
         if wrong:
             raise TypeError(f"{name} is a list, so its rows must be dicts; row {wrong[0]} is {dataset[wrong[0]]!r}.")
-        columns = dict.fromkeys(column for row in dataset for column in row)
-        # "use_json" lets rows differ in type; the row function then names the ones that are no prompt.
-        return Dataset.from_dict({c: [row.get(c) for row in dataset] for c in columns}, on_mixed_types="use_json")
+        return dataset_from_rows(dataset)  # rows may differ in type; the row function names those that are no prompt
     hint = f" Choose a split: {', '.join(map(str, dataset))}." if isinstance(dataset, Mapping) else ""
     raise TypeError(
         f"{name} must be a datasets.Dataset, a datasets.IterableDataset or a list of dicts, "

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +27,7 @@ from torch.distributed import (
 )
 
 from online_dpo.errors import error_text, named_error
+from online_dpo.process_state import environment
 
 BUCKET_BYTES = 256 << 20
 ALIGNMENT = 16  # bytes; that of the largest dtype
@@ -278,15 +278,8 @@ def _surviving_failures() -> Iterator[None]:
     server, the training run.
     """
     variable = "TORCH_NCCL_ASYNC_ERROR_HANDLING"  # read when a group is made; 0: leave failures to the caller
-    with _environment_lock:
-        before = os.environ.get(variable)
-        os.environ[variable] = "0"
-        try:
-            yield
-        finally:
-            del os.environ[variable]
-            if before is not None:
-                os.environ[variable] = before
+    with _environment_lock, environment(**{variable: "0"}):
+        yield
 
 
 def _first_line(error: Exception) -> str:
