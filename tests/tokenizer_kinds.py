@@ -92,8 +92,6 @@ def _suffix() -> Tokenizer:
     made.decoder = decoders.BPEDecoder(suffix="</w>")
     made.train_from_iterator(
         [TEXT] * 3,
-        trainers.BpeTrainer(
-            vocab_size=150, special_tokens=["<unk>"], end_of_word_suffix="</w>", show_progress=False
-        ),
+        trainers.BpeTrainer(vocab_size=150, special_tokens=["<unk>"], end_of_word_suffix="</w>", show_progress=False),
     )
     return made

@@ -6,6 +6,7 @@ TRL's ``OnlineDPOConfig`` has keep its names.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,8 @@ from online_dpo.config_loss import LossFields
 from online_dpo.config_method import MethodFields
 from online_dpo.config_vllm import VLLMFields
 from online_dpo.field_specs import documented
+from online_dpo.keyword_arguments import NamedArguments
+from online_dpo.names_elsewhere import ARGUMENTS, IN_PYTHON, hint_for
 
 INVALID_PROMPT_POLICIES = ("error", "filter")
 CHOICES = (("invalid_prompts", INVALID_PROMPT_POLICIES),)
@@ -39,7 +42,7 @@ CHOICES = (("invalid_prompts", INVALID_PROMPT_POLICIES),)
 
 @documented
 @dataclass
-class OnlineDPOConfig(VLLMFields, LossFields, MethodFields, FeedbackFields, TrainingArguments):
+class OnlineDPOConfig(NamedArguments, VLLMFields, LossFields, MethodFields, FeedbackFields, TrainingArguments):
     """Arguments of :class:`online_dpo.OnlineDPOTrainer`.
 
     Every field of :class:`transformers.TrainingArguments` is here too. Defaults that differ from it: ``learning_rate``
@@ -49,6 +52,8 @@ class OnlineDPOConfig(VLLMFields, LossFields, MethodFields, FeedbackFields, Trai
     Raises:
         ValueError: a field is out of range, or asks for something that this version does not do.
     """
+
+    # --- training -----------------------------------------------------------------------------------------------------
 
     learning_rate: float = 5e-7
     """The initial learning rate of the optimizer."""
@@ -206,6 +211,12 @@ class OnlineDPOConfig(VLLMFields, LossFields, MethodFields, FeedbackFields, Trai
         check_vllm(self)
         check_generation_kwargs(self.generation_kwargs)
         check_unsupported(self)
+
+    @classmethod
+    def _hint_for_argument(cls, name: str, known: Collection[str]) -> str:
+        if name in ARGUMENTS.values():
+            return f" `{name}` is an argument of `OnlineDPOTrainer`."
+        return hint_for(name, known, IN_PYTHON)
 
     def beta_at(self, epoch: float) -> float:
         """The beta of an epoch that may be fractional: ``[0.1, 0.2]`` gives 0.1 in epoch 0 and 0.2 from epoch 1 on."""

@@ -31,9 +31,7 @@ def test_groups_come_in_the_order_of_the_prompts_with_k_completions_and_the_vers
         assert {c.policy_version for c in group.completions} == {setting.version}
         for completion in group.completions:
             assert len(completion.logprobs) == len(completion.token_ids) >= 1
-            joint = tiny.tokenizer().decode(
-                [*group.prompt.token_ids, *completion.token_ids], skip_special_tokens=True
-            )
+            joint = tiny.tokenizer().decode([*group.prompt.token_ids, *completion.token_ids], skip_special_tokens=True)
             assert completion.text == joint.removeprefix(group.prompt.content)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import glob
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,13 @@ from typing import Any
 import yaml
 
 from online_dpo.cli.judge_plan import BuiltInJudge, plan_llm, plan_pairwise_model
+from online_dpo.cli.model_options import ignored_options, model_init_kwargs, model_problems
 from online_dpo.cli.references import Reference, parse_reference
 from online_dpo.cli.run_config import RunConfig
 from online_dpo.cli.schema import FieldSpec, load_fields
-from online_dpo.cli.values import BadValue, convert, convert_words, nearest
+from online_dpo.cli.values import BadValue, convert, convert_words
 from online_dpo.judge_settings import LLM
+from online_dpo.names_elsewhere import CALLED_HERE, hint_for
 
 COMMAND_LINE = "command line"
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
@@ -35,6 +37,7 @@ COUNTS = ("dataset_limit", "eval_limit", "lora_r", "lora_alpha")
 REWARDS = ("reward_funcs", "reward_model_path")
 SCORERS = (*REWARDS, "judge")
 JUDGES = ("judge", "eval_judge")
+OF_ADAPTERS = ("use_rslora", "use_dora")
 GOLD_REWARDS = ("eval_reward_funcs", "eval_reward_model_path")
 
 
@@ -83,6 +86,8 @@ def plan_run(run_file: Path | None, override_words: Sequence[str]) -> RunPlan:
     if problems:
         raise UsageError(problems)
     own = {field.name for field in fields(RunConfig)}
+    if options := model_init_kwargs(values):
+        values["model_init_kwargs"] = options
     return RunPlan(
         run=RunConfig(**{name: value for name, value in values.items() if name in own}),
         training={name: value for name, value in values.items() if name not in own},
@@ -142,14 +147,21 @@ def read_overrides(words: Sequence[str], problems: list[str]) -> dict[str, Entry
 
 
 def read_values(
-    entries: dict[str, Entry], specs: dict[str, FieldSpec], problems: list[str], help_command: str
+    entries: dict[str, Entry],
+    specs: dict[str, FieldSpec],
+    problems: list[str],
+    help_command: str,
+    called_here: Mapping[str, str] = CALLED_HERE,
 ) -> dict[str, Any]:
     """The values of the entries in their fields' types. What is no field, or no value of its field, is a problem."""
     values: dict[str, Any] = {}
     for name, entry in entries.items():
         spec = specs.get(name)
         if spec is None:
-            hint = nearest(name, list(specs)) or f" See: {help_command}"
+            nested = [key for key in entry.value if key in specs] if isinstance(entry.value, dict) else []
+            hint = hint_for(name, specs, called_here) or f" See: {help_command}"
+            if nested:
+                hint = f" Fields are not nested: write `{nested[0]}: ...` at the left margin."
             problems.append(f"{entry.where}: `{name}` is not a field.{hint}")
             continue
         try:
@@ -197,6 +209,8 @@ class RunChecker:
         for name in COUNTS:
             if self._given(name) and self.values[name] < 1:
                 yield f"{self._where(name)}: `{name}` is {self.values[name]}; wanted: 1 or more."
+        for name, problem in model_problems(self.values, is_trained=True):
+            yield f"{self._where(name)}: `{name}` {problem}"
         yield from self._resume()
         yield from self._evaluation()
         if self.values.get("dataset_streaming") and (self.values.get("max_steps") or 0) < 1:
@@ -207,8 +221,10 @@ class RunChecker:
 
     def warnings(self) -> Iterator[str]:
         for name in self.values:
-            if name.startswith("lora_") and not self.values.get("use_peft"):
+            if (name.startswith("lora_") or name in OF_ADAPTERS) and not self.values.get("use_peft"):
                 yield f"{self._where(name)}: `{name}` is ignored without `use_peft`."
+        for name in ignored_options(self.values):
+            yield f"{self._where(name)}: `{name}` is ignored without `load_in_4bit`."
         for name in JUDGES:
             if self._given(f"{name}_kwargs") and not isinstance(self.judges.get(name), BuiltInJudge):
                 where = self._where(f"{name}_kwargs")

@@ -24,6 +24,9 @@ CONFIG_CLASSES = (
 )
 """Where the fields of Online DPO stand: the configuration and the parts that it inherits."""
 
+PARENT = "transformers.TrainingArguments"
+"""The group of the fields that transformers defines."""
+
 WIDER_TYPES = {
     "resume_from_checkpoint": "bool | str | None",  # `true`: the last checkpoint in `output_dir`
     "fsdp": "bool | str | None",  # transformers annotates only its legacy form
@@ -41,9 +44,7 @@ def load_fields() -> dict[str, FieldSpec]:
         name: replace(
             spec, annotation=WIDER_TYPES.get(name, spec.annotation), choices=spec.choices or _enum(spec, enums)
         )
-        for name, spec in read_class(
-            _transformers_file("training_args.py"), "TrainingArguments", group="transformers.TrainingArguments"
-        ).items()
+        for name, spec in read_class(_transformers_file("training_args.py"), "TrainingArguments", group=PARENT).items()
     }
     assert not run.keys() & (ours.keys() | parents.keys()), "a run field has the name of a training argument"
     return {**run, **ours, **{name: spec for name, spec in parents.items() if name not in ours}}

@@ -125,6 +125,10 @@ def _peft_config(run: RunConfig) -> Any:
         lora_dropout=run.lora_dropout,
         # peft knows `all-linear` only as a text, not as a list of one
         target_modules="all-linear" if modules == ["all-linear"] else modules,
+        target_parameters=run.lora_target_parameters,
+        modules_to_save=run.lora_modules_to_save,
+        use_rslora=run.use_rslora,
+        use_dora=run.use_dora,
     )
 
 
