@@ -250,8 +250,7 @@ class RunChecker:
             if self._given(name):
                 yield from self._references(name)
         for name in JUDGES:
-            if self._given(name):
-                yield from self._judge(name)
+            yield from self.judge_problems(name)
         if self._given("judge_top"):
             for names, what in ((REWARDS, "reward"), (("judge",), "judge")):
                 if not any(self._given(name) for name in names):
@@ -262,6 +261,11 @@ class RunChecker:
         gold = [name for name in (*GOLD_REWARDS, "eval_judge") if self._given(name)]
         if "eval_judge" in gold and len(gold) > 1:
             yield f"{self._where('eval_judge')}: `eval_judge` is given beside `{gold[0]}`. Give one of them."
+
+    def judge_problems(self, name: str) -> Iterator[str]:
+        """What is wrong with ``judge`` or ``eval_judge``; if nothing is, it stands in ``judges``."""
+        if self._given(name):
+            yield from self._judge(name)
 
     def _folders(self, name: str) -> list[Path]:
         """Where relative paths of a field start: the run file's folder first, for a field that stands in it."""
@@ -333,6 +337,27 @@ class RunChecker:
         if self.values.get("overoptimisation") == "stop" and self.values.get("eval_strategy", "no") == "no":
             where = self._where("overoptimisation")
             yield f"{where}: `overoptimisation: stop` compares evaluations. Give `eval_strategy` and `eval_steps`."
+
+
+def judge_of_run(path: Path) -> BuiltInJudge:
+    """The judge that a run file names.
+
+    Raises:
+        UsageError: the file cannot be read, or it names none that this package brings.
+    """
+    problems: list[str] = []
+    entries = {
+        name: entry for name, entry in read_run_file(path, problems).items() if name in ("judge", "judge_kwargs")
+    }
+    checker = RunChecker(entries, read_values(entries, load_fields(), problems, "online-dpo train --help"), path)
+    problems += [*checker.judge_problems("judge")]
+    judge = checker.judges.get("judge")
+    if not problems and not isinstance(judge, BuiltInJudge):
+        problems.append(f"{path}: wanted: `judge: llm`, or `judge` with the folder of a pairwise model.")
+    if problems:
+        raise UsageError(problems)
+    assert isinstance(judge, BuiltInJudge)
+    return judge
 
 
 def looks_like_path(text: str) -> bool:
