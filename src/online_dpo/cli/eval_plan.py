@@ -13,9 +13,11 @@ from online_dpo.cli.model_options import OF_4BIT, QUANTISATION, model_init_kwarg
 from online_dpo.cli.references import Reference, parse_reference
 from online_dpo.cli.run_file import (
     GOLD_REWARDS,
+    MODEL_FILES,
     Entry,
     RunChecker,
     UsageError,
+    holds_model,
     looks_like_path,
     read_overrides,
     read_run_file,
@@ -24,7 +26,6 @@ from online_dpo.cli.run_file import (
 from online_dpo.cli.schema import PACKAGE, FieldSpec, load_fields, read_class
 
 HELP = "online-dpo eval --help"
-MODEL_FILES = ("config.json", "adapter_config.json")
 NO_ARGUMENTS = (
     *("judge", "judge_kwargs", "dataset_config", "dataset_test_split", "dtype", "attn_implementation"),
     *(*QUANTISATION, *OF_4BIT),
@@ -105,6 +106,7 @@ class EvalChecker(RunChecker):
         self.prompts: PromptSet | None = None
 
     def problems(self) -> Iterator[str]:
+        yield from self._mappings()
         yield from self._scoring()
         yield from self._players()
         yield from self._prompts()
@@ -218,7 +220,7 @@ class EvalChecker(RunChecker):
         self.against = self.values[name]
 
     def _output_folder(self, folder: Path) -> Iterator[str]:
-        if not _is_model(folder):
+        if not holds_model(folder):
             checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: (len(path.name), path.name))
             such = f", such as --model {checkpoints[-1]}" if checkpoints else ""
             yield f"{self.file}: {folder}, the run's `output_dir`, holds no model. Give --model{such}."
@@ -226,7 +228,7 @@ class EvalChecker(RunChecker):
     def _model_folder(self, name: str, text: str) -> Iterator[str]:
         path = Path(text).expanduser()
         if path.is_dir():
-            if not _is_model(path):
+            if not holds_model(path):
                 files = " or ".join(MODEL_FILES)
                 yield f"{self._where(name)}: `{name}`: {text} is no model folder: it holds no {files}."
         elif looks_like_path(text) or path.parent != Path() and path.parent.is_dir():
@@ -253,7 +255,3 @@ class EvalChecker(RunChecker):
         yield from self._input_path(name)
         limit = self.values.get("limit") or self.values.get("eval_limit")
         self.prompts = PromptSet(self.values[name], split or "train", config, limit)
-
-
-def _is_model(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in MODEL_FILES)

@@ -144,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
         "--config",
         type=Path,
         metavar="RUN_FILE",
-        help="take `judge` and `judge_kwargs` of a run file; options here win",
+        help="take the judge of a run file; options here win",
     )
     parser.add_argument("--output", type=Path, help="jsonl to write: the rows and their `preference`, from 0 to 1")
     parser.add_argument("--limit", type=int, help="judge so many pairs at most")

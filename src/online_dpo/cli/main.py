@@ -38,10 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             from online_dpo.cli.eval import evaluate
 
             return evaluate(words[1:])
-        if words and words[0] not in COMMANDS and not words[0].startswith("-"):
-            print(f"error: {_no_command(words[0])}", file=sys.stderr)
-            return 2
-        arguments = _parser().parse_args(with_hyphens(words))
+        if words[:1] != ["quickstart"]:
+            if words and words[0] not in ("-h", "--help", "--version"):
+                print(f"error: {_no_command(words[0])}", file=sys.stderr)
+                return 2
+            _parser().parse_args(words[:1])
+        arguments = _quickstart_parser().parse_args(with_hyphens(words[1:]))
         from online_dpo.cli.quickstart import quickstart
 
         return quickstart(arguments.output_dir, arguments.seed)
@@ -58,6 +60,8 @@ def _no_command(word: str) -> str:
         return f"a run file stands behind a command: online-dpo train {word}"
     close = difflib.get_close_matches(word, COMMANDS, n=1)
     hint = f" Did you mean `{close[0]}`?" if close else f" Commands: {', '.join(COMMANDS)}."
+    if word.startswith("-"):
+        return f"there is no option `{word}`; a command comes first: {', '.join(COMMANDS)}. See: online-dpo --help"
     return f"there is no command `{word}`.{hint} See: online-dpo --help"
 
 
@@ -71,11 +75,22 @@ def _parser() -> OneLineParser:
     commands.add_parser("eval", help="compare a model with another on held-out prompts", add_help=False)
     commands.add_parser("serve", help="start a vLLM server that takes the trainer's weights", add_help=False)
     commands.add_parser("judge", help="ask a judge about pairs of answers in a file", add_help=False)
-    quickstart = commands.add_parser("quickstart", help="train a tiny model on embedded data, offline, on any computer")
-    quickstart.add_argument(
+    commands.add_parser(
+        "quickstart", help="train a tiny model on embedded data, offline, on any computer", add_help=False
+    )
+    return parser
+
+
+def _quickstart_parser() -> OneLineParser:
+    parser = OneLineParser(
+        called_here={"output": "output_dir", "out": "output_dir", "random_seed": "seed"},
+        prog="online-dpo quickstart",
+        description="Train a tiny model on embedded data, offline, on any computer.",
+    )
+    parser.add_argument(
         "--output-dir", type=Path, default=Path("runs/quickstart"), help="folder of the run (default: %(default)s)"
     )
-    quickstart.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     return parser
 
 

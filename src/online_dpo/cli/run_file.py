@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import importlib.util
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,10 +21,12 @@ from online_dpo.cli.references import Reference, parse_reference
 from online_dpo.cli.run_config import RunConfig
 from online_dpo.cli.schema import FieldSpec, load_fields
 from online_dpo.cli.values import BadValue, convert, convert_words
+from online_dpo.config_input import MAPPINGS, mapping_from_text
 from online_dpo.judge_settings import LLM
 from online_dpo.names_elsewhere import CALLED_HERE, hint_for
 
 COMMAND_LINE = "command line"
+MODEL_FILES = ("config.json", "adapter_config.json")
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
 INPUT_PATHS = (
     "model_name_or_path",
@@ -105,26 +108,36 @@ def read_run_file(path: Path, problems: list[str]) -> dict[str, Entry]:
     Raises:
         UsageError: the file is missing, empty, no YAML, or no mapping: nothing else can be checked then.
     """
+    if path.is_dir():
+        raise UsageError([f"{path}: this is a folder. Give the run file in it."])
     if not path.is_file():
         raise UsageError([f"{path}: there is no such file."])
     try:
         loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
         node = loader.get_single_node()
-        if node is None:
+        if node is None or node.tag == "tag:yaml.org,2002:null":
             raise UsageError([f"{path}: the file is empty. It needs at least `model_name_or_path` and `dataset_name`."])
         if not isinstance(node, yaml.MappingNode):
             raise UsageError([f"{path}: wanted: a mapping of fields, one `name: value` a line."])
-        problems.extend(f"{path}:{line}: `{key}` stands twice." for key, line in _duplicates(node))
+        problems.extend(f"{path}:{line}: `{key}` stands twice. Leave one out." for key, line in _duplicates(node, []))
         loader.flatten_mapping(node)  # `<<: *defaults`
+        named = [(key, value) for key, value in node.value if isinstance(key, yaml.ScalarNode)]
+        if len(named) < len(node.value):
+            problems.append(f"{path}: a list or a mapping stands where the name of a field is wanted.")
         return {
-            str(key.value): Entry(f"{path}:{key.start_mark.line + 1}", loader.construct_object(value, deep=True))
-            for key, value in node.value
+            key.value: Entry(f"{path}:{key.start_mark.line + 1}", loader.construct_object(value, deep=True))
+            for key, value in named
         }
     except yaml.MarkedYAMLError as problem:
         line = problem.problem_mark.line + 1 if problem.problem_mark else 1
-        raise UsageError([f"{path}:{line}: no valid YAML: {problem.problem}."]) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as problem:
+        hint = " Indent with blanks, not with tabs." if "'\\t'" in str(problem.problem) else ""
+        raise UsageError([f"{path}:{line}: no valid YAML: {problem.problem}.{hint}"]) from None
+    except UnicodeDecodeError:
+        raise UsageError([f"{path}: the text is not in UTF-8. Save it as UTF-8."]) from None
+    except yaml.YAMLError as problem:
         raise UsageError([f"{path}: no valid YAML: {' '.join(str(problem).split())}"]) from None
+    except OSError as problem:
+        raise UsageError([f"{path}: cannot be read: {problem.strerror}."]) from None
 
 
 def read_overrides(words: Sequence[str], problems: list[str]) -> dict[str, Entry]:
@@ -139,6 +152,8 @@ def read_overrides(words: Sequence[str], problems: list[str]) -> dict[str, Entry
             flag, equals, value = word[2:].partition("=")
             name = flag.replace("-", "_")
             entries[name] = Entry(COMMAND_LINE, words=(value,) if equals else ())
+        elif re.match("-[A-Za-z]", word):  # no number, and taken for a value it would hide what was meant
+            problems.append(f"{COMMAND_LINE}: what is `{word}`? Fields have two hyphens: --field value.")
         elif name:
             entries[name] = Entry(COMMAND_LINE, words=(*(entries[name].words or ()), word))
         else:
@@ -158,10 +173,11 @@ def read_values(
     for name, entry in entries.items():
         spec = specs.get(name)
         if spec is None:
-            nested = [key for key in entry.value if key in specs] if isinstance(entry.value, dict) else []
+            nested = [key for key in _keys(entry.value) if key in specs or key in called_here]
             hint = hint_for(name, specs, called_here) or f" See: {help_command}"
             if nested:
-                hint = f" Fields are not nested: write `{nested[0]}: ...` at the left margin."
+                here = nested[0] if nested[0] in specs else called_here[nested[0]]
+                hint = f" Fields are not nested: write `{here}: ...` at the left margin."
             problems.append(f"{entry.where}: `{name}` is not a field.{hint}")
             continue
         try:
@@ -171,11 +187,22 @@ def read_values(
     return values
 
 
+def _keys(value: Any) -> Iterator[str]:
+    """All keys of a mapping and of the mappings in it."""
+    for key, item in value.items() if isinstance(value, dict) else ():
+        yield str(key)
+        yield from _keys(item)
+
+
 def _value(spec: FieldSpec, entry: Entry) -> Any:
     return convert(spec, entry.value) if entry.words is None else convert_words(spec, list(entry.words))
 
 
-def _duplicates(node: yaml.Node) -> Iterator[tuple[str, int]]:
+def _duplicates(node: yaml.Node, inside: list[yaml.Node]) -> Iterator[tuple[str, int]]:
+    """Keys that stand twice in a mapping, and the line of the second; ``inside`` are the nodes around this one."""
+    if node in inside:  # `&a [*a]`
+        return
+    inside = [*inside, node]
     if isinstance(node, yaml.MappingNode):
         seen = set()
         for key, value in node.value:
@@ -183,10 +210,10 @@ def _duplicates(node: yaml.Node) -> Iterator[tuple[str, int]]:
                 if key.value in seen:
                     yield key.value, key.start_mark.line + 1
                 seen.add(key.value)
-            yield from _duplicates(value)
+            yield from _duplicates(value, inside)
     elif isinstance(node, yaml.SequenceNode):
         for item in node.value:
-            yield from _duplicates(item)
+            yield from _duplicates(item, inside)
 
 
 class RunChecker:
@@ -202,6 +229,7 @@ class RunChecker:
 
     def problems(self) -> Iterator[str]:
         yield from self._missing()
+        yield from self._mappings()
         for name in INPUT_PATHS:
             if self._given(name):
                 yield from self._input_path(name)
@@ -235,6 +263,17 @@ class RunChecker:
 
     def _where(self, name: str) -> str:
         return self.entries[name].where
+
+    def _mappings(self) -> Iterator[str]:
+        """A mapping may be written as JSON text; what is no mapping is taken out."""
+        for name in MAPPINGS:
+            value = self.values.get(name)
+            if isinstance(value, str):
+                try:
+                    self.values[name] = mapping_from_text(name, value)
+                except ValueError as problem:
+                    del self.values[name]
+                    yield f"{self._where(name)}: {problem}"
 
     def _missing(self) -> Iterator[str]:
         for name, what in [("model_name_or_path", "the model to train"), ("dataset_name", "the prompts")]:
@@ -274,13 +313,23 @@ class RunChecker:
 
     def _input_path(self, name: str) -> Iterator[str]:
         given = self.values[name]
+        if "$" in given:
+            yield (
+                f"{self._where(name)}: `{name}` is {given!r}: environment variables are not filled in here. Give "
+                f"--{name} on the command line, where the shell does."
+            )
+            return
         candidates = [folder / Path(given).expanduser() for folder in self._folders(name)]
         found = next((path for path in candidates if glob.glob(str(path), recursive=True)), None)
         if found is not None:
             self.values[name] = str(found)
+            if "model" in name and not holds_model(found):
+                files = " or ".join(MODEL_FILES)
+                yield f"{self._where(name)}: `{name}`: {found} is no model folder: it holds no {files}."
         elif looks_like_path(given):
             places = " or ".join(dict.fromkeys(map(str, candidates)))
-            yield f"{self._where(name)}: `{name}` is {given!r}, but there is no {places}."
+            what = "a folder, or a name on the hub" if "model" in name else "a file or folder, or a name on the hub"
+            yield f"{self._where(name)}: `{name}` is {given!r}, but there is no {places}. Give {what}."
 
     def _references(self, name: str) -> Iterator[str]:
         texts = self.values[name] if isinstance(self.values[name], list) else [self.values[name]]
@@ -358,6 +407,10 @@ def judge_of_run(path: Path) -> BuiltInJudge:
         raise UsageError(problems)
     assert isinstance(judge, BuiltInJudge)
     return judge
+
+
+def holds_model(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in MODEL_FILES)
 
 
 def looks_like_path(text: str) -> bool:
