@@ -86,6 +86,12 @@ def config(family: str, **overrides: object) -> PreTrainedConfig:
     return classes[family](**{**common, **shape, **overrides})
 
 
+def attentions(family: str) -> list[str]:
+    """Those that models of this family can be loaded with; soft caps have gone with SDPA until transformers 5.21."""
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config(family))]
+    return ["sdpa", "eager"] if model._supports_sdpa else ["eager"]
+
+
 def causal_lm(family: str = "llama", seed: int = 0, sharpness: float = 3.0, **overrides: object) -> PreTrainedModel:
     """Random weights, scaled up so that next-token distributions are far from uniform."""
     torch.manual_seed(seed)

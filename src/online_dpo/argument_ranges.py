@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-AT_LEAST_1 = (lambda value: value >= 1, "1 or more")
+AT_LEAST_1 = (lambda value: value >= 1, "at least 1")
 AT_LEAST_0 = (lambda value: 0 <= value < math.inf, "0 or more")
 SHARE = (lambda value: 0 <= value < 1, "0 or more, and below 1")
 
@@ -20,7 +20,6 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "per_device_eval_batch_size": AT_LEAST_1,
     "gradient_accumulation_steps": AT_LEAST_1,
     "max_steps": (lambda value: value == -1 or value >= 1, "1 or more, or -1 to go by epochs"),
-    "num_train_epochs": (lambda value: 0 < value < math.inf, "above 0"),
     "weight_decay": AT_LEAST_0,
     "adam_beta1": SHARE,
     "adam_beta2": SHARE,

@@ -82,13 +82,13 @@ def use_flex_attention(model: nn.Module) -> None:
         ValueError: the model's attention implementation is another than SDPA, or its attention has a soft cap.
     """
     config = unwrapped(model).config.get_text_config()
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        raise ValueError("`flex_attention` cannot be used with a model whose attention has a soft cap; leave it off.")
     if config._attn_implementation not in ("sdpa", segment_rows.NAME, flex_rows.NAME):
         raise ValueError(
             f"`flex_attention` takes the place of SDPA, but a model was loaded with {config._attn_implementation!r}. "
             "Load it with `attn_implementation='sdpa'`, or leave `flex_attention` off."
         )
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        raise ValueError("`flex_attention` cannot be used with a model whose attention has a soft cap; leave it off.")
     flex_rows.register()
     config._attn_implementation = flex_rows.NAME
 

@@ -14,6 +14,7 @@ import torch
 from transformers import TrainingArguments
 
 from online_dpo import config_feedback, config_loss, config_method
+from online_dpo.argument_ranges import out_of_range
 from online_dpo.config_checks import (
     check_choices,
     check_generation_kwargs,
@@ -27,6 +28,7 @@ from online_dpo.config_checks import (
     check_vllm,
 )
 from online_dpo.config_checks_method import check_method, check_target_kl
+from online_dpo.config_checks_training import check_names, check_training
 from online_dpo.config_feedback import FeedbackFields
 from online_dpo.config_input import settle_input
 from online_dpo.config_loss import LossFields
@@ -35,6 +37,7 @@ from online_dpo.config_vllm import VLLMFields
 from online_dpo.field_specs import documented
 from online_dpo.keyword_arguments import NamedArguments
 from online_dpo.names_elsewhere import ARGUMENTS, IN_PYTHON, hint_for
+from online_dpo.versions import hand_on_checkpointing
 
 INVALID_PROMPT_POLICIES = ("error", "filter")
 CHOICES = (("invalid_prompts", INVALID_PROMPT_POLICIES),)
@@ -63,7 +66,7 @@ class OnlineDPOConfig(NamedArguments, VLLMFields, LossFields, MethodFields, Feed
 
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass instead of keeping them. The KV cache of generation is not touched by
-    it.
+    it. `activation_checkpointing`, as transformers calls it from 5.23 on, says the same and comes first where given.
     """
 
     bf16: bool | None = None
@@ -180,7 +183,8 @@ class OnlineDPOConfig(NamedArguments, VLLMFields, LossFields, MethodFields, Feed
 
     model_init_kwargs: dict[str, Any] | str | None = None
     """Passed to `AutoModelForCausalLM.from_pretrained` when the policy (or the reference) is given by name, for example
-    `{"dtype": "bfloat16"}`."""
+    `{"attn_implementation": "sdpa"}`. Without a `dtype`, trained weights are loaded in fp32 and a base under an adapter
+    as it was saved; trained weights in half precision lose most of their updates."""
 
     trust_remote_code: bool = False
     """Allow models and tokenizers that bring their own Python code."""
@@ -198,6 +202,10 @@ class OnlineDPOConfig(NamedArguments, VLLMFields, LossFields, MethodFields, Feed
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and _device_computes_in_bf16()
         settle_input(self, choices := CHOICES + config_feedback.CHOICES + config_loss.CHOICES + config_method.CHOICES)
+        check_names(self)
+        for name, problem in out_of_range(vars(self)):
+            raise ValueError(f"`{name}` {problem}")
+        hand_on_checkpointing(self)
         super().__post_init__()
         check_processes(self)
         check_ranges(self)
@@ -211,6 +219,7 @@ class OnlineDPOConfig(NamedArguments, VLLMFields, LossFields, MethodFields, Feed
         check_vllm(self)
         check_generation_kwargs(self.generation_kwargs)
         check_unsupported(self)
+        check_training(self)
 
     @classmethod
     def _hint_for_argument(cls, name: str, known: Collection[str]) -> str:

@@ -14,7 +14,7 @@ ORDER = (
     *("completions/mean_length", "completions/", "val/"),
     *("prompts", "pairs/count", "pairs/", "dropped/", "resample/", "opponent/", "judge/", "scores/", "beta"),
     "",  # what a user's own code reports
-    *("learning_rate", "grad_norm", "guard/", "sampling/", "perf/", "time/"),
+    *("learning_rate", "grad_norm", "train/", "guard/", "sampling/", "perf/", "time/"),
     *("runtime", "samples_per_second", "steps_per_second", "model_preparation_time"),
 )
 """Names of metrics, and beginnings of names, in the order of a log; under one beginning the alphabet decides."""

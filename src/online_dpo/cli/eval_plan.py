@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from online_dpo import requirements
 from online_dpo.cli.eval_config import CALLED_HERE, FROM_THE_RUN, RUN_FIELDS, EvalConfig
 from online_dpo.cli.judge_plan import BuiltInJudge
 from online_dpo.cli.model_options import OF_4BIT, QUANTISATION, model_init_kwargs, model_problems
@@ -27,7 +28,7 @@ from online_dpo.cli.schema import PACKAGE, FieldSpec, load_fields, read_class
 
 HELP = "online-dpo eval --help"
 NO_ARGUMENTS = (
-    *("judge", "judge_kwargs", "dataset_config", "dataset_test_split", "dtype", "attn_implementation"),
+    *("judge", "judge_kwargs", "dataset_config", "dataset_test_split", "dataset_types", "dtype", "attn_implementation"),
     *(*QUANTISATION, *OF_4BIT),
 )
 OF_TRAINING = ("reward_weights", "missing_eos_penalty", "length_penalty")
@@ -42,6 +43,7 @@ class PromptSet:
     split: str
     config: str | None
     limit: int | None
+    types: dict[str, str] | None
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,9 @@ class EvalChecker(RunChecker):
         yield from self._prompts()
         for name, problem in model_problems(self.values, is_trained=False):
             yield f"{self._where(name)}: `{name}` {problem}"
+        read = {name: self.values[name] for name in RUN_FIELDS if name in self.values}
+        for name, problem in requirements.problems(read):
+            yield f"{self._where(name)}: {problem}"
         for name in ("limit", "samples"):
             if self._given(name) and self.values[name] < 1:
                 yield f"{self._where(name)}: `{name}` is {self.values[name]}; wanted: 1 or more."
@@ -231,6 +236,8 @@ class EvalChecker(RunChecker):
             if not holds_model(path):
                 files = " or ".join(MODEL_FILES)
                 yield f"{self._where(name)}: `{name}`: {text} is no model folder: it holds no {files}."
+            elif problem := requirements.adapter_problem(text):
+                yield f"{self._where(name)}: `{name}`: {problem}"
         elif looks_like_path(text) or path.parent != Path() and path.parent.is_dir():
             yield f"{self._where(name)}: `{name}`: there is no folder {text}."
 
@@ -254,4 +261,4 @@ class EvalChecker(RunChecker):
             return
         yield from self._input_path(name)
         limit = self.values.get("limit") or self.values.get("eval_limit")
-        self.prompts = PromptSet(self.values[name], split or "train", config, limit)
+        self.prompts = PromptSet(self.values[name], split or "train", config, limit, self.values.get("dataset_types"))

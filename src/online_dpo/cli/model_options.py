@@ -6,10 +6,11 @@ Nothing heavy may be imported here.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from online_dpo import requirements
 
 PLAIN = {"dtype": "dtype", "attn_implementation": "attn_implementation", "model_revision": "revision"}
 """Fields that are an argument of ``from_pretrained`` as they stand, and its name."""
@@ -47,6 +48,11 @@ def model_problems(values: Mapping[str, Any], is_trained: bool) -> Iterator[tupl
         both = [key for key in (argument, f"torch_{argument}") if key in given]
         if values.get(name) is not None and both:
             yield name, f"is given beside `{both[0]}` in `model_init_kwargs`. Give one of them."
+    attention = values.get("attn_implementation")
+    if attention is not None:
+        needs = requirements.KERNELS if "/" in attention else requirements.ATTENTION.get(attention)
+        if needs is not None and needs.missing:
+            yield "attn_implementation", f"{attention!r} needs {needs.missing[0]}. Install it with: {needs.install}"
     quantised = [name for name in QUANTISATION if values.get(name)]
     if not quantised:
         return
@@ -56,8 +62,8 @@ def model_problems(values: Mapping[str, Any], is_trained: bool) -> Iterator[tupl
         yield quantised[0], "is given beside `quantization_config` in `model_init_kwargs`. Give one of them."
     if is_trained and not values.get("use_peft") and not _is_adapter(values.get("model_name_or_path")):
         yield quantised[0], "needs an adapter: quantised weights themselves cannot be trained. Set `use_peft: true`."
-    if importlib.util.find_spec("bitsandbytes") is None:
-        yield quantised[0], "needs bitsandbytes. Install it with: pip install bitsandbytes"
+    if requirements.BITSANDBYTES.missing:
+        yield quantised[0], f"needs bitsandbytes. Install it with: {requirements.BITSANDBYTES.install}"
 
 
 def ignored_options(values: Mapping[str, Any]) -> list[str]:

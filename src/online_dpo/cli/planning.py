@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from online_dpo import versions
 from online_dpo.cli.run_file import COMMAND_LINE, UsageError
 
 WRONG_INPUT = 2
@@ -47,6 +48,7 @@ def planned(
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         return WRONG_INPUT
+    say_untested_versions()
     return run(made, kept, "--traceback" in words)
 
 
@@ -69,3 +71,10 @@ def split_words(words: Sequence[str]) -> tuple[Path | None, list[str]]:
     if len(files) > 1:
         raise UsageError([f"{COMMAND_LINE}: there are two run files, {' and '.join(files)}. Give one of them."])
     return (Path(files[0]).expanduser() if files else None), rest
+
+
+def say_untested_versions() -> None:
+    """Before the heavy imports, which an untested version may break."""
+    warning = versions.warning()
+    if warning is not None:
+        print(f"warning: {warning}", file=sys.stderr)

@@ -6,7 +6,6 @@ All problems are found before any is reported, each with its file and line.
 from __future__ import annotations
 
 import glob
-import importlib.util
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -15,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from online_dpo import requirements
+from online_dpo.argument_ranges import out_of_range
 from online_dpo.cli.judge_plan import BuiltInJudge, plan_llm, plan_pairwise_model
 from online_dpo.cli.model_options import ignored_options, model_init_kwargs, model_problems
 from online_dpo.cli.references import Reference, parse_reference
@@ -154,9 +155,10 @@ def read_overrides(words: Sequence[str], problems: list[str]) -> dict[str, Entry
             entries[name] = Entry(COMMAND_LINE, words=(value,) if equals else ())
         elif re.match("-[A-Za-z]", word):  # no number, and taken for a value it would hide what was meant
             problems.append(f"{COMMAND_LINE}: what is `{word}`? Fields have two hyphens: --field value.")
-        elif name:
+            name = word  # which takes the values behind it
+        elif name in entries:
             entries[name] = Entry(COMMAND_LINE, words=(*(entries[name].words or ()), word))
-        else:
+        elif not name:
             problems.append(f"{COMMAND_LINE}: what is `{word}`? Fields are given as --field value.")
     return entries
 
@@ -237,15 +239,16 @@ class RunChecker:
         for name in COUNTS:
             if self._given(name) and self.values[name] < 1:
                 yield f"{self._where(name)}: `{name}` is {self.values[name]}; wanted: 1 or more."
-        for name, problem in model_problems(self.values, is_trained=True):
+        for name, problem in (*model_problems(self.values, is_trained=True), *out_of_range(self.values)):
             yield f"{self._where(name)}: `{name}` {problem}"
+        yield from self._output()
         yield from self._resume()
         yield from self._evaluation()
         if self.values.get("dataset_streaming") and (self.values.get("max_steps") or 0) < 1:
             where = self._where("dataset_streaming")
             yield f"{where}: `dataset_streaming` needs `max_steps`: a stream has no known length."
-        if self.values.get("use_peft") and importlib.util.find_spec("peft") is None:
-            yield f"{self._where('use_peft')}: `use_peft` needs peft. Install it with: pip install 'online-dpo[peft]'"
+        for name, problem in requirements.problems(self.values):
+            yield f"{self._where(name)}: {problem}"
 
     def warnings(self) -> Iterator[str]:
         for name in self.values:
@@ -253,6 +256,12 @@ class RunChecker:
                 yield f"{self._where(name)}: `{name}` is ignored without `use_peft`."
         for name in ignored_options(self.values):
             yield f"{self._where(name)}: `{name}` is ignored without `load_in_4bit`."
+        name, split = self.values["dataset_name"], self.values.get("dataset_test_split") or ""
+        if split and "[" not in split and not self._given("eval_dataset_name") and Path(name).is_file():
+            yield (
+                f"{self._where('dataset_test_split')}: {name} is one file, whose rows are of every split: evaluations "
+                "use prompts that are trained on. Give `eval_dataset_name`, or slices such as `train[:90%]`."
+            )
         for name in JUDGES:
             if self._given(f"{name}_kwargs") and not isinstance(self.judges.get(name), BuiltInJudge):
                 where = self._where(f"{name}_kwargs")
@@ -266,7 +275,7 @@ class RunChecker:
 
     def _mappings(self) -> Iterator[str]:
         """A mapping may be written as JSON text; what is no mapping is taken out."""
-        for name in MAPPINGS:
+        for name in (*MAPPINGS, "gradient_checkpointing_kwargs", "lr_scheduler_kwargs"):
             value = self.values.get(name)
             if isinstance(value, str):
                 try:
@@ -326,6 +335,8 @@ class RunChecker:
             if "model" in name and not holds_model(found):
                 files = " or ".join(MODEL_FILES)
                 yield f"{self._where(name)}: `{name}`: {found} is no model folder: it holds no {files}."
+            elif problem := requirements.adapter_problem(str(found)):
+                yield f"{self._where(name)}: `{name}`: {problem}"
         elif looks_like_path(given):
             places = " or ".join(dict.fromkeys(map(str, candidates)))
             what = "a folder, or a name on the hub" if "model" in name else "a file or folder, or a name on the hub"
@@ -365,6 +376,12 @@ class RunChecker:
         except ValueError as problem:
             yield f"{where}: `{name}: {text}`: {problem}"
 
+    def _output(self) -> Iterator[str]:
+        given = self.values.get("output_dir")
+        if given is not None and (not given or Path(given).expanduser().is_file()):
+            what = "a file" if given else "empty"
+            yield f"{self._where('output_dir')}: `output_dir` is {what}. Give the name of a folder, new or old."
+
     def _resume(self) -> Iterator[str]:
         wish = self.values.get("resume_from_checkpoint")
         if not wish:
@@ -376,6 +393,10 @@ class RunChecker:
                 yield f"{where}: `resume_from_checkpoint`: {output} holds no checkpoint."
         elif not Path(wish).is_dir():
             yield f"{where}: `resume_from_checkpoint`: there is no folder {wish}."
+        elif not (Path(wish) / "trainer_state.json").is_file():
+            inside = sorted(path.name for path in Path(wish).glob("checkpoint-*"))
+            hint = f" It holds {', '.join(inside)}: give one of them." if inside else ""
+            yield f"{where}: `resume_from_checkpoint`: {wish} is no checkpoint of a run (no trainer_state.json).{hint}"
 
     def _evaluation(self) -> Iterator[str]:
         wanted = self.values.get("eval_strategy", "no") != "no" or self.values.get("eval_on_start")

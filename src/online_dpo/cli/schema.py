@@ -10,6 +10,7 @@ import ast
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from online_dpo.field_specs import FieldSpec, read_class
@@ -33,6 +34,7 @@ WIDER_TYPES = {
 }
 
 
+@cache
 def load_fields() -> dict[str, FieldSpec]:
     """All fields by name: those of the run itself first, then Online DPO's, then the rest of ``TrainingArguments``."""
     run = read_class(PACKAGE / "cli" / "run_config.py", "RunConfig", group="Run")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from online_dpo.cli.parser import OneLineParser, with_hyphens
+from online_dpo.requirements import FLAGS
 
 EXTENSION = "online_dpo.rollout.vllm_worker.WeightUpdates"
 PASSED_ON = {
@@ -35,8 +35,8 @@ DEFAULTS = {"--host": "127.0.0.1", "--port": 8000, "--dtype": "auto"}
 def serve(words: Sequence[str]) -> int:
     """Become the server. Returns (2) only when it cannot be started."""
     command = server_command(words)
-    if importlib.util.find_spec("vllm") is None:
-        print("error: vLLM is not installed here. Install it with `pip install 'online-dpo[vllm]'`.", file=sys.stderr)
+    if FLAGS["use_vllm"].missing:
+        print(f"error: vLLM is not installed here. Install it with: {FLAGS['use_vllm'].install}", file=sys.stderr)
         return 2
     _become(command)
 

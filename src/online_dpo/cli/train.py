@@ -11,28 +11,34 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from online_dpo.cli.header import INDENT, describe_trainer
+from online_dpo.cli.header import INDENT
 from online_dpo.cli.judge_plan import BuiltInJudge
-from online_dpo.cli.progress import ProgressDisplay, plain_warnings, silence_progress_bars
+from online_dpo.cli.progress import ProgressDisplay, no_progress_bars, plain_warnings
 from online_dpo.cli.references import Reference, load_reference
 from online_dpo.cli.run_config import RunConfig
 from online_dpo.cli.run_file import RunPlan
 from online_dpo.cli.screen import say
-from online_dpo.cli.summary import places
+from online_dpo.cli.summary import describe_trainer, places
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.data import load_prompts
-from online_dpo.errors import OnlineDPOError, TrainingInterrupted
+from online_dpo.errors import NothingTrainedError, OnlineDPOError, TrainingInterrupted, error_text, named_error
+from online_dpo.models import loading
 from online_dpo.scoring import LLMJudge, PairwiseModelJudge
 from online_dpo.trainer import OnlineDPOTrainer
 
-SETUP_ERRORS = (ValueError, TypeError, OSError, ImportError, OnlineDPOError)
-"""What wrong input ends in. ``OSError`` is what transformers raises for a model that is nowhere."""
+SETUP_ERRORS = (Exception,)
+"""What wrong input ends in. Libraries have kinds of their own for a file that cannot be read, a hub that cannot be
+reached, or a tracker that lacks its key: here all are told in one line."""
 
 
+EXPLAINED = (ValueError, TypeError, OSError, ImportError, OnlineDPOError)
+"""Kinds whose message stands for itself."""
+
+
+@no_progress_bars()
+@plain_warnings()
 def train(plan: RunPlan, words: Sequence[str], *, show_traceback: bool) -> int:
     """Run a checked plan and return the exit code. ``words`` are the command's own, to say how to resume."""
-    silence_progress_bars()
-    plain_warnings()
     resume = plan.training.get("resume_from_checkpoint") or None
     try:
         trainer = build_trainer(plan, ProgressDisplay())
@@ -47,11 +53,17 @@ def train(plan: RunPlan, words: Sequence[str], *, show_traceback: bool) -> int:
         if is_main:
             _say_stopped(str(stop).partition(". ")[0] + ":", stop.checkpoint, words)
         return 130
+    except NothingTrainedError as error:
+        return report_error(error, 3, show_traceback)
     except OnlineDPOError as error:
         report_error(error, 1, show_traceback)
         if trainer.interrupt.checkpoint is not None:
             _say_stopped("Before that:", trainer.interrupt.checkpoint, words)
         return 1
+    except SETUP_ERRORS as error:
+        if trainer.state.global_step > 0:
+            raise
+        return report_error(error, 2, show_traceback)  # what transformers and torch look at before the first step
     trainer.save_model()
     trainer.save_state()
     trainer.create_model_card()
@@ -77,6 +89,7 @@ def build_trainer(plan: RunPlan, display: ProgressDisplay) -> OnlineDPOTrainer:
         config=run.dataset_config,
         streaming=run.dataset_streaming,
         limit=run.dataset_limit,
+        types=run.dataset_types,
     )
     return OnlineDPOTrainer(
         model=run.model_name_or_path,
@@ -102,14 +115,16 @@ def _eval_dataset(run: RunConfig) -> Any:
         split=run.dataset_test_split or "train",
         config=run.dataset_config if run.eval_dataset_name is None else None,
         limit=run.eval_limit,
+        types=run.dataset_types,
     )
 
 
 def load_tokenizer(model: str, args: OnlineDPOConfig) -> Any:
     options = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
-    return AutoTokenizer.from_pretrained(
-        model, revision=options.get("revision", "main"), trust_remote_code=args.trust_remote_code
-    )
+    with loading(model):
+        return AutoTokenizer.from_pretrained(
+            model, revision=options.get("revision", "main"), trust_remote_code=args.trust_remote_code
+        )
 
 
 def _peft_config(run: RunConfig) -> Any:
@@ -151,7 +166,7 @@ def report_error(error: BaseException, code: int, show_traceback: bool) -> int:
     if show_traceback:
         traceback.print_exception(error)
     else:
-        message = " ".join(str(error).split()) or type(error).__name__
+        message = error_text(error) if isinstance(error, EXPLAINED) else named_error(error)
         print(f"error: {message}\n(--traceback shows where it came from)", file=sys.stderr)
     return code
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.errors import ScoringError
 from online_dpo.models import looks_local, same_source, source_of, to_device
+from online_dpo.requirements import adapter_problem
 from online_dpo.scoring.functions import FunctionScorer, submit, wait_for
 from online_dpo.scoring.penalties import NO_PENALTIES, Penalties
 from online_dpo.scoring.reward_model import RewardModelScorer, check_reward_model, last_part, load_reward_model
@@ -297,6 +298,8 @@ def _check_path(path: str) -> None:
         raise ValueError(
             f"Reward model `{path}` is no model folder: it holds neither config.json nor adapter_config.json."
         )
+    if problem := adapter_problem(path):
+        raise ValueError(f"Reward model: {problem}")
 
 
 def _as_list(reward_funcs: RewardFunc | Sequence[RewardFunc]) -> list[RewardFunc]:

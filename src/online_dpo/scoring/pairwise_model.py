@@ -21,8 +21,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from online_dpo.borrowing import eval_mode
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.known_tokens import check_tokenizer
+from online_dpo.models import loading
 from online_dpo.pairwise_kinds import LETTERS, PAIRRM, check_options, kind_of_class, pairwise_kind
 from online_dpo.scoring.duel_classifier import DuelClassifier
 from online_dpo.scoring.duel_letters import LetterReader
@@ -46,7 +48,7 @@ class PairwiseModelJudge(PreferenceJudge):
     ``judge/too_long``.
 
     Args:
-        model: of transformers. It runs where its parameters are, in evaluation mode.
+        model: of transformers. It runs where its parameters are, in evaluation mode, and is left in the mode it was in.
         tokenizer: the model's.
         name: name in metrics; when not given, the last part of the model's path.
         template: the text to read, with ``{prompt}``, ``{first}`` and ``{second}``, as the model was trained with. Not
@@ -78,7 +80,7 @@ class PairwiseModelJudge(PreferenceJudge):
         self.name = name or last_part(config._name_or_path) or type(model).__name__
         chat = kind == LETTERS and tokenizer.chat_template is not None
         check_tokenizer(model, tokenizer, f"Judge `{self.name}`", chat=chat)
-        self.model = model.eval()
+        self.model = model
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.reader: DuelReader = _classes(kind)[1](model, tokenizer, **options)
@@ -93,17 +95,20 @@ class PairwiseModelJudge(PreferenceJudge):
             OSError: there is no such model or tokenizer.
         """
         path = os.path.expanduser(path)
-        config, _ = PreTrainedConfig.get_config_dict(path)
+        with loading(path):
+            config, _ = PreTrainedConfig.get_config_dict(path)
         try:
             kind = pairwise_kind(config)
         except ValueError as problem:
             raise ValueError(f"`{path}`: {problem}") from None
         check_options(kind, {option: value for option, value in options.items() if option != "name"})
-        model, info = _classes(kind)[0].from_pretrained(path, dtype="auto", output_loading_info=True)
+        with loading(path):
+            model, info = _classes(kind)[0].from_pretrained(path, dtype="auto", output_loading_info=True)
+            tokenizer = AutoTokenizer.from_pretrained(path)
         if info["missing_keys"]:
             missing = ", ".join(sorted(info["missing_keys"]))
             raise ValueError(f"`{path}` is no trained pairwise model: it has no weights for {missing}.")
-        return cls(model.to(device), AutoTokenizer.from_pretrained(path), **options)
+        return cls(model.to(device), tokenizer, **options)
 
     def prefer(self, duels: Sequence[Group]) -> list[float | None]:
         """For each group of two, the probability that its first completion is the better one; ``None`` if they are too
@@ -113,7 +118,7 @@ class PairwiseModelJudge(PreferenceJudge):
         started = time.perf_counter()
         longest = self.reader.max_tokens
         orders = [order for duel in duels for order in (duel, Group(duel.prompt, duel.completions[::-1]))]
-        with one_at_a_time:
+        with one_at_a_time, eval_mode(self.model):
             ids = self.reader.token_ids(orders)
             p_first = self._probabilities([text for text in dict.fromkeys(ids) if len(text) <= longest])
         read = [p_first.get(text) for text in ids]
