@@ -46,6 +46,13 @@ def checks(completions, solution):
     return [0.0] * len(completions)
 
 
+def note(completions, **columns):
+    columns = {name: columns[name] for name in ("id", "day", "n", "meta") if name in columns}
+    with open("seen.txt", "a") as file:
+        file.writelines(repr(dict(zip(columns, row))) + "\\n" for row in zip(*columns.values()))
+    return [0.0] * len(completions)
+
+
 def fails(completions):
     raise ConnectionError("away")
 
@@ -229,6 +236,16 @@ def test_greedy_answers_are_the_most_probable_tokens(folder, capsys):
         torch.tensor([prompt.token_ids]), max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=tiny.EOS
     )[0, len(prompt.token_ids) :]
     assert rows[0]["model"]["text"] == " " + tiny.tokenizer().decode(made, skip_special_tokens=True)
+
+
+def test_columns_reach_the_reward_as_they_stand_in_the_file(folder, capsys):
+    Path("x.csv").write_text("prompt,id,n,day\nw1 w2,007,18,NA\nw3 w4,1e5,,2024-01-31\n")
+    words = ("--model", "policy", "--against", "other", "--prompts", "x.csv", "--reward", "rewards.py:note", *SHORT)
+    figures(capsys, *words, "--kl", "false", "--dataset_types", "{n: int64}")
+    rows = [{"id": "007", "day": "NA", "n": 18}, {"id": "1e5", "day": "2024-01-31", "n": None}]
+    assert set(Path("seen.txt").read_text().splitlines()) == {repr(row) for row in rows}
+    assert run(*words, "--dataset_types", "{m: int64}") == 2
+    assert "x.csv has no column m, which a type is given for" in capsys.readouterr().err
 
 
 def test_missing_scores_are_counted(folder, capsys):
