@@ -15,7 +15,7 @@ AT_LEAST_0 = (lambda value: 0 <= value < math.inf, "0 or more")
 SHARE = (lambda value: 0 <= value < 1, "0 or more, and below 1")
 
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "learning_rate": (lambda value: 0 <= value < math.inf, "0 or more, and finite"),
+    "learning_rate": (lambda value: 0 < value < math.inf, "above 0, and finite"),
     "per_device_train_batch_size": AT_LEAST_1,
     "per_device_eval_batch_size": AT_LEAST_1,
     "gradient_accumulation_steps": AT_LEAST_1,

@@ -71,8 +71,6 @@ def check_ranges(args: OnlineDPOConfig) -> None:
     sampling |= {name: value for name, value in given.items() if name in SAMPLING_FIELDS}
     betas, alphas, shares = (epoch_values(getattr(args, name)) for name in EPOCH_FIELDS)
     checks = [
-        (0 < args.learning_rate < math.inf, "learning_rate", "above 0"),
-        (args.max_steps != 0, "max_steps", "above 0, or -1 to go by `num_train_epochs`"),
         (args.max_steps > 0 or args.num_train_epochs > 0, "num_train_epochs", "above 0"),
         (args.num_completions >= 2, "num_completions", "at least 2: a pair needs two completions"),
         (args.max_new_tokens >= 1, "max_new_tokens", "at least 1"),

@@ -97,7 +97,7 @@ def test_a_rate_or_a_length_of_nothing_is_refused(tmp_path):
     for fields, message in (
         ({"learning_rate": 0.0}, "`learning_rate` must be above 0"),
         ({"learning_rate": float("nan")}, "`learning_rate` must be above 0"),
-        ({"max_steps": 0}, "`max_steps` must be above 0, or -1"),
+        ({"max_steps": 0}, "`max_steps` must be 1 or more, or -1"),
         ({"max_steps": -1, "num_train_epochs": 0}, "`num_train_epochs` must be above 0"),
     ):
         with pytest.raises(ValueError, match=message):
