@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from threading import Event
 from typing import Any
 
@@ -46,10 +47,19 @@ from online_dpo.build import (
     train_on_one_device_per_process,
 )
 from online_dpo.config import OnlineDPOConfig
-from online_dpo.data import PREPARED_COLUMNS, EndlessStream, collate_prompts, prepare_prompts, prompts_from_batch
+from online_dpo.data import (
+    PREPARED_COLUMNS,
+    EndlessStream,
+    UsersCollator,
+    collate_prompts,
+    prepare_prompts,
+    prompts_from_batch,
+)
+from online_dpo.errors import ForeignCodeError
 from online_dpo.evaluate import EvalRecord, eval_records, mean_notes, summarise
 from online_dpo.feedback_trainer import FeedbackTrainer
 from online_dpo.figures import in_order
+from online_dpo.foreign import callable_name, foreign
 from online_dpo.gold import check_gold
 from online_dpo.known_tokens import Readers, check_options, check_policy, check_reference, embedding_rows
 from online_dpo.logprobs import RowLogprobs, row_logprobs
@@ -167,7 +177,7 @@ class OnlineDPOTrainer(TRLAttributes, FeedbackTrainer):
         super().__init__(
             model=policy,
             args=args,
-            data_collator=data_collator or collate_prompts,
+            data_collator=collate_prompts if data_collator is None else UsersCollator(data_collator),
             train_dataset=train_dataset,  # pyright: ignore[reportArgumentType]
             eval_dataset=eval_dataset,  # pyright: ignore[reportArgumentType]
             processing_class=processing_class,
@@ -332,21 +342,30 @@ class OnlineDPOTrainer(TRLAttributes, FeedbackTrainer):
         records: list[EvalRecord] = []
         self.callback_handler.eval_dataloader = dataloader  # pyright: ignore[reportAttributeAccessIssue]
         with eval_mode(model), noting() as notes:
-            for batch in dataloader:
+            batches = iter(dataloader)
+            while (batch := self.together(partial(_next_batch, batches))) is not None:
                 prompts = [prompt for prompt in prompts_from_batch(batch) if prompt.invalid is None]
-                mine = self._evaluate_prompts(model, prompts) if prompts else []
+                mine = self.together(partial(self._evaluate_prompts, model, prompts))
                 records += self.accelerator.gather_for_metrics(mine, use_gather_object=True)
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         scores = np.array([[np.nan if s is None else s for s in r.scores] for r in records])
         reference = np.array([np.nan if r.reference_score is None else r.reference_score for r in records])
         metrics = {**mean_notes(gather_object([notes])), **summarise(records)}
         if self.compute_metrics is not None:
-            metrics |= self.compute_metrics(EvalPrediction(predictions=scores, label_ids=reference))
+            metrics |= self.together(partial(self._own_metrics, scores, reference))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in in_order(metrics).items()}
         return EvalLoopOutput(predictions=scores, label_ids=reference, metrics=metrics, num_samples=len(records))
 
+    def _own_metrics(self, scores: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+        assert self.compute_metrics is not None
+        who = f"`compute_metrics` (`{callable_name(self.compute_metrics)}`)"
+        with foreign(who, f"(step {self.state.global_step})", raises=ForeignCodeError):
+            return dict(self.compute_metrics(EvalPrediction(predictions=scores, label_ids=reference)))
+
     @torch.no_grad()
     def _evaluate_prompts(self, model: nn.Module, prompts: list[Prompt]) -> list[EvalRecord]:
+        if not prompts:
+            return []
         key = RolloutKey(self.args.seed, 0, Stream.EVALUATION)
         self.readers.check_prompts(prompts)
         self._sync_engine(prompts)
@@ -392,6 +411,11 @@ class OnlineDPOTrainer(TRLAttributes, FeedbackTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.create_model_card()
         super()._save_checkpoint(model, trial)
+
+
+def _next_batch(batches: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
+    with foreign("Reading the prompts to evaluate on", raises=ForeignCodeError):
+        return next(batches, None)
 
 
 def _or_one(total: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ from online_dpo.cli.summary import places
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.data import load_prompts
 from online_dpo.errors import NothingTrainedError, OnlineDPOError, TrainingInterrupted
-from online_dpo.models import loading
+from online_dpo.foreign import loading
 from online_dpo.scoring import LLMJudge, PairwiseModelJudge
 from online_dpo.trainer import OnlineDPOTrainer
 
@@ -55,7 +55,7 @@ def train(plan: RunPlan, words: Sequence[str], *, show_traceback: bool) -> int:
         return 130
     except NothingTrainedError as error:
         return report_error(error, 3, show_traceback)
-    except OnlineDPOError as error:
+    except Exception as error:  # every end of a run is told in one line; --traceback shows the rest
         report_error(error, 1, show_traceback)
         if trainer.interrupt.checkpoint is not None:
             _say_stopped("Before that:", trainer.interrupt.checkpoint, words)

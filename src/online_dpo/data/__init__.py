@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from online_dpo.data.collate import collate_prompts, prompts_from_batch
+from online_dpo.data.collate import UsersCollator, collate_prompts, prompts_from_batch
 from online_dpo.data.convert import transcript_to_messages
 from online_dpo.data.load import load_prompts
 from online_dpo.data.prompts import PREPARED_COLUMNS, prepare_prompts
@@ -16,6 +16,7 @@ from online_dpo.data.stream import EndlessStream
 __all__ = [
     "PREPARED_COLUMNS",
     "EndlessStream",
+    "UsersCollator",
     "collate_prompts",
     "load_prompts",
     "prepare_prompts",
