@@ -177,7 +177,8 @@ class OnlineDPOConfig(VLLMFields, LossFields, MethodFields, FeedbackFields, Trai
 
     model_init_kwargs: dict[str, Any] | str | None = None
     """Passed to `AutoModelForCausalLM.from_pretrained` when the policy (or the reference) is given by name, for example
-    `{"dtype": "bfloat16"}`."""
+    `{"attn_implementation": "sdpa"}`. Without a `dtype`, trained weights are loaded in fp32 and a base under an adapter
+    as it was saved; trained weights in half precision lose most of their updates."""
 
     trust_remote_code: bool = False
     """Allow models and tokenizers that bring their own Python code."""

@@ -85,7 +85,7 @@ def _check_optimizer(args: OnlineDPOConfig) -> None:
             optimizer,
             num_warmup_steps=args.get_warmup_steps(STEPS),
             num_training_steps=STEPS,
-            scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {}),
+            scheduler_specific_kwargs={**(args.lr_scheduler_kwargs or {})},  # pyright: ignore[reportGeneralTypeIssues]
         )
 
 

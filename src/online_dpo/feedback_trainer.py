@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from online_dpo.beta import Beta
 from online_dpo.build import check_templates
-from online_dpo.data import prompts_from_batch
+from online_dpo.data import CUT, prompts_from_batch
 from online_dpo.errors import ForeignCodeError
 from online_dpo.evaluate import EvalRecord, judged_wins, win_share
 from online_dpo.foreign import foreign
@@ -175,6 +176,7 @@ class FeedbackTrainer(GuardedTrainer):
     def _record(self, fetched: Fetched, feedback: Feedback, waited: float) -> None:
         self.metrics.total("prompts", fetched.num_prompts)
         self.metrics.total("dropped/invalid_prompt", fetched.num_prompts - len(fetched.prompts))
+        self.metrics.total(CUT, sum(prompt.cut for prompt in fetched.prompts))
         for name, seconds in {**feedback.seconds, "waiting": waited}.items():
             self.metrics.total(f"time/{name}", seconds / self.accelerator.num_processes)
         record_rollout(self.metrics, feedback.groups, feedback.said, self.state.global_step)
@@ -267,10 +269,12 @@ class FeedbackTrainer(GuardedTrainer):
         rivals = None if self.args.reference_free else self._rivals([group.prompt for group in groups])
         return self.gold.assess(records, groups, rivals)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    @contextmanager
+    def beside_training(self) -> Iterator[None]:
         """As the parent's, once nothing else asks the engine and the scorers."""
         self.lookahead.wait()
-        return super().evaluate(*args, **kwargs)
+        with super().beside_training():
+            yield
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)

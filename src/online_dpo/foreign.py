@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from online_dpo.errors import OnlineDPOError, ScoringError
+from online_dpo.errors import OnlineDPOError, ScoringError, named_error
 from online_dpo.types import Group, Prompt
 
 SHOWN_CHARACTERS, SHOWN_ROWS = 60, 8
@@ -40,8 +40,7 @@ def foreign(
         raise
     except Exception as error:
         place = where if isinstance(where, str) else where()
-        said = str(error) or "(no message)"
-        raise raises(f"{who} raised {type(error).__name__}: {said}{place and ' '}{place}") from error
+        raise raises(f"{who} raised {named_error(error)}{place and ' '}{place}") from error
 
 
 def loading(path: str) -> AbstractContextManager[None]:

@@ -16,18 +16,21 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from transformers import Trainer
+from transformers.trainer_utils import PredictionOutput
 
+from online_dpo.borrowing import kept_flags
 from online_dpo.config import OnlineDPOConfig
-from online_dpo.errors import FeedbackLostError, ForeignCodeError, OnlineDPOError
+from online_dpo.displays import choose_displays
+from online_dpo.errors import FeedbackLostError, ForeignCodeError, OnlineDPOError, named_error
 from online_dpo.failures import NamedCallbacks, StepsDone
 from online_dpo.figures import in_order
 from online_dpo.guard import StepGuard, refuse_to_split
 from online_dpo.interrupt import Interrupt
 from online_dpo.metrics import MetricStore
-from online_dpo.models import ConfigKeeper, RestoreConfigs, empty_device_cache
+from online_dpo.models import ConfigKeeper, empty_device_cache
 from online_dpo.packing import halve, token_count
 from online_dpo.precision import keeps_small_steps
-from online_dpo.run_display import choose_displays
+from online_dpo.process_state import kept_random_state
 from online_dpo.types import PackedRows
 from online_dpo.updates import UpdatedRatio
 
@@ -48,11 +51,12 @@ class GuardedTrainer(Trainer):
     loss_is_scaled_for_ga = True
 
     def __init__(self, model: nn.Module, args: OnlineDPOConfig, **kwargs: Any) -> None:
-        configs = ConfigKeeper(model)
+        self.configs = ConfigKeeper()
+        self.configs.remember(model)
         super().__init__(model=model, args=args, **kwargs)
-        configs.restore()
+        self.configs.restore()
         self.callback_handler: NamedCallbacks = NamedCallbacks(self.callback_handler)
-        self.add_callback(RestoreConfigs(configs))
+        self.add_callback(self.configs)
         self.model_accepts_loss_kwargs = True
         self.metrics = MetricStore()
         self.interrupt = Interrupt()
@@ -66,6 +70,7 @@ class GuardedTrainer(Trainer):
         self.done_in_step: list[PackedRows] = []
         self.tokens_that_fit = sys.maxsize
         self._last_log = time.perf_counter()
+        self._beside_training = False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `transformers.Trainer.train`.
@@ -82,6 +87,7 @@ class GuardedTrainer(Trainer):
         self.guard.begin_run()
         self.steps_done.begin_run()
         self._all_failed = False
+        self.configs.remember(self.model)  # pyright: ignore[reportArgumentType]
         displays = choose_displays(self)
         try:
             with self.interrupt.handled(displays), self.callback_handler.deferred():
@@ -92,6 +98,7 @@ class GuardedTrainer(Trainer):
             self._blame_optimizer(error)
             raise
         finally:
+            self.configs.restore()
             for display in displays:
                 display.close()
         self.guard.raise_if_diverged(self.state, self.args.output_dir)  # pyright: ignore[reportArgumentType]
@@ -131,12 +138,13 @@ class GuardedTrainer(Trainer):
         if alone or over or not done.wants_checkpoint(self.state):
             return
         assert done.rng_state is not None
-        torch.set_rng_state(done.rng_state)
         try:
-            self._save_checkpoint(self.model, trial=None)  # pyright: ignore[reportArgumentType]
+            with kept_random_state():
+                torch.set_rng_state(done.rng_state)
+                self._save_checkpoint(self.model, trial=None)  # pyright: ignore[reportArgumentType]
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)  # pyright: ignore
         except Exception as second:  # such as a full disk: the first error is the one to tell
-            logger.warning("No checkpoint could be saved of the steps done: %s: %s", type(second).__name__, second)
+            logger.warning("No checkpoint could be saved of the steps done: %s", named_error(second))
         else:
             error.add_note(f"Before that, a checkpoint of the steps done was saved: {self.interrupt.checkpoint}")
 
@@ -149,7 +157,7 @@ class GuardedTrainer(Trainer):
             assert isinstance(self.optimizer, AcceleratedOptimizer)
             optimizer, schedule = (type(part).__name__ for part in (self.optimizer.optimizer, self.lr_scheduler))
             raise ForeignCodeError(
-                f"Optimizer `{optimizer}` or its schedule `{schedule}` raised {type(error).__name__}: {error} (in the "
+                f"Optimizer `{optimizer}` or its schedule `{schedule}` raised {named_error(error)} (in the "
                 f"update of step {self.state.global_step + 1}, which is half done, so that no checkpoint can be made)"
             ) from error
 
@@ -174,11 +182,39 @@ class GuardedTrainer(Trainer):
         return [*batches[:-1], {name: values[:own] for name, values in batches[-1].items()}]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As the parent's; its time does not count in ``perf/tokens_per_second``."""
-        start = time.perf_counter()
-        metrics = super().evaluate(*args, **kwargs)
-        self._last_log += time.perf_counter() - start
-        return metrics
+        """As the parent's, beside training (see `beside_training`)."""
+        with self.beside_training():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
+        """As the parent's, beside training (see `beside_training`)."""
+        with self.beside_training():
+            return super().predict(*args, **kwargs)
+
+    @contextmanager
+    def beside_training(self) -> Iterator[None]:
+        """Training goes on as if what is done here had not been: its time does not count in
+        ``perf/tokens_per_second``, and random numbers drawn meanwhile, by a reward function too, are drawn again.
+        """
+        if self._beside_training:  # one of several datasets
+            yield
+            return
+        start, self._beside_training = time.perf_counter(), True
+        try:
+            with kept_random_state():
+                yield
+        finally:
+            self._last_log += time.perf_counter() - start
+            self._beside_training = False
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """The parent's, after which what was frozen is frozen, and the same adapters are active."""
+        with kept_flags(self.model):  # pyright: ignore[reportArgumentType]
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        with kept_flags(self.model):  # pyright: ignore[reportArgumentType]
+            super()._load_best_model()
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -253,6 +289,7 @@ class GuardedTrainer(Trainer):
             self.metrics.ratio("train/updated_ratio", *self.updates.since_last())
             mine = self.metrics.drain()
             mine["perf/tokens_per_second"] = mine.pop("completion_tokens", 0.0) / elapsed
+            mine["time/all"] = elapsed
             # The parent's loss is a mean over steps, in which one without pairs counts 0; ours is over pairs.
             others = {name: value for name, value in logs.items() if name != "loss"}
             logs = in_order({**others, **mine, "guard/skipped_steps": float(self.guard.skipped)})

@@ -40,7 +40,8 @@ def embedding_rows(model: nn.Module) -> int:
     """How many tokens the model can read: ids from 0 to one less than this."""
     base: Any = unwrapped(model)
     if isinstance(base, PreTrainedModel):
-        return base.get_input_embeddings().weight.shape[0]
+        weight: Any = base.get_input_embeddings().weight
+        return weight.shape[0]
     return base.config.get_text_config().vocab_size
 
 

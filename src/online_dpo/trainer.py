@@ -30,6 +30,7 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 
 from online_dpo.beta import Beta
+from online_dpo.borrowing import eval_mode, restores_models_on_error
 from online_dpo.build import (
     build_engine,
     build_opponent,
@@ -50,6 +51,7 @@ from online_dpo.config import OnlineDPOConfig
 from online_dpo.data import (
     PREPARED_COLUMNS,
     EndlessStream,
+    SayCutPrompts,
     UsersCollator,
     collate_prompts,
     prepare_prompts,
@@ -67,7 +69,7 @@ from online_dpo.lookahead import Lookahead
 from online_dpo.losses import LossOptions, method_losses, pair_logprobs
 from online_dpo.metrics import STEP_KL, record_loss, record_pairs, record_resampling, trained_kl
 from online_dpo.model_card import write_model_card
-from online_dpo.models import end_token_ids, eval_mode
+from online_dpo.models import end_token_ids
 from online_dpo.onednn import onednn_linears
 from online_dpo.packing import as_inputs, by_group, pack_groups, pack_pairs, passes_needed, split_pairs, stand_in
 from online_dpo.pairs import Selection, latest
@@ -94,8 +96,8 @@ class OnlineDPOTrainer(TRLAttributes, FeedbackTrainer):
             or 1 for the better completion, -1 for no answer. Beside a reward it is used with ``judge_top`` alone.
         reward_model: another name for ``reward_funcs``.
         args: the configuration.
-        data_collator: list of rows to a dict of lists; must keep the columns ``prompt``, ``prompt_ids``, ``prompt_row``
-            and ``prompt_invalid``.
+        data_collator: list of rows to a dict of lists; must keep the columns ``prompt``, ``prompt_ids``,
+            ``prompt_row``, ``prompt_invalid`` and ``prompt_cut``.
         train_dataset, eval_dataset: rows with a ``prompt`` (text or messages); ``eval_dataset`` may be a dict of them.
             Other columns are handed to reward functions.
         processing_class: the policy's tokenizer.
@@ -112,6 +114,7 @@ class OnlineDPOTrainer(TRLAttributes, FeedbackTrainer):
         InvalidPromptError: a dataset row is no usable prompt (see ``invalid_prompts``).
     """
 
+    @restores_models_on_error
     def __init__(
         self,
         model: PreTrainedModel | nn.Module | str | None = None,
@@ -155,6 +158,7 @@ class OnlineDPOTrainer(TRLAttributes, FeedbackTrainer):
         train_dataset = self._prepared(train_dataset, "train_dataset")
         if isinstance(train_dataset, IterableDataset):
             check_stream(args)
+            callbacks = [*(callbacks or []), SayCutPrompts("train_dataset")]
             train_dataset = EndlessStream(train_dataset)  # pyright: ignore[reportAssignmentType]
         check_batches(train_dataset, args)
         if isinstance(eval_dataset, dict):

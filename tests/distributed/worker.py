@@ -4,6 +4,7 @@ came out.
 
 import sys
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from datasets import IterableDataset
 from transformers import TrainerCallback, TrainerState
 
 import tiny
-from online_dpo.errors import OnlineDPOError
+from online_dpo.errors import NothingTrainedError, OnlineDPOError
 from online_dpo.guard import StepGuard
 from online_dpo.scoring import LLMJudge
 from training import KeepGradient, dataset, trainer, weights
@@ -50,7 +51,8 @@ def run(out, case, processes, **options):
     made.callback_handler.callbacks.insert(0, keep)
     calls, generate = [], made.engine.generate
     made.engine.generate = lambda prompts, *args: (calls.append(len(prompts)), generate(prompts, *args))[1]
-    made.train()
+    with suppress(NothingTrainedError):  # where every step is skipped
+        made.train()
     log = {
         k: v
         for k, v in made.state.log_history[made.state.global_step - 1].items()

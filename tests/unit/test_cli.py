@@ -417,15 +417,16 @@ def test_the_command_that_resumes_keeps_the_other_words() -> None:
     assert resume_words(words, "new") == ["run.yaml", "--beta", "0.1", "0.2", "--resume_from_checkpoint", "new"]
 
 
-def test_warnings_are_one_line_without_a_place_in_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-    plain_warnings()
-    assert warnings.formatwarning("Ignored without\n  a reward: x.", UserWarning, "train.py", 86) == (
-        "warning: Ignored without a reward: x.\n"
-    )
-    assert "library.py:7: DeprecationWarning: old" in warnings.formatwarning(
-        "old", DeprecationWarning, "library.py", 7, line=""
-    )
+def test_warnings_are_one_line_without_a_place_in_the_code() -> None:
+    usual = warnings.formatwarning
+    with plain_warnings():
+        assert warnings.formatwarning("Ignored without\n  a reward: x.", UserWarning, "train.py", 86) == (
+            "warning: Ignored without a reward: x.\n"
+        )
+        assert "library.py:7: DeprecationWarning: old" in warnings.formatwarning(
+            "old", DeprecationWarning, "library.py", 7, line=""
+        )
+    assert warnings.formatwarning is usual
 
 
 def test_stopping_by_overoptimisation_needs_evaluations(folder: Path) -> None:

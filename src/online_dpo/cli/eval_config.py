@@ -48,7 +48,7 @@ class EvalConfig:
 
 
 RUN_FIELDS = (
-    *("judge", "judge_kwargs", "dataset_config", "dataset_test_split"),
+    *("judge", "judge_kwargs", "dataset_config", "dataset_test_split", "dataset_types"),
     *("prompt_column", "prompt_template", "chat_template_kwargs", "invalid_prompts", "truncate_prompts"),
     *("max_new_tokens", "max_length", "max_prompt_length"),
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs", "cache_implementation"),

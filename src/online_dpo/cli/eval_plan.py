@@ -25,7 +25,7 @@ from online_dpo.cli.schema import PACKAGE, FieldSpec, load_fields, read_class
 
 HELP = "online-dpo eval --help"
 MODEL_FILES = ("config.json", "adapter_config.json")
-NO_ARGUMENTS = ("judge", "judge_kwargs", "dataset_config", "dataset_test_split")
+NO_ARGUMENTS = ("judge", "judge_kwargs", "dataset_config", "dataset_test_split", "dataset_types")
 OF_TRAINING = ("reward_weights", "missing_eos_penalty", "length_penalty")
 """Part of the training score: they hold for the run's own scorers, or where the command line says so."""
 
@@ -38,6 +38,7 @@ class PromptSet:
     split: str
     config: str | None
     limit: int | None
+    types: dict[str, str] | None
 
 
 @dataclass(frozen=True)
@@ -248,7 +249,7 @@ class EvalChecker(RunChecker):
             return
         yield from self._input_path(name)
         limit = self.values.get("limit") or self.values.get("eval_limit")
-        self.prompts = PromptSet(self.values[name], split or "train", config, limit)
+        self.prompts = PromptSet(self.values[name], split or "train", config, limit, self.values.get("dataset_types"))
 
 
 def _is_model(folder: Path) -> bool:

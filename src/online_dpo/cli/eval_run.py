@@ -14,7 +14,7 @@ from rich.table import Table
 
 from online_dpo.build import check_columns, check_templates
 from online_dpo.cli.eval_plan import EvalPlan
-from online_dpo.cli.progress import plain_warnings, silence_progress_bars
+from online_dpo.cli.progress import no_progress_bars, plain_warnings
 from online_dpo.cli.references import Reference, load_reference
 from online_dpo.cli.train import SETUP_ERRORS, load_judge, load_tokenizer, report_error
 from online_dpo.comparison import Match, compare
@@ -58,10 +58,10 @@ class Setup:
         return self.judge.name if self.judge is not None else ", ".join(scorer.name for scorer in self.scorers)
 
 
+@no_progress_bars()
+@plain_warnings()
 def run_evaluation(plan: EvalPlan, *, show_traceback: bool) -> int:
     """Run a checked plan and return the exit code: 0, 1 (scoring failed) or 2 (something cannot be loaded)."""
-    silence_progress_bars()
-    plain_warnings()
     try:
         setup = set_up(plan)
         answers = answer(setup.model, setup.against, setup.args, setup.sampling)
@@ -104,7 +104,9 @@ def set_up(plan: EvalPlan) -> Setup:
             "other. Leave `kl` out."
         )
     source = plan.prompts
-    dataset = load_prompts(source.source, split=source.split, config=source.config, limit=source.limit)
+    dataset = load_prompts(
+        source.source, split=source.split, config=source.config, limit=source.limit, types=source.types
+    )
     model, against = (
         prepare_player(path, tokenizer, dataset, args)
         for path, tokenizer in zip((plan.model, plan.against), tokenizers, strict=True)

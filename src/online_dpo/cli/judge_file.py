@@ -38,7 +38,7 @@ def read_pairs(path: Path, limit: int | None) -> list[LabelledPair]:
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file.")
     pairs: list[LabelledPair] = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if limit is not None and len(pairs) == limit:
                 break

@@ -12,8 +12,8 @@ import torch
 
 from online_dpo.cli.judge_file import LabelledPair
 from online_dpo.cli.judge_plan import BuiltInJudge
-from online_dpo.cli.progress import plain_warnings, silence_progress_bars
-from online_dpo.errors import ScoringError
+from online_dpo.cli.progress import no_progress_bars, plain_warnings
+from online_dpo.errors import ScoringError, error_text
 from online_dpo.evaluate import win_rate
 from online_dpo.figures import number
 from online_dpo.foreign import foreign
@@ -37,14 +37,14 @@ class Agreement:
     count: int
 
 
+@no_progress_bars()
+@plain_warnings()
 def judge_pairs(pairs: Sequence[LabelledPair], chosen: BuiltInJudge, output: Path | None) -> int:
     """Label the pairs and print the report. Returns the exit code."""
-    silence_progress_bars()
-    plain_warnings()
     try:
         judge = _load(chosen)
     except (ValueError, OSError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
+        print(f"error: {error_text(problem)}", file=sys.stderr)
         return 2
     preferences: list[float | None] = []
     try:
@@ -53,7 +53,7 @@ def judge_pairs(pairs: Sequence[LabelledPair], chosen: BuiltInJudge, output: Pat
             if len(pairs) > PAIRS_AT_ONCE:
                 print(f"{len(preferences)} of {len(pairs)}", file=sys.stderr)
     except ScoringError as problem:
-        print(f"error: {problem}", file=sys.stderr)
+        print(f"error: {error_text(problem)}", file=sys.stderr)
         return 1
     for line in report(judge.name, pairs, preferences, judge.metrics()):
         print(line)

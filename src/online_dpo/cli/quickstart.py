@@ -15,9 +15,9 @@ def quickstart(output_dir: Path, seed: int) -> int:
         return 2
     say_untested_versions()
     print("Loading torch and transformers")
-    from online_dpo.cli.progress import ProgressDisplay, silence_progress_bars
+    from online_dpo.cli.progress import ProgressDisplay, no_progress_bars
     from online_dpo.quickstart.run import run_quickstart
 
-    silence_progress_bars()
-    run_quickstart(output_dir, seed, callbacks=[ProgressDisplay()])
+    with no_progress_bars():
+        run_quickstart(output_dir, seed, callbacks=[ProgressDisplay()])
     return 0

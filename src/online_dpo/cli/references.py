@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from online_dpo.errors import named_error
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -65,7 +67,7 @@ def load_reference(reference: Reference) -> Any:
         module = _import_file(reference.file) if reference.file else _import_module(reference.module)
         return getattr(module, reference.name)
     except Exception as problem:  # anything may happen in the user's own code
-        raise ValueError(f"importing `{reference.text}` failed: {type(problem).__name__}: {problem}") from problem
+        raise ValueError(f"importing `{reference.text}` failed: {named_error(problem)}") from problem
 
 
 def _import_file(file: Path) -> Any:

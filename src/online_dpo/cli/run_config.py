@@ -18,7 +18,7 @@ class RunConfig:
     """Folder or hub name of the policy to train."""
 
     dataset_name: str
-    """Prompts: a hub name, or a local json, jsonl, csv (each also with .gz) or parquet file, a pattern such as
+    """Prompts: a hub name, or a local json, jsonl, csv, tsv (each also with .gz) or parquet file, a pattern such as
     `data/*.jsonl`, or a folder."""
 
     ref_model_name_or_path: str | None = None
@@ -56,6 +56,9 @@ class RunConfig:
 
     dataset_config: str | None = None
     """Configuration (subset) of a hub dataset."""
+
+    dataset_types: dict[str, str] | None = None
+    """Types of columns of csv files, such as `{year: int64, score: float64, right: bool}`. All others are text."""
 
     dataset_train_split: str = "train"
     """Split to train on."""

@@ -11,17 +11,17 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from online_dpo.cli.header import INDENT, describe_trainer
+from online_dpo.cli.header import INDENT
 from online_dpo.cli.judge_plan import BuiltInJudge
-from online_dpo.cli.progress import ProgressDisplay, plain_warnings, silence_progress_bars
+from online_dpo.cli.progress import ProgressDisplay, no_progress_bars, plain_warnings
 from online_dpo.cli.references import Reference, load_reference
 from online_dpo.cli.run_config import RunConfig
 from online_dpo.cli.run_file import RunPlan
 from online_dpo.cli.screen import say
-from online_dpo.cli.summary import places
+from online_dpo.cli.summary import describe_trainer, places
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.data import load_prompts
-from online_dpo.errors import NothingTrainedError, OnlineDPOError, TrainingInterrupted
+from online_dpo.errors import NothingTrainedError, OnlineDPOError, TrainingInterrupted, error_text, named_error
 from online_dpo.foreign import loading
 from online_dpo.scoring import LLMJudge, PairwiseModelJudge
 from online_dpo.trainer import OnlineDPOTrainer
@@ -35,10 +35,10 @@ EXPLAINED = (ValueError, TypeError, OSError, ImportError, OnlineDPOError)
 """Kinds whose message stands for itself."""
 
 
+@no_progress_bars()
+@plain_warnings()
 def train(plan: RunPlan, words: Sequence[str], *, show_traceback: bool) -> int:
     """Run a checked plan and return the exit code. ``words`` are the command's own, to say how to resume."""
-    silence_progress_bars()
-    plain_warnings()
     resume = plan.training.get("resume_from_checkpoint") or None
     try:
         trainer = build_trainer(plan, ProgressDisplay())
@@ -85,6 +85,7 @@ def build_trainer(plan: RunPlan, display: ProgressDisplay) -> OnlineDPOTrainer:
         config=run.dataset_config,
         streaming=run.dataset_streaming,
         limit=run.dataset_limit,
+        types=run.dataset_types,
     )
     return OnlineDPOTrainer(
         model=run.model_name_or_path,
@@ -110,6 +111,7 @@ def _eval_dataset(run: RunConfig) -> Any:
         split=run.dataset_test_split or "train",
         config=run.dataset_config if run.eval_dataset_name is None else None,
         limit=run.eval_limit,
+        types=run.dataset_types,
     )
 
 
@@ -156,9 +158,7 @@ def report_error(error: BaseException, code: int, show_traceback: bool) -> int:
     if show_traceback:
         traceback.print_exception(error)
     else:
-        message = " ".join(str(error).split()) or type(error).__name__
-        if not isinstance(error, EXPLAINED):
-            message = f"{type(error).__name__}: {message}"
+        message = error_text(error) if isinstance(error, EXPLAINED) else named_error(error)
         print(f"error: {message}\n(--traceback shows where it came from)", file=sys.stderr)
     return code
 

@@ -186,7 +186,7 @@ def _held_out_judge(
 def _prompts(file: Path, tokenizer: PreTrainedTokenizerBase, args: OnlineDPOConfig) -> list[Prompt]:
     dataset, _ = prepare_prompts(load_prompts(str(file)), tokenizer, args, name="prompts_eval")
     assert isinstance(dataset, Dataset)
-    return prompts_from_batch(dataset.to_dict())  # pyright: ignore[reportArgumentType]
+    return prompts_from_batch(dataset[:])
 
 
 def _mean_of(log_history: list[dict[str, Any]], name: str) -> float:

@@ -1,4 +1,4 @@
-"""What a completion says: its tokens decoded behind those of its prompt, since a decoder reads a part differently alone.
+"""What a completion says: its tokens decoded behind those of its prompt, since a decoder reads a part otherwise alone.
 
 Decoders of Llama 2 and Mistral strip the space before a text's first word, others join pieces of a word across the
 border, and bytes of one character may stand on both sides of it.

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from online_dpo.borrowing import eval_mode
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.foreign import among_rows, at_row, foreign, loading
 from online_dpo.known_tokens import check_known, check_tokenizer, embedding_rows
@@ -47,7 +48,7 @@ class PairwiseModelJudge(PreferenceJudge):
     ``judge/too_long``.
 
     Args:
-        model: of transformers. It runs where its parameters are, in evaluation mode.
+        model: of transformers. It runs where its parameters are, in evaluation mode, and is left in the mode it was in.
         tokenizer: the model's.
         name: name in metrics; when not given, the last part of the model's path.
         template: the text to read, with ``{prompt}``, ``{first}`` and ``{second}``, as the model was trained with. Not
@@ -80,7 +81,7 @@ class PairwiseModelJudge(PreferenceJudge):
         self.name = name or last_part(config._name_or_path) or type(model).__name__
         chat = kind == LETTERS and tokenizer.chat_template is not None
         check_tokenizer(model, tokenizer, f"Judge `{self.name}`", chat=chat)
-        self.model = model.eval()
+        self.model = model
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.reader: DuelReader = _classes(kind)[1](model, tokenizer, **options)
@@ -118,7 +119,8 @@ class PairwiseModelJudge(PreferenceJudge):
         check_duels(duels)
         started = time.perf_counter()
         longest = self.reader.max_tokens
-        with one_at_a_time, foreign(f"Judge `{self.name}`", lambda: among_rows(duels)):
+        named = foreign(f"Judge `{self.name}`", lambda: among_rows(duels))
+        with one_at_a_time, named, eval_mode(self.model):
             ids = [text for duel in duels for text in self._both_orders(duel)]
             p_first = self._probabilities([text for text in dict.fromkeys(ids) if len(text) <= longest])
         read = [p_first.get(text) for text in ids]
