@@ -4,6 +4,7 @@ loaded.
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -46,6 +47,7 @@ from online_dpo.reference import (
     SyncedReference,
     adapter_changes_output,
     frozen_copy,
+    trains_base_weights,
 )
 from online_dpo.requirements import problems
 from online_dpo.rollout import Engine, SamplingParams, TransformersEngine
@@ -225,12 +227,14 @@ def build_policy(model: Any, peft_config: Any, args: OnlineDPOConfig, optimizer:
         if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
             # Trainer turns checkpointing on, as the run asks for it
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-        model = get_peft_model(model, peft_config)
+        model = get_peft_model(model, copy.deepcopy(peft_config))  # it writes into it
     if is_peft_model_object(model) and model.active_peft_config.is_prompt_learning:
         raise ValueError(
             "Adapters with virtual tokens (prompt and prefix tuning) are not supported: with padding their tokens get "
             "other positions than without. Use LoRA."
         )
+    if is_peft_model_object(model):
+        _check_unmerged(model)
     if trains_adapter:
         train_in_fp32(model, args, may_hold_all=loaded_here and not typed)
     check_trained(model, optimizer)
@@ -242,6 +246,22 @@ def build_policy(model: Any, peft_config: Any, args: OnlineDPOConfig, optimizer:
             warnings.warn("`lora_dropout` has no effect: `disable_dropout` is on.", stacklevel=3)
         disable_dropout(model)
     return model
+
+
+def _check_unmerged(model: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: an adapter is merged into the weights, where no gradient reaches it.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    merged = sorted({name for layer in layers for name in layer.merged_adapters})
+    if merged:
+        raise ValueError(
+            f"The policy's adapter {merged[0]!r} is merged into the weights, where it cannot be trained. Call "
+            "`model.unmerge_adapter()` first, or `model.merge_and_unload()` to train all weights."
+        )
 
 
 def policy_dtype(path: str, peft_config: Any, args: OnlineDPOConfig) -> str | torch.dtype:
@@ -283,7 +303,6 @@ def build_reference(ref_model: Any, policy: nn.Module, args: OnlineDPOConfig) ->
         warn_of_other_dtype(ref_model, policy)
     if ref_model is not None:
         check_room(ref_model, _longest(args), "ref_model")
-        disable_dropout(ref_model)
         enable_logprobs(ref_model)
         _prepare_attention(ref_model, args)
         return _own_model(to_device(ref_model, args.device), policy, args, "a model given separately")
@@ -304,6 +323,12 @@ def build_reference(ref_model: Any, policy: nn.Module, args: OnlineDPOConfig) ->
             "The policy's adapter has been trained before. The reference is the base model without it; to stay close "
             "to the policy as it is now, merge the adapter first (merge_and_unload) or pass `ref_model`."
         )
+    if trains_base_weights(policy):
+        logger.warning(
+            "Weights outside the adapter are trained as well (its `bias`, or weights that are not frozen). So the "
+            "reference is a copy of the policy with its adapter off, which takes as much memory again."
+        )
+        return AdapterOffReference(frozen_copy(policy), "a copy of the policy with its adapter off")
     return AdapterOffReference(policy)
 
 

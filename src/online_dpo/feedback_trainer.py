@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from online_dpo.beta import Beta
 from online_dpo.build import check_templates
-from online_dpo.data import prompts_from_batch
+from online_dpo.data import CUT, prompts_from_batch
 from online_dpo.errors import FeedbackLostError, OnlineDPOError
 from online_dpo.evaluate import EvalRecord, judged_wins, win_share
 from online_dpo.gold import Gold, build_gold
@@ -26,6 +27,7 @@ from online_dpo.lookahead import Fetched, Lookahead
 from online_dpo.metrics import record_notes, record_rollout
 from online_dpo.overoptimisation import OveroptimisationGuard
 from online_dpo.pairs import Selection, pairs_from_preferences, pairs_from_scores, pairs_of_two, without_pair
+from online_dpo.process_state import kept_random_state
 from online_dpo.reference import Reference
 from online_dpo.rollout import Engine, RolloutKey, SamplingParams, Stream, TransformersEngine
 from online_dpo.rollout.opponent import Opponent, joined
@@ -100,8 +102,9 @@ class FeedbackTrainer(GuardedTrainer):
         failed = self.accelerator.gather(torch.tensor([problem is not None], device=self.accelerator.device))
         if failed.any():  # pyright: ignore[reportAttributeAccessIssue]
             if self.rng_state is not None:
-                torch.set_rng_state(self.rng_state)
-                self._save_checkpoint(self.model, trial=None)  # pyright: ignore[reportArgumentType]
+                with kept_random_state():
+                    torch.set_rng_state(self.rng_state)
+                    self._save_checkpoint(self.model, trial=None)  # pyright: ignore[reportArgumentType]
                 self.control = self.callback_handler.on_save(self.args, self.state, self.control)  # pyright: ignore
             raise problem or FeedbackLostError("Another process of this run failed; its error says why.")
         assert taken is not None
@@ -193,6 +196,7 @@ class FeedbackTrainer(GuardedTrainer):
     def _record(self, fetched: Fetched, feedback: Feedback, waited: float) -> None:
         self.metrics.total("prompts", fetched.num_prompts)
         self.metrics.total("dropped/invalid_prompt", fetched.num_prompts - len(fetched.prompts))
+        self.metrics.total(CUT, sum(prompt.cut for prompt in fetched.prompts))
         for name, seconds in {**feedback.seconds, "waiting": waited}.items():
             self.metrics.total(f"time/{name}", seconds / self.accelerator.num_processes)
         record_rollout(self.metrics, feedback.groups, feedback.said, self.state.global_step)
@@ -285,10 +289,12 @@ class FeedbackTrainer(GuardedTrainer):
         rivals = None if self.args.reference_free else self._rivals([group.prompt for group in groups])
         return self.gold.assess(records, groups, rivals)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    @contextmanager
+    def beside_training(self) -> Iterator[None]:
         """As the parent's, once nothing else asks the engine and the scorers."""
         self.lookahead.wait()
-        return super().evaluate(*args, **kwargs)
+        with super().beside_training():
+            yield
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)

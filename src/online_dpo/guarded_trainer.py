@@ -14,16 +14,19 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer
+from transformers.trainer_utils import PredictionOutput
 
+from online_dpo.borrowing import kept_flags
 from online_dpo.config import OnlineDPOConfig
+from online_dpo.displays import choose_displays
 from online_dpo.figures import in_order
 from online_dpo.guard import StepGuard, refuse_to_split
 from online_dpo.interrupt import Interrupt
 from online_dpo.metrics import MetricStore
-from online_dpo.models import ConfigKeeper, RestoreConfigs, empty_device_cache
+from online_dpo.models import ConfigKeeper, empty_device_cache
 from online_dpo.packing import halve, token_count
 from online_dpo.precision import keeps_small_steps
-from online_dpo.run_display import choose_displays
+from online_dpo.process_state import kept_random_state
 from online_dpo.types import PackedRows
 from online_dpo.updates import UpdatedRatio
 
@@ -40,10 +43,11 @@ class GuardedTrainer(Trainer):
     loss_is_scaled_for_ga = True
 
     def __init__(self, model: nn.Module, args: OnlineDPOConfig, **kwargs: Any) -> None:
-        configs = ConfigKeeper(model)
+        self.configs = ConfigKeeper()
+        self.configs.remember(model)
         super().__init__(model=model, args=args, **kwargs)
-        configs.restore()
-        self.add_callback(RestoreConfigs(configs))
+        self.configs.restore()
+        self.add_callback(self.configs)
         self.model_accepts_loss_kwargs = True
         self.metrics = MetricStore()
         self.interrupt = Interrupt()
@@ -55,6 +59,7 @@ class GuardedTrainer(Trainer):
         self.done_in_step: list[PackedRows] = []
         self.tokens_that_fit = sys.maxsize
         self._last_log = time.perf_counter()
+        self._beside_training = False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `transformers.Trainer.train`.
@@ -67,11 +72,13 @@ class GuardedTrainer(Trainer):
         """
         self._last_log = time.perf_counter()
         self.guard.begin_run()
+        self.configs.remember(self.model)  # pyright: ignore[reportArgumentType]
         displays = choose_displays(self)
         try:
             with self.interrupt.handled(displays):
                 result = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
+            self.configs.restore()
             for display in displays:
                 display.close()
         self.guard.raise_if_diverged(self.state, self.args.output_dir)  # pyright: ignore[reportArgumentType]
@@ -99,11 +106,39 @@ class GuardedTrainer(Trainer):
         return [*batches[:-1], {name: values[:own] for name, values in batches[-1].items()}]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As the parent's; its time does not count in ``perf/tokens_per_second``."""
-        start = time.perf_counter()
-        metrics = super().evaluate(*args, **kwargs)
-        self._last_log += time.perf_counter() - start
-        return metrics
+        """As the parent's, beside training (see `beside_training`)."""
+        with self.beside_training():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
+        """As the parent's, beside training (see `beside_training`)."""
+        with self.beside_training():
+            return super().predict(*args, **kwargs)
+
+    @contextmanager
+    def beside_training(self) -> Iterator[None]:
+        """Training goes on as if what is done here had not been: its time does not count in
+        ``perf/tokens_per_second``, and random numbers drawn meanwhile, by a reward function too, are drawn again.
+        """
+        if self._beside_training:  # one of several datasets
+            yield
+            return
+        start, self._beside_training = time.perf_counter(), True
+        try:
+            with kept_random_state():
+                yield
+        finally:
+            self._last_log += time.perf_counter() - start
+            self._beside_training = False
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """The parent's, after which what was frozen is frozen, and the same adapters are active."""
+        with kept_flags(self.model):  # pyright: ignore[reportArgumentType]
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        with kept_flags(self.model):  # pyright: ignore[reportArgumentType]
+            super()._load_best_model()
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -178,6 +213,7 @@ class GuardedTrainer(Trainer):
             self.metrics.ratio("train/updated_ratio", *self.updates.since_last())
             mine = self.metrics.drain()
             mine["perf/tokens_per_second"] = mine.pop("completion_tokens", 0.0) / elapsed
+            mine["time/all"] = elapsed
             # The parent's loss is a mean over steps, in which one without pairs counts 0; ours is over pairs.
             others = {name: value for name, value in logs.items() if name != "loss"}
             logs = in_order({**others, **mine, "guard/skipped_steps": float(self.guard.skipped)})

@@ -7,8 +7,7 @@ from __future__ import annotations
 import gc
 import inspect
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,8 @@ log-probabilities.
 """
 MOST_ROUNDING = 4
 """Some models round more coarsely than that, but not by more than this factor."""
-SPECIAL_TOKEN_FIELDS = ("eos_token_id", "bos_token_id", "pad_token_id")
+WRITTEN_BY_TRAINER = ("use_cache", "eos_token_id", "bos_token_id", "pad_token_id")
+"""Fields of configs."""
 
 
 def looks_local(path: str) -> bool:
@@ -204,24 +204,31 @@ def context_length(model: nn.Module) -> int | None:
     return positions
 
 
-class ConfigKeeper:
-    """Remembers what a model's configs said, and puts it back after `transformers.Trainer` has written into them.
+class ConfigKeeper(TrainerCallback):
+    """Remembers what a model's configs say, and puts it back once `transformers.Trainer` has written into them.
 
-    Trainer sets ``config.use_cache`` and copies the tokenizer's special tokens into both configs; a saved model should
-    say what its owner said.
+    Trainer sets ``config.use_cache``, and when training begins it copies the tokenizer's special tokens into both
+    configs; a saved model should say what its owner said.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self) -> None:
+        self._kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
+
+    def remember(self, model: nn.Module) -> None:
         base = unwrapped(model)
-        config = base.config
-        self._kept: list[tuple[Any, str, Any]] = [(config, "use_cache", getattr(config, "use_cache", None))]
-        text_config = config.get_text_config()
-        for holder in (text_config, base.generation_config):
-            self._kept += [(holder, name, getattr(holder, name, None)) for name in SPECIAL_TOKEN_FIELDS]
+        holders = [vars(holder) for holder in (base.config, base.config.get_text_config(), base.generation_config)]
+        self._kept = [(now, {name: now[name] for name in WRITTEN_BY_TRAINER if name in now}) for now in holders]
 
     def restore(self) -> None:
-        for holder, name, value in self._kept:
-            setattr(holder, name, value)
+        """Once; from then on the configs are their owner's again."""
+        for now, before in self._kept:
+            for name in WRITTEN_BY_TRAINER:
+                now.pop(name, None)
+            now.update(before)
+        self._kept = []
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.restore()
 
 
 def empty_device_cache() -> None:
@@ -229,24 +236,3 @@ def empty_device_cache() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-class RestoreConfigs(TrainerCallback):
-    """Puts the model's configs back once training has begun, when `Trainer` has aligned them with the tokenizer."""
-
-    def __init__(self, configs: ConfigKeeper) -> None:
-        self.configs = configs
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.configs.restore()
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
-    """The model in eval mode inside, and afterwards in the mode it was in."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield model
-    finally:
-        model.train(was_training)

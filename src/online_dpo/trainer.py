@@ -6,7 +6,7 @@ Reading order: ``get_batch_samples`` is one optimizer step up to its micro-batch
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from threading import Event
 from typing import Any
@@ -29,6 +29,7 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 
 from online_dpo.beta import Beta
+from online_dpo.borrowing import eval_mode, restores_models_on_error
 from online_dpo.build import (
     build_engine,
     build_opponent,
@@ -46,18 +47,27 @@ from online_dpo.build import (
     train_on_one_device_per_process,
 )
 from online_dpo.config import OnlineDPOConfig
-from online_dpo.data import PREPARED_COLUMNS, EndlessStream, collate_prompts, prepare_prompts, prompts_from_batch
+from online_dpo.data import (
+    PREPARED_COLUMNS,
+    EndlessStream,
+    SayCutPrompts,
+    collate_prompts,
+    prepare_prompts,
+    prompts_from_batch,
+)
 from online_dpo.evaluate import EvalRecord, eval_records, mean_notes, summarise
 from online_dpo.feedback_trainer import FeedbackTrainer
 from online_dpo.figures import in_order
 from online_dpo.gold import check_gold
+from online_dpo.keyword_arguments import NamedArguments
 from online_dpo.known_tokens import Readers, check_options, check_policy, check_reference, embedding_rows
 from online_dpo.logprobs import RowLogprobs, row_logprobs
 from online_dpo.lookahead import Lookahead
 from online_dpo.losses import LossOptions, method_losses, pair_logprobs
 from online_dpo.metrics import STEP_KL, record_loss, record_pairs, record_resampling, trained_kl
 from online_dpo.model_card import write_model_card
-from online_dpo.models import end_token_ids, eval_mode
+from online_dpo.models import end_token_ids
+from online_dpo.names_elsewhere import ARGUMENTS, hint_for
 from online_dpo.onednn import onednn_linears
 from online_dpo.packing import as_inputs, by_group, pack_groups, pack_pairs, passes_needed, split_pairs, stand_in
 from online_dpo.pairs import Selection, latest
@@ -70,7 +80,7 @@ from online_dpo.trl_attributes import TRLAttributes
 from online_dpo.types import Completion, Group, PackedRows, Pair, Prompt
 
 
-class OnlineDPOTrainer(TRLAttributes, FeedbackTrainer):
+class OnlineDPOTrainer(NamedArguments, TRLAttributes, FeedbackTrainer):
     """Aligns a language model with preferences collected while it trains (Guo et al. 2024, arXiv 2402.04792).
 
     Args:
@@ -84,8 +94,8 @@ class OnlineDPOTrainer(TRLAttributes, FeedbackTrainer):
             or 1 for the better completion, -1 for no answer. Beside a reward it is used with ``judge_top`` alone.
         reward_model: another name for ``reward_funcs``.
         args: the configuration.
-        data_collator: list of rows to a dict of lists; must keep the columns ``prompt``, ``prompt_ids``, ``prompt_row``
-            and ``prompt_invalid``.
+        data_collator: list of rows to a dict of lists; must keep the columns ``prompt``, ``prompt_ids``,
+            ``prompt_row``, ``prompt_invalid`` and ``prompt_cut``.
         train_dataset, eval_dataset: rows with a ``prompt`` (text or messages); ``eval_dataset`` may be a dict of them.
             Other columns are handed to reward functions.
         processing_class: the policy's tokenizer.
@@ -102,6 +112,7 @@ class OnlineDPOTrainer(TRLAttributes, FeedbackTrainer):
         InvalidPromptError: a dataset row is no usable prompt (see ``invalid_prompts``).
     """
 
+    @restores_models_on_error
     def __init__(
         self,
         model: PreTrainedModel | nn.Module | str | None = None,
@@ -145,6 +156,7 @@ class OnlineDPOTrainer(TRLAttributes, FeedbackTrainer):
         train_dataset = self._prepared(train_dataset, "train_dataset")
         if isinstance(train_dataset, IterableDataset):
             check_stream(args)
+            callbacks = [*(callbacks or []), SayCutPrompts("train_dataset")]
             train_dataset = EndlessStream(train_dataset)  # pyright: ignore[reportAssignmentType]
         check_batches(train_dataset, args)
         if isinstance(eval_dataset, dict):
@@ -207,6 +219,12 @@ class OnlineDPOTrainer(TRLAttributes, FeedbackTrainer):
         self.sync_check = SyncCheck(self.accelerator, args.sync_check_steps)
         self.choice = MethodChoice(self.accelerator, args.share_prompts)
         self.reference_completions: dict[tuple[int, tuple[int, ...]], tuple[Completion, ...]] = {}
+
+    @classmethod
+    def _hint_for_argument(cls, name: str, known: Collection[str]) -> str:
+        if name in OnlineDPOConfig.__dataclass_fields__:
+            return f" `{name}` is a field of `OnlineDPOConfig`, which is given as `args`."
+        return hint_for(name, known, ARGUMENTS)
 
     # --- one optimizer step -----------------------------------------------------------------------------------------
 

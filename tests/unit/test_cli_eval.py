@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
 
 import online_dpo
 import tiny
@@ -130,6 +131,25 @@ def test_a_model_against_itself_is_even_to_the_last_duel(folder, capsys):
     assert result["score"]["difference"]["value"] == 0.0 and result["score"]["difference"]["high"] == 0.0
     assert result["kl"] == {"value": 0.0, "standard_error": 0.0}
     assert result["tokens"]["model"] == result["tokens"]["against"]
+
+
+def test_types_of_weights_are_no_difference_between_models(folder, capsys):
+    """What was trained from a checkpoint in bf16 is saved in fp32, and compared with that checkpoint."""
+    half = tiny.causal_lm(sharpness=1.0).bfloat16()
+    save("before", half)
+    save("after", half.float())
+    get_peft_model(half, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained("adapter")
+    rewrite_base("adapter", "before")
+    tiny.tokenizer().save_pretrained("adapter")
+    for model, against in (("after", "before"), ("after", "adapter")):
+        words = ("--model", model, "--against", against, "--prompts", "prompts.jsonl", "--reward", "rewards.py:words")
+        result, _ = figures(capsys, *words, *SHORT)
+        assert result["kl"] == {"value": 0.0, "standard_error": 0.0} and result["ties"] == result["duels"]
+
+
+def rewrite_base(adapter, base):
+    path = Path(adapter) / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base}))
 
 
 def test_the_better_model_wins_and_everything_printed_stands_in_the_json(folder, capsys):

@@ -220,7 +220,7 @@ def test_which_heads_are_nothing_but_a_matrix_product():
 
     def is_linear(model):
         row_logprobs(ready(model), rows)
-        return model.head_is_linear
+        return logprobs._heads_are_linear[model]
 
     assert {name: is_linear(tiny.causal_lm(name)) for name in tiny.FAMILIES} == {
         name: name != "gemma2" for name in tiny.FAMILIES

@@ -96,7 +96,8 @@ def test_what_overrides_is_still_there_to_be_overridden():
     names = {name for _, name in OVERRIDDEN}
     for cls in (GuardedTrainer, FeedbackTrainer, OnlineDPOTrainer):
         names_of_parent = re.findall(r"super\(\)\.(\w+)\(", inspect.getsource(cls))
-        assert names_of_parent and {name for name in names_of_parent if not hasattr(Trainer, name)} == set()
+        assert {name for name in names_of_parent if not hasattr(Trainer, name)} <= {"free_memory"}  # our own
+        assert names_of_parent
     assert names >= INSTEAD | {"_run_epoch", "_get_grad_norm", "_save_checkpoint", "_load_optimizer_and_scheduler"}
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 from rich.cells import cell_len
@@ -23,18 +24,26 @@ from online_dpo.figures import SHOWN, SUMMARY, duration, evaluation_prefix, show
 from online_dpo.run_display import RunDisplay
 
 
-def silence_progress_bars() -> None:
-    """Switches off the bars of libraries for loading weights and reading data, which would run through our own
-    output.
-    """
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Without the bars of libraries for loading weights and reading data, which would run through our own output."""
     import datasets
     from transformers.utils import logging
 
+    of_datasets, of_transformers = datasets.are_progress_bars_disabled(), logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if not of_datasets:
+            datasets.enable_progress_bars()
+        if of_transformers:
+            logging.enable_progress_bar()
 
 
-def plain_warnings() -> None:
+@contextmanager
+def plain_warnings() -> Iterator[None]:
     """Warnings to users in one line, as the commands' own: where in the code they were given tells them nothing."""
     usual = warnings.formatwarning
 
@@ -44,6 +53,10 @@ def plain_warnings() -> None:
         return usual(message, category, *place, **line)
 
     warnings.formatwarning = formatted
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 TABLE_ROWS = 8

@@ -11,17 +11,17 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from online_dpo.cli.header import INDENT, describe_trainer
+from online_dpo.cli.header import INDENT
 from online_dpo.cli.judge_plan import BuiltInJudge
-from online_dpo.cli.progress import ProgressDisplay, plain_warnings, silence_progress_bars
+from online_dpo.cli.progress import ProgressDisplay, no_progress_bars, plain_warnings
 from online_dpo.cli.references import Reference, load_reference
 from online_dpo.cli.run_config import RunConfig
 from online_dpo.cli.run_file import RunPlan
 from online_dpo.cli.screen import say
-from online_dpo.cli.summary import places
+from online_dpo.cli.summary import describe_trainer, places
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.data import load_prompts
-from online_dpo.errors import NothingTrainedError, OnlineDPOError, TrainingInterrupted
+from online_dpo.errors import NothingTrainedError, OnlineDPOError, TrainingInterrupted, error_text, named_error
 from online_dpo.models import loading
 from online_dpo.scoring import LLMJudge, PairwiseModelJudge
 from online_dpo.trainer import OnlineDPOTrainer
@@ -35,10 +35,10 @@ EXPLAINED = (ValueError, TypeError, OSError, ImportError, OnlineDPOError)
 """Kinds whose message stands for itself."""
 
 
+@no_progress_bars()
+@plain_warnings()
 def train(plan: RunPlan, words: Sequence[str], *, show_traceback: bool) -> int:
     """Run a checked plan and return the exit code. ``words`` are the command's own, to say how to resume."""
-    silence_progress_bars()
-    plain_warnings()
     resume = plan.training.get("resume_from_checkpoint") or None
     try:
         trainer = build_trainer(plan, ProgressDisplay())
@@ -60,6 +60,10 @@ def train(plan: RunPlan, words: Sequence[str], *, show_traceback: bool) -> int:
         if trainer.interrupt.checkpoint is not None:
             _say_stopped("Before that:", trainer.interrupt.checkpoint, words)
         return 1
+    except SETUP_ERRORS as error:
+        if trainer.state.global_step > 0:
+            raise
+        return report_error(error, 2, show_traceback)  # what transformers and torch look at before the first step
     trainer.save_model()
     trainer.save_state()
     trainer.create_model_card()
@@ -136,6 +140,10 @@ def _peft_config(run: RunConfig) -> Any:
         lora_dropout=run.lora_dropout,
         # peft knows `all-linear` only as a text, not as a list of one
         target_modules="all-linear" if modules == ["all-linear"] else modules,
+        target_parameters=run.lora_target_parameters,
+        modules_to_save=run.lora_modules_to_save,
+        use_rslora=run.use_rslora,
+        use_dora=run.use_dora,
     )
 
 
@@ -158,9 +166,7 @@ def report_error(error: BaseException, code: int, show_traceback: bool) -> int:
     if show_traceback:
         traceback.print_exception(error)
     else:
-        message = " ".join(str(error).split()) or type(error).__name__
-        if not isinstance(error, EXPLAINED):
-            message = f"{type(error).__name__}: {message}"
+        message = error_text(error) if isinstance(error, EXPLAINED) else named_error(error)
         print(f"error: {message}\n(--traceback shows where it came from)", file=sys.stderr)
     return code
 

@@ -49,6 +49,7 @@ def prompts_from_batch(batch: dict[str, list[Any]]) -> list[Prompt]:
             row=batch["prompt_row"][i],
             columns={column: batch[column][i] for column in others},
             invalid=batch["prompt_invalid"][i],
+            cut=batch["prompt_cut"][i],
         )
         for i in range(lengths["prompt"])
     ]

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.data.convert import PromptSource, UnusablePrompt, find_source, without_nulls
+from online_dpo.data.cut import cut_message
 from online_dpo.data.json_columns import dataset_from_rows, json_columns_of, reading_json
 from online_dpo.data.tokens import fit_messages, fit_text
 from online_dpo.errors import InvalidPromptError
@@ -25,7 +26,7 @@ from online_dpo.types import Message
 
 logger = logging.getLogger(__name__)
 
-ADDED_COLUMNS = ("prompt_ids", "prompt_row", "prompt_invalid")
+ADDED_COLUMNS = ("prompt_ids", "prompt_row", "prompt_invalid", "prompt_cut")
 PREPARED_COLUMNS = ("prompt", *ADDED_COLUMNS)
 _OWN_TEMPLATE_ARGUMENTS = ("conversation", "tokenize", "add_generation_prompt", "continue_final_message")
 _PROBED_STREAM_ROWS = 100
@@ -55,10 +56,10 @@ def prepare_prompts(
     Returns:
         The dataset with all its columns and ``prompt`` (text or messages, cut like its tokens), ``prompt_ids`` (token
         ids, at most ``args.prompt_limit``), ``prompt_row`` (place in the source dataset; of a stream: in the order it
-        is read, counted by each worker of a data loader for itself) and ``prompt_invalid``; and how many rows were left
-        out, by reason. With ``invalid_prompts="filter"`` a map-style dataset loses its invalid rows (``prompt_invalid``
-        is ``None`` in the rest); a stream keeps them with the reason in ``prompt_invalid`` and no ``prompt_ids``, and
-        its counter is empty.
+        is read, counted by each worker of a data loader for itself), ``prompt_invalid`` and ``prompt_cut`` (whether it
+        was longer); and how many rows were left out, by reason. With ``invalid_prompts="filter"`` a map-style dataset
+        loses its invalid rows (``prompt_invalid`` is ``None`` in the rest); a stream keeps them with the reason in
+        ``prompt_invalid`` and no ``prompt_ids``, and its counter is empty.
 
     Raises:
         TypeError: the dataset is of another type.
@@ -100,12 +101,16 @@ def prepare_prompts(
     )
     of_prompt = ("prompt",) if keeps_json else ()
     prepared = reading_json(prepared, [*(column for column in as_json if column != "prompt"), *of_prompt])
-    return _leave_out_invalid(prepared, name)
+    usable, left_out = _leave_out_invalid(prepared, name)
+    cut = sum(usable["prompt_cut"][:])
+    if cut and args.process_index == 0:
+        logger.warning(cut_message(name, cut, len(usable), args))
+    return usable, left_out
 
 
 @dataclass(frozen=True)
 class PromptRow:
-    """The row function: a row and its index to the four prepared columns. Picklable; its state is the cache key.
+    """The row function: a row and its index to the five prepared columns. Picklable; its state is the cache key.
 
     ``raise_invalid``: an unusable row raises ``InvalidPromptError``; otherwise it gets a reason and no tokens.
     ``prompt_as_json``: the prompt comes as JSON text (see `json_columns`).
@@ -129,25 +134,25 @@ class PromptRow:
             if isinstance(content, str) != (self.kind == "text"):
                 raise UnusablePrompt(f"this row holds {_kind_of(content)}, other rows hold {self.kind}")
             if isinstance(content, str):
-                content, ids = fit_text(self.tokenizer, content, self.limit, self.truncate)
+                fitted, ids = fit_text(self.tokenizer, content, self.limit, self.truncate)
             else:
                 arguments = self._template_arguments(row)
-                content, ids = fit_messages(self.tokenizer, content, arguments, self.limit, self.truncate)
+                fitted, ids = fit_messages(self.tokenizer, content, arguments, self.limit, self.truncate)
         except UnusablePrompt as why:
             if self.raise_invalid:
                 raise InvalidPromptError(
                     f"Row {index} of {self.name} cannot be used as a prompt ({self.source}): {why}. Mend the row, or "
                     'set `invalid_prompts="filter"` to leave such rows out; they are then counted.'
                 ) from None
-            empty: Any = "" if self.kind == "text" else []
-            return self._prepared(empty, [], index, str(why))
-        return self._prepared(content, ids, index, None)
+            empty = "" if self.kind == "text" else []
+            return self._columns(empty, [], index, invalid=str(why))
+        return self._columns(fitted, ids, index, cut=fitted is not content)  # what fits comes back as it is
 
-    def _prepared(
-        self, content: str | list[Message], ids: list[int], index: int, invalid: str | None
+    def _columns(
+        self, prompt: Any, ids: list[int], row: int, *, invalid: str | None = None, cut: bool = False
     ) -> dict[str, Any]:
-        prompt = json.dumps(content) if self.prompt_as_json else content
-        return {"prompt": prompt, "prompt_ids": ids, "prompt_row": index, "prompt_invalid": invalid}
+        values = (json.dumps(prompt) if self.prompt_as_json else prompt, ids, row, invalid, cut)
+        return dict(zip(PREPARED_COLUMNS, values, strict=True))
 
     def _template_arguments(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The configuration's arguments, the row's own ones over them, and the row's tools."""
@@ -245,7 +250,15 @@ def _prepared_features(features: Features, source: PromptSource, kind: PromptKin
     else:
         prompt = features[source.column]
     added = {"prompt": prompt, "prompt_ids": List(Value("int32"))}
-    return Features({**features, **added, "prompt_row": Value("int64"), "prompt_invalid": Value("string")})
+    return Features(
+        {
+            **features,
+            **added,
+            "prompt_row": Value("int64"),
+            "prompt_invalid": Value("string"),
+            "prompt_cut": Value("bool"),
+        }
+    )
 
 
 def _leave_out_invalid(prepared: Dataset, name: str) -> tuple[Dataset, Counter[str]]:

@@ -13,6 +13,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from online_dpo.data.convert import UnusablePrompt
+from online_dpo.errors import error_text
 from online_dpo.types import Message
 
 
@@ -133,7 +134,7 @@ def tokenize_messages(
     try:
         text = tokenizer.apply_chat_template(messages, **{**template_arguments, **own})
     except (TemplateError, ValueError, TypeError) as error:
-        raise UnusablePrompt(f"the chat template refuses the messages ({error})") from None
+        raise UnusablePrompt(f"the chat template refuses the messages ({error_text(error)})") from None
     assert isinstance(text, str)
     ids = _own_tokens(tokenizer, text)
     if not ids:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Coroutine, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from online_dpo.errors import ScoringError
+from online_dpo.errors import ScoringError, named_error
 from online_dpo.scoring.notes import log_functions
 from online_dpo.scoring.scorer import as_number, callable_name, describe, flat_list, regroup
 from online_dpo.types import Completion, Group, Prompt
@@ -135,7 +135,7 @@ class FunctionScorer:
                 )
 
     def _failure(self, error: Exception) -> ScoringError:
-        return ScoringError(f"{self._label} raised {type(error).__name__}: {error}")
+        return ScoringError(f"{self._label} raised {named_error(error)}")
 
     def _checked(self, returned: Any, groups: Sequence[Group]) -> list[list[float | None]]:
         items = flat_list(returned, self._label)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from online_dpo.errors import FeedbackStopped, ScoringError
+from online_dpo.errors import FeedbackStopped, ScoringError, named_error
 from online_dpo.judge_settings import in_own_network
 from online_dpo.scoring.judge_tally import FailureWindow
 from online_dpo.scoring.scorer import describe, regroup
@@ -156,7 +156,7 @@ class HTTPReward:
                 raise FeedbackStopped(f"Reward `{self.name}` at {self.url} refuses to score: {cause}") from None
             raise (_Again if error.code in BUSY or error.code >= 500 else _Failed)(cause) from None
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise _Again(self._clean(f"{type(error).__name__}: {error}")) from None
+            raise _Again(self._clean(named_error(error))) from None
 
     def _as_json(self, value: Any) -> str:
         if isinstance(value, (datetime.date, datetime.time)):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from online_dpo.errors import FeedbackStopped, ScoringError
+from online_dpo.errors import FeedbackStopped, ScoringError, named_error
 from online_dpo.judge_settings import LLM
 from online_dpo.models import check_model_path
 from online_dpo.scoring.functions import is_async_function, submit, wait_for
@@ -94,7 +94,7 @@ class FunctionJudge(PreferenceJudge):
         except FeedbackStopped:
             raise
         except Exception as error:
-            raise ScoringError(f"Judge `{self.name}` raised {type(error).__name__}: {error}") from error
+            raise ScoringError(f"Judge `{self.name}` raised {named_error(error)}") from error
         return [self._preference(reply) for reply in replies]
 
     async def _ask(self, duels: Sequence[Group]) -> list[Any]:
@@ -236,7 +236,7 @@ class JudgeScorer:
         except FeedbackStopped:
             raise
         except Exception as error:
-            raise ScoringError(f"Judge `{self.name}` raised {type(error).__name__}: {error}") from error
+            raise ScoringError(f"Judge `{self.name}` raised {named_error(error)}") from error
         ranks = flat_list(returned, f"Judge `{self.name}`")
         if len(ranks) != len(groups):
             raise ScoringError(

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from online_dpo.borrowing import eval_mode
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.known_tokens import check_tokenizer
 from online_dpo.models import loading
@@ -47,7 +48,7 @@ class PairwiseModelJudge(PreferenceJudge):
     ``judge/too_long``.
 
     Args:
-        model: of transformers. It runs where its parameters are, in evaluation mode.
+        model: of transformers. It runs where its parameters are, in evaluation mode, and is left in the mode it was in.
         tokenizer: the model's.
         name: name in metrics; when not given, the last part of the model's path.
         template: the text to read, with ``{prompt}``, ``{first}`` and ``{second}``, as the model was trained with. Not
@@ -79,7 +80,7 @@ class PairwiseModelJudge(PreferenceJudge):
         self.name = name or last_part(config._name_or_path) or type(model).__name__
         chat = kind == LETTERS and tokenizer.chat_template is not None
         check_tokenizer(model, tokenizer, f"Judge `{self.name}`", chat=chat)
-        self.model = model.eval()
+        self.model = model
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.reader: DuelReader = _classes(kind)[1](model, tokenizer, **options)
@@ -117,7 +118,7 @@ class PairwiseModelJudge(PreferenceJudge):
         started = time.perf_counter()
         longest = self.reader.max_tokens
         orders = [order for duel in duels for order in (duel, Group(duel.prompt, duel.completions[::-1]))]
-        with one_at_a_time:
+        with one_at_a_time, eval_mode(self.model):
             ids = self.reader.token_ids(orders)
             p_first = self._probabilities([text for text in dict.fromkeys(ids) if len(text) <= longest])
         read = [p_first.get(text) for text in ids]

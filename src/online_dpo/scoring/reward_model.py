@@ -18,7 +18,8 @@ from transformers.utils.hub import has_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from online_dpo.attention import use_segments
-from online_dpo.errors import ScoringError
+from online_dpo.borrowing import eval_mode
+from online_dpo.errors import ScoringError, error_text
 from online_dpo.known_tokens import check_tokenizer, embedding_rows
 from online_dpo.last_layer import enable_reading
 from online_dpo.layout import Tree
@@ -39,8 +40,9 @@ class RewardModelScorer:
     and end with its EOS exactly when the completion ended by itself. Texts longer than the model can read lose tokens
     on the left (a leading BOS or CLS stays); ``truncated`` counts them since construction.
 
-    Equal texts are computed once, so that they tie. Neither tokenizer nor config is left changed; the model is put in
-    evaluation mode. It runs where its parameters are: moving it is the caller's business (or ``prepare``'s).
+    Equal texts are computed once, so that they tie. Neither tokenizer nor config is left changed, and each module of
+    the model is left in the mode it was in. It runs where its parameters are: moving it is the caller's business (or
+    ``prepare``'s).
 
     What the texts of a group begin with alike is computed once, if the first texts of which this can be said get the
     scores that they get alone. Otherwise, and where nothing would be saved, each text is a padded row.
@@ -79,7 +81,7 @@ class RewardModelScorer:
         if share_prompts and next(model.parameters()).device.type == "cpu":
             use_segments(model)
         enable_reading(model)
-        self.model = (model if prepare is None else prepare(model)).eval()
+        self.model = model if prepare is None else prepare(model)
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self._most_tokens = MOST_TOKENS.get(next(self.model.parameters()).device.type, math.inf)
@@ -110,8 +112,7 @@ class RewardModelScorer:
         """P x K logits in fp32, as they come: not-finite ones as well. Several threads take turns."""
         with one_at_a_time:
             texts = self._token_ids([(group.prompt, answer) for group in groups for answer in group.completions])
-            self.model.eval()
-            with onednn_linears(self.model, pack=False):
+            with eval_mode(self.model), onednn_linears(self.model, pack=False):
                 values = self._values(regroup(texts, groups))
         return regroup([values[text] for text in texts], groups)
 
@@ -317,7 +318,9 @@ def _load_adapter(path: str, **options: Any) -> tuple[nn.Module, str, str | None
     try:
         model = AutoPeftModelForSequenceClassification.from_pretrained(path, num_labels=1, **options)
     except RuntimeError as error:  # how torch and transformers say that shapes differ
-        raise ValueError(f"{_not_one_label(path, 'other shapes')} Loading it failed with: {error}") from error
+        raise ValueError(
+            f"{_not_one_label(path, 'other shapes')} Loading it failed with: {error_text(error)}"
+        ) from error
     return model, base_path, peft_config.revision
 
 
@@ -325,7 +328,7 @@ def _load_tokenizer(path: str, **options: Any) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{_no_tokenizer(path)} Loading one failed with: {error}") from error
+        raise ValueError(f"{_no_tokenizer(path)} Loading one failed with: {error_text(error)}") from error
     # For some model types transformers makes up an empty tokenizer where no files are.
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise ValueError(_no_tokenizer(path))
