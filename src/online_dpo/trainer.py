@@ -6,7 +6,7 @@ Reading order: ``get_batch_samples`` is one optimizer step up to its micro-batch
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from threading import Event
 from typing import Any
@@ -59,6 +59,7 @@ from online_dpo.evaluate import EvalRecord, eval_records, mean_notes, summarise
 from online_dpo.feedback_trainer import FeedbackTrainer
 from online_dpo.figures import in_order
 from online_dpo.gold import check_gold
+from online_dpo.keyword_arguments import NamedArguments
 from online_dpo.known_tokens import Readers, check_options, check_policy, check_reference, embedding_rows
 from online_dpo.logprobs import RowLogprobs, row_logprobs
 from online_dpo.lookahead import Lookahead
@@ -66,6 +67,7 @@ from online_dpo.losses import LossOptions, method_losses, pair_logprobs
 from online_dpo.metrics import STEP_KL, record_loss, record_pairs, record_resampling, trained_kl
 from online_dpo.model_card import write_model_card
 from online_dpo.models import end_token_ids
+from online_dpo.names_elsewhere import ARGUMENTS, hint_for
 from online_dpo.onednn import onednn_linears
 from online_dpo.packing import as_inputs, by_group, pack_groups, pack_pairs, passes_needed, split_pairs, stand_in
 from online_dpo.pairs import Selection, latest
@@ -78,7 +80,7 @@ from online_dpo.trl_attributes import TRLAttributes
 from online_dpo.types import Completion, Group, PackedRows, Pair, Prompt
 
 
-class OnlineDPOTrainer(TRLAttributes, FeedbackTrainer):
+class OnlineDPOTrainer(NamedArguments, TRLAttributes, FeedbackTrainer):
     """Aligns a language model with preferences collected while it trains (Guo et al. 2024, arXiv 2402.04792).
 
     Args:
@@ -217,6 +219,12 @@ class OnlineDPOTrainer(TRLAttributes, FeedbackTrainer):
         self.sync_check = SyncCheck(self.accelerator, args.sync_check_steps)
         self.choice = MethodChoice(self.accelerator, args.share_prompts)
         self.reference_completions: dict[tuple[int, tuple[int, ...]], tuple[Completion, ...]] = {}
+
+    @classmethod
+    def _hint_for_argument(cls, name: str, known: Collection[str]) -> str:
+        if name in OnlineDPOConfig.__dataclass_fields__:
+            return f" `{name}` is a field of `OnlineDPOConfig`, which is given as `args`."
+        return hint_for(name, known, ARGUMENTS)
 
     # --- one optimizer step -----------------------------------------------------------------------------------------
 

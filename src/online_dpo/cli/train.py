@@ -60,6 +60,10 @@ def train(plan: RunPlan, words: Sequence[str], *, show_traceback: bool) -> int:
         if trainer.interrupt.checkpoint is not None:
             _say_stopped("Before that:", trainer.interrupt.checkpoint, words)
         return 1
+    except SETUP_ERRORS as error:
+        if trainer.state.global_step > 0:
+            raise
+        return report_error(error, 2, show_traceback)  # what transformers and torch look at before the first step
     trainer.save_model()
     trainer.save_state()
     trainer.create_model_card()
@@ -136,6 +140,10 @@ def _peft_config(run: RunConfig) -> Any:
         lora_dropout=run.lora_dropout,
         # peft knows `all-linear` only as a text, not as a list of one
         target_modules="all-linear" if modules == ["all-linear"] else modules,
+        target_parameters=run.lora_target_parameters,
+        modules_to_save=run.lora_modules_to_save,
+        use_rslora=run.use_rslora,
+        use_dora=run.use_dora,
     )
 
 
