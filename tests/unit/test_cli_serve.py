@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -26,7 +27,7 @@ def test_a_server_for_adapters(rank, started_for):
 
 def test_the_process_becomes_the_server_with_the_addresses_for_weights_open(monkeypatch):
     calls = []
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin="vllm"))
     monkeypatch.setattr(os, "execvpe", lambda *a: calls.append(a))
     main(["serve", "org/model", "--tensor-parallel-size", "2"])
     [(program, command, environment)] = calls
@@ -46,7 +47,7 @@ def test_without_vllm_there_is_one_clear_error(monkeypatch, capsys):
 def test_wrong_words_are_told_of(words, capsys):
     with pytest.raises(SystemExit) as stop:
         main(words)
-    assert stop.value.code == 2 and "usage: online-dpo serve" in capsys.readouterr().err
+    assert stop.value.code == 2 and "See: online-dpo serve --help" in capsys.readouterr().err
 
 
 def test_help(capsys):
