@@ -245,8 +245,8 @@ def _common_dtype(one: Player, other: Player, args: OnlineDPOConfig) -> str | to
     return "auto" if len(saved) == 1 else torch.float32
 
 
-def _saved_dtype(path: str, args: OnlineDPOConfig) -> torch.dtype | None:
-    """As a model's config says, or that of an adapter's base model; ``None`` where it does not."""
+def _saved_dtype(path: str, args: OnlineDPOConfig) -> str:
+    """The name that a model's config says, or that of an adapter's base model; ``None`` where it does not."""
     path = str(Path(path).expanduser())
     if is_adapter(path):
         from peft import PeftConfig
@@ -254,7 +254,8 @@ def _saved_dtype(path: str, args: OnlineDPOConfig) -> torch.dtype | None:
         base = PeftConfig.from_pretrained(path).base_model_name_or_path
         assert base is not None, "PEFT writes the base model's path into every adapter"
         path = base
-    return AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code).dtype
+    dtype = AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code).dtype
+    return str(dtype).removeprefix("torch.")
 
 
 def _load(player: Player, args: OnlineDPOConfig, dtype: str | torch.dtype) -> nn.Module:

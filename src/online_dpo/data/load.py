@@ -98,7 +98,9 @@ def load_prompts(
         dataset = _load_files(source, {split_name: _matching_files(path)}, split, streaming, types or {})
     else:
         dataset = _load_hub(source, split, config, streaming)
-    return dataset if limit is None else dataset.take(limit)
+    if limit is None:
+        return dataset
+    return dataset.take(limit if isinstance(dataset, IterableDataset) else min(limit, len(dataset)))
 
 
 def _is_saved(path: Path) -> bool:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.trainer_callback import PrinterCallback
 
 from online_dpo.chance import preference_by_score
+from online_dpo.conclusions import comparison_conclusion
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.data import load_prompts, prepare_prompts, prompts_from_batch
 from online_dpo.evaluate import win_rate
@@ -161,6 +162,10 @@ def report(console: Console, before: Judged, after: Judged, summary: dict[str, A
     console.print(
         f"Win rate {summary['win_rate']:.1%} (95 % interval {low:.1%} to {high:.1%}) against the starting policy "
         f"by the rubric, at a KL of {summary['kl']:.1f} nats. {summary['steps']} steps, {summary['seconds']:.0f} s."
+    )
+    interval = {"value": summary["win_rate"], "low": low, "high": high}
+    console.print(
+        comparison_conclusion("The trained policy", "the one it started as", len(before.gold), interval, None)
     )
 
 

@@ -56,7 +56,7 @@ class TransformersEngine:
 
     has_own_weights = False
     overlaps = False
-    own_dtype = None
+    own_dtype: torch.dtype | None = None
 
     def __init__(
         self,

@@ -67,7 +67,7 @@ class VLLMColocateEngine:
             unwrapped(model).config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             self._llm = _start_vllm(folder, options)
-        self.own_dtype = coarsest(self._llm.collective_rpc("online_dpo_dtype"))
+        self.own_dtype: torch.dtype | None = coarsest(self._llm.collective_rpc("online_dpo_dtype"))
         self._fall_asleep()
 
     def sync(self, model: nn.Module, version: int) -> None:

@@ -101,7 +101,7 @@ class VLLMServerEngine:
             # a server that takes nothing says so here, and not at the first sync
             ranks += client.rpc("online_dpo_lora_rank")
             dtypes += client.rpc("online_dpo_dtype")
-        self.own_dtype = coarsest(dtypes)
+        self.own_dtype: torch.dtype | None = coarsest(dtypes)
         self._lora_rank = int(min(ranks, key=int))
         if self._lora_rank == 0 and set(ranks) != {"0"}:
             raise ValueError("Some servers take adapters and others do not. Give all of them `--lora-rank`, or none.")
