@@ -263,7 +263,8 @@ on: 1
         "command line: `tempratur` is not a field. Did you mean `temperature`?",
         "command line: `top_p` is 'x'; wanted: a number.",
         "run.yaml: `dataset_name` is missing: the prompts.",
-        "run.yaml:1: `model_name_or_path` is './nowhere', but there is no nowhere. Give a folder, or a name on the hub.",
+        "run.yaml:1: `model_name_or_path` is './nowhere', but there is no nowhere. Give a folder, or a name on "
+        "the hub.",
         "run.yaml:5: `reward_funcs` 'rewards.py:brevit': `rewards.py` defines no `brevit`; it defines: brevity.",
         "run.yaml:5: `reward_funcs` 'none.py:f': there is no file none.py.",
         "run.yaml:5: `reward_funcs` 'rewards.py': wanted: `file.py:function` or `package.module:function`, such as "
@@ -317,8 +318,8 @@ def test_local_inputs_beside_the_run_file_come_first(folder: Path) -> None:
     assert plan.run.dataset_name == "data.jsonl"
     assert plan_run(run_file, ["--dataset_name", "recipes/*.jsonl"]).run.dataset_name == "recipes/*.jsonl"
     assert problems_of(run_file, "--dataset_name", "recipes/*.csv") == [
-        "command line: `dataset_name` is 'recipes/*.csv', but there is no recipes/*.csv. Give a file or folder, or a name "
-        "on the hub."
+        "command line: `dataset_name` is 'recipes/*.csv', but there is no recipes/*.csv. Give a file or folder, or "
+        "a name on the hub."
     ]
     assert load_reference(plan.reward_funcs[0])() == str(folder)
 
