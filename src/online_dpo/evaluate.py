@@ -40,6 +40,7 @@ class EvalRecord:
     entropy: tuple[float, ...]
     lengths: tuple[int, ...]
     finished: tuple[bool, ...]
+    prompt_ids: tuple[int, ...] = ()
     gold: GoldRecord | None = None
 
 
@@ -113,6 +114,7 @@ def eval_records(
                 entropy=tuple(entropy_S[start:end]),
                 lengths=tuple(len(c.token_ids) for c in group.completions),
                 finished=tuple(c.finish_reason == "stop" for c in group.completions),
+                prompt_ids=group.prompt.token_ids,
             )
         )
         start = end
