@@ -32,6 +32,7 @@ from online_dpo.models import (
     to_device,
     unwrapped,
 )
+from online_dpo.policy_checks import check_unmerged, warn_of_auxiliary_loss
 from online_dpo.precision import (
     check_precision,
     given_dtype,
@@ -236,11 +237,12 @@ def build_policy(model: Any, peft_config: Any, args: OnlineDPOConfig, optimizer:
             "other positions than without. Use LoRA."
         )
     if is_peft_model_object(model):
-        _check_unmerged(model)
+        check_unmerged(model)
     if trains_adapter:
         train_in_fp32(model, args, may_hold_all=loaded_here and not typed)
     check_trained(model, optimizer)
     check_precision(model, args, optimizer, loaded_here)
+    warn_of_auxiliary_loss(model)
     _prepare_attention(model, args)
     enable_logprobs(model)
     if args.disable_dropout:
@@ -248,22 +250,6 @@ def build_policy(model: Any, peft_config: Any, args: OnlineDPOConfig, optimizer:
             warnings.warn("`lora_dropout` has no effect: `disable_dropout` is on.", stacklevel=3)
         disable_dropout(model)
     return model
-
-
-def _check_unmerged(model: nn.Module) -> None:
-    """
-    Raises:
-        ValueError: an adapter is merged into the weights, where no gradient reaches it.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    merged = sorted({name for layer in layers for name in layer.merged_adapters})
-    if merged:
-        raise ValueError(
-            f"The policy's adapter {merged[0]!r} is merged into the weights, where it cannot be trained. Call "
-            "`model.unmerge_adapter()` first, or `model.merge_and_unload()` to train all weights."
-        )
 
 
 def policy_dtype(path: str, peft_config: Any, args: OnlineDPOConfig) -> str | torch.dtype:

@@ -169,7 +169,8 @@ class FeedbackTrainer(GuardedTrainer):
     def _sync_engine(self, prompts: Sequence[Prompt]) -> None:
         step = self.state.global_step
         with self.phase("sync"), self.accelerator.autocast():
-            self.engine.sync(self.policy, step)
+            # weights that an optimizer evaluates are none of those that a step samples from
+            self.engine.sync(self.policy, -1 - step if self.holds_evaluation_weights else step)
             if self.engine.has_own_weights and self.sync_check.due(step):
                 self.sync_check.check(self.engine, self.policy, prompts, self.sampling, self.args.seed, step)
 

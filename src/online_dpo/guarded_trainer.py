@@ -26,6 +26,7 @@ from online_dpo.failures import NamedCallbacks, StepsDone
 from online_dpo.figures import in_order
 from online_dpo.guard import StepGuard, refuse_to_split
 from online_dpo.interrupt import Interrupt
+from online_dpo.layout import PADDING
 from online_dpo.metrics import MetricStore
 from online_dpo.models import ConfigKeeper, empty_device_cache
 from online_dpo.packing import halve, token_count
@@ -71,6 +72,7 @@ class GuardedTrainer(Trainer):
         self.tokens_that_fit = sys.maxsize
         self._last_log = time.perf_counter()
         self._beside_training = False
+        self.holds_evaluation_weights = False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `transformers.Trainer.train`.
@@ -99,6 +101,8 @@ class GuardedTrainer(Trainer):
             raise
         finally:
             self.configs.restore()
+            self.is_in_train = False  # the parent leaves it on where training fails
+            self._evaluating_weights(True)
             for display in displays:
                 display.close()
         self.guard.raise_if_diverged(self.state, self.args.output_dir)  # pyright: ignore[reportArgumentType]
@@ -207,12 +211,48 @@ class GuardedTrainer(Trainer):
             self._last_log += time.perf_counter() - start
             self._beside_training = False
 
+    @contextmanager
+    def evaluation_weights(self) -> Iterator[None]:
+        """Some optimizers (schedule-free ones) train other weights than they evaluate and save. Inside it is the
+        latter; afterwards those that are trained, from which the next step samples, if training goes on.
+        """
+        if self.holds_evaluation_weights:
+            yield
+            return
+        self._evaluating_weights(True)
+        try:
+            yield
+        finally:
+            self._evaluating_weights(not self.is_in_train)
+
+    def _evaluating_weights(self, on: bool) -> None:
+        optimizer: Any = self.optimizer
+        if isinstance(optimizer, AcceleratedOptimizer):
+            optimizer = optimizer.optimizer
+        if callable(getattr(optimizer, "eval", None)):
+            optimizer.eval() if on else optimizer.train()
+            self.holds_evaluation_weights = on
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        with self.evaluation_weights():
+            super().save_model(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self.evaluation_weights():
+            super()._save_checkpoint(*args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._evaluating_weights(False)  # the first step samples before it trains
+
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """The parent's, after which what was frozen is frozen, and the same adapters are active."""
         with kept_flags(self.model):  # pyright: ignore[reportArgumentType]
             super()._load_from_checkpoint(*args, **kwargs)
 
     def _load_best_model(self) -> None:
+        self._evaluating_weights(True)  # those are what was saved
         with kept_flags(self.model):  # pyright: ignore[reportArgumentType]
             super()._load_best_model()
 
@@ -264,6 +304,20 @@ class GuardedTrainer(Trainer):
 
     def _count_skipped_pairs(self, count: int) -> None:
         self.metrics.total("guard/skipped_pairs", count / self.accelerator.num_processes)
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """The parent's, over the rows that the policy reads: a prompt that completions share counts once."""
+        tokens = [rows.tokens for rows in inputs["passes"]]
+        counted = {
+            "input_ids": torch.cat([part.ids_RT.flatten() for part in tokens]),
+            "attention_mask": torch.cat([part.tree_RT.flatten() != PADDING for part in tokens]),
+        }
+        super()._track_num_input_tokens(counted)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """The parent's, over the same rows."""
+        of_rows = super().floating_point_ops
+        return sum(of_rows({"input_ids": rows.tokens.ids_RT}) for rows in inputs["passes"])
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)

@@ -114,6 +114,13 @@ def accepts_argument(model: nn.Module, name: str) -> bool:
     return name in inspect.signature(type(unwrapped(model)).forward).parameters
 
 
+def logits_alone(model: nn.Module) -> dict[str, Any]:
+    """Arguments that keep a mixture of experts, whatever its config says, from computing the loss that balances them.
+    It is not added to ours, and it can neither read masks of more than two dimensions nor decode token by token.
+    """
+    return {"output_router_logits": False} if accepts_argument(model, "output_router_logits") else {}
+
+
 def hands_on_arguments(model: nn.Module) -> bool:
     """Whether this is a model of `transformers` that calls its attention function in every layer, with whatever further
     arguments it is given, and keeps no state but keys and values.
