@@ -18,7 +18,7 @@ from online_dpo.requirements import problems
 if TYPE_CHECKING:
     from online_dpo.config import OnlineDPOConfig
 
-OPTIMIZERS_OF_A_MODEL = ("galore", "apollo", "lomo", "adalomo")
+OPTIMIZERS_OF_A_MODEL = ("galore", "apollo")
 """What the names of optimizers begin with that cannot be made without the model's layers."""
 STEPS = 100  # of a run that is only thought of; schedules go by shares of it
 

@@ -59,11 +59,10 @@ TRACKERS = {
 
 BITSANDBYTES, TORCHAO, SCHEDULEFREE = pip("bitsandbytes"), pip("torchao"), pip("schedulefree")
 GALORE, APOLLO = pip("galore-torch", "galore_torch"), pip("apollo-torch", "apollo_torch")
-LOMO = pip("lomo-optim", "lomo_optim")
 OPTIMIZERS = {
     "adafactor": None,
     "adagrad": None,
-    "adalomo": LOMO,
+    "adalomo": None,  # refused, as all that update weights during the backward pass
     "adamw_8bit": BITSANDBYTES,
     "adamw_anyprecision": pip("git+https://github.com/pytorch/torchdistx", "torchdistx"),
     "adamw_bnb_8bit": BITSANDBYTES,
@@ -81,12 +80,12 @@ OPTIMIZERS = {
     "galore_adafactor_layerwise": GALORE,
     "galore_adamw": GALORE,
     "galore_adamw_8bit": GALORE,
-    "galore_adamw_8bit_layerwise": GALORE,
-    "galore_adamw_layerwise": GALORE,
+    "galore_adamw_8bit_layerwise": None,
+    "galore_adamw_layerwise": None,
     "grokadamw": pip("grokadamw"),
     "lion_32bit": BITSANDBYTES,
     "lion_8bit": BITSANDBYTES,
-    "lomo": LOMO,
+    "lomo": None,
     "paged_adamw_32bit": BITSANDBYTES,
     "paged_adamw_8bit": BITSANDBYTES,
     "paged_ademamix_32bit": BITSANDBYTES,
@@ -140,7 +139,6 @@ QUANTIZATION = {
 """Ways to quantise a model, by the ``quant_method`` of their configuration in `model_init_kwargs`."""
 
 FLAGS = {
-    "use_liger_kernel": pip("liger-kernel", "liger_kernel"),
     "use_peft": pip("'online-dpo[peft]'", "peft"),
     "use_vllm": pip("'online-dpo[vllm]'", "vllm"),
 }

@@ -46,7 +46,7 @@ def test_without_vllm_there_is_one_clear_error(monkeypatch, capsys):
 def test_wrong_words_are_told_of(words, capsys):
     with pytest.raises(SystemExit) as stop:
         main(words)
-    assert stop.value.code == 2 and "usage: online-dpo serve" in capsys.readouterr().err
+    assert stop.value.code == 2 and "See: online-dpo serve --help" in capsys.readouterr().err
 
 
 def test_help(capsys):
