@@ -7,7 +7,9 @@ from __future__ import annotations
 import gc
 import inspect
 import os
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +78,19 @@ def load_causal_lm(
         return AutoModelForCausalLM.from_pretrained(path, **kwargs)
 
 
-def loading(path: str) -> AbstractContextManager[None]:
+@contextmanager
+def loading(path: str) -> Iterator[None]:
     """Errors of libraries that read a folder, such as of a damaged file, name it."""
-    return foreign(f"Loading `{path}`", raises=ValueError, passes=(OSError, ImportError))
+    with foreign(f"Loading `{path}`", raises=ValueError, passes=(OSError, ImportError)), adapting():
+        yield
+
+
+@contextmanager
+def adapting() -> Iterator[None]:
+    """Without warnings that only PEFT can heed: it asks transformers for attributes by the names of before 5.23."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def source_of(model: Any) -> str | None:
