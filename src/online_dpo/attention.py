@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from online_dpo import flex_rows, segment_rows
 from online_dpo.layout import PADDING
-from online_dpo.models import accepts_argument, unwrapped
+from online_dpo.models import accepts_argument, logits_alone, unwrapped
 from online_dpo.types import TokenRows
 
 LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -45,7 +45,7 @@ def attention_inputs(model: nn.Module, tokens: TokenRows) -> dict[str, Any]:
     Rows that share prompts get a mask of shape (R, 1, T, T), or one for each kind of layer where a model mixes full,
     sliding-window and chunked attention.
     """
-    inputs: dict[str, Any] = {}
+    inputs: dict[str, Any] = logits_alone(model)
     if accepts_argument(model, "position_ids"):
         inputs["position_ids"] = tokens.positions_RT
     if not tokens.shares_prompts:

@@ -21,6 +21,7 @@ from online_dpo.attention import use_flex_attention, use_segments
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.config_checks import EPOCH_FIELDS
 from online_dpo.config_checks_training import check_output_dir
+from online_dpo.foreign import loading
 from online_dpo.known_tokens import check_room
 from online_dpo.logprobs import enable_logprobs
 from online_dpo.models import (
@@ -32,6 +33,7 @@ from online_dpo.models import (
     to_device,
     unwrapped,
 )
+from online_dpo.policy_checks import check_unmerged, warn_of_auxiliary_loss
 from online_dpo.precision import (
     check_precision,
     given_dtype,
@@ -215,7 +217,8 @@ def build_policy(model: Any, peft_config: Any, args: OnlineDPOConfig, optimizer:
     typed = given_dtype(args.model_init_kwargs) is not None
     if isinstance(model, str):
         dtype = policy_dtype(model, peft_config, args)
-        model = load_causal_lm(model, args.model_init_kwargs, args.trust_remote_code, dtype)  # pyright: ignore[reportArgumentType]
+        with loading(model):
+            model = load_causal_lm(model, args.model_init_kwargs, args.trust_remote_code, dtype)  # pyright: ignore[reportArgumentType]
         trains_adapter = peft_config is not None or is_peft_model_object(model)
     else:
         trains_adapter = peft_config is not None
@@ -236,11 +239,12 @@ def build_policy(model: Any, peft_config: Any, args: OnlineDPOConfig, optimizer:
             "other positions than without. Use LoRA."
         )
     if is_peft_model_object(model):
-        _check_unmerged(model)
+        check_unmerged(model)
     if trains_adapter:
         train_in_fp32(model, args, may_hold_all=loaded_here and not typed)
     check_trained(model, optimizer)
     check_precision(model, args, optimizer, loaded_here)
+    warn_of_auxiliary_loss(model)
     _prepare_attention(model, args)
     enable_logprobs(model)
     if args.disable_dropout:
@@ -248,22 +252,6 @@ def build_policy(model: Any, peft_config: Any, args: OnlineDPOConfig, optimizer:
             warnings.warn("`lora_dropout` has no effect: `disable_dropout` is on.", stacklevel=3)
         disable_dropout(model)
     return model
-
-
-def _check_unmerged(model: nn.Module) -> None:
-    """
-    Raises:
-        ValueError: an adapter is merged into the weights, where no gradient reaches it.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    merged = sorted({name for layer in layers for name in layer.merged_adapters})
-    if merged:
-        raise ValueError(
-            f"The policy's adapter {merged[0]!r} is merged into the weights, where it cannot be trained. Call "
-            "`model.unmerge_adapter()` first, or `model.merge_and_unload()` to train all weights."
-        )
 
 
 def policy_dtype(path: str, peft_config: Any, args: OnlineDPOConfig) -> str | torch.dtype:
@@ -298,7 +286,8 @@ def build_reference(ref_model: Any, policy: nn.Module, args: OnlineDPOConfig) ->
         return NoReference()
     if isinstance(ref_model, str):
         init_kwargs: Any = args.model_init_kwargs
-        ref_model = load_causal_lm(ref_model, init_kwargs, args.trust_remote_code, unwrapped(policy).dtype)
+        with loading(ref_model):
+            ref_model = load_causal_lm(ref_model, init_kwargs, args.trust_remote_code, unwrapped(policy).dtype)
         if not args.sync_ref_model:
             hold_linears(ref_model, args)
     elif ref_model is not None:

@@ -28,6 +28,7 @@ from online_dpo.config_checks import (
     check_vllm,
 )
 from online_dpo.config_checks_method import check_method, check_target_kl
+from online_dpo.config_checks_refused import check_accelerator, check_refused
 from online_dpo.config_checks_training import check_names, check_training
 from online_dpo.config_feedback import FeedbackFields
 from online_dpo.config_input import settle_input
@@ -202,6 +203,7 @@ class OnlineDPOConfig(NamedArguments, VLLMFields, LossFields, MethodFields, Feed
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and _device_computes_in_bf16()
         settle_input(self, choices := CHOICES + config_feedback.CHOICES + config_loss.CHOICES + config_method.CHOICES)
+        check_refused(self)
         check_names(self)
         for name, problem in out_of_range(vars(self)):
             raise ValueError(f"`{name}` {problem}")
@@ -219,6 +221,7 @@ class OnlineDPOConfig(NamedArguments, VLLMFields, LossFields, MethodFields, Feed
         check_vllm(self)
         check_generation_kwargs(self.generation_kwargs)
         check_unsupported(self)
+        check_accelerator(self)
         check_training(self)
 
     @classmethod

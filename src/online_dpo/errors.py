@@ -20,6 +20,12 @@ class UnknownTokenError(OnlineDPOError, ValueError):
     """A model would be given a token that it has no embedding for. The message has the numbers and what to do."""
 
 
+class ForeignCodeError(OnlineDPOError, RuntimeError):
+    """Code that is not this package's failed: a callback, a metric, a data collator, a dataset, an optimizer. The
+    message names it, and the original error is chained.
+    """
+
+
 class RolloutServerError(OnlineDPOError, RuntimeError):
     """A vLLM server could not be used. The message names its address and the last cause."""
 

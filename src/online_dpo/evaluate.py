@@ -41,6 +41,7 @@ class EvalRecord:
     entropy: tuple[float, ...]
     lengths: tuple[int, ...]
     finished: tuple[bool, ...]
+    prompt_ids: tuple[int, ...] = ()
     gold: GoldRecord | None = None
     cut: bool = False
 
@@ -116,6 +117,7 @@ def eval_records(
                 lengths=tuple(len(c.token_ids) for c in group.completions),
                 finished=tuple(c.finish_reason == "stop" for c in group.completions),
                 cut=group.prompt.cut,
+                prompt_ids=group.prompt.token_ids,
             )
         )
         start = end

@@ -19,6 +19,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from online_dpo.comparison import Match, preferences_by_score
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.data import prepare_prompts, prompts_from_batch
+from online_dpo.foreign import loading
 from online_dpo.known_tokens import Readers, check_policy, embedding_rows
 from online_dpo.layout import cut
 from online_dpo.logprobs import enable_logprobs, row_logprobs
@@ -260,7 +261,8 @@ def _saved_dtype(path: str, args: OnlineDPOConfig) -> str:
 
 def _load(player: Player, args: OnlineDPOConfig, dtype: str | torch.dtype) -> nn.Module:
     init_kwargs: Any = args.model_init_kwargs
-    model = load_causal_lm(player.path, init_kwargs, args.trust_remote_code, dtype)
+    with loading(player.path):
+        model = load_causal_lm(player.path, init_kwargs, args.trust_remote_code, dtype)
     check_policy(model, player.tokenizer, {"prompts": player.dataset})
     disable_dropout(model)
     enable_logprobs(model)

@@ -18,7 +18,6 @@ from accelerate.utils import extract_model_from_parallel, is_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from online_dpo.foreign import foreign
 from online_dpo.requirements import adapter_problem
 
 ROUNDING = {torch.float32: 2e-5, torch.float64: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -62,7 +61,7 @@ def load_causal_lm(
         dtype: of the weights, unless ``init_kwargs`` name one; ``auto`` is the type that they were saved in.
 
     Raises:
-        ValueError: ``init_kwargs["dtype"]`` names no torch type, or the folder cannot be read.
+        ValueError: ``init_kwargs["dtype"]`` names no torch type.
     """
     path = os.path.expanduser(path)
     kwargs = {"trust_remote_code": trust_remote_code, **(init_kwargs or {})}
@@ -72,17 +71,9 @@ def load_causal_lm(
     if is_adapter(path):
         from peft import AutoPeftModelForCausalLM
 
-        with loading(path):
+        with adapting():
             return AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True, **kwargs)
-    with loading(path):
-        return AutoModelForCausalLM.from_pretrained(path, **kwargs)
-
-
-@contextmanager
-def loading(path: str) -> Iterator[None]:
-    """Errors of libraries that read a folder, such as of a damaged file, name it."""
-    with foreign(f"Loading `{path}`", raises=ValueError, passes=(OSError, ImportError)), adapting():
-        yield
+    return AutoModelForCausalLM.from_pretrained(path, **kwargs)
 
 
 @contextmanager
@@ -133,6 +124,13 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
 def accepts_argument(model: nn.Module, name: str) -> bool:
     """Whether the model's own ``forward`` names this argument (``**kwargs`` does not count)."""
     return name in inspect.signature(type(unwrapped(model)).forward).parameters
+
+
+def logits_alone(model: nn.Module) -> dict[str, Any]:
+    """Arguments that keep a mixture of experts, whatever its config says, from computing the loss that balances them.
+    It is not added to ours, and it can neither read masks of more than two dimensions nor decode token by token.
+    """
+    return {"output_router_logits": False} if accepts_argument(model, "output_router_logits") else {}
 
 
 def hands_on_arguments(model: nn.Module) -> bool:

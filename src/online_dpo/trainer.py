@@ -5,13 +5,14 @@ Reading order: ``get_batch_samples`` is one optimizer step up to its micro-batch
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from threading import Event
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
@@ -51,13 +52,16 @@ from online_dpo.data import (
     PREPARED_COLUMNS,
     EndlessStream,
     SayCutPrompts,
+    UsersCollator,
     collate_prompts,
     prepare_prompts,
     prompts_from_batch,
 )
+from online_dpo.errors import ForeignCodeError
 from online_dpo.evaluate import EvalRecord, eval_records, mean_notes, summarise
 from online_dpo.feedback_trainer import FeedbackTrainer
 from online_dpo.figures import in_order
+from online_dpo.foreign import callable_name, foreign
 from online_dpo.gold import check_gold
 from online_dpo.keyword_arguments import NamedArguments
 from online_dpo.known_tokens import Readers, check_options, check_policy, check_reference, embedding_rows
@@ -65,12 +69,13 @@ from online_dpo.logprobs import RowLogprobs, row_logprobs
 from online_dpo.lookahead import Lookahead
 from online_dpo.losses import LossOptions, method_losses, pair_logprobs
 from online_dpo.metrics import STEP_KL, record_loss, record_pairs, record_resampling, trained_kl
-from online_dpo.model_card import write_model_card
+from online_dpo.model_card import as_list, write_model_card
 from online_dpo.models import end_token_ids
 from online_dpo.names_elsewhere import ARGUMENTS, hint_for
 from online_dpo.onednn import onednn_linears
 from online_dpo.packing import as_inputs, by_group, pack_groups, pack_pairs, passes_needed, split_pairs, stand_in
 from online_dpo.pairs import Selection, latest
+from online_dpo.predictions import Predictions
 from online_dpo.reference import ReferenceSteps
 from online_dpo.rollout import RolloutKey, SamplingParams, Stream
 from online_dpo.scoring import build_judge, build_scorers, noting
@@ -78,6 +83,8 @@ from online_dpo.self_check import Lender, MethodChoice
 from online_dpo.sync_check import SyncCheck
 from online_dpo.trl_attributes import TRLAttributes
 from online_dpo.types import Completion, Group, PackedRows, Pair, Prompt
+
+logger = logging.getLogger(__name__)
 
 
 class OnlineDPOTrainer(NamedArguments, TRLAttributes, FeedbackTrainer):
@@ -179,7 +186,7 @@ class OnlineDPOTrainer(NamedArguments, TRLAttributes, FeedbackTrainer):
         super().__init__(
             model=policy,
             args=args,
-            data_collator=data_collator or collate_prompts,
+            data_collator=collate_prompts if data_collator is None else UsersCollator(data_collator),
             train_dataset=train_dataset,  # pyright: ignore[reportArgumentType]
             eval_dataset=eval_dataset,  # pyright: ignore[reportArgumentType]
             processing_class=processing_class,
@@ -346,25 +353,41 @@ class OnlineDPOTrainer(NamedArguments, TRLAttributes, FeedbackTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
+        logger.info("***** Running %s: batch size %d *****", description, self.args.eval_batch_size)
         model = self._wrap_model(self.model, training=False)  # pyright: ignore[reportArgumentType]
-        records: list[EvalRecord] = []
+        loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
+        own_metrics = None if self.compute_metrics is None else self._own_metrics
+        found = Predictions(self.args, own_metrics, loss_only)
         self.callback_handler.eval_dataloader = dataloader  # pyright: ignore[reportAttributeAccessIssue]
-        with eval_mode(model), noting() as notes:
-            for batch in dataloader:
+        with eval_mode(model), self.evaluation_weights(), noting() as notes:
+            batches = iter(dataloader)
+            while (batch := self.together(partial(_next_batch, batches))) is not None:
                 prompts = [prompt for prompt in prompts_from_batch(batch) if prompt.invalid is None]
-                mine = self._evaluate_prompts(model, prompts) if prompts else []
-                records += self.accelerator.gather_for_metrics(mine, use_gather_object=True)
+                mine = self.together(partial(self._evaluate_prompts, model, prompts))
+                records: Any = self.accelerator.gather_for_metrics(mine, use_gather_object=True)
+                is_last = self.accelerator.gradient_state.end_of_dataloader
+                self.together(partial(found.add, records, is_last))
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        scores = np.array([[np.nan if s is None else s for s in r.scores] for r in records])
-        reference = np.array([np.nan if r.reference_score is None else r.reference_score for r in records])
-        metrics = {**mean_notes(gather_object([notes])), **summarise(records)}
-        if self.compute_metrics is not None:
-            metrics |= self.compute_metrics(EvalPrediction(predictions=scores, label_ids=reference))
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in in_order(metrics).items()}
-        return EvalLoopOutput(predictions=scores, label_ids=reference, metrics=metrics, num_samples=len(records))
+        records = found.records
+        own = self.together(found.metrics)
+        metrics = in_order({**mean_notes(gather_object([notes])), **summarise(records), **own})
+        start = f"{metric_key_prefix}_"
+        metrics = {name if name.startswith(start) else start + name: value for name, value in metrics.items()}
+        predictions, label_ids = found.arrays()
+        return EvalLoopOutput(predictions, label_ids, metrics, num_samples=len(records))
+
+    def _own_metrics(self, *prediction: EvalPrediction, **options: bool) -> dict[str, Any]:
+        """What the user's `compute_metrics` returns; of a batch before the last one, nothing is wanted."""
+        assert self.compute_metrics is not None
+        who = f"`compute_metrics` (`{callable_name(self.compute_metrics)}`)"
+        with foreign(who, f"(step {self.state.global_step})", raises=ForeignCodeError):
+            found = self.compute_metrics(*prediction, **options)
+            return dict(found) if options.get("compute_result", True) else {}
 
     @torch.no_grad()
     def _evaluate_prompts(self, model: nn.Module, prompts: list[Prompt]) -> list[EvalRecord]:
+        if not prompts:
+            return []
         key = RolloutKey(self.args.seed, 0, Stream.EVALUATION)
         self.readers.check_prompts(prompts)
         self._sync_engine(prompts)
@@ -393,8 +416,16 @@ class OnlineDPOTrainer(NamedArguments, TRLAttributes, FeedbackTrainer):
         self.dropped_rows += dropped
         return dataset
 
-    def create_model_card(self, *args: Any, model_name: str | None = None, **kwargs: Any) -> None:
-        """Writes README.md into the output folder, with the facts of the run."""
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        dataset_tags: str | list[str] | None = None,
+    ) -> None:
+        """Writes README.md into the output folder: what is given, and the facts of the run."""
         if self.is_world_process_zero():
             feedback = [*self.scorers, *([] if self.judge is None else [self.judge])]
             write_model_card(
@@ -405,11 +436,21 @@ class OnlineDPOTrainer(NamedArguments, TRLAttributes, FeedbackTrainer):
                 reference=self.reference.description,
                 feedback=", ".join(source.name for source in feedback),
                 num_processes=self.accelerator.num_processes,
+                language=language,
+                license=license,
+                tags=as_list(tags),
+                base_model=finetuned_from,
+                datasets=as_list(dataset_tags),
             )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.create_model_card()
         super()._save_checkpoint(model, trial)
+
+
+def _next_batch(batches: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
+    with foreign("Reading the prompts to evaluate on", raises=ForeignCodeError):
+        return next(batches, None)
 
 
 def _or_one(total: torch.Tensor) -> torch.Tensor:

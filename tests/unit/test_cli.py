@@ -256,17 +256,19 @@ on: 1
 """
     run_file = write(folder / "run.yaml", text)
     assert problems_of(Path("run.yaml"), "--tempratur", "1", "--top_p", "x") == [
-        "run.yaml:4: `max_steps` stands twice.",
-        "run.yaml:10: `a` stands twice.",
+        "run.yaml:4: `max_steps` stands twice. Leave one out.",
+        "run.yaml:10: `a` stands twice. Leave one out.",
         "run.yaml:2: `learning_rat` is not a field. Did you mean `learning_rate`?",
         "run.yaml:11: `on` is not a field. See: online-dpo train --help",
         "command line: `tempratur` is not a field. Did you mean `temperature`?",
         "command line: `top_p` is 'x'; wanted: a number.",
         "run.yaml: `dataset_name` is missing: the prompts.",
-        "run.yaml:1: `model_name_or_path` is './nowhere', but there is no nowhere.",
+        "run.yaml:1: `model_name_or_path` is './nowhere', but there is no nowhere. Give a folder, or a name on "
+        "the hub.",
         "run.yaml:5: `reward_funcs` 'rewards.py:brevit': `rewards.py` defines no `brevit`; it defines: brevity.",
         "run.yaml:5: `reward_funcs` 'none.py:f': there is no file none.py.",
-        "run.yaml:5: `reward_funcs` 'rewards.py': wanted: `file.py:function` or `package.module:function`.",
+        "run.yaml:5: `reward_funcs` 'rewards.py': wanted: `file.py:function` or `package.module:function`, such as "
+        "`rewards.py:reward`.",
         "run.yaml:5: `reward_funcs` 'no_such_package.x:f': there is no module `no_such_package`.",
         "run.yaml:7: `dataset_limit` is 0; wanted: 1 or more.",
         "run.yaml:9: `resume_from_checkpoint`: trainer_output holds no checkpoint.",
@@ -316,7 +318,8 @@ def test_local_inputs_beside_the_run_file_come_first(folder: Path) -> None:
     assert plan.run.dataset_name == "data.jsonl"
     assert plan_run(run_file, ["--dataset_name", "recipes/*.jsonl"]).run.dataset_name == "recipes/*.jsonl"
     assert problems_of(run_file, "--dataset_name", "recipes/*.csv") == [
-        "command line: `dataset_name` is 'recipes/*.csv', but there is no recipes/*.csv."
+        "command line: `dataset_name` is 'recipes/*.csv', but there is no recipes/*.csv. Give a file or folder, or "
+        "a name on the hub."
     ]
     assert load_reference(plan.reward_funcs[0])() == str(folder)
 
@@ -335,6 +338,11 @@ def test_resuming(folder: Path) -> None:
         "command line: `resume_from_checkpoint`: there is no folder out/checkpoint-3."
     ]
     (folder / "out" / "checkpoint-3").mkdir(parents=True)
+    assert problems_of(run_file, "--resume_from_checkpoint", "out") == [
+        "command line: `resume_from_checkpoint`: out is no checkpoint of a run (no trainer_state.json). It holds "
+        "checkpoint-3: give one of them."
+    ]
+    (folder / "out" / "checkpoint-3" / "trainer_state.json").touch()
     assert plan_run(run_file, []).training["resume_from_checkpoint"] is True
     given = plan_run(run_file, ["--resume_from_checkpoint", "out/checkpoint-3"]).training["resume_from_checkpoint"]
     assert given == "out/checkpoint-3"

@@ -18,6 +18,7 @@ from online_dpo.conclusions import judge_conclusion
 from online_dpo.errors import ScoringError, error_text
 from online_dpo.evaluate import win_rate
 from online_dpo.figures import number
+from online_dpo.foreign import foreign
 from online_dpo.scoring import LLMJudge, PairwiseModelJudge
 from online_dpo.scoring.judge_prompts import prompt_text
 from online_dpo.scoring.llm_judge import stands_first
@@ -123,9 +124,11 @@ def _prefer(judge: LLMJudge | PairwiseModelJudge, pairs: Sequence[LabelledPair])
         texts = (pair.second, pair.first) if turn else (pair.first, pair.second)
         duels.append(Group(prompt, tuple(Completion((), (), "stop", 0, text) for text in texts)))
         turned.append(turn)
+    with foreign(f"Judge `{judge.name}`"):
+        preferences = judge.prefer(duels)
     return [
         1 - preference if turn and preference is not None else preference
-        for preference, turn in zip(judge.prefer(duels), turned, strict=True)
+        for preference, turn in zip(preferences, turned, strict=True)
     ]
 
 

@@ -22,7 +22,7 @@ from online_dpo.cli.summary import describe_trainer, places
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.data import load_prompts
 from online_dpo.errors import NothingTrainedError, OnlineDPOError, TrainingInterrupted, error_text, named_error
-from online_dpo.models import loading
+from online_dpo.foreign import loading
 from online_dpo.scoring import LLMJudge, PairwiseModelJudge
 from online_dpo.trainer import OnlineDPOTrainer
 
@@ -55,21 +55,25 @@ def train(plan: RunPlan, words: Sequence[str], *, show_traceback: bool) -> int:
         return 130
     except NothingTrainedError as error:
         return report_error(error, 3, show_traceback)
-    except OnlineDPOError as error:
+    except Exception as error:  # every end of a run is told in one line; --traceback shows the rest
+        if _is_of_setup(error, trainer):
+            return report_error(error, 2, show_traceback)
         report_error(error, 1, show_traceback)
         if trainer.interrupt.checkpoint is not None:
             _say_stopped("Before that:", trainer.interrupt.checkpoint, words)
         return 1
-    except SETUP_ERRORS as error:
-        if trainer.state.global_step > 0:
-            raise
-        return report_error(error, 2, show_traceback)  # what transformers and torch look at before the first step
     trainer.save_model()
     trainer.save_state()
     trainer.create_model_card()
     if is_main:
         say(places(str(trainer.args.output_dir)))
     return 0
+
+
+def _is_of_setup(error: Exception, trainer: OnlineDPOTrainer) -> bool:
+    """Whether the arguments are to blame: some, transformers and torch look at just before the first step."""
+    wrong_input = isinstance(error, SETUP_ERRORS) and not isinstance(error, OnlineDPOError)
+    return wrong_input and trainer.state.global_step == 0
 
 
 def build_trainer(plan: RunPlan, display: ProgressDisplay) -> OnlineDPOTrainer:

@@ -23,7 +23,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList, Stop
 
 from online_dpo.borrowing import eval_mode, kept_attributes
 from online_dpo.errors import named_error
-from online_dpo.models import MOST_ROUNDING, ROUNDING, computing_dtype, empty_device_cache, unwrapped
+from online_dpo.models import MOST_ROUNDING, ROUNDING, computing_dtype, empty_device_cache, logits_alone, unwrapped
 from online_dpo.onednn import onednn_linears
 from online_dpo.rollout.completion_text import completion_texts
 from online_dpo.rollout.decoding import Decoder, StepwiseDecoder, can_decode
@@ -254,6 +254,7 @@ class TransformersEngine:
                 generation_config=generation_config,
                 logits_processor=LogitsProcessorList([leave_only_our_draw]),
                 stopping_criteria=StoppingCriteriaList([finished]),
+                **logits_alone(model),
             )
 
     @contextmanager

@@ -20,10 +20,11 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from online_dpo.attention import use_segments
 from online_dpo.borrowing import eval_mode
 from online_dpo.errors import ScoringError, error_text
-from online_dpo.known_tokens import check_tokenizer, embedding_rows
+from online_dpo.foreign import among_rows, at_row, foreign, loading
+from online_dpo.known_tokens import check_known, check_tokenizer, embedding_rows
 from online_dpo.last_layer import enable_reading
 from online_dpo.layout import Tree
-from online_dpo.models import context_length, loading
+from online_dpo.models import adapting, context_length
 from online_dpo.onednn import onednn_linears
 from online_dpo.scoring.scorer import chat_messages, one_at_a_time, regroup
 from online_dpo.scoring.shared_scoring import Text, group_trees, may_share, passes, score_trees
@@ -59,7 +60,8 @@ class RewardModelScorer:
         TypeError: the model has no config of transformers.
         ValueError: it has more than one label, no tokenizer is to be had, the tokenizer has tokens that the model does
             not know, or (when scoring) a prompt is conversational and the tokenizer has no chat template.
-        ScoringError: (when scoring) the model's logits have not the shape ``(R, 1)``.
+        ScoringError: (when scoring) the model's logits have not the shape ``(R, 1)``, or it, its tokenizer or its chat
+            template failed.
     """
 
     def __init__(
@@ -110,7 +112,7 @@ class RewardModelScorer:
 
     def score(self, groups: Sequence[Group]) -> list[list[float | None]]:
         """P x K logits in fp32, as they come: not-finite ones as well. Several threads take turns."""
-        with one_at_a_time:
+        with one_at_a_time, foreign(f"Reward model `{self.name}`", lambda: among_rows(groups)):
             texts = self._token_ids([(group.prompt, answer) for group in groups for answer in group.completions])
             with eval_mode(self.model), onednn_linears(self.model, pack=False):
                 values = self._values(regroup(texts, groups))
@@ -161,6 +163,7 @@ class RewardModelScorer:
                 if not conversational:
                     ids = self._with_own_ends(ids, ended=samples[i][1].finish_reason == "stop")
                 token_ids[i] = tuple(self._truncate(ids))
+                check_known(token_ids[i], self._known_tokens, f"Reward model `{self.name}`", samples[i][0])
         return token_ids
 
     def _conversation(self, prompt: Prompt, completion: Completion) -> str:
@@ -170,7 +173,8 @@ class RewardModelScorer:
             messages[-1]["content"] = messages[-1]["content"] + completion.text
         else:
             messages.append({"role": "assistant", "content": completion.text})
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+        with foreign(f"The chat template of reward model `{self.name}`", lambda: at_row(prompt)):
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
         assert isinstance(text, str)
         return text
 
@@ -316,7 +320,8 @@ def _load_adapter(path: str, **options: Any) -> tuple[nn.Module, str, str | None
     base_path = peft_config.base_model_name_or_path
     assert base_path is not None, "PEFT writes the base model's path into every adapter"
     try:
-        model = AutoPeftModelForSequenceClassification.from_pretrained(path, num_labels=1, **options)
+        with adapting():
+            model = AutoPeftModelForSequenceClassification.from_pretrained(path, num_labels=1, **options)
     except RuntimeError as error:  # how torch and transformers say that shapes differ
         raise ValueError(
             f"{_not_one_label(path, 'other shapes')} Loading it failed with: {error_text(error)}"
