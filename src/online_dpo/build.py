@@ -25,6 +25,7 @@ from online_dpo.foreign import loading
 from online_dpo.known_tokens import check_room
 from online_dpo.logprobs import enable_logprobs
 from online_dpo.models import (
+    adapting,
     check_model_path,
     disable_dropout,
     is_adapter,
@@ -230,7 +231,8 @@ def build_policy(model: Any, peft_config: Any, args: OnlineDPOConfig, optimizer:
         if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
             # Trainer turns checkpointing on, as the run asks for it
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-        model = get_peft_model(model, copy.deepcopy(peft_config))  # it writes into it
+        with adapting():
+            model = get_peft_model(model, copy.deepcopy(peft_config))  # it writes into it
     if is_peft_model_object(model) and model.active_peft_config.is_prompt_learning:
         raise ValueError(
             "Adapters with virtual tokens (prompt and prefix tuning) are not supported: with padding their tokens get "

@@ -92,7 +92,7 @@ def prepare_player(path: str, tokenizer: PreTrainedTokenizerBase, dataset: Any, 
         InvalidPromptError: a row is no usable prompt, and ``args.invalid_prompts`` is "error".
     """
     check_model_path(path, "model")
-    prepared, _ = prepare_prompts(dataset, tokenizer, args, name="prompts")
+    prepared, _ = prepare_prompts(dataset, tokenizer, args, name=f"prompts for {path}")
     assert isinstance(prepared, Dataset)
     prompts = prompts_from_batch(prepared[:])
     player = Player(path, tokenizer, prepared, {prompt.row: prompt for prompt in prompts})

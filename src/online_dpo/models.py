@@ -7,6 +7,9 @@ from __future__ import annotations
 import gc
 import inspect
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +71,17 @@ def load_causal_lm(
     if is_adapter(path):
         from peft import AutoPeftModelForCausalLM
 
-        return AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True, **kwargs)
+        with adapting():
+            return AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True, **kwargs)
     return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+
+
+@contextmanager
+def adapting() -> Iterator[None]:
+    """Without warnings that only PEFT can heed: it asks transformers for attributes by the names of before 5.23."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def source_of(model: Any) -> str | None:

@@ -5,8 +5,10 @@ import logging
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
+import tiny
 import training
 from online_dpo import ProgressDisplay
+from online_dpo.cli.summary import describe_trainer
 from online_dpo.interrupt import Interrupt
 
 
@@ -55,4 +57,16 @@ def test_cut_prompts_of_a_stream_are_counted_and_told_once(tmp_path, caplog):
     assert [message.partition(", which")[0] for message in told] == [
         "eval_dataset: 1 of 2 prompts are longer than 56 tokens",
         "train_dataset, since the last log: 2 of 4 prompts are longer than 56 tokens",
+    ]
+
+
+def test_the_loaded_models_and_prompts_are_described(tmp_path):
+    model = tiny.causal_lm(sharpness=1.0)
+    model.model.embed_tokens.weight.requires_grad_(False)
+    total, frozen = sum(p.numel() for p in model.parameters()), model.model.embed_tokens.weight.numel()
+    made = training.trainer(tmp_path, model=model, train_dataset=training.dataset((60, 3)), max_steps=3)
+    assert list(describe_trainer(made)) == [
+        f"  parameters  {total:,}, {total - frozen:,} ({1 - frozen / total:.2%}) trained; float32 on cpu",
+        "  prompts     2, 1 of them cut, gone through 6 times",
+        "  reference   a frozen copy of the policy",
     ]

@@ -26,7 +26,7 @@ from torch.distributed import (
     TCPStore,  # pyright: ignore[reportPrivateImportUsage]
 )
 
-from online_dpo.errors import error_text, named_error
+from online_dpo.errors import error_text
 from online_dpo.process_state import environment
 
 BUCKET_BYTES = 256 << 20
@@ -86,7 +86,7 @@ class Meeting:
             yield
         except BaseException as error:
             with suppress(RuntimeError):  # without the store they know it already
-                self.store.set("over", f"{who} gave up: {named_error(error)}")
+                self.store.set("over", f"{who} gave up: {error_text(error)}")
             raise
 
     def _look(self, what: str) -> None:

@@ -24,7 +24,7 @@ from online_dpo.foreign import among_rows, at_row, foreign, loading
 from online_dpo.known_tokens import check_known, check_tokenizer, embedding_rows
 from online_dpo.last_layer import enable_reading
 from online_dpo.layout import Tree
-from online_dpo.models import context_length
+from online_dpo.models import adapting, context_length
 from online_dpo.onednn import onednn_linears
 from online_dpo.scoring.scorer import chat_messages, one_at_a_time, regroup
 from online_dpo.scoring.shared_scoring import Text, group_trees, may_share, passes, score_trees
@@ -320,7 +320,8 @@ def _load_adapter(path: str, **options: Any) -> tuple[nn.Module, str, str | None
     base_path = peft_config.base_model_name_or_path
     assert base_path is not None, "PEFT writes the base model's path into every adapter"
     try:
-        model = AutoPeftModelForSequenceClassification.from_pretrained(path, num_labels=1, **options)
+        with adapting():
+            model = AutoPeftModelForSequenceClassification.from_pretrained(path, num_labels=1, **options)
     except RuntimeError as error:  # how torch and transformers say that shapes differ
         raise ValueError(
             f"{_not_one_label(path, 'other shapes')} Loading it failed with: {error_text(error)}"
