@@ -21,6 +21,7 @@ from online_dpo.attention import use_flex_attention, use_segments
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.config_checks import EPOCH_FIELDS
 from online_dpo.config_checks_training import check_output_dir
+from online_dpo.foreign import loading
 from online_dpo.known_tokens import check_room
 from online_dpo.logprobs import enable_logprobs
 from online_dpo.models import (
@@ -215,7 +216,8 @@ def build_policy(model: Any, peft_config: Any, args: OnlineDPOConfig, optimizer:
     typed = given_dtype(args.model_init_kwargs) is not None
     if isinstance(model, str):
         dtype = policy_dtype(model, peft_config, args)
-        model = load_causal_lm(model, args.model_init_kwargs, args.trust_remote_code, dtype)  # pyright: ignore[reportArgumentType]
+        with loading(model):
+            model = load_causal_lm(model, args.model_init_kwargs, args.trust_remote_code, dtype)  # pyright: ignore[reportArgumentType]
         trains_adapter = peft_config is not None or is_peft_model_object(model)
     else:
         trains_adapter = peft_config is not None
@@ -282,7 +284,8 @@ def build_reference(ref_model: Any, policy: nn.Module, args: OnlineDPOConfig) ->
         return NoReference()
     if isinstance(ref_model, str):
         init_kwargs: Any = args.model_init_kwargs
-        ref_model = load_causal_lm(ref_model, init_kwargs, args.trust_remote_code, unwrapped(policy).dtype)
+        with loading(ref_model):
+            ref_model = load_causal_lm(ref_model, init_kwargs, args.trust_remote_code, unwrapped(policy).dtype)
         if not args.sync_ref_model:
             hold_linears(ref_model, args)
     elif ref_model is not None:

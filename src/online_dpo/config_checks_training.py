@@ -54,7 +54,6 @@ def check_training(args: OnlineDPOConfig) -> None:
             (args.gradient_accumulation_steps >= 1, "gradient_accumulation_steps", "at least 1"),
             (args.dataloader_num_workers >= 0, "dataloader_num_workers", "0 or more"),
             (args.max_grad_norm >= 0, "max_grad_norm", "0 (off) or more"),
-            (args.max_steps > 0 or args.num_train_epochs > 0, "num_train_epochs", "above 0, or `max_steps` at least 1"),
         ],
     )
     if args.torch_compile and args.torch_compile_mode is not None:
@@ -86,7 +85,7 @@ def _check_optimizer(args: OnlineDPOConfig) -> None:
             optimizer,
             num_warmup_steps=args.get_warmup_steps(STEPS),
             num_training_steps=STEPS,
-            scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {}),
+            scheduler_specific_kwargs={**(args.lr_scheduler_kwargs or {})},  # pyright: ignore[reportGeneralTypeIssues]
         )
 
 

@@ -95,7 +95,7 @@ class FeedbackFields:
     replaced. With `max_staleness` it needs a vLLM server.
     """
 
-    # --- a second opinion -------------------------------------------------------------------------------------------
+    # --- gold ---------------------------------------------------------------------------------------------------------
 
     eval_reward_model_path: str | None = None
     """Folder or hub name of a gold reward model: evaluations report its score as `eval_gold_score`, and training never

@@ -27,7 +27,7 @@ def settle_input(args: OnlineDPOConfig, choices: Sequence[tuple[str, Sequence[st
     for name in MAPPINGS:
         value = getattr(args, name)
         if isinstance(value, str):
-            setattr(args, name, _mapping(name, value))
+            setattr(args, name, mapping_from_text(name, value))
     for name in NUMBERS:
         value = getattr(args, name)
         several = isinstance(value, (list, tuple))
@@ -44,7 +44,11 @@ def settle_input(args: OnlineDPOConfig, choices: Sequence[tuple[str, Sequence[st
             setattr(args, name, words[0])
 
 
-def _mapping(name: str, text: str) -> dict[str, Any]:
+def mapping_from_text(name: str, text: str) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: the text is no JSON object; the message begins with the field's ``name``.
+    """
     try:
         value = json.loads(text)
     except ValueError:

@@ -26,6 +26,8 @@ CHOICES = (("loss_type", LOSS_TYPES),)
 class LossFields:
     """Part of :class:`online_dpo.OnlineDPOConfig`."""
 
+    # --- loss ---------------------------------------------------------------------------------------------------------
+
     beta: list[float] = field(default_factory=lambda: [0.1])
     """Strength of the pull towards the reference; IPO's tau. A number, or a list with one for each epoch (the last one
     stays).

@@ -15,6 +15,8 @@ CHOICES = (("method", METHODS),)
 class MethodFields:
     """Part of :class:`online_dpo.OnlineDPOConfig`."""
 
+    # --- method -------------------------------------------------------------------------------------------------------
+
     method: str = "online_dpo"
     """`online_dpo`: all completions of a prompt are the policy's. `xpo` (arXiv 2405.21046): one is the policy's and one
     the reference's, and what the reference says becomes less likely on top of the loss. `nash_md` (arXiv 2312.00886):

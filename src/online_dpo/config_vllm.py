@@ -12,6 +12,8 @@ from online_dpo.field_specs import documented
 class VLLMFields:
     """Part of :class:`online_dpo.OnlineDPOConfig`."""
 
+    # --- vllm ---------------------------------------------------------------------------------------------------------
+
     use_vllm: bool = False
     """Sample with vLLM, which gets the latest weights before each step. Needs `online-dpo[vllm]`."""
 

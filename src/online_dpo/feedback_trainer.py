@@ -10,16 +10,16 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from online_dpo.beta import Beta
 from online_dpo.build import check_templates
-from online_dpo.data import prompts_from_batch
-from online_dpo.errors import FeedbackLostError, OnlineDPOError
+from online_dpo.data import CUT, prompts_from_batch
+from online_dpo.errors import ForeignCodeError
 from online_dpo.evaluate import EvalRecord, judged_wins, win_share
+from online_dpo.foreign import foreign
 from online_dpo.gold import Gold, build_gold
 from online_dpo.guarded_trainer import GuardedTrainer, Stopwatch
 from online_dpo.known_tokens import Readers
@@ -27,7 +27,6 @@ from online_dpo.lookahead import Fetched, Lookahead
 from online_dpo.metrics import record_notes, record_rollout
 from online_dpo.overoptimisation import OveroptimisationGuard
 from online_dpo.pairs import Selection, pairs_from_preferences, pairs_from_scores, pairs_of_two, without_pair
-from online_dpo.process_state import kept_random_state
 from online_dpo.reference import Reference
 from online_dpo.rollout import Engine, RolloutKey, SamplingParams, Stream, TransformersEngine
 from online_dpo.rollout.opponent import Opponent, joined
@@ -75,52 +74,33 @@ class FeedbackTrainer(GuardedTrainer):
     reference_completions: dict[tuple[int, tuple[int, ...]], tuple[Completion, ...]]
     last_feedback: Feedback | None = None
     """That of the step which is trained on, on this process."""
-    rng_state: torch.Tensor | None = None
-    """Torch's on the CPU after the last micro-batch: an epoch draws from it before its first prompts are there."""
 
     def _take(self, batches: Iterator[Any], num_batches: int) -> tuple[Fetched, Feedback, float]:
         """The prompts of this step, what became of them, and the seconds that this had to be waited for.
 
-        What fails outside of the trainer (a server, a reward function, a judge) ends the run on every rank, after a
-        checkpoint of the steps done so far.
+        What fails outside of the trainer (a server, a reward function, a judge, a dataset) ends the run on every rank.
 
         Raises:
             OnlineDPOError: as it was raised.
             FeedbackLostError: on the other ranks.
         """
-        problem: OnlineDPOError | None = None
-        taken = None
-        try:
-            taken = self.lookahead.take(
+        self.raise_on_every_rank(self.callback_handler.failure)
+        return self.together(
+            lambda: self.lookahead.take(
                 self.state.global_step,
                 batches,
                 lambda step: self._fetch(step, batches, num_batches),
                 self._sample_and_score,
             )
-        except OnlineDPOError as error:
-            problem = error
-        failed = self.accelerator.gather(torch.tensor([problem is not None], device=self.accelerator.device))
-        if failed.any():  # pyright: ignore[reportAttributeAccessIssue]
-            if self.rng_state is not None:
-                with kept_random_state():
-                    torch.set_rng_state(self.rng_state)
-                    self._save_checkpoint(self.model, trial=None)  # pyright: ignore[reportArgumentType]
-                self.control = self.callback_handler.on_save(self.args, self.state, self.control)  # pyright: ignore
-            raise problem or FeedbackLostError("Another process of this run failed; its error says why.")
-        assert taken is not None
-        return taken
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
-        self.rng_state = torch.get_rng_state()
-        return loss
+        )
 
     def _fetch(self, step: int, batches: Iterator[Any], num_batches: int) -> Fetched | None:
         """The prompts of a step; ``None`` for a later step that there will not be."""
         later = step > self.state.global_step
         if later:
             num_batches = self.args.gradient_accumulation_steps if step < self.state.max_steps else 0
-        fetched = list(islice(batches, num_batches))
+        with foreign("Reading the training prompts", raises=ForeignCodeError):
+            fetched = list(islice(batches, num_batches))
         if later and not fetched:
             return None
         prompts = [prompt for batch in self.without_fill(fetched) for prompt in prompts_from_batch(batch)]
@@ -197,6 +177,7 @@ class FeedbackTrainer(GuardedTrainer):
     def _record(self, fetched: Fetched, feedback: Feedback, waited: float) -> None:
         self.metrics.total("prompts", fetched.num_prompts)
         self.metrics.total("dropped/invalid_prompt", fetched.num_prompts - len(fetched.prompts))
+        self.metrics.total(CUT, sum(prompt.cut for prompt in fetched.prompts))
         for name, seconds in {**feedback.seconds, "waiting": waited}.items():
             self.metrics.total(f"time/{name}", seconds / self.accelerator.num_processes)
         record_rollout(self.metrics, feedback.groups, feedback.said, self.state.global_step)
@@ -299,7 +280,7 @@ class FeedbackTrainer(GuardedTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        self.lookahead.save(folder, self.accelerator.process_index)
+        self.lookahead.save(folder, self.accelerator.process_index, self.state.global_step)
         if self.is_world_process_zero():
             self.reference.save(folder)
             self.adaptive_beta.save(folder)

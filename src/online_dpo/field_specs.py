@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+HEADING = re.compile(r"\s*# --- (.+?) -+$")
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class FieldSpec:
 
     >>> FieldSpec("beta", "list[float]", "[0.1]", "Strength of ...", group="Online DPO", choices=(), required=False)
 
-    ``annotation`` and ``default`` are source text; ``default`` is ``None`` where it is no plain value.
+    ``annotation`` and ``default`` are source text; ``default`` is ``None`` where it is no plain value. ``section`` is
+    the heading comment, ``# --- sampling ---``, under which it stands.
     """
 
     name: str
@@ -34,6 +37,7 @@ class FieldSpec:
     group: str
     choices: tuple[str, ...] = ()
     required: bool = False
+    section: str = ""
 
 
 def read_class(path: Path, class_name: str, group: str) -> dict[str, FieldSpec]:
@@ -43,9 +47,10 @@ def read_class(path: Path, class_name: str, group: str) -> dict[str, FieldSpec]:
     ``metadata["choices"]``, or a module constant that the file pairs with the field's name, as in
     ``("loss_type", LOSS_TYPES)``.
     """
-    module = ast.parse(path.read_text(encoding="utf-8"))
+    text = path.read_text(encoding="utf-8")
+    module = ast.parse(text)
     body = next(node for node in module.body if isinstance(node, ast.ClassDef) and node.name == class_name).body
-    paired = _paired_choices(module)
+    paired, headings = _paired_choices(module), _headings(text)
     found = {}
     for node, below in zip(body, [*body[1:], None], strict=True):
         if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
@@ -61,6 +66,7 @@ def read_class(path: Path, class_name: str, group: str) -> dict[str, FieldSpec]:
             group=group,
             choices=listed or paired.get(name, ()),
             required=node.value is None,
+            section=next((heading for line, heading in reversed(headings) if line < node.lineno), ""),
         )
     return found
 
@@ -87,6 +93,12 @@ def _parser_options(spec: FieldSpec, field: dataclasses.Field[Any]) -> dict[str,
     if spec.annotation == "bool | None":
         options |= {"nargs": "?", "const": True}
     return options
+
+
+def _headings(text: str) -> list[tuple[int, str]]:
+    """The heading comments of a file and their lines."""
+    found = ((number, HEADING.match(line)) for number, line in enumerate(text.splitlines(), start=1))
+    return [(number, match[1]) for number, match in found if match]
 
 
 def _field_options(value: ast.expr | None) -> dict[str, ast.expr]:

@@ -5,11 +5,12 @@ It knows nothing of preferences; :class:`online_dpo.trainer.OnlineDPOTrainer` ad
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -19,6 +20,9 @@ from transformers.trainer_utils import PredictionOutput
 
 from online_dpo.borrowing import kept_flags
 from online_dpo.config import OnlineDPOConfig
+from online_dpo.displays import choose_displays
+from online_dpo.errors import FeedbackLostError, ForeignCodeError, OnlineDPOError, named_error
+from online_dpo.failures import NamedCallbacks, StepsDone
 from online_dpo.figures import in_order
 from online_dpo.guard import StepGuard, refuse_to_split
 from online_dpo.interrupt import Interrupt
@@ -28,9 +32,12 @@ from online_dpo.models import ConfigKeeper, empty_device_cache
 from online_dpo.packing import halve, token_count
 from online_dpo.precision import keeps_small_steps
 from online_dpo.process_state import kept_random_state
-from online_dpo.run_display import choose_displays
 from online_dpo.types import PackedRows
 from online_dpo.updates import UpdatedRatio
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class GuardedTrainer(Trainer):
@@ -49,6 +56,7 @@ class GuardedTrainer(Trainer):
         self.configs.remember(model)
         super().__init__(model=model, args=args, **kwargs)
         self.configs.restore()
+        self.callback_handler: NamedCallbacks = NamedCallbacks(self.callback_handler)
         self.add_callback(self.configs)
         self.model_accepts_loss_kwargs = True
         self.metrics = MetricStore()
@@ -58,6 +66,8 @@ class GuardedTrainer(Trainer):
         self.add_callback(self.guard)
         self.updates = UpdatedRatio(lambda: self.guard.trained_steps, warns=not keeps_small_steps(args))
         self.add_callback(self.updates)
+        self.steps_done = StepsDone(lambda: self.raise_on_every_rank(self.callback_handler.failure))
+        self.add_callback(self.steps_done)
         self.done_in_step: list[PackedRows] = []
         self.tokens_that_fit = sys.maxsize
         self._last_log = time.perf_counter()
@@ -72,14 +82,23 @@ class GuardedTrainer(Trainer):
             NothingTrainedError: no step trained anything; a checkpoint has been saved if there were steps.
             ValueError: the optimizer trains no weight of the model.
             TrainingInterrupted: Ctrl-C was pressed; unless it was pressed twice, a checkpoint has been saved.
+            ForeignCodeError: a callback, a metric, a data collator, a dataset or an optimizer failed; as after any
+                other error, there is a checkpoint of the steps done, unless an update was half done.
         """
         self._last_log = time.perf_counter()
         self.guard.begin_run()
+        self.steps_done.begin_run()
+        self._all_failed = False
         self.configs.remember(self.model)  # pyright: ignore[reportArgumentType]
         displays = choose_displays(self)
         try:
-            with self.interrupt.handled(displays):
+            with self.interrupt.handled(displays), self.callback_handler.deferred():
                 result = super().train(resume_from_checkpoint, *args, **kwargs)
+                self.raise_on_every_rank(self.callback_handler.failure)
+        except Exception as error:
+            self._leave_checkpoint(error)
+            self._blame_optimizer(error)
+            raise
         finally:
             self.configs.restore()
             self.is_in_train = False  # the parent leaves it on where training fails
@@ -89,6 +108,62 @@ class GuardedTrainer(Trainer):
         self.guard.raise_if_diverged(self.state, self.args.output_dir)  # pyright: ignore[reportArgumentType]
         self.guard.raise_if_nothing_trained(self.state, self.args.output_dir)  # pyright: ignore[reportArgumentType]
         return result
+
+    def raise_on_every_rank(self, problem: OnlineDPOError | None) -> None:
+        """A collective operation.
+
+        Raises:
+            OnlineDPOError: ``problem``, or on ranks without one `FeedbackLostError`, where any rank has one.
+        """
+        failed = torch.tensor([problem is not None], device=self.accelerator.device)
+        if self.accelerator.gather(failed).any():  # pyright: ignore[reportAttributeAccessIssue]
+            self._all_failed = True
+            raise problem or FeedbackLostError("Another process of this run failed; its error says why.")
+
+    def together(self, action: Callable[[], T]) -> T:
+        """What ``action`` returns; where it fails with an error of ours on one rank, all ranks raise. A collective
+        operation.
+        """
+        problem, result = None, None
+        try:
+            result = action()
+        except OnlineDPOError as error:
+            problem = error
+        self.raise_on_every_rank(problem)
+        return result  # pyright: ignore[reportReturnType]
+
+    def _leave_checkpoint(self, error: Exception) -> None:
+        """Saves the steps that are done, if there is anything new in them. One rank that failed alone cannot: the
+        others would not take part.
+        """
+        done = self.steps_done
+        over = self.state.global_step >= self.state.max_steps and self.args.load_best_model_at_end  # other weights now
+        alone = self.accelerator.num_processes > 1 and not self._all_failed
+        if alone or over or not done.wants_checkpoint(self.state):
+            return
+        assert done.rng_state is not None
+        try:
+            with kept_random_state():
+                torch.set_rng_state(done.rng_state)
+                self._save_checkpoint(self.model, trial=None)  # pyright: ignore[reportArgumentType]
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)  # pyright: ignore
+        except Exception as second:  # such as a full disk: the first error is the one to tell
+            logger.warning("No checkpoint could be saved of the steps done: %s", named_error(second))
+        else:
+            error.add_note(f"Before that, a checkpoint of the steps done was saved: {self.interrupt.checkpoint}")
+
+    def _blame_optimizer(self, error: Exception) -> None:
+        """
+        Raises:
+            ForeignCodeError: an update was half done when ``error`` came, so it came from what makes updates.
+        """
+        if self.steps_done.updating and not isinstance(error, (OnlineDPOError, torch.OutOfMemoryError)):
+            assert isinstance(self.optimizer, AcceleratedOptimizer)
+            optimizer, schedule = (type(part).__name__ for part in (self.optimizer.optimizer, self.lr_scheduler))
+            raise ForeignCodeError(
+                f"Optimizer `{optimizer}` or its schedule `{schedule}` raised {named_error(error)} (in the "
+                f"update of step {self.state.global_step + 1}, which is half done, so that no checkpoint can be made)"
+            ) from error
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """The parent's, unless the checkpoint that is resumed was the run's last: it would train one more step."""
@@ -268,6 +343,7 @@ class GuardedTrainer(Trainer):
             self.metrics.ratio("train/updated_ratio", *self.updates.since_last())
             mine = self.metrics.drain()
             mine["perf/tokens_per_second"] = mine.pop("completion_tokens", 0.0) / elapsed
+            mine["time/all"] = elapsed
             # The parent's loss is a mean over steps, in which one without pairs counts 0; ours is over pairs.
             others = {name: value for name, value in logs.items() if name != "loss"}
             logs = in_order({**others, **mine, "guard/skipped_steps": float(self.guard.skipped)})

@@ -8,7 +8,7 @@ than tokens, and some tokenizers have tokens (for padding, mostly) that no text 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from online_dpo.errors import UnknownTokenError
+from online_dpo.foreign import at_row
 from online_dpo.models import context_length, unwrapped
 from online_dpo.types import Group, Prompt
 
@@ -39,7 +40,8 @@ def embedding_rows(model: nn.Module) -> int:
     """How many tokens the model can read: ids from 0 to one less than this."""
     base: Any = unwrapped(model)
     if isinstance(base, PreTrainedModel):
-        return base.get_input_embeddings().weight.shape[0]
+        weight: Any = base.get_input_embeddings().weight
+        return weight.shape[0]
     return base.config.get_text_config().vocab_size
 
 
@@ -78,7 +80,7 @@ class Readers:
         highest = max(ids, default=0)
         for name, rows in self.rows.items():
             if highest >= rows:
-                raise UnknownTokenError(f"{what} in row {prompt.row} has token {highest}. {_size(name, rows)} {RESIZE}")
+                raise UnknownTokenError(f"{what} {at_row(prompt)} has token {highest}. {_size(name, rows)} {RESIZE}")
 
 
 RESIZE = (
@@ -158,6 +160,18 @@ def check_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerBase, owner:
             "with, or one row for each token: `model.resize_token_embeddings(len(tokenizer))` (new rows are untrained)."
         )
     logger.warning("%s: a text that spells out %s cannot be read.", said, listed)
+
+
+def check_known(ids: Sequence[int], rows: int, owner: str, prompt: Prompt) -> None:
+    """
+    Raises:
+        UnknownTokenError: a text that ``owner`` is to read has a token beyond its ``rows`` embeddings.
+    """
+    highest = max(ids, default=0)
+    if highest >= rows:
+        raise UnknownTokenError(
+            f"{_size(owner, rows)} A text that it should read has token {highest} {at_row(prompt)}."
+        )
 
 
 def check_options(model: nn.Module, options: Mapping[str, Any]) -> None:

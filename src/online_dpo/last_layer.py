@@ -44,7 +44,7 @@ def enable_reading(model: nn.Module) -> None:
     What is found out here is kept by name, so that it holds for copies, and for adapters that come later.
     """
     base: Any = unwrapped(model)
-    layer = _last_layer(base)
+    layer: Any = _last_layer(base)
     if layer is None or "forward" in vars(layer):  # the latter calls a forward that is bound already, as hooks do
         return
     spared = [name for name in TOKEN_BY_TOKEN if _can_be_spared(_submodule(layer, name))]
@@ -85,10 +85,8 @@ def _submodule(module: nn.Module | None, name: str) -> nn.Module | None:
     return module
 
 
-class _Sparing(nn.Module):
-    """What `_sparing_class` adds to a layer's class."""
-
-    spared: list[str]
+class _Sparing:
+    """Marks the classes that `_sparing_class` makes."""
 
 
 @functools.cache

@@ -186,7 +186,8 @@ def record_loss(
     Means over completions are over those that the policy wrote. ``objective/kl`` is the mean of the summed log-ratio to
     the reference, an estimate of the sequence KL in nats; ``objective/entropy`` that of minus the summed
     log-probability; ``objective/token_entropy`` the mean over tokens of the entropy of the whole next-token
-    distribution. Without a reference, what is relative to it is left out.
+    distribution. ``objective/rlhf_reward`` is ``objective/trained_scores`` plus ``objective/non_score_reward``, all
+    three of the completions trained on. Without a reference, what is relative to it is left out.
     """
     store.mean("beta", beta)
     real_N = rows.weight_N > 0
@@ -215,7 +216,8 @@ def record_loss(
     store.mean("rewards/accuracies", (margin_N > 0).double())
     store.mean("objective/kl", kl_S[used_S])
     store.mean("objective/non_score_reward", -rewards_S[used_S])
-    scored_S = used_S[~rows.score_S[used_S].isnan()]
+    scored_S = used_S[~rows.score_S[used_S].isnan()]  # all of them, or with a judge alone none
+    store.mean("objective/trained_scores", rows.score_S[scored_S])
     store.mean("objective/rlhf_reward", rows.score_S[scored_S] - rewards_S[scored_S])
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 import gc
 import inspect
 import os
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from accelerate.utils import extract_model_from_parallel, is_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from online_dpo.foreign import foreign
 from online_dpo.requirements import adapter_problem
 
 ROUNDING = {torch.float32: 2e-5, torch.float64: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -60,7 +58,7 @@ def load_causal_lm(
         dtype: of the weights, unless ``init_kwargs`` name one; ``auto`` is the type that they were saved in.
 
     Raises:
-        ValueError: ``init_kwargs["dtype"]`` names no torch type, or the folder cannot be read.
+        ValueError: ``init_kwargs["dtype"]`` names no torch type.
     """
     path = os.path.expanduser(path)
     kwargs = {"trust_remote_code": trust_remote_code, **(init_kwargs or {})}
@@ -70,15 +68,8 @@ def load_causal_lm(
     if is_adapter(path):
         from peft import AutoPeftModelForCausalLM
 
-        with loading(path):
-            return AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True, **kwargs)
-    with loading(path):
-        return AutoModelForCausalLM.from_pretrained(path, **kwargs)
-
-
-def loading(path: str) -> AbstractContextManager[None]:
-    """Errors of libraries that read a folder, such as of a damaged file, name it."""
-    return foreign(f"Loading `{path}`", raises=ValueError, passes=(OSError, ImportError))
+        return AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True, **kwargs)
+    return AutoModelForCausalLM.from_pretrained(path, **kwargs)
 
 
 def source_of(model: Any) -> str | None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-import IPython.display as ipython
+import IPython.display as ipython  # pyright: ignore[reportMissingImports]  (where there is a notebook, there it is)
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 from transformers.utils.notebook import NotebookProgressBar, NotebookTrainingTracker, text_to_html_table

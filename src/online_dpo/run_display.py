@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.utils import is_in_notebook
+from transformers import TrainerCallback
 
 
 class RunDisplay(TrainerCallback):
@@ -19,24 +17,3 @@ class RunDisplay(TrainerCallback):
 
     def close(self) -> None:
         """Give the screen back. Called when training is over, however it ended; may be called twice."""
-
-
-def choose_displays(trainer: Trainer) -> list[RunDisplay]:
-    """The displays of a trainer: those that its user gave, or in a notebook a table of ours in place of transformers'
-    own, which shows nothing but the loss. Where there is one, transformers' bar and printed logs are removed.
-    """
-    callbacks = trainer.callback_handler.callbacks
-    displays = [callback for callback in callbacks if isinstance(callback, RunDisplay)]
-    replaced: tuple[type, ...] = (PrinterCallback, ProgressCallback)
-    if is_in_notebook():
-        from transformers.utils.notebook import NotebookProgressCallback
-
-        from online_dpo.notebook import NotebookDisplay
-
-        if not displays and any(type(callback) is NotebookProgressCallback for callback in callbacks):
-            displays = [NotebookDisplay()]
-            trainer.add_callback(displays[0])
-        replaced = (*replaced, NotebookProgressCallback)
-    if displays:
-        callbacks[:] = [callback for callback in callbacks if type(callback) not in replaced]
-    return displays

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from threading import Event
 from typing import Any
 
@@ -47,11 +48,22 @@ from online_dpo.build import (
     train_on_one_device_per_process,
 )
 from online_dpo.config import OnlineDPOConfig
-from online_dpo.data import PREPARED_COLUMNS, EndlessStream, collate_prompts, prepare_prompts, prompts_from_batch
+from online_dpo.data import (
+    PREPARED_COLUMNS,
+    EndlessStream,
+    SayCutPrompts,
+    UsersCollator,
+    collate_prompts,
+    prepare_prompts,
+    prompts_from_batch,
+)
+from online_dpo.errors import ForeignCodeError
 from online_dpo.evaluate import EvalRecord, eval_records, mean_notes, summarise
 from online_dpo.feedback_trainer import FeedbackTrainer
 from online_dpo.figures import in_order
+from online_dpo.foreign import callable_name, foreign
 from online_dpo.gold import check_gold
+from online_dpo.keyword_arguments import NamedArguments
 from online_dpo.known_tokens import Readers, check_options, check_policy, check_reference, embedding_rows
 from online_dpo.logprobs import RowLogprobs, row_logprobs
 from online_dpo.lookahead import Lookahead
@@ -59,6 +71,7 @@ from online_dpo.losses import LossOptions, method_losses, pair_logprobs
 from online_dpo.metrics import STEP_KL, record_loss, record_pairs, record_resampling, trained_kl
 from online_dpo.model_card import as_list, write_model_card
 from online_dpo.models import end_token_ids
+from online_dpo.names_elsewhere import ARGUMENTS, hint_for
 from online_dpo.onednn import onednn_linears
 from online_dpo.packing import as_inputs, by_group, pack_groups, pack_pairs, passes_needed, split_pairs, stand_in
 from online_dpo.pairs import Selection, latest
@@ -74,7 +87,7 @@ from online_dpo.types import Completion, Group, PackedRows, Pair, Prompt
 logger = logging.getLogger(__name__)
 
 
-class OnlineDPOTrainer(TRLAttributes, FeedbackTrainer):
+class OnlineDPOTrainer(NamedArguments, TRLAttributes, FeedbackTrainer):
     """Aligns a language model with preferences collected while it trains (Guo et al. 2024, arXiv 2402.04792).
 
     Args:
@@ -88,8 +101,8 @@ class OnlineDPOTrainer(TRLAttributes, FeedbackTrainer):
             or 1 for the better completion, -1 for no answer. Beside a reward it is used with ``judge_top`` alone.
         reward_model: another name for ``reward_funcs``.
         args: the configuration.
-        data_collator: list of rows to a dict of lists; must keep the columns ``prompt``, ``prompt_ids``, ``prompt_row``
-            and ``prompt_invalid``.
+        data_collator: list of rows to a dict of lists; must keep the columns ``prompt``, ``prompt_ids``,
+            ``prompt_row``, ``prompt_invalid`` and ``prompt_cut``.
         train_dataset, eval_dataset: rows with a ``prompt`` (text or messages); ``eval_dataset`` may be a dict of them.
             Other columns are handed to reward functions.
         processing_class: the policy's tokenizer.
@@ -150,6 +163,7 @@ class OnlineDPOTrainer(TRLAttributes, FeedbackTrainer):
         train_dataset = self._prepared(train_dataset, "train_dataset")
         if isinstance(train_dataset, IterableDataset):
             check_stream(args)
+            callbacks = [*(callbacks or []), SayCutPrompts("train_dataset")]
             train_dataset = EndlessStream(train_dataset)  # pyright: ignore[reportAssignmentType]
         check_batches(train_dataset, args)
         if isinstance(eval_dataset, dict):
@@ -172,7 +186,7 @@ class OnlineDPOTrainer(TRLAttributes, FeedbackTrainer):
         super().__init__(
             model=policy,
             args=args,
-            data_collator=data_collator or collate_prompts,
+            data_collator=collate_prompts if data_collator is None else UsersCollator(data_collator),
             train_dataset=train_dataset,  # pyright: ignore[reportArgumentType]
             eval_dataset=eval_dataset,  # pyright: ignore[reportArgumentType]
             processing_class=processing_class,
@@ -212,6 +226,12 @@ class OnlineDPOTrainer(TRLAttributes, FeedbackTrainer):
         self.sync_check = SyncCheck(self.accelerator, args.sync_check_steps)
         self.choice = MethodChoice(self.accelerator, args.share_prompts)
         self.reference_completions: dict[tuple[int, tuple[int, ...]], tuple[Completion, ...]] = {}
+
+    @classmethod
+    def _hint_for_argument(cls, name: str, known: Collection[str]) -> str:
+        if name in OnlineDPOConfig.__dataclass_fields__:
+            return f" `{name}` is a field of `OnlineDPOConfig`, which is given as `args`."
+        return hint_for(name, known, ARGUMENTS)
 
     # --- one optimizer step -----------------------------------------------------------------------------------------
 
@@ -336,24 +356,38 @@ class OnlineDPOTrainer(TRLAttributes, FeedbackTrainer):
         logger.info("***** Running %s: batch size %d *****", description, self.args.eval_batch_size)
         model = self._wrap_model(self.model, training=False)  # pyright: ignore[reportArgumentType]
         loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
-        found = Predictions(self.args, self.compute_metrics, loss_only)
+        own_metrics = None if self.compute_metrics is None else self._own_metrics
+        found = Predictions(self.args, own_metrics, loss_only)
         self.callback_handler.eval_dataloader = dataloader  # pyright: ignore[reportAttributeAccessIssue]
         with eval_mode(model), self.evaluation_weights(), noting() as notes:
-            for batch in dataloader:
+            batches = iter(dataloader)
+            while (batch := self.together(partial(_next_batch, batches))) is not None:
                 prompts = [prompt for prompt in prompts_from_batch(batch) if prompt.invalid is None]
-                mine = self._evaluate_prompts(model, prompts) if prompts else []
+                mine = self.together(partial(self._evaluate_prompts, model, prompts))
                 records: Any = self.accelerator.gather_for_metrics(mine, use_gather_object=True)
-                found.add(records, is_last=self.accelerator.gradient_state.end_of_dataloader)
+                is_last = self.accelerator.gradient_state.end_of_dataloader
+                self.together(partial(found.add, records, is_last))
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         records = found.records
-        metrics = in_order({**mean_notes(gather_object([notes])), **summarise(records), **found.metrics()})
+        own = self.together(found.metrics)
+        metrics = in_order({**mean_notes(gather_object([notes])), **summarise(records), **own})
         start = f"{metric_key_prefix}_"
         metrics = {name if name.startswith(start) else start + name: value for name, value in metrics.items()}
         predictions, label_ids = found.arrays()
         return EvalLoopOutput(predictions, label_ids, metrics, num_samples=len(records))
 
+    def _own_metrics(self, *prediction: EvalPrediction, **options: bool) -> dict[str, Any]:
+        """What the user's `compute_metrics` returns; of a batch before the last one, nothing is wanted."""
+        assert self.compute_metrics is not None
+        who = f"`compute_metrics` (`{callable_name(self.compute_metrics)}`)"
+        with foreign(who, f"(step {self.state.global_step})", raises=ForeignCodeError):
+            found = self.compute_metrics(*prediction, **options)
+            return dict(found) if options.get("compute_result", True) else {}
+
     @torch.no_grad()
     def _evaluate_prompts(self, model: nn.Module, prompts: list[Prompt]) -> list[EvalRecord]:
+        if not prompts:
+            return []
         key = RolloutKey(self.args.seed, 0, Stream.EVALUATION)
         self.readers.check_prompts(prompts)
         self._sync_engine(prompts)
@@ -412,6 +446,11 @@ class OnlineDPOTrainer(TRLAttributes, FeedbackTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.create_model_card()
         super()._save_checkpoint(model, trial)
+
+
+def _next_batch(batches: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
+    with foreign("Reading the prompts to evaluate on", raises=ForeignCodeError):
+        return next(batches, None)
 
 
 def _or_one(total: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,8 @@ class Prompt:
 
     ``content`` is what scorers see (text, or a list of messages); ``token_ids`` is what the policy samples from and is
     trained on; ``row`` is the prompt's place in its dataset, which seeds its completions; ``columns`` are the row's
-    other columns; ``invalid`` says why a streamed row cannot be used (such a prompt is counted, never sampled).
+    other columns; ``invalid`` says why a streamed row cannot be used (such a prompt is counted, never sampled); ``cut``
+    says whether it was longer.
     """
 
     content: str | list[Message]
@@ -41,6 +42,7 @@ class Prompt:
     row: int
     columns: Mapping[str, Any] = field(default_factory=dict)
     invalid: str | None = None
+    cut: bool = False
 
     @property
     def is_conversational(self) -> bool:

@@ -117,6 +117,25 @@ def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_both(results):
         assert all(math.isfinite(v) for k, v in rank["log"].items() if k != "grad_norm")
 
 
+FAILURES = {
+    "on_step_begin": "ForeignCodeError: Callback `FailsOnTheLastRank` in `on_step_begin` raised OSError: no space",
+    "on_pre_optimizer_step": "ForeignCodeError: Callback `FailsOnTheLastRank` in `on_pre_optimizer_step` raised OS",
+    "on_log": "ForeignCodeError: Callback `FailsOnTheLastRank` in `on_log` raised OSError: no space",
+    "fails_in_step": "ScoringError: Reward function `fails_on_the_last_rank` raised ConnectionError: away",
+    "fails_in_evaluation": "ScoringError: Reward function `fails_on_the_last_rank` raised ConnectionError: away",
+}
+
+
+@pytest.mark.parametrize(("case", "message"), FAILURES.items())
+def test_what_fails_on_one_rank_ends_the_run_on_both_after_a_checkpoint(results, case, message):
+    one, (first, last) = results(case)
+    for ended in (one, last):
+        assert ended["error"].startswith(message)
+    assert first["error"].startswith("FeedbackLostError: Another process of this run failed")
+    assert [ended["step"] for ended in (one, first, last)] == [1, 1, 1]
+    assert one["checkpoints"] == last["checkpoints"] == ["checkpoint-1"]
+
+
 def test_ranks_tell_each_other_of_a_loss_that_is_not_finite(results):
     one, two = results("guard")
     assert one["dropped"] and all(rank["dropped"] for rank in two)

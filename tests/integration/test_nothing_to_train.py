@@ -127,11 +127,11 @@ def test_too_few_rows_for_a_whole_batch_are_refused_before_a_model_is_loaded(tmp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"reward_funcs": constant}, r"of its 3 steps 3 had no pair. Dropped of 12 prompts: tie 12\."),
-        ({"reward_funcs": silent}, r"of its 3 steps 3 had no pair. Dropped of 12 prompts: missing_score 12\."),
+        ({"reward_funcs": constant}, "Dropped of 12 prompts: tie 12. Of 3 steps: without a pair 3."),
+        ({"reward_funcs": silent}, "Dropped of 12 prompts: missing_score 12. Of 3 steps: without a pair 3."),
         (
             {"warmup_steps": 3, "lr_scheduler_type": "constant_with_warmup", "max_steps": 1},
-            "1 had a learning rate of 0",
+            "Of 1 steps: learning rate 0 1.",
         ),
     ],
 )

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import tiny
-from online_dpo.precision import hold_linears
+from online_dpo.precision import check_precision, hold_linears
 from training import config, trainer, weights
 
 DEFAULT_RATE = 5e-7
@@ -100,7 +100,9 @@ def test_weights_in_half_precision_that_are_asked_for_are_warned_of_once(tmp_pat
     ],
 )
 def test_an_optimizer_that_keeps_small_steps_is_not_warned_of(tmp_path, caplog, options, silent):
-    trainer(tmp_path, model=policy(), **options)
+    args = config(tmp_path)
+    vars(args).update(options)  # as a configuration where its package is installed
+    check_precision(policy(), args, optimizer=None, loaded_here=False)
     assert (not warned(caplog)) is silent
 
 

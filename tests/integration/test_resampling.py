@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tiny
-from online_dpo.errors import ScoringError
+from online_dpo.errors import NothingTrainedError, ScoringError
 from online_dpo.pairs import latest
 from online_dpo.rollout import RolloutKey, TransformersEngine
 from training import LENGTHS, assert_same, config, dataset, gradient, trainer, weights
@@ -118,7 +118,8 @@ def test_a_group_that_never_gives_a_pair_ends_after_the_rounds_and_counts_once(t
 
     made = trainer(tmp_path, reward_funcs=counting, resample_rounds=3, **fields)
     before = weights(made.model)
-    made.train()
+    with pytest.raises(NothingTrainedError, match=f"{reason} 4"):
+        made.train()
     [log] = logs(made)
     assert scored == [8] * 4
     assert log["prompts"] == log[f"dropped/{reason}"] == log["resample/groups"] == 4

@@ -126,6 +126,18 @@ def test_an_answer_to_a_chat_is_rendered_as_the_model_wrote_it(template, message
         tokenizer.chat_template = own
 
 
+@pytest.mark.parametrize("template", [None, "{{ raise_exception('no') }}", "{{ messages[0]['content'] + 1 }}"])
+def test_a_template_that_is_for_other_chats_takes_nothing_away(template):
+    tokenizer = tokenizer_kinds.tokenizer("llama2")
+    own, tokenizer.chat_template = tokenizer.chat_template, template
+    try:
+        prompt_ids, written = ids_of(tokenizer, "eat t11"), ids_of(tokenizer, "eat t11 t13 and")
+        ids = written[len(prompt_ids) :]
+        assert completion_texts(tokenizer, [Prompt(CHAT, prompt_ids, 0)], [ids]) == [" t13 and"]
+    finally:
+        tokenizer.chat_template = own
+
+
 def llama_config(tokenizer, **overrides):
     return LlamaConfig(
         vocab_size=len(tokenizer),

@@ -18,6 +18,7 @@ from online_dpo.cli.progress import no_progress_bars, plain_warnings
 from online_dpo.cli.references import Reference, load_reference
 from online_dpo.cli.train import SETUP_ERRORS, load_judge, load_tokenizer, report_error
 from online_dpo.comparison import Match, compare
+from online_dpo.conclusions import comparison_conclusion
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.data import PREPARED_COLUMNS, load_prompts
 from online_dpo.errors import OnlineDPOError, ScoringError
@@ -104,7 +105,9 @@ def set_up(plan: EvalPlan) -> Setup:
             "other. Leave `kl` out."
         )
     source = plan.prompts
-    dataset = load_prompts(source.source, split=source.split, config=source.config, limit=source.limit)
+    dataset = load_prompts(
+        source.source, split=source.split, config=source.config, limit=source.limit, types=source.types
+    )
     model, against = (
         prepare_player(path, tokenizer, dataset, args)
         for path, tokenizer in zip((plan.model, plan.against), tokenizers, strict=True)
@@ -162,6 +165,7 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
         yield f"KL {number(result['kl']['value'])} nats" + (
             "" if error is None else f", standard error {number(error)}"
         )
+    yield comparison_conclusion(result["model"], result["against"], result["prompts"], rate, controlled)
 
 
 def _matches(setup: Setup, answers: Answers) -> list[Match]:

@@ -1,4 +1,4 @@
-"""What a run is, shown before it begins: what the run file says at once, what the models and prompts say once loaded.
+"""What a run is, as its run file says, shown before anything is loaded.
 
 Nothing heavy may be imported here.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from online_dpo import __version__
 from online_dpo.cli.judge_plan import BuiltInJudge
@@ -16,9 +16,6 @@ from online_dpo.cli.references import Reference
 from online_dpo.cli.run_file import RunPlan
 from online_dpo.cli.schema import load_fields
 from online_dpo.figures import count
-
-if TYPE_CHECKING:
-    from online_dpo.trainer import OnlineDPOTrainer
 
 WIDTH = 11
 INDENT = WIDTH + 3
@@ -32,25 +29,23 @@ def describe_plan(plan: RunPlan) -> Iterator[str]:
     settings = {name: _default(spec.default) for name, spec in load_fields().items()} | given
     processes = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun says
     yield f"online-dpo {__version__}"
-    yield _line(
-        "model", run.model_name_or_path + (f" with a LoRA adapter of rank {run.lora_r}" if run.use_peft else "")
-    )
-    yield _line("prompts", f"{run.dataset_name} ({run.dataset_train_split})" + _limited(run.dataset_limit))
+    yield line("model", run.model_name_or_path + (f" with a LoRA adapter of rank {run.lora_r}" if run.use_peft else ""))
+    yield line("prompts", f"{run.dataset_name} ({run.dataset_train_split})" + _limited(run.dataset_limit))
     if run.eval_dataset_name is not None or run.dataset_test_split is not None:
         split = f"({run.dataset_test_split or 'train'})"
-        yield _line("evaluation", f"{run.eval_dataset_name or run.dataset_name} {split}" + _limited(run.eval_limit))
-    yield _line("feedback", _feedback(plan, given))
-    yield _line("reference", _reference(plan, settings))
-    yield _line("engine", _engine(settings))
-    yield _line("batch", _batch(settings, processes))
+        yield line("evaluation", f"{run.eval_dataset_name or run.dataset_name} {split}" + _limited(run.eval_limit))
+    yield line("feedback", _feedback(plan, given))
+    yield line("reference", _reference(plan, settings))
+    yield line("engine", _engine(settings))
+    yield line("batch", _batch(settings, processes))
     if settings["max_steps"] > 0:
-        yield _line("steps", count(settings["max_steps"]))
+        yield line("steps", count(settings["max_steps"]))
     else:
-        yield _line("epochs", f"{settings['num_train_epochs']:g}")
-    yield _line("output", settings["output_dir"] or "trainer_output")
+        yield line("epochs", f"{settings['num_train_epochs']:g}")
+    yield line("output", settings["output_dir"] or "trainer_output")
     if given.get("resume_from_checkpoint"):
         wish = given["resume_from_checkpoint"]
-        yield _line("resumes", "the last checkpoint in the output folder" if wish is True else wish)
+        yield line("resumes", "the last checkpoint in the output folder" if wish is True else wish)
 
 
 def is_first_process() -> bool:
@@ -58,27 +53,8 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def describe_trainer(trainer: OnlineDPOTrainer) -> Iterator[str]:
-    """What the loaded models and prompts are, one line each."""
-    args, policy = trainer.args, trainer.policy
-    sizes = [(p.numel(), p.requires_grad) for p in policy.parameters()]
-    everything, trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
-    share = "all trained" if trained == everything else f"{count(trained)} ({trained / everything:.2%}) trained"
-    dtypes = {str(p.dtype).removeprefix("torch."): None for p in policy.parameters()}
-    mixed = f", computed in {args.mixed_precision}" if args.mixed_precision != "no" else ""
-    yield _line("parameters", f"{count(everything)}, {share}; {' and '.join(dtypes)}{mixed} on {args.device}")
-    total = _length(trainer.train_dataset)
-    if total is None:
-        yield _line("prompts", "a stream")
-    else:
-        steps = args.max_steps
-        a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        epochs = steps * a_step / total if steps > 0 else args.num_train_epochs
-        yield _line("prompts", f"{count(total)}, gone through {epochs:.3g} times")
-    yield _line("reference", trainer.reference.description)
-
-
-def _line(name: str, value: str) -> str:
+def line(name: str, value: str) -> str:
+    """One fact, below the others."""
     return f"  {name:<{WIDTH}} {value}"
 
 
@@ -134,9 +110,3 @@ def _batch(settings: dict[str, Any], processes: int) -> str:
     prompts = device * accumulated * processes
     product = f" = {prompts} prompts" if len(factors) > 1 else ""
     return f"{' x '.join(factors)}{product} with {prompts * settings['num_completions']} completions a step"
-
-
-def _length(dataset: Any) -> int | None:
-    from datasets import Dataset
-
-    return len(dataset) if isinstance(dataset, Dataset) else None

@@ -11,7 +11,7 @@ from online_dpo.cli.planning import say_untested_versions
 def quickstart(output_dir: Path, seed: int) -> int:
     """Run the embedded example, which prints what it found. Returns the exit code."""
     if output_dir.exists() and not output_dir.is_dir():
-        print(f"error: --output-dir {output_dir} is a file.", file=sys.stderr)
+        print(f"error: --output-dir {output_dir} is a file. Give the name of a folder.", file=sys.stderr)
         return 2
     say_untested_versions()
     print("Loading torch and transformers")

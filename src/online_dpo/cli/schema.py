@@ -10,6 +10,7 @@ import ast
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from online_dpo.field_specs import FieldSpec, read_class
@@ -24,12 +25,16 @@ CONFIG_CLASSES = (
 )
 """Where the fields of Online DPO stand: the configuration and the parts that it inherits."""
 
+PARENT = "transformers.TrainingArguments"
+"""The group of the fields that transformers defines."""
+
 WIDER_TYPES = {
     "resume_from_checkpoint": "bool | str | None",  # `true`: the last checkpoint in `output_dir`
     "fsdp": "bool | str | None",  # transformers annotates only its legacy form
 }
 
 
+@cache
 def load_fields() -> dict[str, FieldSpec]:
     """All fields by name: those of the run itself first, then Online DPO's, then the rest of ``TrainingArguments``."""
     run = read_class(PACKAGE / "cli" / "run_config.py", "RunConfig", group="Run")
@@ -41,9 +46,7 @@ def load_fields() -> dict[str, FieldSpec]:
         name: replace(
             spec, annotation=WIDER_TYPES.get(name, spec.annotation), choices=spec.choices or _enum(spec, enums)
         )
-        for name, spec in read_class(
-            _transformers_file("training_args.py"), "TrainingArguments", group="transformers.TrainingArguments"
-        ).items()
+        for name, spec in read_class(_transformers_file("training_args.py"), "TrainingArguments", group=PARENT).items()
     }
     assert not run.keys() & (ours.keys() | parents.keys()), "a run field has the name of a training argument"
     return {**run, **ours, **{name: spec for name, spec in parents.items() if name not in ours}}

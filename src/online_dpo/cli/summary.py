@@ -1,17 +1,23 @@
-"""What came of a run, in a few lines, and where it is."""
+"""What a run is once its models are loaded, what came of it, and where that is: a few lines each."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from datasets import Dataset
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from online_dpo.build import named_datasets
+from online_dpo.cli.header import line
 from online_dpo.figures import count, duration, evaluation_prefix, number
+
+if TYPE_CHECKING:
+    from online_dpo.trainer import OnlineDPOTrainer
 
 BEST_BY = ("gold_score", "gold_win_rate", "win_rate", "objective/scores")
 """What says which evaluation is the best where the configuration does not: the first that evaluations have."""
@@ -25,6 +31,34 @@ FROM_TO = {
 
 SHARE = 10
 """The first and the last tenth of the logs make the two numbers of a figure: single logs are too noisy."""
+
+
+def describe_trainer(trainer: OnlineDPOTrainer) -> Iterator[str]:
+    """What the loaded models and prompts are, one line each."""
+    args, policy = trainer.args, trainer.policy
+    sizes = [(p.numel(), p.requires_grad) for p in policy.parameters()]
+    everything, trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
+    share = "all trained" if trained == everything else f"{count(trained)} ({trained / everything:.2%}) trained"
+    dtypes = {str(p.dtype).removeprefix("torch."): None for p in policy.parameters()}
+    mixed = f", computed in {args.mixed_precision}" if args.mixed_precision != "no" else ""
+    yield line("parameters", f"{count(everything)}, {share}; {' and '.join(dtypes)}{mixed} on {args.device}")
+    if isinstance(trainer.train_dataset, Dataset):
+        total, steps = len(trainer.train_dataset), args.max_steps
+        a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        epochs = steps * a_step / total if steps > 0 else args.num_train_epochs
+        yield line("prompts", f"{count(total)}{_cut(trainer.train_dataset)}, gone through {epochs:.3g} times")
+    else:
+        yield line("prompts", "a stream")
+    for name, dataset in named_datasets(trainer.eval_dataset).items():
+        if isinstance(dataset, Dataset):
+            rest = name.removeprefix("eval_dataset").strip("['\"]")
+            yield line("evaluation", f"{count(len(dataset))}{_cut(dataset)}{rest and f' of {rest}'}")
+    yield line("reference", trainer.reference.description)
+
+
+def _cut(dataset: Dataset) -> str:
+    cut = sum(dataset["prompt_cut"][:])
+    return f", {count(cut)} of them cut" if cut else ""
 
 
 def summary_of_figures(args: TrainingArguments, state: TrainerState, first_step: int, seconds: float) -> Iterator[str]:

@@ -11,18 +11,18 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from online_dpo.cli.header import INDENT, describe_trainer
+from online_dpo.cli.header import INDENT
 from online_dpo.cli.judge_plan import BuiltInJudge
 from online_dpo.cli.progress import ProgressDisplay, no_progress_bars, plain_warnings
 from online_dpo.cli.references import Reference, load_reference
 from online_dpo.cli.run_config import RunConfig
 from online_dpo.cli.run_file import RunPlan
 from online_dpo.cli.screen import say
-from online_dpo.cli.summary import places
+from online_dpo.cli.summary import describe_trainer, places
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.data import load_prompts
-from online_dpo.errors import NothingTrainedError, OnlineDPOError, TrainingInterrupted
-from online_dpo.models import loading
+from online_dpo.errors import NothingTrainedError, OnlineDPOError, TrainingInterrupted, error_text, named_error
+from online_dpo.foreign import loading
 from online_dpo.scoring import LLMJudge, PairwiseModelJudge
 from online_dpo.trainer import OnlineDPOTrainer
 
@@ -55,7 +55,9 @@ def train(plan: RunPlan, words: Sequence[str], *, show_traceback: bool) -> int:
         return 130
     except NothingTrainedError as error:
         return report_error(error, 3, show_traceback)
-    except OnlineDPOError as error:
+    except Exception as error:  # every end of a run is told in one line; --traceback shows the rest
+        if _is_of_setup(error, trainer):
+            return report_error(error, 2, show_traceback)
         report_error(error, 1, show_traceback)
         if trainer.interrupt.checkpoint is not None:
             _say_stopped("Before that:", trainer.interrupt.checkpoint, words)
@@ -66,6 +68,12 @@ def train(plan: RunPlan, words: Sequence[str], *, show_traceback: bool) -> int:
     if is_main:
         say(places(str(trainer.args.output_dir)))
     return 0
+
+
+def _is_of_setup(error: Exception, trainer: OnlineDPOTrainer) -> bool:
+    """Whether the arguments are to blame: some, transformers and torch look at just before the first step."""
+    wrong_input = isinstance(error, SETUP_ERRORS) and not isinstance(error, OnlineDPOError)
+    return wrong_input and trainer.state.global_step == 0
 
 
 def build_trainer(plan: RunPlan, display: ProgressDisplay) -> OnlineDPOTrainer:
@@ -85,6 +93,7 @@ def build_trainer(plan: RunPlan, display: ProgressDisplay) -> OnlineDPOTrainer:
         config=run.dataset_config,
         streaming=run.dataset_streaming,
         limit=run.dataset_limit,
+        types=run.dataset_types,
     )
     return OnlineDPOTrainer(
         model=run.model_name_or_path,
@@ -110,6 +119,7 @@ def _eval_dataset(run: RunConfig) -> Any:
         split=run.dataset_test_split or "train",
         config=run.dataset_config if run.eval_dataset_name is None else None,
         limit=run.eval_limit,
+        types=run.dataset_types,
     )
 
 
@@ -134,6 +144,10 @@ def _peft_config(run: RunConfig) -> Any:
         lora_dropout=run.lora_dropout,
         # peft knows `all-linear` only as a text, not as a list of one
         target_modules="all-linear" if modules == ["all-linear"] else modules,
+        target_parameters=run.lora_target_parameters,
+        modules_to_save=run.lora_modules_to_save,
+        use_rslora=run.use_rslora,
+        use_dora=run.use_dora,
     )
 
 
@@ -156,9 +170,7 @@ def report_error(error: BaseException, code: int, show_traceback: bool) -> int:
     if show_traceback:
         traceback.print_exception(error)
     else:
-        message = " ".join(str(error).split()) or type(error).__name__
-        if not isinstance(error, EXPLAINED):
-            message = f"{type(error).__name__}: {message}"
+        message = error_text(error) if isinstance(error, EXPLAINED) else named_error(error)
         print(f"error: {message}\n(--traceback shows where it came from)", file=sys.stderr)
     return code
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from online_dpo.data.convert import UnusablePrompt
+from online_dpo.errors import error_text
 from online_dpo.types import Message
 
 
@@ -132,8 +132,8 @@ def tokenize_messages(
     }
     try:
         text = tokenizer.apply_chat_template(messages, **{**template_arguments, **own})
-    except (TemplateError, ValueError, TypeError) as error:
-        raise UnusablePrompt(f"the chat template refuses the messages ({error})") from None
+    except Exception as error:  # a template is a program of the tokenizer's makers
+        raise UnusablePrompt(f"the chat template refuses the messages ({error_text(error)})") from None
     assert isinstance(text, str)
     ids = _own_tokens(tokenizer, text)
     if not ids:

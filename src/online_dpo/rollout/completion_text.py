@@ -1,4 +1,4 @@
-"""What a completion says: its tokens decoded behind those of its prompt, since a decoder reads a part differently alone.
+"""What a completion says: its tokens decoded behind those of its prompt, since a decoder reads a part otherwise alone.
 
 Decoders of Llama 2 and Mistral strip the space before a text's first word, others join pieces of a word across the
 border, and bytes of one character may stand on both sides of it.
@@ -88,7 +88,7 @@ def _opening(tokenizer: PreTrainedTokenizerBase) -> str:
     try:
         before = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         whole = tokenizer.apply_chat_template([*chat, {"role": "assistant", "content": "answer"}], tokenize=False)
-    except TemplateError:  # it is for other chats, such as those with a system message
+    except (TemplateError, ValueError, TypeError):  # it is for other chats, such as those with a system message
         return ""
     assert isinstance(before, str) and isinstance(whole, str)
     opening, found, _ = whole.removeprefix(before).partition("answer")

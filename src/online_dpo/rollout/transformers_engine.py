@@ -22,6 +22,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokeni
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
 from online_dpo.borrowing import eval_mode, kept_attributes
+from online_dpo.errors import named_error
 from online_dpo.models import MOST_ROUNDING, ROUNDING, computing_dtype, empty_device_cache, logits_alone, unwrapped
 from online_dpo.onednn import onednn_linears
 from online_dpo.rollout.completion_text import completion_texts
@@ -55,6 +56,7 @@ class TransformersEngine:
 
     has_own_weights = False
     overlaps = False
+    own_dtype: torch.dtype | None = None
 
     def __init__(
         self,
@@ -124,7 +126,7 @@ class TransformersEngine:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever an unknown model does with such a forward pass
-            return f"it fails with {type(error).__name__}: {error}"
+            return f"it fails with {named_error(error)}"
         completions = [(g.prompt, c) for g in batch.groups(self.tokenizer, 0) for c in g.completions]
         found = max(self._difference(prompt, completion) for prompt, completion in completions)
         allowed = MOST_ROUNDING * ROUNDING[computing_dtype(self.model)]

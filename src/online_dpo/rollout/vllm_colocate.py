@@ -16,11 +16,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from online_dpo.config import OnlineDPOConfig
+from online_dpo.errors import error_text
 from online_dpo.models import context_length, empty_device_cache, unwrapped
 from online_dpo.process_state import environment, kept_random_state
 from online_dpo.rollout.engine import RolloutKey, SamplingParams
 from online_dpo.rollout.vllm_requests import build_groups, build_requests, from_output, vllm_sampling
-from online_dpo.rollout.vllm_worker import EXTENSION
+from online_dpo.rollout.vllm_worker import EXTENSION, coarsest
 from online_dpo.rollout.weight_sync import named_weights, write_weights
 from online_dpo.types import Group, Prompt
 
@@ -66,6 +67,7 @@ class VLLMColocateEngine:
             unwrapped(model).config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             self._llm = _start_vllm(folder, options)
+        self.own_dtype: torch.dtype | None = coarsest(self._llm.collective_rpc("online_dpo_dtype"))
         self._fall_asleep()
 
     def sync(self, model: nn.Module, version: int) -> None:
@@ -182,7 +184,7 @@ def _start_vllm(folder: str, options: dict[str, Any]) -> Any:
         from vllm import LLM  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(
-            f"`use_vllm` needs vLLM, which cannot be imported ({error}). Install `online-dpo[vllm]`."
+            f"`use_vllm` needs vLLM, which cannot be imported ({error_text(error)}). Install `online-dpo[vllm]`."
         ) from error
     with environment(VLLM_ENABLE_V1_MULTIPROCESSING="0"):  # weights are handed over by reference
         return LLM(model=folder, **options)

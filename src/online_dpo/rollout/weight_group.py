@@ -26,6 +26,7 @@ from torch.distributed import (
     TCPStore,  # pyright: ignore[reportPrivateImportUsage]
 )
 
+from online_dpo.errors import error_text, named_error
 from online_dpo.process_state import environment
 
 BUCKET_BYTES = 256 << 20
@@ -85,7 +86,7 @@ class Meeting:
             yield
         except BaseException as error:
             with suppress(RuntimeError):  # without the store they know it already
-                self.store.set("over", f"{who} gave up: {error}")
+                self.store.set("over", f"{who} gave up: {named_error(error)}")
             raise
 
     def _look(self, what: str) -> None:
@@ -282,5 +283,4 @@ def _surviving_failures() -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    """torch's errors go on with a stack of C++."""
-    return str(error).partition("\n")[0]
+    return error_text(error, first_line=True)

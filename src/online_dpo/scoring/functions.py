@@ -13,11 +13,13 @@ import inspect
 import threading
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 from online_dpo.errors import ScoringError
+from online_dpo.foreign import among_rows, callable_name, foreign
 from online_dpo.scoring.notes import log_functions
-from online_dpo.scoring.scorer import as_number, callable_name, describe, flat_list, regroup
+from online_dpo.scoring.scorer import as_number, describe, flat_list, regroup
 from online_dpo.types import Completion, Group, Prompt
 
 T = TypeVar("T")
@@ -81,10 +83,8 @@ class FunctionScorer:
         if not groups:
             return []
         arguments = self._arguments(groups)
-        try:
+        with self._foreign(groups):
             returned = self.function(**arguments)
-        except Exception as error:
-            raise self._failure(error) from error
         return self._checked(returned, groups)
 
     async def score_async(self, groups: Sequence[Group]) -> list[list[float | None]]:
@@ -92,10 +92,8 @@ class FunctionScorer:
         if not groups:
             return []
         arguments = self._arguments(groups)
-        try:
+        with self._foreign(groups):
             returned = await self.function(**arguments)
-        except Exception as error:
-            raise self._failure(error) from error
         return self._checked(returned, groups)
 
     def _arguments(self, groups: Sequence[Group]) -> dict[str, Any]:
@@ -134,8 +132,8 @@ class FunctionScorer:
                     "Rename the argument or give it a default."
                 )
 
-    def _failure(self, error: Exception) -> ScoringError:
-        return ScoringError(f"{self._label} raised {type(error).__name__}: {error}")
+    def _foreign(self, groups: Sequence[Group]) -> AbstractContextManager[None]:
+        return foreign(self._label, lambda: among_rows(groups))
 
     def _checked(self, returned: Any, groups: Sequence[Group]) -> list[list[float | None]]:
         items = flat_list(returned, self._label)

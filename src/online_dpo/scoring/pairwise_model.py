@@ -23,8 +23,8 @@ from transformers import (
 
 from online_dpo.borrowing import eval_mode
 from online_dpo.config import OnlineDPOConfig
-from online_dpo.known_tokens import check_tokenizer
-from online_dpo.models import loading
+from online_dpo.foreign import among_rows, at_row, foreign, loading
+from online_dpo.known_tokens import check_known, check_tokenizer, embedding_rows
 from online_dpo.pairwise_kinds import LETTERS, PAIRRM, check_options, kind_of_class, pairwise_kind
 from online_dpo.scoring.duel_classifier import DuelClassifier
 from online_dpo.scoring.duel_letters import LetterReader
@@ -60,7 +60,8 @@ class PairwiseModelJudge(PreferenceJudge):
     Raises:
         ValueError: an option does not go with the model or has no such value, the model is no pairwise model, or its
             tokenizer has tokens that it does not know.
-        ScoringError: (when judging) the model's logits are not of the shape that they should have.
+        ScoringError: (when judging) the model's logits are not of the shape that they should have, or it, its
+            tokenizer or its chat template failed.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class PairwiseModelJudge(PreferenceJudge):
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.reader: DuelReader = _classes(kind)[1](model, tokenizer, **options)
+        self._known_tokens = embedding_rows(model)
         self._tally = Tally(("too_long", "failed", "seconds"))
 
     @classmethod
@@ -117,9 +119,9 @@ class PairwiseModelJudge(PreferenceJudge):
         check_duels(duels)
         started = time.perf_counter()
         longest = self.reader.max_tokens
-        orders = [order for duel in duels for order in (duel, Group(duel.prompt, duel.completions[::-1]))]
-        with one_at_a_time, eval_mode(self.model):
-            ids = self.reader.token_ids(orders)
+        named = foreign(f"Judge `{self.name}`", lambda: among_rows(duels))
+        with one_at_a_time, named, eval_mode(self.model):
+            ids = [text for duel in duels for text in self._both_orders(duel)]
             p_first = self._probabilities([text for text in dict.fromkeys(ids) if len(text) <= longest])
         read = [p_first.get(text) for text in ids]
         preferences = [self._combined(*pair) for pair in zip(read[::2], read[1::2], strict=True)]
@@ -127,6 +129,14 @@ class PairwiseModelJudge(PreferenceJudge):
         self._tally.add("failed", sum(value is not None and math.isnan(value) for value in read))
         self._tally.add("seconds", time.perf_counter() - started)
         return preferences
+
+    def _both_orders(self, duel: Group) -> list[Text]:
+        who = f"Judge `{self.name}`"
+        with foreign(who, lambda: at_row(duel.prompt)):  # its chat template may refuse this one
+            texts = self.reader.token_ids([duel, Group(duel.prompt, duel.completions[::-1])])
+        for text in texts:
+            check_known(text, self._known_tokens, who, duel.prompt)
+        return texts
 
     def metrics(self) -> dict[str, float]:
         """What was counted since the last call, as :meth:`LLMJudge.metrics`."""

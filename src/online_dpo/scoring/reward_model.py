@@ -19,11 +19,12 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from online_dpo.attention import use_segments
 from online_dpo.borrowing import eval_mode
-from online_dpo.errors import ScoringError
-from online_dpo.known_tokens import check_tokenizer, embedding_rows
+from online_dpo.errors import ScoringError, error_text
+from online_dpo.foreign import among_rows, at_row, foreign, loading
+from online_dpo.known_tokens import check_known, check_tokenizer, embedding_rows
 from online_dpo.last_layer import enable_reading
 from online_dpo.layout import Tree
-from online_dpo.models import context_length, loading
+from online_dpo.models import context_length
 from online_dpo.onednn import onednn_linears
 from online_dpo.scoring.scorer import chat_messages, one_at_a_time, regroup
 from online_dpo.scoring.shared_scoring import Text, group_trees, may_share, passes, score_trees
@@ -59,7 +60,8 @@ class RewardModelScorer:
         TypeError: the model has no config of transformers.
         ValueError: it has more than one label, no tokenizer is to be had, the tokenizer has tokens that the model does
             not know, or (when scoring) a prompt is conversational and the tokenizer has no chat template.
-        ScoringError: (when scoring) the model's logits have not the shape ``(R, 1)``.
+        ScoringError: (when scoring) the model's logits have not the shape ``(R, 1)``, or it, its tokenizer or its chat
+            template failed.
     """
 
     def __init__(
@@ -110,7 +112,7 @@ class RewardModelScorer:
 
     def score(self, groups: Sequence[Group]) -> list[list[float | None]]:
         """P x K logits in fp32, as they come: not-finite ones as well. Several threads take turns."""
-        with one_at_a_time:
+        with one_at_a_time, foreign(f"Reward model `{self.name}`", lambda: among_rows(groups)):
             texts = self._token_ids([(group.prompt, answer) for group in groups for answer in group.completions])
             with eval_mode(self.model), onednn_linears(self.model, pack=False):
                 values = self._values(regroup(texts, groups))
@@ -161,6 +163,7 @@ class RewardModelScorer:
                 if not conversational:
                     ids = self._with_own_ends(ids, ended=samples[i][1].finish_reason == "stop")
                 token_ids[i] = tuple(self._truncate(ids))
+                check_known(token_ids[i], self._known_tokens, f"Reward model `{self.name}`", samples[i][0])
         return token_ids
 
     def _conversation(self, prompt: Prompt, completion: Completion) -> str:
@@ -170,7 +173,8 @@ class RewardModelScorer:
             messages[-1]["content"] = messages[-1]["content"] + completion.text
         else:
             messages.append({"role": "assistant", "content": completion.text})
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+        with foreign(f"The chat template of reward model `{self.name}`", lambda: at_row(prompt)):
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
         assert isinstance(text, str)
         return text
 
@@ -318,7 +322,9 @@ def _load_adapter(path: str, **options: Any) -> tuple[nn.Module, str, str | None
     try:
         model = AutoPeftModelForSequenceClassification.from_pretrained(path, num_labels=1, **options)
     except RuntimeError as error:  # how torch and transformers say that shapes differ
-        raise ValueError(f"{_not_one_label(path, 'other shapes')} Loading it failed with: {error}") from error
+        raise ValueError(
+            f"{_not_one_label(path, 'other shapes')} Loading it failed with: {error_text(error)}"
+        ) from error
     return model, base_path, peft_config.revision
 
 
@@ -326,7 +332,7 @@ def _load_tokenizer(path: str, **options: Any) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{_no_tokenizer(path)} Loading one failed with: {error}") from error
+        raise ValueError(f"{_no_tokenizer(path)} Loading one failed with: {error_text(error)}") from error
     # For some model types transformers makes up an empty tokenizer where no files are.
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise ValueError(_no_tokenizer(path))

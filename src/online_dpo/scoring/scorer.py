@@ -129,13 +129,6 @@ def describe(value: Any) -> str:
     return "None" if value is None else f"{type(value).__name__} {reprlib.repr(value)}"
 
 
-def callable_name(function: Any) -> str:
-    """``__name__`` of a function, the inner one of a ``functools.partial``, else the class name of the object."""
-    while not hasattr(function, "__name__") and hasattr(function, "func"):
-        function = function.func
-    return function.__name__ if hasattr(function, "__name__") else type(function).__name__
-
-
 def chat_messages(prompt: Prompt) -> list[Message]:
     """Copies of a conversational prompt's messages, without the keys whose value is ``None``.
 
