@@ -139,7 +139,7 @@ def test_the_time_of_several_evaluation_sets_is_taken_off_once(tmp_path):
     made = trainer(tmp_path, kwargs={"eval_dataset": {"a": PROMPTS, "b": PROMPTS}})
     made._last_log = 0.0
     times = [value for name, value in made.evaluate().items() if name.endswith("_runtime")]
-    assert sum(times) <= made._last_log < 1.5 * sum(times) + 0.5
+    assert sum(times) <= made._last_log < 1.9 * sum(times)
 
 
 # what the policy reads ----------------------------------------------------------------------------------------------
