@@ -231,7 +231,6 @@ CALLED_HERE = {
     "device": "use_cpu",
     "fsdp_transformer_layer_cls_to_wrap": "fsdp_config",
     "gradient_checkpoint": "gradient_checkpointing",
-    "activation_checkpointing": "gradient_checkpointing",
     "packing": "share_prompts",
     "sample_packing": "share_prompts",
     "padding_free": "share_prompts",
