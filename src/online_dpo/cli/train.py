@@ -56,14 +56,12 @@ def train(plan: RunPlan, words: Sequence[str], *, show_traceback: bool) -> int:
     except NothingTrainedError as error:
         return report_error(error, 3, show_traceback)
     except Exception as error:  # every end of a run is told in one line; --traceback shows the rest
-        report_error(error, 1, show_traceback)
+        # before the first step, transformers and torch look at settings, too
+        of_settings = trainer.state.global_step == 0 and not isinstance(error, OnlineDPOError)
+        code = report_error(error, 2 if of_settings else 1, show_traceback)
         if trainer.interrupt.checkpoint is not None:
             _say_stopped("Before that:", trainer.interrupt.checkpoint, words)
-        return 1
-    except SETUP_ERRORS as error:
-        if trainer.state.global_step > 0:
-            raise
-        return report_error(error, 2, show_traceback)  # what transformers and torch look at before the first step
+        return code
     trainer.save_model()
     trainer.save_state()
     trainer.create_model_card()
