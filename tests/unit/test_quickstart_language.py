@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import random
+from collections import Counter
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from online_dpo.quickstart.artifacts import build
-from online_dpo.quickstart.facts import KINDS
+from online_dpo.quickstart.facts import KINDS, MISTAKEN_EVERY, all_facts
 from online_dpo.quickstart.language import (
     CLOSERS,
     CLOSINGS,
@@ -20,9 +22,14 @@ from online_dpo.quickstart.language import (
     RUDE,
     SPLITS,
     Request,
+    _claims,
+    _fact_of,
+    _sentences,
     contrast_replies,
+    is_right,
     parse_request,
     prompt_of,
+    right_and_wrong,
     rubric,
     sample_reply,
     sample_requests,
@@ -40,6 +47,7 @@ from online_dpo.quickstart.models import (
     build_tokenizer,
     new_policy,
     new_reward_model,
+    reward_model_accuracy,
     sample_comparisons,
     train_policy,
     train_reward_model,
@@ -78,9 +86,9 @@ def test_splits_are_disjoint_whatever_the_seed_and_cover_everything():
 
 def test_asking_for_too_much_or_an_unknown_split_says_so():
     with pytest.raises(ValueError, match="Ask for fewer"):
-        sample_requests(100_000, seed=0, split="eval")
+        sample_requests(100_000, seed=0, split="validation")
     with pytest.raises(ValueError, match="`split` must be one of"):
-        sample_requests(1, seed=0, split="test")
+        sample_requests(1, seed=0, split="eval")
 
 
 @pytest.mark.parametrize(
@@ -91,7 +99,6 @@ def test_asking_for_too_much_or_an_unknown_split_says_so():
         ("Quick! Give me the plural of mouse. Answer now!", "mice"),
         ("Which colour do you see in grass?", "green"),
         ("Is the ant or the horse bigger?", "the horse"),
-        ("Count the letters in child.", "5"),
         ("Name the day after Sunday. Thank you.", "Monday"),
     ],
 )
@@ -121,6 +128,25 @@ def test_replies_are_repeatable_and_differ_in_quality():
         sample_reply(requests[0], random.Random(0), "perfect")
 
 
+def test_some_facts_are_believed_wrongly_and_always_alike():
+    mistaken = [fact for fact in all_facts() if fact.belief != fact.answer]
+    assert len(mistaken) == round(len(all_facts()) / MISTAKEN_EVERY)
+    assert all(fact.belief in fact.neighbours for fact in mistaken)
+    assert len({fact.kind for fact in mistaken}) >= 5
+    rng = random.Random(0)
+    for request in sample_requests(300, seed=0):
+        right = is_right(request.text, sample_reply(request, rng, "plain"))
+        assert right == (_fact_of(request.text).belief == request.answer)
+
+
+def test_wrong_answers_are_close_and_no_answer_is_always_right():
+    for fact in all_facts():
+        assert fact.answer not in fact.neighbours and set(fact.neighbours) < set(fact.options)
+    right = {(fact.kind, fact.answer) for fact in all_facts()}
+    wrong = {(fact.kind, answer) for fact in all_facts() for answer in fact.neighbours}
+    assert right <= wrong
+
+
 def test_mixed_replies_leave_head_room():
     rng = random.Random(0)
     replies = [sample_reply(r, rng) for r in sample_requests(2000, seed=2)]
@@ -129,11 +155,28 @@ def test_mixed_replies_leave_head_room():
     assert 0.3 < sum(reply.endswith(CLOSINGS) for reply in replies) / len(replies) < 0.4
 
 
-def test_contrasting_answers_differ_in_the_answer_alone():
+def test_right_and_wrong_differ_in_correctness_alone():
     rng = random.Random(0)
-    for request in sample_requests(200, seed=3):
-        right, wrong = contrast_replies(request, rng, "plain")
-        assert rubric(request.text, right) >= 3 > rubric(request.text, wrong)
+    places = Counter()
+    for request in sample_requests(1000, seed=3):
+        right, wrong = (_sentences(reply) for reply in right_and_wrong(request, rng))
+        assert is_right(request.text, " ".join(right)) and not is_right(request.text, " ".join(wrong))
+        assert len(right) == len(wrong)
+        spoilt = [place for place, (a, b) in enumerate(zip(right, wrong, strict=True)) if a != b]
+        explained = [place for place, sentence in enumerate(right) if sentence in _claims(_fact_of(request.text))[1]]
+        places["both" if len(spoilt) == 2 else "explanation" if spoilt == explained else "statement"] += 1
+    assert 0.3 < places["explanation"] / 1000 < 0.43 and 0.45 < places["statement"] / 1000 < 0.63
+
+
+def test_most_contrasts_are_of_correctness_and_plain_ones_all():
+    rng = random.Random(0)
+
+    def share(quality: str) -> float:
+        pairs = [(r.text, contrast_replies(r, rng, quality)) for r in sample_requests(1000, seed=5)]
+        return sum(is_right(text, first) and not is_right(text, second) for text, (first, second) in pairs) / 1000
+
+    assert share("plain") == 1.0
+    assert share("mixed") > 0.55
 
 
 # --- the rubric ------------------------------------------------------------------------------------------------------
@@ -163,6 +206,26 @@ def test_contrasting_answers_differ_in_the_answer_alone():
 def test_rubric_on_hand_written_replies(reply, score):
     assert rubric(ASK, reply) == pytest.approx(score)
     assert rubric(prompt_of(parse_request(ASK)), reply) == pytest.approx(score)
+
+
+@pytest.mark.parametrize(
+    ("reply", "right"),
+    [
+        ("It is 7.", True),
+        (f"Hello! It is 7. {EXPLAINED} Have a", True),
+        ("The answer is 7. 3 plus 4 is 7.", True),
+        (EXPLAINED, True),
+        ("It is 7", False),
+        ("It is 7. It is 8.", False),
+        (f"It is 8. {EXPLAINED}", False),
+        ("It is 7. Start at 3 and count up 4 steps to reach 8.", False),
+        ("4 plus 3 is 7.", False),
+        ("Hello! Have a nice day!", False),
+        ("", False),
+    ],
+)
+def test_right_is_every_complete_answer_right(reply, right):
+    assert is_right(ASK, reply) is right
 
 
 BEST = f"Hello! It is 7. {EXPLAINED} Have a nice day!"
@@ -284,19 +347,38 @@ def test_making_a_model_leaves_the_global_random_state(tokenizer):
     assert torch.equal(first.lm_head.weight, second.lm_head.weight)
 
 
-def test_comparisons_follow_the_rubric_up_to_noise():
-    requests = sample_requests(500, seed=0, split="reward")
+def test_comparisons_are_wrong_as_often_as_their_gaps_say():
+    requests = sample_requests(1500, seed=0, split="reward")
+    right, expected = Counter(), Counter()
+    seen = Counter()
+    for item in sample_comparisons(requests, 1):
+        scores = [rubric(item.prompt, reply.text) for reply in item.replies]
+        for win, loss in item.wins:
+            gap = abs(scores[win] - scores[loss])
+            size = "small" if gap < 1.1 else "middle" if gap < 3 else "large"
+            seen[size] += 1
+            right[size] += scores[win] > scores[loss]
+            expected[size] += 1 / (1 + math.exp(-gap))
+    for size, count in seen.items():
+        assert right[size] / count == pytest.approx(expected[size] / count, abs=2.5 / count**0.5)
+    assert expected["small"] / seen["small"] < 0.75 and right["large"] / seen["large"] > 0.96
 
-    def share_of_true_wins(noise: float) -> float:
-        verdicts = []
-        for request, item in zip(requests, sample_comparisons(requests, 1, noise), strict=True):
-            assert item.prompt == prompt_of(request)
-            scores = [rubric(item.prompt, reply.text) for reply in item.replies]
-            verdicts += [scores[win] > scores[loss] for win, loss in item.wins]
-        return sum(verdicts) / len(verdicts)
 
-    assert share_of_true_wins(0.0) == 1.0
-    assert 0.87 < share_of_true_wins(0.1) < 0.93
+def test_accuracy_of_a_reward_model_is_its_share_of_right_replies_above_wrong_ones(tokenizer):
+    requests = sample_requests(10, seed=2, split="validation")
+    model = new_reward_model(build_reward_config(tokenizer, hidden=32, layers=1, heads=1))
+    before = reward_model_accuracy(model, tokenizer, requests, seed=0)
+    rng = random.Random(0)
+    scores = [
+        model(tokenizer(f"{prompt_of(r)} {text}<eos>", return_tensors="pt").input_ids).logits.item()
+        for r in requests
+        for _ in range(2)
+        for text in right_and_wrong(r, rng)
+    ]
+    assert before == sum(a > b for a, b in zip(scores[::2], scores[1::2], strict=True)) / 20
+    with torch.no_grad():
+        model.score.weight.neg_()
+    assert reward_model_accuracy(model, tokenizer, requests, seed=0) == pytest.approx(1 - before)
 
 
 def test_build_saves_models_that_load_and_prompts_of_their_splits(tmp_path):
@@ -306,7 +388,11 @@ def test_build_saves_models_that_load_and_prompts_of_their_splits(tmp_path):
     reward = AutoModelForSequenceClassification.from_pretrained(made.reward_dir)
     assert (policy.generation_config.eos_token_id, policy.generation_config.pad_token_id) == (EOS_ID, PAD_ID)
     assert (tokenizer.pad_token_id, reward.config.pad_token_id, reward.config.num_labels) == (PAD_ID, PAD_ID, 1)
-    for file, split, count in ((made.prompts_train, "online", 2000), (made.prompts_eval, "eval", 300)):
+    for file, split, count in (
+        (made.prompts_train, "online", SMALL.prompts_train),
+        (made.prompts_validation, "validation", SMALL.prompts_validation),
+        (made.prompts_test, "test", SMALL.prompts_test),
+    ):
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         assert len(rows) == count
         for row in rows:

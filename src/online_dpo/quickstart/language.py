@@ -10,8 +10,9 @@ Request(text='Hi. What is 3 plus 4? Thanks!', answer='7', kind='sum')
 >>> rubric(request.text, "Hello! It is 7. Start at 3 and count up 4 steps to reach 7. I hope this helps!")
 8.0
 
-Requests belong to one of four splits by a checksum of their text, so no two splits can share a request. The facts
+Requests belong to one of five splits by a checksum of their text, so no two splits can share a request. The facts
 behind them ("3 plus 4 is 7") are shared: a held-out request asks a known thing in words that were never seen together.
+Settings are chosen on the split "validation"; "test" is for figures that are reported.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from itertools import product
 
 from online_dpo.quickstart.facts import KINDS, Fact, all_facts
 
-SPLITS = {"sft": 36, "reward": 40, "online": 16, "eval": 8}
+SPLITS = {"sft": 36, "reward": 36, "online": 16, "validation": 6, "test": 6}
 """Splits and the percentage of all requests in each."""
 
 OPENERS = (
@@ -37,6 +38,8 @@ OPENERS = (
     "Hey you! ",
     "Good day. ",
     "Sorry to ask. ",
+    "One question. ",
+    "Tell me please. ",
 )
 CLOSERS = (
     "",
@@ -46,6 +49,7 @@ CLOSERS = (
     " My teacher asked me.",
     " Answer now!",
     " Just curious.",
+    " I forgot.",
 )
 
 GREETINGS = ("Hello!", "Good question!", "Happy to help!")
@@ -74,23 +78,30 @@ class Request:
 
 @dataclass(frozen=True)
 class Quality:
-    """How probable each trait of a sampled reply is; see :func:`sample_reply`."""
+    """How probable each trait of a sampled reply is; see :func:`sample_reply`.
 
-    right: float
+    ``sure`` is the probability of the answer that the writer takes for right: the right one if the writer is an
+    ``expert``, else the fact's ``belief``. Other replies give one of the other answers that stand close.
+    """
+
+    sure: float
     greeting: float
     closing: float
     rude: float
     explanation: float
     filler: float
     cut: float
+    expert: bool = False
 
 
 QUALITIES = {
-    "mixed": Quality(right=0.55, greeting=0.4, closing=0.35, rude=0.15, explanation=0.3, filler=0.45, cut=0.06),
-    "plain": Quality(right=1.0, greeting=0.0, closing=0.0, rude=0.0, explanation=0.3, filler=0.0, cut=0.0),
-    "good": Quality(right=0.95, greeting=0.9, closing=0.9, rude=0.0, explanation=0.9, filler=0.05, cut=0.0),
-    "poor": Quality(right=0.15, greeting=0.1, closing=0.05, rude=0.4, explanation=0.1, filler=0.8, cut=0.2),
+    "mixed": Quality(sure=0.72, greeting=0.4, closing=0.35, rude=0.15, explanation=0.3, filler=0.45, cut=0.06),
+    "plain": Quality(sure=1.0, greeting=0.0, closing=0.0, rude=0.0, explanation=0.5, filler=0.0, cut=0.0),
+    "good": Quality(0.95, greeting=0.9, closing=0.9, rude=0.0, explanation=0.9, filler=0.05, cut=0.0, expert=True),
+    "poor": Quality(0.15, greeting=0.1, closing=0.05, rude=0.4, explanation=0.1, filler=0.8, cut=0.2, expert=True),
 }
+CONTRAST_OF_CORRECTNESS = 0.6
+"""Share of :func:`contrast_replies` that differ in correctness."""
 """Named qualities. ``"broken"`` is one more name that :func:`sample_reply` takes: a mixed reply, damaged."""
 
 
@@ -178,33 +189,35 @@ def _fact_of(request_text: str) -> Fact:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a reply will say, before it is put in words."""
+    """What a reply will say, before it is put in words; ``explained`` is the answer that the explanation gives."""
 
     greeting: str
     statement: str
     answer: str
-    explanation: bool
+    explained: str | None
     fillers: tuple[str, ...]
     ending: str
     kept: float
 
     def sentences(self, fact: Fact) -> list[str]:
-        explanation = [fact.fill(fact.explanation, self.answer)] if self.explanation else []
+        explanation = [] if self.explained is None else [fact.fill(fact.explanation, self.explained)]
         statement = fact.fill(self.statement, self.answer)
         return [part for part in (self.greeting, statement, *explanation, *self.fillers, self.ending) if part]
 
 
 def _draw_plan(fact: Fact, rng: random.Random, quality: Quality) -> _Plan:
-    wrong = [option for option in fact.options if option != fact.answer]
-    explanation = rng.random() < quality.explanation
+    taken_for_right = fact.answer if quality.expert else fact.belief
+    others = [option for option in (fact.answer, *fact.neighbours) if option != taken_for_right]
+    answer = taken_for_right if rng.random() < quality.sure else rng.choice(others)
+    explains = rng.random() < quality.explanation
     # At most two more sentences beside the answer, greeting and ending, so that replies fit in 48 tokens.
-    filler_count = rng.randint(1, 1 if explanation else 2) if rng.random() < quality.filler else 0
+    filler_count = rng.randint(1, 1 if explains else 2) if rng.random() < quality.filler else 0
     ending = rng.random()
     return _Plan(
         greeting=rng.choice(GREETINGS) if rng.random() < quality.greeting else "",
         statement=rng.choice(fact.statements),
-        answer=fact.answer if rng.random() < quality.right else rng.choice(wrong),
-        explanation=explanation,
+        answer=answer,
+        explained=answer if explains else None,
         fillers=tuple(rng.sample(FILLERS, filler_count)),
         ending=(
             rng.choice(CLOSINGS)
@@ -246,20 +259,46 @@ def sample_reply(request: Request, rng: random.Random, quality: str = "mixed") -
 def contrast_replies(request: Request, rng: random.Random, quality: str = "mixed") -> tuple[str, str]:
     """Two replies that differ in one trait.
 
-    Half of the time it is the answer, which the first reply has right; else the greeting, explanation, fillers or
-    ending, where chance may make them equal. ``"plain"`` replies only ever differ in the answer. ``quality`` is a key
-    of ``QUALITIES``.
+    Most often it is correctness: see :func:`right_and_wrong`. Else it is the greeting, explanation, fillers or ending,
+    where chance may make them equal. ``"plain"`` replies only ever differ in correctness. ``quality`` is a key of
+    ``QUALITIES``.
+
+    Raises:
+        ValueError: the request is not of this language.
+    """
+    if quality == "plain" or rng.random() < CONTRAST_OF_CORRECTNESS:
+        return right_and_wrong(request, rng, quality)
+    fact = _fact_of(request.text)
+    first, second = (replace(_draw_plan(fact, rng, QUALITIES[quality]), kept=1.0) for _ in range(2))
+    trait = rng.choice(("greeting", "explained", "fillers", "ending"))
+    if trait == "explained":
+        second = replace(second, explained=None if first.explained else first.answer)
+    return _render(first, fact), _render(replace(first, **{trait: getattr(second, trait)}), fact)
+
+
+def right_and_wrong(request: Request, rng: random.Random, quality: str = "mixed") -> tuple[str, str]:
+    """Two replies that differ in correctness alone, the right one first.
+
+    Only the statement is wrong, or only the explanation, equally often; sometimes both are, or there is no explanation.
 
     Raises:
         ValueError: the request is not of this language.
     """
     fact = _fact_of(request.text)
-    first, second = (replace(_draw_plan(fact, rng, QUALITIES[quality]), kept=1.0) for _ in range(2))
-    if quality == "plain" or rng.random() < 0.5:
-        wrong = rng.choice([option for option in fact.options if option != fact.answer])
-        return _render(replace(first, answer=fact.answer), fact), _render(replace(first, answer=wrong), fact)
-    trait = rng.choice(("greeting", "explanation", "fillers", "ending"))
-    return _render(first, fact), _render(replace(first, **{trait: getattr(second, trait)}), fact)
+    wrong = rng.choice(fact.neighbours)
+    place = rng.choices(("statement", "explanation", "both", "no explanation"), weights=(4, 4, 1, 2))[0]
+    right = replace(
+        _draw_plan(fact, rng, QUALITIES[quality]),
+        answer=fact.answer,
+        explained=None if place == "no explanation" else fact.answer,
+        kept=1.0,
+    )
+    spoilt = replace(
+        right,
+        answer=fact.answer if place == "explanation" else wrong,
+        explained=wrong if place in ("explanation", "both") else right.explained,
+    )
+    return _render(right, fact), _render(spoilt, fact)
 
 
 def _break(plan: _Plan, fact: Fact, rng: random.Random) -> str:
@@ -312,9 +351,8 @@ def rubric(request_text: str, reply_text: str) -> float:
     fact = _fact_of(parse_request(request_text).text)
     stated, explained = _claims(fact)
     sentences = _sentences(reply_text)
-    complete = [sentence for sentence in sentences if sentence[-1] in ".!?"]
-    claims = {**stated, **explained}
-    answers = {claims[sentence] for sentence in complete if sentence in claims}
+    complete = _complete(sentences)
+    answers = _answers(fact, complete)
 
     score = RIGHT if answers == {fact.answer} else 0.0 if answers else -NO_ANSWER
     score -= UNFINISHED if len(complete) < len(sentences) or not sentences else 0.0
@@ -350,3 +388,27 @@ def _claims(fact: Fact) -> tuple[dict[str, str], dict[str, str]]:
     options = sorted({option for other in all_facts() if other.kind == fact.kind for option in other.options})
     stated = {fact.fill(template, option): option for template in fact.statements for option in options}
     return stated, {fact.fill(fact.explanation, option): option for option in options}
+
+
+def is_right(request_text: str, reply_text: str) -> bool:
+    """Whether the complete sentences that answer the request give the right answer, and no other.
+
+    >>> is_right("What is 3 plus 4?", "It is 7. Have a nice"), is_right("What is 3 plus 4?", "It is 7. It is 8.")
+    (True, False)
+
+    Raises:
+        ValueError: ``request_text`` is no request of this language.
+    """
+    fact = _fact_of(parse_request(request_text).text)
+    return _answers(fact, _complete(_sentences(reply_text))) == {fact.answer}
+
+
+def _complete(sentences: list[str]) -> list[str]:
+    return [sentence for sentence in sentences if sentence[-1] in ".!?"]
+
+
+def _answers(fact: Fact, sentences: list[str]) -> set[str]:
+    """The answers that the sentences give."""
+    stated, explained = _claims(fact)
+    claims = {**stated, **explained}
+    return {claims[sentence] for sentence in sentences if sentence in claims}

@@ -12,7 +12,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, combinations
+from itertools import accumulate, chain, combinations
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,6 +31,7 @@ from online_dpo.quickstart.language import (
     Request,
     contrast_replies,
     prompt_of,
+    right_and_wrong,
     rubric,
     sample_reply,
 )
@@ -69,7 +70,8 @@ class QuickstartSize:
     comparisons: int = 4400
     batch_size: int = 16
     prompts_train: int = 2000
-    prompts_eval: int = 300
+    prompts_validation: int = 300
+    prompts_test: int = 500
 
 
 FULL = QuickstartSize()
@@ -81,7 +83,8 @@ TINY = QuickstartSize(
     sft_examples=600,
     comparisons=300,
     prompts_train=64,
-    prompts_eval=16,
+    prompts_validation=16,
+    prompts_test=16,
 )
 """For tests and benchmarks: the same files in a few seconds, models that know next to nothing."""
 
@@ -93,7 +96,8 @@ class QuickstartArtifacts:
     policy_dir: Path
     reward_dir: Path
     prompts_train: Path
-    prompts_eval: Path
+    prompts_validation: Path
+    prompts_test: Path
 
 
 @dataclass(frozen=True)
@@ -179,31 +183,35 @@ def build_reward_config(
 # --- data ------------------------------------------------------------------------------------------------------------
 
 
-def sample_comparisons(requests: Sequence[Request], seed: int, noise: float = 0.1) -> list[Comparison]:
+def sample_comparisons(requests: Sequence[Request], seed: int) -> list[Comparison]:
     """Up to four replies to each request and a preference for each two that the rubric tells apart.
 
-    Each preference is wrong with probability ``noise``. For a third of the requests the replies are plain answers. For
-    the others two replies differ in one trait, and two are independent and of every quality, some broken, some cut by a
-    length limit.
+    A preference is wrong with probability ``1 / (1 + exp(gap))``, where ``gap`` is the difference of the two scores
+    (Bradley and Terry 1952): who judges errs where it hardly matters. For a third of the requests the replies are plain
+    answers. For the others two replies differ in one trait, and two are independent and of every quality, some broken,
+    some cut by a length limit.
     """
     rng = random.Random(seed)
     comparisons = []
     for request in requests:
-        if rng.random() < 1 / 3:
-            texts = [*contrast_replies(request, rng, "plain"), *contrast_replies(request, rng, "plain")]
-            replies = [Reply(text) for text in dict.fromkeys(texts)]
-        else:
-            replies = [Reply(text) for text in contrast_replies(request, rng)]
+        texts = [*contrast_replies(request, rng, "plain"), *contrast_replies(request, rng)]
+        replies = [Reply(text) for text in dict.fromkeys(texts)]
+        if rng.random() < 2 / 3:
             replies += [_any_reply(request, rng), _any_reply(request, rng)]
         scores = [rubric(request.text, reply.text) for reply in replies]
         wins = [
-            (first, second) if (scores[first] > scores[second]) != (rng.random() < noise) else (second, first)
+            (first, second) if rng.random() < preference_by_gap(scores[first] - scores[second]) else (second, first)
             for first, second in combinations(range(len(replies)), 2)
             if scores[first] != scores[second]
         ]
         if wins:
             comparisons.append(Comparison(prompt_of(request), tuple(replies), tuple(wins)))
     return comparisons
+
+
+def preference_by_gap(gap: float) -> float:
+    """Probability that the first of two replies is preferred whose score is higher by ``gap``."""
+    return 1 / (1 + math.exp(-gap))
 
 
 def _any_reply(request: Request, rng: random.Random) -> Reply:
@@ -304,27 +312,82 @@ def train_reward_model(
 
     The score is read at the last token, as ``LlamaForSequenceClassification`` does.
     """
-    rows = [([_encode(tokenizer, item.prompt, reply) for reply in item.replies], item.wins) for item in comparisons]
+    rows = [_encode_comparison(tokenizer, item) for item in comparisons]
 
-    def loss_of(batch: list[tuple[list[list[int]], tuple[tuple[int, int], ...]]]) -> torch.Tensor:
-        ids_RT = _pad([ids for replies, _ in batch for ids in replies], PAD_ID)
-        scores_R = _last_token_scores(model, ids_RT)
-        starts = accumulate((len(replies) for replies, _ in batch), initial=0)
+    def loss_of(batch: list[_Encoded]) -> torch.Tensor:
+        scores_R = _scores(model, batch)
+        starts = accumulate((len(row.replies) for row in batch), initial=0)
         pairs_N2 = [
-            [start + win, start + loss] for start, (_, wins) in zip(starts, batch, strict=False) for win, loss in wins
+            [start + win, start + loss] for start, row in zip(starts, batch, strict=False) for win, loss in row.wins
         ]
         chosen_N, rejected_N = scores_R[torch.tensor(pairs_N2)].unbind(dim=1)
         return -F.logsigmoid(chosen_N - rejected_N).mean()
 
-    batches = list(_batches(rows, lambda row: max(map(len, row[0])), batch_size, epochs, random.Random(seed)))
+    batches = list(_batches(rows, _Encoded.__len__, batch_size, epochs, random.Random(seed)))
     _fit(model, batches, loss_of, learning_rate)
 
 
-def _last_token_scores(model: LlamaForSequenceClassification, ids_RT: torch.Tensor) -> torch.Tensor:
-    """Scores of rows padded on the right; equal to the model's own ``logits[:, 0]``, without scoring every position."""
-    hidden_RTH = model.model(input_ids=ids_RT).last_hidden_state
-    last_R = (ids_RT != PAD_ID).sum(dim=1) - 1
-    return model.score(hidden_RTH[torch.arange(len(ids_RT)), last_R])[:, 0]
+@torch.no_grad()
+def reward_model_accuracy(
+    model: LlamaForSequenceClassification, tokenizer: PreTrainedTokenizerFast, requests: Sequence[Request], seed: int
+) -> float:
+    """How often the reward model prefers the right one of two replies that differ in correctness alone.
+
+    Two such pairs for each request. What the policy learns to answer hangs on this share.
+    """
+    rng = random.Random(seed)
+    found = []
+    for request in requests:
+        replies = tuple(Reply(text) for _ in range(2) for text in right_and_wrong(request, rng))
+        scores_R = _scores(model, [_encode_comparison(tokenizer, Comparison(prompt_of(request), replies, ()))])
+        found += (scores_R[::2] > scores_R[1::2]).tolist()
+    return sum(found) / len(found)
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A comparison in tokens: one row holds the prompt and, one after the other, its replies."""
+
+    prompt: list[int]
+    replies: list[list[int]]
+    wins: tuple[tuple[int, int], ...]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + sum(map(len, self.replies))
+
+
+def _encode_comparison(tokenizer: PreTrainedTokenizerFast, item: Comparison) -> _Encoded:
+    prompt = tokenizer(item.prompt).input_ids
+    replies = [_encode(tokenizer, item.prompt, reply)[len(prompt) :] for reply in item.replies]
+    return _Encoded(prompt, replies, item.wins)
+
+
+def _scores(model: LlamaForSequenceClassification, batch: Sequence[_Encoded]) -> torch.Tensor:
+    """The model's own scores of all replies, in order. Each prompt is computed once: its replies see it and themselves.
+
+    That saves two fifths of the time against one row a reply.
+    """
+    ids_RT = _pad([[*row.prompt, *chain(*row.replies)] for row in batch], PAD_ID)
+    # The part of a row that a token belongs to: 0 the prompt, 1 the first reply, ...; -1 is padding.
+    parts = [[row.prompt, *row.replies] for row in batch]
+    part_RT = _pad([[number for number, part in enumerate(row) for _ in part] for row in parts], -1)
+    position_RT = _pad(
+        [
+            [*range(len(row.prompt)), *(len(row.prompt) + t for reply in row.replies for t in range(len(reply)))]
+            for row in batch
+        ],
+        0,
+    )
+    same_RTT = part_RT[:, :, None] == part_RT[:, None, :]
+    seen_RTT = (same_RTT | (part_RT == 0)[:, None, :]).tril()
+    hidden_RTH = model.model(
+        input_ids=ids_RT, attention_mask=seen_RTT[:, None], position_ids=position_RT
+    ).last_hidden_state
+    last_N2 = [
+        [row, end - 1] for row, parts_of_row in enumerate(parts) for end in list(accumulate(map(len, parts_of_row)))[1:]
+    ]
+    row_N, place_N = torch.tensor(last_N2).unbind(dim=1)
+    return model.score(hidden_RTH[row_N, place_N])[:, 0]
 
 
 def _fit(model: PreTrainedModel, batches: Sequence[list], loss_of: Callable[[list], torch.Tensor], peak: float) -> None:
