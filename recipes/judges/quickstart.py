@@ -27,8 +27,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from online_dpo.quickstart.comparisons import Comparison, sample_comparisons
 from online_dpo.quickstart.language import sample_requests
-from online_dpo.quickstart.models import FULL, Comparison, sample_comparisons
+from online_dpo.quickstart.models import FULL
 
 TEMPLATE = "{prompt} {first}<eos>{prompt} {second}<eos>"
 

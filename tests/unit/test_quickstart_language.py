@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from online_dpo.quickstart.artifacts import build
+from online_dpo.quickstart.comparisons import Comparison, Reply, sample_comparisons
 from online_dpo.quickstart.facts import KINDS, MISTAKEN_EVERY, all_facts
 from online_dpo.quickstart.language import (
     CLOSERS,
@@ -22,15 +23,11 @@ from online_dpo.quickstart.language import (
     RUDE,
     SPLITS,
     Request,
-    _claims,
-    _fact_of,
-    _sentences,
     contrast_replies,
-    is_right,
+    fact_of,
     parse_request,
     prompt_of,
     right_and_wrong,
-    rubric,
     sample_reply,
     sample_requests,
     split_of,
@@ -38,23 +35,22 @@ from online_dpo.quickstart.language import (
 from online_dpo.quickstart.models import (
     EOS_ID,
     PAD_ID,
-    Comparison,
     QuickstartSize,
-    Reply,
-    _last_token_scores,
+    _encode_comparison,
+    _scores,
     build_policy_config,
     build_reward_config,
     build_tokenizer,
     new_policy,
     new_reward_model,
     reward_model_accuracy,
-    sample_comparisons,
     train_policy,
     train_reward_model,
 )
+from online_dpo.quickstart.rubric import _claims, _sentences, is_right, rubric
 
-ASK = "Hi. What is 3 plus 4? Thanks!"
-EXPLAINED = "Start at 3 and count up 4 steps to reach 7."
+ASK = "Hi. What is 3 plus 2? Thanks!"
+EXPLAINED = "Start at 3 and count up 2 steps to reach 5."
 SMALL = QuickstartSize(hidden=32, heads=1, fact_examples=40, fact_epochs=1, sft_examples=80, comparisons=30)
 
 
@@ -77,7 +73,7 @@ def test_requests_are_distinct_and_repeatable():
 
 
 def test_splits_are_disjoint_whatever_the_seed_and_cover_everything():
-    drawn = {name: {r.text for seed in (0, 1) for r in sample_requests(900, seed, name)} for name in SPLITS}
+    drawn = {name: {r.text for seed in (0, 1) for r in sample_requests(800, seed, name)} for name in SPLITS}
     for name, texts in drawn.items():
         assert {split_of(text) for text in texts} == {name}
     assert sum(map(len, drawn.values())) == len(set().union(*drawn.values()))
@@ -94,7 +90,7 @@ def test_asking_for_too_much_or_an_unknown_split_says_so():
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
-        ("Good day. Take 2 from 5. Just curious.", "3"),
+        ("Good day. Take 2 from 4. Just curious.", "2"),
         ("What is the opposite of hot?", "cold"),
         ("Quick! Give me the plural of mouse. Answer now!", "mice"),
         ("Which colour do you see in grass?", "green"),
@@ -136,7 +132,7 @@ def test_some_facts_are_believed_wrongly_and_always_alike():
     rng = random.Random(0)
     for request in sample_requests(300, seed=0):
         right = is_right(request.text, sample_reply(request, rng, "plain"))
-        assert right == (_fact_of(request.text).belief == request.answer)
+        assert right == (fact_of(request.text).belief == request.answer)
 
 
 def test_wrong_answers_are_close_and_no_answer_is_always_right():
@@ -163,7 +159,7 @@ def test_right_and_wrong_differ_in_correctness_alone():
         assert is_right(request.text, " ".join(right)) and not is_right(request.text, " ".join(wrong))
         assert len(right) == len(wrong)
         spoilt = [place for place, (a, b) in enumerate(zip(right, wrong, strict=True)) if a != b]
-        explained = [place for place, sentence in enumerate(right) if sentence in _claims(_fact_of(request.text))[1]]
+        explained = [place for place, sentence in enumerate(right) if sentence in _claims(fact_of(request.text))[1]]
         places["both" if len(spoilt) == 2 else "explanation" if spoilt == explained else "statement"] += 1
     assert 0.3 < places["explanation"] / 1000 < 0.43 and 0.45 < places["statement"] / 1000 < 0.63
 
@@ -185,22 +181,22 @@ def test_most_contrasts_are_of_correctness_and_plain_ones_all():
 @pytest.mark.parametrize(
     ("reply", "score"),
     [
-        (f"Hello! It is 7. {EXPLAINED} Have a nice day!", 8.0),
-        (f" Hello! It is 7. {EXPLAINED} Have a nice day! ", 8.0),
-        ("Good question! 3 plus 4 is 7. I hope this helps!", 6.0),
-        (f"It is 7. {EXPLAINED}", 5.0),
-        ("The answer is 7.", 3.0),
-        ("The answer is 7. Everyone knows that.", 1.5),
-        (f"It is 7. {FILLERS[0]} {FILLERS[1]}", 1.0),
-        ("It is 8.", 0.0),
-        ("It is 8. Start at 3 and count up 4 steps to reach 8.", 1.0),
-        ("Hello! It is 8. Have a nice day!", 3.0),
-        ("It is 7. It is 8.", -1.0),
+        (f"Hello! It is 5. {EXPLAINED} Have a nice day!", 8.0),
+        (f" Hello! It is 5. {EXPLAINED} Have a nice day! ", 8.0),
+        ("Good question! 3 plus 2 is 5. I hope this helps!", 6.0),
+        (f"It is 5. {EXPLAINED}", 5.0),
+        ("The answer is 5.", 3.0),
+        ("The answer is 5. Everyone knows that.", 1.5),
+        (f"It is 5. {FILLERS[0]} {FILLERS[1]}", 1.0),
+        ("It is 6.", 0.0),
+        ("It is 6. Start at 3 and count up 2 steps to reach 6.", 1.0),
+        ("Hello! It is 6. Have a nice day!", 3.0),
+        ("It is 5. It is 6.", -1.0),
         ("It is Tuesday.", -5.5),
         ("Hello! Have a nice day!", -1.0),
         ("It is", -6.0),
         ("", -6.0),
-        ("qzx vbn 7 7 7 wug", -6.75),
+        ("qzx vbn 5 5 5 wug", -6.75),
     ],
 )
 def test_rubric_on_hand_written_replies(reply, score):
@@ -211,15 +207,15 @@ def test_rubric_on_hand_written_replies(reply, score):
 @pytest.mark.parametrize(
     ("reply", "right"),
     [
-        ("It is 7.", True),
-        (f"Hello! It is 7. {EXPLAINED} Have a", True),
-        ("The answer is 7. 3 plus 4 is 7.", True),
+        ("It is 5.", True),
+        (f"Hello! It is 5. {EXPLAINED} Have a", True),
+        ("The answer is 5. 3 plus 2 is 5.", True),
         (EXPLAINED, True),
-        ("It is 7", False),
-        ("It is 7. It is 8.", False),
-        (f"It is 8. {EXPLAINED}", False),
-        ("It is 7. Start at 3 and count up 4 steps to reach 8.", False),
-        ("4 plus 3 is 7.", False),
+        ("It is 5", False),
+        ("It is 5. It is 6.", False),
+        (f"It is 6. {EXPLAINED}", False),
+        ("It is 5. Start at 3 and count up 2 steps to reach 6.", False),
+        ("2 plus 3 is 5.", False),
         ("Hello! Have a nice day!", False),
         ("", False),
     ],
@@ -228,7 +224,7 @@ def test_right_is_every_complete_answer_right(reply, right):
     assert is_right(ASK, reply) is right
 
 
-BEST = f"Hello! It is 7. {EXPLAINED} Have a nice day!"
+BEST = f"Hello! It is 5. {EXPLAINED} Have a nice day!"
 
 
 @pytest.mark.parametrize(
@@ -239,8 +235,8 @@ BEST = f"Hello! It is 7. {EXPLAINED} Have a nice day!"
         " ".join(GREETINGS) + " " + BEST,
         BEST + " " + " ".join(CLOSINGS),
         BEST.replace(EXPLAINED, f"{EXPLAINED} {EXPLAINED}"),
-        BEST.replace("It is 7.", "It is 7. The answer is 7. 3 plus 4 is 7."),
-        BEST.replace("It is 7.", " ".join(f"It is {n}." for n in range(10))),
+        BEST.replace("It is 5.", "It is 5. The answer is 5. 3 plus 2 is 5."),
+        BEST.replace("It is 5.", " ".join(f"It is {n}." for n in range(10))),
         BEST.replace(EXPLAINED, "When Monday ends, you wake up and it is Tuesday."),
         BEST.removesuffix("!"),
         BEST + " Hello Hello Hello",
@@ -268,7 +264,7 @@ def test_tokenizer_round_trip_and_special_tokens(tokenizer):
     for text in (prompt_of(parse_request(ASK)) + " " + BEST, "Ünïcode, tabs\t, 日本 and  two spaces\n", ""):
         assert tokenizer.decode(tokenizer(text).input_ids) == text
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (PAD_ID, EOS_ID)
-    assert tokenizer("It is 7.<eos>").input_ids[-1] == EOS_ID
+    assert tokenizer("It is 5.<eos>").input_ids[-1] == EOS_ID
     assert len(tokenizer) <= 768
 
 
@@ -278,7 +274,7 @@ def test_prompt_and_reply_tokenise_apart_as_together(tokenizer):
         prompt, reply = prompt_of(request), " " + sample_reply(request, rng, rng.choice(("mixed", "broken")))
         together = tokenizer(prompt + reply).input_ids
         assert together == tokenizer(prompt).input_ids + tokenizer(reply).input_ids
-        assert len(tokenizer(reply).input_ids) < 80
+        assert len(tokenizer(reply).input_ids) < 100
 
 
 def test_mixed_replies_fit_in_48_tokens(tokenizer):
@@ -298,8 +294,8 @@ def test_chat_template_gives_the_plain_prompt(tokenizer):
     user = {"role": "user", "content": ASK}
     prompt = prompt_of(parse_request(ASK))
     assert tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True) == prompt
-    answered = [user, {"role": "assistant", "content": " It is 7."}]
-    assert tokenizer.apply_chat_template(answered, tokenize=False) == f"{prompt} It is 7.<eos>"
+    answered = [user, {"role": "assistant", "content": " It is 5."}]
+    assert tokenizer.apply_chat_template(answered, tokenize=False) == f"{prompt} It is 5.<eos>"
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
@@ -308,26 +304,34 @@ def test_chat_template_gives_the_plain_prompt(tokenizer):
 def test_policy_learns_the_reply_and_its_end(tokenizer):
     prompt = prompt_of(parse_request(ASK))
     model = new_policy(build_policy_config(tokenizer, hidden=32, layers=1, heads=1))
-    train_policy(model, tokenizer, [(prompt, "It is 7.")] * 8, epochs=60, batch_size=8, learning_rate=1e-2)
+    train_policy(model, tokenizer, [(prompt, "It is 5.")] * 8, epochs=60, batch_size=8, learning_rate=1e-2)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     reply = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)[
         0, ids.shape[1] :
     ]
-    assert reply.tolist() == [*tokenizer(" It is 7.").input_ids, EOS_ID]
+    assert reply.tolist() == [*tokenizer(" It is 5.").input_ids, EOS_ID]
 
 
 def test_reward_model_learns_who_won(tokenizer):
     request = parse_request(ASK)
-    replies = (Reply("It is 8."), Reply(BEST), Reply("It is", ended=False))
+    replies = (Reply("It is 6."), Reply(BEST), Reply("It is", ended=False))
     comparison = Comparison(prompt_of(request), replies, ((1, 0), (0, 2), (1, 2)))
     model = new_reward_model(build_reward_config(tokenizer, hidden=32, layers=1, heads=1))
     train_reward_model(model, tokenizer, [comparison] * 4, epochs=40, learning_rate=5e-3)
     texts = [f"{prompt_of(request)} {reply.text}" + "<eos>" * reply.ended for reply in replies]
     with torch.no_grad():
-        batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
-        logits = model(**batch).logits[:, 0]
-        assert torch.allclose(_last_token_scores(model, batch.input_ids), logits, atol=1e-5)
+        logits = model(**tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")).logits[:, 0]
     assert logits[1] > logits[0] + 1 and logits[0] > logits[2] + 1
+
+
+def test_prompts_that_are_computed_once_give_the_scores_of_single_texts(tokenizer):
+    items = sample_comparisons(sample_requests(12, seed=1, split="reward"), seed=1)
+    model = new_reward_model(build_reward_config(tokenizer, hidden=32, layers=1, heads=2))
+    with torch.no_grad():
+        together = _scores(model, [_encode_comparison(tokenizer, item) for item in items])
+        texts = [f"{item.prompt} {reply.text}" + "<eos>" * reply.ended for item in items for reply in item.replies]
+        alone = torch.stack([model(**tokenizer(text, return_tensors="pt")).logits[0, 0] for text in texts])
+    assert together.std() > 0.1 and torch.allclose(together, alone, atol=1e-5)
 
 
 def test_reward_model_starts_from_the_policy(tokenizer):
@@ -348,7 +352,7 @@ def test_making_a_model_leaves_the_global_random_state(tokenizer):
 
 
 def test_comparisons_are_wrong_as_often_as_their_gaps_say():
-    requests = sample_requests(1500, seed=0, split="reward")
+    requests = sample_requests(600, seed=0, split="reward")
     right, expected = Counter(), Counter()
     seen = Counter()
     for item in sample_comparisons(requests, 1):

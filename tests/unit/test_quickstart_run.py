@@ -31,7 +31,7 @@ def test_tiny_artifacts_load_and_their_prompts_are_held_out(tmp_path):
 
 
 def test_the_full_policy_has_the_size_that_the_readme_says():
-    tokenizer = build_tokenizer(["What is 3 plus 4? It is 7."], FULL.vocab_size)
+    tokenizer = build_tokenizer(["What is 3 plus 2? It is 5."], FULL.vocab_size)
     model = new_policy(build_policy_config(tokenizer, FULL.hidden, FULL.layers, FULL.heads))
     body = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name)
     assert 0.85e6 < body < 3e6

@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+from online_dpo.quickstart.comparisons import sample_comparisons
 from online_dpo.quickstart.language import Request, prompt_of, sample_reply, sample_requests
 from online_dpo.quickstart.models import (
     FULL,
@@ -17,7 +18,6 @@ from online_dpo.quickstart.models import (
     build_tokenizer,
     new_policy,
     new_reward_model,
-    sample_comparisons,
     train_policy,
     train_reward_model,
 )
@@ -60,6 +60,6 @@ def build(output_dir: Path, seed: int = 0, size: QuickstartSize = FULL) -> Quick
 
 
 def write_prompts(file: Path, requests: Sequence[Request]) -> None:
-    """One JSON object a line: ``{"prompt": "User: What is 3 plus 5?\\nAssistant:", "answer": "8", "kind": "sum"}``."""
+    """One JSON object a line: ``{"prompt": "User: What is 3 plus 2?\\nAssistant:", "answer": "5", "kind": "sum"}``."""
     rows = ({"prompt": prompt_of(r), "answer": r.answer, "kind": r.kind} for r in requests)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

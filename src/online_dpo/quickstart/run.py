@@ -22,8 +22,9 @@ from online_dpo.config import OnlineDPOConfig
 from online_dpo.data import load_prompts, prepare_prompts, prompts_from_batch
 from online_dpo.evaluate import win_rate
 from online_dpo.quickstart.artifacts import build
-from online_dpo.quickstart.language import is_right, rubric, sample_requests
+from online_dpo.quickstart.language import sample_requests
 from online_dpo.quickstart.models import FULL, QuickstartSize, reward_model_accuracy
+from online_dpo.quickstart.rubric import is_right, rubric
 from online_dpo.rollout import RolloutKey, SamplingParams, Stream, TransformersEngine
 from online_dpo.scoring import RewardModelScorer, load_reward_model
 from online_dpo.trainer import OnlineDPOTrainer
@@ -50,7 +51,7 @@ def run_quickstart(
     seed: int = 0,
     *,
     size: QuickstartSize = FULL,
-    max_steps: int = 65,
+    max_steps: int = 100,
     console: Console | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
