@@ -4,6 +4,9 @@
 #   make test         unit and integration tests
 #   make test-slow    those of them that take long
 #   make test-vllm    engines of vLLM on a CPU, in an environment of their own
+#   make test-oldest  unit and integration tests with the oldest versions that pyproject.toml allows, in an environment of their own
+#   make test-newest  the same with the newest that it allows and pip finds
+#   make test-seams   in both, only the tests of what hangs on transformers, torch and accelerate
 #   make figures      what other feedback and methods are worth on the quickstart
 #   make benchmark    time and memory of a step against TRL's
 #   make lint         what CI checks before the tests
@@ -20,8 +23,22 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip
+OLDEST_VENV := .venv-oldest
+OLDEST_STAMP := $(OLDEST_VENV)/.installed
+OLDEST_PIP := $(OLDEST_VENV)/bin/python -m pip
+NEWEST_VENV := .venv-newest
+NEWEST_STAMP := $(NEWEST_VENV)/.installed
+NEWEST_PIP := $(NEWEST_VENV)/bin/python -m pip
+TEST_TOOLS := hypothesis pytest pytest-xdist
 
-.PHONY: venv quickstart test test-slow test-distributed test-e2e test-vllm test-all figures benchmark lint format clean
+# every forward that is patched, every method of Trainer that is overridden, and all that is private elsewhere
+SEAMS := tests/unit/test_versions.py tests/unit/test_forwards.py tests/unit/test_last_layer.py tests/unit/test_logprobs.py \
+	tests/unit/test_onednn.py tests/unit/test_self_check.py tests/unit/test_decoding.py tests/unit/test_static_decoding.py \
+	tests/unit/test_transformers_engine.py tests/unit/test_mixture.py tests/unit/test_shared_scoring.py \
+	tests/unit/test_pairwise_model.py tests/unit/test_weight_sync.py tests/unit/test_weight_group.py \
+	tests/integration/test_invariants.py tests/integration/test_trainer.py
+
+.PHONY: venv quickstart test test-slow test-distributed test-e2e test-vllm test-oldest test-newest test-seams test-all figures benchmark lint format clean
 .DELETE_ON_ERROR:
 
 venv: $(STAMP)
@@ -61,7 +78,33 @@ $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 test-vllm: $(VLLM_STAMP)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VLLM_VENV)/bin/python -m pytest -q -n 2 --dist loadfile tests/vllm_engines
 
-test-all: test test-slow test-distributed test-vllm test-e2e
+# trl for the tests of parity; what checks the code is not needed
+$(OLDEST_STAMP): pyproject.toml constraints-oldest.txt
+	test -x $(OLDEST_VENV)/bin/python || $(PYTHON) -m venv $(OLDEST_VENV)
+	$(OLDEST_PIP) install "$$(grep '^torch==' constraints-oldest.txt)" -c constraints-oldest.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	PIP_CONSTRAINT=constraints-oldest.txt $(OLDEST_PIP) install -e '.[bench,judge,peft]' $(TEST_TOOLS)
+	touch $@
+
+# without constraints: make clean, and it takes what is new since then
+$(NEWEST_STAMP): pyproject.toml
+	test -x $(NEWEST_VENV)/bin/python || $(PYTHON) -m venv $(NEWEST_VENV)
+	$(NEWEST_PIP) install "$$(grep -o 'torch>=[^"]*' pyproject.toml)" $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(NEWEST_PIP) install --upgrade --upgrade-strategy eager -e '.[bench,judge,peft]' $(TEST_TOOLS)
+	touch $@
+
+test-oldest: $(OLDEST_STAMP)
+	$(call in_venv,$(OLDEST_VENV)) tests/unit tests/integration
+
+test-newest: $(NEWEST_STAMP)
+	$(call in_venv,$(NEWEST_VENV)) tests/unit tests/integration
+
+test-seams: $(OLDEST_STAMP) $(NEWEST_STAMP)
+	$(call in_venv,$(OLDEST_VENV)) $(SEAMS)
+	$(call in_venv,$(NEWEST_VENV)) $(SEAMS)
+
+in_venv = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(1)/bin/python -m pytest -q -n 2 -m "not slow" -p no:cacheprovider
+
+test-all: test test-slow test-distributed test-vllm test-oldest test-newest test-e2e
 
 # the table of "Try it on the quickstart" in docs/feedback.md: 15 minutes on an idle machine of 2 cores
 figures: $(STAMP)
@@ -82,5 +125,5 @@ format: $(STAMP)
 	$(BIN)/ruff format src tests benchmarks recipes
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(OLDEST_VENV) $(NEWEST_VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -10,7 +10,6 @@ import yaml
 
 import tiny
 from online_dpo import OnlineDPOTrainer
-from online_dpo.cli.interrupt import InterruptCallback
 from online_dpo.cli.progress import ProgressDisplay
 from online_dpo.cli.run_file import plan_run
 from online_dpo.cli.train import build_trainer
@@ -48,4 +47,4 @@ def write_run_file(folder: Path, **fields: Any) -> Path:
 
 
 def trainer_of(path: Path) -> OnlineDPOTrainer:
-    return build_trainer(plan_run(path, []), ProgressDisplay(), InterruptCallback())
+    return build_trainer(plan_run(path, []), ProgressDisplay())

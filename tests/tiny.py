@@ -86,6 +86,12 @@ def config(family: str, **overrides: object) -> PreTrainedConfig:
     return classes[family](**{**common, **shape, **overrides})
 
 
+def attentions(family: str) -> list[str]:
+    """Those that models of this family can be loaded with; soft caps have gone with SDPA until transformers 5.21."""
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config(family))]
+    return ["sdpa", "eager"] if model._supports_sdpa else ["eager"]
+
+
 def causal_lm(family: str = "llama", seed: int = 0, sharpness: float = 3.0, **overrides: object) -> PreTrainedModel:
     """Random weights, scaled up so that next-token distributions are far from uniform."""
     torch.manual_seed(seed)
@@ -98,6 +104,13 @@ def causal_lm(family: str = "llama", seed: int = 0, sharpness: float = 3.0, **ov
             elif "bias" not in name and sharpness != 1.0:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
+
+
+def checkpoint_layers(model: PreTrainedModel, use_reentrant: bool = False) -> None:
+    """Layers are computed again in the backward pass, as `Trainer` asks for; `transformers` 5.23 has renamed it."""
+    new_name = hasattr(model, "activation_checkpointing_enable")
+    enable = model.activation_checkpointing_enable if new_name else model.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})
 
 
 def prompts(lengths: Sequence[int], seed: int = 0) -> list[Prompt]:

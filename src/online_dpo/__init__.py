@@ -1,7 +1,7 @@
 """Train a language model on preferences collected while it trains.
 
 ``from online_dpo import OnlineDPOConfig, OnlineDPOTrainer``. Importing the package itself loads neither torch nor
-transformers, so that the command line can check its arguments first; the two classes are loaded when asked for.
+transformers, so that the command line can check its arguments first; its classes are loaded when asked for.
 """
 
 from __future__ import annotations
@@ -10,19 +10,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from online_dpo.cli.progress import ProgressDisplay
     from online_dpo.config import OnlineDPOConfig
     from online_dpo.trainer import OnlineDPOTrainer
 
 __version__ = "0.1.0"
 
-__all__ = ["OnlineDPOConfig", "OnlineDPOTrainer", "__version__"]
+__all__ = ["OnlineDPOConfig", "OnlineDPOTrainer", "ProgressDisplay", "__version__"]
 
-_HOMES = {"OnlineDPOConfig": "online_dpo.config", "OnlineDPOTrainer": "online_dpo.trainer"}
+_HOMES = {
+    "OnlineDPOConfig": "online_dpo.config",
+    "OnlineDPOTrainer": "online_dpo.trainer",
+    "ProgressDisplay": "online_dpo.cli.progress",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'online_dpo' has no attribute {name!r}")
+    from online_dpo.versions import warn_once
+
+    warn_once()  # before the import, which an untested version may break
     value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from online_dpo import flex_rows, segment_rows
 from online_dpo.layout import PADDING
-from online_dpo.models import accepts_argument, unwrapped
+from online_dpo.models import accepts_argument, logits_alone, unwrapped
 from online_dpo.types import TokenRows
 
 LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -45,7 +45,7 @@ def attention_inputs(model: nn.Module, tokens: TokenRows) -> dict[str, Any]:
     Rows that share prompts get a mask of shape (R, 1, T, T), or one for each kind of layer where a model mixes full,
     sliding-window and chunked attention.
     """
-    inputs: dict[str, Any] = {}
+    inputs: dict[str, Any] = logits_alone(model)
     if accepts_argument(model, "position_ids"):
         inputs["position_ids"] = tokens.positions_RT
     if not tokens.shares_prompts:
@@ -82,13 +82,13 @@ def use_flex_attention(model: nn.Module) -> None:
         ValueError: the model's attention implementation is another than SDPA, or its attention has a soft cap.
     """
     config = unwrapped(model).config.get_text_config()
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        raise ValueError("`flex_attention` cannot be used with a model whose attention has a soft cap; leave it off.")
     if config._attn_implementation not in ("sdpa", segment_rows.NAME, flex_rows.NAME):
         raise ValueError(
             f"`flex_attention` takes the place of SDPA, but a model was loaded with {config._attn_implementation!r}. "
             "Load it with `attn_implementation='sdpa'`, or leave `flex_attention` off."
         )
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        raise ValueError("`flex_attention` cannot be used with a model whose attention has a soft cap; leave it off.")
     flex_rows.register()
     config._attn_implementation = flex_rows.NAME
 

@@ -4,12 +4,13 @@ loaded.
 
 from __future__ import annotations
 
-import importlib.util
+import copy
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch import nn
@@ -19,8 +20,28 @@ from online_dpo.allocator import keep_freed_memory
 from online_dpo.attention import use_flex_attention, use_segments
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.config_checks import EPOCH_FIELDS
+from online_dpo.config_checks_training import check_output_dir
+from online_dpo.foreign import loading
+from online_dpo.known_tokens import check_room
 from online_dpo.logprobs import enable_logprobs
-from online_dpo.models import check_model_path, context_length, disable_dropout, load_causal_lm, to_device
+from online_dpo.models import (
+    adapting,
+    check_model_path,
+    disable_dropout,
+    is_adapter,
+    load_causal_lm,
+    to_device,
+    unwrapped,
+)
+from online_dpo.policy_checks import check_unmerged, warn_of_auxiliary_loss
+from online_dpo.precision import (
+    check_precision,
+    given_dtype,
+    hold_linears,
+    mixed_precision,
+    train_in_fp32,
+    warn_of_other_dtype,
+)
 from online_dpo.reference import (
     AdapterOffReference,
     FrozenReference,
@@ -29,7 +50,9 @@ from online_dpo.reference import (
     SyncedReference,
     adapter_changes_output,
     frozen_copy,
+    trains_base_weights,
 )
+from online_dpo.requirements import problems
 from online_dpo.rollout import Engine, SamplingParams, TransformersEngine
 from online_dpo.rollout.mixture import MixtureEngine
 from online_dpo.rollout.opponent import ModelOpponent, Nobody, Opponent
@@ -42,9 +65,11 @@ from online_dpo.scoring import (
     RewardModelScorer,
     check_judge,
     check_reward_columns,
+    check_reward_path,
     check_scorers,
     check_share,
 )
+from online_dpo.trained import check_trained
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +141,9 @@ def check_arguments(
     if args.model_init_kwargs is not None and not isinstance(model, str):
         raise ValueError("`model_init_kwargs` is only used when `model` is a name or folder, but it is a loaded model.")
     check_vllm(args)
+    if isinstance(model, nn.Module) and peft_config is None:
+        check_trained(model)
+    check_output_dir(args)
     for argument, value in (("model", model), ("ref_model", ref_model)):
         if isinstance(value, str):
             check_model_path(value, argument)
@@ -153,10 +181,7 @@ def choose_scorers(reward_funcs: Any, reward_model: Any, judge: Any, args: Onlin
     if reward_funcs is not None and reward_model is not None:
         raise ValueError("Give `reward_funcs` or `reward_model`, not both: `reward_funcs` takes a list of all of them.")
     rewards = reward_funcs if reward_funcs is not None else reward_model
-    if rewards is not None and args.reward_model_path is not None:
-        raise ValueError(
-            "`reward_model_path` is given beside `reward_funcs`: put the path into the list `reward_funcs`."
-        )
+    check_reward_path(rewards, args.reward_model_path, "reward_model_path", "reward_funcs")
     if rewards is None:
         rewards = args.reward_model_path
     if args.judge_top is not None:
@@ -177,34 +202,49 @@ def choose_scorers(reward_funcs: Any, reward_model: Any, judge: Any, args: Onlin
     return rewards, judge
 
 
-def build_policy(model: Any, peft_config: Any, args: OnlineDPOConfig) -> nn.Module:
-    """The policy, loaded if given by name, wrapped in its adapter, without dropout if so configured.
+def build_policy(model: Any, peft_config: Any, args: OnlineDPOConfig, optimizer: Any = None) -> nn.Module:
+    """The policy, loaded if given by name, wrapped in its adapter, without dropout if so configured. What is trained of
+    a model loaded here is in fp32, unless a type is asked for.
+
+    Args:
+        optimizer: of the user, if there is one.
 
     Raises:
-        ValueError: the model is no causal language model, or its context is shorter than ``max_length``.
+        ValueError: the model is no causal language model, its context is shorter than ``max_length``, or none of its
+            weights is trained by the optimizer.
     """
+    loaded_here = isinstance(model, str)
+    typed = given_dtype(args.model_init_kwargs) is not None
     if isinstance(model, str):
-        model = load_causal_lm(model, args.model_init_kwargs, args.trust_remote_code)  # pyright: ignore[reportArgumentType]
+        dtype = policy_dtype(model, peft_config, args)
+        with loading(model):
+            model = load_causal_lm(model, args.model_init_kwargs, args.trust_remote_code, dtype)  # pyright: ignore[reportArgumentType]
+        trains_adapter = peft_config is not None or is_peft_model_object(model)
+    else:
+        trains_adapter = peft_config is not None
     if model.config.is_encoder_decoder:
         raise ValueError("`model` is an encoder-decoder; Online DPO here trains decoder-only language models.")
-    context = context_length(model)
-    longest = None if args.prompt_limit is None else args.prompt_limit + args.max_new_tokens
-    if context is not None and (longest is None or longest > context):
-        raise ValueError(
-            f"The model has room for {context} tokens, prompts and completions may have "
-            f"{'any number' if longest is None else longest}. Set `max_length` to at most {context}."
-        )
+    check_room(model, _longest(args), "model")
     if peft_config is not None:
         from peft import get_peft_model, prepare_model_for_kbit_training
 
         if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
-            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
-        model = get_peft_model(model, peft_config)
+            # Trainer turns checkpointing on, as the run asks for it
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        with adapting():
+            model = get_peft_model(model, copy.deepcopy(peft_config))  # it writes into it
     if is_peft_model_object(model) and model.active_peft_config.is_prompt_learning:
         raise ValueError(
             "Adapters with virtual tokens (prompt and prefix tuning) are not supported: with padding their tokens get "
             "other positions than without. Use LoRA."
         )
+    if is_peft_model_object(model):
+        check_unmerged(model)
+    if trains_adapter:
+        train_in_fp32(model, args, may_hold_all=loaded_here and not typed)
+    check_trained(model, optimizer)
+    check_precision(model, args, optimizer, loaded_here)
+    warn_of_auxiliary_loss(model)
     _prepare_attention(model, args)
     enable_logprobs(model)
     if args.disable_dropout:
@@ -214,6 +254,12 @@ def build_policy(model: Any, peft_config: Any, args: OnlineDPOConfig) -> nn.Modu
     return model
 
 
+def policy_dtype(path: str, peft_config: Any, args: OnlineDPOConfig) -> str | torch.dtype:
+    """The type that a policy is loaded in if none is asked for: fp32 if its own weights are trained, else as saved."""
+    quantized = "quantization_config" in (args.model_init_kwargs or {})
+    return "auto" if peft_config is not None or quantized or is_adapter(path) else torch.float32
+
+
 def _prepare_attention(model: nn.Module, args: OnlineDPOConfig) -> None:
     if args.flex_attention:
         use_flex_attention(model)
@@ -221,19 +267,33 @@ def _prepare_attention(model: nn.Module, args: OnlineDPOConfig) -> None:
         use_segments(model)
 
 
+def _longest(args: OnlineDPOConfig) -> int | None:
+    """Most tokens of a prompt and its completion; ``None``: any number."""
+    return None if args.prompt_limit is None else args.prompt_limit + args.max_new_tokens
+
+
 def build_reference(ref_model: Any, policy: nn.Module, args: OnlineDPOConfig) -> Reference:
     """The reference: the model given, else the policy with its adapter off, else a frozen copy. A model of its own may
     follow the policy.
 
+    One that is made here computes as the policy does, so that at the start the two give the same numbers: it has the
+    policy's type, but for what mixed precision casts in each pass anyway.
+
     Raises:
-        ValueError: it is to follow the policy, and cannot.
+        ValueError: it is to follow the policy, and cannot; or its context is shorter than ``max_length``.
     """
     if args.reference_free:
         return NoReference()
     if isinstance(ref_model, str):
-        ref_model = load_causal_lm(ref_model, args.model_init_kwargs, args.trust_remote_code)  # pyright: ignore[reportArgumentType]
+        init_kwargs: Any = args.model_init_kwargs
+        with loading(ref_model):
+            ref_model = load_causal_lm(ref_model, init_kwargs, args.trust_remote_code, unwrapped(policy).dtype)
+        if not args.sync_ref_model:
+            hold_linears(ref_model, args)
+    elif ref_model is not None:
+        warn_of_other_dtype(ref_model, policy)
     if ref_model is not None:
-        disable_dropout(ref_model)
+        check_room(ref_model, _longest(args), "ref_model")
         enable_logprobs(ref_model)
         _prepare_attention(ref_model, args)
         return _own_model(to_device(ref_model, args.device), policy, args, "a model given separately")
@@ -243,12 +303,23 @@ def build_reference(ref_model: Any, policy: nn.Module, args: OnlineDPOConfig) ->
             "policy without it. Train all weights, or leave it off."
         )
     if not is_peft_model_object(policy):
-        return _own_model(to_device(frozen_copy(policy), args.device), policy, args, "a frozen copy of the policy")
-    if adapter_changes_output(policy):
+        copy = frozen_copy(policy)
+        if not args.sync_ref_model:  # one that follows is mixed in fp32
+            hold_linears(copy, args)
+        return _own_model(to_device(copy, args.device), policy, args, "a frozen copy of the policy")
+    with mixed_precision(args):
+        changed = adapter_changes_output(policy)
+    if changed:
         logger.warning(
             "The policy's adapter has been trained before. The reference is the base model without it; to stay close "
             "to the policy as it is now, merge the adapter first (merge_and_unload) or pass `ref_model`."
         )
+    if trains_base_weights(policy):
+        logger.warning(
+            "Weights outside the adapter are trained as well (its `bias`, or weights that are not frozen). So the "
+            "reference is a copy of the policy with its adapter off, which takes as much memory again."
+        )
+        return AdapterOffReference(frozen_copy(policy), "a copy of the policy with its adapter off")
     return AdapterOffReference(policy)
 
 
@@ -262,7 +333,7 @@ def _own_model(model: nn.Module, policy: nn.Module, args: OnlineDPOConfig, descr
 def check_vllm(args: OnlineDPOConfig) -> None:
     """
     Raises:
-        ValueError: vLLM is missing, or does not know an option of sampling.
+        ValueError: vLLM is missing, does not know an option of sampling, or a server has not room for ``max_length``.
         RolloutServerError: a server cannot be reached.
     """
     if not args.use_vllm:
@@ -270,9 +341,21 @@ def check_vllm(args: OnlineDPOConfig) -> None:
     vllm_sampling(SamplingParams.from_config(args, end_token_ids=()))
     if args.vllm_mode == "server":
         for url in args.vllm_server_urls:
-            VLLMClient(url, args.vllm_server_timeout).call("/health")
-    elif importlib.util.find_spec("vllm") is None:
-        raise ValueError("`use_vllm` needs vLLM, which is not installed. Install `online-dpo[vllm]`, or leave it off.")
+            _check_server(VLLMClient(url, args.vllm_server_timeout), _longest(args))
+    else:
+        for _, problem in problems({"use_vllm": True}):
+            raise ValueError(problem)
+
+
+def _check_server(client: VLLMClient, longest: int | None) -> None:
+    client.call("/health")
+    room = client.call("/v1/models")["data"][0]["max_model_len"]
+    if room is not None and (longest is None or longest > room):
+        raise ValueError(
+            f"The vLLM server at {client.url} has room for {room} tokens, prompts and completions may have "
+            f"{'any number' if longest is None else longest}. Set `max_length` to at most {room}, or start the server "
+            "with a larger `--max-model-len`."
+        )
 
 
 def build_engine(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, args: OnlineDPOConfig) -> Engine:
@@ -331,6 +414,19 @@ def check_stream(args: OnlineDPOConfig) -> None:
             raise ValueError(
                 f"A list of `{name}`s goes by epochs, and a streamed `train_dataset` has none; give one number."
             )
+
+
+def check_batches(train_dataset: Any, args: OnlineDPOConfig) -> None:
+    """
+    Raises:
+        ValueError: the rows make no whole batch, and others are left out.
+    """
+    needed = args.per_device_train_batch_size * args.world_size
+    if isinstance(train_dataset, Dataset) and args.dataloader_drop_last and len(train_dataset) < needed:
+        raise ValueError(
+            f"Nothing to train: `train_dataset` has {len(train_dataset)} rows, a batch needs {needed} "
+            "(`per_device_train_batch_size` times processes), and `dataloader_drop_last` leaves out a smaller one."
+        )
 
 
 def named_datasets(eval_dataset: Any) -> dict[str, Any]:

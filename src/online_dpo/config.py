@@ -6,6 +6,7 @@ TRL's ``OnlineDPOConfig`` has keep its names.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +14,13 @@ import torch
 from transformers import TrainingArguments
 
 from online_dpo import config_feedback, config_loss, config_method
+from online_dpo.argument_ranges import out_of_range
 from online_dpo.config_checks import (
-    EPOCH_FIELDS,
     check_choices,
     check_generation_kwargs,
     check_losses,
     check_pairs,
+    check_processes,
     check_ranges,
     check_reference,
     check_resampling,
@@ -26,17 +28,25 @@ from online_dpo.config_checks import (
     check_vllm,
 )
 from online_dpo.config_checks_method import check_method, check_target_kl
+from online_dpo.config_checks_refused import check_accelerator, check_refused
+from online_dpo.config_checks_training import check_names, check_training
 from online_dpo.config_feedback import FeedbackFields
+from online_dpo.config_input import settle_input
 from online_dpo.config_loss import LossFields
 from online_dpo.config_method import MethodFields
 from online_dpo.config_vllm import VLLMFields
+from online_dpo.field_specs import documented
+from online_dpo.keyword_arguments import NamedArguments
+from online_dpo.names_elsewhere import ARGUMENTS, IN_PYTHON, hint_for
+from online_dpo.versions import hand_on_checkpointing
 
 INVALID_PROMPT_POLICIES = ("error", "filter")
 CHOICES = (("invalid_prompts", INVALID_PROMPT_POLICIES),)
 
 
+@documented
 @dataclass
-class OnlineDPOConfig(VLLMFields, LossFields, MethodFields, FeedbackFields, TrainingArguments):
+class OnlineDPOConfig(NamedArguments, VLLMFields, LossFields, MethodFields, FeedbackFields, TrainingArguments):
     """Arguments of :class:`online_dpo.OnlineDPOTrainer`.
 
     Every field of :class:`transformers.TrainingArguments` is here too. Defaults that differ from it: ``learning_rate``
@@ -47,6 +57,8 @@ class OnlineDPOConfig(VLLMFields, LossFields, MethodFields, FeedbackFields, Trai
         ValueError: a field is out of range, or asks for something that this version does not do.
     """
 
+    # --- training -----------------------------------------------------------------------------------------------------
+
     learning_rate: float = 5e-7
     """The initial learning rate of the optimizer."""
 
@@ -55,7 +67,7 @@ class OnlineDPOConfig(VLLMFields, LossFields, MethodFields, FeedbackFields, Trai
 
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass instead of keeping them. The KV cache of generation is not touched by
-    it.
+    it. `activation_checkpointing`, as transformers calls it from 5.23 on, says the same and comes first where given.
     """
 
     bf16: bool | None = None
@@ -172,7 +184,8 @@ class OnlineDPOConfig(VLLMFields, LossFields, MethodFields, FeedbackFields, Trai
 
     model_init_kwargs: dict[str, Any] | str | None = None
     """Passed to `AutoModelForCausalLM.from_pretrained` when the policy (or the reference) is given by name, for example
-    `{"dtype": "bfloat16"}`."""
+    `{"attn_implementation": "sdpa"}`. Without a `dtype`, trained weights are loaded in fp32 and a base under an adapter
+    as it was saved; trained weights in half precision lose most of their updates."""
 
     trust_remote_code: bool = False
     """Allow models and tokenizers that bring their own Python code."""
@@ -189,13 +202,16 @@ class OnlineDPOConfig(VLLMFields, LossFields, MethodFields, FeedbackFields, Trai
     def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and _device_computes_in_bf16()
+        settle_input(self, choices := CHOICES + config_feedback.CHOICES + config_loss.CHOICES + config_method.CHOICES)
+        check_refused(self)
+        check_names(self)
+        for name, problem in out_of_range(vars(self)):
+            raise ValueError(f"`{name}` {problem}")
+        hand_on_checkpointing(self)
         super().__post_init__()
-        for name in EPOCH_FIELDS:
-            given = getattr(self, name)
-            if isinstance(given, (list, tuple)) and len(given) == 1:
-                setattr(self, name, given[0])
+        check_processes(self)
         check_ranges(self)
-        check_choices(self, CHOICES + config_feedback.CHOICES + config_loss.CHOICES + config_method.CHOICES)
+        check_choices(self, choices)
         check_losses(self)
         check_pairs(self)
         check_resampling(self)
@@ -205,6 +221,14 @@ class OnlineDPOConfig(VLLMFields, LossFields, MethodFields, FeedbackFields, Trai
         check_vllm(self)
         check_generation_kwargs(self.generation_kwargs)
         check_unsupported(self)
+        check_accelerator(self)
+        check_training(self)
+
+    @classmethod
+    def _hint_for_argument(cls, name: str, known: Collection[str]) -> str:
+        if name in ARGUMENTS.values():
+            return f" `{name}` is an argument of `OnlineDPOTrainer`."
+        return hint_for(name, known, IN_PYTHON)
 
     def beta_at(self, epoch: float) -> float:
         """The beta of an epoch that may be fractional: ``[0.1, 0.2]`` gives 0.1 in epoch 0 and 0.2 from epoch 1 on."""

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import GenerationConfig
 
+from online_dpo.processes import SLURM, start_alone, started_together
+
 if TYPE_CHECKING:
     from online_dpo.config import OnlineDPOConfig
 
@@ -69,6 +71,7 @@ def check_ranges(args: OnlineDPOConfig) -> None:
     sampling |= {name: value for name, value in given.items() if name in SAMPLING_FIELDS}
     betas, alphas, shares = (epoch_values(getattr(args, name)) for name in EPOCH_FIELDS)
     checks = [
+        (args.max_steps > 0 or args.num_train_epochs > 0, "num_train_epochs", "above 0"),
         (args.num_completions >= 2, "num_completions", "at least 2: a pair needs two completions"),
         (args.max_new_tokens >= 1, "max_new_tokens", "at least 1"),
         (args.max_prompt_length is None or args.max_prompt_length >= 1, "max_prompt_length", "at least 1"),
@@ -92,7 +95,7 @@ def check_ranges(args: OnlineDPOConfig) -> None:
         (1 < args.beta_range < math.inf, "beta_range", "above 1"),
         (0 < args.beta_gain < 5, "beta_gain", "above 0 and below 5, so that beta stays above 0"),
     ]
-    _check(args, checks, sampling)
+    check_numbers(args, checks, sampling)
     if args.prompt_limit is not None and args.prompt_limit < 1:
         raise ValueError(
             f"`max_length` ({args.max_length}) leaves no room for a prompt beside `max_new_tokens` "
@@ -109,7 +112,9 @@ def check_choices(args: OnlineDPOConfig, choices: Sequence[tuple[str, Sequence[s
         value = getattr(args, name)
         for item in value if isinstance(value, (list, tuple)) else [value]:
             if item not in allowed:
-                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}; it is {item!r}.")
+                close = difflib.get_close_matches(str(item), allowed, n=1)
+                hint = f" Did you mean `{close[0]}`?" if close else ""
+                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}; it is {item!r}.{hint}")
 
 
 def check_losses(args: OnlineDPOConfig) -> None:
@@ -131,7 +136,7 @@ def check_losses(args: OnlineDPOConfig) -> None:
         (0 <= args.simpo_gamma < math.inf, "simpo_gamma", "0 or more"),
         (0 <= args.dpop_lambda < math.inf, "dpop_lambda", "0 or more"),
     ]
-    _check(args, checks)
+    check_numbers(args, checks)
     if "exo_pair" in names and args.label_smoothing == 0:
         raise ValueError("`exo_pair` is infinite for certain labels: set `label_smoothing`, for example to 1e-3.")
     if set(names) <= set(LOSSES_WITHOUT_LABELS):
@@ -157,7 +162,7 @@ def check_pairs(args: OnlineDPOConfig) -> None:
         (longest is None or longest >= 1, "max_length_ratio", "1 or more"),
         (temperature is None or 0 < temperature < math.inf, "label_temperature", "above 0"),
     ]
-    _check(args, checks)
+    check_numbers(args, checks)
     if low is not None and high is not None and low > high:
         raise ValueError(f"`min_margin` ({low}) is above `max_margin` ({high}): no pair would be left.")
     if args.tie_policy == "first":
@@ -193,7 +198,7 @@ def check_reference(args: OnlineDPOConfig) -> None:
         (0 < args.ref_model_mixup_alpha <= 1, "ref_model_mixup_alpha", "in (0, 1]"),
         (args.ref_model_sync_steps >= 1, "ref_model_sync_steps", "at least 1"),
     ]
-    _check(args, checks)
+    check_numbers(args, checks)
     ignored = [f.name for f in fields(args) if f.name.startswith("ref_model_") and getattr(args, f.name) != f.default]
     if ignored and not args.sync_ref_model:
         warnings.warn(f"Ignored without `sync_ref_model`: {', '.join(ignored)}.", stacklevel=4)
@@ -204,8 +209,6 @@ def check_unsupported(args: OnlineDPOConfig) -> None:
     Raises:
         ValueError: an argument of transformers asks for something that this version does not do.
     """
-    if args.deepspeed is not None:
-        raise ValueError("`deepspeed` is not in this version. Use several processes without it (torchrun).")
     if args.fsdp:
         raise ValueError("`fsdp` is not in this version. Use several processes without it (torchrun).")
     if args.remove_unused_columns:
@@ -225,6 +228,25 @@ def check_unsupported(args: OnlineDPOConfig) -> None:
             "`label_smoothing_factor` smooths next tokens, which the loss does not predict; leave it 0. Preferences "
             "are smoothed by `label_smoothing`."
         )
+
+
+def check_processes(args: OnlineDPOConfig) -> None:
+    """
+    Raises:
+        ValueError: several processes were started, and do not work together: each would train alone, into one folder.
+    """
+    started = started_together()
+    if started is None or args.world_size == started.count:
+        return
+    if args.device.type == "cpu" and not args.use_cpu and started.variable != SLURM:
+        remedy = "On a CPU they work together with `use_cpu: true` (`--use_cpu`, `use_cpu=True`)."
+    else:
+        remedy = f"To train together, start them with `torchrun --nproc_per_node {started.count}`."
+    raise ValueError(
+        f"{started.count} processes were started ({started.variable}), but this one trains as one of "
+        f"{args.world_size}, into the same folder as the others. {remedy} If each is a run of its own: "
+        f"{start_alone(started)[0].lower()}{start_alone(started)[1:]}"
+    )
 
 
 def check_vllm(args: OnlineDPOConfig) -> None:
@@ -256,7 +278,7 @@ def check_vllm(args: OnlineDPOConfig) -> None:
         (share is None or 0 < share <= 1, "vllm_gpu_memory_utilization", "above 0 and at most 1"),
         (len(args.vllm_server_urls) > 0, "vllm_server_base_url", "an address, or several separated by commas"),
     ]
-    _check(args, checks)
+    check_numbers(args, checks)
     other = "server" if args.vllm_mode == "colocate" else "colocate"
     ignored = [name for name in changed if name in VLLM_MODES[other]]
     if ignored:
@@ -289,7 +311,7 @@ def _all(holds: Iterable[bool]) -> bool:
     return bool(found) and all(found)
 
 
-def _check(
+def check_numbers(
     args: OnlineDPOConfig, checks: Sequence[tuple[bool, str, str]], values: Mapping[str, Any] | None = None
 ) -> None:
     """Each check: whether it holds, the field, and what the field must be. ``values`` has those that differ from it."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from online_dpo.field_specs import documented
+
 PAIR_SELECTIONS = ("best_worst", "best_random", "best_mean_minus_two_sigma", "all_pairs", "widest_allowed")
 REWARD_NORMALIZATIONS = ("none", "group")
 TIE_POLICIES = ("skip", "first")
@@ -16,6 +18,7 @@ CHOICES = (
 )
 
 
+@documented
 @dataclass
 class FeedbackFields:
     """Part of :class:`online_dpo.OnlineDPOConfig`."""
@@ -92,7 +95,7 @@ class FeedbackFields:
     replaced. With `max_staleness` it needs a vLLM server.
     """
 
-    # --- a second opinion -------------------------------------------------------------------------------------------
+    # --- gold ---------------------------------------------------------------------------------------------------------
 
     eval_reward_model_path: str | None = None
     """Folder or hub name of a gold reward model: evaluations report its score as `eval_gold_score`, and training never

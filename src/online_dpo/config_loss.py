@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from online_dpo.field_specs import documented
+
 LOSS_TYPES = (
     "sigmoid",
     "ipo",
@@ -19,9 +21,12 @@ LOSS_TYPES = (
 CHOICES = (("loss_type", LOSS_TYPES),)
 
 
+@documented
 @dataclass
 class LossFields:
     """Part of :class:`online_dpo.OnlineDPOConfig`."""
+
+    # --- loss ---------------------------------------------------------------------------------------------------------
 
     beta: list[float] = field(default_factory=lambda: [0.1])
     """Strength of the pull towards the reference; IPO's tau. A number, or a list with one for each epoch (the last one

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from online_dpo.field_specs import documented
+
 METHODS = ("online_dpo", "xpo", "nash_md")
 CHOICES = (("method", METHODS),)
 
 
+@documented
 @dataclass
 class MethodFields:
     """Part of :class:`online_dpo.OnlineDPOConfig`."""
+
+    # --- method -------------------------------------------------------------------------------------------------------
 
     method: str = "online_dpo"
     """`online_dpo`: all completions of a prompt are the policy's. `xpo` (arXiv 2405.21046): one is the policy's and one

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from online_dpo.field_specs import documented
 
+
+@documented
 @dataclass
 class VLLMFields:
     """Part of :class:`online_dpo.OnlineDPOConfig`."""
+
+    # --- vllm ---------------------------------------------------------------------------------------------------------
 
     use_vllm: bool = False
     """Sample with vLLM, which gets the latest weights before each step. Needs `online-dpo[vllm]`."""

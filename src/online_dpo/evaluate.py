@@ -11,7 +11,7 @@ import torch
 
 from online_dpo.bootstrap import standard_error
 from online_dpo.chance import preference_by_score
-from online_dpo.types import Group, PackedRows, Pair, RowLogprobs, Scores, Verdicts
+from online_dpo.types import Group, Notes, PackedRows, Pair, RowLogprobs, Scores, Verdicts
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class EvalRecord:
     ``scores`` has one entry a completion, ``None`` where missing (all ``None`` with a judge alone); ``reference_score``
     is that of the reference's completion. ``win`` is the share of the policy's completions that beat the reference's (a
     tie counts half), ``None`` where it cannot be told. ``losses`` are those of the prompt's pairs. ``kl`` and
-    ``entropy`` are nats per completion and per token. ``gold`` is ``None`` without a gold scorer.
+    ``entropy`` are nats per completion and per token. ``gold`` is ``None`` without a gold scorer. ``cut`` says whether
+    the prompt was longer.
     """
 
     scores: tuple[float | None, ...]
@@ -40,7 +41,9 @@ class EvalRecord:
     entropy: tuple[float, ...]
     lengths: tuple[int, ...]
     finished: tuple[bool, ...]
+    prompt_ids: tuple[int, ...] = ()
     gold: GoldRecord | None = None
+    cut: bool = False
 
 
 def win_share(scores: Sequence[float | None], reference_score: float | None) -> float | None:
@@ -113,6 +116,8 @@ def eval_records(
                 entropy=tuple(entropy_S[start:end]),
                 lengths=tuple(len(c.token_ids) for c in group.completions),
                 finished=tuple(c.finish_reason == "stop" for c in group.completions),
+                cut=group.prompt.cut,
+                prompt_ids=group.prompt.token_ids,
             )
         )
         start = end
@@ -146,9 +151,16 @@ def summarise(records: Sequence[EvalRecord]) -> dict[str, float]:
     metrics = {name: float(np.mean(values)) for name, values in means.items() if values}
     metrics.setdefault("loss", math.nan)  # the metric by which Trainer finds the best model unless told otherwise
     metrics["prompts"] = float(len(records))
+    metrics["prompts/cut"] = float(sum(record.cut for record in records))
     metrics |= _win_rate_metrics("win_rate", [r.win for r in records if r.win is not None])
     gold = [(record, record.gold) for record in records if record.gold is not None]
     return metrics | (gold_metrics(gold) if gold else {})
+
+
+def mean_notes(notes: Sequence[Notes]) -> dict[str, float]:
+    """The means of what reward functions noted on all ranks, under the names that they gave."""
+    names = sorted({name for one in notes for name in one.metrics})
+    return {name: float(np.mean([value for one in notes for value in one.metrics.get(name, [])])) for name in names}
 
 
 def gold_metrics(records: Sequence[tuple[EvalRecord, GoldRecord]]) -> dict[str, float]:

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from threading import Event
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from online_dpo.beta import Beta
 from online_dpo.build import check_templates
-from online_dpo.data import prompts_from_batch
-from online_dpo.errors import FeedbackLostError, OnlineDPOError, OutOfSyncError, RolloutServerError, ScoringError
+from online_dpo.data import CUT, prompts_from_batch
+from online_dpo.errors import ForeignCodeError
 from online_dpo.evaluate import EvalRecord, judged_wins, win_share
+from online_dpo.foreign import foreign
 from online_dpo.gold import Gold, build_gold
 from online_dpo.guarded_trainer import GuardedTrainer, Stopwatch
+from online_dpo.known_tokens import Readers
 from online_dpo.lookahead import Fetched, Lookahead
-from online_dpo.metrics import record_rollout
+from online_dpo.metrics import record_notes, record_rollout
 from online_dpo.overoptimisation import OveroptimisationGuard
 from online_dpo.pairs import Selection, pairs_from_preferences, pairs_from_scores, pairs_of_two, without_pair
 from online_dpo.reference import Reference
@@ -36,6 +39,8 @@ from online_dpo.scoring import (
     PointwiseScorer,
     find_preferences,
     judge_the_top,
+    nothing_noted,
+    noting,
     score_groups,
 )
 from online_dpo.sync_check import SyncCheck
@@ -53,10 +58,11 @@ class FeedbackTrainer(GuardedTrainer):
     tokenizer: PreTrainedTokenizerBase
     policy: nn.Module
     reference: Reference
+    readers: Readers
     engine: Engine
     reference_engine: TransformersEngine
     opponent: Opponent
-    beta: Beta
+    adaptive_beta: Beta
     sampling: SamplingParams
     selection: Selection
     judge: PairwiseScorer | None
@@ -66,55 +72,40 @@ class FeedbackTrainer(GuardedTrainer):
     sync_check: SyncCheck
     nobody_samples: Event
     reference_completions: dict[tuple[int, tuple[int, ...]], tuple[Completion, ...]]
-    rng_state: torch.Tensor | None = None
-    """Torch's on the CPU after the last micro-batch: an epoch draws from it before its first prompts are there."""
+    last_feedback: Feedback | None = None
+    """That of the step which is trained on, on this process."""
 
     def _take(self, batches: Iterator[Any], num_batches: int) -> tuple[Fetched, Feedback, float]:
         """The prompts of this step, what became of them, and the seconds that this had to be waited for.
 
-        What fails outside of the trainer (a server, a reward function, a judge) ends the run on every rank, after a
-        checkpoint of the steps done so far.
+        What fails outside of the trainer (a server, a reward function, a judge, a dataset) ends the run on every rank.
 
         Raises:
-            ScoringError, RolloutServerError, OutOfSyncError: as it was raised.
+            OnlineDPOError: as it was raised.
             FeedbackLostError: on the other ranks.
         """
-        problem: OnlineDPOError | None = None
-        taken = None
-        try:
-            taken = self.lookahead.take(
+        self.raise_on_every_rank(self.callback_handler.failure)
+        return self.together(
+            lambda: self.lookahead.take(
                 self.state.global_step,
                 batches,
                 lambda step: self._fetch(step, batches, num_batches),
                 self._sample_and_score,
             )
-        except (ScoringError, RolloutServerError, OutOfSyncError) as error:
-            problem = error
-        failed = self.accelerator.gather(torch.tensor([problem is not None], device=self.accelerator.device))
-        if failed.any():  # pyright: ignore[reportAttributeAccessIssue]
-            if self.rng_state is not None:
-                torch.set_rng_state(self.rng_state)
-                self._save_checkpoint(self.model, trial=None)  # pyright: ignore[reportArgumentType]
-                self.control = self.callback_handler.on_save(self.args, self.state, self.control)  # pyright: ignore
-            raise problem or FeedbackLostError("Another process of this run failed; its error says why.")
-        assert taken is not None
-        return taken
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
-        self.rng_state = torch.get_rng_state()
-        return loss
+        )
 
     def _fetch(self, step: int, batches: Iterator[Any], num_batches: int) -> Fetched | None:
         """The prompts of a step; ``None`` for a later step that there will not be."""
         later = step > self.state.global_step
         if later:
             num_batches = self.args.gradient_accumulation_steps if step < self.state.max_steps else 0
-        fetched = list(islice(batches, num_batches))
+        with foreign("Reading the training prompts", raises=ForeignCodeError):
+            fetched = list(islice(batches, num_batches))
         if later and not fetched:
             return None
         prompts = [prompt for batch in self.without_fill(fetched) for prompt in prompts_from_batch(batch)]
         usable = [prompt for prompt in prompts if prompt.invalid is None]
+        self.readers.check_prompts(usable)  # of a stream, or of a collator, nothing is known before
         return Fetched(usable, len(prompts), len(fetched))
 
     def _sample_and_score(self, step: int, prompts: list[Prompt]) -> Callable[[], Feedback]:
@@ -142,9 +133,9 @@ class FeedbackTrainer(GuardedTrainer):
 
         def score() -> Feedback:
             groups, seconds = sampled or sample()
-            with Stopwatch(self.accelerator.device) as watch:
+            with Stopwatch(self.accelerator.device) as watch, noting() as notes:
                 said = self._assess(groups)
-            first = Feedback(groups, said, {"rollout": seconds, "scoring": watch.seconds})
+            first = Feedback(groups, said, {"rollout": seconds, "scoring": watch.seconds}, notes=notes)
             return self._answer_again(first, theirs, step)
 
         return score
@@ -155,7 +146,9 @@ class FeedbackTrainer(GuardedTrainer):
         key = RolloutKey(self.args.seed, step, Stream.TRAINING, first_sample=number * own)
         with Stopwatch(self.accelerator.device) as watch, self.accelerator.autocast():
             groups = self.engine.generate([group.prompt for group in theirs], own, self.sampling, key)
-        return joined(groups, theirs), watch.seconds
+        answered = joined(groups, theirs)
+        self.readers.check_groups(answered)
+        return answered, watch.seconds
 
     def _answer_again(self, first: Feedback, theirs: Sequence[Group], step: int) -> Feedback:
         """Up to ``resample_rounds`` times, the prompts whose group gives no pair; what an opponent said stays."""
@@ -171,21 +164,25 @@ class FeedbackTrainer(GuardedTrainer):
             seconds = {"rollout": seconds["rollout"] + sampling, "scoring": seconds["scoring"] + watch.seconds}
             if places:
                 further += (Round(places, groups, said),)
-        return Feedback(first.groups, first.said, seconds, further)
+        return replace(first, seconds=seconds, further=further)
 
     def _sync_engine(self, prompts: Sequence[Prompt]) -> None:
         step = self.state.global_step
         with self.phase("sync"), self.accelerator.autocast():
-            self.engine.sync(self.policy, step)
+            # weights that an optimizer evaluates are none of those that a step samples from
+            self.engine.sync(self.policy, -1 - step if self.holds_evaluation_weights else step)
             if self.engine.has_own_weights and self.sync_check.due(step):
                 self.sync_check.check(self.engine, self.policy, prompts, self.sampling, self.args.seed, step)
 
     def _record(self, fetched: Fetched, feedback: Feedback, waited: float) -> None:
         self.metrics.total("prompts", fetched.num_prompts)
         self.metrics.total("dropped/invalid_prompt", fetched.num_prompts - len(fetched.prompts))
+        self.metrics.total(CUT, sum(prompt.cut for prompt in fetched.prompts))
         for name, seconds in {**feedback.seconds, "waiting": waited}.items():
             self.metrics.total(f"time/{name}", seconds / self.accelerator.num_processes)
         record_rollout(self.metrics, feedback.groups, feedback.said, self.state.global_step)
+        record_notes(self.metrics, feedback.notes)
+        self.last_feedback = feedback
         judge = self.judge
         if isinstance(judge, CountingScorer):
             counts = judge.drain()
@@ -221,7 +218,8 @@ class FeedbackTrainer(GuardedTrainer):
         if self.args.reference_free:
             return nothing, nothing
         rivals = self._rivals([group.prompt for group in groups])
-        scores = [values[0] for values in self._scores_of(rivals).values] if self.scorers else nothing
+        with nothing_noted():
+            scores = [values[0] for values in self._scores_of(rivals).values] if self.scorers else nothing
         if isinstance(said, Scores):
             return scores, [win_share(mine, theirs) for mine, theirs in zip(said.values, scores, strict=True)]
         assert self.judge is not None
@@ -272,22 +270,26 @@ class FeedbackTrainer(GuardedTrainer):
         rivals = None if self.args.reference_free else self._rivals([group.prompt for group in groups])
         return self.gold.assess(records, groups, rivals)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    @contextmanager
+    def beside_training(self) -> Iterator[None]:
         """As the parent's, once nothing else asks the engine and the scorers."""
         self.lookahead.wait()
-        return super().evaluate(*args, **kwargs)
+        with super().beside_training():
+            yield
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        self.lookahead.save(folder, self.accelerator.process_index)
+        self.lookahead.save(folder, self.accelerator.process_index, self.state.global_step)
         if self.is_world_process_zero():
             self.reference.save(folder)
-            self.beta.save(folder)
+            self.adaptive_beta.save(folder)
+            self.guard.save(folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.lookahead.restore(Path(checkpoint), self.accelerator.process_index)
             self.reference.restore(Path(checkpoint))
-            self.beta.restore(Path(checkpoint))
+            self.adaptive_beta.restore(Path(checkpoint))
+            self.guard.restore(Path(checkpoint), self.state.global_step)

@@ -17,9 +17,9 @@ def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Itera
     ours stays behind, whoever ends first.
     """
     before = {module: vars(module).get("forward") for module in forwards}
-    for module, forward in forwards.items():
-        module.forward = forward
     try:
+        for module, forward in forwards.items():
+            module.forward = forward
         yield
     finally:
         for module, forward in before.items():

@@ -18,8 +18,10 @@ from online_dpo.scoring import (
     build_judge,
     build_scorers,
     check_judge,
+    check_reward_path,
     check_scorers,
     check_share,
+    nothing_noted,
     score_groups,
 )
 from online_dpo.types import Group
@@ -51,7 +53,8 @@ class Gold:
         else:
             scores, wins = self._scores(groups), [None] * len(groups)
             if rivals is not None:
-                theirs = [values[0] for values in self._scores(rivals)]
+                with nothing_noted():
+                    theirs = [values[0] for values in self._scores(rivals)]
                 wins = [win_share(a, b) for a, b in zip(scores, theirs, strict=True)]
             gold = [GoldRecord(tuple(values), win) for values, win in zip(scores, wins, strict=True)]
         return [replace(record, gold=said) for record, said in zip(records, gold, strict=True)]
@@ -99,13 +102,9 @@ def build_gold(
 def _gold_rewards(reward_funcs: Any, args: OnlineDPOConfig) -> Any:
     """
     Raises:
-        ValueError: they are given in two places.
+        ValueError: they are given in two places, and are not the same.
     """
-    if reward_funcs is not None and args.eval_reward_model_path is not None:
-        raise ValueError(
-            "`eval_reward_model_path` is given beside `eval_reward_funcs`: put the path into the list "
-            "`eval_reward_funcs`."
-        )
+    check_reward_path(reward_funcs, args.eval_reward_model_path, "eval_reward_model_path", "eval_reward_funcs")
     return reward_funcs if reward_funcs is not None else args.eval_reward_model_path
 
 

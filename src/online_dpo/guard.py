@@ -1,17 +1,25 @@
-"""What keeps a run alive: steps that are not finite are skipped, batches that do not fit are split."""
+"""What keeps a run alive and honest: steps that are not finite are skipped, batches that do not fit are split, and a
+run that trains nothing says so.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
+from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from online_dpo.errors import TrainingDivergedError
+from online_dpo.errors import NothingTrainedError, TrainingDivergedError
+from online_dpo.trained import check_trained, warn_of_untrained
 from online_dpo.types import PackedRows
 
 logger = logging.getLogger(__name__)
@@ -24,7 +32,12 @@ class StepGuard(TrainerCallback):
     drops all gradients when any rank saw a loss or gradient that is not finite, or when no rank has a pair. An
     optimizer leaves parameters without a gradient, and their state, untouched; a zero gradient would still apply weight
     decay and momentum.
+
+    ``trained_steps`` counts those that did happen, with a learning rate above 0; ``untrained`` the others of this
+    process, by reason.
     """
+
+    FILE = "guard.json"
 
     def __init__(
         self, accelerator: Accelerator, max_skipped_steps: int, on_skip: Callable[[int], None] = lambda pairs: None
@@ -32,10 +45,42 @@ class StepGuard(TrainerCallback):
         self.accelerator = accelerator
         self.on_skip = on_skip
         self.max_skipped_steps = max_skipped_steps
-        self.skipped_in_a_row = 0
         self.skipped = 0
         self._idle = False
+        self.begin_run()
+
+    def begin_run(self) -> None:
+        self.trained_steps = 0
+        self.untrained: Counter[str] = Counter()
+        self.skipped_in_a_row = 0
         self._begin_step(num_pairs=0)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Raises:
+            ValueError: the optimizer trains no weight of the model.
+        """
+        assert model is not None
+        if state.global_step >= state.max_steps and state.is_world_process_zero:
+            logger.warning(
+                "This run was over: step %d of %d is done. Nothing more is trained; to go on, raise `max_steps` or "
+                "`num_train_epochs`.",
+                state.global_step,
+                state.max_steps,
+            )
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:  # it holds flat copies
+            return
+        inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+        check_trained(model, inner)
+        warn_of_untrained(model, inner)
 
     def _begin_step(self, num_pairs: int) -> None:
         self._num_pairs = num_pairs
@@ -65,9 +110,12 @@ class StepGuard(TrainerCallback):
         if not finite or self._num_pairs == 0:
             for parameter in model.parameters():
                 parameter.grad = None
+        self._trains = finite and self._num_pairs > 0
         if finite:
+            self.untrained["without a pair"] += self._num_pairs == 0
             self.skipped_in_a_row = 0
             return
+        self.untrained["not finite"] += 1
         self.skipped_in_a_row += 1
         self.skipped += 1
         self.on_skip(self._num_pairs)
@@ -77,12 +125,31 @@ class StepGuard(TrainerCallback):
             self.skipped_in_a_row,
         )
 
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if not self._trains:
+            return
+        if self.accelerator.optimizer_step_was_skipped:
+            self.untrained["gradient beyond the range of fp16"] += 1
+        elif all(group["lr"] == 0 for group in optimizer.param_groups):
+            self.untrained["learning rate 0"] += 1
+        else:
+            self.trained_steps += 1
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         if self.diverged:
             control.should_save = True
             control.should_training_stop = True
+        if self.trained_steps == 0 and (control.should_training_stop or state.global_step >= state.max_steps):
+            control.should_save = True
         if control.should_training_stop:
             control.should_log = True  # what has been collected since the last log would be lost
         return control
@@ -125,6 +192,40 @@ class StepGuard(TrainerCallback):
                 f"{state.global_step}. The weights before them are in {output_dir}/checkpoint-{state.global_step}. "
                 "Try a lower learning rate, a larger beta, or bf16 instead of fp16; `max_skipped_steps` sets the limit."
             )
+
+    def raise_if_nothing_trained(self, state: TrainerState, output_dir: str) -> None:
+        """
+        Raises:
+            NothingTrainedError: neither this run nor the one that it resumes has trained anything.
+        """
+        if self.trained_steps:
+            return
+        if state.global_step == 0:
+            raise NothingTrainedError("The run has trained nothing: there was no step, because the data gave no batch.")
+        dropped: Counter[str] = Counter()
+        for log in state.log_history:
+            dropped.update({name.partition("/")[2]: int(n) for name, n in log.items() if name.startswith("dropped/")})
+        prompts = int(sum(log.get("prompts", 0) for log in state.log_history))
+        message = f"The run has trained nothing. Dropped of {prompts} prompts: {_counts(dropped)}."
+        if steps := self.untrained.total():  # none of a run that was over when it was resumed
+            message += (
+                f" Of {steps} steps: {_counts(self.untrained)}. The weights are those of the start; the run's state is "
+                f"in {output_dir}/checkpoint-{state.global_step}."
+            )
+        raise NothingTrainedError(message)
+
+    def save(self, folder: Path) -> None:
+        """Write down what `restore` needs."""
+        (folder / self.FILE).write_text(json.dumps({"trained_steps": self.trained_steps}) + "\n", encoding="utf-8")
+
+    def restore(self, folder: Path, steps: int) -> None:
+        """Go on from what `save` wrote; in a checkpoint without it, all of its ``steps`` are taken for trained."""
+        path = folder / self.FILE
+        self.trained_steps = json.loads(path.read_text(encoding="utf-8"))["trained_steps"] if path.is_file() else steps
+
+
+def _counts(of: Counter[str]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in of.most_common() if count) or "none"
 
 
 def refuse_to_split(rows: PackedRows, num_processes: int) -> None:

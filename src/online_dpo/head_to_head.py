@@ -6,7 +6,7 @@ One model is in memory at a time.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from online_dpo.comparison import Match, preferences_by_score
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.data import prepare_prompts, prompts_from_batch
+from online_dpo.foreign import loading
+from online_dpo.known_tokens import Readers, check_policy, embedding_rows
 from online_dpo.layout import cut
 from online_dpo.logprobs import enable_logprobs, row_logprobs
 from online_dpo.models import (
@@ -26,10 +28,12 @@ from online_dpo.models import (
     disable_dropout,
     empty_device_cache,
     end_token_ids,
+    is_adapter,
     load_causal_lm,
     to_device,
 )
 from online_dpo.packing import pack_groups
+from online_dpo.precision import mixed_precision
 from online_dpo.rollout import RolloutKey, SamplingParams, Stream, TransformersEngine
 from online_dpo.rollout.sampling import reshapes
 from online_dpo.scoring import (
@@ -88,9 +92,9 @@ def prepare_player(path: str, tokenizer: PreTrainedTokenizerBase, dataset: Any, 
         InvalidPromptError: a row is no usable prompt, and ``args.invalid_prompts`` is "error".
     """
     check_model_path(path, "model")
-    prepared, _ = prepare_prompts(dataset, tokenizer, args, name="prompts")
+    prepared, _ = prepare_prompts(dataset, tokenizer, args, name=f"prompts for {path}")
     assert isinstance(prepared, Dataset)
-    prompts = prompts_from_batch(prepared.to_dict())  # pyright: ignore[reportArgumentType]
+    prompts = prompts_from_batch(prepared[:])
     player = Player(path, tokenizer, prepared, {prompt.row: prompt for prompt in prompts})
     _check_room(player, args)
     return player
@@ -110,9 +114,10 @@ def answer(model: Player, against: Player, args: OnlineDPOConfig, sampling: Samp
     rows = sorted(model.prompts.keys() & against.prompts.keys())
     if not rows:
         raise ValueError("There is no prompt that both models can read.")
-    mine, plain, own = _play(model, rows, args, sampling)
+    dtype = _common_dtype(model, against, args)
+    mine, plain, own = _play(model, rows, args, sampling, dtype)
     empty_device_cache()
-    theirs, others = _answer_and_read(against, rows, plain, args, sampling)
+    theirs, others = _answer_and_read(against, rows, plain, args, sampling, dtype)
     empty_device_cache()
     ratios = [tuple(a - b for a, b in zip(one, two, strict=True)) for one, two in zip(own, others, strict=True)]
     return Answers(mine, theirs, ratios or [()] * len(rows))
@@ -186,10 +191,12 @@ class BothOrders:
 
 def _check_room(player: Player, args: OnlineDPOConfig) -> None:
     """Read from the config alone, before any weights; an adapter's folder does not say."""
-    if (Path(player.path).expanduser() / "adapter_config.json").is_file():
+    if is_adapter(player.path):
         return
     config = AutoConfig.from_pretrained(player.path, trust_remote_code=args.trust_remote_code)
-    room = getattr(config.get_text_config(), "max_position_embeddings", None)
+    text_config = config.get_text_config()
+    Readers({f"`{player.path}`": text_config.vocab_size}).check_prompts(player.prompts.values())
+    room = getattr(text_config, "max_position_embeddings", None)
     longest = max(len(prompt.token_ids) for prompt in player.prompts.values()) + args.max_new_tokens
     if room is not None and longest > room:
         raise ValueError(
@@ -199,10 +206,10 @@ def _check_room(player: Player, args: OnlineDPOConfig) -> None:
 
 
 def _play(
-    player: Player, rows: Sequence[int], args: OnlineDPOConfig, sampling: Sampling
+    player: Player, rows: Sequence[int], args: OnlineDPOConfig, sampling: Sampling, dtype: str | torch.dtype
 ) -> tuple[list[Group], list[Group], list[list[float]]]:
     """Its answers; completions at temperature 1, which may be the same; and the log-probabilities of these."""
-    model = _load(player, args)
+    model = _load(player, args, dtype)
     params = sampling.params(args, end_token_ids(model, player.tokenizer))
     answers = _sample(model, player, rows, params, args, sampling.samples, Stream.ANSWERS)
     if not sampling.kl:
@@ -215,27 +222,51 @@ def _play(
 
 
 def _answer_and_read(
-    player: Player, rows: Sequence[int], plain: Sequence[Group], args: OnlineDPOConfig, sampling: Sampling
+    player: Player,
+    rows: Sequence[int],
+    plain: Sequence[Group],
+    args: OnlineDPOConfig,
+    sampling: Sampling,
+    dtype: str | torch.dtype,
 ) -> tuple[list[Group], list[list[float]]]:
     """Its answers, and the log-probabilities that it gives to the other's completions."""
-    model = _load(player, args)
+    model = _load(player, args, dtype)
     params = sampling.params(args, end_token_ids(model, player.tokenizer))
+    Readers({f"`{player.path}`": embedding_rows(model)}).check_groups(plain)
     answers = _sample(model, player, rows, params, args, sampling.samples, Stream.ANSWERS)
     return answers, _sequence_logprobs(model, plain, args) if plain else []
 
 
-def _load(player: Player, args: OnlineDPOConfig) -> nn.Module:
+def _common_dtype(one: Player, other: Player, args: OnlineDPOConfig) -> str | torch.dtype:
+    """The type that both are loaded in: as saved, or fp32 where that differs, as after training a checkpoint in bf16.
+
+    Otherwise the KL would count the difference between the types.
+    """
+    saved = {_saved_dtype(player.path, args) for player in (one, other)}
+    return "auto" if len(saved) == 1 else torch.float32
+
+
+def _saved_dtype(path: str, args: OnlineDPOConfig) -> str:
+    """The name that a model's config says, or that of an adapter's base model; ``None`` where it does not."""
+    path = str(Path(path).expanduser())
+    if is_adapter(path):
+        from peft import PeftConfig
+
+        base = PeftConfig.from_pretrained(path).base_model_name_or_path
+        assert base is not None, "PEFT writes the base model's path into every adapter"
+        path = base
+    dtype = AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code).dtype
+    return str(dtype).removeprefix("torch.")
+
+
+def _load(player: Player, args: OnlineDPOConfig, dtype: str | torch.dtype) -> nn.Module:
     init_kwargs: Any = args.model_init_kwargs
-    model = load_causal_lm(player.path, init_kwargs, args.trust_remote_code)
+    with loading(player.path):
+        model = load_causal_lm(player.path, init_kwargs, args.trust_remote_code, dtype)
+    check_policy(model, player.tokenizer, {"prompts": player.dataset})
     disable_dropout(model)
     enable_logprobs(model)
     return to_device(model, args.device).eval()
-
-
-def _autocast(args: OnlineDPOConfig) -> AbstractContextManager[Any]:
-    if not (args.bf16 or args.fp16):
-        return nullcontext()
-    return torch.autocast(args.device.type, torch.bfloat16 if args.bf16 else torch.float16)
 
 
 def _sample(
@@ -248,14 +279,14 @@ def _sample(
     stream: Stream,
 ) -> list[Group]:
     engine = TransformersEngine(model, player.tokenizer, args.rollout_batch_size)
-    with _autocast(args):
+    with mixed_precision(args):
         return engine.generate([player.prompts[row] for row in rows], samples, params, RolloutKey(args.seed, 0, stream))
 
 
 @torch.no_grad()
 def _sequence_logprobs(model: nn.Module, groups: Sequence[Group], args: OnlineDPOConfig) -> list[list[float]]:
     """Log-probability of each completion of each group under the model, at temperature 1."""
-    with _autocast(args):
+    with mixed_precision(args):
         found = choose_method({"the model": lambda: nullcontext(model)}, groups, share=False)
         method = found[0] if found else Method()
         samples = len(groups[0].completions)

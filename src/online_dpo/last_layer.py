@@ -7,14 +7,19 @@ long prompts that is a twelfth of a pass; of a reward model's, which is read at 
 The layer itself runs as it is. While it does, those of its modules that work on each token alone see the tokens that
 are read, and give zeros for all others.
 
+The layer gets a class of its own, derived from the one it had. So whatever transformers puts around the forward of a
+layer's class, gradient checkpointing above all, is put around ours as well, and a layer that is computed again in the
+backward pass spares the same tokens. (Until 5.22 transformers checkpoints what calls ``forward``, from 5.23 on
+``forward`` itself: there, one that is replaced on the object alone is left out when the layer is computed again.)
+
 Shapes: ``R`` rows, ``T`` tokens of a row, ``X`` tokens that are read, ``H`` hidden size.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
-from types import MethodType
 from typing import Any
 
 import torch
@@ -39,14 +44,16 @@ def enable_reading(model: nn.Module) -> None:
     What is found out here is kept by name, so that it holds for copies, and for adapters that come later.
     """
     base: Any = unwrapped(model)
-    layer = _last_layer(base)
-    if layer is None or not (spared := [name for name in TOKEN_BY_TOKEN if _can_be_spared(_submodule(layer, name))]):
+    layer: Any = _last_layer(base)
+    if layer is None or "forward" in vars(layer):  # the latter calls a forward that is bound already, as hooks do
+        return
+    spared = [name for name in TOKEN_BY_TOKEN if _can_be_spared(_submodule(layer, name))]
+    if not spared:
         return
     base.takes_read_X = True
-    if not hasattr(layer, "forward_everywhere"):
+    if not isinstance(layer, _Sparing):
         layer.spared = spared
-        layer.forward_everywhere = layer.forward
-        layer.forward = MethodType(_forward, layer)  # bound, so that a copy of the model calls the copy's own
+        layer.__class__ = _sparing_class(type(layer))
 
 
 def reading(base: nn.Module, read_X: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -78,17 +85,31 @@ def _submodule(module: nn.Module | None, name: str) -> nn.Module | None:
     return module
 
 
-def _forward(
-    self: Any, hidden_states: torch.Tensor, *args: Any, read_X: torch.Tensor | None = None, **kwargs: Any
-) -> Any:
-    if read_X is None or len(read_X) > WORTH_IT * hidden_states.shape[:-1].numel():
-        return self.forward_everywhere(hidden_states, *args, **kwargs)
-    if kwargs.get("segments") is not None:
-        kwargs["segments"] = segment_rows.only_read(kwargs["segments"], read_X, hidden_states.shape[1])
-    with _alone:  # one thread at a time: it changes the modules
-        modules = [self.get_submodule(name) for name in self.spared]
-        with replaced_forwards({module: _sparing(module.forward, read_X) for module in modules}):
-            return self.forward_everywhere(hidden_states, *args, **kwargs)
+class _Sparing:
+    """Marks the classes that `_sparing_class` makes."""
+
+
+@functools.cache
+def _sparing_class(layer_class: type[nn.Module]) -> type[nn.Module]:
+    """A class of layers that take ``read_X``. It has the name of the class it derives from, which is what wrappers of
+    sharded models look for.
+    """
+
+    def forward(
+        self: Any, hidden_states: torch.Tensor, *args: Any, read_X: torch.Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        compute = functools.partial(layer_class.forward, self)
+        if read_X is None or len(read_X) > WORTH_IT * hidden_states.shape[:-1].numel():
+            return compute(hidden_states, *args, **kwargs)
+        if kwargs.get("segments") is not None:
+            kwargs["segments"] = segment_rows.only_read(kwargs["segments"], read_X, hidden_states.shape[1])
+        with _alone:  # one thread at a time: it changes the modules
+            modules = [self.get_submodule(name) for name in self.spared]
+            with replaced_forwards({module: _sparing(module.forward, read_X) for module in modules}):
+                return compute(hidden_states, *args, **kwargs)
+
+    names = {"__module__": layer_class.__module__, "__qualname__": layer_class.__qualname__}
+    return type(layer_class.__name__, (layer_class, _Sparing), {**names, "forward": forward})
 
 
 def _sparing(forward: Callable[..., torch.Tensor], read_X: torch.Tensor) -> Callable[..., torch.Tensor]:

@@ -14,6 +14,7 @@ import itertools
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -28,6 +29,8 @@ from online_dpo.vocabulary import LinearLogprobs, TokenLogprobs
 
 CHUNK_LOGITS = {"cpu": 2**23}  # logits that exist at the same time; on a CPU few enough to stay near the cores
 CHUNK_LOGITS_ELSEWHERE = 2**27
+_heads_are_linear: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""What `_is_linear` has found, each model once."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +100,9 @@ def _predicted(model: Any, predict: Predict, *args: Any, **kwargs: Any) -> tuple
 def _chunked_logprobs(model: Any, hidden_MH: torch.Tensor, predict: Predict) -> tuple[torch.Tensor, torch.Tensor]:
     head = model.get_output_embeddings()
     size = chunk_size(model.config.get_text_config().vocab_size, hidden_MH.device)
-    if not hasattr(model, "head_is_linear"):
-        model.head_is_linear = _is_linear(model)
-    if model.head_is_linear and _is_bare(head):
+    if model not in _heads_are_linear:
+        _heads_are_linear[model] = _is_linear(model)
+    if _heads_are_linear[model] and _is_bare(head):
         return LinearLogprobs.apply(hidden_MH, head.weight, head.bias, predict.target_M, predict.entropy, size)
     if head._forward_hooks or head._forward_pre_hooks:
         size = max(1, len(hidden_MH))  # each call of a sharded head is a collective operation: one on every rank
@@ -107,7 +110,7 @@ def _chunked_logprobs(model: Any, hidden_MH: torch.Tensor, predict: Predict) -> 
     for hidden_XH, target_X in zip(hidden_MH.split(size), predict.target_M.split(size), strict=True):
         run = functools.partial(_project, model, itertools.count(), predict.entropy)
         if hidden_MH.requires_grad:
-            parts.append(checkpoint(run, hidden_XH, target_X, use_reentrant=False, preserve_rng_state=False))
+            parts.append(checkpoint(run, hidden_XH, target_X, use_reentrant=False))  # adapters may have dropout
         else:
             parts.append(run(hidden_XH, target_X))
     logps, entropies = zip(*parts, strict=True)

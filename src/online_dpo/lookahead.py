@@ -38,6 +38,7 @@ class Lookahead:
     def __init__(self, depth: int) -> None:
         self.depth = depth
         self._begun: deque[tuple[int, Fetched, Future[Feedback]]] = deque()
+        self._taken: tuple[int, Fetched, Future[Feedback]] | None = None
         self._source: object = None
         self._saved: dict[int, tuple[list[Prompt], Feedback]] = {}
         self._threads = ThreadPoolExecutor(depth, thread_name_prefix="lookahead") if depth else None
@@ -61,7 +62,7 @@ class Lookahead:
             if fetched is None:
                 break
             self._begun.append((later, fetched, self._feedback(later, fetched.prompts, begin)))
-        first, fetched, future = self._begun.popleft()
+        self._taken = first, fetched, future = self._begun.popleft()
         assert first == step
         since = time.perf_counter()
         return fetched, future.result(), time.perf_counter() - since
@@ -70,12 +71,15 @@ class Lookahead:
         """Until nothing is under way. What has failed is told by `take`, at the same time on every rank."""
         wait([future for _, _, future in self._begun])
 
-    def save(self, folder: Path, rank: int) -> None:
-        """Write down what has been begun, once it is complete; what failed is left out, and will be made anew."""
+    def save(self, folder: Path, rank: int, step: int) -> None:
+        """Write down what has been begun of ``step`` and later ones, once it is complete; what failed is left out, and
+        will be made anew. A step that has been taken and not ended is among it, if steps are begun ahead at all.
+        """
+        taken = [] if self._taken is None or not self.depth else [self._taken]
         kept = {
-            step: (fetched.prompts, future.result())
-            for step, fetched, future in self._begun
-            if future.exception() is None
+            begun: (fetched.prompts, future.result())
+            for begun, fetched, future in (*taken, *self._begun)
+            if begun >= step and future.exception() is None
         }
         if kept:
             torch.save(kept, folder / FILE.format(rank=rank))

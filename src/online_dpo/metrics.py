@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
-from online_dpo.types import Completion, Group, PackedRows, Pair, Pairing, Round, RowLogprobs, Scores, Verdicts
+from online_dpo.types import Completion, Group, Notes, PackedRows, Pair, Pairing, Round, RowLogprobs, Scores, Verdicts
 
 STEP_KL = "step/kl"
 """Collected for the step alone, see `MetricStore.take_mean`."""
@@ -62,6 +62,12 @@ class MetricStore:
         parts = gather_object([mine])
         count = sum(part[1] for part in parts)
         return sum(part[0] for part in parts) / count if count else None
+
+    def means(self) -> dict[str, float]:
+        """Every mean so far on this process, which stays collected."""
+        return {
+            name: float(total) / float(self._counts[name]) for name, total in self._sums.items() if self._counts[name]
+        }
 
     def copy(self) -> MetricStore:
         """The store as it is now, to go back to when a forward pass has to be repeated."""
@@ -123,6 +129,12 @@ def record_rollout(store: MetricStore, groups: list[Group], said: Scores | Verdi
         store.mean(f"scores/{name}/missing_ratio", [float(value is None) for row in values for value in row])
 
 
+def record_notes(store: MetricStore, notes: Notes | None) -> None:
+    """What reward functions noted through ``log_metric``, under the names that they gave."""
+    for name, values in ({} if notes is None else notes.metrics).items():
+        store.mean(name, values)
+
+
 def record_pairs(store: MetricStore, num_groups: int, pairing: Pairing) -> None:
     """What became of the groups."""
     pairs, dropped = pairing.pairs, pairing.dropped
@@ -174,7 +186,8 @@ def record_loss(
     Means over completions are over those that the policy wrote. ``objective/kl`` is the mean of the summed log-ratio to
     the reference, an estimate of the sequence KL in nats; ``objective/entropy`` that of minus the summed
     log-probability; ``objective/token_entropy`` the mean over tokens of the entropy of the whole next-token
-    distribution. Without a reference, what is relative to it is left out.
+    distribution. ``objective/rlhf_reward`` is ``objective/trained_scores`` plus ``objective/non_score_reward``, all
+    three of the completions trained on. Without a reference, what is relative to it is left out.
     """
     store.mean("beta", beta)
     real_N = rows.weight_N > 0
@@ -203,7 +216,8 @@ def record_loss(
     store.mean("rewards/accuracies", (margin_N > 0).double())
     store.mean("objective/kl", kl_S[used_S])
     store.mean("objective/non_score_reward", -rewards_S[used_S])
-    scored_S = used_S[~rows.score_S[used_S].isnan()]
+    scored_S = used_S[~rows.score_S[used_S].isnan()]  # all of them, or with a judge alone none
+    store.mean("objective/trained_scores", rows.score_S[scored_S])
     store.mean("objective/rlhf_reward", rows.score_S[scored_S] - rewards_S[scored_S])
 
 

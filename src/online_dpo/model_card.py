@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -70,15 +71,21 @@ def write_model_card(
     reference: str,
     feedback: str,
     num_processes: int,
+    tags: Sequence[str] = (),
+    base_model: str | None = None,
+    **metadata: Any,
 ) -> None:
-    """Writes ``README.md`` into the output folder. ``reference`` and ``feedback`` say what they were in words."""
+    """Writes ``README.md`` into the output folder. ``reference`` and ``feedback`` say what they were in words;
+    ``metadata`` is further fields of `huggingface_hub.ModelCardData`.
+    """
     base = unwrapped(policy)
     source = str(base.config._name_or_path)
     is_folder = Path(source).is_dir()  # of which the card names the last part only, never the path
     data = ModelCardData(
         library_name="peft" if base is not policy else "transformers",
-        base_model=source if source and not is_folder else None,
-        tags=["online-dpo", "dpo", "generated-from-trainer"],
+        base_model=base_model or (source if source and not is_folder else None),
+        tags=list(dict.fromkeys(["online-dpo", "dpo", "generated-from-trainer", *tags])),
+        **{name: value for name, value in metadata.items() if value},
     )
     output_dir = Path(str(args.output_dir))
     text = TEXT.format(
@@ -96,6 +103,11 @@ def write_model_card(
     )
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n\n{text}", encoding="utf-8")
+
+
+def as_list(value: str | list[str] | None) -> list[str]:
+    """One, several or none, as `transformers.Trainer.create_model_card` takes them."""
+    return [value] if isinstance(value, str) else list(value or ())
 
 
 def _result_rows(log_history: list[dict[str, Any]]) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import gc
 import inspect
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,13 +18,16 @@ from accelerate.utils import extract_model_from_parallel, is_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from online_dpo.requirements import adapter_problem
+
 ROUNDING = {torch.float32: 2e-5, torch.float64: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Difference in nats a token, mean over a completion, that rounding alone may make between two right ways to compute
 log-probabilities.
 """
 MOST_ROUNDING = 4
 """Some models round more coarsely than that, but not by more than this factor."""
-SPECIAL_TOKEN_FIELDS = ("eos_token_id", "bos_token_id", "pad_token_id")
+WRITTEN_BY_TRAINER = ("use_cache", "eos_token_id", "bos_token_id", "pad_token_id")
+"""Fields of configs."""
 
 
 def looks_local(path: str) -> bool:
@@ -35,31 +39,80 @@ def check_model_path(path: str, argument: str) -> None:
     """Refuse a path that can only be a missing local folder, before anything is loaded.
 
     Raises:
-        ValueError: ``path`` looks like a local folder (absolute, or starting with ``.`` or ``~``) and there is none.
+        ValueError: ``path`` looks like a local folder (absolute, or starting with ``.`` or ``~``) and there is none, or
+            a package is missing to load what it holds.
     """
     if looks_local(path) and not Path(path).expanduser().is_dir():
         raise ValueError(f"`{argument}`: there is no folder {path!r}. Give a saved model's folder or a hub name.")
+    if problem := adapter_problem(path):
+        raise ValueError(f"`{argument}`: {problem}")
 
 
-def load_causal_lm(path: str, init_kwargs: dict[str, Any] | None, trust_remote_code: bool) -> PreTrainedModel:
+def load_causal_lm(
+    path: str,
+    init_kwargs: dict[str, Any] | None,
+    trust_remote_code: bool,
+    dtype: str | torch.dtype = "auto",
+) -> PreTrainedModel:
     """A causal language model from a folder or the hub; an adapter folder gives its base model with the adapter
     trainable.
+
+    Args:
+        dtype: of the weights, unless ``init_kwargs`` name one; ``auto`` is the type that they were saved in.
 
     Raises:
         ValueError: ``init_kwargs["dtype"]`` names no torch type.
     """
     path = os.path.expanduser(path)
     kwargs = {"trust_remote_code": trust_remote_code, **(init_kwargs or {})}
-    dtype = kwargs.get("dtype")
-    if isinstance(dtype, str) and dtype != "auto":
-        if not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise ValueError(f"`model_init_kwargs`: {dtype!r} is no torch dtype. Use 'auto', 'float32' or 'bfloat16'.")
-        kwargs["dtype"] = getattr(torch, dtype)
-    if (Path(path) / "adapter_config.json").is_file():
+    old_name = kwargs.pop("torch_dtype", None)  # transformers reads it only where `dtype` is not given
+    given = kwargs.pop("dtype", old_name)
+    kwargs["dtype"] = dtype if given is None else check_dtype(given)
+    if is_adapter(path):
         from peft import AutoPeftModelForCausalLM
 
-        return AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True, **kwargs)
+        with adapting():
+            return AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True, **kwargs)
     return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+
+
+@contextmanager
+def adapting() -> Iterator[None]:
+    """Without warnings that only PEFT can heed: it asks transformers for attributes by the names of before 5.23."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
+
+
+def source_of(model: Any) -> str | None:
+    """The folder or hub name that a model was loaded from: a name itself, what a model's config says, else ``None``."""
+    if isinstance(model, str):
+        return model
+    base = unwrapped(model) if isinstance(model, nn.Module) else None
+    return base.config._name_or_path or None if isinstance(base, PreTrainedModel) else None
+
+
+def same_source(one: str, other: str) -> bool:
+    """Whether two names mean the same model: the same hub name, or the same folder however it is written."""
+    return one == other or Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+
+
+def is_adapter(path: str) -> bool:
+    """Whether the folder holds an adapter of PEFT and not a whole model."""
+    return (Path(path).expanduser() / "adapter_config.json").is_file()
+
+
+def check_dtype(given: Any) -> Any:
+    """A type for `from_pretrained`; names of torch types become the types.
+
+    Raises:
+        ValueError: there is no type of this name.
+    """
+    if not isinstance(given, str) or given == "auto":
+        return given
+    if not isinstance(getattr(torch, given, None), torch.dtype):
+        raise ValueError(f"`model_init_kwargs`: {given!r} is no torch dtype. Use 'auto', 'float32' or 'bfloat16'.")
+    return getattr(torch, given)
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
@@ -73,6 +126,13 @@ def accepts_argument(model: nn.Module, name: str) -> bool:
     return name in inspect.signature(type(unwrapped(model)).forward).parameters
 
 
+def logits_alone(model: nn.Module) -> dict[str, Any]:
+    """Arguments that keep a mixture of experts, whatever its config says, from computing the loss that balances them.
+    It is not added to ours, and it can neither read masks of more than two dimensions nor decode token by token.
+    """
+    return {"output_router_logits": False} if accepts_argument(model, "output_router_logits") else {}
+
+
 def hands_on_arguments(model: nn.Module) -> bool:
     """Whether this is a model of `transformers` that calls its attention function in every layer, with whatever further
     arguments it is given, and keeps no state but keys and values.
@@ -82,16 +142,25 @@ def hands_on_arguments(model: nn.Module) -> bool:
 
 
 def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every token that ends a completion: the tokenizer's, and all that the model's generation config declares.
+    """Every token that ends a completion: the tokenizer's, and all that the model's generation config declares, as far
+    as the model can choose them.
 
     Raises:
         ValueError: there is none, so that no completion could ever end by itself.
     """
     sources: list[Any] = [unwrapped(model).generation_config.eos_token_id, tokenizer.eos_token_id]
-    ids = [i for source in sources if source is not None for i in ([source] if isinstance(source, int) else source)]
+    ids = {i for source in sources if source is not None for i in ([source] if isinstance(source, int) else source)}
     if not ids:
         raise ValueError("Neither the tokenizer nor the model's generation config has an end token; set `eos_token`.")
-    return tuple(sorted(set(ids)))
+    written = unwrapped(model).config.get_text_config().vocab_size
+    known = tuple(sorted(i for i in ids if 0 <= i < written))
+    if not known:
+        raise ValueError(
+            f"No completion could end by itself: the model chooses from {written} tokens, and its end tokens are "
+            f"{', '.join(map(str, sorted(ids)))}. Set `tokenizer.eos_token` to a token that the model knows, or call "
+            "`model.resize_token_embeddings(len(tokenizer))`."
+        )
+    return known
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -134,29 +203,42 @@ def state_of_forward(model: nn.Module) -> tuple[Any, ...]:
 
 
 def context_length(model: nn.Module) -> int | None:
-    """Most positions the model has been built for, or ``None`` where its config does not say."""
-    config = unwrapped(model).config.get_text_config()
-    return getattr(config, "max_position_embeddings", None)
+    """Most tokens that the model has positions for, or ``None`` where its config does not say."""
+    base = unwrapped(model)
+    positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    if positions is None:  # recurrent and ALiBi models
+        return None
+    for name, module in base.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return positions - module.padding_idx - 1  # RoBERTa and its kin count from behind the padding token's id
+    return positions
 
 
-class ConfigKeeper:
-    """Remembers what a model's configs said, and puts it back after `transformers.Trainer` has written into them.
+class ConfigKeeper(TrainerCallback):
+    """Remembers what a model's configs say, and puts it back once `transformers.Trainer` has written into them.
 
-    Trainer sets ``config.use_cache`` and copies the tokenizer's special tokens into both configs; a saved model should
-    say what its owner said.
+    Trainer sets ``config.use_cache``, and when training begins it copies the tokenizer's special tokens into both
+    configs; a saved model should say what its owner said.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self) -> None:
+        self._kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
+
+    def remember(self, model: nn.Module) -> None:
         base = unwrapped(model)
-        config = base.config
-        self._kept: list[tuple[Any, str, Any]] = [(config, "use_cache", getattr(config, "use_cache", None))]
-        text_config = config.get_text_config()
-        for holder in (text_config, base.generation_config):
-            self._kept += [(holder, name, getattr(holder, name, None)) for name in SPECIAL_TOKEN_FIELDS]
+        holders = [vars(holder) for holder in (base.config, base.config.get_text_config(), base.generation_config)]
+        self._kept = [(now, {name: now[name] for name in WRITTEN_BY_TRAINER if name in now}) for now in holders]
 
     def restore(self) -> None:
-        for holder, name, value in self._kept:
-            setattr(holder, name, value)
+        """Once; from then on the configs are their owner's again."""
+        for now, before in self._kept:
+            for name in WRITTEN_BY_TRAINER:
+                now.pop(name, None)
+            now.update(before)
+        self._kept = []
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.restore()
 
 
 def empty_device_cache() -> None:
@@ -164,24 +246,3 @@ def empty_device_cache() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-class RestoreConfigs(TrainerCallback):
-    """Puts the model's configs back once training has begun, when `Trainer` has aligned them with the tokenizer."""
-
-    def __init__(self, configs: ConfigKeeper) -> None:
-        self.configs = configs
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.configs.restore()
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
-    """The model in eval mode inside, and afterwards in the mode it was in."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield model
-    finally:
-        model.train(was_training)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from online_dpo.models import disable_dropout, eval_mode
+from online_dpo.borrowing import adapter_off, eval_mode
+from online_dpo.models import disable_dropout
 
 
 class Reference:
@@ -45,10 +46,10 @@ class FrozenReference(Reference):
 
     def __init__(self, model: nn.Module, description: str) -> None:
         self.description = description
-        self.model = model.eval().requires_grad_(False)
+        self.model = model
 
     def active(self) -> AbstractContextManager[nn.Module]:
-        return nullcontext(self.model)
+        return eval_mode(self.model)
 
 
 class NoReference(Reference):
@@ -58,17 +59,16 @@ class NoReference(Reference):
 
 
 class AdapterOffReference(Reference):
-    """The policy with its adapter switched off: no second model in memory."""
+    """The policy with its adapter switched off: no second model in memory.
 
-    description = "the policy with its adapter off"
+    Where other weights than the adapter's are trained (see `trains_base_weights`), it has to be a copy of the policy.
+    """
 
-    def __init__(self, policy: nn.Module) -> None:
-        self.policy = policy
+    def __init__(self, policy: nn.Module, description: str = "the policy with its adapter off") -> None:
+        self.policy, self.description = policy, description
 
-    @contextmanager
-    def active(self) -> Iterator[nn.Module]:
-        with eval_mode(self.policy), self.policy.disable_adapter():  # pyright: ignore[reportCallIssue]
-            yield self.policy
+    def active(self) -> AbstractContextManager[nn.Module]:
+        return adapter_off(self.policy)
 
 
 class SyncedReference(Reference):
@@ -92,20 +92,22 @@ class SyncedReference(Reference):
                 "adapter. Give a `ref_model` of the same kind, or leave it off."
             )
         self.description = f"{description}, {alpha} of the policy mixed in every {every} steps"
-        self.model = model.eval().requires_grad_(False)
+        self.model = model
         self._policy, self._alpha, self._every = policy, alpha, every
-        self._weights = {name: p.float() for name, p in model.named_parameters()}  # fp32 ones are the model's own
+        # fp32 ones are the model's own
+        self._weights = {name: p.detach().float() for name, p in model.named_parameters()}
         self._start = self._copies()
 
     def active(self) -> AbstractContextManager[nn.Module]:
-        return nullcontext(self.model)
+        return eval_mode(self.model)
 
     @contextmanager
     def at_start(self) -> Iterator[nn.Module]:
         now = self._copies()
         self._set(self._start)
         try:
-            yield self.model
+            with eval_mode(self.model):
+                yield self.model
         finally:
             self._set(now)
 
@@ -155,6 +157,21 @@ def frozen_copy(policy: nn.Module) -> nn.Module:
     return reference.eval().requires_grad_(False)
 
 
+def trains_base_weights(policy: nn.Module) -> bool:
+    """Whether a PEFT model has trainable weights that stay in use while its adapters are off, such as biases."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    of_adapters = {
+        parameter
+        for module in policy.modules()
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        for name, parameter in module.named_parameters()
+        if not name.startswith(("base_layer.", "original_module."))
+    }
+    return any(parameter.requires_grad and parameter not in of_adapters for parameter in policy.parameters())
+
+
 @torch.no_grad()
 def adapter_changes_output(policy: nn.Module) -> bool:
     """Whether the policy with its adapter differs from the policy without, on a few tokens.
@@ -166,6 +183,6 @@ def adapter_changes_output(policy: nn.Module) -> bool:
     ids = torch.arange(4, device=device)[None]
     with eval_mode(policy):
         with_adapter = policy(input_ids=ids).logits
-        with policy.disable_adapter():  # pyright: ignore[reportCallIssue]
-            without = policy(input_ids=ids).logits
+    with adapter_off(policy):
+        without = policy(input_ids=ids).logits
     return not torch.allclose(with_adapter, without, rtol=1e-4, atol=1e-5)

@@ -88,7 +88,8 @@ def attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of transformers: in segments where they are given, SDPA elsewhere (sampling, padded rows)."""
-    if segments is None or dropout or kwargs.get("position_bias") is not None:
+    special = any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "s_aux"))
+    if segments is None or dropout or special:  # SDPA says what it cannot do
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )

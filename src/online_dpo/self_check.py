@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from online_dpo.attention import why_not_shared
+from online_dpo.errors import named_error
 from online_dpo.logprobs import can_chunk, row_logprobs
 from online_dpo.models import MOST_ROUNDING, ROUNDING, computing_dtype
 from online_dpo.packing import pack_groups
@@ -135,7 +136,7 @@ class _Check:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever an unknown model does with such inputs
-            return f"it fails with {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            return f"it fails with {named_error(error, first_line=True)}"
         if found <= self.allowed:
             return None
         return f"log-probabilities differ by {found:.1e} a token, where {self.allowed:.1e} could be rounding"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -9,9 +11,10 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from online_dpo.borrowing import eval_mode
 from online_dpo.errors import OutOfSyncError
 from online_dpo.logprobs import row_logprobs
-from online_dpo.models import MOST_ROUNDING, ROUNDING, computing_dtype, eval_mode
+from online_dpo.models import MOST_ROUNDING, ROUNDING, computing_dtype
 from online_dpo.packing import pack_groups
 from online_dpo.rollout import Engine, RolloutKey, SamplingParams, Stream
 from online_dpo.types import Prompt
@@ -19,8 +22,10 @@ from online_dpo.types import Prompt
 PROMPTS, COMPLETIONS, TOKENS = 2, 2, 16
 ALLOWED = {torch.float32: 1e-4, torch.float64: 1e-4}
 """Difference in nats a token. Other types: what rounding makes between two right ways to compute it
-(`models.ROUNDING`).
+(`models.ROUNDING`). Of an engine's type and the trainer's, the coarser one decides.
 """
+
+logger = logging.getLogger(__name__)
 
 
 class SyncCheck:
@@ -54,8 +59,9 @@ class SyncCheck:
                 rows = pack_groups(groups, [], shared=False).to(next(model.parameters()).device)
                 found_M = row_logprobs(model, rows, entropy=False, chunked=False).token_logps_M
             gap = float((found_M - rows.sampled_logps_M).abs().mean())
-        dtype = computing_dtype(model)
-        allowed = ALLOWED.get(dtype, MOST_ROUNDING * ROUNDING[dtype])
+        ours = computing_dtype(model)
+        theirs = engine.own_dtype or ours
+        allowed = max(ALLOWED.get(dtype, MOST_ROUNDING * ROUNDING[dtype]) for dtype in (ours, theirs))
         gaps = self._accelerator.gather(torch.tensor([gap], device=self._accelerator.device))
         worst = float(gaps.max())  # pyright: ignore[reportAttributeAccessIssue]
         if not worst <= allowed:
@@ -64,5 +70,12 @@ class SyncCheck:
                 f"trainer's by {worst:.1e} nats a token, where {allowed:.1e} could be rounding. It may serve another "
                 "model, another dtype or quantisation, or a stale cache. Start it anew with the policy's own folder "
                 "and dtype."
+            )
+        if self._last is None and allowed > ALLOWED.get(ours, math.inf) and self._accelerator.is_main_process:
+            logger.warning(
+                "The sampler computes in %s, the trainer in %s: log-probabilities differ by %.1e nats a token, and "
+                "completions are not quite the policy's own. Start vLLM with `--dtype float32`, or train with `bf16`.",
+                *(str(dtype).removeprefix("torch.") for dtype in (theirs, ours)),
+                worst,
             )
         self._last = step

@@ -5,14 +5,16 @@ Reading order: ``get_batch_samples`` is one optimizer step up to its micro-batch
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from threading import Event
 from typing import Any
 
-import numpy as np
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.utils.data import DataLoader
@@ -28,6 +30,7 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 
 from online_dpo.beta import Beta
+from online_dpo.borrowing import eval_mode, restores_models_on_error
 from online_dpo.build import (
     build_engine,
     build_opponent,
@@ -35,6 +38,7 @@ from online_dpo.build import (
     build_reference,
     built_in_engine,
     check_arguments,
+    check_batches,
     check_columns,
     check_stream,
     check_templates,
@@ -44,28 +48,46 @@ from online_dpo.build import (
     train_on_one_device_per_process,
 )
 from online_dpo.config import OnlineDPOConfig
-from online_dpo.data import PREPARED_COLUMNS, EndlessStream, collate_prompts, prepare_prompts, prompts_from_batch
-from online_dpo.evaluate import EvalRecord, eval_records, summarise
+from online_dpo.data import (
+    PREPARED_COLUMNS,
+    EndlessStream,
+    SayCutPrompts,
+    UsersCollator,
+    collate_prompts,
+    prepare_prompts,
+    prompts_from_batch,
+)
+from online_dpo.errors import ForeignCodeError
+from online_dpo.evaluate import EvalRecord, eval_records, mean_notes, summarise
 from online_dpo.feedback_trainer import FeedbackTrainer
+from online_dpo.figures import in_order
+from online_dpo.foreign import callable_name, foreign
 from online_dpo.gold import check_gold
+from online_dpo.keyword_arguments import NamedArguments
+from online_dpo.known_tokens import Readers, check_options, check_policy, check_reference, embedding_rows
 from online_dpo.logprobs import RowLogprobs, row_logprobs
 from online_dpo.lookahead import Lookahead
 from online_dpo.losses import LossOptions, method_losses, pair_logprobs
 from online_dpo.metrics import STEP_KL, record_loss, record_pairs, record_resampling, trained_kl
-from online_dpo.model_card import write_model_card
-from online_dpo.models import end_token_ids, eval_mode
+from online_dpo.model_card import as_list, write_model_card
+from online_dpo.models import end_token_ids
+from online_dpo.names_elsewhere import ARGUMENTS, hint_for
 from online_dpo.onednn import onednn_linears
 from online_dpo.packing import as_inputs, by_group, pack_groups, pack_pairs, passes_needed, split_pairs, stand_in
 from online_dpo.pairs import Selection, latest
+from online_dpo.predictions import Predictions
 from online_dpo.reference import ReferenceSteps
 from online_dpo.rollout import RolloutKey, SamplingParams, Stream
-from online_dpo.scoring import build_judge, build_scorers
+from online_dpo.scoring import build_judge, build_scorers, noting
 from online_dpo.self_check import Lender, MethodChoice
 from online_dpo.sync_check import SyncCheck
+from online_dpo.trl_attributes import TRLAttributes
 from online_dpo.types import Completion, Group, PackedRows, Pair, Prompt
 
+logger = logging.getLogger(__name__)
 
-class OnlineDPOTrainer(FeedbackTrainer):
+
+class OnlineDPOTrainer(NamedArguments, TRLAttributes, FeedbackTrainer):
     """Aligns a language model with preferences collected while it trains (Guo et al. 2024, arXiv 2402.04792).
 
     Args:
@@ -79,8 +101,8 @@ class OnlineDPOTrainer(FeedbackTrainer):
             or 1 for the better completion, -1 for no answer. Beside a reward it is used with ``judge_top`` alone.
         reward_model: another name for ``reward_funcs``.
         args: the configuration.
-        data_collator: list of rows to a dict of lists; must keep the columns ``prompt``, ``prompt_ids``, ``prompt_row``
-            and ``prompt_invalid``.
+        data_collator: list of rows to a dict of lists; must keep the columns ``prompt``, ``prompt_ids``,
+            ``prompt_row``, ``prompt_invalid`` and ``prompt_cut``.
         train_dataset, eval_dataset: rows with a ``prompt`` (text or messages); ``eval_dataset`` may be a dict of them.
             Other columns are handed to reward functions.
         processing_class: the policy's tokenizer.
@@ -97,6 +119,7 @@ class OnlineDPOTrainer(FeedbackTrainer):
         InvalidPromptError: a dataset row is no usable prompt (see ``invalid_prompts``).
     """
 
+    @restores_models_on_error
     def __init__(
         self,
         model: PreTrainedModel | nn.Module | str | None = None,
@@ -140,7 +163,9 @@ class OnlineDPOTrainer(FeedbackTrainer):
         train_dataset = self._prepared(train_dataset, "train_dataset")
         if isinstance(train_dataset, IterableDataset):
             check_stream(args)
+            callbacks = [*(callbacks or []), SayCutPrompts("train_dataset")]
             train_dataset = EndlessStream(train_dataset)  # pyright: ignore[reportAssignmentType]
+        check_batches(train_dataset, args)
         if isinstance(eval_dataset, dict):
             eval_dataset = {
                 name: self._prepared(data, f"eval_dataset[{name!r}]") for name, data in eval_dataset.items()
@@ -154,11 +179,14 @@ class OnlineDPOTrainer(FeedbackTrainer):
         train_on_one_device_per_process(args)
 
         set_seed(args.seed)  # an adapter's first weights are random
-        policy = build_policy(model, peft_config, args)
+        policy = build_policy(model, peft_config, args, optimizers[0])
+        prepared = {"train_dataset": train_dataset, **named_datasets(eval_dataset)}
+        check_policy(policy, self.tokenizer, prepared)
+        check_options(policy, args.generation_kwargs or {})  # pyright: ignore[reportArgumentType]
         super().__init__(
             model=policy,
             args=args,
-            data_collator=data_collator or collate_prompts,
+            data_collator=collate_prompts if data_collator is None else UsersCollator(data_collator),
             train_dataset=train_dataset,  # pyright: ignore[reportArgumentType]
             eval_dataset=eval_dataset,  # pyright: ignore[reportArgumentType]
             processing_class=processing_class,
@@ -167,6 +195,11 @@ class OnlineDPOTrainer(FeedbackTrainer):
             optimizers=optimizers,
         )
         self.reference = build_reference(ref_model, policy, args)
+        self.readers = Readers({"the policy": embedding_rows(policy)})
+        if ref_model is not None:
+            with self.reference.active() as reference:
+                check_reference(reference, policy, self.tokenizer, prepared)
+                self.readers = Readers({**self.readers.rows, "the reference": embedding_rows(reference)})
         self.add_callback(ReferenceSteps(self.reference))
         self.policy = policy
         self.engine = build_engine(policy, self.tokenizer, args)
@@ -174,8 +207,8 @@ class OnlineDPOTrainer(FeedbackTrainer):
             with self.reference.active() as reference:
                 self.reference_engine = built_in_engine(reference, self.tokenizer, args)
         self.opponent = build_opponent(policy, self.reference, self.tokenizer, args, lambda: self.state.epoch or 0.0)
-        self.beta = Beta(args, lambda: self.metrics.take_mean(STEP_KL))
-        self.add_callback(self.beta)
+        self.adaptive_beta = Beta(args, lambda: self.metrics.take_mean(STEP_KL))
+        self.add_callback(self.adaptive_beta)
         self.selection = Selection.from_config(args)
         self.loss_options = LossOptions.from_config(args)
         self.sampling = SamplingParams.from_config(args, end_token_ids(policy, self.tokenizer))
@@ -193,6 +226,12 @@ class OnlineDPOTrainer(FeedbackTrainer):
         self.sync_check = SyncCheck(self.accelerator, args.sync_check_steps)
         self.choice = MethodChoice(self.accelerator, args.share_prompts)
         self.reference_completions: dict[tuple[int, tuple[int, ...]], tuple[Completion, ...]] = {}
+
+    @classmethod
+    def _hint_for_argument(cls, name: str, known: Collection[str]) -> str:
+        if name in OnlineDPOConfig.__dataclass_fields__:
+            return f" `{name}` is a field of `OnlineDPOConfig`, which is given as `args`."
+        return hint_for(name, known, ARGUMENTS)
 
     # --- one optimizer step -----------------------------------------------------------------------------------------
 
@@ -239,7 +278,7 @@ class OnlineDPOTrainer(FeedbackTrainer):
         if model.training:
             self.guard.saw_loss(loss)
             record_loss(self.metrics, rows, policy, reference, loss_N, options.beta)
-            if self.beta.adapts and reference is not None:
+            if self.adaptive_beta.adapts and reference is not None:
                 self.metrics.mean(STEP_KL, trained_kl(rows, policy, reference))
         return (loss, {"loss_N": loss_N, "policy": policy, "reference": reference}) if return_outputs else loss
 
@@ -287,7 +326,7 @@ class OnlineDPOTrainer(FeedbackTrainer):
 
     def _loss_options_now(self) -> LossOptions:
         epoch = self.state.epoch or 0.0
-        return self.loss_options.now(self.beta.at(epoch), self.args.at_epoch("xpo_alpha", epoch))
+        return self.loss_options.now(self.adaptive_beta.at(epoch), self.args.at_epoch("xpo_alpha", epoch))
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
@@ -314,29 +353,47 @@ class OnlineDPOTrainer(FeedbackTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
+        logger.info("***** Running %s: batch size %d *****", description, self.args.eval_batch_size)
         model = self._wrap_model(self.model, training=False)  # pyright: ignore[reportArgumentType]
-        records: list[EvalRecord] = []
+        loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
+        own_metrics = None if self.compute_metrics is None else self._own_metrics
+        found = Predictions(self.args, own_metrics, loss_only)
         self.callback_handler.eval_dataloader = dataloader  # pyright: ignore[reportAttributeAccessIssue]
-        with eval_mode(model):
-            for batch in dataloader:
+        with eval_mode(model), self.evaluation_weights(), noting() as notes:
+            batches = iter(dataloader)
+            while (batch := self.together(partial(_next_batch, batches))) is not None:
                 prompts = [prompt for prompt in prompts_from_batch(batch) if prompt.invalid is None]
-                mine = self._evaluate_prompts(model, prompts) if prompts else []
-                records += self.accelerator.gather_for_metrics(mine, use_gather_object=True)
+                mine = self.together(partial(self._evaluate_prompts, model, prompts))
+                records: Any = self.accelerator.gather_for_metrics(mine, use_gather_object=True)
+                is_last = self.accelerator.gradient_state.end_of_dataloader
+                self.together(partial(found.add, records, is_last))
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        scores = np.array([[np.nan if s is None else s for s in r.scores] for r in records])
-        reference = np.array([np.nan if r.reference_score is None else r.reference_score for r in records])
-        metrics = summarise(records)
-        if self.compute_metrics is not None:
-            metrics |= self.compute_metrics(EvalPrediction(predictions=scores, label_ids=reference))
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        return EvalLoopOutput(predictions=scores, label_ids=reference, metrics=metrics, num_samples=len(records))
+        records = found.records
+        own = self.together(found.metrics)
+        metrics = in_order({**mean_notes(gather_object([notes])), **summarise(records), **own})
+        start = f"{metric_key_prefix}_"
+        metrics = {name if name.startswith(start) else start + name: value for name, value in metrics.items()}
+        predictions, label_ids = found.arrays()
+        return EvalLoopOutput(predictions, label_ids, metrics, num_samples=len(records))
+
+    def _own_metrics(self, *prediction: EvalPrediction, **options: bool) -> dict[str, Any]:
+        """What the user's `compute_metrics` returns; of a batch before the last one, nothing is wanted."""
+        assert self.compute_metrics is not None
+        who = f"`compute_metrics` (`{callable_name(self.compute_metrics)}`)"
+        with foreign(who, f"(step {self.state.global_step})", raises=ForeignCodeError):
+            found = self.compute_metrics(*prediction, **options)
+            return dict(found) if options.get("compute_result", True) else {}
 
     @torch.no_grad()
     def _evaluate_prompts(self, model: nn.Module, prompts: list[Prompt]) -> list[EvalRecord]:
+        if not prompts:
+            return []
         key = RolloutKey(self.args.seed, 0, Stream.EVALUATION)
+        self.readers.check_prompts(prompts)
         self._sync_engine(prompts)
         with self.accelerator.autocast():
             groups = self.engine.generate(prompts, self.args.num_completions, self.sampling, key)
+        self.readers.check_groups(groups)
         said = self._assess(groups)
         pairs = self._form_pairs(groups, said, step=0).pairs
         if self.accelerator.num_processes == 1:  # otherwise a step of training finds out, on all ranks together
@@ -359,8 +416,16 @@ class OnlineDPOTrainer(FeedbackTrainer):
         self.dropped_rows += dropped
         return dataset
 
-    def create_model_card(self, *args: Any, model_name: str | None = None, **kwargs: Any) -> None:
-        """Writes README.md into the output folder, with the facts of the run."""
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        dataset_tags: str | list[str] | None = None,
+    ) -> None:
+        """Writes README.md into the output folder: what is given, and the facts of the run."""
         if self.is_world_process_zero():
             feedback = [*self.scorers, *([] if self.judge is None else [self.judge])]
             write_model_card(
@@ -371,11 +436,21 @@ class OnlineDPOTrainer(FeedbackTrainer):
                 reference=self.reference.description,
                 feedback=", ".join(source.name for source in feedback),
                 num_processes=self.accelerator.num_processes,
+                language=language,
+                license=license,
+                tags=as_list(tags),
+                base_model=finetuned_from,
+                datasets=as_list(dataset_tags),
             )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.create_model_card()
         super()._save_checkpoint(model, trial)
+
+
+def _next_batch(batches: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
+    with foreign("Reading the prompts to evaluate on", raises=ForeignCodeError):
+        return next(batches, None)
 
 
 def _or_one(total: torch.Tensor) -> torch.Tensor:

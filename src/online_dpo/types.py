@@ -33,7 +33,8 @@ class Prompt:
 
     ``content`` is what scorers see (text, or a list of messages); ``token_ids`` is what the policy samples from and is
     trained on; ``row`` is the prompt's place in its dataset, which seeds its completions; ``columns`` are the row's
-    other columns; ``invalid`` says why a streamed row cannot be used (such a prompt is counted, never sampled).
+    other columns; ``invalid`` says why a streamed row cannot be used (such a prompt is counted, never sampled); ``cut``
+    says whether it was longer.
     """
 
     content: str | list[Message]
@@ -41,6 +42,7 @@ class Prompt:
     row: int
     columns: Mapping[str, Any] = field(default_factory=dict)
     invalid: str | None = None
+    cut: bool = False
 
     @property
     def is_conversational(self) -> bool:
@@ -55,9 +57,10 @@ class Completion:
     text="Red.")
 
     ``token_ids`` ends with the end token when the model produced one. ``logprobs`` holds, for every token, the
-    log-probability under its unmodified author (temperature 1, no truncation of the distribution). ``text`` is decoded
-    without special tokens. ``policy_version`` is the number of optimizer steps behind the weights that sampled it; of a
-    completion that the policy did not write it says nothing.
+    log-probability under its unmodified author (temperature 1, no truncation of the distribution). ``text`` is what
+    they add to the prompt's text, without special tokens (see `rollout.completion_text`). ``policy_version`` is the
+    number of optimizer steps behind the weights that sampled it; of a completion that the policy did not write it says
+    nothing.
     """
 
     token_ids: tuple[int, ...]
@@ -141,11 +144,23 @@ class Round:
 
 
 @dataclass(frozen=True)
+class Notes:
+    """What reward functions have noted beside their scores: numbers for the metrics, and columns with one value for
+    each completion, group by group.
+
+    >>> Notes(metrics={"parsed": [1.0, 0.0]}, columns={"answer": ["5", "7", None, "5"]})
+    """
+
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Feedback:
     """What became of the prompts of a step: its groups, and what is said of them, by scorers or by a judge.
 
     ``seconds`` has an entry for "rollout" and one for "scoring". ``further`` are the rounds in which groups without a
-    pair were replaced; ``groups`` and ``said`` are of the first answers all the same.
+    pair were replaced; ``groups``, ``said`` and ``notes`` are of the first answers all the same.
 
     >>> Feedback(groups=[group], said=Scores([[0.7, 0.1]], {}), seconds={"rollout": 1.5, "scoring": 0.2})
     """
@@ -154,6 +169,7 @@ class Feedback:
     said: Scores | Verdicts
     seconds: Mapping[str, float]
     further: tuple[Round, ...] = ()
+    notes: Notes | None = None
 
 
 @dataclass(frozen=True)

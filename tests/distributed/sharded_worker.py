@@ -81,7 +81,7 @@ def run(name, wrapper, memory):
     made = model(name)
     enable_logprobs(made)
     if memory == "checkpointing":
-        made.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        tiny.checkpoint_layers(made)
     wrapped = wrap(made.train(), wrapper)
     rows = pack_groups(groups(dist.get_rank()), [], shared=True)
     with torch.no_grad():

@@ -11,6 +11,7 @@ import torch
 
 import tiny
 from endpoint import says, serving, shown
+from run_files import fill_folder, write_run_file
 from training import assert_same
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -116,6 +117,45 @@ def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_both(results):
         assert all(math.isfinite(v) for k, v in rank["log"].items() if k != "grad_norm")
 
 
+FAILURES = {
+    "on_step_begin": "ForeignCodeError: Callback `FailsOnTheLastRank` in `on_step_begin` raised OSError: no space",
+    "on_pre_optimizer_step": "ForeignCodeError: Callback `FailsOnTheLastRank` in `on_pre_optimizer_step` raised OS",
+    "on_log": "ForeignCodeError: Callback `FailsOnTheLastRank` in `on_log` raised OSError: no space",
+    "fails_in_step": "ScoringError: Reward function `fails_on_the_last_rank` raised ConnectionError: away",
+    "fails_in_evaluation": "ScoringError: Reward function `fails_on_the_last_rank` raised ConnectionError: away",
+}
+
+
+@pytest.mark.parametrize(("case", "message"), FAILURES.items())
+def test_what_fails_on_one_rank_ends_the_run_on_both_after_a_checkpoint(results, case, message):
+    one, (first, last) = results(case)
+    for ended in (one, last):
+        assert ended["error"].startswith(message)
+    assert first["error"].startswith("FeedbackLostError: Another process of this run failed")
+    assert [ended["step"] for ended in (one, first, last)] == [1, 1, 1]
+    assert one["checkpoints"] == last["checkpoints"] == ["checkpoint-1"]
+
+
 def test_ranks_tell_each_other_of_a_loss_that_is_not_finite(results):
     one, two = results("guard")
     assert one["dropped"] and all(rank["dropped"] for rank in two)
+
+
+def test_processes_that_would_train_alone_are_refused(tmp_path):
+    """On a CPU, torchrun without `use_cpu` makes no process group: both would train, into one folder."""
+    folder = fill_folder(tmp_path, "def words(completions):\n    return [float(len(c.split())) for c in completions]\n")
+    path = write_run_file(folder, reward_funcs="feedback.py:words", use_cpu=None, max_steps=1)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29519"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*torchrun, "-m", "online_dpo", "train", str(path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode != 0 and not (folder / "out").exists()
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) in (1, 2), done.stderr  # torchrun ends the second process once the first has failed
+    assert "2 processes were started (WORLD_SIZE), but this one trains as one of 1" in said[0]
+    assert "`use_cpu: true` (`--use_cpu`, `use_cpu=True`)" in said[0]

@@ -4,15 +4,17 @@ came out.
 
 import sys
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from datasets import IterableDataset
-from transformers import TrainerState
+from transformers import TrainerCallback, TrainerState
 
 import tiny
+from online_dpo.errors import NothingTrainedError, OnlineDPOError
 from online_dpo.guard import StepGuard
 from online_dpo.scoring import LLMJudge
 from training import KeepGradient, dataset, trainer, weights
@@ -49,7 +51,8 @@ def run(out, case, processes, **options):
     made.callback_handler.callbacks.insert(0, keep)
     calls, generate = [], made.engine.generate
     made.engine.generate = lambda prompts, *args: (calls.append(len(prompts)), generate(prompts, *args))[1]
-    made.train()
+    with suppress(NothingTrainedError):  # where every step is skipped
+        made.train()
     log = {
         k: v
         for k, v in made.state.log_history[made.state.global_step - 1].items()
@@ -59,6 +62,39 @@ def run(out, case, processes, **options):
     if made.eval_dataset is not None:
         saved["eval"] = {k: v for k, v in made.evaluate().items() if "runtime" not in k and "per_second" not in k}
     torch.save(saved, out / f"{case}-of-{processes}-rank-{made.accelerator.process_index}.pt")
+
+
+class FailsOnTheLastRank(TrainerCallback):
+    def __init__(self, event):
+        setattr(self, event, self.fail)
+
+    def fail(self, args, state, control, **kwargs):
+        if on_last_rank() and state.global_step == 1:
+            raise OSError("no space left")
+
+
+def fails_on_the_last_rank(completions, trainer_state=None, **_):
+    if on_last_rank() and trainer_state.global_step == 1:
+        raise ConnectionError("away")
+    return [float(len(text.split())) for text in completions]
+
+
+def ends_in_failure(out, case, processes, kwargs=None, **options):
+    """How a run ends in which something of the user's fails on one rank alone, after the first step."""
+    made = trainer(
+        out / case,
+        per_device_train_batch_size=8 // processes,
+        train_dataset=dataset(lengths=LENGTHS * 3),
+        max_steps=3,
+        kwargs=kwargs,
+        **options,
+    )
+    try:
+        made.train()
+    except OnlineDPOError as error:
+        ended = {"error": f"{type(error).__name__}: {error}", "step": made.state.global_step}
+        ended["checkpoints"] = sorted(path.name for path in (out / case).glob("checkpoint-*"))
+        torch.save(ended, out / f"{case}-of-{processes}-rank-{made.accelerator.process_index}.pt")
 
 
 def on_last_rank():
@@ -129,3 +165,8 @@ if __name__ == "__main__":
     run(out, "judged", processes, reward_funcs=None, num_completions=4, kwargs={"judge": judge})
     run(out, "not_finite", processes, model=poisoned_on_the_last_rank(), learning_rate=0.1)
     guard_alone(out, processes)
+    for event in ("on_step_begin", "on_pre_optimizer_step", "on_log"):
+        ends_in_failure(out, event, processes, kwargs={"callbacks": [FailsOnTheLastRank(event)]})
+    ends_in_failure(out, "fails_in_step", processes, reward_funcs=fails_on_the_last_rank)
+    evaluated = dict(eval_strategy="steps", eval_steps=1, kwargs={"eval_dataset": dataset(lengths=(3, 4, 5, 6))})
+    ends_in_failure(out, "fails_in_evaluation", processes, reward_funcs=fails_on_the_last_rank, **evaluated)

@@ -79,6 +79,7 @@ def test_gsm8k_recipe_raises_its_reward(tmp_path):
 
     done = online_dpo(
         *("train", "recipes/gsm8k_format.yaml", *SMALL),
+        *("--dataset_name", DATA / "gsm8k-train.jsonl", "--dataset_config", "null"),
         *("--model_name_or_path", tmp_path / "policy", "--output_dir", tmp_path / "run"),
         *("--max_length", 320, "--max_new_tokens", 64, "--learning_rate", 3e-4, "--max_steps", 30),
     )
@@ -115,6 +116,7 @@ def test_hh_recipe_raises_the_reward_models_score(tmp_path):
 
     done = online_dpo(
         *("train", "recipes/hh_reward_model.yaml", *SMALL),
+        *("--dataset_name", DATA / "hh-rlhf-harmless-base-test.jsonl.gz"),
         *("--model_name_or_path", tmp_path / "policy", "--reward_model_path", tmp_path / "reward"),
         *("--output_dir", tmp_path / "run", "--max_prompt_length", 48, "--max_new_tokens", 32, "--num_completions", 4),
         *("--learning_rate", 1e-3, "--beta", 0.03, "--max_steps", 60, "--per_device_train_batch_size", 16),

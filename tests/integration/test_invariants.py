@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 import tiny
 from online_dpo import OnlineDPOTrainer
 from online_dpo.data import collate_prompts, prompts_from_batch
-from online_dpo.errors import ScoringError, TrainingDivergedError
+from online_dpo.errors import NothingTrainedError, ScoringError, TrainingDivergedError
 from online_dpo.losses import LOSSES
 from online_dpo.pairs import STRATEGIES
 from training import assert_same, config, dataset, gradient, trainer, weights, word_reward
@@ -399,7 +399,8 @@ def test_a_missing_score_does_not_beat_a_bad_one(tmp_path):
     """Incumbent behaviour: None becomes 0 and beats -1. Here no gradient flows from it at all."""
     made = trainer(tmp_path, reward_funcs=lambda completions, **_: [None, -1.0] * (len(completions) // 2))
     before = weights(made.model)
-    made.train()
+    with pytest.raises(NothingTrainedError, match="missing_score 4"):
+        made.train()
     assert all(torch.equal(before[name], p) for name, p in made.model.named_parameters())
     assert made.state.log_history[0]["dropped/missing_score"] == 4
 

@@ -145,3 +145,22 @@ def test_an_engine_that_samples_from_stale_weights_is_found(tmp_path):
     made = with_copy(tmp_path, 2, sync_check_steps=0)
     made.train()
     assert logs(made)[3]["sampling/sampling_logp_difference/mean"] > 1e-3
+
+
+def test_an_engine_that_computes_in_half_precision_may_differ_by_its_rounding(tmp_path, caplog):
+    """As a server that was started in a checkpoint's own type does from a trainer in fp32; stale weights are found."""
+
+    def with_half_copy(forgets_from, **fields):
+        made = trainer(tmp_path, max_steps=2, learning_rate=1e-1, optim="sgd", **fields)
+        made.engine = Copying(tiny.causal_lm().bfloat16(), tiny.tokenizer())
+        made.engine.own_dtype = torch.bfloat16
+        made.engine.forgets_from = forgets_from
+        return made
+
+    made = with_half_copy(10**9, sync_check_steps=1)
+    made.train()
+    assert 1e-4 < logs(made)[0]["sampling/sampling_logp_difference/mean"] < 3e-2
+    said = [r.getMessage() for r in caplog.records if "The sampler computes in" in r.getMessage()]
+    assert len(said) == 1 and said[0].startswith("The sampler computes in bfloat16, the trainer in float32")
+    with pytest.raises(OutOfSyncError, match="After the weights of step 0"):
+        with_half_copy(0).train()

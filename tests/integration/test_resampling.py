@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tiny
-from online_dpo.errors import ScoringError
+from online_dpo.errors import NothingTrainedError, ScoringError
 from online_dpo.pairs import latest
 from online_dpo.rollout import RolloutKey, TransformersEngine
 from training import LENGTHS, assert_same, config, dataset, gradient, trainer, weights
@@ -17,7 +17,7 @@ from training import LENGTHS, assert_same, config, dataset, gradient, trainer, w
 
 def coin(completions, **_):
     """0 or 1: two completions tie about every other time."""
-    return [float(zlib.crc32(text.encode()) % 2) for text in completions]
+    return [float(zlib.crc32(text.strip().encode()) % 2) for text in completions]
 
 
 def logs(made):
@@ -82,7 +82,7 @@ def test_the_log_counts_groups_once_and_scores_of_first_answers(tmp_path):
     """A mean over the last answers would say 0.5 wherever a pair was found, however good the policy is."""
 
     def rarely(completions, **_):
-        return [float(zlib.crc32(text.encode()) % 5 == 0) for text in completions]
+        return [float(zlib.crc32(text.strip().encode()) % 5 == 0) for text in completions]
 
     made = trainer(tmp_path, reward_funcs=rarely, resample_rounds=2, per_device_train_batch_size=12)
     answers = by_hand(made, tiny.prompts(LENGTHS), 0, 2, rarely)
@@ -118,7 +118,8 @@ def test_a_group_that_never_gives_a_pair_ends_after_the_rounds_and_counts_once(t
 
     made = trainer(tmp_path, reward_funcs=counting, resample_rounds=3, **fields)
     before = weights(made.model)
-    made.train()
+    with pytest.raises(NothingTrainedError, match=f"{reason} 4"):
+        made.train()
     [log] = logs(made)
     assert scored == [8] * 4
     assert log["prompts"] == log[f"dropped/{reason}"] == log["resample/groups"] == 4

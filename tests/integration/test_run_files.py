@@ -2,13 +2,20 @@
 
 import pytest
 
+from online_dpo.data import load_prompts
 from online_dpo.losses import LOSSES
 from online_dpo.pairs import STRATEGIES
 from run_files import fill_folder, trainer_of, write_run_file
 
-REWARD = """
+REWARD = r"""
 def count_words(completions, **_):
     return [float(sum(len(word) == 2 for word in text.split())) for text in completions]
+
+def note(completions, **columns):
+    columns = {name: columns[name] for name in ("id", "day", "n", "meta") if name in columns}
+    with open("seen.txt", "a") as file:
+        file.writelines(repr(dict(zip(columns, row))) + "\n" for row in zip(*columns.values()))
+    return [float(len(text)) for text in completions]
 
 def longer(prompts, completion_pairs, shuffle_order=True):
     return [int(len(second) > len(first)) for first, second in completion_pairs]
@@ -64,3 +71,44 @@ def test_every_selection(folder, name):
 def test_options(folder, fields):
     log = run(folder, **fields)
     assert log["pairs/count"] > 0 and log["loss"] > 0
+
+
+FILES = {
+    "values.jsonl": (
+        """{"prompt": "w1 w2", "id": "007", "day": "2024-01-31", "n": 18, "meta": {"a": 1}}\n"""
+        """{"prompt": "w3 w4", "id": "NA", "day": "2024-02-01", "n": 2.5, "meta": {"b": [null]}}\n""",
+        [
+            {"id": "007", "day": "2024-01-31", "n": 18, "meta": {"a": 1}},
+            {"id": "NA", "day": "2024-02-01", "n": 2.5, "meta": {"b": [None]}},
+        ],
+    ),
+    "values.csv": (
+        "prompt,id,day,n\nw1 w2,007,2024-01-31,18\nw3 w4,NA,,2.5\n",
+        [{"id": "007", "day": "2024-01-31", "n": 18.0}, {"id": "NA", "day": "", "n": 2.5}],
+    ),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", FILES)
+def test_columns_reach_rewards_of_training_and_evaluation_as_they_stand_in_the_file(
+    folder, tmp_path, monkeypatch, name, streaming
+):
+    content, rows = FILES[name]
+    (tmp_path / name).write_text(content)
+    monkeypatch.chdir(tmp_path)
+    types = {"n": "float64"} if name.endswith("csv") else None
+    path = write_run_file(
+        folder,
+        reward_funcs="feedback.py:note",
+        dataset_name=str(tmp_path / name),
+        dataset_streaming=streaming,
+        dataset_types=types,
+        per_device_train_batch_size=2,
+        num_completions=2,
+    )
+    made = trainer_of(path)
+    made.train()
+    made.evaluate(load_prompts(str(tmp_path / name), types=types))
+    seen = (tmp_path / "seen.txt").read_text().splitlines()
+    assert set(seen) == {repr(row) for row in rows} and len(seen) >= 8

@@ -763,11 +763,13 @@ def test_callbacks_optimizers_and_reports_are_the_users(tmp_path):
             steps.append(state.global_step)
 
     model = tiny.causal_lm(sharpness=1.0)
-    sgd = torch.optim.SGD(model.parameters(), lr=0.0)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.25)
     made = trainer(tmp_path, model=model, kwargs={"callbacks": [Count()], "optimizers": (sgd, None)}, max_steps=2)
     before = weights(model)
     made.train()
-    assert steps == [1, 2] and all(torch.equal(before[n], p) for n, p in model.named_parameters())
+    assert steps == [1, 2] and made.optimizer.optimizer is sgd
+    assert all(not torch.equal(before[n], p) for n, p in model.named_parameters())
+    assert train_logs(made)[0]["learning_rate"] == 0.25
 
 
 def test_beta_of_each_epoch_is_the_one_in_the_loss(tmp_path):

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import os
-import signal
+import re
 import subprocess
 import sys
 import time
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
 import online_dpo
-from online_dpo.cli.interrupt import InterruptCallback
-from online_dpo.cli.progress import ProgressDisplay, duration, number, plain_warnings
+from online_dpo.cli.help import GROUPS, USUAL
+from online_dpo.cli.main import main
+from online_dpo.cli.progress import plain_warnings
 from online_dpo.cli.references import load_reference, parse_reference
 from online_dpo.cli.run_config import RunConfig
 from online_dpo.cli.run_file import UsageError, looks_like_path, plan_run
-from online_dpo.cli.schema import WIDER_TYPES, FieldSpec, load_fields
+from online_dpo.cli.schema import PARENT, WIDER_TYPES, FieldSpec, load_fields
 from online_dpo.cli.values import BadValue, convert, convert_words
 from online_dpo.config import INVALID_PROMPT_POLICIES, OnlineDPOConfig
 from online_dpo.config_feedback import OVEROPTIMISATION_POLICIES, PAIR_SELECTIONS, TIE_POLICIES
@@ -227,7 +226,9 @@ def test_literal_values() -> None:
 def test_plan_of_a_good_run(folder: Path) -> None:
     run_file = write(folder / "run.yaml", {**GOOD, "learning_rate": "1e-4", "max_steps": 3})
     plan = plan_run(run_file, ["--max-steps", "5", "--lora_r=4", "--beta", "0.1", "0.2", "--use_cpu"])
-    assert plan.run == RunConfig("owner/model", "owner/data", reward_funcs=["rewards.py:brevity"], lora_r=4)
+    assert plan.run == RunConfig(
+        model_name_or_path="owner/model", dataset_name="owner/data", reward_funcs=["rewards.py:brevity"], lora_r=4
+    )
     assert plan.training == {
         "output_dir": "out",
         "learning_rate": 1e-4,
@@ -255,17 +256,19 @@ on: 1
 """
     run_file = write(folder / "run.yaml", text)
     assert problems_of(Path("run.yaml"), "--tempratur", "1", "--top_p", "x") == [
-        "run.yaml:4: `max_steps` stands twice.",
-        "run.yaml:10: `a` stands twice.",
+        "run.yaml:4: `max_steps` stands twice. Leave one out.",
+        "run.yaml:10: `a` stands twice. Leave one out.",
         "run.yaml:2: `learning_rat` is not a field. Did you mean `learning_rate`?",
         "run.yaml:11: `on` is not a field. See: online-dpo train --help",
         "command line: `tempratur` is not a field. Did you mean `temperature`?",
         "command line: `top_p` is 'x'; wanted: a number.",
         "run.yaml: `dataset_name` is missing: the prompts.",
-        "run.yaml:1: `model_name_or_path` is './nowhere', but there is no nowhere.",
+        "run.yaml:1: `model_name_or_path` is './nowhere', but there is no nowhere. Give a folder, or a name on "
+        "the hub.",
         "run.yaml:5: `reward_funcs` 'rewards.py:brevit': `rewards.py` defines no `brevit`; it defines: brevity.",
         "run.yaml:5: `reward_funcs` 'none.py:f': there is no file none.py.",
-        "run.yaml:5: `reward_funcs` 'rewards.py': wanted: `file.py:function` or `package.module:function`.",
+        "run.yaml:5: `reward_funcs` 'rewards.py': wanted: `file.py:function` or `package.module:function`, such as "
+        "`rewards.py:reward`.",
         "run.yaml:5: `reward_funcs` 'no_such_package.x:f': there is no module `no_such_package`.",
         "run.yaml:7: `dataset_limit` is 0; wanted: 1 or more.",
         "run.yaml:9: `resume_from_checkpoint`: trainer_output holds no checkpoint.",
@@ -315,7 +318,8 @@ def test_local_inputs_beside_the_run_file_come_first(folder: Path) -> None:
     assert plan.run.dataset_name == "data.jsonl"
     assert plan_run(run_file, ["--dataset_name", "recipes/*.jsonl"]).run.dataset_name == "recipes/*.jsonl"
     assert problems_of(run_file, "--dataset_name", "recipes/*.csv") == [
-        "command line: `dataset_name` is 'recipes/*.csv', but there is no recipes/*.csv."
+        "command line: `dataset_name` is 'recipes/*.csv', but there is no recipes/*.csv. Give a file or folder, or "
+        "a name on the hub."
     ]
     assert load_reference(plan.reward_funcs[0])() == str(folder)
 
@@ -334,6 +338,11 @@ def test_resuming(folder: Path) -> None:
         "command line: `resume_from_checkpoint`: there is no folder out/checkpoint-3."
     ]
     (folder / "out" / "checkpoint-3").mkdir(parents=True)
+    assert problems_of(run_file, "--resume_from_checkpoint", "out") == [
+        "command line: `resume_from_checkpoint`: out is no checkpoint of a run (no trainer_state.json). It holds "
+        "checkpoint-3: give one of them."
+    ]
+    (folder / "out" / "checkpoint-3" / "trainer_state.json").touch()
     assert plan_run(run_file, []).training["resume_from_checkpoint"] is True
     given = plan_run(run_file, ["--resume_from_checkpoint", "out/checkpoint-3"]).training["resume_from_checkpoint"]
     assert given == "out/checkpoint-3"
@@ -364,12 +373,46 @@ def test_help_answers_within_a_second() -> None:
 
 
 def test_help_of_train_shows_every_field() -> None:
-    done, seconds = command("train", "--help")
+    done, seconds = command("train", "--help-all")
     assert done.returncode == 0
     shown = {line.split()[0] for line in done.stdout.splitlines() if line.startswith("  --")}
     assert shown >= {f"--{name}" for name in FIELDS}
     assert "  --beta  (list[float]; default [0.1])\n      Strength of the pull" in done.stdout
     assert seconds < 1 * SLACK
+
+
+def test_help_of_train_is_a_screen_or_two_with_all_fields_of_ours_by_group(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) < 70 and max(map(len, text.splitlines())) <= 120
+    groups = {line.partition(":")[0]: names.split() for line, names in _headed(text)}
+    ours = {spec.name for spec in FIELDS.values() if spec.group != PARENT}
+    assert ours == {name for group in GROUPS for name in groups[group]}
+    assert {"beta", "loss_type"} <= set(groups["loss"]) and "lora_r" in groups["adapters"]
+    parent = sum(spec.group == PARENT for spec in FIELDS.values())
+    assert f"of transformers.TrainingArguments (and {parent - len(USUAL)} more, see --help-all)" in text
+    assert set(USUAL) <= set(FIELDS) - ours
+
+
+def _headed(text: str) -> list[tuple[str, str]]:
+    blocks = re.split(r"\n(?=\S)", text)
+    return [(block.partition("\n")[0], block.partition("\n")[2]) for block in blocks]
+
+
+@pytest.mark.parametrize(
+    ("topic", "begins", "holds"),
+    [
+        ("beta", "  --beta  (list[float]; default [0.1])", ""),
+        ("pairs", "  --pair_selection  (str; default 'best_worst')", "--tie_policy"),
+        ("Reward", "  --reward_funcs", "`reward` also stands in the text of"),
+        ("lr-scheduler-type", "  --lr_scheduler_type", ""),
+    ],
+)
+def test_help_with_a_topic(capsys: pytest.CaptureFixture[str], topic: str, begins: str, holds: str) -> None:
+    for words in (["--help", topic], ["run.yaml", "-h", topic]):
+        assert main(["train", *words]) == 0
+        text = capsys.readouterr().out
+        assert text.startswith(begins) and holds in text
 
 
 def test_version() -> None:
@@ -414,35 +457,6 @@ def test_importing_the_package_loads_no_torch() -> None:
 # --- while training -------------------------------------------------------------------------------------------------
 
 
-def arguments(world_size: int = 1) -> SimpleNamespace:
-    """The part of TrainingArguments that callbacks read."""
-    return SimpleNamespace(world_size=world_size, output_dir="out")
-
-
-def test_first_interrupt_saves_and_stops_at_the_end_of_the_step(capfd: pytest.CaptureFixture[str]) -> None:
-    before = signal.getsignal(signal.SIGINT)
-    callback, control = InterruptCallback(), TrainerControl()
-    with callback:
-        callback.on_step_end(arguments(), TrainerState(global_step=3), control)
-        assert (control.should_save, control.should_training_stop, callback.stopped) == (False, False, False)
-        os.kill(os.getpid(), signal.SIGINT)
-        callback.on_step_end(arguments(), TrainerState(global_step=4), control)
-        assert (control.should_save, control.should_training_stop, callback.stopped) == (True, True, True)
-        callback.on_save(arguments(), TrainerState(global_step=4), control)
-        assert callback.checkpoint == os.path.join("out", "checkpoint-4")
-    assert signal.getsignal(signal.SIGINT) is before
-    assert "Stopping after this step" in capfd.readouterr().err
-
-
-def test_second_interrupt_stops_at_once() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), InterruptCallback():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(1)
-    assert signal.getsignal(signal.SIGINT) is before
-
-
 def test_the_command_that_resumes_keeps_the_other_words() -> None:
     from online_dpo.cli.train import resume_words  # loads the trainer
 
@@ -450,83 +464,16 @@ def test_the_command_that_resumes_keeps_the_other_words() -> None:
     assert resume_words(words, "new") == ["run.yaml", "--beta", "0.1", "0.2", "--resume_from_checkpoint", "new"]
 
 
-LOGS = {
-    "loss": 0.693147,
-    "objective/scores": 1.25,
-    "objective/kl": 0.0123456,
-    "rewards/margins": -0.5,
-    "perf/tokens_per_second": 12345.6,
-    "learning_rate": 1e-4,
-}
-
-
-def display_on(stream: io.StringIO, state: TrainerState) -> ProgressDisplay:
-    display = ProgressDisplay(stream)
-    display.on_train_begin(arguments(), state, TrainerControl())
-    return display
-
-
-def test_plain_lines_where_output_is_no_terminal() -> None:
-    stream, state = io.StringIO(), TrainerState(max_steps=100, is_world_process_zero=True)
-    display = display_on(stream, state)
-    display.on_log(arguments(), state, TrainerControl(), logs=LOGS)
-    state.global_step = 100
-    display.on_log(arguments(), state, TrainerControl(), logs=LOGS)
-    display.on_log(arguments(), state, TrainerControl(), logs={"eval_loss": 0.5, "eval_objective/kl": 2})
-    display.on_log(arguments(), state, TrainerControl(), logs={"train_runtime": 3.0, "train_loss": 0.5})
-    display.on_train_end(arguments(), state, TrainerControl())
-    figures = "loss 0.6931  reward 1.25  kl 0.01235  margin -0.5  tok/s 12346"
-    assert stream.getvalue().splitlines() == [
-        f"step 0/100  {figures}  eta ?",
-        f"step 100/100  {figures}  eta 0:00:00",
-        "eval step 100/100  loss 0.5  kl 2",
-    ]
-
-
-def test_other_ranks_are_silent() -> None:
-    stream, state = io.StringIO(), TrainerState(max_steps=100, is_world_process_zero=False)
-    display_on(stream, state).on_log(arguments(), state, TrainerControl(), logs=LOGS)
-    assert stream.getvalue() == ""
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_table_and_bar_on_a_terminal() -> None:
-    stream, state = Terminal(), TrainerState(max_steps=4, is_world_process_zero=True)
-    display = display_on(stream, state)
-    state.global_step = 2
-    display.on_step_end(arguments(), state, TrainerControl())
-    display.on_log(arguments(), state, TrainerControl(), logs=LOGS)
-    display.on_log(arguments(), state, TrainerControl(), logs={"eval_loss": 0.25})
-    display.on_train_end(arguments(), state, TrainerControl())
-    shown = stream.getvalue()
-    assert all(text in shown for text in ("reward", "0.6931", "1.25", "0.01235", "12346", "2/4", "eval 2", "0.25"))
-
-
-def test_numbers_and_durations() -> None:
-    assert [number(x) for x in (0.00001234, 1.0, 999.96, 1000.4, float("nan"), float("inf"))] == [
-        "1.234e-05",
-        "1",
-        "1000",
-        "1000",
-        "nan",
-        "inf",
-    ]
-    assert (duration(3723.4), duration(-1)) == ("1:02:03", "0:00:00")
-
-
-def test_warnings_are_one_line_without_a_place_in_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-    plain_warnings()
-    assert warnings.formatwarning("Ignored without\n  a reward: x.", UserWarning, "train.py", 86) == (
-        "warning: Ignored without a reward: x.\n"
-    )
-    assert "library.py:7: DeprecationWarning: old" in warnings.formatwarning(
-        "old", DeprecationWarning, "library.py", 7, line=""
-    )
+def test_warnings_are_one_line_without_a_place_in_the_code() -> None:
+    usual = warnings.formatwarning
+    with plain_warnings():
+        assert warnings.formatwarning("Ignored without\n  a reward: x.", UserWarning, "train.py", 86) == (
+            "warning: Ignored without a reward: x.\n"
+        )
+        assert "library.py:7: DeprecationWarning: old" in warnings.formatwarning(
+            "old", DeprecationWarning, "library.py", 7, line=""
+        )
+    assert warnings.formatwarning is usual
 
 
 def test_stopping_by_overoptimisation_needs_evaluations(folder: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
 
 import online_dpo
 import tiny
@@ -42,6 +43,13 @@ def partly(prompts, completions):
 
 
 def checks(completions, solution):
+    return [0.0] * len(completions)
+
+
+def note(completions, **columns):
+    columns = {name: columns[name] for name in ("id", "day", "n", "meta") if name in columns}
+    with open("seen.txt", "a") as file:
+        file.writelines(repr(dict(zip(columns, row))) + "\\n" for row in zip(*columns.values()))
     return [0.0] * len(completions)
 
 
@@ -125,6 +133,25 @@ def test_a_model_against_itself_is_even_to_the_last_duel(folder, capsys):
     assert result["tokens"]["model"] == result["tokens"]["against"]
 
 
+def test_types_of_weights_are_no_difference_between_models(folder, capsys):
+    """What was trained from a checkpoint in bf16 is saved in fp32, and compared with that checkpoint."""
+    half = tiny.causal_lm(sharpness=1.0).bfloat16()
+    save("before", half)
+    save("after", half.float())
+    get_peft_model(half, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained("adapter")
+    rewrite_base("adapter", "before")
+    tiny.tokenizer().save_pretrained("adapter")
+    for model, against in (("after", "before"), ("after", "adapter")):
+        words = ("--model", model, "--against", against, "--prompts", "prompts.jsonl", "--reward", "rewards.py:words")
+        result, _ = figures(capsys, *words, *SHORT)
+        assert result["kl"] == {"value": 0.0, "standard_error": 0.0} and result["ties"] == result["duels"]
+
+
+def rewrite_base(adapter, base):
+    path = Path(adapter) / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base}))
+
+
 def test_the_better_model_wins_and_everything_printed_stands_in_the_json(folder, capsys):
     save("good", forced_model("w7"))
     save("bad", forced_model("w8"))
@@ -140,8 +167,8 @@ def test_the_better_model_wins_and_everything_printed_stands_in_the_json(folder,
     assert "Wins 16, ties 0, losses 0 of 16" in printed.out and "KL" not in printed.out
     rows = [json.loads(line) for line in Path("answers.jsonl").read_text().splitlines()]
     assert len(rows) == 16 and rows[3]["row"] == 3 and rows[3]["prompt"] == tiny.prompts(LENGTHS)[3].content
-    assert rows[3]["model"] == {"text": "w7", "tokens": 2, "ended": True, "score": 1.0}
-    assert rows[3]["against"] == {"text": "w8", "tokens": 2, "ended": True, "score": 0.0}
+    assert rows[3]["model"] == {"text": " w7", "tokens": 2, "ended": True, "score": 1.0}
+    assert rows[3]["against"] == {"text": " w8", "tokens": 2, "ended": True, "score": 0.0}
     assert {row["preference"] for row in rows} == {1.0}
     turned, _ = figures(capsys, "--model", "bad", "--against", "good", *words[4:], *SHORT)
     assert turned["losses"] == 16 and turned["win_rate"]["value"] == 0.0
@@ -208,7 +235,17 @@ def test_greedy_answers_are_the_most_probable_tokens(folder, capsys):
     made = tiny.causal_lm(sharpness=1.0).generate(
         torch.tensor([prompt.token_ids]), max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=tiny.EOS
     )[0, len(prompt.token_ids) :]
-    assert rows[0]["model"]["text"] == tiny.tokenizer().decode(made, skip_special_tokens=True)
+    assert rows[0]["model"]["text"] == " " + tiny.tokenizer().decode(made, skip_special_tokens=True)
+
+
+def test_columns_reach_the_reward_as_they_stand_in_the_file(folder, capsys):
+    Path("x.csv").write_text("prompt,id,n,day\nw1 w2,007,18,NA\nw3 w4,1e5,,2024-01-31\n")
+    words = ("--model", "policy", "--against", "other", "--prompts", "x.csv", "--reward", "rewards.py:note", *SHORT)
+    figures(capsys, *words, "--kl", "false", "--dataset_types", "{n: int64}")
+    rows = [{"id": "007", "day": "NA", "n": 18}, {"id": "1e5", "day": "2024-01-31", "n": None}]
+    assert set(Path("seen.txt").read_text().splitlines()) == {repr(row) for row in rows}
+    assert run(*words, "--dataset_types", "{m: int64}") == 2
+    assert "x.csv has no column m, which a type is given for" in capsys.readouterr().err
 
 
 def test_missing_scores_are_counted(folder, capsys):

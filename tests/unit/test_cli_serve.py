@@ -1,11 +1,11 @@
 """The command line of the server that takes weights. Starts none."""
 
-import importlib.util
 import os
 import sys
 
 import pytest
 
+from online_dpo import requirements
 from online_dpo.cli import serve
 from online_dpo.cli.main import main
 from online_dpo.rollout import vllm_worker
@@ -26,7 +26,7 @@ def test_a_server_for_adapters(rank, started_for):
 
 def test_the_process_becomes_the_server_with_the_addresses_for_weights_open(monkeypatch):
     calls = []
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(requirements, "installed", lambda module: True)
     monkeypatch.setattr(os, "execvpe", lambda *a: calls.append(a))
     main(["serve", "org/model", "--tensor-parallel-size", "2"])
     [(program, command, environment)] = calls
@@ -37,7 +37,7 @@ def test_the_process_becomes_the_server_with_the_addresses_for_weights_open(monk
 
 
 def test_without_vllm_there_is_one_clear_error(monkeypatch, capsys):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(requirements, "installed", lambda module: False)
     assert main(["serve", "org/model"]) == 2
     assert "vLLM is not installed" in capsys.readouterr().err
 
@@ -46,7 +46,7 @@ def test_without_vllm_there_is_one_clear_error(monkeypatch, capsys):
 def test_wrong_words_are_told_of(words, capsys):
     with pytest.raises(SystemExit) as stop:
         main(words)
-    assert stop.value.code == 2 and "usage: online-dpo serve" in capsys.readouterr().err
+    assert stop.value.code == 2 and "See: online-dpo serve --help" in capsys.readouterr().err
 
 
 def test_help(capsys):

@@ -17,6 +17,7 @@ def row(number, **columns):
         "prompt_ids": [number, 7],
         "prompt_row": number,
         "prompt_invalid": None,
+        "prompt_cut": False,
         **columns,
     }
 
@@ -56,7 +57,7 @@ def test_batches_survive_the_move_to_a_device():
     assert prompts_from_batch(moved) == prompts_from_batch(batch)
 
 
-@pytest.mark.parametrize("column", ["prompt", "prompt_ids", "prompt_row", "prompt_invalid"])
+@pytest.mark.parametrize("column", ["prompt", "prompt_ids", "prompt_row", "prompt_invalid", "prompt_cut"])
 def test_dropped_column_is_named(column):
     batch = collate_prompts([row(0)])
     del batch[column]

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from online_dpo.data import load_prompts
 
 ROWS = [{"prompt": "a", "label": 1}, {"prompt": "b\nc", "label": 2}, {"prompt": "d", "label": 3}]
+TEXT_ROWS = [{**row, "label": str(row["label"])} for row in ROWS]
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +50,8 @@ CONTENTS = {
     "x.ndjson.gz": lines(ROWS),
     "x.csv": CSV,
     "x.csv.gz": CSV,
+    "x.tsv": CSV.replace(",", "\t"),
+    "x.tsv.gz": CSV.replace(",", "\t"),
 }
 
 
@@ -57,7 +60,7 @@ def test_formats(tmp_path, name, streaming):
     path = write(tmp_path / name, CONTENTS[name])
     dataset = load_prompts(str(path), streaming=streaming)
     assert isinstance(dataset, IterableDataset if streaming else Dataset)
-    assert list(dataset) == ROWS
+    assert list(dataset) == (TEXT_ROWS if "csv" in name or "tsv" in name else ROWS)
 
 
 def test_parquet(tmp_path, streaming):
@@ -83,7 +86,7 @@ def test_workers_of_a_data_loader_read_every_row_of_a_stream_once(tmp_path, suff
     stream = load_prompts(str(tmp_path), streaming=True)
     assert stream.n_shards == 3
     read = [row for batch in DataLoader(stream, batch_size=2, num_workers=2, collate_fn=list) for row in batch]
-    assert sorted(read, key=lambda row: row["label"]) == ROWS
+    assert sorted(read, key=lambda row: row["label"]) == (TEXT_ROWS if suffix == "csv" else ROWS)
 
 
 def test_resumed_stream_goes_on_where_it_was(tmp_path):
@@ -262,7 +265,7 @@ def test_folder_without_data_and_folder_of_two_formats(tmp_path):
         load_prompts(str(tmp_path))
     with pytest.raises(ValueError, match=r"mixes csv and json files"):
         load_prompts(str(tmp_path / "a.*"))
-    assert list(load_prompts(str(tmp_path / "*.csv"))) == ROWS
+    assert list(load_prompts(str(tmp_path / "*.csv"))) == TEXT_ROWS
 
 
 def test_config_is_for_hub_datasets(tmp_path):

@@ -18,6 +18,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.data import collate_prompts, load_prompts, prepare_prompts, prompts_from_batch
 from online_dpo.data.convert import PromptSource
+from online_dpo.data.cut import cut_message
 from online_dpo.data.prompts import PromptRow
 from online_dpo.data.tokens import tokenize_text, truncate_left
 from online_dpo.errors import InvalidPromptError
@@ -102,6 +103,35 @@ def _rows(rows):
 def prepare(rows, tokenizer, **kwargs):
     prepared, left_out = prepare_prompts(rows, tokenizer, arguments(**kwargs))
     return list(prepared), left_out
+
+
+# --- prompts that are too long ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("messages", [False, True])
+def test_prompts_that_were_cut_are_marked_and_told_with_what_to_set(messages, shape, caplog):
+    texts = ["a b c", "a b c d e f g h", "a b"]
+    rows = [{"prompt": [user(text)] if messages else text} for text in texts]
+    tokenizer = word_tokenizer(chat_template=CHAT if messages else None)
+    prepared, _ = prepare(shape(rows), tokenizer, max_length=14, max_new_tokens=8)
+    assert [row["prompt_cut"] for row in prepared] == [False, True, False]
+    told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    if isinstance(shape(rows), IterableDataset):  # it is told of while it is read, see SayCutPrompts
+        assert told == []
+    else:
+        assert told == [
+            "train_dataset: 1 of 3 prompts are longer than 6 tokens, which is `max_length` (14) - `max_new_tokens` "
+            "(8); they are cut on the left. Raise `max_length`, or leave them out with `truncate_prompts: false` and "
+            "`invalid_prompts: filter`."
+        ]
+    assert [prompt.cut for prompt in prompts_from_batch(collate_prompts(prepared))] == [False, True, False]
+
+
+def test_the_limit_that_cuts_is_named():
+    message = cut_message("eval", 2, 3, arguments(max_prompt_length=4, max_length=100, max_new_tokens=8))
+    assert message.startswith(
+        "eval: 2 of 3 prompts are longer than 4 tokens, which is `max_prompt_length`; they are cut on the left."
+    )
 
 
 # --- tokens -------------------------------------------------------------------------------------------------------
@@ -263,8 +293,22 @@ def test_all_columns_stay_and_rows_keep_their_number(shape):
     rows = [{"question": "a", "label": 1, "meta": {"x": [1]}}, {"question": "b", "label": 2, "meta": {"x": []}}]
     prepared, left_out = prepare(shape(rows), word_tokenizer(), prompt_column="question")
     assert prepared == [
-        {**rows[0], "prompt": "a", "prompt_ids": ids("a"), "prompt_row": 0, "prompt_invalid": None},
-        {**rows[1], "prompt": "b", "prompt_ids": ids("b"), "prompt_row": 1, "prompt_invalid": None},
+        {
+            **rows[0],
+            "prompt": "a",
+            "prompt_ids": ids("a"),
+            "prompt_row": 0,
+            "prompt_invalid": None,
+            "prompt_cut": False,
+        },
+        {
+            **rows[1],
+            "prompt": "b",
+            "prompt_ids": ids("b"),
+            "prompt_row": 1,
+            "prompt_invalid": None,
+            "prompt_cut": False,
+        },
     ]
     assert left_out == Counter()
 
@@ -329,7 +373,7 @@ def test_no_usable_column(shape):
         prepare_prompts(shape([{"question": "a"}]), word_tokenizer(), arguments(prompt_template="{q}"))
 
 
-@pytest.mark.parametrize("column", ["prompt_ids", "prompt_row", "prompt_invalid"])
+@pytest.mark.parametrize("column", ["prompt_ids", "prompt_row", "prompt_invalid", "prompt_cut"])
 def test_columns_that_are_added_must_be_free(column, shape):
     with pytest.raises(ValueError, match=f"train_dataset already has the columns {column}"):
         prepare_prompts(shape([{"prompt": "a", column: 1}]), word_tokenizer(), arguments())

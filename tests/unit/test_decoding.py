@@ -7,7 +7,7 @@ import torch
 from transformers import BloomConfig, BloomForCausalLM, GptOssConfig, GptOssForCausalLM, MambaConfig, MambaForCausalLM
 
 import tiny
-from online_dpo.models import eval_mode
+from online_dpo.borrowing import eval_mode
 from online_dpo.rollout import RolloutKey, SamplingParams, TransformersEngine, decoding, memory
 from online_dpo.rollout.decoding import Decoder, can_decode
 

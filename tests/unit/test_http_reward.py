@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 import time
 
@@ -38,6 +39,19 @@ def test_columns_are_sent_and_batches_wait_beside_each_other(tmp_path):
         assert time.monotonic() - started < 1.2 and endpoint.most_at_once == 4
     assert scores.values == [[2.0 * i, 2.0 * i] for i in range(8)] + [[None, None]]
     assert len(endpoint.seen) == 9  # listed twice, asked once
+
+
+def test_values_are_sent_as_they_are_and_dates_as_text():
+    day = datetime.datetime(2024, 1, 31, 10)
+    given = [18, 2.5, "007", True, None, {"a": [1, None]}, day, day.date()]
+    with serving(lengths) as endpoint:
+        reward = HTTPReward(endpoint.url, columns=["x"], batch_size=100)
+        reward.score([duel("a", "bb", x=value) for value in given])
+        with pytest.raises(ScoringError, match="is to be sent bytes b'x', which JSON does not have"):
+            reward.score([duel("a", "bb", x=b"x")])
+    [seen] = endpoint.seen
+    expected = [*given[:6], "2024-01-31T10:00:00", "2024-01-31"]
+    assert repr(seen.body["x"][::2]) == repr(expected)
 
 
 def test_what_fails_is_missing_and_what_passes_is_tried_again():

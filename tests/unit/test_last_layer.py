@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, MixtralConfig, MixtralForCausalLM
 
@@ -15,6 +16,7 @@ from online_dpo.attention import use_segments
 from online_dpo.last_layer import enable_reading, reading
 from online_dpo.layout import Tree
 from online_dpo.logprobs import enable_logprobs, row_logprobs
+from online_dpo.models import unwrapped
 from online_dpo.onednn import onednn_linears
 from online_dpo.packing import pack_groups
 from online_dpo.rollout.decoding import Decoder
@@ -88,19 +90,82 @@ def test_queries_and_outputs_are_spared_too():
     assert seen == {"q_proj": [READ], "k_proj": [ALL], "v_proj": [ALL], "o_proj": [READ]}
 
 
-def test_recomputed_activations_are_the_same():
-    gradients = []
-    for checkpointing in (False, True):
-        model = tiny.causal_lm("qwen2").train()
-        enable_logprobs(model)
-        if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        seen = tokens_seen(layers(model)[-1].mlp)
-        row_logprobs(model, rows()).logps_S[0].backward()
-        assert seen == [READ] * (1 + checkpointing)
-        gradients.append([p.grad for p in model.parameters()])
-    for plain, recomputed in zip(*gradients, strict=True):
-        assert torch.equal(plain, recomputed)
+ADAPTER = LoraConfig(target_modules=["q_proj", "o_proj", "up_proj"], init_lora_weights=False)
+
+
+def alone(model):
+    """Log-probabilities of all completions by a model that nothing has been changed in, one sequence at a time."""
+    made = []
+    for prompt, completions in zip(tiny.prompts(LENGTHS), COMPLETIONS, strict=True):
+        for completion in completions:
+            logits = model(input_ids=torch.tensor([[*prompt.token_ids, *completion]])).logits
+            logps = logits.log_softmax(-1)[0, len(prompt.token_ids) - 1 : -1]
+            made.append(logps.gather(-1, torch.tensor(completion)[:, None])[:, 0])
+    return torch.cat(made)
+
+
+def gradients(model, logps_M):
+    (logps_M * torch.linspace(-1, 1, len(logps_M))).sum().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
+def test_a_layer_that_is_computed_again_spares_the_same(family, use_reentrant, adapted, segmented, monkeypatch):
+    monkeypatch.setattr(segment_rows, "SHORTEST", 1)
+    model = tiny.causal_lm(family).train()
+    if adapted:
+        torch.manual_seed(0)
+        model = get_peft_model(model, ADAPTER)
+    untouched = copy.deepcopy(model)
+    expected = gradients(untouched, alone(untouched))
+    if segmented:
+        use_segments(model)
+    enable_logprobs(model)
+    tiny.checkpoint_layers(model, use_reentrant)
+    seen = tokens_seen(layers(unwrapped(model))[-1].mlp)
+    got = gradients(model, row_logprobs(model, rows()).token_logps_M)
+    assert seen == [READ, READ]
+    for name, value in expected.items():
+        assert (got[name] - value).norm() <= 1e-4 * value.norm(), name
+        assert value.norm() > 0
+
+
+def test_with_every_second_layer_computed_again():
+    """As of `every_n_layers`: the last one is among those that keep their activations."""
+    model, untouched = tiny.causal_lm().train(), tiny.causal_lm().train()
+    enable_logprobs(model)
+    tiny.checkpoint_layers(model)
+    layers(model)[-1].gradient_checkpointing = False
+    seen = tokens_seen(layers(model)[-1].mlp)
+    got = gradients(model, row_logprobs(model, rows()).token_logps_M)
+    assert seen == [READ]
+    for name, value in gradients(untouched, alone(untouched)).items():
+        assert (got[name] - value).norm() <= 1e-4 * value.norm(), name
+
+
+def test_a_layer_keeps_its_name_and_kind():
+    """Wrappers of sharded models look for both."""
+    model, plain = tiny.causal_lm(), tiny.causal_lm()
+    enable_logprobs(model)
+    last = layers(model)[-1]
+    assert type(last) is not type(layers(plain)[-1]) and isinstance(last, type(layers(plain)[-1]))
+    assert [type(layer).__name__ for layer in layers(model)] == ["LlamaDecoderLayer"] * 2
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert type(layers(copy.deepcopy(model))[-1]) is type(last)
+
+
+@torch.no_grad()
+def test_a_layer_whose_forward_is_somebody_elses_is_left_alone():
+    model = tiny.causal_lm()
+    expected = row_logprobs(model, rows(), chunked=False).token_logps_M
+    add_hook_to_module(layers(model)[-1], AlignDevicesHook())
+    enable_logprobs(model)
+    seen = tokens_seen(layers(model)[-1].mlp)
+    torch.testing.assert_close(row_logprobs(model, rows()).token_logps_M, expected, atol=1e-5, rtol=1e-5)
+    assert seen == [ALL] and not reading(model, torch.arange(2))
 
 
 @torch.no_grad()
@@ -120,9 +185,7 @@ def test_experts_are_left_alone_and_the_rest_is_spared():
 
 @torch.no_grad()
 def test_with_adapters_and_with_other_products():
-    model = get_peft_model(
-        tiny.causal_lm(), LoraConfig(target_modules=["q_proj", "o_proj", "up_proj"], init_lora_weights=False)
-    ).eval()
+    model = get_peft_model(tiny.causal_lm(), ADAPTER).eval()
     enable_logprobs(model)
     attention = layers(model.get_base_model())[-1].self_attn
     with everywhere():

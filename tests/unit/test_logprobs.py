@@ -76,8 +76,7 @@ def assert_equals_oracle(model, rows, made, chunked):
 @torch.no_grad()
 @pytest.mark.parametrize("chunked", [True, False])
 @pytest.mark.parametrize("shared,capacity", LAYOUTS)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family,attention", [(f, a) for f in tiny.FAMILIES for a in tiny.attentions(f)])
 def test_every_layout_equals_single_sequences(family, attention, shared, capacity, chunked, monkeypatch):
     monkeypatch.setitem(logprobs.CHUNK_LOGITS, "cpu", 5 * tiny.VOCABULARY)
     model = ready(tiny.causal_lm(family, attn_implementation=attention))
@@ -148,7 +147,7 @@ def test_gradients_equal_single_sequences(family, shared, capacity, checkpointin
     model, made = ready(tiny.causal_lm(family)), groups()
     expected = gradients(model, weighted(oracle(model, made)[0]))
     if checkpointing:
-        model.train().gradient_checkpointing_enable()
+        tiny.checkpoint_layers(model.train())
         disable_dropout(model)
     rows = pack_groups(made, [], shared, capacity)
     for chunked in (True, False):
@@ -156,6 +155,22 @@ def test_gradients_equal_single_sequences(family, shared, capacity, checkpointin
         assert got.keys() == expected.keys()
         for name, value in expected.items():
             assert (got[name] - value).norm() <= 1e-4 * value.norm() + 1e-6, (name, chunked)
+
+
+def test_chunks_that_are_computed_again_drop_the_same(monkeypatch):
+    """An adapter on the head has dropout: without recomputation the gradient is that of what was drawn."""
+    monkeypatch.setitem(logprobs.CHUNK_LOGITS, "cpu", 5 * tiny.VOCABULARY)
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], lora_dropout=0.5, init_lora_weights=False)
+    model = ready(get_peft_model(tiny.causal_lm(tie_word_embeddings=False), adapter)).train()
+    rows, found = pack_groups(groups(), [], True), []
+    for recomputed in (True, False):
+        if not recomputed:
+            monkeypatch.setattr(logprobs, "checkpoint", lambda run, *given, **_: run(*given))
+        torch.manual_seed(1)
+        found.append(gradients(model, weighted(row_logprobs(model, rows).token_logps_M)))
+    for name, value in found[1].items():
+        torch.testing.assert_close(found[0][name], value, atol=1e-6, rtol=1e-5)
+        assert value.norm() > 0
 
 
 @pytest.mark.parametrize("modules", [["q_proj", "v_proj"], ["q_proj", "lm_head"]])
@@ -205,7 +220,7 @@ def test_which_heads_are_nothing_but_a_matrix_product():
 
     def is_linear(model):
         row_logprobs(ready(model), rows)
-        return model.head_is_linear
+        return logprobs._heads_are_linear[model]
 
     assert {name: is_linear(tiny.causal_lm(name)) for name in tiny.FAMILIES} == {
         name: name != "gemma2" for name in tiny.FAMILIES
@@ -338,7 +353,7 @@ def test_rows_in_segments_equal_single_sequences(family, capacity, checkpointing
     if checkpointing:
         disable_dropout(model)
         model.train()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        tiny.checkpoint_layers(model)
     got = row_logprobs(model, pack_groups(made, [], True, capacity)).token_logps_M
     expected, _ = oracle(plain, made)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)

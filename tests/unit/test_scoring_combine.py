@@ -391,9 +391,9 @@ def test_placed_models_are_not_moved(tmp_path):
         (
             [length, length],
             None,
-            {"reward_normalization": ["group"]},
+            {"reward_normalization": ["group", "none", "group"]},
             ValueError,
-            "has 1 entries, but there are 2 reward",
+            "has 3 entries, but there are 2 reward",
         ),
         ("./no/model", None, {}, ValueError, "`./no/model` does not exist"),
         ("/no-model", None, {}, ValueError, "`/no-model` does not exist"),

@@ -7,6 +7,7 @@ import functools
 import math
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from online_dpo.errors import ScoringError
-from online_dpo.scoring import FunctionScorer
+from online_dpo.scoring import FunctionScorer, nothing_noted, noting, score_groups
 from online_dpo.types import Completion, Group, Prompt
 
 ASK = [{"role": "user", "content": "Hi"}]
@@ -49,6 +50,7 @@ def test_arguments_are_flat_lists_in_prompt_order():
 
     state = SimpleNamespace(global_step=7)
     assert FunctionScorer(reward, state=lambda: state).score(GROUPS) == [[0.0, 1.0], [2.0, 3.0]]
+    assert callable(seen.pop("log_extra")) and callable(seen.pop("log_metric"))
     assert seen == {
         "prompts": ["p", "p", "q", "q"],
         "completions": ["a", "bb", "ccc", "dddd"],
@@ -56,6 +58,63 @@ def test_arguments_are_flat_lists_in_prompt_order():
         "answer": [3, 3, 4, 4],
         "trainer_state": state,
     }
+
+
+def test_notes_are_collected_for_those_who_score():
+    def reward(completions, log_metric, log_extra):
+        log_metric("length", np.float32(len(completions)))
+        log_metric("length", 0)
+        log_extra("first", (text[0] for text in completions))
+        return [0.0] * len(completions)
+
+    async def slow(completions, log_extra, **kwargs):
+        await asyncio.sleep(0)
+        log_extra("last", [text[-1] for text in completions])
+        kwargs["log_metric"]("slow", torch.tensor(0.5))
+        return [0.0] * len(completions)
+
+    scorers = [FunctionScorer(reward), FunctionScorer(slow)]
+    with noting() as notes:
+        score_groups(GROUPS, scorers)
+        with nothing_noted():
+            score_groups(GROUPS[:1], scorers)
+        with noting() as others:
+            score_groups(GROUPS[:1], scorers)
+    score_groups(GROUPS, scorers)  # nobody collects, and nothing happens
+    assert notes.metrics == {"length": [4.0, 0.0], "slow": [0.5]}
+    assert notes.columns == {"first": ["a", "b", "c", "d"], "last": ["a", "b", "c", "d"]}
+    assert others.metrics["length"] == [2.0, 0.0]
+
+
+def test_threads_that_score_collect_their_own_notes():
+    def reward(completions, log_metric):
+        log_metric("seen", len(completions[0]))
+        return [0.0] * len(completions)
+
+    scorer = FunctionScorer(reward)
+
+    def score(length):
+        with noting() as notes:
+            score_groups([group("p", ["x" * length])] * 2, [scorer])
+        return notes.metrics
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(score, range(1, 9))) == [{"seen": [float(n)]} for n in range(1, 9)]
+
+
+@pytest.mark.parametrize(
+    ("note", "message"),
+    [
+        (lambda log_extra, log_metric: log_extra("x", [1]), r"log_extra\('x', ...\) got 1 values for 4 completions"),
+        (lambda log_extra, log_metric: log_metric("x", "much"), r"log_metric\('x', ...\) got 'much'; give a number"),
+    ],
+)
+def test_notes_that_are_none_are_refused_with_the_function_s_name(note, message):
+    def reward(log_extra, log_metric, **kwargs):
+        note(log_extra, log_metric)
+
+    with pytest.raises(ScoringError, match=rf"Reward function `reward` raised \w+: {message}"):
+        FunctionScorer(reward).score(GROUPS)
 
 
 def test_conversational_completions_are_messages():

@@ -307,7 +307,7 @@ def test_nothing_of_the_users_changes():
     assert model.config.to_dict() == config
     assert tok.backend_tokenizer.to_str() == backend and tok.pad_token is None
     assert (tok.__dict__ | {"_tokenizer": None}).keys() == state.keys() and tok.padding_side == state["padding_side"]
-    assert not model.training and all(p.grad is None for p in model.parameters())
+    assert model.training and all(p.grad is None for p in model.parameters())
 
 
 def test_config_is_restored_when_the_model_fails():

@@ -9,8 +9,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tiny
 from online_dpo.attention import use_flex_attention, why_not_shared
+from online_dpo.borrowing import eval_mode
 from online_dpo.logprobs import enable_logprobs
-from online_dpo.models import eval_mode
 from online_dpo.self_check import Method, choose_method
 from training import assert_same, gradient, trainer
 

@@ -158,8 +158,9 @@ def test_scores_equal_those_of_single_texts(family, batch_size, warnings):
     assert torch.tensor(list(itertools.chain(*expected))).std() > 0.05, "scores that hardly differ would show nothing"
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize(
+    "family,implementation", [(f, a) for f in ("llama", "gpt2", "gemma2") for a in tiny.attentions(f)]
+)
 def test_both_attention_implementations(family, implementation, warnings):
     model, tok = reward_model(family, attn_implementation=implementation), tokenizer()
     agree(RewardModelScorer(model, tok).score(MIXED), truth(model, tok, MIXED))

@@ -158,7 +158,7 @@ def test_kv_cache_is_on_with_gradient_checkpointing():
     params = replace(PARAMS, end_token_ids=(tiny.EOS,))
     expected = ids_of(engine(tiny.causal_lm()).generate(tiny.prompts([6, 6]), 2, params, KEY))
     model = tiny.causal_lm()
-    model.gradient_checkpointing_enable()
+    tiny.checkpoint_layers(model)
     model.train()
     ready, seen = tried(model), []
     model.model.register_forward_pre_hook(

@@ -105,7 +105,7 @@ def test_groups_hold_k_completions_with_text_and_version():
     sampled = [Sampled((word + i, tiny.EOS), (-1.0, -2.0), "stop") for i in range(4)]
     groups = build_groups(prompts, sampled, tiny.tokenizer(), version=6)
     assert [g.prompt for g in groups] == prompts
-    assert [[c.text for c in g.completions] for g in groups] == [["w0", "w1"], ["w2", "w3"]]
+    assert [[c.text for c in g.completions] for g in groups] == [[" w0", " w1"], [" w2", " w3"]]
     assert {c.policy_version for g in groups for c in g.completions} == {6}
     assert build_groups([], [], tiny.tokenizer(), version=6) == []
 

@@ -31,8 +31,8 @@ def test_groups_come_in_the_order_of_the_prompts_with_k_completions_and_the_vers
         assert {c.policy_version for c in group.completions} == {setting.version}
         for completion in group.completions:
             assert len(completion.logprobs) == len(completion.token_ids) >= 1
-            expected = tiny.tokenizer().decode(completion.token_ids, skip_special_tokens=True)
-            assert completion.text == expected
+            joint = tiny.tokenizer().decode([*group.prompt.token_ids, *completion.token_ids], skip_special_tokens=True)
+            assert completion.text == joint.removeprefix(group.prompt.content)
 
 
 def test_completions_end_with_the_first_of_exactly_the_given_end_tokens_and_say_why(setting):

@@ -48,19 +48,57 @@ class EvalConfig:
 
 
 RUN_FIELDS = (
-    *("judge", "judge_kwargs", "dataset_config", "dataset_test_split"),
+    *("judge", "judge_kwargs", "dataset_config", "dataset_test_split", "dataset_types"),
     *("prompt_column", "prompt_template", "chat_template_kwargs", "invalid_prompts", "truncate_prompts"),
     *("max_new_tokens", "max_length", "max_prompt_length"),
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs", "cache_implementation"),
     *("rollout_batch_size", "max_tokens_per_pass", "dataset_num_proc", "seed"),
     *("reward_weights", "reward_batch_size", "missing_eos_penalty", "length_penalty", "share_prompts"),
+    *("dtype", "attn_implementation", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_compute_dtype"),
+    *("use_bnb_nested_quant", "bnb_4bit_quant_storage"),
     *("model_init_kwargs", "trust_remote_code", "bf16", "fp16", "use_cpu"),
 )
 """Fields of a run file that an evaluation reads, from the file or from the command line."""
 
+CALLED_HERE = {
+    "model_name_or_path": "model",
+    "checkpoint": "model",
+    "policy": "model",
+    "baseline": "against",
+    "ref_model": "against",
+    "reference": "against",
+    "opponent": "against",
+    "dataset": "prompts",
+    "data": "prompts",
+    "test_set": "prompts",
+    "max_samples": "limit",
+    "max_prompts": "limit",
+    "reward_model": "reward",
+    "reward_func": "reward",
+    "scorer": "reward",
+    "n": "samples",
+    "num_generations": "samples",
+    "num_completions": "samples",
+    "num_samples": "samples",
+    "do_sample": "greedy",
+    "batch_size": "rollout_batch_size",
+    "per_device_eval_batch_size": "rollout_batch_size",
+    "judge_model": "judge_kwargs",
+    "max_completion_length": "max_new_tokens",
+    "response_length": "max_new_tokens",
+    "max_tokens": "max_new_tokens",
+    "output_file": "output",
+    "output_path": "output",
+    "json_file": "json",
+    "split": "dataset_test_split",
+    "torch_dtype": "dtype",
+    "precision": "dtype",
+}
+"""What options of an evaluation are called elsewhere."""
+
 FROM_THE_RUN = (
     *("model_name_or_path", "ref_model_name_or_path", "dataset_name", "eval_dataset_name", "eval_limit", "output_dir"),
     *("reward_funcs", "reward_model_path", "eval_reward_funcs", "eval_reward_model_path"),
-    *("eval_judge", "eval_judge_kwargs"),
+    *("eval_judge", "eval_judge_kwargs", "model_revision"),
 )
 """Fields that it takes from the file alone: on the command line, options of its own stand in their place."""

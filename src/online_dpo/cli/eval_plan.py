@@ -7,14 +7,18 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from online_dpo.cli.eval_config import FROM_THE_RUN, RUN_FIELDS, EvalConfig
+from online_dpo import requirements
+from online_dpo.cli.eval_config import CALLED_HERE, FROM_THE_RUN, RUN_FIELDS, EvalConfig
 from online_dpo.cli.judge_plan import BuiltInJudge
+from online_dpo.cli.model_options import OF_4BIT, QUANTISATION, model_init_kwargs, model_problems
 from online_dpo.cli.references import Reference, parse_reference
 from online_dpo.cli.run_file import (
     GOLD_REWARDS,
+    MODEL_FILES,
     Entry,
     RunChecker,
     UsageError,
+    holds_model,
     looks_like_path,
     read_overrides,
     read_run_file,
@@ -23,8 +27,10 @@ from online_dpo.cli.run_file import (
 from online_dpo.cli.schema import PACKAGE, FieldSpec, load_fields, read_class
 
 HELP = "online-dpo eval --help"
-MODEL_FILES = ("config.json", "adapter_config.json")
-NO_ARGUMENTS = ("judge", "judge_kwargs", "dataset_config", "dataset_test_split")
+NO_ARGUMENTS = (
+    *("judge", "judge_kwargs", "dataset_config", "dataset_test_split", "dataset_types", "dtype", "attn_implementation"),
+    *(*QUANTISATION, *OF_4BIT),
+)
 OF_TRAINING = ("reward_weights", "missing_eos_penalty", "length_penalty")
 """Part of the training score: they hold for the run's own scorers, or where the command line says so."""
 
@@ -37,6 +43,7 @@ class PromptSet:
     split: str
     config: str | None
     limit: int | None
+    types: dict[str, str] | None
 
 
 @dataclass(frozen=True)
@@ -72,10 +79,11 @@ def plan_eval(run_file: Path | None, words: Sequence[str]) -> EvalPlan:
     entries = read_run_file(run_file, problems) if run_file else {}
     given = read_overrides(words, problems)
     for name in [name for name in given if name in FROM_THE_RUN]:
-        problems.append(f"{given.pop(name).where}: `{name}` is read from the run file alone. See: {HELP}")
+        hint = f"Here it is `{CALLED_HERE[name]}`." if name in CALLED_HERE else f"See: {HELP}"
+        problems.append(f"{given.pop(name).where}: `{name}` is read from the run file alone. {hint}")
     specs = {**own_fields(), **{name: known[name] for name in RUN_FIELDS}}
     values = read_values(entries, known, problems, help_command="online-dpo train --help")
-    values |= read_values(given, specs, problems, help_command=HELP)
+    values |= read_values(given, specs, problems, help_command=HELP, called_here=CALLED_HERE)
     checker = EvalChecker(entries, given, values, run_file)
     problems.extend(checker.problems())
     if problems:
@@ -100,9 +108,15 @@ class EvalChecker(RunChecker):
         self.prompts: PromptSet | None = None
 
     def problems(self) -> Iterator[str]:
+        yield from self._mappings()
         yield from self._scoring()
         yield from self._players()
         yield from self._prompts()
+        for name, problem in model_problems(self.values, is_trained=False):
+            yield f"{self._where(name)}: `{name}` {problem}"
+        read = {name: self.values[name] for name in RUN_FIELDS if name in self.values}
+        for name, problem in requirements.problems(read):
+            yield f"{self._where(name)}: {problem}"
         for name in ("limit", "samples"):
             if self._given(name) and self.values[name] < 1:
                 yield f"{self._where(name)}: `{name}` is {self.values[name]}; wanted: 1 or more."
@@ -118,6 +132,9 @@ class EvalChecker(RunChecker):
         assert self.prompts is not None
         own = {field.name for field in fields(EvalConfig)}
         trained_on = self.scored_by in ("reward_funcs", "judge") and self.scored_by not in self.given
+        revision_of_run = "model" not in self.given and "against" not in self.given
+        if options := model_init_kwargs(self.values, without=() if revision_of_run else ("model_revision",)):
+            self.values["model_init_kwargs"] = options
         dropped = () if trained_on else tuple(name for name in OF_TRAINING if name not in self.given)
         return EvalPlan(
             model=self.model,
@@ -208,7 +225,7 @@ class EvalChecker(RunChecker):
         self.against = self.values[name]
 
     def _output_folder(self, folder: Path) -> Iterator[str]:
-        if not _is_model(folder):
+        if not holds_model(folder):
             checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: (len(path.name), path.name))
             such = f", such as --model {checkpoints[-1]}" if checkpoints else ""
             yield f"{self.file}: {folder}, the run's `output_dir`, holds no model. Give --model{such}."
@@ -216,9 +233,11 @@ class EvalChecker(RunChecker):
     def _model_folder(self, name: str, text: str) -> Iterator[str]:
         path = Path(text).expanduser()
         if path.is_dir():
-            if not _is_model(path):
+            if not holds_model(path):
                 files = " or ".join(MODEL_FILES)
                 yield f"{self._where(name)}: `{name}`: {text} is no model folder: it holds no {files}."
+            elif problem := requirements.adapter_problem(text):
+                yield f"{self._where(name)}: `{name}`: {problem}"
         elif looks_like_path(text) or path.parent != Path() and path.parent.is_dir():
             yield f"{self._where(name)}: `{name}`: there is no folder {text}."
 
@@ -242,8 +261,4 @@ class EvalChecker(RunChecker):
             return
         yield from self._input_path(name)
         limit = self.values.get("limit") or self.values.get("eval_limit")
-        self.prompts = PromptSet(self.values[name], split or "train", config, limit)
-
-
-def _is_model(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in MODEL_FILES)
+        self.prompts = PromptSet(self.values[name], split or "train", config, limit, self.values.get("dataset_types"))

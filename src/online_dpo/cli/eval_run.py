@@ -14,13 +14,15 @@ from rich.table import Table
 
 from online_dpo.build import check_columns, check_templates
 from online_dpo.cli.eval_plan import EvalPlan
-from online_dpo.cli.progress import number, plain_warnings, silence_progress_bars
+from online_dpo.cli.progress import no_progress_bars, plain_warnings
 from online_dpo.cli.references import Reference, load_reference
 from online_dpo.cli.train import SETUP_ERRORS, load_judge, load_tokenizer, report_error
 from online_dpo.comparison import Match, compare
+from online_dpo.conclusions import comparison_conclusion
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.data import PREPARED_COLUMNS, load_prompts
 from online_dpo.errors import OnlineDPOError, ScoringError
+from online_dpo.figures import number
 from online_dpo.head_to_head import (
     Answers,
     Player,
@@ -57,10 +59,10 @@ class Setup:
         return self.judge.name if self.judge is not None else ", ".join(scorer.name for scorer in self.scorers)
 
 
+@no_progress_bars()
+@plain_warnings()
 def run_evaluation(plan: EvalPlan, *, show_traceback: bool) -> int:
     """Run a checked plan and return the exit code: 0, 1 (scoring failed) or 2 (something cannot be loaded)."""
-    silence_progress_bars()
-    plain_warnings()
     try:
         setup = set_up(plan)
         answers = answer(setup.model, setup.against, setup.args, setup.sampling)
@@ -103,7 +105,9 @@ def set_up(plan: EvalPlan) -> Setup:
             "other. Leave `kl` out."
         )
     source = plan.prompts
-    dataset = load_prompts(source.source, split=source.split, config=source.config, limit=source.limit)
+    dataset = load_prompts(
+        source.source, split=source.split, config=source.config, limit=source.limit, types=source.types
+    )
     model, against = (
         prepare_player(path, tokenizer, dataset, args)
         for path, tokenizer in zip((plan.model, plan.against), tokenizers, strict=True)
@@ -161,6 +165,7 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
         yield f"KL {number(result['kl']['value'])} nats" + (
             "" if error is None else f", standard error {number(error)}"
         )
+    yield comparison_conclusion(result["model"], result["against"], result["prompts"], rate, controlled)
 
 
 def _matches(setup: Setup, answers: Answers) -> list[Match]:

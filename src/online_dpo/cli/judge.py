@@ -7,24 +7,57 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
 from online_dpo.cli.judge_file import read_pairs
 from online_dpo.cli.judge_plan import BuiltInJudge, plan_pairwise_model
+from online_dpo.cli.parser import OneLineParser, with_hyphens
+from online_dpo.cli.run_file import UsageError, judge_of_run
 from online_dpo.cli.schema import PACKAGE, FieldSpec, read_class
-from online_dpo.cli.values import nearest
 from online_dpo.judge_settings import INCONSISTENT, ORDERS, JudgeSettings
 
 KINDS = {"str": str, "int": int, "float": float}
 CHOICES = {"order": ORDERS, "inconsistent": INCONSISTENT}
+CALLED_HERE = {
+    "url": "base_url",
+    "api_base": "base_url",
+    "endpoint": "base_url",
+    "host": "base_url",
+    "api_key": "api_key_env",
+    "key": "api_key_env",
+    "judge": "model",
+    "judge_model": "model",
+    "model_name": "model",
+    "judge_kwargs": "extra",
+    "prompt": "template",
+    "prompt_template": "template",
+    "n": "votes",
+    "samples": "votes",
+    "num_samples": "votes",
+    "max_samples": "limit",
+    "max_completion_tokens": "max_tokens",
+    "max_new_tokens": "max_tokens",
+    "workers": "concurrency",
+    "num_workers": "concurrency",
+    "batch_size": "concurrency",
+    "rpm": "requests_per_minute",
+    "tpm": "tokens_per_minute",
+    "timeout": "request_timeout",
+    "retries": "attempts",
+    "max_retries": "attempts",
+    "budget": "max_cost",
+    "output_file": "output",
+    "out": "output",
+}
+"""What options of a judge are called elsewhere."""
 NO_OPTION = ("extra", "logprobs", "cache")  # these are written by hand
 
 
 def judge(words: Sequence[str]) -> int:
     """Label the file and print a report. Returns the exit code: 0, 1 (the judge failed) or 2 (wrong input)."""
-    arguments = vars(_parser().parse_args(_with_hyphens(words)))
+    arguments = vars(_parser().parse_args(with_hyphens(list(words))))
     try:
         chosen = chosen_judge(arguments)
         if arguments["limit"] is not None and arguments["limit"] < 1:
@@ -35,6 +68,10 @@ def judge(words: Sequence[str]) -> int:
             raise ValueError(f"--output: there is no folder {output.absolute().parent}.")
         if output is not None and output.is_dir():
             raise ValueError(f"--output: {output} is a folder. Give the name of a file.")
+    except UsageError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return 2
     except ValueError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
@@ -59,6 +96,11 @@ def chosen_judge(arguments: dict[str, Any]) -> BuiltInJudge:
     if "extra" in given:
         given["extra"] = _mapping("--extra", given["extra"], "{seed: 0}")
     folder, options = arguments["pairwise_model"], arguments["pairwise_kwargs"]
+    if arguments["config"] is not None and folder is None:
+        of_run = judge_of_run(arguments["config"])
+        if of_run.folder is not None and not given and options is None:
+            return of_run
+        given = {**(of_run.options if of_run.folder is None else {}), **given}
     if folder is not None:
         if given:
             raise ValueError(f"--pairwise-model does not go with --{next(iter(given)).replace('_', '-')}.")
@@ -75,26 +117,6 @@ def chosen_judge(arguments: dict[str, Any]) -> BuiltInJudge:
     return BuiltInJudge(None, given)
 
 
-def _with_hyphens(words: Sequence[str]) -> list[str]:
-    """The words, with options written as ``train`` and ``eval`` also take them: ``--base_url``."""
-
-    def hyphenated(word: str) -> str:
-        name, equals, value = word.partition("=")
-        return f"{name.replace('_', '-')}{equals}{value}" if word.startswith("--") else word
-
-    return [hyphenated(word) for word in words]
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without all options above it."""
-
-    def error(self, message: str) -> NoReturn:
-        unknown = message.removeprefix("unrecognized arguments: ").split()[0]
-        options = [option[2:].replace("-", "_") for option in self._option_string_actions]
-        hint = nearest(unknown[2:], options) if unknown.startswith("--") else ""
-        self.exit(2, f"error: {message}.{hint} See: {self.prog} --help\n")
-
-
 def _mapping(name: str, text: str, example: str) -> dict[str, Any]:
     try:
         options = yaml.safe_load(text)
@@ -106,7 +128,8 @@ def _mapping(name: str, text: str, example: str) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = OneLineParser(
+        called_here=CALLED_HERE,
         prog="online-dpo judge",
         description="Ask a judge about pairs of answers, and report how far it agrees with labels and with itself.",
         epilog="Answers are kept in the cache: what was asked before is not asked again.",
@@ -116,6 +139,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         type=Path,
         help="jsonl with `prompt`, and `chosen` and `rejected`, or `response_a`, `response_b` and perhaps `label`",
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="RUN_FILE",
+        help="take the judge of a run file; options here win",
     )
     parser.add_argument("--output", type=Path, help="jsonl to write: the rows and their `preference`, from 0 to 1")
     parser.add_argument("--limit", type=int, help="judge so many pairs at most")

@@ -35,13 +35,17 @@ def read_pairs(path: Path, limit: int | None) -> list[LabelledPair]:
     Raises:
         ValueError: it is not there, empty, or a line is no pair; the message says which.
     """
+    if path.is_dir():
+        raise ValueError(f"{path}: this is a folder. Give a file in it.")
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file.")
     pairs: list[LabelledPair] = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, start=1):
             if limit is not None and len(pairs) == limit:
                 break
+            if any("\udc80" <= letter <= "\udcff" for letter in line):
+                raise ValueError(f"{path}:{number}: the text is not in UTF-8. Save the file as UTF-8.")
             if line.strip():
                 try:
                     pairs.append(_pair(json.loads(line)))

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from online_dpo.cli.judge_file import LabelledPair
 from online_dpo.cli.judge_plan import BuiltInJudge
-from online_dpo.cli.progress import number, plain_warnings, silence_progress_bars
-from online_dpo.errors import ScoringError
+from online_dpo.cli.progress import no_progress_bars, plain_warnings
+from online_dpo.cli.screen import say
+from online_dpo.conclusions import judge_conclusion
+from online_dpo.errors import ScoringError, error_text
 from online_dpo.evaluate import win_rate
+from online_dpo.figures import number
+from online_dpo.foreign import foreign
 from online_dpo.scoring import LLMJudge, PairwiseModelJudge
 from online_dpo.scoring.judge_prompts import prompt_text
 from online_dpo.scoring.llm_judge import stands_first
@@ -35,14 +39,14 @@ class Agreement:
     count: int
 
 
+@no_progress_bars()
+@plain_warnings()
 def judge_pairs(pairs: Sequence[LabelledPair], chosen: BuiltInJudge, output: Path | None) -> int:
     """Label the pairs and print the report. Returns the exit code."""
-    silence_progress_bars()
-    plain_warnings()
     try:
         judge = _load(chosen)
     except (ValueError, OSError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
+        print(f"error: {error_text(problem)}", file=sys.stderr)
         return 2
     preferences: list[float | None] = []
     try:
@@ -51,10 +55,9 @@ def judge_pairs(pairs: Sequence[LabelledPair], chosen: BuiltInJudge, output: Pat
             if len(pairs) > PAIRS_AT_ONCE:
                 print(f"{len(preferences)} of {len(pairs)}", file=sys.stderr)
     except ScoringError as problem:
-        print(f"error: {problem}", file=sys.stderr)
+        print(f"error: {error_text(problem)}", file=sys.stderr)
         return 1
-    for line in report(judge.name, pairs, preferences, judge.metrics()):
-        print(line)
+    say(report(judge.name, pairs, preferences, judge.metrics()))
     if output is not None:
         _write(output, judge.name, pairs, preferences)
         print(f"Labels written to {output}")
@@ -90,7 +93,8 @@ def report(
     """The lines that are printed."""
     answered = sum(preference is not None for preference in preferences)
     rows = {"pairs": f"{len(pairs)}, of which {answered} have a preference"}
-    if (found := agreement(pairs, preferences)) is not None:
+    found = agreement(pairs, preferences)
+    if found is not None:
         rows["agreement with labels"] = (
             f"{found.share:.3f}, 95 % interval {found.low:.3f} to {found.high:.3f}, {found.count} labels"
         )
@@ -102,7 +106,11 @@ def report(
         if metric not in ("judge/position_bias", "judge/disagreement_rate"):
             rows[metric.removeprefix("judge/").replace("_", " ")] = number(value)
     width = max(map(len, rows))
-    return [f"Judge {name}", *(f"  {heading:<{width}}  {text}" for heading, text in rows.items())]
+    lines = [f"Judge {name}", *(f"  {heading:<{width}}  {text}" for heading, text in rows.items())]
+    if answered == 0:
+        return lines
+    unanswered, bias = 1 - answered / len(pairs), metrics.get("judge/position_bias")
+    return [*lines, *judge_conclusion(None if found is None else asdict(found), unanswered, bias)]
 
 
 def _prefer(judge: LLMJudge | PairwiseModelJudge, pairs: Sequence[LabelledPair]) -> list[float | None]:
@@ -116,9 +124,11 @@ def _prefer(judge: LLMJudge | PairwiseModelJudge, pairs: Sequence[LabelledPair])
         texts = (pair.second, pair.first) if turn else (pair.first, pair.second)
         duels.append(Group(prompt, tuple(Completion((), (), "stop", 0, text) for text in texts)))
         turned.append(turn)
+    with foreign(f"Judge `{judge.name}`"):
+        preferences = judge.prefer(duels)
     return [
         1 - preference if turn and preference is not None else preference
-        for preference, turn in zip(judge.prefer(duels), turned, strict=True)
+        for preference, turn in zip(preferences, turned, strict=True)
     ]
 
 

@@ -7,9 +7,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from online_dpo.cli.run_file import UsageError
+from online_dpo import versions
+from online_dpo.cli.run_file import COMMAND_LINE, UsageError
 
 WRONG_INPUT = 2
+CONFIG = "--config"
+HELP_ALL = "--help-all"
+HELP_WORDS = ("--help", "-h", HELP_ALL, "--help_all")
 
 Plan = TypeVar("Plan")
 
@@ -18,7 +22,7 @@ def planned(
     words: Sequence[str],
     *,
     usage: str,
-    help: Callable[[], str],
+    help: Callable[[Sequence[str]], str],
     plan: Callable[[Path | None, Sequence[str]], Plan],
     run: Callable[[Plan, list[str], bool], int],
 ) -> int:
@@ -26,22 +30,51 @@ def planned(
 
     Args:
         usage: what is shown where there are no words.
-        help: what is shown for ``--help``.
+        help: what is shown for ``--help``, given the words that follow it, or ``--help-all``.
         plan: checks the run file and the words behind it.
         run: what then happens. It gets the plan, the words without ``--traceback``, and whether that was among them.
     """
     if not words:
         print(usage, file=sys.stderr)
         return WRONG_INPUT
-    if "--help" in words or "-h" in words:
-        print(help())
-        return 0
     kept = [word for word in words if word != "--traceback"]
-    has_file = bool(kept) and not kept[0].startswith("--")
     try:
-        made = plan(Path(kept[0]) if has_file else None, kept[1:] if has_file else kept)
+        asked = next((place for place, word in enumerate(words) if word in HELP_WORDS), None)
+        if asked is not None:
+            print(help([HELP_ALL] if words[asked] == HELP_ALL else words[asked + 1 :]))
+            return 0
+        made = plan(*split_words(kept))
     except UsageError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         return WRONG_INPUT
+    say_untested_versions()
     return run(made, kept, "--traceback" in words)
+
+
+def split_words(words: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The run file, which is the first word or stands behind ``--config``, and the words that are fields.
+
+    Raises:
+        UsageError: two files are given, or none behind ``--config``.
+    """
+    files, rest = [], list(words)
+    if rest and not rest[0].startswith("-"):
+        files.append(rest.pop(0))
+    while (place := next((i for i, word in enumerate(rest) if word.partition("=")[0] == CONFIG), None)) is not None:
+        _, equals, value = rest.pop(place).partition("=")
+        if not equals:
+            value = rest.pop(place) if place < len(rest) and not rest[place].startswith("--") else ""
+        if not value:
+            raise UsageError([f"{COMMAND_LINE}: `{CONFIG}` needs the name of a run file: {CONFIG} run.yaml"])
+        files.append(value)
+    if len(files) > 1:
+        raise UsageError([f"{COMMAND_LINE}: there are two run files, {' and '.join(files)}. Give one of them."])
+    return (Path(files[0]).expanduser() if files else None), rest
+
+
+def say_untested_versions() -> None:
+    """Before the heavy imports, which an untested version may break."""
+    warning = versions.warning()
+    if warning is not None:
+        print(f"warning: {warning}", file=sys.stderr)

@@ -13,6 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from online_dpo.errors import named_error
+
+OF_TRL = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
+"""Reward functions that TRL's scripts know by name."""
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -39,7 +44,7 @@ def parse_reference(text: str, folders: Sequence[Path]) -> Reference:
     """
     place, colon, name = text.rpartition(":")
     if not (colon and place and name.isidentifier()):
-        raise ValueError("wanted: `file.py:function` or `package.module:function`")
+        raise ValueError(f"wanted: `file.py:function` or `package.module:function`{_meant(text)}")
     if place.endswith(".py"):
         candidates = [folder / Path(place).expanduser() for folder in folders]
         file = next((path for path in candidates if path.is_file()), None)
@@ -55,6 +60,18 @@ def parse_reference(text: str, folders: Sequence[Path]) -> Reference:
     return Reference(text, name, file=None, module=place)
 
 
+def _meant(text: str) -> str:
+    """What a reference without a colon may have meant."""
+    if text in OF_TRL:
+        return f", such as `trl.rewards:{text}`"
+    module, dot, name = text.rpartition(".")
+    if text.endswith(".py"):
+        return f", such as `{text}:reward`"
+    if dot and "/" not in text and all(part.isidentifier() for part in text.split(".")):
+        return f", such as `{module}:{name}`"
+    return "; a reward model goes into `reward_model_path`" if "/" in text or Path(text).is_dir() else ""
+
+
 def load_reference(reference: Reference) -> Any:
     """Import what a reference names. Modules are looked for in the working folder as well.
 
@@ -64,8 +81,8 @@ def load_reference(reference: Reference) -> Any:
     try:
         module = _import_file(reference.file) if reference.file else _import_module(reference.module)
         return getattr(module, reference.name)
-    except Exception as problem:  # anything may happen in the user's own code
-        raise ValueError(f"importing `{reference.text}` failed: {type(problem).__name__}: {problem}") from problem
+    except (Exception, SystemExit) as problem:  # anything may happen in the user's own code
+        raise ValueError(f"importing `{reference.text}` failed: {named_error(problem)}") from problem
 
 
 def _import_file(file: Path) -> Any:
@@ -111,7 +128,7 @@ def _locate_module(name: str) -> Path | None:
 
 def _check_defines(file: Path, name: str, names: str) -> None:
     try:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
+        tree = ast.parse(file.read_text(encoding="utf-8"), filename=names)
     except (SyntaxError, UnicodeDecodeError, ValueError) as problem:
         raise ValueError(f"`{names}` is no valid Python: {problem}") from None
     defined = list(_defined_names(tree.body))

@@ -9,20 +9,55 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANT_TYPES = ("nf4", "fp4")
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+CHOICES = (
+    ("dtype", DTYPES),
+    ("bnb_4bit_quant_type", QUANT_TYPES),
+    ("bnb_4bit_compute_dtype", COMPUTE_DTYPES),
+)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """What ``online-dpo train`` needs beside :class:`online_dpo.OnlineDPOConfig`."""
+
+    # --- models -------------------------------------------------------------------------------------------------------
 
     model_name_or_path: str
     """Folder or hub name of the policy to train."""
 
-    dataset_name: str
-    """Prompts: a hub name, or a local json, jsonl, csv (each also with .gz) or parquet file, a pattern such as
-    `data/*.jsonl`, or a folder."""
-
     ref_model_name_or_path: str | None = None
     """Folder or hub name of the reference model; when not set, the policy as it was before training."""
+
+    dtype: str | None = None
+    """Type of the policy's weights as they are loaded. When not set, see `model_init_kwargs`; to compute in bfloat16
+    with weights in float32, set `bf16` instead."""
+
+    attn_implementation: str | None = None
+    """How attention is computed, such as `sdpa`, `eager` or `flash_attention_2`; when not set, transformers decides."""
+
+    model_revision: str | None = None
+    """Branch, tag or commit of the policy on the hub; when not set, `main`."""
+
+    load_in_4bit: bool = False
+    """Load the policy's weights in 4 bits and train an adapter over them (QLoRA). Needs `use_peft` and bitsandbytes."""
+
+    load_in_8bit: bool = False
+    """Load the policy's weights in 8 bits and train an adapter over them. Needs `use_peft` and bitsandbytes."""
+
+    bnb_4bit_quant_type: str = "nf4"
+    """With `load_in_4bit`: the kind of 4-bit numbers."""
+
+    bnb_4bit_compute_dtype: str | None = None
+    """With `load_in_4bit`: what products are computed in. When not set, `dtype`, or else bfloat16."""
+
+    use_bnb_nested_quant: bool = False
+    """With `load_in_4bit`: quantise the scales of the weights as well."""
+
+    bnb_4bit_quant_storage: str | None = None
+    """With `load_in_4bit`: the type that the packed weights are stored in; when not set, uint8."""
 
     # --- scoring ----------------------------------------------------------------------------------------------------
 
@@ -41,6 +76,8 @@ class RunConfig:
     `online-dpo judge --help`), or of a pairwise model `batch_size` and, by its kind, `template`, `letters` or
     `max_tokens`. Files are looked for as those of `reward_funcs`."""
 
+    # --- gold ---------------------------------------------------------------------------------------------------------
+
     eval_reward_funcs: list[str] | None = None
     """Gold: functions in the form of `reward_funcs` whose sum evaluations report as `eval_gold_score` beside the
     training score. Training never sees them."""
@@ -54,8 +91,15 @@ class RunConfig:
 
     # --- data -------------------------------------------------------------------------------------------------------
 
+    dataset_name: str
+    """Prompts: a hub name, or a local json, jsonl, csv, tsv (each also with .gz) or parquet file, a pattern such as
+    `data/*.jsonl`, or a folder."""
+
     dataset_config: str | None = None
     """Configuration (subset) of a hub dataset."""
+
+    dataset_types: dict[str, str] | None = None
+    """Types of columns of csv files, such as `{year: int64, score: float64, right: bool}`. All others are text."""
 
     dataset_train_split: str = "train"
     """Split to train on."""
@@ -93,3 +137,15 @@ class RunConfig:
     lora_target_modules: list[str] | None = None
     """Modules that get an adapter, such as `[q_proj, v_proj]`, or `all-linear`; when not set, peft picks them by model
     family."""
+
+    lora_target_parameters: list[str] | None = None
+    """Parameters that get an adapter, for weights that are no modules (the experts of some mixtures)."""
+
+    lora_modules_to_save: list[str] | None = None
+    """Modules that are trained in full beside the adapter, such as `[lm_head]`."""
+
+    use_rslora: bool = False
+    """Scale the adapter by `lora_alpha / sqrt(lora_r)`, not by `lora_alpha / lora_r`."""
+
+    use_dora: bool = False
+    """Decompose weights into magnitude and direction (DoRA)."""

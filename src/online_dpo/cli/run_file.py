@@ -6,22 +6,28 @@ All problems are found before any is reported, each with its file and line.
 from __future__ import annotations
 
 import glob
-import importlib.util
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from online_dpo import requirements
+from online_dpo.argument_ranges import out_of_range
 from online_dpo.cli.judge_plan import BuiltInJudge, plan_llm, plan_pairwise_model
+from online_dpo.cli.model_options import ignored_options, model_init_kwargs, model_problems
 from online_dpo.cli.references import Reference, parse_reference
 from online_dpo.cli.run_config import RunConfig
 from online_dpo.cli.schema import FieldSpec, load_fields
-from online_dpo.cli.values import BadValue, convert, convert_words, nearest
+from online_dpo.cli.values import BadValue, convert, convert_words
+from online_dpo.config_input import MAPPINGS, mapping_from_text
 from online_dpo.judge_settings import LLM
+from online_dpo.names_elsewhere import CALLED_HERE, hint_for
 
 COMMAND_LINE = "command line"
+MODEL_FILES = ("config.json", "adapter_config.json")
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
 INPUT_PATHS = (
     "model_name_or_path",
@@ -35,6 +41,7 @@ COUNTS = ("dataset_limit", "eval_limit", "lora_r", "lora_alpha")
 REWARDS = ("reward_funcs", "reward_model_path")
 SCORERS = (*REWARDS, "judge")
 JUDGES = ("judge", "eval_judge")
+OF_ADAPTERS = ("use_rslora", "use_dora")
 GOLD_REWARDS = ("eval_reward_funcs", "eval_reward_model_path")
 
 
@@ -83,6 +90,8 @@ def plan_run(run_file: Path | None, override_words: Sequence[str]) -> RunPlan:
     if problems:
         raise UsageError(problems)
     own = {field.name for field in fields(RunConfig)}
+    if options := model_init_kwargs(values):
+        values["model_init_kwargs"] = options
     return RunPlan(
         run=RunConfig(**{name: value for name, value in values.items() if name in own}),
         training={name: value for name, value in values.items() if name not in own},
@@ -100,26 +109,36 @@ def read_run_file(path: Path, problems: list[str]) -> dict[str, Entry]:
     Raises:
         UsageError: the file is missing, empty, no YAML, or no mapping: nothing else can be checked then.
     """
+    if path.is_dir():
+        raise UsageError([f"{path}: this is a folder. Give the run file in it."])
     if not path.is_file():
         raise UsageError([f"{path}: there is no such file."])
     try:
         loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
         node = loader.get_single_node()
-        if node is None:
+        if node is None or node.tag == "tag:yaml.org,2002:null":
             raise UsageError([f"{path}: the file is empty. It needs at least `model_name_or_path` and `dataset_name`."])
         if not isinstance(node, yaml.MappingNode):
             raise UsageError([f"{path}: wanted: a mapping of fields, one `name: value` a line."])
-        problems.extend(f"{path}:{line}: `{key}` stands twice." for key, line in _duplicates(node))
+        problems.extend(f"{path}:{line}: `{key}` stands twice. Leave one out." for key, line in _duplicates(node, []))
         loader.flatten_mapping(node)  # `<<: *defaults`
+        named = [(key, value) for key, value in node.value if isinstance(key, yaml.ScalarNode)]
+        if len(named) < len(node.value):
+            problems.append(f"{path}: a list or a mapping stands where the name of a field is wanted.")
         return {
-            str(key.value): Entry(f"{path}:{key.start_mark.line + 1}", loader.construct_object(value, deep=True))
-            for key, value in node.value
+            key.value: Entry(f"{path}:{key.start_mark.line + 1}", loader.construct_object(value, deep=True))
+            for key, value in named
         }
     except yaml.MarkedYAMLError as problem:
         line = problem.problem_mark.line + 1 if problem.problem_mark else 1
-        raise UsageError([f"{path}:{line}: no valid YAML: {problem.problem}."]) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as problem:
+        hint = " Indent with blanks, not with tabs." if "'\\t'" in str(problem.problem) else ""
+        raise UsageError([f"{path}:{line}: no valid YAML: {problem.problem}.{hint}"]) from None
+    except UnicodeDecodeError:
+        raise UsageError([f"{path}: the text is not in UTF-8. Save it as UTF-8."]) from None
+    except yaml.YAMLError as problem:
         raise UsageError([f"{path}: no valid YAML: {' '.join(str(problem).split())}"]) from None
+    except OSError as problem:
+        raise UsageError([f"{path}: cannot be read: {problem.strerror}."]) from None
 
 
 def read_overrides(words: Sequence[str], problems: list[str]) -> dict[str, Entry]:
@@ -134,22 +153,33 @@ def read_overrides(words: Sequence[str], problems: list[str]) -> dict[str, Entry
             flag, equals, value = word[2:].partition("=")
             name = flag.replace("-", "_")
             entries[name] = Entry(COMMAND_LINE, words=(value,) if equals else ())
-        elif name:
+        elif re.match("-[A-Za-z]", word):  # no number, and taken for a value it would hide what was meant
+            problems.append(f"{COMMAND_LINE}: what is `{word}`? Fields have two hyphens: --field value.")
+            name = word  # which takes the values behind it
+        elif name in entries:
             entries[name] = Entry(COMMAND_LINE, words=(*(entries[name].words or ()), word))
-        else:
+        elif not name:
             problems.append(f"{COMMAND_LINE}: what is `{word}`? Fields are given as --field value.")
     return entries
 
 
 def read_values(
-    entries: dict[str, Entry], specs: dict[str, FieldSpec], problems: list[str], help_command: str
+    entries: dict[str, Entry],
+    specs: dict[str, FieldSpec],
+    problems: list[str],
+    help_command: str,
+    called_here: Mapping[str, str] = CALLED_HERE,
 ) -> dict[str, Any]:
     """The values of the entries in their fields' types. What is no field, or no value of its field, is a problem."""
     values: dict[str, Any] = {}
     for name, entry in entries.items():
         spec = specs.get(name)
         if spec is None:
-            hint = nearest(name, list(specs)) or f" See: {help_command}"
+            nested = [key for key in _keys(entry.value) if key in specs or key in called_here]
+            hint = hint_for(name, specs, called_here) or f" See: {help_command}"
+            if nested:
+                here = nested[0] if nested[0] in specs else called_here[nested[0]]
+                hint = f" Fields are not nested: write `{here}: ...` at the left margin."
             problems.append(f"{entry.where}: `{name}` is not a field.{hint}")
             continue
         try:
@@ -159,11 +189,22 @@ def read_values(
     return values
 
 
+def _keys(value: Any) -> Iterator[str]:
+    """All keys of a mapping and of the mappings in it."""
+    for key, item in value.items() if isinstance(value, dict) else ():
+        yield str(key)
+        yield from _keys(item)
+
+
 def _value(spec: FieldSpec, entry: Entry) -> Any:
     return convert(spec, entry.value) if entry.words is None else convert_words(spec, list(entry.words))
 
 
-def _duplicates(node: yaml.Node) -> Iterator[tuple[str, int]]:
+def _duplicates(node: yaml.Node, inside: list[yaml.Node]) -> Iterator[tuple[str, int]]:
+    """Keys that stand twice in a mapping, and the line of the second; ``inside`` are the nodes around this one."""
+    if node in inside:  # `&a [*a]`
+        return
+    inside = [*inside, node]
     if isinstance(node, yaml.MappingNode):
         seen = set()
         for key, value in node.value:
@@ -171,10 +212,10 @@ def _duplicates(node: yaml.Node) -> Iterator[tuple[str, int]]:
                 if key.value in seen:
                     yield key.value, key.start_mark.line + 1
                 seen.add(key.value)
-            yield from _duplicates(value)
+            yield from _duplicates(value, inside)
     elif isinstance(node, yaml.SequenceNode):
         for item in node.value:
-            yield from _duplicates(item)
+            yield from _duplicates(item, inside)
 
 
 class RunChecker:
@@ -190,6 +231,7 @@ class RunChecker:
 
     def problems(self) -> Iterator[str]:
         yield from self._missing()
+        yield from self._mappings()
         for name in INPUT_PATHS:
             if self._given(name):
                 yield from self._input_path(name)
@@ -197,18 +239,29 @@ class RunChecker:
         for name in COUNTS:
             if self._given(name) and self.values[name] < 1:
                 yield f"{self._where(name)}: `{name}` is {self.values[name]}; wanted: 1 or more."
+        for name, problem in (*model_problems(self.values, is_trained=True), *out_of_range(self.values)):
+            yield f"{self._where(name)}: `{name}` {problem}"
+        yield from self._output()
         yield from self._resume()
         yield from self._evaluation()
         if self.values.get("dataset_streaming") and (self.values.get("max_steps") or 0) < 1:
             where = self._where("dataset_streaming")
             yield f"{where}: `dataset_streaming` needs `max_steps`: a stream has no known length."
-        if self.values.get("use_peft") and importlib.util.find_spec("peft") is None:
-            yield f"{self._where('use_peft')}: `use_peft` needs peft. Install it with: pip install 'online-dpo[peft]'"
+        for name, problem in requirements.problems(self.values):
+            yield f"{self._where(name)}: {problem}"
 
     def warnings(self) -> Iterator[str]:
         for name in self.values:
-            if name.startswith("lora_") and not self.values.get("use_peft"):
+            if (name.startswith("lora_") or name in OF_ADAPTERS) and not self.values.get("use_peft"):
                 yield f"{self._where(name)}: `{name}` is ignored without `use_peft`."
+        for name in ignored_options(self.values):
+            yield f"{self._where(name)}: `{name}` is ignored without `load_in_4bit`."
+        name, split = self.values["dataset_name"], self.values.get("dataset_test_split") or ""
+        if split and "[" not in split and not self._given("eval_dataset_name") and Path(name).is_file():
+            yield (
+                f"{self._where('dataset_test_split')}: {name} is one file, whose rows are of every split: evaluations "
+                "use prompts that are trained on. Give `eval_dataset_name`, or slices such as `train[:90%]`."
+            )
         for name in JUDGES:
             if self._given(f"{name}_kwargs") and not isinstance(self.judges.get(name), BuiltInJudge):
                 where = self._where(f"{name}_kwargs")
@@ -219,6 +272,17 @@ class RunChecker:
 
     def _where(self, name: str) -> str:
         return self.entries[name].where
+
+    def _mappings(self) -> Iterator[str]:
+        """A mapping may be written as JSON text; what is no mapping is taken out."""
+        for name in (*MAPPINGS, "gradient_checkpointing_kwargs", "lr_scheduler_kwargs"):
+            value = self.values.get(name)
+            if isinstance(value, str):
+                try:
+                    self.values[name] = mapping_from_text(name, value)
+                except ValueError as problem:
+                    del self.values[name]
+                    yield f"{self._where(name)}: {problem}"
 
     def _missing(self) -> Iterator[str]:
         for name, what in [("model_name_or_path", "the model to train"), ("dataset_name", "the prompts")]:
@@ -234,8 +298,7 @@ class RunChecker:
             if self._given(name):
                 yield from self._references(name)
         for name in JUDGES:
-            if self._given(name):
-                yield from self._judge(name)
+            yield from self.judge_problems(name)
         if self._given("judge_top"):
             for names, what in ((REWARDS, "reward"), (("judge",), "judge")):
                 if not any(self._given(name) for name in names):
@@ -247,6 +310,11 @@ class RunChecker:
         if "eval_judge" in gold and len(gold) > 1:
             yield f"{self._where('eval_judge')}: `eval_judge` is given beside `{gold[0]}`. Give one of them."
 
+    def judge_problems(self, name: str) -> Iterator[str]:
+        """What is wrong with ``judge`` or ``eval_judge``; if nothing is, it stands in ``judges``."""
+        if self._given(name):
+            yield from self._judge(name)
+
     def _folders(self, name: str) -> list[Path]:
         """Where relative paths of a field start: the run file's folder first, for a field that stands in it."""
         beside_file = [self.file_folder] if self.file_folder and self.entries[name].words is None else []
@@ -254,13 +322,25 @@ class RunChecker:
 
     def _input_path(self, name: str) -> Iterator[str]:
         given = self.values[name]
+        if "$" in given:
+            yield (
+                f"{self._where(name)}: `{name}` is {given!r}: environment variables are not filled in here. Give "
+                f"--{name} on the command line, where the shell does."
+            )
+            return
         candidates = [folder / Path(given).expanduser() for folder in self._folders(name)]
         found = next((path for path in candidates if glob.glob(str(path), recursive=True)), None)
         if found is not None:
             self.values[name] = str(found)
+            if "model" in name and not holds_model(found):
+                files = " or ".join(MODEL_FILES)
+                yield f"{self._where(name)}: `{name}`: {found} is no model folder: it holds no {files}."
+            elif problem := requirements.adapter_problem(str(found)):
+                yield f"{self._where(name)}: `{name}`: {problem}"
         elif looks_like_path(given):
             places = " or ".join(dict.fromkeys(map(str, candidates)))
-            yield f"{self._where(name)}: `{name}` is {given!r}, but there is no {places}."
+            what = "a folder, or a name on the hub" if "model" in name else "a file or folder, or a name on the hub"
+            yield f"{self._where(name)}: `{name}` is {given!r}, but there is no {places}. Give {what}."
 
     def _references(self, name: str) -> Iterator[str]:
         texts = self.values[name] if isinstance(self.values[name], list) else [self.values[name]]
@@ -296,6 +376,12 @@ class RunChecker:
         except ValueError as problem:
             yield f"{where}: `{name}: {text}`: {problem}"
 
+    def _output(self) -> Iterator[str]:
+        given = self.values.get("output_dir")
+        if given is not None and (not given or Path(given).expanduser().is_file()):
+            what = "a file" if given else "empty"
+            yield f"{self._where('output_dir')}: `output_dir` is {what}. Give the name of a folder, new or old."
+
     def _resume(self) -> Iterator[str]:
         wish = self.values.get("resume_from_checkpoint")
         if not wish:
@@ -307,6 +393,10 @@ class RunChecker:
                 yield f"{where}: `resume_from_checkpoint`: {output} holds no checkpoint."
         elif not Path(wish).is_dir():
             yield f"{where}: `resume_from_checkpoint`: there is no folder {wish}."
+        elif not (Path(wish) / "trainer_state.json").is_file():
+            inside = sorted(path.name for path in Path(wish).glob("checkpoint-*"))
+            hint = f" It holds {', '.join(inside)}: give one of them." if inside else ""
+            yield f"{where}: `resume_from_checkpoint`: {wish} is no checkpoint of a run (no trainer_state.json).{hint}"
 
     def _evaluation(self) -> Iterator[str]:
         wanted = self.values.get("eval_strategy", "no") != "no" or self.values.get("eval_on_start")
@@ -317,6 +407,31 @@ class RunChecker:
         if self.values.get("overoptimisation") == "stop" and self.values.get("eval_strategy", "no") == "no":
             where = self._where("overoptimisation")
             yield f"{where}: `overoptimisation: stop` compares evaluations. Give `eval_strategy` and `eval_steps`."
+
+
+def judge_of_run(path: Path) -> BuiltInJudge:
+    """The judge that a run file names.
+
+    Raises:
+        UsageError: the file cannot be read, or it names none that this package brings.
+    """
+    problems: list[str] = []
+    entries = {
+        name: entry for name, entry in read_run_file(path, problems).items() if name in ("judge", "judge_kwargs")
+    }
+    checker = RunChecker(entries, read_values(entries, load_fields(), problems, "online-dpo train --help"), path)
+    problems += [*checker.judge_problems("judge")]
+    judge = checker.judges.get("judge")
+    if not problems and not isinstance(judge, BuiltInJudge):
+        problems.append(f"{path}: wanted: `judge: llm`, or `judge` with the folder of a pairwise model.")
+    if problems:
+        raise UsageError(problems)
+    assert isinstance(judge, BuiltInJudge)
+    return judge
+
+
+def holds_model(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in MODEL_FILES)
 
 
 def looks_like_path(text: str) -> bool:

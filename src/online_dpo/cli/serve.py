@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
+
+from online_dpo.cli.parser import OneLineParser, with_hyphens
+from online_dpo.requirements import FLAGS
 
 EXTENSION = "online_dpo.rollout.vllm_worker.WeightUpdates"
 PASSED_ON = {
@@ -22,14 +23,20 @@ PASSED_ON = {
 }
 LORA_RANK = "--lora-rank"
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM can be started for
+CALLED_HERE = {
+    "tp": "tensor_parallel_size",
+    "dp": "data_parallel_size",
+    "max_length": "max_model_len",
+    "max_lora_rank": "lora_rank",
+}
 DEFAULTS = {"--host": "127.0.0.1", "--port": 8000, "--dtype": "auto"}
 
 
 def serve(words: Sequence[str]) -> int:
     """Become the server. Returns (2) only when it cannot be started."""
     command = server_command(words)
-    if importlib.util.find_spec("vllm") is None:
-        print("error: vLLM is not installed here. Install it with `pip install 'online-dpo[vllm]'`.", file=sys.stderr)
+    if FLAGS["use_vllm"].missing:
+        print(f"error: vLLM is not installed here. Install it with: {FLAGS['use_vllm'].install}", file=sys.stderr)
         return 2
     _become(command)
 
@@ -42,7 +49,7 @@ def server_command(words: Sequence[str]) -> list[str]:
     """
     words = list(words)
     cut = words.index("--") if "--" in words else len(words)
-    arguments = vars(_parser().parse_args(words[:cut]))
+    arguments = vars(_parser().parse_args(with_hyphens(words[:cut])))
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", arguments["model"]]
     command += ["--worker-extension-cls", EXTENSION, "--generation-config", "vllm"]
     for option in PASSED_ON:
@@ -56,8 +63,10 @@ def server_command(words: Sequence[str]) -> list[str]:
     return command + words[cut + 1 :]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> OneLineParser:
+    parser = OneLineParser(
+        unknown=" Options of `vllm serve` go behind `--`, such as `-- --enforce-eager`.",
+        called_here=CALLED_HERE,
         prog="online-dpo serve",
         description="Start a vLLM server that a trainer with `use_vllm: true` and `vllm_mode: server` samples from.",
         epilog="Further options of `vllm serve` may follow behind `--`, such as `-- --enforce-eager`.",

@@ -10,69 +10,79 @@ from collections.abc import Sequence
 from typing import Any
 
 from transformers import AutoTokenizer
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from online_dpo.cli.interrupt import InterruptCallback
+from online_dpo.cli.header import INDENT
 from online_dpo.cli.judge_plan import BuiltInJudge
-from online_dpo.cli.progress import ProgressDisplay, plain_warnings, silence_progress_bars
+from online_dpo.cli.progress import ProgressDisplay, no_progress_bars, plain_warnings
 from online_dpo.cli.references import Reference, load_reference
 from online_dpo.cli.run_config import RunConfig
 from online_dpo.cli.run_file import RunPlan
+from online_dpo.cli.screen import say
+from online_dpo.cli.summary import describe_trainer, places
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.data import load_prompts
-from online_dpo.errors import OnlineDPOError
+from online_dpo.errors import NothingTrainedError, OnlineDPOError, TrainingInterrupted, error_text, named_error
+from online_dpo.foreign import loading
 from online_dpo.scoring import LLMJudge, PairwiseModelJudge
 from online_dpo.trainer import OnlineDPOTrainer
 
-SETUP_ERRORS = (ValueError, TypeError, OSError, ImportError, OnlineDPOError)
-"""What wrong input ends in. ``OSError`` is what transformers raises for a model that is nowhere."""
+SETUP_ERRORS = (Exception,)
+"""What wrong input ends in. Libraries have kinds of their own for a file that cannot be read, a hub that cannot be
+reached, or a tracker that lacks its key: here all are told in one line."""
 
 
+EXPLAINED = (ValueError, TypeError, OSError, ImportError, OnlineDPOError)
+"""Kinds whose message stands for itself."""
+
+
+@no_progress_bars()
+@plain_warnings()
 def train(plan: RunPlan, words: Sequence[str], *, show_traceback: bool) -> int:
     """Run a checked plan and return the exit code. ``words`` are the command's own, to say how to resume."""
-    silence_progress_bars()
-    plain_warnings()
-    display, interrupt = ProgressDisplay(), InterruptCallback()
     resume = plan.training.get("resume_from_checkpoint") or None
     try:
-        trainer = build_trainer(plan, display, interrupt)
+        trainer = build_trainer(plan, ProgressDisplay())
     except SETUP_ERRORS as error:
         return report_error(error, 2, show_traceback)
-    try:
-        with interrupt:
-            trainer.train(resume_from_checkpoint=resume)
-    except KeyboardInterrupt:
-        display.close()
-        _say_interrupted("Stopped at once.", interrupt.checkpoint, words)
-        return 130
-    except OnlineDPOError as error:
-        display.close()
-        report_error(error, 1, show_traceback)
-        if interrupt.checkpoint is not None:
-            _say_interrupted("Before that:", interrupt.checkpoint, words)
-        return 1
-    finally:
-        display.close()
     is_main = trainer.is_world_process_zero()
-    if interrupt.stopped:
+    if is_main:
+        say(describe_trainer(trainer), INDENT)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except TrainingInterrupted as stop:
         if is_main:
-            _say_interrupted("Interrupted:", interrupt.checkpoint, words)
+            _say_stopped(str(stop).partition(". ")[0] + ":", stop.checkpoint, words)
         return 130
+    except NothingTrainedError as error:
+        return report_error(error, 3, show_traceback)
+    except Exception as error:  # every end of a run is told in one line; --traceback shows the rest
+        if _is_of_setup(error, trainer):
+            return report_error(error, 2, show_traceback)
+        report_error(error, 1, show_traceback)
+        if trainer.interrupt.checkpoint is not None:
+            _say_stopped("Before that:", trainer.interrupt.checkpoint, words)
+        return 1
     trainer.save_model()
+    trainer.save_state()
     trainer.create_model_card()
     if is_main:
-        print(f"Model saved in {trainer.args.output_dir}")
+        say(places(str(trainer.args.output_dir)))
     return 0
 
 
-def build_trainer(plan: RunPlan, display: ProgressDisplay, interrupt: InterruptCallback) -> OnlineDPOTrainer:
+def _is_of_setup(error: Exception, trainer: OnlineDPOTrainer) -> bool:
+    """Whether the arguments are to blame: some, transformers and torch look at just before the first step."""
+    wrong_input = isinstance(error, SETUP_ERRORS) and not isinstance(error, OnlineDPOError)
+    return wrong_input and trainer.state.global_step == 0
+
+
+def build_trainer(plan: RunPlan, display: ProgressDisplay) -> OnlineDPOTrainer:
     """The trainer of a plan.
 
     Raises:
         ValueError, TypeError, OSError, ImportError, OnlineDPOError: the run cannot be set up as asked.
     """
     run = plan.run
-    # the display below replaces transformers' own output
     given = {name: value for name, value in plan.training.items() if name != "resume_from_checkpoint"}
     rewards = load_rewards(plan.reward_funcs, given.pop("reward_model_path", None))
     gold = load_rewards(plan.eval_reward_funcs, given.pop("eval_reward_model_path", None))
@@ -83,8 +93,9 @@ def build_trainer(plan: RunPlan, display: ProgressDisplay, interrupt: InterruptC
         config=run.dataset_config,
         streaming=run.dataset_streaming,
         limit=run.dataset_limit,
+        types=run.dataset_types,
     )
-    trainer = OnlineDPOTrainer(
+    return OnlineDPOTrainer(
         model=run.model_name_or_path,
         ref_model=run.ref_model_name_or_path,
         reward_funcs=rewards or None,
@@ -96,11 +107,8 @@ def build_trainer(plan: RunPlan, display: ProgressDisplay, interrupt: InterruptC
         peft_config=_peft_config(run),
         eval_reward_funcs=gold or None,
         eval_judge=None if plan.eval_judge is None else load_judge(plan.eval_judge, args),
-        callbacks=[display, interrupt],
+        callbacks=[display],
     )
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    return trainer
 
 
 def _eval_dataset(run: RunConfig) -> Any:
@@ -111,14 +119,16 @@ def _eval_dataset(run: RunConfig) -> Any:
         split=run.dataset_test_split or "train",
         config=run.dataset_config if run.eval_dataset_name is None else None,
         limit=run.eval_limit,
+        types=run.dataset_types,
     )
 
 
 def load_tokenizer(model: str, args: OnlineDPOConfig) -> Any:
     options = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
-    return AutoTokenizer.from_pretrained(
-        model, revision=options.get("revision", "main"), trust_remote_code=args.trust_remote_code
-    )
+    with loading(model):
+        return AutoTokenizer.from_pretrained(
+            model, revision=options.get("revision", "main"), trust_remote_code=args.trust_remote_code
+        )
 
 
 def _peft_config(run: RunConfig) -> Any:
@@ -134,6 +144,10 @@ def _peft_config(run: RunConfig) -> Any:
         lora_dropout=run.lora_dropout,
         # peft knows `all-linear` only as a text, not as a list of one
         target_modules="all-linear" if modules == ["all-linear"] else modules,
+        target_parameters=run.lora_target_parameters,
+        modules_to_save=run.lora_modules_to_save,
+        use_rslora=run.use_rslora,
+        use_dora=run.use_dora,
     )
 
 
@@ -156,12 +170,12 @@ def report_error(error: BaseException, code: int, show_traceback: bool) -> int:
     if show_traceback:
         traceback.print_exception(error)
     else:
-        message = " ".join(str(error).split()) or type(error).__name__
+        message = error_text(error) if isinstance(error, EXPLAINED) else named_error(error)
         print(f"error: {message}\n(--traceback shows where it came from)", file=sys.stderr)
     return code
 
 
-def _say_interrupted(what: str, checkpoint: str | None, words: Sequence[str]) -> None:
+def _say_stopped(what: str, checkpoint: str | None, words: Sequence[str]) -> None:
     if checkpoint is None:
         print(f"{what} No checkpoint was saved.", file=sys.stderr)
         return

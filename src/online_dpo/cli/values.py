@@ -188,7 +188,8 @@ def _describe(kind: ast.expr, spec: FieldSpec) -> str:
 
 
 def _hint(spec: FieldSpec, kinds: list[ast.expr], value: Any) -> str:
-    takes_text = not spec.choices and any(_head(kind) == "str" for kind in kinds)
+    heads = [_head(kind) for kind in kinds]
+    takes_text = not spec.choices and "str" in heads and "dict" not in heads
     return " Write it in quotes." if takes_text and not isinstance(value, (str, list, dict, type(None))) else ""
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from online_dpo.data.convert import without_nulls
 from online_dpo.data.prompts import PREPARED_COLUMNS
+from online_dpo.errors import ForeignCodeError
+from online_dpo.foreign import callable_name, foreign
 from online_dpo.types import Prompt
 
 
@@ -17,6 +21,18 @@ def collate_prompts(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
     """
     columns = dict.fromkeys(column for row in rows for column in row)
     return {column: [row.get(column) for row in rows] for column in columns}
+
+
+@dataclass(frozen=True)
+class UsersCollator:
+    """A data collator of the user's, whose errors name it and the rows."""
+
+    collate: Callable[[list[dict[str, Any]]], dict[str, list[Any]]]
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+        places = ", ".join(str(row.get("prompt_row")) for row in rows)
+        with foreign(f"Data collator `{callable_name(self.collate)}`", f"(rows {places})", raises=ForeignCodeError):
+            return self.collate(rows)
 
 
 def prompts_from_batch(batch: dict[str, list[Any]]) -> list[Prompt]:
@@ -49,6 +65,7 @@ def prompts_from_batch(batch: dict[str, list[Any]]) -> list[Prompt]:
             row=batch["prompt_row"][i],
             columns={column: batch[column][i] for column in others},
             invalid=batch["prompt_invalid"][i],
+            cut=batch["prompt_cut"][i],
         )
         for i in range(lengths["prompt"])
     ]

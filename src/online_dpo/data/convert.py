@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from online_dpo.errors import named_error
 from online_dpo.types import Message
 
 CONVERSATION_COLUMNS = ("chosen", "rejected")
@@ -194,7 +195,7 @@ def _fill(template: str, row: Mapping[str, Any]) -> str:
     try:
         return template.format_map(row)
     except (LookupError, AttributeError, ValueError, TypeError) as error:
-        raise UnusablePrompt(f"the template cannot be filled ({type(error).__name__}: {error})") from None
+        raise UnusablePrompt(f"the template cannot be filled ({named_error(error)})") from None
 
 
 def _checked_text(text: str) -> str:

@@ -1,23 +1,33 @@
 """Read prompts from local files, a folder, a saved dataset or the hub.
 
-`datasets` does the reading (streams of local JSON excepted); this file finds the files and turns failures into messages
-that name them.
+Rows of JSON and CSV files are read by `file_rows`, the same way whether they are streamed or not; all else is read by
+`datasets`, which knows the types of Parquet files and saved datasets. This file finds the files and turns failures into
+messages that name them.
 """
 
 from __future__ import annotations
 
-import codecs
 import glob
-import gzip
 import itertools
-import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_dataset_builder, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    IterableDataset,
+    ReadInstruction,
+    concatenate_datasets,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
 from datasets.exceptions import DatasetsError
+
+from online_dpo.data.file_rows import CSV_SUFFIXES, check_types, file_rows, suffix_of
+from online_dpo.data.json_columns import column_types, json_names, reading_json, stored_features, stored_row
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +38,14 @@ FORMATS = {
     ".jsonl.gz": "json",
     ".ndjson": "json",
     ".ndjson.gz": "json",
-    ".csv": "csv",
-    ".csv.gz": "csv",
+    **dict.fromkeys(CSV_SUFFIXES, "csv"),
     ".parquet": "parquet",
 }
 _HEAD_ROWS = 1000
-"""Rows that tell the columns of a JSON stream."""
+"""Rows, of all files together, that tell the columns of a stream."""
+
+_STORED_VERSION = 1
+"""Raise it when rows are stored differently: what an older version of this code has stored is then not reused."""
 
 _READ_ERRORS = (ValueError, OSError, DatasetsError, StopIteration)
 """What `datasets` raises for unreadable data. pyarrow's and pandas' errors are ValueErrors; StopIteration: no rows."""
@@ -46,11 +58,12 @@ def load_prompts(
     config: str | None = None,
     streaming: bool = False,
     limit: int | None = None,
+    types: Mapping[str, str] | None = None,
 ) -> Dataset | IterableDataset:
     """Load one split of a dataset.
 
     Args:
-        source: a file (.json, .jsonl, .ndjson, .csv, also with .gz; .parquet), a glob of such files, a folder of
+        source: a file (.json, .jsonl, .ndjson, .csv, .tsv, also with .gz; .parquet), a glob of such files, a folder of
             them, a folder written by ``save_to_disk``, or else the name of a dataset on the hub. A file, a glob, and a
             saved dataset without splits are the split that is asked for, whatever its name. The splits of a folder
             follow its files' names (``train-0.jsonl``, ``test.jsonl``), as in `datasets.load_dataset`.
@@ -58,6 +71,9 @@ def load_prompts(
         config: configuration of a hub dataset or a folder.
         streaming: read rows when they are needed, instead of converting the whole dataset first.
         limit: keep only this many rows from the start.
+        types: types of columns of CSV files, such as ``{"year": "int64"}``; the others are text.
+
+    Values of JSON files come out as `json` reads them, and those of Parquet files with their own types.
 
     Raises:
         ValueError: the source or split does not exist (what exists is named), cannot be read (a malformed JSON line is
@@ -66,18 +82,25 @@ def load_prompts(
     if limit is not None and limit < 1:
         raise ValueError(f"`limit` must be at least 1; it is {limit}.")
     path = Path(source).expanduser()
+    check_types(types or {})
+    is_folder = path.is_dir() and not _is_saved(path)
+    are_files = path.is_file() or (not path.is_dir() and _looks_like_files(source))
+    if types and not (is_folder or are_files):
+        _warn_ignored(source)
     if _is_saved(path):
         dataset = _load_saved(path, split, config, streaming)
-    elif path.is_dir():
-        dataset = _load_files(source, _files_of_folder(path, config), split, streaming)
-    elif path.is_file() or _looks_like_files(source):
+    elif is_folder:
+        dataset = _load_files(source, _files_of_folder(path, config), split, streaming, types or {})
+    elif are_files:
         if config is not None:
             raise ValueError(f"`config` ({config!r}) has no meaning for files ({source}). Leave it out.")
         split_name = split.partition("[")[0]
-        dataset = _load_files(source, {split_name: _matching_files(path)}, split, streaming)
+        dataset = _load_files(source, {split_name: _matching_files(path)}, split, streaming, types or {})
     else:
         dataset = _load_hub(source, split, config, streaming)
-    return dataset if limit is None else dataset.take(limit)
+    if limit is None:
+        return dataset
+    return dataset.take(limit if isinstance(dataset, IterableDataset) else min(limit, len(dataset)))
 
 
 def _is_saved(path: Path) -> bool:
@@ -101,13 +124,7 @@ def _load_saved(path: Path, split: str, config: str | None, streaming: bool) -> 
 
 
 def _looks_like_files(source: str) -> bool:
-    return glob.has_magic(source) or source.startswith(("/", "./", "../", "~")) or _suffix(Path(source)) in FORMATS
-
-
-def _suffix(path: Path) -> str:
-    """``.jsonl.gz`` for ``a.b.jsonl.gz``, ``.csv`` for ``a.b.csv``; in lower case."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    return "".join(suffixes[-2:]) if suffixes[-1:] == [".gz"] else "".join(suffixes[-1:])
+    return glob.has_magic(source) or source.startswith(("/", "./", "../", "~")) or suffix_of(Path(source)) in FORMATS
 
 
 def _matching_files(path: Path) -> list[Path]:
@@ -116,7 +133,7 @@ def _matching_files(path: Path) -> list[Path]:
     files = [match for match in found if match.is_file()]
     if not files:
         raise ValueError(f"No file {path}. {_what_exists(path.parent)}")
-    unknown = [str(file) for file in files if _suffix(file) not in FORMATS]
+    unknown = [str(file) for file in files if suffix_of(file) not in FORMATS]
     if unknown:
         raise ValueError(f"Cannot tell the format of {', '.join(unknown)}. Known endings: {', '.join(FORMATS)}.")
     return files
@@ -132,15 +149,15 @@ def _what_exists(folder: Path) -> str:
 
 def _files_of_folder(folder: Path, config: str | None) -> dict[str, list[Path]]:
     """Files of every split, as `datasets` assigns them by their names."""
-    known = sorted(file for file in folder.rglob("*") if file.is_file() and _suffix(file) in FORMATS)
-    formats = sorted({FORMATS[_suffix(file)] for file in known})
+    known = sorted(file for file in folder.rglob("*") if file.is_file() and suffix_of(file) in FORMATS)
+    formats = sorted({FORMATS[suffix_of(file)] for file in known})
     if not known:
         raise ValueError(f"{folder} holds no file ending in {', '.join(FORMATS)}. {_what_exists(folder)}")
     if len(formats) > 1:
         # `datasets` would take the most frequent format and drop the other files without a word.
         raise ValueError(
             f"{folder} mixes {' and '.join(formats)} files; only one format can be read at a time. Give a glob, such "
-            f"as {folder / ('*' + _suffix(known[0]))}."
+            f"as {folder / ('*' + suffix_of(known[0]))}."
         )
     try:
         found: Mapping[Any, Any] = load_dataset_builder(str(folder), config).config.data_files or {}
@@ -154,91 +171,121 @@ def _files_of_folder(folder: Path, config: str | None) -> dict[str, list[Path]]:
     return splits
 
 
-def _load_files(source: str, files: dict[str, list[Path]], split: str, streaming: bool) -> Dataset | IterableDataset:
+def _load_files(
+    source: str, files: dict[str, list[Path]], split: str, streaming: bool, types: Mapping[str, str]
+) -> Dataset | IterableDataset:
     every_file = [file for split_files in files.values() for file in split_files]
-    formats = sorted({FORMATS[_suffix(file)] for file in every_file})
+    formats = sorted({FORMATS[suffix_of(file)] for file in every_file})
     if len(formats) > 1:
         raise ValueError(f"{source} mixes {' and '.join(formats)} files; only one format can be read at a time.")
-    read_here = streaming and formats == ["json"]
-    if (split if read_here else split.partition("[")[0].partition("+")[0]) not in files:
+    if types and formats != ["csv"]:
+        _warn_ignored(source)
+    if (split if streaming else split.partition("[")[0].partition("+")[0]) not in files:
         listed = "; ".join(f"{name} ({', '.join(map(str, split_files))})" for name, split_files in files.items())
         raise ValueError(f"{source} has no split {split!r}. Its splits are: {listed}.")
     empty = [str(file) for file in every_file if file.stat().st_size == 0]
     if empty:
         raise ValueError(f"There are no prompts in {', '.join(empty)}: the file is empty.")
-    if read_here:
-        return _stream_json(source, files[split])
+    if formats != ["parquet"]:
+        types = types if formats == ["csv"] else {}
+        return _stream_rows(source, files[split], types) if streaming else _map_rows(source, files, split, types)
     # Brackets in a folder's name are no pattern.
     data_files = {name: [glob.escape(str(file.absolute())) for file in group] for name, group in files.items()}
     try:
-        dataset = load_dataset(formats[0], data_files=data_files, split=split, streaming=streaming)
+        dataset = load_dataset("parquet", data_files=data_files, split=split, streaming=streaming)
         if streaming and next(iter(dataset), None) is None:
             raise ValueError("it holds no rows")
     except _READ_ERRORS as error:
-        raise _unreadable(source, every_file, error) from error
+        raise ValueError(
+            f"Cannot read {source} (files: {', '.join(map(str, every_file))}): {_first_cause(error)}"
+        ) from error
     assert isinstance(dataset, (Dataset, IterableDataset))
     return dataset
 
 
-def _stream_json(source: str, files: list[Path]) -> IterableDataset:
-    """A stream of JSON rows that names file and line of a malformed one; each file is a shard.
+def _stream_rows(source: str, files: list[Path], types: Mapping[str, str]) -> IterableDataset:
+    """A stream of rows; each file is a shard.
 
-    `datasets` names neither once it is past a file's beginning, and its own stream cannot be wrapped: inside a worker
-    of a data loader, a stream within a stream would be divided among the workers twice and lose rows.
+    The streams of `datasets` cannot be wrapped: inside a worker of a data loader, a stream within a stream would be
+    divided among the workers twice and lose rows.
     """
-    head = list(itertools.islice(_json_rows(files, ()), _HEAD_ROWS))
+    of_each = max(1, _HEAD_ROWS // len(files))
+    head = [row for file in files for row in itertools.islice(file_rows([file], types), of_each)]
     if not head:
         raise ValueError(f"Cannot read {source}: it holds no rows.")
     columns = tuple(dict.fromkeys(column for row in head for column in row))
-    return IterableDataset.from_generator(_json_rows, gen_kwargs={"files": files, "columns": columns})
+    _check_typed(source, columns, types)
+    return IterableDataset.from_generator(
+        _complete_rows, gen_kwargs={"files": files, "columns": columns, "types": dict(types)}
+    )
 
 
-def _json_rows(files: list[Path], columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """Rows of JSON files: one object a line, or one array. Columns that a row lacks are ``None``.
-
-    Raises:
-        ValueError: a file is malformed. Names the file and the line.
-    """
-    for file in files:
-        try:
-            with gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as lines:
-                start = next((line for line in lines if line.strip()), b"").removeprefix(codecs.BOM_UTF8)
-                lines.seek(0)
-                rows = _array(lines.read()) if start.lstrip().startswith(b"[") else _objects(lines)
-                for row in rows:
-                    yield dict.fromkeys(columns) | row
-        except (OSError, EOFError, _Malformed) as error:
-            raise ValueError(f"Cannot read {file}: {error}.") from error
+def _complete_rows(files: list[Path], columns: tuple[str, ...], types: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """Rows in which columns that they lack are ``None``."""
+    for row in file_rows(files, types):
+        yield dict.fromkeys(columns) | row
 
 
-class _Malformed(Exception):
-    """Where and how a JSON file is malformed."""
-
-
-def _array(content: bytes) -> list[dict[str, Any]]:
+def _map_rows(source: str, files: dict[str, list[Path]], split: str, types: Mapping[str, str]) -> Dataset:
+    """The rows, stored in the cache of `datasets` in a form from which they read back as they are."""
     try:
-        rows = json.loads(content)
-    except json.JSONDecodeError as error:
-        raise _Malformed(f"malformed JSON in line {error.lineno} ({error.msg})") from None
-    except UnicodeDecodeError as error:
-        raise _Malformed(f"not UTF-8 ({error})") from None
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise _Malformed(f"entry {number} is no JSON object (but of type {type(row).__name__})")
-    return rows
+        instruction = ReadInstruction.from_spec(split)
+        asked = sorted({part.splitname for part in instruction.to_absolute(dict.fromkeys(files, 0))})
+    except ValueError as error:
+        raise ValueError(f"Cannot read {source}: {error}") from error
+    kinds = column_types(file_rows([file for name in asked for file in files[name]], types))
+    if not kinds:
+        raise ValueError(f"Cannot read {source}: it holds no rows.")
+    _check_typed(source, kinds, types)
+    kinds |= types
+    stored = {name: _store(files[name], kinds, types) for name in asked}
+    parts = [
+        stored[part.splitname].select(range(part.from_, part.to))
+        for part in instruction.to_absolute({name: len(rows) for name, rows in stored.items()})
+    ]
+    rows = concatenate_datasets(parts)
+    if len(rows) == 0:
+        raise ValueError(f'Cannot read {source}: split "{split}" corresponds to no data.')
+    return reading_json(rows, json_names(kinds))
 
 
-def _objects(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise _Malformed(f"line {number} is no JSON object ({error})") from None
-        if not isinstance(row, dict):
-            raise _Malformed(f"line {number} is no JSON object (but of type {type(row).__name__})")
-        yield row
+def _check_typed(source: str, columns: Collection[str], types: Mapping[str, str]) -> None:
+    unknown = [name for name in types if name not in columns]
+    if unknown:
+        raise ValueError(
+            f"{source} has no column {', '.join(unknown)}, which a type is given for. Its columns are: "
+            f"{', '.join(columns)}."
+        )
+
+
+def _warn_ignored(source: str) -> None:
+    logger.warning(
+        "%s: the given types of columns are ignored; they are for CSV files, and these data have types.", source
+    )
+
+
+def _store(files: list[Path], kinds: Mapping[str, str], types: Mapping[str, str]) -> Dataset:
+    """The table of these rows, made anew when a file has changed."""
+    files = [file.absolute() for file in files]
+    stamps = tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+    return Dataset.from_generator(
+        _stored_rows,
+        features=stored_features(kinds),
+        gen_kwargs={
+            "files": files,
+            "kinds": dict(kinds),
+            "types": dict(types),
+            "made_of": (stamps, _STORED_VERSION),
+        },
+    )  # pyright: ignore[reportReturnType]
+
+
+def _stored_rows(
+    files: list[Path], kinds: Mapping[str, str], types: Mapping[str, str], made_of: Any
+) -> Iterator[dict[str, Any]]:
+    """``made_of`` is part of the cache's key."""
+    for row in file_rows(files, types):
+        yield stored_row(row, kinds)
 
 
 def _load_hub(source: str, split: str, config: str | None, streaming: bool) -> Dataset | IterableDataset:
@@ -253,17 +300,7 @@ def _load_hub(source: str, split: str, config: str | None, streaming: bool) -> D
     return dataset
 
 
-def _unreadable(source: str, files: list[Path], error: BaseException) -> ValueError:
-    """What to tell the user when `datasets` could not read the files: the malformed line, else the first cause."""
-    for file in files:
-        if FORMATS[_suffix(file)] == "json":
-            try:
-                rows = sum(1 for _ in _json_rows([file], ()))
-            except ValueError as malformed:
-                return malformed
-            if rows == 0:
-                return ValueError(f"Cannot read {file}: it holds no rows.")
-    cause: BaseException = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    return ValueError(f"Cannot read {source} (files: {', '.join(map(str, files))}): {cause or type(cause).__name__}")
+def _first_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error) or type(error).__name__

@@ -18,13 +18,15 @@ from transformers import PreTrainedTokenizerBase
 
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.data.convert import PromptSource, UnusablePrompt, find_source, without_nulls
+from online_dpo.data.cut import cut_message
+from online_dpo.data.json_columns import dataset_from_rows, json_columns_of, reading_json
 from online_dpo.data.tokens import fit_messages, fit_text
 from online_dpo.errors import InvalidPromptError
 from online_dpo.types import Message
 
 logger = logging.getLogger(__name__)
 
-ADDED_COLUMNS = ("prompt_ids", "prompt_row", "prompt_invalid")
+ADDED_COLUMNS = ("prompt_ids", "prompt_row", "prompt_invalid", "prompt_cut")
 PREPARED_COLUMNS = ("prompt", *ADDED_COLUMNS)
 _OWN_TEMPLATE_ARGUMENTS = ("conversation", "tokenize", "add_generation_prompt", "continue_final_message")
 _PROBED_STREAM_ROWS = 100
@@ -54,10 +56,10 @@ def prepare_prompts(
     Returns:
         The dataset with all its columns and ``prompt`` (text or messages, cut like its tokens), ``prompt_ids`` (token
         ids, at most ``args.prompt_limit``), ``prompt_row`` (place in the source dataset; of a stream: in the order it
-        is read, counted by each worker of a data loader for itself) and ``prompt_invalid``; and how many rows were left
-        out, by reason. With ``invalid_prompts="filter"`` a map-style dataset loses its invalid rows (``prompt_invalid``
-        is ``None`` in the rest); a stream keeps them with the reason in ``prompt_invalid`` and no ``prompt_ids``, and
-        its counter is empty.
+        is read, counted by each worker of a data loader for itself), ``prompt_invalid`` and ``prompt_cut`` (whether it
+        was longer); and how many rows were left out, by reason. With ``invalid_prompts="filter"`` a map-style dataset
+        loses its invalid rows (``prompt_invalid`` is ``None`` in the rest); a stream keeps them with the reason in
+        ``prompt_invalid`` and no ``prompt_ids``, and its counter is empty.
 
     Raises:
         TypeError: the dataset is of another type.
@@ -75,6 +77,8 @@ def prepare_prompts(
     if "prompt" in columns and source.template is None and source.column != "prompt":
         logger.warning("%s: the prompts are read from %s and replace the column `prompt`.", name, source)
     source, kind = _settle_kind(rows, source, tokenizer, args, name)
+    as_json = json_columns_of(rows)
+    keeps_json = kind == "messages" and source.column in as_json
     prepare_row = PromptRow(
         tokenizer=tokenizer,
         source=source,
@@ -84,6 +88,7 @@ def prepare_prompts(
         raise_invalid=args.invalid_prompts == "error",
         name=name,
         chat_template_kwargs=_template_kwargs(args),
+        prompt_as_json=keeps_json,
     )
     if isinstance(rows, IterableDataset):
         return rows.map(prepare_row, with_indices=True), Counter()
@@ -94,14 +99,21 @@ def prepare_prompts(
         num_proc=args.dataset_num_proc,
         desc=f"Preparing {name}",
     )
-    return _leave_out_invalid(prepared, name)
+    of_prompt = ("prompt",) if keeps_json else ()
+    prepared = reading_json(prepared, [*(column for column in as_json if column != "prompt"), *of_prompt])
+    usable, left_out = _leave_out_invalid(prepared, name)
+    cut = sum(usable["prompt_cut"][:])
+    if cut and args.process_index == 0:
+        logger.warning(cut_message(name, cut, len(usable), args))
+    return usable, left_out
 
 
 @dataclass(frozen=True)
 class PromptRow:
-    """The row function: a row and its index to the four prepared columns. Picklable; its state is the cache key.
+    """The row function: a row and its index to the five prepared columns. Picklable; its state is the cache key.
 
     ``raise_invalid``: an unusable row raises ``InvalidPromptError``; otherwise it gets a reason and no tokens.
+    ``prompt_as_json``: the prompt comes as JSON text (see `json_columns`).
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -112,7 +124,8 @@ class PromptRow:
     raise_invalid: bool
     name: str
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    version: int = 2
+    prompt_as_json: bool = False
+    version: int = 3
     """Raise it when rows come out differently: a cached dataset of an older version of this code is then not reused."""
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
@@ -121,10 +134,10 @@ class PromptRow:
             if isinstance(content, str) != (self.kind == "text"):
                 raise UnusablePrompt(f"this row holds {_kind_of(content)}, other rows hold {self.kind}")
             if isinstance(content, str):
-                content, ids = fit_text(self.tokenizer, content, self.limit, self.truncate)
+                fitted, ids = fit_text(self.tokenizer, content, self.limit, self.truncate)
             else:
                 arguments = self._template_arguments(row)
-                content, ids = fit_messages(self.tokenizer, content, arguments, self.limit, self.truncate)
+                fitted, ids = fit_messages(self.tokenizer, content, arguments, self.limit, self.truncate)
         except UnusablePrompt as why:
             if self.raise_invalid:
                 raise InvalidPromptError(
@@ -132,8 +145,14 @@ class PromptRow:
                     'set `invalid_prompts="filter"` to leave such rows out; they are then counted.'
                 ) from None
             empty = "" if self.kind == "text" else []
-            return {"prompt": empty, "prompt_ids": [], "prompt_row": index, "prompt_invalid": str(why)}
-        return {"prompt": content, "prompt_ids": ids, "prompt_row": index, "prompt_invalid": None}
+            return self._columns(empty, [], index, invalid=str(why))
+        return self._columns(fitted, ids, index, cut=fitted is not content)  # what fits comes back as it is
+
+    def _columns(
+        self, prompt: Any, ids: list[int], row: int, *, invalid: str | None = None, cut: bool = False
+    ) -> dict[str, Any]:
+        values = (json.dumps(prompt) if self.prompt_as_json else prompt, ids, row, invalid, cut)
+        return dict(zip(PREPARED_COLUMNS, values, strict=True))
 
     def _template_arguments(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The configuration's arguments, the row's own ones over them, and the row's tools."""
@@ -151,15 +170,15 @@ class PromptRow:
 
 
 def _as_dataset(dataset: Any, name: str) -> Dataset | IterableDataset:
-    if isinstance(dataset, (Dataset, IterableDataset)):
+    if isinstance(dataset, Dataset):
+        return reading_json(dataset, json_columns_of(dataset))
+    if isinstance(dataset, IterableDataset):
         return dataset.with_format(None)
     if isinstance(dataset, list):
         wrong = [index for index, row in enumerate(dataset) if not isinstance(row, dict)]
         if wrong:
             raise TypeError(f"{name} is a list, so its rows must be dicts; row {wrong[0]} is {dataset[wrong[0]]!r}.")
-        columns = dict.fromkeys(column for row in dataset for column in row)
-        # "use_json" lets rows differ in type; the row function then names the ones that are no prompt.
-        return Dataset.from_dict({c: [row.get(c) for row in dataset] for c in columns}, on_mixed_types="use_json")
+        return dataset_from_rows(dataset)  # rows may differ in type; the row function names those that are no prompt
     hint = f" Choose a split: {', '.join(map(str, dataset))}." if isinstance(dataset, Mapping) else ""
     raise TypeError(
         f"{name} must be a datasets.Dataset, a datasets.IterableDataset or a list of dicts, "
@@ -231,7 +250,15 @@ def _prepared_features(features: Features, source: PromptSource, kind: PromptKin
     else:
         prompt = features[source.column]
     added = {"prompt": prompt, "prompt_ids": List(Value("int32"))}
-    return Features({**features, **added, "prompt_row": Value("int64"), "prompt_invalid": Value("string")})
+    return Features(
+        {
+            **features,
+            **added,
+            "prompt_row": Value("int64"),
+            "prompt_invalid": Value("string"),
+            "prompt_cut": Value("bool"),
+        }
+    )
 
 
 def _leave_out_invalid(prepared: Dataset, name: str) -> tuple[Dataset, Counter[str]]:

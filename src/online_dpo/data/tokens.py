@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from online_dpo.data.convert import UnusablePrompt
+from online_dpo.errors import error_text
 from online_dpo.types import Message
 
 
@@ -28,7 +28,7 @@ def fit_text(tokenizer: PreTrainedTokenizerBase, text: str, limit: int | None, t
     _check_may_cut(truncate, limit)
     ids = truncate_left(ids, limit, kept_first)
     own = ids[kept_first:] if kept_first < limit else ids
-    return str(tokenizer.decode(own, skip_special_tokens=False)), ids
+    return _as_written(tokenizer, own), ids
 
 
 def fit_messages(
@@ -73,7 +73,7 @@ def _without_beginning(tokenizer: PreTrainedTokenizerBase, message: Message, cou
     ids = _own_tokens(tokenizer, content)
     if len(ids) <= count:
         raise UnusablePrompt("the prompt leaves no room for a completion, even with its first message cut away")
-    return {**message, "content": str(tokenizer.decode(ids[count:], skip_special_tokens=False))}
+    return {**message, "content": _as_written(tokenizer, ids[count:])}
 
 
 def _check_may_cut(truncate: bool, limit: int) -> None:
@@ -82,6 +82,10 @@ def _check_may_cut(truncate: bool, limit: int) -> None:
             f"the prompt is longer than {limit} tokens and leaves no room for a completion; "
             "raise `max_length`, or let `truncate_prompts` cut it"
         )
+
+
+def _as_written(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def _own_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -128,8 +132,8 @@ def tokenize_messages(
     }
     try:
         text = tokenizer.apply_chat_template(messages, **{**template_arguments, **own})
-    except (TemplateError, ValueError, TypeError) as error:
-        raise UnusablePrompt(f"the chat template refuses the messages ({error})") from None
+    except Exception as error:  # a template is a program of the tokenizer's makers
+        raise UnusablePrompt(f"the chat template refuses the messages ({error_text(error)})") from None
     assert isinstance(text, str)
     ids = _own_tokens(tokenizer, text)
     if not ids:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.trainer_callback import PrinterCallback
 
 from online_dpo.chance import preference_by_score
+from online_dpo.conclusions import comparison_conclusion
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.data import load_prompts, prepare_prompts, prompts_from_batch
 from online_dpo.evaluate import win_rate
@@ -183,6 +184,10 @@ def report(console: Console, before: Judged, after: Judged, summary: dict[str, A
         f"Win rate {_percent(summary, 'win_rate')} against the starting policy by the rubric, at a KL of "
         f"{summary['kl']:.1f} nats. {summary['steps']} steps, {summary['seconds']:.0f} s."
     )
+    interval = {"value": summary["win_rate"], "low": low, "high": high}
+    console.print(
+        comparison_conclusion("The trained policy", "the one it started as", len(before.gold), interval, None)
+    )
 
 
 def _percent(summary: dict[str, Any], name: str) -> str:
@@ -224,7 +229,7 @@ def _texts(group: Group) -> tuple[str, str]:
 def _prompts(file: Path, tokenizer: PreTrainedTokenizerBase, args: OnlineDPOConfig) -> list[Prompt]:
     dataset, _ = prepare_prompts(load_prompts(str(file)), tokenizer, args, name="prompts_test")
     assert isinstance(dataset, Dataset)
-    return prompts_from_batch(dataset.to_dict())  # pyright: ignore[reportArgumentType]
+    return prompts_from_batch(dataset[:])
 
 
 def _mean_of(log_history: list[dict[str, Any]], name: str) -> float:

@@ -17,7 +17,7 @@ from torch import nn
 from online_dpo.attention import attention_inputs, layer_kinds, window_of
 from online_dpo.last_layer import reading
 from online_dpo.layout import PADDING, cut
-from online_dpo.models import accepts_argument, hands_on_arguments, unwrapped
+from online_dpo.models import accepts_argument, hands_on_arguments, logits_alone, unwrapped
 from online_dpo.rollout.engine import SamplingParams
 from online_dpo.rollout.memory import Memory, our_attention
 from online_dpo.rollout.sampling import next_tokens
@@ -79,6 +79,7 @@ class Decoder(StepwiseDecoder):
         self._base: Any = unwrapped(model)  # once: it takes milliseconds
         self.config: Any = self._base.config.get_text_config()
         self._windows = {kind: window_of(self.config, kind) for kind in set(layer_kinds(self.config))}
+        self._logits_alone = logits_alone(model)
         self._last_only = {"logits_to_keep": 1} if accepts_argument(model, "logits_to_keep") else {}
 
     def prefill(self) -> torch.Tensor:
@@ -139,6 +140,7 @@ class Decoder(StepwiseDecoder):
                 attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
                 use_cache=False,
                 memory=self.memory,
+                **self._logits_alone,
             )
         return output.logits[:, -1]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from online_dpo.config import OnlineDPOConfig
@@ -100,11 +101,13 @@ class Engine(Protocol):
     """Samples K completions for each prompt, in the order of the prompts, with the weights of the last `sync`.
 
     ``has_own_weights``: they are a copy, so that it has to be checked that they are the model's. ``overlaps``:
-    `generate` may run in another thread while the model is trained.
+    `generate` may run in another thread while the model is trained. ``own_dtype``: what it computes in, where that is
+    not what the model computes in.
     """
 
     has_own_weights: bool
     overlaps: bool
+    own_dtype: torch.dtype | None
 
     def sync(self, model: nn.Module, version: int) -> None:
         """Sample with these weights from now on, and stamp completions with this policy version. Where there are

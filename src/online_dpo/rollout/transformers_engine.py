@@ -11,8 +11,8 @@ Shapes: ``P`` prompts (or groups ``G``), ``K`` completions, ``B = P * K`` sequen
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -21,8 +21,11 @@ from torch import nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
-from online_dpo.models import MOST_ROUNDING, ROUNDING, computing_dtype, empty_device_cache, eval_mode, unwrapped
+from online_dpo.borrowing import eval_mode, kept_attributes
+from online_dpo.errors import named_error
+from online_dpo.models import MOST_ROUNDING, ROUNDING, computing_dtype, empty_device_cache, logits_alone, unwrapped
 from online_dpo.onednn import onednn_linears
+from online_dpo.rollout.completion_text import completion_texts
 from online_dpo.rollout.decoding import Decoder, StepwiseDecoder, can_decode
 from online_dpo.rollout.engine import RolloutKey, SamplingParams
 from online_dpo.rollout.sampling import next_tokens, token_logprobs, uniform_numbers
@@ -53,6 +56,7 @@ class TransformersEngine:
 
     has_own_weights = False
     overlaps = False
+    own_dtype: torch.dtype | None = None
 
     def __init__(
         self,
@@ -122,7 +126,7 @@ class TransformersEngine:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever an unknown model does with such a forward pass
-            return f"it fails with {type(error).__name__}: {error}"
+            return f"it fails with {named_error(error)}"
         completions = [(g.prompt, c) for g in batch.groups(self.tokenizer, 0) for c in g.completions]
         found = max(self._difference(prompt, completion) for prompt, completion in completions)
         allowed = MOST_ROUNDING * ROUNDING[computing_dtype(self.model)]
@@ -243,20 +247,30 @@ class TransformersEngine:
             pad_token_id=batch.pad_token_id,
             **params.extra,
         )
-        base = unwrapped(self.model)
-        own_config, base.generation_config = base.generation_config, GenerationConfig()  # it would fill gaps in ours
-        hook = base.register_forward_hook(keep_raw_logits)
-        try:
-            self.model.generate(  # pyright: ignore[reportCallIssue]
+        with self._generating(keep_raw_logits) as model:
+            model.generate(
                 input_ids=ids_BT,
                 attention_mask=mask_BT,
                 generation_config=generation_config,
-                logits_processor=LogitsProcessorList([leave_only_our_draw]),  # pyright: ignore[reportArgumentType]
-                stopping_criteria=StoppingCriteriaList([finished]),  # pyright: ignore[reportArgumentType]
+                logits_processor=LogitsProcessorList([leave_only_our_draw]),
+                stopping_criteria=StoppingCriteriaList([finished]),
+                **logits_alone(model),
             )
-        finally:
-            hook.remove()
-            base.generation_config = own_config
+
+    @contextmanager
+    def _generating(self, hook: Callable[[nn.Module, Any, Any], None]) -> Iterator[Any]:
+        """The model for its own `generate`, with a hook after each forward pass, and without a generation config of its
+        own, which would fill gaps in ours.
+        """
+        model: Any = self.model
+        base = unwrapped(model)
+        with ExitStack() as stack:
+            stack.enter_context(kept_attributes(base, "generation_config"))
+            if base is not model:  # PEFT hands on its own, and leaves it behind
+                stack.enter_context(kept_attributes(model.base_model, "prepare_inputs_for_generation"))
+            base.generation_config = GenerationConfig()
+            stack.callback(base.register_forward_hook(hook).remove)
+            yield model
 
     def _stop_strings(self, params: SamplingParams) -> StopStringCriteria | None:
         return StopStringCriteria(self.tokenizer, list(params.stop_strings)) if params.stop_strings else None
@@ -327,7 +341,7 @@ class _Batch:
         lengths, stopped = self.length_B.tolist(), self.stopped_B.tolist()
         ids = [row[:n] for row, n in zip(self.ids_BT.tolist(), lengths, strict=True)]
         logprobs = [row[:n] for row, n in zip(self.logprobs_BT.tolist(), lengths, strict=True)]
-        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        texts = completion_texts(tokenizer, self.prompts, ids)
         completions = [
             Completion(
                 token_ids=tuple(ids[b]),

@@ -23,6 +23,7 @@ from torch import nn
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.tensor import DTensor
 
+from online_dpo.errors import error_text
 from online_dpo.models import unwrapped
 from online_dpo.rollout.vllm_client import VLLMClient
 from online_dpo.rollout.vllm_worker import device_name
@@ -170,7 +171,7 @@ def _address_for(client: VLLMClient) -> str:
     try:
         return own_address(url.hostname, url.port or PORTS[url.scheme])
     except OSError as error:
-        raise ValueError(f"{client.url} cannot be reached: {error}.") from error
+        raise ValueError(f"{client.url} cannot be reached: {error_text(error)}.") from error
 
 
 def _listen(addresses: Sequence[str], port: int) -> socket.socket:

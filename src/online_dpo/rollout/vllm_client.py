@@ -11,7 +11,7 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from online_dpo.errors import RolloutServerError
+from online_dpo.errors import RolloutServerError, named_error
 
 T = TypeVar("T")
 
@@ -78,7 +78,7 @@ class VLLMClient:
                     hint = TAKES_NO_WEIGHTS if error.code == 404 or "is not implemented" in cause else ""
                     raise RolloutServerError(f"{self.url}{path} failed: {cause}.{hint}") from error
             except (OSError, http.client.HTTPException, json.JSONDecodeError, RuntimeError) as error:
-                cause = f"{type(error).__name__}: {error}"
+                cause = named_error(error)
             now = time.monotonic()
             first_failure = now if first_failure is None else first_failure
             if now + pause - first_failure > self.timeout:

@@ -6,24 +6,22 @@ GPU while the trainer works.
 
 from __future__ import annotations
 
-import os
-import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from online_dpo.config import OnlineDPOConfig
+from online_dpo.errors import error_text
 from online_dpo.models import context_length, empty_device_cache, unwrapped
+from online_dpo.process_state import environment, kept_random_state
 from online_dpo.rollout.engine import RolloutKey, SamplingParams
 from online_dpo.rollout.vllm_requests import build_groups, build_requests, from_output, vllm_sampling
-from online_dpo.rollout.vllm_worker import EXTENSION
+from online_dpo.rollout.vllm_worker import EXTENSION, coarsest
 from online_dpo.rollout.weight_sync import named_weights, write_weights
 from online_dpo.types import Group, Prompt
 
@@ -64,10 +62,12 @@ class VLLMColocateEngine:
         self._owns_process_group = not torch.distributed.is_initialized()
         _check_options(args)
         options = {**engine_options(model, args), **(vllm_options or {})}
-        with TemporaryDirectory(prefix="online-dpo-vllm-") as folder, random_state_kept():
+        # vLLM seeds all generators when it starts, and draws from torch's later on
+        with TemporaryDirectory(prefix="online-dpo-vllm-") as folder, kept_random_state():
             unwrapped(model).config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             self._llm = _start_vllm(folder, options)
+        self.own_dtype: torch.dtype | None = coarsest(self._llm.collective_rpc("online_dpo_dtype"))
         self._fall_asleep()
 
     def sync(self, model: nn.Module, version: int) -> None:
@@ -97,7 +97,7 @@ class VLLMColocateEngine:
         requests = build_requests(prompts, num_completions, vllm_sampling(params), key)
         self._wake("weights")
         self._wake("kv_cache")
-        with random_state_kept():
+        with kept_random_state():
             outputs = self._llm.generate(
                 [{"prompt_token_ids": list(request.prompt_ids)} for request in requests],
                 [VLLMParams(**request.options, detokenize=bool(params.stop_strings)) for request in requests],
@@ -163,16 +163,6 @@ def engine_options(model: nn.Module, args: OnlineDPOConfig) -> dict[str, Any]:
     return options
 
 
-@contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Puts the global random states back: vLLM seeds all of them when it starts, and draws from torch's later on."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
-        yield
-    random.setstate(python_state)
-    np.random.set_state(numpy_state)
-
-
 def _check_options(args: OnlineDPOConfig) -> None:
     if args.vllm_enable_sleep_mode and not torch.cuda.is_available():
         raise ValueError(
@@ -190,11 +180,11 @@ def _several_ranks() -> bool:
 
 
 def _start_vllm(folder: str, options: dict[str, Any]) -> Any:
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are handed over by reference
     try:
         from vllm import LLM  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(
-            f"`use_vllm` needs vLLM, which cannot be imported ({error}). Install `online-dpo[vllm]`."
+            f"`use_vllm` needs vLLM, which cannot be imported ({error_text(error)}). Install `online-dpo[vllm]`."
         ) from error
-    return LLM(model=folder, **options)
+    with environment(VLLM_ENABLE_V1_MULTIPROCESSING="0"):  # weights are handed over by reference
+        return LLM(model=folder, **options)

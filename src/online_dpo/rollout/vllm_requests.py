@@ -13,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from online_dpo.rollout.completion_text import completion_texts
 from online_dpo.rollout.engine import RolloutKey, SamplingParams
 from online_dpo.types import Completion, FinishReason, Group, Prompt
 
@@ -122,8 +123,8 @@ def build_groups(
 ) -> list[Group]:
     """The groups of what was sampled for `build_requests`, in its order."""
     if not sampled:
-        return []  # `batch_decode` makes one text of nothing
-    texts = tokenizer.batch_decode([list(s.token_ids) for s in sampled], skip_special_tokens=True)
+        return []
+    texts = completion_texts(tokenizer, prompts, [s.token_ids for s in sampled])
     completions = [
         Completion(s.token_ids, s.logprobs, s.finish_reason, version, text)
         for s, text in zip(sampled, texts, strict=True)

@@ -38,7 +38,7 @@ from online_dpo.rollout.vllm_requests import (
     from_response,
     vllm_sampling,
 )
-from online_dpo.rollout.vllm_worker import shape_of
+from online_dpo.rollout.vllm_worker import coarsest, shape_of
 from online_dpo.rollout.weight_sync import write_weights
 from online_dpo.types import Group, Prompt
 
@@ -95,11 +95,13 @@ class VLLMServerEngine:
         self._label = ""
         self._folder: Path | None = None
         self._owned: TemporaryDirectory[str] | None = None
-        ranks = []
+        ranks, dtypes = [], []
         for client in self._clients:
             client.call("/health")
             # a server that takes nothing says so here, and not at the first sync
             ranks += client.rpc("online_dpo_lora_rank")
+            dtypes += client.rpc("online_dpo_dtype")
+        self.own_dtype: torch.dtype | None = coarsest(dtypes)
         self._lora_rank = int(min(ranks, key=int))
         if self._lora_rank == 0 and set(ranks) != {"0"}:
             raise ValueError("Some servers take adapters and others do not. Give all of them `--lora-rank`, or none.")

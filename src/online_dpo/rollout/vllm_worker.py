@@ -54,6 +54,10 @@ class WeightUpdates:
         config = self.vllm_config.lora_config  # pyright: ignore[reportAttributeAccessIssue]
         return str(config.max_lora_rank if config else 0)
 
+    def online_dpo_dtype(self) -> str:
+        """The type of its weights and of what it computes, such as ``bfloat16``."""
+        return str(self.model_config.dtype).removeprefix("torch.")  # pyright: ignore[reportAttributeAccessIssue]
+
     def online_dpo_device(self) -> str:
         """What it computes on: see `device_name`."""
         return device_name(self.device)  # pyright: ignore[reportAttributeAccessIssue]
@@ -136,6 +140,15 @@ def shape_of(config: Any) -> dict[str, Any]:
     """The fields of a text model's config that tell it from a model whose weights would not fit."""
     values = config.to_dict()
     return {name: values[name] for name in SHAPE_FIELDS if name in values}
+
+
+def coarsest(dtypes: Iterable[str]) -> torch.dtype:
+    """That of the workers' types which rounds most.
+
+    >>> coarsest(["float32", "bfloat16"])
+    torch.bfloat16
+    """
+    return max((getattr(torch, name) for name in dtypes), key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def device_name(device: torch.device) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +25,9 @@ from torch.distributed import (
     PrefixStore,  # pyright: ignore[reportPrivateImportUsage]
     TCPStore,  # pyright: ignore[reportPrivateImportUsage]
 )
+
+from online_dpo.errors import error_text
+from online_dpo.process_state import environment
 
 BUCKET_BYTES = 256 << 20
 ALIGNMENT = 16  # bytes; that of the largest dtype
@@ -84,7 +86,7 @@ class Meeting:
             yield
         except BaseException as error:
             with suppress(RuntimeError):  # without the store they know it already
-                self.store.set("over", f"{who} gave up: {error}")
+                self.store.set("over", f"{who} gave up: {error_text(error)}")
             raise
 
     def _look(self, what: str) -> None:
@@ -276,17 +278,9 @@ def _surviving_failures() -> Iterator[None]:
     server, the training run.
     """
     variable = "TORCH_NCCL_ASYNC_ERROR_HANDLING"  # read when a group is made; 0: leave failures to the caller
-    with _environment_lock:
-        before = os.environ.get(variable)
-        os.environ[variable] = "0"
-        try:
-            yield
-        finally:
-            del os.environ[variable]
-            if before is not None:
-                os.environ[variable] = before
+    with _environment_lock, environment(**{variable: "0"}):
+        yield
 
 
 def _first_line(error: Exception) -> str:
-    """torch's errors go on with a stack of C++."""
-    return str(error).partition("\n")[0]
+    return error_text(error, first_line=True)

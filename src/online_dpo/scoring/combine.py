@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 import os
 import statistics
 import warnings
@@ -11,16 +12,19 @@ from collections.abc import Callable, Collection, Sequence
 from fractions import Fraction
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.errors import ScoringError
-from online_dpo.models import looks_local, to_device
+from online_dpo.foreign import among_rows, at_row, callable_name, foreign
+from online_dpo.models import looks_local, same_source, source_of, to_device
+from online_dpo.requirements import adapter_problem
 from online_dpo.scoring.functions import FunctionScorer, submit, wait_for
 from online_dpo.scoring.penalties import NO_PENALTIES, Penalties
 from online_dpo.scoring.reward_model import RewardModelScorer, check_reward_model, last_part, load_reward_model
-from online_dpo.scoring.scorer import AsyncPointwiseScorer, PointwiseScorer, callable_name, describe
+from online_dpo.scoring.scorer import AsyncPointwiseScorer, PointwiseScorer, describe
 from online_dpo.types import Group, Scores
 
 RewardFunc = str | nn.Module | Callable[..., Any] | PointwiseScorer
@@ -133,7 +137,7 @@ def score_groups(
         ]
     by_scorer = {
         name: [[_finite(value) for value in row] for row in scores]
-        for name, scores in zip(_unique_names(scorers), raw, strict=True)
+        for name, scores in zip(unique_names(scorers), raw, strict=True)
     }
     return Scores(values, by_scorer, normalized)
 
@@ -186,28 +190,38 @@ def _run(groups: Sequence[Group], scorers: Sequence[PointwiseScorer]) -> list[Va
         for key, scorer in distinct.items()
         if isinstance(scorer, AsyncPointwiseScorer) and scorer.is_async
     }
+    results: dict[int, Values] = {}
     try:
-        results = {key: scorer.score(groups) for key, scorer in distinct.items() if key not in waiting}
-        results |= {key: wait_for(future) for key, future in waiting.items()}
+        for key, scorer in sorted(distinct.items(), key=lambda item: item[0] in waiting):  # those that wait last
+            with foreign(f"Scorer `{scorer.name}`", lambda: among_rows(groups)):
+                said = wait_for(waiting[key]) if key in waiting else scorer.score(groups)
+                results[key] = [list(row) for row in said]
+            _check_scores(scorer.name, results[key], groups)
     finally:
         for future in waiting.values():
             future.cancel()
-    shape = [len(group.completions) for group in groups]
-    for key, scorer in distinct.items():
-        returned = [len(row) for row in results[key]]
-        if returned != shape:
-            raise ScoringError(
-                f"Scorer `{scorer.name}` returned lists of {returned} scores for groups of {shape} completions. Return "
-                "one list for each group, with one score for each completion."
-            )
     return [results[id(scorer)] for scorer in scorers]
+
+
+def _check_scores(name: str, scores: Values, groups: Sequence[Group]) -> None:
+    returned, shape = [len(row) for row in scores], [len(group.completions) for group in groups]
+    if returned != shape:
+        raise ScoringError(
+            f"Scorer `{name}` returned lists of {returned} scores for groups of {shape} completions. Return one list "
+            "for each group, with one score for each completion."
+        )
+    for group, row in zip(groups, scores, strict=True):
+        wrong = [value for value in row if value is not None and not isinstance(value, (numbers.Real, torch.Tensor))]
+        if wrong:
+            raise ScoringError(f"Scorer `{name}` gave {describe(wrong[0])}; wanted: numbers {at_row(group.prompt)}.")
 
 
 def _finite(value: float | None) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
 
 
-def _unique_names(scorers: Sequence[PointwiseScorer]) -> list[str]:
+def unique_names(scorers: Sequence[PointwiseScorer]) -> list[str]:
+    """Their names in metrics: ``f``, ``f_2`` where names repeat."""
     names: list[str] = []
     for scorer in scorers:
         name, count = scorer.name, 1
@@ -237,6 +251,24 @@ def _build(
     if callable(reward):
         return FunctionScorer(reward, state=state)
     return reward
+
+
+def check_reward_path(rewards: Any, path: str | None, field: str, argument: str) -> None:
+    """A script may name the reward model in the configuration, load it from there, and hand over the model.
+
+    Raises:
+        ValueError: the path (the configuration's ``field``) is given beside rewards (``argument``) none of which comes
+            from there.
+    """
+    if rewards is None or path is None:
+        return
+    sources = [source for source in map(source_of, _as_list(rewards)) if source is not None]
+    if not any(same_source(source, path) for source in sources):
+        found = f"comes from there (but from {', '.join(sources)})" if sources else "is a model from there"
+        raise ValueError(
+            f"`{field}` is given beside `{argument}`, none of which {found}. Put the path {path!r} into the list "
+            f"`{argument}`, or leave it out."
+        )
 
 
 def check_reward_columns(
@@ -278,6 +310,8 @@ def _check_path(path: str) -> None:
         raise ValueError(
             f"Reward model `{path}` is no model folder: it holds neither config.json nor adapter_config.json."
         )
+    if problem := adapter_problem(path):
+        raise ValueError(f"Reward model: {problem}")
 
 
 def _as_list(reward_funcs: RewardFunc | Sequence[RewardFunc]) -> list[RewardFunc]:

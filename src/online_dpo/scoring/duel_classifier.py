@@ -13,9 +13,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from online_dpo.errors import ScoringError
-from online_dpo.scoring.duel_reader import Text, device_of, longest_text, padded, tokenised
+from online_dpo.known_tokens import embedding_rows
+from online_dpo.scoring.duel_reader import Text, device_of, padded, tokenised
 from online_dpo.scoring.judge_prompts import Template, prompt_text
-from online_dpo.scoring.reward_model import overridden
+from online_dpo.scoring.reward_model import longest_text, overridden
 from online_dpo.types import Group
 
 TEMPLATE = "Request: {prompt}\n\nFirst answer: {first}\n\nSecond answer: {second}"
@@ -37,8 +38,11 @@ class DuelClassifier:
         self.tokenizer = tokenizer
         self._template = Template("", template, max_tokens=0)
         self._config = config.get_text_config()
-        self.max_tokens = longest_text(self._config, tokenizer)
-        self.pads = tokenizer.pad_token_id is not None
+        self.max_tokens = longest_text(model, tokenizer)
+        self._known_tokens = embedding_rows(model)
+        pad: Any = tokenizer.pad_token_id
+        self._pad = pad if pad is not None and pad < self._known_tokens else None
+        self.pads = self._pad is not None
 
     def token_ids(self, duels: Sequence[Group]) -> list[Text]:
         texts = [
@@ -49,9 +53,9 @@ class DuelClassifier:
 
     @torch.no_grad()
     def log_odds(self, texts: Sequence[Text]) -> list[float]:
-        fill: Any = self.tokenizer.pad_token_id
+        fill = self._pad
         if fill is None:  # nothing is padded, but heads on decoders want a token, which must then end no text
-            fill = next(token for token in range(self._config.vocab_size) if token not in {ids[-1] for ids in texts})
+            fill = next(token for token in range(self._known_tokens) if token not in {ids[-1] for ids in texts})
         ids_RT, mask_RT = padded(texts, fill, device_of(self.model))
         with overridden(self._config, pad_token_id=fill, use_cache=False):
             logits_RL = self.model(input_ids=ids_RT, attention_mask=mask_RT).logits.float()

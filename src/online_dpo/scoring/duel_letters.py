@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from online_dpo.scoring.duel_reader import Text, device_of, longest_text, padded, tokenised
+from online_dpo.scoring.duel_reader import Text, device_of, padded, tokenised
 from online_dpo.scoring.judge_prompts import Template, prompt_text
+from online_dpo.scoring.reward_model import longest_text
 from online_dpo.scoring.scorer import chat_messages
 from online_dpo.types import Group, Prompt
 
@@ -46,7 +47,7 @@ class LetterReader:
             )
         self.model = model
         self.tokenizer = tokenizer
-        self.max_tokens = longest_text(model.config.get_text_config(), tokenizer)  # pyright: ignore
+        self.max_tokens = longest_text(model, tokenizer)
         self._published = template is None
         self._template = Template("", template or RLHFLOW, max_tokens=0)
         self._first, self._second = (self._letter_id(letter) for letter in letters)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from online_dpo.types import Group
 
@@ -46,12 +46,6 @@ def tokenised(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], special:
     if not texts:
         return []
     return tokenizer(list(texts), add_special_tokens=special, truncation=False, verbose=False)["input_ids"]  # pyright: ignore
-
-
-def longest_text(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
-    """As many tokens as both can take."""
-    positions = getattr(config, "max_position_embeddings", None)  # recurrent and ALiBi models have none
-    return min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
 
 
 def device_of(model: nn.Module) -> Any:

@@ -10,22 +10,21 @@ import asyncio
 import copy
 import functools
 import inspect
-import numbers
 import threading
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
-import numpy as np
-import torch
-
 from online_dpo.errors import ScoringError
-from online_dpo.scoring.scorer import callable_name, describe, flat_list, regroup
+from online_dpo.foreign import among_rows, callable_name, foreign
+from online_dpo.scoring.notes import log_functions
+from online_dpo.scoring.scorer import as_number, describe, flat_list, regroup
 from online_dpo.types import Completion, Group, Prompt
 
 T = TypeVar("T")
 
-ALWAYS_THERE = ("prompts", "completions", "completion_ids", "trainer_state")
+ALWAYS_THERE = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
 
 class FunctionScorer:
@@ -40,9 +39,10 @@ class FunctionScorer:
     - every other column of the dataset (``None`` where a prompt does not have it; a column with one of the names above
       or below is not passed on);
 
-    and ``trainer_state``, what ``state()`` returns. A function without ``**kwargs`` gets only the arguments that it
-    names. It returns one number for each completion (list, tuple, 1-D tensor or array), or ``None`` where it does not
-    apply.
+    and ``trainer_state``, what ``state()`` returns; ``log_metric(name, value)``, which adds a number to the metrics;
+    and ``log_extra(column, values)``, which adds a column to the trainer's ``completions``, one value for each. A
+    function without ``**kwargs`` gets only the arguments that it names. It returns one number for each completion
+    (list, tuple, 1-D tensor or array), or ``None`` where it does not apply.
 
     Args:
         function: what to call.
@@ -62,7 +62,7 @@ class FunctionScorer:
             raise TypeError(f"A reward function must be callable; this is {describe(function)}.")
         self.name = name or callable_name(function)
         self.is_async = is_async_function(function)
-        self._function = function
+        self.function = function
         self._state = state
         self._parameters = list(inspect.signature(function).parameters.values())
         for parameter in self._parameters:
@@ -83,10 +83,8 @@ class FunctionScorer:
         if not groups:
             return []
         arguments = self._arguments(groups)
-        try:
-            returned = self._function(**arguments)
-        except Exception as error:
-            raise self._failure(error) from error
+        with self._foreign(groups):
+            returned = self.function(**arguments)
         return self._checked(returned, groups)
 
     async def score_async(self, groups: Sequence[Group]) -> list[list[float | None]]:
@@ -94,10 +92,8 @@ class FunctionScorer:
         if not groups:
             return []
         arguments = self._arguments(groups)
-        try:
-            returned = await self._function(**arguments)
-        except Exception as error:
-            raise self._failure(error) from error
+        with self._foreign(groups):
+            returned = await self.function(**arguments)
         return self._checked(returned, groups)
 
     def _arguments(self, groups: Sequence[Group]) -> dict[str, Any]:
@@ -109,6 +105,7 @@ class FunctionScorer:
         available["completions"] = [_completion_argument(prompt, completion) for prompt, completion in samples]
         available["completion_ids"] = [list(completion.token_ids) for _, completion in samples]
         available["trainer_state"] = None if self._state is None else self._state()
+        available["log_extra"], available["log_metric"] = log_functions(len(samples))
 
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in self._parameters):
             wanted = available
@@ -135,8 +132,8 @@ class FunctionScorer:
                     "Rename the argument or give it a default."
                 )
 
-    def _failure(self, error: Exception) -> ScoringError:
-        return ScoringError(f"{self._label} raised {type(error).__name__}: {error}")
+    def _foreign(self, groups: Sequence[Group]) -> AbstractContextManager[None]:
+        return foreign(self._label, lambda: among_rows(groups))
 
     def _checked(self, returned: Any, groups: Sequence[Group]) -> list[list[float | None]]:
         items = flat_list(returned, self._label)
@@ -152,11 +149,9 @@ class FunctionScorer:
     def _number(self, index: int, item: Any) -> float | None:
         if item is None:
             return None
-        value = item
-        if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) and value.ndim == 0:
-            value = value.item()
-        if isinstance(value, numbers.Real):
-            return float(value)
+        value = as_number(item)
+        if value is not None:
+            return value
         raise ScoringError(
             f"{self._label} returned {describe(item)} at index {index}. Each score must be a number or None."
         )

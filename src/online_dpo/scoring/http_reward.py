@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import http.client
 import importlib.util
 import json
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from online_dpo.errors import FeedbackStopped, ScoringError
+from online_dpo.errors import FeedbackStopped, ScoringError, named_error
 from online_dpo.judge_settings import in_own_network
 from online_dpo.scoring.judge_tally import FailureWindow
 from online_dpo.scoring.scorer import describe, regroup
@@ -46,7 +47,8 @@ class HTTPReward:
     Args:
         url: where to post.
         name: name in metrics; when not given, the last part of the address.
-        columns: columns of the dataset to send; null where a prompt does not have one.
+        columns: columns of the dataset to send; null where a prompt does not have one. Dates and times, as Parquet
+            files have them, are sent as ISO text.
         batch_size: completions in a request.
         concurrency: requests at the same time.
         timeout: seconds that one request may take.
@@ -57,7 +59,7 @@ class HTTPReward:
 
     Raises:
         ValueError: ``url`` is no address, ``columns`` names a field of the request, or the variable is not set.
-        ScoringError: (when scoring) an answer has another shape.
+        ScoringError: (when scoring) an answer has another shape, or a column holds what JSON does not have.
         FeedbackStopped: (when scoring) the service refuses the key or has no such address, or fails too often.
     """
 
@@ -129,7 +131,7 @@ class HTTPReward:
             reraise=True,
         )
         try:
-            answer = retrying(self._post, json.dumps(body).encode())
+            answer = retrying(self._post, json.dumps(body, default=self._as_json).encode())
         except _Failed as error:
             return [math.nan] * len(samples), str(error)
         return self._scores(answer, len(samples)), None
@@ -154,7 +156,12 @@ class HTTPReward:
                 raise FeedbackStopped(f"Reward `{self.name}` at {self.url} refuses to score: {cause}") from None
             raise (_Again if error.code in BUSY or error.code >= 500 else _Failed)(cause) from None
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise _Again(self._clean(f"{type(error).__name__}: {error}")) from None
+            raise _Again(self._clean(named_error(error))) from None
+
+    def _as_json(self, value: Any) -> str:
+        if isinstance(value, (datetime.date, datetime.time)):
+            return value.isoformat()
+        raise ScoringError(f"Reward `{self.name}` is to be sent {describe(value)}, which JSON does not have.")
 
     def _scores(self, answer: Any, expected: int) -> list[float | None]:
         scores = answer.get("scores") if isinstance(answer, dict) else None

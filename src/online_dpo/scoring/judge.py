@@ -8,17 +8,19 @@ import inspect
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from online_dpo.errors import FeedbackStopped, ScoringError
+from online_dpo.errors import ScoringError
+from online_dpo.foreign import among_rows, at_row, callable_name, foreign
 from online_dpo.judge_settings import LLM
 from online_dpo.models import check_model_path
 from online_dpo.scoring.functions import is_async_function, submit, wait_for
-from online_dpo.scoring.scorer import PairwiseScorer, callable_name, chat_messages, check_duels, describe, flat_list
+from online_dpo.scoring.scorer import PairwiseScorer, chat_messages, check_duels, describe, flat_list
 from online_dpo.types import Completion, Group, Prompt
 
 NO_ANSWER = -1
@@ -86,21 +88,21 @@ class FunctionJudge(PreferenceJudge):
     def prefer(self, duels: Sequence[Group]) -> list[float | None]:
         """As :class:`PairwiseScorer` says."""
         check_duels(duels)
-        try:
-            if self._is_async:
-                replies = wait_for(submit(self._ask(duels)))
-            else:
-                replies = [self._function(*_texts(duel)) for duel in duels]
-        except FeedbackStopped:
-            raise
-        except Exception as error:
-            raise ScoringError(f"Judge `{self.name}` raised {type(error).__name__}: {error}") from error
+        replies = wait_for(submit(self._ask(duels))) if self._is_async else [self._reply(duel) for duel in duels]
         return [self._preference(reply) for reply in replies]
+
+    def _reply(self, duel: Group) -> Any:
+        with self._foreign(duel):
+            return self._function(*_texts(duel))
+
+    def _foreign(self, duel: Group) -> AbstractContextManager[None]:
+        return foreign(f"Judge `{self.name}`", lambda: at_row(duel.prompt))
 
     async def _ask(self, duels: Sequence[Group]) -> list[Any]:
         async def one(duel: Group) -> Any:
             async with self._room:
-                return await self._function(*_texts(duel))
+                with self._foreign(duel):
+                    return await self._function(*_texts(duel))
 
         waiting = [asyncio.ensure_future(one(duel)) for duel in duels]
         try:
@@ -231,12 +233,8 @@ class JudgeScorer:
             return []
         prompts = [self._text(group.prompt) for group in groups]
         pairs = [[completion.text for completion in group.completions] for group in groups]
-        try:
+        with foreign(f"Judge `{self.name}`", lambda: among_rows(groups)):
             returned = self._judge(prompts, pairs, shuffle_order=True)
-        except FeedbackStopped:
-            raise
-        except Exception as error:
-            raise ScoringError(f"Judge `{self.name}` raised {type(error).__name__}: {error}") from error
         ranks = flat_list(returned, f"Judge `{self.name}`")
         if len(ranks) != len(groups):
             raise ScoringError(
@@ -263,12 +261,13 @@ class JudgeScorer:
         messages = chat_messages(prompt)
         # A prompt that ends with the assistant's own words is continued, not answered.
         continued = messages[-1]["role"] == "assistant"
-        text = self._tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=not continued,
-            continue_final_message=continued,
-            **self._chat_template_kwargs,
-        )
+        with foreign(f"The chat template that shows prompts to judge `{self.name}`", lambda: at_row(prompt)):
+            text = self._tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=not continued,
+                continue_final_message=continued,
+                **self._chat_template_kwargs,
+            )
         assert isinstance(text, str)
         return text

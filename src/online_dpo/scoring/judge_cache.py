@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from online_dpo.errors import error_text
+
 TABLE = """
 CREATE TABLE IF NOT EXISTS answers (
     key TEXT PRIMARY KEY, p_first REAL, final INTEGER NOT NULL, reply TEXT NOT NULL, model TEXT NOT NULL,
@@ -57,7 +59,7 @@ class AnswerCache:
             with self._lock:
                 self._connection()
         except (OSError, sqlite3.Error) as error:
-            raise ValueError(f"`cache`: {self._path} cannot be used: {error}.") from error
+            raise ValueError(f"`cache`: {self._path} cannot be used: {error_text(error)}.") from error
 
     def get(self, key: str) -> Answer | None:
         """The answer, if it is known."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
-from online_dpo.errors import FeedbackStopped
+from online_dpo.errors import FeedbackStopped, error_text
 from online_dpo.judge_settings import JudgeSettings
 from online_dpo.scoring.judge_prompts import TokenChoice
 from online_dpo.scoring.judge_tally import Tally
@@ -159,7 +159,7 @@ class ChatEndpoint:
         except APIStatusError as error:
             raise self._refusal(error, asked_logprobs) from None
         except APIConnectionError as error:
-            cause = f"no connection to {self._settings.base_url}: {error.__cause__ or error}"
+            cause = f"no connection to {self._settings.base_url}: {error_text(error.__cause__ or error)}"
             raise _Again(self._clean(cause)) from None
 
     def _refusal(self, error: APIStatusError, asked_logprobs: bool) -> Exception:

@@ -21,7 +21,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from online_dpo.borrowing import eval_mode
 from online_dpo.config import OnlineDPOConfig
+from online_dpo.foreign import among_rows, at_row, foreign, loading
+from online_dpo.known_tokens import check_known, check_tokenizer, embedding_rows
 from online_dpo.pairwise_kinds import LETTERS, PAIRRM, check_options, kind_of_class, pairwise_kind
 from online_dpo.scoring.duel_classifier import DuelClassifier
 from online_dpo.scoring.duel_letters import LetterReader
@@ -45,7 +48,7 @@ class PairwiseModelJudge(PreferenceJudge):
     ``judge/too_long``.
 
     Args:
-        model: of transformers. It runs where its parameters are, in evaluation mode.
+        model: of transformers. It runs where its parameters are, in evaluation mode, and is left in the mode it was in.
         tokenizer: the model's.
         name: name in metrics; when not given, the last part of the model's path.
         template: the text to read, with ``{prompt}``, ``{first}`` and ``{second}``, as the model was trained with. Not
@@ -55,8 +58,10 @@ class PairwiseModelJudge(PreferenceJudge):
             ``max_tokens`` of PairRM, for prompt and answers together (2048).
 
     Raises:
-        ValueError: an option does not go with the model or has no such value, or the model is no pairwise model.
-        ScoringError: (when judging) the model's logits are not of the shape that they should have.
+        ValueError: an option does not go with the model or has no such value, the model is no pairwise model, or its
+            tokenizer has tokens that it does not know.
+        ScoringError: (when judging) the model's logits are not of the shape that they should have, or it, its
+            tokenizer or its chat template failed.
     """
 
     def __init__(
@@ -74,10 +79,13 @@ class PairwiseModelJudge(PreferenceJudge):
             options["template"] = template
         check_options(kind, {**options, "batch_size": batch_size})
         self.name = name or last_part(config._name_or_path) or type(model).__name__
-        self.model = model.eval()
+        chat = kind == LETTERS and tokenizer.chat_template is not None
+        check_tokenizer(model, tokenizer, f"Judge `{self.name}`", chat=chat)
+        self.model = model
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.reader: DuelReader = _classes(kind)[1](model, tokenizer, **options)
+        self._known_tokens = embedding_rows(model)
         self._tally = Tally(("too_long", "failed", "seconds"))
 
     @classmethod
@@ -89,17 +97,20 @@ class PairwiseModelJudge(PreferenceJudge):
             OSError: there is no such model or tokenizer.
         """
         path = os.path.expanduser(path)
-        config, _ = PreTrainedConfig.get_config_dict(path)
+        with loading(path):
+            config, _ = PreTrainedConfig.get_config_dict(path)
         try:
             kind = pairwise_kind(config)
         except ValueError as problem:
             raise ValueError(f"`{path}`: {problem}") from None
         check_options(kind, {option: value for option, value in options.items() if option != "name"})
-        model, info = _classes(kind)[0].from_pretrained(path, dtype="auto", output_loading_info=True)
+        with loading(path):
+            model, info = _classes(kind)[0].from_pretrained(path, dtype="auto", output_loading_info=True)
+            tokenizer = AutoTokenizer.from_pretrained(path)
         if info["missing_keys"]:
             missing = ", ".join(sorted(info["missing_keys"]))
             raise ValueError(f"`{path}` is no trained pairwise model: it has no weights for {missing}.")
-        return cls(model.to(device), AutoTokenizer.from_pretrained(path), **options)
+        return cls(model.to(device), tokenizer, **options)
 
     def prefer(self, duels: Sequence[Group]) -> list[float | None]:
         """For each group of two, the probability that its first completion is the better one; ``None`` if they are too
@@ -108,9 +119,9 @@ class PairwiseModelJudge(PreferenceJudge):
         check_duels(duels)
         started = time.perf_counter()
         longest = self.reader.max_tokens
-        orders = [order for duel in duels for order in (duel, Group(duel.prompt, duel.completions[::-1]))]
-        with one_at_a_time:
-            ids = self.reader.token_ids(orders)
+        named = foreign(f"Judge `{self.name}`", lambda: among_rows(duels))
+        with one_at_a_time, named, eval_mode(self.model):
+            ids = [text for duel in duels for text in self._both_orders(duel)]
             p_first = self._probabilities([text for text in dict.fromkeys(ids) if len(text) <= longest])
         read = [p_first.get(text) for text in ids]
         preferences = [self._combined(*pair) for pair in zip(read[::2], read[1::2], strict=True)]
@@ -118,6 +129,14 @@ class PairwiseModelJudge(PreferenceJudge):
         self._tally.add("failed", sum(value is not None and math.isnan(value) for value in read))
         self._tally.add("seconds", time.perf_counter() - started)
         return preferences
+
+    def _both_orders(self, duel: Group) -> list[Text]:
+        who = f"Judge `{self.name}`"
+        with foreign(who, lambda: at_row(duel.prompt)):  # its chat template may refuse this one
+            texts = self.reader.token_ids([duel, Group(duel.prompt, duel.completions[::-1])])
+        for text in texts:
+            check_known(text, self._known_tokens, who, duel.prompt)
+        return texts
 
     def metrics(self) -> dict[str, float]:
         """What was counted since the last call, as :meth:`LLMJudge.metrics`."""

@@ -18,9 +18,13 @@ from transformers.utils.hub import has_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from online_dpo.attention import use_segments
-from online_dpo.errors import ScoringError
+from online_dpo.borrowing import eval_mode
+from online_dpo.errors import ScoringError, error_text
+from online_dpo.foreign import among_rows, at_row, foreign, loading
+from online_dpo.known_tokens import check_known, check_tokenizer, embedding_rows
 from online_dpo.last_layer import enable_reading
 from online_dpo.layout import Tree
+from online_dpo.models import adapting, context_length
 from online_dpo.onednn import onednn_linears
 from online_dpo.scoring.scorer import chat_messages, one_at_a_time, regroup
 from online_dpo.scoring.shared_scoring import Text, group_trees, may_share, passes, score_trees
@@ -37,8 +41,9 @@ class RewardModelScorer:
     and end with its EOS exactly when the completion ended by itself. Texts longer than the model can read lose tokens
     on the left (a leading BOS or CLS stays); ``truncated`` counts them since construction.
 
-    Equal texts are computed once, so that they tie. Neither tokenizer nor config is left changed; the model is put in
-    evaluation mode. It runs where its parameters are: moving it is the caller's business (or ``prepare``'s).
+    Equal texts are computed once, so that they tie. Neither tokenizer nor config is left changed, and each module of
+    the model is left in the mode it was in. It runs where its parameters are: moving it is the caller's business (or
+    ``prepare``'s).
 
     What the texts of a group begin with alike is computed once, if the first texts of which this can be said get the
     scores that they get alone. Otherwise, and where nothing would be saved, each text is a padded row.
@@ -53,9 +58,10 @@ class RewardModelScorer:
 
     Raises:
         TypeError: the model has no config of transformers.
-        ValueError: it has more than one label, no tokenizer is to be had, or (when scoring) a prompt is conversational
-            and the tokenizer has no chat template.
-        ScoringError: (when scoring) the model's logits have not the shape ``(R, 1)``.
+        ValueError: it has more than one label, no tokenizer is to be had, the tokenizer has tokens that the model does
+            not know, or (when scoring) a prompt is conversational and the tokenizer has no chat template.
+        ScoringError: (when scoring) the model's logits have not the shape ``(R, 1)``, or it, its tokenizer or its chat
+            template failed.
     """
 
     def __init__(
@@ -73,10 +79,11 @@ class RewardModelScorer:
             if not config._name_or_path:
                 raise ValueError(_no_tokenizer(self.name))
             tokenizer = _load_tokenizer(config._name_or_path)
+        check_tokenizer(model, tokenizer, f"Reward model `{self.name}`")
         if share_prompts and next(model.parameters()).device.type == "cpu":
             use_segments(model)
         enable_reading(model)
-        self.model = (model if prepare is None else prepare(model)).eval()
+        self.model = model if prepare is None else prepare(model)
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self._most_tokens = MOST_TOKENS.get(next(self.model.parameters()).device.type, math.inf)
@@ -84,15 +91,19 @@ class RewardModelScorer:
         self._shares: bool | None = None if share_prompts else False  # None: not known yet
         self._config = config.get_text_config()
         self._hidden_size = getattr(self._config, "hidden_size", 1024)  # some name it otherwise; it only tells costs
-        positions = getattr(self._config, "max_position_embeddings", None)  # recurrent and ALiBi models have none
-        self._max_tokens = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
+        self._known_tokens = embedding_rows(model)
+        self._max_tokens = longest_text(model, tokenizer)
 
     def check_chat_template(self) -> None:
-        """Call this early when prompts are conversational; scoring calls it as well.
+        """Call this early when prompts are conversational.
 
         Raises:
-            ValueError: the reward tokenizer has no chat template.
+            ValueError: the reward tokenizer has no chat template, or one with tokens that the model does not know.
         """
+        self._need_chat_template()
+        check_tokenizer(self.model, self.tokenizer, f"Reward model `{self.name}`", chat=True)
+
+    def _need_chat_template(self) -> None:
         if self.tokenizer.chat_template is None:
             raise ValueError(
                 f"The tokenizer of reward model `{self.name}` has no chat template, so it cannot read conversational "
@@ -101,10 +112,9 @@ class RewardModelScorer:
 
     def score(self, groups: Sequence[Group]) -> list[list[float | None]]:
         """P x K logits in fp32, as they come: not-finite ones as well. Several threads take turns."""
-        with one_at_a_time:
+        with one_at_a_time, foreign(f"Reward model `{self.name}`", lambda: among_rows(groups)):
             texts = self._token_ids([(group.prompt, answer) for group in groups for answer in group.completions])
-            self.model.eval()
-            with onednn_linears(self.model, pack=False):
+            with eval_mode(self.model), onednn_linears(self.model, pack=False):
                 values = self._values(regroup(texts, groups))
         return regroup([values[text] for text in texts], groups)
 
@@ -153,16 +163,18 @@ class RewardModelScorer:
                 if not conversational:
                     ids = self._with_own_ends(ids, ended=samples[i][1].finish_reason == "stop")
                 token_ids[i] = tuple(self._truncate(ids))
+                check_known(token_ids[i], self._known_tokens, f"Reward model `{self.name}`", samples[i][0])
         return token_ids
 
     def _conversation(self, prompt: Prompt, completion: Completion) -> str:
-        self.check_chat_template()
+        self._need_chat_template()
         messages = chat_messages(prompt)
         if messages[-1]["role"] == "assistant":
             messages[-1]["content"] = messages[-1]["content"] + completion.text
         else:
             messages.append({"role": "assistant", "content": completion.text})
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+        with foreign(f"The chat template of reward model `{self.name}`", lambda: at_row(prompt)):
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
         assert isinstance(text, str)
         return text
 
@@ -213,12 +225,12 @@ class RewardModelScorer:
         if pad is not None:
             return pad
         last_tokens = {ids[-1] for ids in batch}
-        return next(token for token in range(self._config.vocab_size) if token not in last_tokens)
+        return next(token for token in range(self._known_tokens) if token not in last_tokens)
 
     def _padding_token(self) -> int | None:
         """The config's, if it is a token that the model knows."""
         pad = self._config.pad_token_id
-        return pad if pad is not None and 0 <= pad < self._config.vocab_size else None
+        return pad if pad is not None and 0 <= pad < self._known_tokens else None
 
     def _read_part(self, text: Text) -> Text:
         """The text up to the token that a decoder's head scores, which sees nothing behind it (see `_fill_token`).
@@ -274,6 +286,11 @@ def check_reward_model(model: nn.Module) -> PreTrainedConfig:
     return config
 
 
+def longest_text(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+    """As many tokens as both can take."""
+    return min(tokenizer.model_max_length, context_length(model) or tokenizer.model_max_length)
+
+
 def last_part(path: str) -> str:
     """``model`` of ``org/model`` and of ``/some/folder/model/``."""
     return path.rstrip("/").split("/")[-1]
@@ -281,9 +298,10 @@ def last_part(path: str) -> str:
 
 def _load_model(path: str, **options: Any) -> nn.Module:
     # Mismatched sizes are let through here, only to be refused below with words of ours.
-    model, info = AutoModelForSequenceClassification.from_pretrained(
-        path, num_labels=1, output_loading_info=True, ignore_mismatched_sizes=True, **options
-    )
+    with loading(path):
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            path, num_labels=1, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
     if info["mismatched_keys"]:
         name, saved, _ = next(iter(info["mismatched_keys"]))
         raise ValueError(_not_one_label(path, f"`{name}` of shape {tuple(saved)}"))
@@ -302,9 +320,12 @@ def _load_adapter(path: str, **options: Any) -> tuple[nn.Module, str, str | None
     base_path = peft_config.base_model_name_or_path
     assert base_path is not None, "PEFT writes the base model's path into every adapter"
     try:
-        model = AutoPeftModelForSequenceClassification.from_pretrained(path, num_labels=1, **options)
+        with adapting():
+            model = AutoPeftModelForSequenceClassification.from_pretrained(path, num_labels=1, **options)
     except RuntimeError as error:  # how torch and transformers say that shapes differ
-        raise ValueError(f"{_not_one_label(path, 'other shapes')} Loading it failed with: {error}") from error
+        raise ValueError(
+            f"{_not_one_label(path, 'other shapes')} Loading it failed with: {error_text(error)}"
+        ) from error
     return model, base_path, peft_config.revision
 
 
@@ -312,7 +333,7 @@ def _load_tokenizer(path: str, **options: Any) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{_no_tokenizer(path)} Loading one failed with: {error}") from error
+        raise ValueError(f"{_no_tokenizer(path)} Loading one failed with: {error_text(error)}") from error
     # For some model types transformers makes up an empty tokenizer where no files are.
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise ValueError(_no_tokenizer(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import reprlib
 import threading
 from collections.abc import Mapping, Sequence
@@ -116,16 +117,16 @@ def flat_list(returned: Any, owner: str) -> list[Any]:
     raise ScoringError(f"{owner} returned {describe(returned)}. Return one flat list.")
 
 
+def as_number(value: Any) -> float | None:
+    """A number of Python, numpy or torch (without dimensions) as a float; ``None`` for anything else."""
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) and value.ndim == 0:
+        value = value.item()
+    return float(value) if isinstance(value, numbers.Real) else None
+
+
 def describe(value: Any) -> str:
     """Type and short form of a value, for error messages."""
     return "None" if value is None else f"{type(value).__name__} {reprlib.repr(value)}"
-
-
-def callable_name(function: Any) -> str:
-    """``__name__`` of a function, the inner one of a ``functools.partial``, else the class name of the object."""
-    while not hasattr(function, "__name__") and hasattr(function, "func"):
-        function = function.func
-    return function.__name__ if hasattr(function, "__name__") else type(function).__name__
 
 
 def chat_messages(prompt: Prompt) -> list[Message]:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from online_dpo.attention import attention_inputs, why_not_shared
+from online_dpo.errors import named_error
 from online_dpo.last_layer import reading
 from online_dpo.layout import Tree, lay_out
 from online_dpo.models import MOST_ROUNDING, computing_dtype, unwrapped
@@ -114,7 +115,7 @@ def _why_not(model: nn.Module, trees: Sequence[Tree], plain: PlainScores) -> str
             return reason
         scores = score_trees(model, sample, capacity=sum(tree.size for tree in sample))  # in one row
     except Exception as error:  # whatever an unknown model does with such inputs
-        return f"it fails with {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return f"it fails with {named_error(error, first_line=True)}"
     texts = list(scores)
     alone_S = torch.tensor([plain([text])[0] for text in texts])
     padding = float((torch.tensor(plain(texts)) - alone_S).abs().mean())

@@ -9,11 +9,16 @@ round of all groups is one call of the judge.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Generator, Mapping, Sequence
+from typing import Any
+
+import torch
 
 from online_dpo.errors import ScoringError
+from online_dpo.foreign import among_rows, foreign
 from online_dpo.scoring.penalties import NO_PENALTIES, Penalties
-from online_dpo.scoring.scorer import PairwiseScorer
+from online_dpo.scoring.scorer import PairwiseScorer, describe, flat_list
 from online_dpo.types import Group, Preference, Verdicts
 
 Duel = tuple[int, int]
@@ -42,9 +47,12 @@ class DuelCounter:
         """
         asked = [i for i, duel in enumerate(duels) if duel.completions[0].text != duel.completions[1].text]
         answers: Answers = [0.5] * len(duels)
-        replies = self._judge.prefer([duels[i] for i in asked]) if asked else []
-        for i, reply in zip(asked, replies, strict=True):
-            answers[i] = self._probability(reply)
+        if asked:
+            fought = [duels[i] for i in asked]
+            with foreign(f"Judge `{self._judge.name}`", lambda: among_rows(fought)):
+                replies = self._judge.prefer(fought)
+            for i, reply in zip(asked, self._checked(replies, len(asked)), strict=True):
+                answers[i] = self._probability(reply)
         self.duels += len(asked)
         self.unanswered += sum(answers[i] is None for i in asked)
         return [
@@ -52,7 +60,15 @@ class DuelCounter:
             for answer, duel in zip(answers, duels, strict=True)
         ]
 
+    def _checked(self, replies: Any, expected: int) -> list[Any]:
+        said = flat_list(replies, f"Judge `{self._judge.name}`")
+        if len(said) != expected:
+            raise ScoringError(f"Judge `{self._judge.name}` gave {len(said)} preferences for {expected} pairs.")
+        return said
+
     def _probability(self, reply: float | None) -> float | None:
+        if reply is not None and not isinstance(reply, (numbers.Real, torch.Tensor)):
+            raise ScoringError(f"Judge `{self._judge.name}` says {describe(reply)} of a pair; wanted: a probability.")
         if reply is None or math.isnan(reply):
             return None
         if not 0 <= reply <= 1:

@@ -1,0 +1,42 @@
+"""An argument parser that says what is wrong in one line."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import NoReturn
+
+from online_dpo.names_elsewhere import hint_for
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Prints no usage above an error, knows the nearest name, and takes no abbreviations.
+
+    Args:
+        called_here: what options of other tools are called here.
+        unknown: what to do with an option that nobody knows, as a sentence with a blank before it.
+    """
+
+    def __init__(self, *, called_here: Mapping[str, str] | None = None, unknown: str = "", **options: object) -> None:
+        super().__init__(allow_abbrev=False, **options)  # pyright: ignore[reportArgumentType]
+        self._called_here = called_here or {}
+        self._unknown = unknown
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0]
+        hint = ""
+        if message.startswith("unrecognized arguments") and unknown.startswith("--"):
+            options = [option[2:].replace("-", "_") for option in self._option_string_actions if option[:2] == "--"]
+            hint = hint_for(unknown[2:].partition("=")[0], options, self._called_here) or self._unknown
+            hint = hint.replace("_", "-") if hint.startswith((" Here it is", " Did you mean")) else hint
+        self.exit(2, f"error: {message}.{hint} See: {self.prog} --help\n")
+
+
+def with_hyphens(words: list[str]) -> list[str]:
+    """The words, with options written as ``train`` and ``eval`` also take them: ``--base_url``."""
+
+    def hyphenated(word: str) -> str:
+        name, equals, value = word.partition("=")
+        return f"{name.replace('_', '-')}{equals}{value}" if word.startswith("--") else word
+
+    return [hyphenated(word) for word in words]

@@ -1,0 +1,93 @@
+"""The figures of a log as a person reads them: in which order, which are shown, and how they are written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+ORDER = (
+    *("step", "epoch", "loss"),
+    *("objective/scores", "objective/reference_scores", "objective/trained_scores", "objective/kl"),
+    *("win_rate", "gold_score", "gold_win_rate", "gold_"),
+    *("rewards/accuracies", "rewards/margins", "rewards/", "objective/scores_margin", "objective/", "logps/"),
+    *("completions/mean_length", "completions/", "val/"),
+    *("prompts", "pairs/count", "pairs/", "dropped/", "resample/", "opponent/", "judge/", "scores/", "beta"),
+    "",  # what a user's own code reports
+    *("learning_rate", "grad_norm", "train/", "guard/", "sampling/", "perf/", "time/"),
+    *("runtime", "samples_per_second", "steps_per_second", "model_preparation_time"),
+)
+"""Names of metrics, and beginnings of names, in the order of a log; under one beginning the alphabet decides."""
+
+SHOWN = {
+    "loss": "loss",
+    "reward": "objective/scores",
+    "kl": "objective/kl",
+    "win rate": "win_rate",
+    "margin": "rewards/margins",
+    "gold": "gold_score",
+    "gold win rate": "gold_win_rate",
+    "tok/s": "perf/tokens_per_second",
+}
+"""Heading of each shown figure, and the metric behind it; evaluations have some of them, and training others."""
+
+_RUNTIME = "_runtime"
+SUMMARY = "train"
+"""Prefix of the last log of a run, which sums it up."""
+
+
+def in_order(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics of a log, the main ones first and times last, equally on every rank.
+
+    >>> list(in_order({"time/rollout": 1.0, "objective/kl": 0.1, "own": 3, "loss": 0.7}))
+    ['loss', 'objective/kl', 'own', 'time/rollout']
+    """
+    return {name: metrics[name] for name in sorted(metrics, key=_place)}
+
+
+def _place(name: str) -> tuple[int, str]:
+    fitting = [part for part in ORDER if name.startswith(part)]
+    return ORDER.index(max(fitting, key=len)), name
+
+
+def evaluation_prefix(logs: Mapping[str, Any]) -> str:
+    """``eval_``, or ``eval_NAME_`` of one of several datasets; empty for a log of training.
+
+    >>> evaluation_prefix({"eval_maths_loss": 0.5, "eval_maths_runtime": 1.0})
+    'eval_maths_'
+    """
+    prefixes = [name.removesuffix(_RUNTIME) for name in logs if name.endswith(_RUNTIME)]
+    return f"{prefixes[0]}_" if prefixes and prefixes[0] != SUMMARY else ""
+
+
+def shown_figures(logs: Mapping[str, Any], prefix: str) -> dict[str, str]:
+    """The figures of a log that are shown, formatted, by heading. ``prefix`` is `evaluation_prefix`."""
+    return {
+        heading: number(logs[prefix + metric])
+        for heading, metric in SHOWN.items()
+        if logs.get(prefix + metric) is not None
+    }
+
+
+def number(value: float) -> str:
+    """Four significant digits, whole numbers in full from a thousand on."""
+    value = float(value)
+    return f"{value:.0f}" if math.isfinite(value) and abs(value) >= 1000 else f"{value:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """``1:02:03``; days are hours."""
+    minutes, rest = divmod(round(max(seconds, 0.0)), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def count(amount: float) -> str:
+    """``21,344``, and from a million on ``1.24 billion``.
+
+    >>> [count(amount) for amount in (21_344, 1_235_000_000)]
+    ['21,344', '1.24 billion']
+    """
+    for size, name in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
+        if amount >= size:
+            return f"{amount / size:.3g} {name}"
+    return f"{amount:,.0f}"
