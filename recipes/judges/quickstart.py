@@ -2,8 +2,8 @@
 
     python recipes/judges/quickstart.py runs/quickstart/start
 
-It starts as the quickstart's reward model, learns from comparisons that the rubric labels with 10 % noise, and is saved
-as `judge` in that folder. How its texts are written is part of what it learned, so a run file says it too:
+It starts as the quickstart's reward model, learns from comparisons that follow the rubric, with noise, and is saved as
+`judge` in that folder. How its texts are written is part of what it learned, so a run file says it too:
 
     judge: runs/quickstart/start/judge
     judge_kwargs: {template: "{prompt} {first}<eos>{prompt} {second}<eos>"}
@@ -27,8 +27,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from online_dpo.quickstart.comparisons import Comparison, sample_comparisons
 from online_dpo.quickstart.language import sample_requests
-from online_dpo.quickstart.models import FULL, Comparison, sample_comparisons
+from online_dpo.quickstart.models import FULL
 
 TEMPLATE = "{prompt} {first}<eos>{prompt} {second}<eos>"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from online_dpo.quickstart.language import rubric
+from online_dpo.quickstart.rubric import rubric
 
 
 def rubric_score(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:

@@ -20,9 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tiny
 from endpoint import says, serving, shown
 from online_dpo.data import transcript_to_messages
+from online_dpo.quickstart.comparisons import Comparison, Reply
 from online_dpo.quickstart.models import (
-    Comparison,
-    Reply,
     build_policy_config,
     build_reward_config,
     build_tokenizer,

@@ -37,7 +37,7 @@ def test_prints_samples_and_a_table(finished):
 def test_leaves_an_ordinary_model_folder(finished):
     out, _, _ = finished
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
-    inputs = tokenizer("User: what is 3 plus 5 ?\nAssistant:", return_tensors="pt")
+    inputs = tokenizer("User: What is 3 plus 2?\nAssistant:", return_tensors="pt")
     reply = model.generate(**inputs, max_new_tokens=40, do_sample=False)
     assert len(tokenizer.decode(reply[0], skip_special_tokens=True)) > 45
     assert "online-dpo" in (out / "README.md").read_text()

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from endpoint import says, serving, shown
-from online_dpo.quickstart.language import rubric
+from online_dpo.quickstart.rubric import rubric
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 RECIPE = RECIPES / "quickstart.yaml"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-STEPS = 65
+STEPS = 100
 PAIRWISE = {"template": "{prompt} {first}<eos>{prompt} {second}<eos>"}
 
 

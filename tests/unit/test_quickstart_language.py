@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import random
+from collections import Counter
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from online_dpo.quickstart.artifacts import build
-from online_dpo.quickstart.facts import KINDS
+from online_dpo.quickstart.comparisons import Comparison, Reply, sample_comparisons
+from online_dpo.quickstart.facts import KINDS, MISTAKEN_EVERY, all_facts
 from online_dpo.quickstart.language import (
     CLOSERS,
     CLOSINGS,
@@ -21,9 +24,10 @@ from online_dpo.quickstart.language import (
     SPLITS,
     Request,
     contrast_replies,
+    fact_of,
     parse_request,
     prompt_of,
-    rubric,
+    right_and_wrong,
     sample_reply,
     sample_requests,
     split_of,
@@ -31,22 +35,22 @@ from online_dpo.quickstart.language import (
 from online_dpo.quickstart.models import (
     EOS_ID,
     PAD_ID,
-    Comparison,
     QuickstartSize,
-    Reply,
-    _last_token_scores,
+    _encode_comparison,
+    _scores,
     build_policy_config,
     build_reward_config,
     build_tokenizer,
     new_policy,
     new_reward_model,
-    sample_comparisons,
+    reward_model_accuracy,
     train_policy,
     train_reward_model,
 )
+from online_dpo.quickstart.rubric import _claims, _sentences, is_right, rubric
 
-ASK = "Hi. What is 3 plus 4? Thanks!"
-EXPLAINED = "Start at 3 and count up 4 steps to reach 7."
+ASK = "Hi. What is 3 plus 2? Thanks!"
+EXPLAINED = "Start at 3 and count up 2 steps to reach 5."
 SMALL = QuickstartSize(hidden=32, heads=1, fact_examples=40, fact_epochs=1, sft_examples=80, comparisons=30)
 
 
@@ -69,7 +73,7 @@ def test_requests_are_distinct_and_repeatable():
 
 
 def test_splits_are_disjoint_whatever_the_seed_and_cover_everything():
-    drawn = {name: {r.text for seed in (0, 1) for r in sample_requests(900, seed, name)} for name in SPLITS}
+    drawn = {name: {r.text for seed in (0, 1) for r in sample_requests(800, seed, name)} for name in SPLITS}
     for name, texts in drawn.items():
         assert {split_of(text) for text in texts} == {name}
     assert sum(map(len, drawn.values())) == len(set().union(*drawn.values()))
@@ -78,20 +82,19 @@ def test_splits_are_disjoint_whatever_the_seed_and_cover_everything():
 
 def test_asking_for_too_much_or_an_unknown_split_says_so():
     with pytest.raises(ValueError, match="Ask for fewer"):
-        sample_requests(100_000, seed=0, split="eval")
+        sample_requests(100_000, seed=0, split="validation")
     with pytest.raises(ValueError, match="`split` must be one of"):
-        sample_requests(1, seed=0, split="test")
+        sample_requests(1, seed=0, split="eval")
 
 
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
-        ("Good day. Take 2 from 5. Just curious.", "3"),
+        ("Good day. Take 2 from 4. Just curious.", "2"),
         ("What is the opposite of hot?", "cold"),
         ("Quick! Give me the plural of mouse. Answer now!", "mice"),
         ("Which colour do you see in grass?", "green"),
         ("Is the ant or the horse bigger?", "the horse"),
-        ("Count the letters in child.", "5"),
         ("Name the day after Sunday. Thank you.", "Monday"),
     ],
 )
@@ -121,6 +124,25 @@ def test_replies_are_repeatable_and_differ_in_quality():
         sample_reply(requests[0], random.Random(0), "perfect")
 
 
+def test_some_facts_are_believed_wrongly_and_always_alike():
+    mistaken = [fact for fact in all_facts() if fact.belief != fact.answer]
+    assert len(mistaken) == round(len(all_facts()) / MISTAKEN_EVERY)
+    assert all(fact.belief in fact.neighbours for fact in mistaken)
+    assert len({fact.kind for fact in mistaken}) >= 5
+    rng = random.Random(0)
+    for request in sample_requests(300, seed=0):
+        right = is_right(request.text, sample_reply(request, rng, "plain"))
+        assert right == (fact_of(request.text).belief == request.answer)
+
+
+def test_wrong_answers_are_close_and_no_answer_is_always_right():
+    for fact in all_facts():
+        assert fact.answer not in fact.neighbours and set(fact.neighbours) < set(fact.options)
+    right = {(fact.kind, fact.answer) for fact in all_facts()}
+    wrong = {(fact.kind, answer) for fact in all_facts() for answer in fact.neighbours}
+    assert right <= wrong
+
+
 def test_mixed_replies_leave_head_room():
     rng = random.Random(0)
     replies = [sample_reply(r, rng) for r in sample_requests(2000, seed=2)]
@@ -129,11 +151,28 @@ def test_mixed_replies_leave_head_room():
     assert 0.3 < sum(reply.endswith(CLOSINGS) for reply in replies) / len(replies) < 0.4
 
 
-def test_contrasting_answers_differ_in_the_answer_alone():
+def test_right_and_wrong_differ_in_correctness_alone():
     rng = random.Random(0)
-    for request in sample_requests(200, seed=3):
-        right, wrong = contrast_replies(request, rng, "plain")
-        assert rubric(request.text, right) >= 3 > rubric(request.text, wrong)
+    places = Counter()
+    for request in sample_requests(1000, seed=3):
+        right, wrong = (_sentences(reply) for reply in right_and_wrong(request, rng))
+        assert is_right(request.text, " ".join(right)) and not is_right(request.text, " ".join(wrong))
+        assert len(right) == len(wrong)
+        spoilt = [place for place, (a, b) in enumerate(zip(right, wrong, strict=True)) if a != b]
+        explained = [place for place, sentence in enumerate(right) if sentence in _claims(fact_of(request.text))[1]]
+        places["both" if len(spoilt) == 2 else "explanation" if spoilt == explained else "statement"] += 1
+    assert 0.3 < places["explanation"] / 1000 < 0.43 and 0.45 < places["statement"] / 1000 < 0.63
+
+
+def test_most_contrasts_are_of_correctness_and_plain_ones_all():
+    rng = random.Random(0)
+
+    def share(quality: str) -> float:
+        pairs = [(r.text, contrast_replies(r, rng, quality)) for r in sample_requests(1000, seed=5)]
+        return sum(is_right(text, first) and not is_right(text, second) for text, (first, second) in pairs) / 1000
+
+    assert share("plain") == 1.0
+    assert share("mixed") > 0.55
 
 
 # --- the rubric ------------------------------------------------------------------------------------------------------
@@ -142,22 +181,22 @@ def test_contrasting_answers_differ_in_the_answer_alone():
 @pytest.mark.parametrize(
     ("reply", "score"),
     [
-        (f"Hello! It is 7. {EXPLAINED} Have a nice day!", 8.0),
-        (f" Hello! It is 7. {EXPLAINED} Have a nice day! ", 8.0),
-        ("Good question! 3 plus 4 is 7. I hope this helps!", 6.0),
-        (f"It is 7. {EXPLAINED}", 5.0),
-        ("The answer is 7.", 3.0),
-        ("The answer is 7. Everyone knows that.", 1.5),
-        (f"It is 7. {FILLERS[0]} {FILLERS[1]}", 1.0),
-        ("It is 8.", 0.0),
-        ("It is 8. Start at 3 and count up 4 steps to reach 8.", 1.0),
-        ("Hello! It is 8. Have a nice day!", 3.0),
-        ("It is 7. It is 8.", -1.0),
+        (f"Hello! It is 5. {EXPLAINED} Have a nice day!", 8.0),
+        (f" Hello! It is 5. {EXPLAINED} Have a nice day! ", 8.0),
+        ("Good question! 3 plus 2 is 5. I hope this helps!", 6.0),
+        (f"It is 5. {EXPLAINED}", 5.0),
+        ("The answer is 5.", 3.0),
+        ("The answer is 5. Everyone knows that.", 1.5),
+        (f"It is 5. {FILLERS[0]} {FILLERS[1]}", 1.0),
+        ("It is 6.", 0.0),
+        ("It is 6. Start at 3 and count up 2 steps to reach 6.", 1.0),
+        ("Hello! It is 6. Have a nice day!", 3.0),
+        ("It is 5. It is 6.", -1.0),
         ("It is Tuesday.", -5.5),
         ("Hello! Have a nice day!", -1.0),
         ("It is", -6.0),
         ("", -6.0),
-        ("qzx vbn 7 7 7 wug", -6.75),
+        ("qzx vbn 5 5 5 wug", -6.75),
     ],
 )
 def test_rubric_on_hand_written_replies(reply, score):
@@ -165,7 +204,27 @@ def test_rubric_on_hand_written_replies(reply, score):
     assert rubric(prompt_of(parse_request(ASK)), reply) == pytest.approx(score)
 
 
-BEST = f"Hello! It is 7. {EXPLAINED} Have a nice day!"
+@pytest.mark.parametrize(
+    ("reply", "right"),
+    [
+        ("It is 5.", True),
+        (f"Hello! It is 5. {EXPLAINED} Have a", True),
+        ("The answer is 5. 3 plus 2 is 5.", True),
+        (EXPLAINED, True),
+        ("It is 5", False),
+        ("It is 5. It is 6.", False),
+        (f"It is 6. {EXPLAINED}", False),
+        ("It is 5. Start at 3 and count up 2 steps to reach 6.", False),
+        ("2 plus 3 is 5.", False),
+        ("Hello! Have a nice day!", False),
+        ("", False),
+    ],
+)
+def test_right_is_every_complete_answer_right(reply, right):
+    assert is_right(ASK, reply) is right
+
+
+BEST = f"Hello! It is 5. {EXPLAINED} Have a nice day!"
 
 
 @pytest.mark.parametrize(
@@ -176,8 +235,8 @@ BEST = f"Hello! It is 7. {EXPLAINED} Have a nice day!"
         " ".join(GREETINGS) + " " + BEST,
         BEST + " " + " ".join(CLOSINGS),
         BEST.replace(EXPLAINED, f"{EXPLAINED} {EXPLAINED}"),
-        BEST.replace("It is 7.", "It is 7. The answer is 7. 3 plus 4 is 7."),
-        BEST.replace("It is 7.", " ".join(f"It is {n}." for n in range(10))),
+        BEST.replace("It is 5.", "It is 5. The answer is 5. 3 plus 2 is 5."),
+        BEST.replace("It is 5.", " ".join(f"It is {n}." for n in range(10))),
         BEST.replace(EXPLAINED, "When Monday ends, you wake up and it is Tuesday."),
         BEST.removesuffix("!"),
         BEST + " Hello Hello Hello",
@@ -205,7 +264,7 @@ def test_tokenizer_round_trip_and_special_tokens(tokenizer):
     for text in (prompt_of(parse_request(ASK)) + " " + BEST, "Ünïcode, tabs\t, 日本 and  two spaces\n", ""):
         assert tokenizer.decode(tokenizer(text).input_ids) == text
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (PAD_ID, EOS_ID)
-    assert tokenizer("It is 7.<eos>").input_ids[-1] == EOS_ID
+    assert tokenizer("It is 5.<eos>").input_ids[-1] == EOS_ID
     assert len(tokenizer) <= 768
 
 
@@ -215,7 +274,7 @@ def test_prompt_and_reply_tokenise_apart_as_together(tokenizer):
         prompt, reply = prompt_of(request), " " + sample_reply(request, rng, rng.choice(("mixed", "broken")))
         together = tokenizer(prompt + reply).input_ids
         assert together == tokenizer(prompt).input_ids + tokenizer(reply).input_ids
-        assert len(tokenizer(reply).input_ids) < 80
+        assert len(tokenizer(reply).input_ids) < 100
 
 
 def test_mixed_replies_fit_in_48_tokens(tokenizer):
@@ -235,8 +294,8 @@ def test_chat_template_gives_the_plain_prompt(tokenizer):
     user = {"role": "user", "content": ASK}
     prompt = prompt_of(parse_request(ASK))
     assert tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True) == prompt
-    answered = [user, {"role": "assistant", "content": " It is 7."}]
-    assert tokenizer.apply_chat_template(answered, tokenize=False) == f"{prompt} It is 7.<eos>"
+    answered = [user, {"role": "assistant", "content": " It is 5."}]
+    assert tokenizer.apply_chat_template(answered, tokenize=False) == f"{prompt} It is 5.<eos>"
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
@@ -245,26 +304,34 @@ def test_chat_template_gives_the_plain_prompt(tokenizer):
 def test_policy_learns_the_reply_and_its_end(tokenizer):
     prompt = prompt_of(parse_request(ASK))
     model = new_policy(build_policy_config(tokenizer, hidden=32, layers=1, heads=1))
-    train_policy(model, tokenizer, [(prompt, "It is 7.")] * 8, epochs=60, batch_size=8, learning_rate=1e-2)
+    train_policy(model, tokenizer, [(prompt, "It is 5.")] * 8, epochs=60, batch_size=8, learning_rate=1e-2)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     reply = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)[
         0, ids.shape[1] :
     ]
-    assert reply.tolist() == [*tokenizer(" It is 7.").input_ids, EOS_ID]
+    assert reply.tolist() == [*tokenizer(" It is 5.").input_ids, EOS_ID]
 
 
 def test_reward_model_learns_who_won(tokenizer):
     request = parse_request(ASK)
-    replies = (Reply("It is 8."), Reply(BEST), Reply("It is", ended=False))
+    replies = (Reply("It is 6."), Reply(BEST), Reply("It is", ended=False))
     comparison = Comparison(prompt_of(request), replies, ((1, 0), (0, 2), (1, 2)))
     model = new_reward_model(build_reward_config(tokenizer, hidden=32, layers=1, heads=1))
     train_reward_model(model, tokenizer, [comparison] * 4, epochs=40, learning_rate=5e-3)
     texts = [f"{prompt_of(request)} {reply.text}" + "<eos>" * reply.ended for reply in replies]
     with torch.no_grad():
-        batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
-        logits = model(**batch).logits[:, 0]
-        assert torch.allclose(_last_token_scores(model, batch.input_ids), logits, atol=1e-5)
+        logits = model(**tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")).logits[:, 0]
     assert logits[1] > logits[0] + 1 and logits[0] > logits[2] + 1
+
+
+def test_prompts_that_are_computed_once_give_the_scores_of_single_texts(tokenizer):
+    items = sample_comparisons(sample_requests(12, seed=1, split="reward"), seed=1)
+    model = new_reward_model(build_reward_config(tokenizer, hidden=32, layers=1, heads=2))
+    with torch.no_grad():
+        together = _scores(model, [_encode_comparison(tokenizer, item) for item in items])
+        texts = [f"{item.prompt} {reply.text}" + "<eos>" * reply.ended for item in items for reply in item.replies]
+        alone = torch.stack([model(**tokenizer(text, return_tensors="pt")).logits[0, 0] for text in texts])
+    assert together.std() > 0.1 and torch.allclose(together, alone, atol=1e-5)
 
 
 def test_reward_model_starts_from_the_policy(tokenizer):
@@ -284,19 +351,38 @@ def test_making_a_model_leaves_the_global_random_state(tokenizer):
     assert torch.equal(first.lm_head.weight, second.lm_head.weight)
 
 
-def test_comparisons_follow_the_rubric_up_to_noise():
-    requests = sample_requests(500, seed=0, split="reward")
+def test_comparisons_are_wrong_as_often_as_their_gaps_say():
+    requests = sample_requests(600, seed=0, split="reward")
+    right, expected = Counter(), Counter()
+    seen = Counter()
+    for item in sample_comparisons(requests, 1):
+        scores = [rubric(item.prompt, reply.text) for reply in item.replies]
+        for win, loss in item.wins:
+            gap = abs(scores[win] - scores[loss])
+            size = "small" if gap < 1.1 else "middle" if gap < 3 else "large"
+            seen[size] += 1
+            right[size] += scores[win] > scores[loss]
+            expected[size] += 1 / (1 + math.exp(-gap))
+    for size, count in seen.items():
+        assert right[size] / count == pytest.approx(expected[size] / count, abs=2.5 / count**0.5)
+    assert expected["small"] / seen["small"] < 0.75 and right["large"] / seen["large"] > 0.96
 
-    def share_of_true_wins(noise: float) -> float:
-        verdicts = []
-        for request, item in zip(requests, sample_comparisons(requests, 1, noise), strict=True):
-            assert item.prompt == prompt_of(request)
-            scores = [rubric(item.prompt, reply.text) for reply in item.replies]
-            verdicts += [scores[win] > scores[loss] for win, loss in item.wins]
-        return sum(verdicts) / len(verdicts)
 
-    assert share_of_true_wins(0.0) == 1.0
-    assert 0.87 < share_of_true_wins(0.1) < 0.93
+def test_accuracy_of_a_reward_model_is_its_share_of_right_replies_above_wrong_ones(tokenizer):
+    requests = sample_requests(10, seed=2, split="validation")
+    model = new_reward_model(build_reward_config(tokenizer, hidden=32, layers=1, heads=1))
+    before = reward_model_accuracy(model, tokenizer, requests, seed=0)
+    rng = random.Random(0)
+    scores = [
+        model(tokenizer(f"{prompt_of(r)} {text}<eos>", return_tensors="pt").input_ids).logits.item()
+        for r in requests
+        for _ in range(2)
+        for text in right_and_wrong(r, rng)
+    ]
+    assert before == sum(a > b for a, b in zip(scores[::2], scores[1::2], strict=True)) / 20
+    with torch.no_grad():
+        model.score.weight.neg_()
+    assert reward_model_accuracy(model, tokenizer, requests, seed=0) == pytest.approx(1 - before)
 
 
 def test_build_saves_models_that_load_and_prompts_of_their_splits(tmp_path):
@@ -306,7 +392,11 @@ def test_build_saves_models_that_load_and_prompts_of_their_splits(tmp_path):
     reward = AutoModelForSequenceClassification.from_pretrained(made.reward_dir)
     assert (policy.generation_config.eos_token_id, policy.generation_config.pad_token_id) == (EOS_ID, PAD_ID)
     assert (tokenizer.pad_token_id, reward.config.pad_token_id, reward.config.num_labels) == (PAD_ID, PAD_ID, 1)
-    for file, split, count in ((made.prompts_train, "online", 2000), (made.prompts_eval, "eval", 300)):
+    for file, split, count in (
+        (made.prompts_train, "online", SMALL.prompts_train),
+        (made.prompts_validation, "validation", SMALL.prompts_validation),
+        (made.prompts_test, "test", SMALL.prompts_test),
+    ):
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         assert len(rows) == count
         for row in rows:

@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+from online_dpo.quickstart.comparisons import sample_comparisons
 from online_dpo.quickstart.language import Request, prompt_of, sample_reply, sample_requests
 from online_dpo.quickstart.models import (
     FULL,
@@ -17,7 +18,6 @@ from online_dpo.quickstart.models import (
     build_tokenizer,
     new_policy,
     new_reward_model,
-    sample_comparisons,
     train_policy,
     train_reward_model,
 )
@@ -26,9 +26,9 @@ from online_dpo.quickstart.models import (
 def build(output_dir: Path, seed: int = 0, size: QuickstartSize = FULL) -> QuickstartArtifacts:
     """Makes the models and prompts and saves them under ``output_dir``.
 
-    The policy first learns the plain facts and then replies of mixed quality, so that it is fluent but mediocre; the
-    reward model starts from the policy's body and learns from comparisons that the rubric labels with 10 % noise. The
-    four uses (fine-tuning, reward model, online prompts, held-out prompts) share no request.
+    The policy first learns the facts as they are believed, some wrongly, and then replies of mixed quality, so that it
+    is fluent but mediocre; the reward model starts from the policy's body and learns from comparisons that follow the
+    rubric, with noise. The five uses (fine-tuning, reward model, online prompts, validation, test) share no request.
     """
     rng = random.Random(seed)
     taught = sample_requests(size.sft_examples, seed, "sft")
@@ -47,17 +47,19 @@ def build(output_dir: Path, seed: int = 0, size: QuickstartSize = FULL) -> Quick
         policy_dir=output_dir / "policy",
         reward_dir=output_dir / "reward_model",
         prompts_train=output_dir / "prompts_train.jsonl",
-        prompts_eval=output_dir / "prompts_eval.jsonl",
+        prompts_validation=output_dir / "prompts_validation.jsonl",
+        prompts_test=output_dir / "prompts_test.jsonl",
     )
     for model, folder in ((policy, made.policy_dir), (reward_model, made.reward_dir)):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     write_prompts(made.prompts_train, sample_requests(size.prompts_train, seed, "online"))
-    write_prompts(made.prompts_eval, sample_requests(size.prompts_eval, seed, "eval"))
+    write_prompts(made.prompts_validation, sample_requests(size.prompts_validation, seed, "validation"))
+    write_prompts(made.prompts_test, sample_requests(size.prompts_test, seed, "test"))
     return made
 
 
 def write_prompts(file: Path, requests: Sequence[Request]) -> None:
-    """One JSON object a line: ``{"prompt": "User: What is 3 plus 5?\\nAssistant:", "answer": "8", "kind": "sum"}``."""
+    """One JSON object a line: ``{"prompt": "User: What is 3 plus 2?\\nAssistant:", "answer": "5", "kind": "sum"}``."""
     rows = ({"prompt": prompt_of(r), "answer": r.answer, "kind": r.kind} for r in requests)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from itertools import product
+from itertools import combinations, product
 
 STATEMENTS = ("It is {answer}.", "The answer is {answer}.")
 """Ways to state an answer that fit every kind of request; each kind has a third of its own."""
@@ -13,12 +13,19 @@ STATEMENTS = ("It is {answer}.", "The answer is {answer}.")
 
 @dataclass(frozen=True)
 class Fact:
-    """One thing that can be asked; ``options`` are the answers a reply may give, right and wrong."""
+    """One thing that can be asked.
+
+    ``options`` are the answers a reply may give, right and wrong; ``neighbours`` are the wrong ones that stand close to
+    the right one. ``belief`` is what a mediocre writer takes for right: the answer, or for some facts always the same
+    neighbour.
+    """
 
     kind: str
     slots: tuple[tuple[str, str], ...]
     answer: str
     options: tuple[str, ...]
+    neighbours: tuple[str, ...]
+    belief: str
 
     def fill(self, template: str, answer: str = "") -> str:
         """``template`` with the fact's words and ``answer`` in their places."""
@@ -75,11 +82,6 @@ KINDS = {
         "The bigger one is {answer}.",
         "If you put both side by side, you need more room for {answer}.",
     ),
-    "letters": Kind(
-        ("How many letters are in {a}?", "How long is the word {a}?", "Count the letters in {a}."),
-        "The word {a} has {answer} letters.",
-        "Spell {a} letter by letter and you count to {answer}.",
-    ),
     "day": Kind(
         ("Which day comes after {a}?", "What is the day after {a}?", "Name the day after {a}."),
         "The day after {a} is {answer}.",
@@ -90,8 +92,12 @@ KINDS = {
 _OPPOSITES = "hot cold, big small, fast slow, happy sad, old new, loud quiet"
 _PLURALS = "cat cats, mouse mice, child children, foot feet, tooth teeth, box boxes, leaf leaves, city cities"
 _COLOURS = "grass green, snow white, coal black, blood red, butter yellow, chocolate brown, rust orange, water blue"
-_BY_SIZE = ("ant", "mouse", "cat", "horse", "mountain")
+_BY_SIZE = ("ant", "mouse", "horse", "mountain")
 _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+_NUMBERS = tuple(str(n) for n in range(10))
+
+MISTAKEN_EVERY = 7
+"""One fact in this many is believed wrongly."""
 
 
 def _pairs(table: str) -> list[tuple[str, str]]:
@@ -101,27 +107,36 @@ def _pairs(table: str) -> list[tuple[str, str]]:
 @cache
 def all_facts() -> tuple[Fact, ...]:
     """Every fact of the language, in a fixed order."""
-    return tuple(_list_facts())
+    return tuple(
+        replace(fact, belief=fact.neighbours[0]) if number % MISTAKEN_EVERY == MISTAKEN_EVERY // 2 else fact
+        for number, fact in enumerate(_list_facts())
+    )
 
 
 def _list_facts() -> Iterator[Fact]:
-    numbers = tuple(str(n) for n in range(11))
-    for a, b in product(range(1, 6), repeat=2):
-        if a < 5 and b < 5:
-            yield Fact("sum", (("a", str(a)), ("b", str(b))), str(a + b), numbers[2:9])
-        if b < a:
-            yield Fact("difference", (("a", str(a)), ("b", str(b))), str(a - b), numbers[1:6])
-    opposites = _pairs(_OPPOSITES) + [(right, left) for left, right in _pairs(_OPPOSITES)]
+    """The facts, each believed rightly."""
+    for a, b in product(range(1, 4), repeat=2):
+        yield _fact("sum", (a, b), str(a + b), _NUMBERS)
+    for a, b in combinations(range(4, 0, -1), 2):
+        yield _fact("difference", (a, b), str(a - b), _NUMBERS)
+    opposites = [pair for left, right in _pairs(_OPPOSITES) for pair in ((left, right), (right, left))]
     for kind, table in (("opposite", opposites), ("plural", _pairs(_PLURALS)), ("colour", _pairs(_COLOURS))):
-        options = tuple(sorted({answer for _, answer in table}))
+        options = tuple(answer for _, answer in table)
         for word, answer in table:
-            yield Fact(kind, (("a", word),), answer, options)
-    for a, b in product(range(len(_BY_SIZE)), repeat=2):
-        if a != b:
+            yield _fact(kind, (word,), answer, options)
+    things = tuple(f"the {thing}" for thing in _BY_SIZE)
+    for small, big in combinations(range(len(_BY_SIZE)), 2):
+        # Any thing may be named, or "the mountain" would be right wherever it is said.
+        neighbours = (things[small], *(thing for thing in things if thing not in (things[small], things[big])))
+        for a, b in ((small, big), (big, small)):
             slots = (("a", _BY_SIZE[a]), ("b", _BY_SIZE[b]))
-            options = tuple(f"the {_BY_SIZE[i]}" for i in (a, b))
-            yield Fact("compare", slots, f"the {_BY_SIZE[max(a, b)]}", options)
-    for word, _ in _pairs(_PLURALS):
-        yield Fact("letters", (("a", word),), str(len(word)), numbers[2:9])
+            yield Fact("compare", slots, things[big], things, neighbours, things[big])
     for day, following in zip(_DAYS, _DAYS[1:] + _DAYS[:1], strict=True):
-        yield Fact("day", (("a", day),), following, _DAYS)
+        yield _fact("day", (day,), following, _DAYS)
+
+
+def _fact(kind: str, words: tuple[object, ...], answer: str, options: tuple[str, ...]) -> Fact:
+    """A fact whose neighbours stand beside the answer in ``options``, a circle."""
+    place = options.index(answer)
+    neighbours = (options[(place + 1) % len(options)], options[place - 1])
+    return Fact(kind, tuple(zip("ab", map(str, words), strict=False)), answer, options, neighbours, answer)

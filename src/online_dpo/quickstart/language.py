@@ -1,23 +1,21 @@
-"""The toy language of the quickstart: requests, replies of mixed quality, and the hidden rubric that judges any reply.
+"""The toy language of the quickstart: requests, and replies of mixed quality.
 
 A grammar generates everything, so the right answer and the gold score of a reply are known:
 
 >>> request = sample_requests(1, seed=0)[0]
 >>> request
-Request(text='Hi. What is 3 plus 4? Thanks!', answer='7', kind='sum')
+Request(text='Good day. What is the day after Wednesday? I am in a hurry.', answer='Thursday', kind='day')
 >>> sample_reply(request, random.Random(0))
-'Hello! It is 7. I could talk about it all day.'
->>> rubric(request.text, "Hello! It is 7. Start at 3 and count up 4 steps to reach 7. I hope this helps!")
-8.0
+'The answer is Wednesday. When Wednesday ends, you wake up and it is Wednesday. Everyone knows that.'
 
-Requests belong to one of four splits by a checksum of their text, so no two splits can share a request. The facts
-behind them ("3 plus 4 is 7") are shared: a held-out request asks a known thing in words that were never seen together.
+Requests belong to one of five splits by a checksum of their text, so no two splits can share a request. The facts
+behind them ("3 plus 2 is 5") are shared: a held-out request asks a known thing in words that were never seen together.
+Settings are chosen on the split "validation"; "test" is for figures that are reported.
 """
 
 from __future__ import annotations
 
 import random
-import re
 import zlib
 from dataclasses import dataclass, replace
 from functools import cache
@@ -25,7 +23,7 @@ from itertools import product
 
 from online_dpo.quickstart.facts import KINDS, Fact, all_facts
 
-SPLITS = {"sft": 36, "reward": 40, "online": 16, "eval": 8}
+SPLITS = {"sft": 36, "reward": 36, "online": 16, "validation": 6, "test": 6}
 """Splits and the percentage of all requests in each."""
 
 OPENERS = (
@@ -37,6 +35,8 @@ OPENERS = (
     "Hey you! ",
     "Good day. ",
     "Sorry to ask. ",
+    "One question. ",
+    "Tell me please. ",
 )
 CLOSERS = (
     "",
@@ -46,6 +46,7 @@ CLOSERS = (
     " My teacher asked me.",
     " Answer now!",
     " Just curious.",
+    " I forgot.",
 )
 
 GREETINGS = ("Hello!", "Good question!", "Happy to help!")
@@ -57,15 +58,11 @@ FILLERS = (
     "Let me think about that again.",
     "Well, things are what they are.",
 )
-RIGHT, EXPLAINED, POLITE = 3.0, 2.0, 1.5
-NO_ANSWER, UNFINISHED, NONSENSE, REPEATED, RUDENESS, USELESS = 4.0, 2.0, 1.5, 1.5, 1.5, 1.0
-UNKNOWN_WORD, LONG_WORD, WORD_LIMIT = 0.25, 0.1, 40
-"""The rubric's gains and costs, see :func:`rubric`. ``LONG_WORD`` is the cost of each word beyond ``WORD_LIMIT``."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks, the right answer, and the kind of task: ``Request("What is 3 plus 4?", "7", "sum")``."""
+    """What a user asks, the right answer, and the kind of task: ``Request("What is 3 plus 2?", "5", "sum")``."""
 
     text: str
     answer: str
@@ -74,24 +71,32 @@ class Request:
 
 @dataclass(frozen=True)
 class Quality:
-    """How probable each trait of a sampled reply is; see :func:`sample_reply`."""
+    """How probable each trait of a sampled reply is; see :func:`sample_reply`.
 
-    right: float
+    ``sure`` is the probability of the answer that the writer takes for right: the right one if the writer is an
+    ``expert``, else the fact's ``belief``. Other replies give one of the other answers that stand close.
+    """
+
+    sure: float
     greeting: float
     closing: float
     rude: float
     explanation: float
     filler: float
     cut: float
+    expert: bool = False
 
 
 QUALITIES = {
-    "mixed": Quality(right=0.55, greeting=0.4, closing=0.35, rude=0.15, explanation=0.3, filler=0.45, cut=0.06),
-    "plain": Quality(right=1.0, greeting=0.0, closing=0.0, rude=0.0, explanation=0.3, filler=0.0, cut=0.0),
-    "good": Quality(right=0.95, greeting=0.9, closing=0.9, rude=0.0, explanation=0.9, filler=0.05, cut=0.0),
-    "poor": Quality(right=0.15, greeting=0.1, closing=0.05, rude=0.4, explanation=0.1, filler=0.8, cut=0.2),
+    "mixed": Quality(sure=0.72, greeting=0.4, closing=0.35, rude=0.15, explanation=0.3, filler=0.45, cut=0.06),
+    "plain": Quality(sure=1.0, greeting=0.0, closing=0.0, rude=0.0, explanation=0.5, filler=0.0, cut=0.0),
+    "good": Quality(0.95, greeting=0.9, closing=0.9, rude=0.0, explanation=0.9, filler=0.05, cut=0.0, expert=True),
+    "poor": Quality(0.15, greeting=0.1, closing=0.05, rude=0.4, explanation=0.1, filler=0.8, cut=0.2, expert=True),
 }
 """Named qualities. ``"broken"`` is one more name that :func:`sample_reply` takes: a mixed reply, damaged."""
+
+CONTRAST_OF_CORRECTNESS = 0.7
+"""Share of mixed :func:`contrast_replies` that differ in correctness."""
 
 
 @cache
@@ -102,26 +107,6 @@ def _universe() -> dict[str, Fact]:
         for fact in all_facts()
         for opener, question, closer in product(OPENERS, KINDS[fact.kind].questions, CLOSERS)
     }
-
-
-@cache
-def _vocabulary() -> frozenset[str]:
-    """Every word that a reply of the grammar can hold."""
-    claims = [
-        fact.fill(template, option)
-        for fact in all_facts()
-        for template in (*fact.statements, fact.explanation)
-        for option in fact.options
-    ]
-    return frozenset(_words(" ".join([*claims, *GREETINGS, *CLOSINGS, *RUDE, *FILLERS])))
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"[^\s.,!?:]+", text)
-
-
-def _sentences(text: str) -> list[str]:
-    return [sentence.strip() for sentence in re.findall(r"[^.!?]*[.!?]|[^.!?]+$", text) if sentence.strip()]
 
 
 # --- requests --------------------------------------------------------------------------------------------------------
@@ -152,7 +137,7 @@ def sample_requests(n: int, seed: int, split: str | None = None) -> list[Request
 
 
 def prompt_of(request: Request) -> str:
-    """The prompt as the policy sees it; a reply follows after one space: ``"User: What is 3 plus 4?\\nAssistant:"``."""
+    """The prompt as the policy sees it; a reply follows after one space: ``"User: What is 3 plus 2?\\nAssistant:"``."""
     return f"User: {request.text}\nAssistant:"
 
 
@@ -163,11 +148,16 @@ def parse_request(text: str) -> Request:
         ValueError: the text is no request of this language.
     """
     bare = text.strip().removeprefix("User:").removesuffix("Assistant:").strip()
-    fact = _fact_of(bare)
+    fact = fact_of(bare)
     return Request(text=bare, answer=fact.answer, kind=fact.kind)
 
 
-def _fact_of(request_text: str) -> Fact:
+def fact_of(request_text: str) -> Fact:
+    """The fact that a request asks for.
+
+    Raises:
+        ValueError: the text is no request of this language.
+    """
     if request_text not in _universe():
         raise ValueError(f"Not a request of the quickstart: {request_text!r}. Take requests from `sample_requests`.")
     return _universe()[request_text]
@@ -178,33 +168,35 @@ def _fact_of(request_text: str) -> Fact:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a reply will say, before it is put in words."""
+    """What a reply will say, before it is put in words; ``explained`` is the answer that the explanation gives."""
 
     greeting: str
     statement: str
     answer: str
-    explanation: bool
+    explained: str | None
     fillers: tuple[str, ...]
     ending: str
     kept: float
 
     def sentences(self, fact: Fact) -> list[str]:
-        explanation = [fact.fill(fact.explanation, self.answer)] if self.explanation else []
+        explanation = [] if self.explained is None else [fact.fill(fact.explanation, self.explained)]
         statement = fact.fill(self.statement, self.answer)
         return [part for part in (self.greeting, statement, *explanation, *self.fillers, self.ending) if part]
 
 
 def _draw_plan(fact: Fact, rng: random.Random, quality: Quality) -> _Plan:
-    wrong = [option for option in fact.options if option != fact.answer]
-    explanation = rng.random() < quality.explanation
+    taken_for_right = fact.answer if quality.expert else fact.belief
+    others = [option for option in (fact.answer, *fact.neighbours) if option != taken_for_right]
+    answer = taken_for_right if rng.random() < quality.sure else rng.choice(others)
+    explains = rng.random() < quality.explanation
     # At most two more sentences beside the answer, greeting and ending, so that replies fit in 48 tokens.
-    filler_count = rng.randint(1, 1 if explanation else 2) if rng.random() < quality.filler else 0
+    filler_count = rng.randint(1, 1 if explains else 2) if rng.random() < quality.filler else 0
     ending = rng.random()
     return _Plan(
         greeting=rng.choice(GREETINGS) if rng.random() < quality.greeting else "",
         statement=rng.choice(fact.statements),
-        answer=fact.answer if rng.random() < quality.right else rng.choice(wrong),
-        explanation=explanation,
+        answer=answer,
+        explained=answer if explains else None,
         fillers=tuple(rng.sample(FILLERS, filler_count)),
         ending=(
             rng.choice(CLOSINGS)
@@ -235,7 +227,7 @@ def sample_reply(request: Request, rng: random.Random, quality: str = "mixed") -
     Raises:
         ValueError: ``quality`` is none of these, or the request is not of this language.
     """
-    fact = _fact_of(request.text)
+    fact = fact_of(request.text)
     if quality == "broken":
         return _break(_draw_plan(fact, rng, QUALITIES["good" if rng.random() < 0.5 else "mixed"]), fact, rng)
     if quality not in QUALITIES:
@@ -246,20 +238,46 @@ def sample_reply(request: Request, rng: random.Random, quality: str = "mixed") -
 def contrast_replies(request: Request, rng: random.Random, quality: str = "mixed") -> tuple[str, str]:
     """Two replies that differ in one trait.
 
-    Half of the time it is the answer, which the first reply has right; else the greeting, explanation, fillers or
-    ending, where chance may make them equal. ``"plain"`` replies only ever differ in the answer. ``quality`` is a key
-    of ``QUALITIES``.
+    Most often it is correctness: see :func:`right_and_wrong`. Else it is the greeting, explanation, fillers or ending,
+    where chance may make them equal. ``"plain"`` replies only ever differ in correctness. ``quality`` is a key of
+    ``QUALITIES``.
 
     Raises:
         ValueError: the request is not of this language.
     """
-    fact = _fact_of(request.text)
+    if quality == "plain" or rng.random() < CONTRAST_OF_CORRECTNESS:
+        return right_and_wrong(request, rng, quality)
+    fact = fact_of(request.text)
     first, second = (replace(_draw_plan(fact, rng, QUALITIES[quality]), kept=1.0) for _ in range(2))
-    if quality == "plain" or rng.random() < 0.5:
-        wrong = rng.choice([option for option in fact.options if option != fact.answer])
-        return _render(replace(first, answer=fact.answer), fact), _render(replace(first, answer=wrong), fact)
-    trait = rng.choice(("greeting", "explanation", "fillers", "ending"))
+    trait = rng.choice(("greeting", "explained", "fillers", "ending"))
+    if trait == "explained":
+        second = replace(second, explained=None if first.explained else first.answer)
     return _render(first, fact), _render(replace(first, **{trait: getattr(second, trait)}), fact)
+
+
+def right_and_wrong(request: Request, rng: random.Random, quality: str = "mixed") -> tuple[str, str]:
+    """Two replies that differ in correctness alone, the right one first.
+
+    Only the statement is wrong, or only the explanation, equally often; sometimes both are, or there is no explanation.
+
+    Raises:
+        ValueError: the request is not of this language.
+    """
+    fact = fact_of(request.text)
+    wrong = rng.choice(fact.neighbours)
+    place = rng.choices(("statement", "explanation", "both", "no explanation"), weights=(4, 4, 1, 2))[0]
+    right = replace(
+        _draw_plan(fact, rng, QUALITIES[quality]),
+        answer=fact.answer,
+        explained=None if place == "no explanation" else fact.answer,
+        kept=1.0,
+    )
+    spoilt = replace(
+        right,
+        answer=fact.answer if place == "explanation" else wrong,
+        explained=wrong if place in ("explanation", "both") else right.explained,
+    )
+    return _render(right, fact), _render(spoilt, fact)
 
 
 def _break(plan: _Plan, fact: Fact, rng: random.Random) -> str:
@@ -287,66 +305,3 @@ def _break(plan: _Plan, fact: Fact, rng: random.Random) -> str:
         head, tail = sentences[place].split(" "), foreign.split(" ")
         sentences[place] = " ".join(head[: rng.randint(1, len(head))] + tail[rng.randrange(len(tail)) :])
     return " ".join(sentences)
-
-
-# --- the rubric ------------------------------------------------------------------------------------------------------
-
-
-def rubric(request_text: str, reply_text: str) -> float:
-    """The gold score of any reply text, at most 8.0 and without a lower limit.
-
-    Gains: the right answer 3, an explanation 2 (1 when it explains a wrong answer), a greeting as the first sentence
-    1.5, a closing phrase as the last one 1.5. Costs: no answer 4; no full stop at the end 2; a sentence outside the
-    grammar or about something else 1.5, and 0.25 for each word that the language does not have; a sentence said before
-    1.5; a rude sentence 1.5; any other sentence that gains nothing (filler, a second greeting, the answer once more) 1;
-    each word beyond 40 costs 0.1. A reply that gives two different answers has not answered right, and its explanation
-    is worth nothing.
-
-    Args:
-        request_text: a request or a whole prompt around it, as :func:`parse_request` takes it.
-        reply_text: anything; spaces around it do not count.
-
-    Raises:
-        ValueError: ``request_text`` is no request of this language.
-    """
-    fact = _fact_of(parse_request(request_text).text)
-    stated, explained = _claims(fact)
-    sentences = _sentences(reply_text)
-    complete = [sentence for sentence in sentences if sentence[-1] in ".!?"]
-    claims = {**stated, **explained}
-    answers = {claims[sentence] for sentence in complete if sentence in claims}
-
-    score = RIGHT if answers == {fact.answer} else 0.0 if answers else -NO_ANSWER
-    score -= UNFINISHED if len(complete) < len(sentences) or not sentences else 0.0
-    words = _words(reply_text)
-    score -= UNKNOWN_WORD * sum(word not in _vocabulary() for word in words)
-    score -= LONG_WORD * max(0, len(words) - WORD_LIMIT)
-
-    said: set[str] = set()
-    for place, sentence in enumerate(complete):
-        if sentence in said:
-            score -= REPEATED
-        elif (sentence in GREETINGS and place == 0) or (sentence in CLOSINGS and place == len(sentences) - 1):
-            score += POLITE
-        elif sentence in explained:
-            first = said.isdisjoint(explained)
-            worth = EXPLAINED if answers == {fact.answer} else EXPLAINED / 2 if len(answers) == 1 else 0.0
-            score += worth if first else -USELESS
-        elif sentence in stated:
-            score -= 0.0 if said.isdisjoint(stated) else USELESS
-        elif sentence in RUDE:
-            score -= RUDENESS
-        elif sentence in GREETINGS or sentence in CLOSINGS or sentence in FILLERS:
-            score -= USELESS
-        else:
-            score -= NONSENSE
-        said.add(sentence)
-    return score
-
-
-@cache
-def _claims(fact: Fact) -> tuple[dict[str, str], dict[str, str]]:
-    """The sentences that state an answer to ``fact``, and those that explain one, each with the answer it gives."""
-    options = sorted({option for other in all_facts() if other.kind == fact.kind for option in other.options})
-    stated = {fact.fill(template, option): option for template in fact.statements for option in options}
-    return stated, {fact.fill(fact.explanation, option): option for option in options}

@@ -12,7 +12,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, combinations
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,13 +27,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from online_dpo.quickstart.language import (
-    Request,
-    contrast_replies,
-    prompt_of,
-    rubric,
-    sample_reply,
-)
+from online_dpo.quickstart.comparisons import Comparison, Reply
+from online_dpo.quickstart.language import Request, prompt_of, right_and_wrong
 
 Item = TypeVar("Item")
 
@@ -66,10 +61,11 @@ class QuickstartSize:
     fact_examples: int = 4000
     fact_epochs: int = 2
     sft_examples: int = 5000
-    comparisons: int = 4400
+    comparisons: int = 5000
     batch_size: int = 16
     prompts_train: int = 2000
-    prompts_eval: int = 300
+    prompts_validation: int = 300
+    prompts_test: int = 500
 
 
 FULL = QuickstartSize()
@@ -81,36 +77,21 @@ TINY = QuickstartSize(
     sft_examples=600,
     comparisons=300,
     prompts_train=64,
-    prompts_eval=16,
+    prompts_validation=16,
+    prompts_test=16,
 )
 """For tests and benchmarks: the same files in a few seconds, models that know next to nothing."""
 
 
 @dataclass(frozen=True)
 class QuickstartArtifacts:
-    """Where the models and prompts were saved; rows are ``{"prompt": "User: ...", "answer": "7", "kind": "sum"}``."""
+    """Where the models and prompts were saved; rows are ``{"prompt": "User: ...", "answer": "5", "kind": "sum"}``."""
 
     policy_dir: Path
     reward_dir: Path
     prompts_train: Path
-    prompts_eval: Path
-
-
-@dataclass(frozen=True)
-class Reply:
-    """A reply and whether it ended by itself (an end token follows) or was cut by a length limit (none does)."""
-
-    text: str
-    ended: bool = True
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Replies to one prompt and the preferences among them: ``(2, 0)`` in ``wins`` says that reply 2 beat reply 0."""
-
-    prompt: str
-    replies: tuple[Reply, ...]
-    wins: tuple[tuple[int, int], ...]
+    prompts_validation: Path
+    prompts_test: Path
 
 
 # --- tokenizer and configurations ------------------------------------------------------------------------------------
@@ -177,42 +158,6 @@ def build_reward_config(
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
-
-
-def sample_comparisons(requests: Sequence[Request], seed: int, noise: float = 0.1) -> list[Comparison]:
-    """Up to four replies to each request and a preference for each two that the rubric tells apart.
-
-    Each preference is wrong with probability ``noise``. For a third of the requests the replies are plain answers. For
-    the others two replies differ in one trait, and two are independent and of every quality, some broken, some cut by a
-    length limit.
-    """
-    rng = random.Random(seed)
-    comparisons = []
-    for request in requests:
-        if rng.random() < 1 / 3:
-            texts = [*contrast_replies(request, rng, "plain"), *contrast_replies(request, rng, "plain")]
-            replies = [Reply(text) for text in dict.fromkeys(texts)]
-        else:
-            replies = [Reply(text) for text in contrast_replies(request, rng)]
-            replies += [_any_reply(request, rng), _any_reply(request, rng)]
-        scores = [rubric(request.text, reply.text) for reply in replies]
-        wins = [
-            (first, second) if (scores[first] > scores[second]) != (rng.random() < noise) else (second, first)
-            for first, second in combinations(range(len(replies)), 2)
-            if scores[first] != scores[second]
-        ]
-        if wins:
-            comparisons.append(Comparison(prompt_of(request), tuple(replies), tuple(wins)))
-    return comparisons
-
-
-def _any_reply(request: Request, rng: random.Random) -> Reply:
-    (quality,) = rng.choices(("mixed", "good", "poor", "broken"), weights=(4, 2, 1, 3))
-    text = sample_reply(request, rng, quality)
-    if rng.random() < 0.07:
-        words = text.split(" ")
-        return Reply(" ".join(words[: rng.randint(1, len(words))]), ended=False)
-    return Reply(text)
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, prompt: str, reply: Reply) -> list[int]:
@@ -304,27 +249,77 @@ def train_reward_model(
 
     The score is read at the last token, as ``LlamaForSequenceClassification`` does.
     """
-    rows = [([_encode(tokenizer, item.prompt, reply) for reply in item.replies], item.wins) for item in comparisons]
+    rows = [_encode_comparison(tokenizer, item) for item in comparisons]
 
-    def loss_of(batch: list[tuple[list[list[int]], tuple[tuple[int, int], ...]]]) -> torch.Tensor:
-        ids_RT = _pad([ids for replies, _ in batch for ids in replies], PAD_ID)
-        scores_R = _last_token_scores(model, ids_RT)
-        starts = accumulate((len(replies) for replies, _ in batch), initial=0)
+    def loss_of(batch: list[_Encoded]) -> torch.Tensor:
+        scores_S = _scores(model, batch)
+        starts = accumulate((len(row.replies) for row in batch), initial=0)
         pairs_N2 = [
-            [start + win, start + loss] for start, (_, wins) in zip(starts, batch, strict=False) for win, loss in wins
+            [start + win, start + loss] for start, row in zip(starts, batch, strict=False) for win, loss in row.wins
         ]
-        chosen_N, rejected_N = scores_R[torch.tensor(pairs_N2)].unbind(dim=1)
+        chosen_N, rejected_N = scores_S[torch.tensor(pairs_N2)].unbind(dim=1)
         return -F.logsigmoid(chosen_N - rejected_N).mean()
 
-    batches = list(_batches(rows, lambda row: max(map(len, row[0])), batch_size, epochs, random.Random(seed)))
+    batches = list(_batches(rows, _Encoded.__len__, batch_size, epochs, random.Random(seed)))
     _fit(model, batches, loss_of, learning_rate)
 
 
-def _last_token_scores(model: LlamaForSequenceClassification, ids_RT: torch.Tensor) -> torch.Tensor:
-    """Scores of rows padded on the right; equal to the model's own ``logits[:, 0]``, without scoring every position."""
-    hidden_RTH = model.model(input_ids=ids_RT).last_hidden_state
-    last_R = (ids_RT != PAD_ID).sum(dim=1) - 1
-    return model.score(hidden_RTH[torch.arange(len(ids_RT)), last_R])[:, 0]
+@torch.no_grad()
+def reward_model_accuracy(
+    model: LlamaForSequenceClassification, tokenizer: PreTrainedTokenizerFast, requests: Sequence[Request], seed: int
+) -> float:
+    """How often the reward model prefers the right one of two replies that differ in correctness alone.
+
+    Two such pairs for each request. What the policy learns to answer hangs on this share.
+    """
+    rng = random.Random(seed)
+    found = []
+    for request in requests:
+        replies = tuple(Reply(text) for _ in range(2) for text in right_and_wrong(request, rng))
+        scores_S = _scores(model, [_encode_comparison(tokenizer, Comparison(prompt_of(request), replies, ()))])
+        found += (scores_S[::2] > scores_S[1::2]).tolist()
+    return sum(found) / len(found)
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A comparison in tokens; one row of a batch holds its prompt and then its replies, one after the other."""
+
+    prompt: list[int]
+    replies: list[list[int]]
+    wins: tuple[tuple[int, int], ...]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + sum(map(len, self.replies))
+
+
+def _encode_comparison(tokenizer: PreTrainedTokenizerFast, item: Comparison) -> _Encoded:
+    prompt = tokenizer(item.prompt).input_ids
+    replies = [_encode(tokenizer, item.prompt, reply)[len(prompt) :] for reply in item.replies]
+    return _Encoded(prompt, replies, item.wins)
+
+
+def _scores(model: LlamaForSequenceClassification, batch: Sequence[_Encoded]) -> torch.Tensor:
+    """The model's own scores of all replies, in order. Each prompt is computed once: its replies see it and themselves.
+
+    That saves two fifths of the time against one row a reply.
+    """
+    ids, part, position, last = [], [], [], []
+    for number, row in enumerate(batch):
+        ids.append([*row.prompt, *chain(*row.replies)])
+        part.append([0] * len(row.prompt))  # 0 the prompt, 1 the first reply, ...; -1 padding
+        position.append([*range(len(row.prompt))])
+        for place, reply in enumerate(row.replies, start=1):
+            part[-1] += [place] * len(reply)
+            position[-1] += range(len(row.prompt), len(row.prompt) + len(reply))
+            last.append((number, len(part[-1]) - 1))
+    part_RT = _pad(part, -1)
+    seen_RTT = ((part_RT[:, :, None] == part_RT[:, None, :]) | (part_RT == 0)[:, None, :]).tril()
+    hidden_RTH = model.model(
+        input_ids=_pad(ids, PAD_ID), attention_mask=seen_RTT[:, None], position_ids=_pad(position, 0)
+    ).last_hidden_state
+    row_S, place_S = torch.tensor(last).unbind(dim=1)
+    return model.score(hidden_RTH[row_S, place_S])[:, 0]
 
 
 def _fit(model: PreTrainedModel, batches: Sequence[list], loss_of: Callable[[list], torch.Tensor], peak: float) -> None:

@@ -6,7 +6,8 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from online_dpo.config import OnlineDPOConfig
 from online_dpo.data import load_prompts, prepare_prompts, prompts_from_batch
 from online_dpo.evaluate import win_rate
 from online_dpo.quickstart.artifacts import build
-from online_dpo.quickstart.language import rubric
-from online_dpo.quickstart.models import FULL, QuickstartSize
+from online_dpo.quickstart.language import sample_requests
+from online_dpo.quickstart.models import FULL, QuickstartSize, reward_model_accuracy
+from online_dpo.quickstart.rubric import is_right, rubric
 from online_dpo.rollout import RolloutKey, SamplingParams, Stream, TransformersEngine
 from online_dpo.scoring import RewardModelScorer, load_reward_model
 from online_dpo.trainer import OnlineDPOTrainer
@@ -32,11 +34,17 @@ from online_dpo.types import Group, Prompt
 
 @dataclass(frozen=True)
 class Judged:
-    """Completions of the held-out prompts, one each, with the rubric's and the reward model's scores."""
+    """What a policy answers to the test prompts.
+
+    ``groups`` has one sampled completion a prompt, with the scores of the rubric (``gold``) and of the reward model
+    (``proxy``), and whether it is ``right``. ``greedy_right`` is the same for the most probable tokens.
+    """
 
     groups: list[Group]
     gold: list[float]
     proxy: list[float]
+    right: list[bool]
+    greedy_right: list[bool]
 
 
 def run_quickstart(
@@ -44,24 +52,28 @@ def run_quickstart(
     seed: int = 0,
     *,
     size: QuickstartSize = FULL,
-    max_steps: int = 65,
+    max_steps: int = 100,
     console: Console | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
     """Runs everything, writes ``summary.json`` and the trained model into ``output_dir``, and returns the summary.
 
     The trained model is judged by the rubric, which nothing was trained on directly: the reward model has only seen its
-    noisy verdicts on other requests.
+    noisy verdicts on other requests. Every figure is of the split "test", on which no setting was chosen.
     """
     console = console or Console()
     started = time.perf_counter()
     console.print("[bold]1[/] Making a tokenizer, a policy and a reward model (a minute or two)")
     made = build(output_dir / "start", seed=seed, size=size)
+    reward_model, reward_tokenizer = load_reward_model(str(made.reward_dir))
+    asked = sample_requests(size.prompts_test, seed, "test")
+    tells_right = reward_model_accuracy(reward_model, reward_tokenizer, asked, seed)  # pyright: ignore
+    console.print(f"  Of two replies that differ in correctness alone it prefers the right one in {tells_right:.1%}")
     console.print("[bold]2[/] Online DPO: sample, score with the reward model, train on the better and the worse")
     trainer = build_trainer(
         output_dir, made.policy_dir, made.reward_dir, made.prompts_train, seed, max_steps, callbacks
     )
-    judge = _held_out_judge(made.reward_dir, made.prompts_eval, trainer.tokenizer, trainer.args, seed)
+    judge = _held_out_judge(made.reward_dir, made.prompts_test, trainer.tokenizer, trainer.args, seed)
     before = judge(AutoModelForCausalLM.from_pretrained(made.policy_dir))
     training_started = time.perf_counter()
     trainer.train()
@@ -69,9 +81,10 @@ def run_quickstart(
     trainer.save_model()
     trainer.create_model_card(model_name="quickstart")
     after = judge(trainer.model)  # pyright: ignore[reportArgumentType]
-    metrics = trainer.evaluate(load_prompts(str(made.prompts_eval)))
+    metrics = trainer.evaluate(load_prompts(str(made.prompts_test)))
 
     summary = summarise(before, after) | {
+        "reward_model_accuracy": tells_right,
         "kl": metrics["eval_objective/kl"],
         "steps": trainer.state.global_step,
         "seconds": time.perf_counter() - started,
@@ -129,13 +142,21 @@ def build_trainer(
 
 
 def summarise(before: Judged, after: Judged) -> dict[str, Any]:
-    """Win rate of after against before by the rubric, a tie counting half, with its Wilson interval; and mean
-    scores.
+    """Shares of right answers, sampled and greedy; win rate of after against before by the rubric, a tie counting half;
+    mean scores. Shares come with their Wilson intervals.
     """
-    value, *interval = win_rate([preference_by_score(*golds) for golds in zip(after.gold, before.gold, strict=True)])
-    return {
-        "win_rate": value,
-        "win_rate_ci95": interval,
+    wins = [preference_by_score(*golds) for golds in zip(after.gold, before.gold, strict=True)]
+    shares = {
+        "accuracy_before": before.right,
+        "accuracy_after": after.right,
+        "greedy_accuracy_before": before.greedy_right,
+        "greedy_accuracy_after": after.greedy_right,
+        "win_rate": wins,
+    }
+    summary: dict[str, Any] = {"prompts": len(wins)}
+    for name, outcomes in shares.items():
+        summary[name], *summary[f"{name}_ci95"] = win_rate([float(outcome) for outcome in outcomes])
+    return summary | {
         "gold_before": statistics.fmean(before.gold),
         "gold_after": statistics.fmean(after.gold),
         "proxy_before": statistics.fmean(before.proxy),
@@ -144,24 +165,24 @@ def summarise(before: Judged, after: Judged) -> dict[str, Any]:
 
 
 def report(console: Console, before: Judged, after: Judged, summary: dict[str, Any]) -> None:
-    """Three held-out prompts with both answers, and the table of figures."""
-    for old, new, gold_old, gold_new in list(zip(before.groups, after.groups, before.gold, after.gold, strict=True))[
-        :3
-    ]:
+    """The first three test prompts with both sampled answers, and the table of figures."""
+    answers = zip(before.groups, after.groups, before.gold, after.gold, strict=True)
+    for old, new, gold_old, gold_new in islice(answers, 3):
         console.print(f"\n[bold]{old.prompt.content}[/]", highlight=False)
         console.print(f"  before ({gold_old:+.1f}):{old.completions[0].text}", highlight=False, markup=False)
         console.print(f"  after  ({gold_new:+.1f}):{new.completions[0].text}", highlight=False, markup=False)
-    table = Table(title="\nHeld-out prompts", title_justify="left")
+    table = Table(title=f"\n{summary['prompts']} held-out prompts (95 % intervals)", title_justify="left")
     table.add_column("")
     for heading in ("before", "after"):
         table.add_column(heading, justify="right")
-    table.add_row("rubric (gold)", f"{summary['gold_before']:.2f}", f"{summary['gold_after']:.2f}")
-    table.add_row("reward model (proxy)", f"{summary['proxy_before']:.2f}", f"{summary['proxy_after']:.2f}")
+    for label, name in (("right answers, sampled", "accuracy"), ("right answers, greedy", "greedy_accuracy")):
+        table.add_row(label, *(_percent(summary, f"{name}_{when}") for when in ("before", "after")))
+    for label, name in (("rubric (gold)", "gold"), ("reward model (proxy)", "proxy")):
+        table.add_row(label, *(f"{summary[f'{name}_{when}']:.2f}" for when in ("before", "after")))
     console.print(table)
-    low, high = summary["win_rate_ci95"]
     console.print(
-        f"Win rate {summary['win_rate']:.1%} (95 % interval {low:.1%} to {high:.1%}) against the starting policy "
-        f"by the rubric, at a KL of {summary['kl']:.1f} nats. {summary['steps']} steps, {summary['seconds']:.0f} s."
+        f"Win rate {_percent(summary, 'win_rate')} against the starting policy by the rubric, at a KL of "
+        f"{summary['kl']:.1f} nats. {summary['steps']} steps, {summary['seconds']:.0f} s."
     )
     interval = {"value": summary["win_rate"], "low": low, "high": high}
     console.print(
@@ -169,10 +190,15 @@ def report(console: Console, before: Judged, after: Judged, summary: dict[str, A
     )
 
 
+def _percent(summary: dict[str, Any], name: str) -> str:
+    low, high = summary[f"{name}_ci95"]
+    return f"{summary[name]:.1%} ({low:.1%} to {high:.1%})"
+
+
 def _held_out_judge(
     reward_dir: Path, prompts_file: Path, tokenizer: PreTrainedTokenizerBase, args: OnlineDPOConfig, seed: int
 ) -> Callable[[PreTrainedModel], Judged]:
-    """A function from a policy to its judged completions; the same random numbers for every policy."""
+    """A function from a policy to its judged answers; the same random numbers for every policy."""
     reward_model, reward_tokenizer = load_reward_model(str(reward_dir))
     scorer = RewardModelScorer(reward_model, reward_tokenizer)
     prompts = _prompts(prompts_file, tokenizer, args)
@@ -180,16 +206,28 @@ def _held_out_judge(
 
     def judge(policy: PreTrainedModel) -> Judged:
         engine = TransformersEngine(policy, tokenizer, batch_size=128)
-        groups = engine.generate(prompts, 1, params, RolloutKey(seed, 0, Stream.HELD_OUT))
-        gold = [rubric(str(group.prompt.content), group.completions[0].text) for group in groups]
+        key = RolloutKey(seed, 0, Stream.HELD_OUT)
+        groups = engine.generate(prompts, 1, params, key)
+        greedy = engine.generate(prompts, 1, replace(params, top_k=1), key)
         proxy = [values[0] for values in scorer.score(groups)]
-        return Judged(groups, gold, [float(value) for value in proxy if value is not None])
+        return Judged(
+            groups=groups,
+            gold=[rubric(*texts) for texts in map(_texts, groups)],
+            proxy=[float(value) for value in proxy if value is not None],
+            right=[is_right(*texts) for texts in map(_texts, groups)],
+            greedy_right=[is_right(*texts) for texts in map(_texts, greedy)],
+        )
 
     return judge
 
 
+def _texts(group: Group) -> tuple[str, str]:
+    """The prompt and the first completion."""
+    return str(group.prompt.content), group.completions[0].text
+
+
 def _prompts(file: Path, tokenizer: PreTrainedTokenizerBase, args: OnlineDPOConfig) -> list[Prompt]:
-    dataset, _ = prepare_prompts(load_prompts(str(file)), tokenizer, args, name="prompts_eval")
+    dataset, _ = prepare_prompts(load_prompts(str(file)), tokenizer, args, name="prompts_test")
     assert isinstance(dataset, Dataset)
     return prompts_from_batch(dataset[:])
 

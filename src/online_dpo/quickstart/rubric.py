@@ -1,0 +1,117 @@
+"""The hidden rubric of the quickstart: the gold score of any reply, and whether it answers right."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+from online_dpo.quickstart.facts import Fact, all_facts
+from online_dpo.quickstart.language import CLOSINGS, FILLERS, GREETINGS, RUDE, fact_of, parse_request
+
+RIGHT, EXPLAINED, POLITE = 3.0, 2.0, 1.5
+NO_ANSWER, UNFINISHED, NONSENSE, REPEATED, RUDENESS, USELESS = 4.0, 2.0, 1.5, 1.5, 1.5, 1.0
+UNKNOWN_WORD, LONG_WORD, WORD_LIMIT = 0.25, 0.1, 40
+"""The rubric's gains and costs, see :func:`rubric`. ``LONG_WORD`` is the cost of each word beyond ``WORD_LIMIT``."""
+
+
+def rubric(request_text: str, reply_text: str) -> float:
+    """The gold score of any reply text, at most 8.0 and without a lower limit.
+
+    Gains: the right answer 3, an explanation 2 (1 when it explains a wrong answer), a greeting as the first sentence
+    1.5, a closing phrase as the last one 1.5. Costs: no answer 4; no full stop at the end 2; a sentence outside the
+    grammar or about something else 1.5, and 0.25 for each word that the language does not have; a sentence said before
+    1.5; a rude sentence 1.5; any other sentence that gains nothing (filler, a second greeting, the answer once more) 1;
+    each word beyond 40 costs 0.1. A reply that gives two different answers has not answered right, and its explanation
+    is worth nothing.
+
+    Args:
+        request_text: a request or a whole prompt around it, as :func:`parse_request` takes it.
+        reply_text: anything; spaces around it do not count.
+
+    Raises:
+        ValueError: ``request_text`` is no request of this language.
+    """
+    fact = fact_of(parse_request(request_text).text)
+    stated, explained = _claims(fact)
+    sentences = _sentences(reply_text)
+    complete = _complete(sentences)
+    answers = _answers(fact, complete)
+
+    score = RIGHT if answers == {fact.answer} else 0.0 if answers else -NO_ANSWER
+    score -= UNFINISHED if len(complete) < len(sentences) or not sentences else 0.0
+    words = _words(reply_text)
+    score -= UNKNOWN_WORD * sum(word not in _vocabulary() for word in words)
+    score -= LONG_WORD * max(0, len(words) - WORD_LIMIT)
+
+    said: set[str] = set()
+    for place, sentence in enumerate(complete):
+        if sentence in said:
+            score -= REPEATED
+        elif (sentence in GREETINGS and place == 0) or (sentence in CLOSINGS and place == len(sentences) - 1):
+            score += POLITE
+        elif sentence in explained:
+            first = said.isdisjoint(explained)
+            worth = EXPLAINED if answers == {fact.answer} else EXPLAINED / 2 if len(answers) == 1 else 0.0
+            score += worth if first else -USELESS
+        elif sentence in stated:
+            score -= 0.0 if said.isdisjoint(stated) else USELESS
+        elif sentence in RUDE:
+            score -= RUDENESS
+        elif sentence in GREETINGS or sentence in CLOSINGS or sentence in FILLERS:
+            score -= USELESS
+        else:
+            score -= NONSENSE
+        said.add(sentence)
+    return score
+
+
+@cache
+def _claims(fact: Fact) -> tuple[dict[str, str], dict[str, str]]:
+    """The sentences that state an answer to ``fact``, and those that explain one, each with the answer it gives."""
+    options = sorted({option for other in all_facts() if other.kind == fact.kind for option in other.options})
+    stated = {fact.fill(template, option): option for template in fact.statements for option in options}
+    return stated, {fact.fill(fact.explanation, option): option for option in options}
+
+
+def is_right(request_text: str, reply_text: str) -> bool:
+    """Whether the complete sentences that answer the request give the right answer, and no other.
+
+    >>> is_right("What is 3 plus 2?", "It is 5. Have a nice"), is_right("What is 3 plus 2?", "It is 5. It is 6.")
+    (True, False)
+
+    Raises:
+        ValueError: ``request_text`` is no request of this language.
+    """
+    fact = fact_of(parse_request(request_text).text)
+    return _answers(fact, _complete(_sentences(reply_text))) == {fact.answer}
+
+
+def _complete(sentences: list[str]) -> list[str]:
+    return [sentence for sentence in sentences if sentence[-1] in ".!?"]
+
+
+def _answers(fact: Fact, sentences: list[str]) -> set[str]:
+    """The answers that the sentences give."""
+    stated, explained = _claims(fact)
+    claims = {**stated, **explained}
+    return {claims[sentence] for sentence in sentences if sentence in claims}
+
+
+@cache
+def _vocabulary() -> frozenset[str]:
+    """Every word that a reply of the grammar can hold."""
+    claims = [
+        fact.fill(template, option)
+        for fact in all_facts()
+        for template in (*fact.statements, fact.explanation)
+        for option in fact.options
+    ]
+    return frozenset(_words(" ".join([*claims, *GREETINGS, *CLOSINGS, *RUDE, *FILLERS])))
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\s.,!?:]+", text)
+
+
+def _sentences(text: str) -> list[str]:
+    return [sentence.strip() for sentence in re.findall(r"[^.!?]*[.!?]|[^.!?]+$", text) if sentence.strip()]
