@@ -184,6 +184,7 @@ def report(console: Console, before: Judged, after: Judged, summary: dict[str, A
         f"Win rate {_percent(summary, 'win_rate')} against the starting policy by the rubric, at a KL of "
         f"{summary['kl']:.1f} nats. {summary['steps']} steps, {summary['seconds']:.0f} s."
     )
+    low, high = summary["win_rate_ci95"]
     interval = {"value": summary["win_rate"], "low": low, "high": high}
     console.print(
         comparison_conclusion("The trained policy", "the one it started as", len(before.gold), interval, None)
