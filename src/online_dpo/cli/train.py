@@ -56,24 +56,18 @@ def train(plan: RunPlan, words: Sequence[str], *, show_traceback: bool) -> int:
     except NothingTrainedError as error:
         return report_error(error, 3, show_traceback)
     except Exception as error:  # every end of a run is told in one line; --traceback shows the rest
-        if _is_of_setup(error, trainer):
-            return report_error(error, 2, show_traceback)
-        report_error(error, 1, show_traceback)
+        # before the first step, transformers and torch look at settings, too
+        of_settings = trainer.state.global_step == 0 and not isinstance(error, OnlineDPOError)
+        code = report_error(error, 2 if of_settings else 1, show_traceback)
         if trainer.interrupt.checkpoint is not None:
             _say_stopped("Before that:", trainer.interrupt.checkpoint, words)
-        return 1
+        return code
     trainer.save_model()
     trainer.save_state()
     trainer.create_model_card()
     if is_main:
         say(places(str(trainer.args.output_dir)))
     return 0
-
-
-def _is_of_setup(error: Exception, trainer: OnlineDPOTrainer) -> bool:
-    """Whether the arguments are to blame: some, transformers and torch look at just before the first step."""
-    wrong_input = isinstance(error, SETUP_ERRORS) and not isinstance(error, OnlineDPOError)
-    return wrong_input and trainer.state.global_step == 0
 
 
 def build_trainer(plan: RunPlan, display: ProgressDisplay) -> OnlineDPOTrainer:
