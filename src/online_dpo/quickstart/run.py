@@ -77,7 +77,7 @@ def run_quickstart(
     reward_model, reward_tokenizer = load_reward_model(str(made.reward_dir))
     asked = sample_requests(size.prompts_test, seed, "test")
     tells_right = reward_model_accuracy(reward_model, reward_tokenizer, asked, seed)  # pyright: ignore
-    console.print(f"  Of two replies that differ in correctness alone it prefers the right one in {tells_right:.1%}")
+    console.print(f"  Pairs that differ in correctness alone: the reward model is right about {tells_right:.1%}")
     console.print("[bold]2[/] Online DPO: sample, score with the reward model, train on the better and the worse")
     trainer = build_trainer(
         output_dir, made.policy_dir, made.reward_dir, made.prompts_train, seed, max_steps, callbacks
