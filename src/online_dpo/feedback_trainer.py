@@ -14,8 +14,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from online_dpo.arguments import check_templates
 from online_dpo.beta import Beta
-from online_dpo.build import check_templates
 from online_dpo.data import CUT, prompts_from_batch
 from online_dpo.errors import ForeignCodeError
 from online_dpo.evaluate import EvalRecord, judged_wins, win_share

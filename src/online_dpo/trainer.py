@@ -29,14 +29,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from online_dpo.beta import Beta
-from online_dpo.borrowing import eval_mode, restores_models_on_error
-from online_dpo.build import (
-    build_engine,
-    build_opponent,
-    build_policy,
-    build_reference,
-    built_in_engine,
+from online_dpo.arguments import (
     check_arguments,
     check_batches,
     check_columns,
@@ -45,6 +38,15 @@ from online_dpo.build import (
     checked_config,
     choose_scorers,
     named_datasets,
+)
+from online_dpo.beta import Beta
+from online_dpo.borrowing import eval_mode, restores_models_on_error
+from online_dpo.build import (
+    build_engine,
+    build_opponent,
+    build_policy,
+    build_reference,
+    built_in_engine,
     train_on_one_device_per_process,
 )
 from online_dpo.config import OnlineDPOConfig

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from online_dpo.build import check_columns, check_templates
+from online_dpo.arguments import check_columns, check_templates
 from online_dpo.cli.eval_plan import EvalPlan
 from online_dpo.cli.progress import no_progress_bars, plain_warnings
 from online_dpo.cli.references import Reference, load_reference

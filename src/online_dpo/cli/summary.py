@@ -12,7 +12,7 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from online_dpo.build import named_datasets
+from online_dpo.arguments import named_datasets
 from online_dpo.cli.header import line
 from online_dpo.figures import count, duration, evaluation_prefix, number
 
