@@ -17,12 +17,13 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
 import online_dpo
+from online_dpo.cli.entries import UsageError
 from online_dpo.cli.help import GROUPS, USUAL
 from online_dpo.cli.main import main
 from online_dpo.cli.progress import plain_warnings
 from online_dpo.cli.references import load_reference, parse_reference
 from online_dpo.cli.run_config import RunConfig
-from online_dpo.cli.run_file import UsageError, looks_like_path, plan_run
+from online_dpo.cli.run_file import looks_like_path, plan_run
 from online_dpo.cli.schema import PARENT, WIDER_TYPES, FieldSpec, load_fields
 from online_dpo.cli.values import BadValue, convert, convert_words
 from online_dpo.config import INVALID_PROMPT_POLICIES, OnlineDPOConfig

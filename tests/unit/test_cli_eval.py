@@ -19,11 +19,11 @@ from peft import LoraConfig, get_peft_model
 import online_dpo
 import tiny
 from endpoint import error, says, serving, shown
+from online_dpo.cli.entries import UsageError
 from online_dpo.cli.eval_config import FROM_THE_RUN, RUN_FIELDS, EvalConfig
 from online_dpo.cli.eval_plan import plan_eval
 from online_dpo.cli.judge_plan import BuiltInJudge
 from online_dpo.cli.main import main
-from online_dpo.cli.run_file import UsageError
 from online_dpo.cli.schema import load_fields
 from online_dpo.evaluate import wilson_interval
 from online_dpo.rollout import RolloutKey, SamplingParams, Stream, TransformersEngine

@@ -15,9 +15,10 @@ import yaml
 
 import online_dpo
 from endpoint import Answer, error, says, serving, shown
+from online_dpo.cli.entries import UsageError
 from online_dpo.cli.judge_plan import BuiltInJudge
 from online_dpo.cli.main import main
-from online_dpo.cli.run_file import UsageError, plan_run
+from online_dpo.cli.run_file import plan_run
 from online_dpo.evaluate import wilson_interval
 from online_dpo.judge_settings import JudgeSettings
 from pairwise_folders import pairrm_folder, pairrm_log_odds

@@ -13,8 +13,9 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 from trl import ModelConfig, get_quantization_config
 
 from online_dpo import requirements
+from online_dpo.cli.entries import UsageError
 from online_dpo.cli.model_options import ignored_options, model_init_kwargs, model_problems
-from online_dpo.cli.run_file import UsageError, plan_run
+from online_dpo.cli.run_file import plan_run
 from run_files import fill_folder, trainer_of, write_run_file
 
 QLORA = {"use_peft": True, "load_in_4bit": True}

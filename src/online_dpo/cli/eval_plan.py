@@ -8,22 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from online_dpo import requirements
+from online_dpo.cli.entries import Entry, UsageError, read_overrides, read_run_file, read_values
 from online_dpo.cli.eval_config import CALLED_HERE, FROM_THE_RUN, RUN_FIELDS, EvalConfig
 from online_dpo.cli.judge_plan import BuiltInJudge
 from online_dpo.cli.model_options import OF_4BIT, QUANTISATION, model_init_kwargs, model_problems
 from online_dpo.cli.references import Reference, parse_reference
-from online_dpo.cli.run_file import (
-    GOLD_REWARDS,
-    MODEL_FILES,
-    Entry,
-    RunChecker,
-    UsageError,
-    holds_model,
-    looks_like_path,
-    read_overrides,
-    read_run_file,
-    read_values,
-)
+from online_dpo.cli.run_file import GOLD_REWARDS, MODEL_FILES, RunChecker, holds_model, looks_like_path
 from online_dpo.cli.schema import PACKAGE, FieldSpec, load_fields, read_class
 
 HELP = "online-dpo eval --help"

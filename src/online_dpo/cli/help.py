@@ -5,9 +5,9 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from online_dpo.cli.entries import COMMAND_LINE, UsageError
 from online_dpo.cli.eval_config import RUN_FIELDS
 from online_dpo.cli.planning import HELP_ALL
-from online_dpo.cli.run_file import COMMAND_LINE, UsageError
 from online_dpo.cli.schema import PACKAGE, PARENT, FieldSpec, load_fields, read_class
 from online_dpo.names_elsewhere import hint_for
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import yaml
 
+from online_dpo.cli.entries import UsageError
 from online_dpo.cli.judge_file import read_pairs
 from online_dpo.cli.judge_plan import BuiltInJudge, plan_pairwise_model
 from online_dpo.cli.parser import OneLineParser, with_hyphens
-from online_dpo.cli.run_file import UsageError, judge_of_run
+from online_dpo.cli.run_file import judge_of_run
 from online_dpo.cli.schema import PACKAGE, FieldSpec, read_class
 from online_dpo.judge_settings import INCONSISTENT, ORDERS, JudgeSettings
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from online_dpo import versions
-from online_dpo.cli.run_file import COMMAND_LINE, UsageError
+from online_dpo.cli.entries import COMMAND_LINE, UsageError
 
 WRONG_INPUT = 2
 CONFIG = "--config"
