@@ -265,13 +265,3 @@ def test_a_run_is_stopped_by_its_gold_scorer_and_evaluated_by_it(small_run, tmp_
     assert result["scored_by"] == "few" and result["prompts"] == 32 and not result["trained_on_scorer"]
     assert result["win_rate"]["high"] < 0.5 and result["score"]["difference"]["high"] < 0 and result["kl"]["value"] > 0
     assert f"Win rate {result['win_rate']['value']:.1%}" in done.stdout
-
-
-def test_the_readmes_example_runs(tmp_path, monkeypatch):
-    [example] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    tiny.causal_lm(sharpness=1.0, max_position_embeddings=512).save_pretrained("path/to/policy")
-    tiny.tokenizer().save_pretrained("path/to/policy")
-    Path("prompts.jsonl").write_text("\n".join(json.dumps({"prompt": p.content}) for p in tiny.prompts([4] * 16)))
-    exec(compile(example.replace("max_steps=200", "max_steps=2"), "readme.py", "exec"), {"__name__": "readme"})
-    assert Path("runs/polite/checkpoint-2/model.safetensors").is_file()

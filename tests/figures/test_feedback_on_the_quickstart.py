@@ -16,7 +16,7 @@ from endpoint import says, serving, shown
 from online_dpo.quickstart.rubric import rubric
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-RECIPE = RECIPES / "quickstart.yaml"
+RUN_FILE = "runs/quickstart/run.yaml"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 STEPS = 100
 PAIRWISE = {"template": "{prompt} {first}<eos>{prompt} {second}<eos>"}
@@ -45,11 +45,12 @@ def run(folder, *words, module=True):
 
 
 def trained(folder, name, *options):
-    """Win rate against the start on 300 held-out prompts, and the last entry of the log."""
+    """Win rate against the start on the test prompts, and the last entry of the log."""
     out = folder / "runs" / name
     options = ("--num_completions", 2, "--save_strategy", "steps", "--save_steps", STEPS, *options)
-    run(folder, "online_dpo", "train", RECIPE, "--output_dir", out, *options)
-    run(folder, "online_dpo", "eval", RECIPE, "--model", out, "--json", out / "eval.json")
+    run(folder, "online_dpo", "train", RUN_FILE, "--output_dir", out, *options)
+    test = ("--prompts", "runs/quickstart/start/prompts_test.jsonl")
+    run(folder, "online_dpo", "eval", RUN_FILE, "--model", out, *test, "--json", out / "eval.json")
     won = json.loads((out / "eval.json").read_text())["win_rate"]
     state = json.loads((out / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
     print(f"{name:12} win rate {won['value']:.3f} [{won['low']:.3f}, {won['high']:.3f}]")

@@ -10,6 +10,7 @@ import pytest
 
 from online_dpo.quickstart.artifacts import build
 from online_dpo.quickstart.models import TINY
+from online_dpo.quickstart.run import write_run_file
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -17,7 +18,9 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 @pytest.mark.slow
 def test_the_quickstart_with_a_pairwise_judge(tmp_path):
     """What docs/feedback.md shows, as it is run by `make figures` with models that know more."""
-    build(tmp_path / "runs" / "quickstart" / "start", size=TINY)
+    folder = tmp_path / "runs" / "quickstart"
+    build(folder / "start", size=TINY)
+    run_file = write_run_file(folder)
 
     def python(*words):
         done = subprocess.run([sys.executable, *map(str, words)], cwd=tmp_path, capture_output=True, text=True)
@@ -30,12 +33,12 @@ def test_the_quickstart_with_a_pairwise_judge(tmp_path):
     judge = ("--judge", "runs/quickstart/start/judge", "--judge_kwargs", json.dumps({"template": template}))
     few = ("--max_steps", 2, "--logging_steps", 1, "--num_completions", 2)
     saved = ("--save_strategy", "steps", "--save_steps", 2, "--output_dir", "runs/judged")
-    recipe = ("-m", "online_dpo", "train", RECIPES / "quickstart.yaml")
+    recipe = ("-m", "online_dpo", "train", run_file)
     python(*recipe, "--reward_model_path", "null", *judge, *few, *saved)
     state = json.loads((tmp_path / "runs" / "judged" / "checkpoint-2" / "trainer_state.json").read_text())
     assert [log["judge/too_long"] for log in state["log_history"] if "judge/duels" in log] == [0.0, 0.0]
     model = ("--model", "runs/judged", "--json", "figures.json")
-    python("-m", "online_dpo", "eval", RECIPES / "quickstart.yaml", *model)
+    python("-m", "online_dpo", "eval", run_file, *model)
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["duels"] == TINY.prompts_validation
     assert 0 <= figures["win_rate"]["low"] <= figures["win_rate"]["high"] <= 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 
 import pytest
 import torch
@@ -353,8 +353,7 @@ def test_making_a_model_leaves_the_global_random_state(tokenizer):
 
 def test_comparisons_are_wrong_as_often_as_their_gaps_say():
     requests = sample_requests(600, seed=0, split="reward")
-    right, expected = Counter(), Counter()
-    seen = Counter()
+    seen, right, expected = Counter(), Counter(), defaultdict(float)
     for item in sample_comparisons(requests, 1):
         scores = [rubric(item.prompt, reply.text) for reply in item.replies]
         for win, loss in item.wins:

@@ -74,7 +74,7 @@ def test_all_that_is_private_elsewhere_is_in_the_list():
     assert private_names() == PRIVATE.keys() | OTHERS
 
 
-@pytest.mark.parametrize("name", PRIVATE)
+@pytest.mark.parametrize("name", sorted(PRIVATE))
 def test_what_is_private_elsewhere_is_there(name):
     PRIVATE[name]()
 

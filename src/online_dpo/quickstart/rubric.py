@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from functools import cache
 
 from online_dpo.quickstart.facts import Fact, all_facts
@@ -12,6 +13,11 @@ RIGHT, EXPLAINED, POLITE = 3.0, 2.0, 1.5
 NO_ANSWER, UNFINISHED, NONSENSE, REPEATED, RUDENESS, USELESS = 4.0, 2.0, 1.5, 1.5, 1.5, 1.0
 UNKNOWN_WORD, LONG_WORD, WORD_LIMIT = 0.25, 0.1, 40
 """The rubric's gains and costs, see :func:`rubric`. ``LONG_WORD`` is the cost of each word beyond ``WORD_LIMIT``."""
+
+
+def rubric_score(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+    """The rubric as a reward function: the points of each completion, at most 8."""
+    return [rubric(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
 
 
 def rubric(request_text: str, reply_text: str) -> float:

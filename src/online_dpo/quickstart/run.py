@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import yaml
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
@@ -30,6 +31,13 @@ from online_dpo.rollout import RolloutKey, SamplingParams, Stream, TransformersE
 from online_dpo.scoring import RewardModelScorer, load_reward_model
 from online_dpo.trainer import OnlineDPOTrainer
 from online_dpo.types import Group, Prompt
+
+RUN_FILE = Path(__file__).with_name("run.yaml")
+DEFAULT_OUTPUT = Path("runs/quickstart")
+PLACES = (
+    *("model_name_or_path", "dataset_name", "eval_dataset_name", "reward_model_path", "eval_reward_funcs"),
+    "output_dir",
+)
 
 
 @dataclass(frozen=True)
@@ -65,10 +73,11 @@ def run_quickstart(
     started = time.perf_counter()
     console.print("[bold]1[/] Making a tokenizer, a policy and a reward model (a minute or two)")
     made = build(output_dir / "start", seed=seed, size=size)
+    run_file = write_run_file(output_dir)
     reward_model, reward_tokenizer = load_reward_model(str(made.reward_dir))
     asked = sample_requests(size.prompts_test, seed, "test")
     tells_right = reward_model_accuracy(reward_model, reward_tokenizer, asked, seed)  # pyright: ignore
-    console.print(f"  Of two replies that differ in correctness alone it prefers the right one in {tells_right:.1%}")
+    console.print(f"  Pairs that differ in correctness alone: the reward model is right about {tells_right:.1%}")
     console.print("[bold]2[/] Online DPO: sample, score with the reward model, train on the better and the worse")
     trainer = build_trainer(
         output_dir, made.policy_dir, made.reward_dir, made.prompts_train, seed, max_steps, callbacks
@@ -94,6 +103,7 @@ def run_quickstart(
     (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     report(console, before, after, summary)
     console.print(f"The trained model is in [bold]{output_dir}[/], the figures in {output_dir / 'summary.json'}.")
+    console.print(f"The same run, for settings of your own: online-dpo train {run_file}", highlight=False)
     return summary
 
 
@@ -108,25 +118,8 @@ def build_trainer(
 ) -> OnlineDPOTrainer:
     """The trainer of the quickstart, as a user would write it."""
     args = OnlineDPOConfig(
-        output_dir=str(output_dir),
-        seed=seed,
+        **{**training_settings(), "output_dir": str(output_dir), "seed": seed, "max_steps": max_steps},
         use_cpu=True,
-        num_completions=4,
-        max_new_tokens=48,
-        max_length=128,
-        temperature=1.0,
-        missing_eos_penalty=1.0,
-        beta=[0.2],
-        learning_rate=5e-4,
-        lr_scheduler_type="linear",
-        warmup_steps=5,
-        max_grad_norm=1.0,
-        per_device_train_batch_size=32,
-        max_steps=max_steps,
-        gradient_checkpointing=False,
-        logging_steps=5,
-        save_strategy="no",
-        report_to=[],
         disable_tqdm=True,
     )
     trainer = OnlineDPOTrainer(
@@ -139,6 +132,20 @@ def build_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def training_settings() -> dict[str, Any]:
+    """The fields of the run file that are the trainer's: not where models and prompts are, which start anew here."""
+    fields = yaml.safe_load(RUN_FILE.read_text(encoding="utf-8"))
+    return {name: value for name, value in fields.items() if name not in PLACES}
+
+
+def write_run_file(output_dir: Path) -> Path:
+    """``run.yaml`` in the folder of a quickstart: the same run for ``online-dpo train``."""
+    file = output_dir / "run.yaml"
+    text = RUN_FILE.read_text(encoding="utf-8")
+    file.write_text(text.replace(str(DEFAULT_OUTPUT), str(output_dir)), encoding="utf-8")
+    return file
 
 
 def summarise(before: Judged, after: Judged) -> dict[str, Any]:

@@ -1,0 +1,38 @@
+"""The README stands on the package's page as well, where nothing is beside it: its links name the repository."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+LINKS = re.findall(r"\]\(([^)]+)\)", README)
+
+
+def test_links_into_the_repository_name_it_and_lead_to_what_is_there():
+    repository = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+    inside = [link for link in LINKS if link.startswith(repository)]
+    assert len(inside) >= 6
+    for link in inside:
+        kind, branch, path = link.removeprefix(f"{repository}/").split("/", 2)
+        place = ROOT / path.partition("#")[0]
+        assert branch == "main" and (place.is_dir() if kind == "tree" else place.is_file()), link
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_links_of_the_pages_lead_to_what_is_there(page):
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        file, _, heading = link.partition("#")
+        if link.startswith("https://"):
+            continue
+        target = page.parent / file if file else page
+        assert target.is_file(), link
+        headings = re.findall(r"^#+ (.*)$", target.read_text(), flags=re.MULTILINE)
+        names = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
+        assert not heading or heading in names, link
+
+
+def test_no_link_is_relative():
+    assert all(link.startswith("https://") for link in LINKS)
