@@ -14,7 +14,7 @@ from packaging.version import Version
 TESTED = {
     "torch": ("2.11", "2.14"),
     "transformers": ("5.17", "5.24"),
-    "accelerate": ("1.10.1", "1.15"),
+    "accelerate": ("1.13", "1.15"),
     "datasets": ("4.7", "5.2"),
     "peft": ("0.18", "0.21"),
 }

@@ -85,6 +85,8 @@ OVERRIDDEN = sorted(
     for name, value in vars(cls).items()
     if inspect.isfunction(value) and hasattr(Trainer, name) and name != "__init__"
 )
+REFUSED = {"create_model_card": {"tasks", "dataset", "dataset_args"}}
+"""Arguments that ours do not take."""
 TRAINER = inspect.getsource(Trainer)
 CALLED_BY_US = {"train", "evaluate", "predict"}
 """Which a user calls; all others are called by `Trainer` itself."""
@@ -106,7 +108,7 @@ def test_trainer_calls_what_is_overridden_as_it_is_overridden(owner, name):
     theirs = inspect.signature(getattr(Trainer, name)).parameters
     ours = inspect.signature(vars(globals()[owner])[name]).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in ours.values())
-    assert takes_all or ours.keys() >= theirs.keys()
+    assert takes_all or ours.keys() | REFUSED.get(name, set()) >= theirs.keys()
     assert name in CALLED_BY_US or f"self.{name}(" in TRAINER
 
 
@@ -133,9 +135,9 @@ def test_versions_out_of_range_are_named():
         "transformers 5.25.0 (5.17 to 5.24)",
         "peft 0.17.1 (0.18 to 0.21)",
     ]
-    assert versions.untested({"torch": "3.0", "accelerate": "1.10.0"}) == [
+    assert versions.untested({"torch": "3.0", "accelerate": "1.12.9"}) == [
         "torch 3.0 (2.11 to 2.14)",
-        "accelerate 1.10.0 (1.10.1 to 1.15)",
+        "accelerate 1.12.9 (1.13 to 1.15)",
     ]
 
 
