@@ -59,6 +59,9 @@ def test_a_tiny_run_writes_what_it_says(tmp_path):
     )
     assert set(expected.split()) <= summary.keys() and summary["steps"] == 2
     text = console.export_text()
+    rows = [json.loads(line) for line in (tmp_path / "start" / "prompts_test.jsonl").read_text().splitlines()]
+    shown = [text.index(row["prompt"]) for row in rows[:3]]
+    assert shown == sorted(shown)
     for name in ("accuracy_before", "greedy_accuracy_after", "reward_model_accuracy"):
         assert f"{summary[name]:.1%}" in text
     assert f"{summary['win_rate']:.1%}" in text and text.count("before (") == 3

@@ -34,6 +34,7 @@ from online_dpo.types import Group, Prompt
 
 RUN_FILE = Path(__file__).with_name("run.yaml")
 DEFAULT_OUTPUT = Path("runs/quickstart")
+PROMPTS_FOR_KL = 200
 PLACES = (
     *("model_name_or_path", "dataset_name", "eval_dataset_name", "reward_model_path", "eval_reward_funcs"),
     "output_dir",
@@ -44,11 +45,11 @@ PLACES = (
 class Judged:
     """What a policy answers to the test prompts.
 
-    ``groups`` has one sampled completion a prompt, with the scores of the rubric (``gold``) and of the reward model
-    (``proxy``), and whether it is ``right``. ``greedy_right`` is the same for the most probable tokens.
+    For each prompt one sampled completion was scored by the rubric (``gold``) and by the reward model (``proxy``), and
+    may be ``right``. ``greedy`` has the completions of the most probable tokens, which may be ``greedy_right``.
     """
 
-    groups: list[Group]
+    greedy: list[Group]
     gold: list[float]
     proxy: list[float]
     right: list[bool]
@@ -90,7 +91,7 @@ def run_quickstart(
     trainer.save_model()
     trainer.create_model_card(model_name="quickstart")
     after = judge(trainer.model)  # pyright: ignore[reportArgumentType]
-    metrics = trainer.evaluate(load_prompts(str(made.prompts_test)))
+    metrics = trainer.evaluate(load_prompts(str(made.prompts_test), limit=PROMPTS_FOR_KL))
 
     summary = summarise(before, after) | {
         "reward_model_accuracy": tells_right,
@@ -172,12 +173,13 @@ def summarise(before: Judged, after: Judged) -> dict[str, Any]:
 
 
 def report(console: Console, before: Judged, after: Judged, summary: dict[str, Any]) -> None:
-    """The first three test prompts with both sampled answers, and the table of figures."""
-    answers = zip(before.groups, after.groups, before.gold, after.gold, strict=True)
-    for old, new, gold_old, gold_new in islice(answers, 3):
+    """The first three test prompts with both greedy answers and their rubric scores, and the table of figures."""
+    console.print("\nThe first three held-out prompts, with the most probable answers and the rubric's points:")
+    for old, new in islice(zip(before.greedy, after.greedy, strict=True), 3):
         console.print(f"\n[bold]{old.prompt.content}[/]", highlight=False)
-        console.print(f"  before ({gold_old:+.1f}):{old.completions[0].text}", highlight=False, markup=False)
-        console.print(f"  after  ({gold_new:+.1f}):{new.completions[0].text}", highlight=False, markup=False)
+        for when, group in (("before", old), ("after ", new)):
+            prompt, answer = _texts(group)
+            console.print(f"  {when} ({rubric(prompt, answer):+.1f}):{answer}", highlight=False, markup=False)
     table = Table(title=f"\n{summary['prompts']} held-out prompts (95 % intervals)", title_justify="left")
     table.add_column("")
     for heading in ("before", "after"):
@@ -219,7 +221,7 @@ def _held_out_judge(
         greedy = engine.generate(prompts, 1, replace(params, top_k=1), key)
         proxy = [values[0] for values in scorer.score(groups)]
         return Judged(
-            groups=groups,
+            greedy=greedy,
             gold=[rubric(*texts) for texts in map(_texts, groups)],
             proxy=[float(value) for value in proxy if value is not None],
             right=[is_right(*texts) for texts in map(_texts, groups)],
