@@ -135,6 +135,13 @@ def test_some_facts_are_believed_wrongly_and_always_alike():
         assert right == (fact_of(request.text).belief == request.answer)
 
 
+def test_what_is_believed_wrongly_is_sometimes_said_right():
+    rng = random.Random(0)
+    requests = [r for r in sample_requests(3000, seed=0) if fact_of(r.text).belief != r.answer]
+    right = sum(is_right(r.text, sample_reply(r, rng)) for r in requests) / len(requests)
+    assert 0.2 < right < 0.33
+
+
 def test_wrong_answers_are_close_and_no_answer_is_always_right():
     for fact in all_facts():
         assert fact.answer not in fact.neighbours and set(fact.neighbours) < set(fact.options)

@@ -74,7 +74,8 @@ class Quality:
     """How probable each trait of a sampled reply is; see :func:`sample_reply`.
 
     ``sure`` is the probability of the answer that the writer takes for right: the right one if the writer is an
-    ``expert``, else the fact's ``belief``. Other replies give one of the other answers that stand close.
+    ``expert``, else the fact's ``belief``. Other replies give a neighbour of what is rightly taken for right, and the
+    right answer in place of a wrong belief: what a policy never says it cannot learn to say.
     """
 
     sure: float
@@ -186,7 +187,7 @@ class _Plan:
 
 def _draw_plan(fact: Fact, rng: random.Random, quality: Quality) -> _Plan:
     taken_for_right = fact.answer if quality.expert else fact.belief
-    others = [option for option in (fact.answer, *fact.neighbours) if option != taken_for_right]
+    others = fact.neighbours if taken_for_right == fact.answer else (fact.answer,)
     answer = taken_for_right if rng.random() < quality.sure else rng.choice(others)
     explains = rng.random() < quality.explanation
     # At most two more sentences beside the answer, greeting and ending, so that replies fit in 48 tokens.
