@@ -17,7 +17,7 @@ REFUSED = {
     "paged_lion_8bit": "bitsandbytes",
     "ademamix": "bitsandbytes",
     "galore_adamw": "galore_torch",
-    "adalomo": "lomo_optim",
+    "adalomo": "updates weights during the backward pass",
     "grokadamw": "grokadamw",
     "schedule_free_adamw": "schedulefree",
     "apollo_adamw": "apollo_torch",

@@ -277,7 +277,7 @@ def test_without_a_reference_the_same_is_learnt_and_what_is_relative_to_it_is_ab
         made.train()
     assert all(torch.equal(p, without.model.get_parameter(name)) for name, p in plain.model.named_parameters())
     ours, theirs = train_logs(without)[-1], train_logs(plain)[-1]
-    relative = {"objective/kl", "objective/non_score_reward", "objective/rlhf_reward"}
+    relative = {"objective/kl", "objective/non_score_reward", "objective/rlhf_reward", "objective/trained_scores"}
     relative |= {f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")}
     assert theirs.keys() - ours.keys() == relative and ours["loss"] == theirs["loss"]
     ours, theirs = without.evaluate(), plain.evaluate()
@@ -685,7 +685,7 @@ def test_wrong_configurations_say_what_to_do(tmp_path, fields, message):
 @pytest.mark.parametrize(
     "fields, error, message",
     [
-        (dict(use_vllm=True), ValueError, "vLLM, which is not installed"),
+        (dict(use_vllm=True), ValueError, "`use_vllm` needs vllm, not installed here"),
         (
             dict(use_vllm=True, generation_kwargs={"no_repeat_ngram_size": 2}),
             ValueError,

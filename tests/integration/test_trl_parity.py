@@ -6,6 +6,7 @@ TRL is the incumbent. Where it is right we agree with it to 1e-6; `docs/trl.md` 
 import pytest
 import torch
 from datasets import Dataset
+from transformers import LlamaForSequenceClassification
 from trl.experimental.online_dpo import OnlineDPOConfig as TRLConfig
 from trl.experimental.online_dpo import OnlineDPOTrainer as TRLTrainer
 
@@ -149,13 +150,13 @@ def test_every_field_of_trls_configuration_exists_with_the_same_name(tmp_path):
 
 
 def test_the_documented_example_of_trl_runs_with_the_import_changed(tmp_path, monkeypatch):
-    """The example names hub models; here the same three names are folders with tiny models."""
+    """The example names hub models; here the same three names are folders with tiny models (Llama's, since for Qwen's
+    transformers would put another decoder into the tiny tokenizer).
+    """
     monkeypatch.chdir(tmp_path)
-    tiny.causal_lm("qwen2", sharpness=1.0, max_position_embeddings=512).save_pretrained("Qwen/Qwen2-0.5B-Instruct")
+    tiny.causal_lm(sharpness=1.0, max_position_embeddings=512).save_pretrained("Qwen/Qwen2-0.5B-Instruct")
     tiny.tokenizer(chat=True).save_pretrained("Qwen/Qwen2-0.5B-Instruct")
-    from transformers import Qwen2ForSequenceClassification
-
-    reward = Qwen2ForSequenceClassification(tiny.config("qwen2", num_labels=1))
+    reward = LlamaForSequenceClassification(tiny.config("llama", num_labels=1))
     reward.save_pretrained("trl-lib/Qwen2-0.5B-Reward")
     tiny.tokenizer(chat=True).save_pretrained("trl-lib/Qwen2-0.5B-Reward")
     rows = [{"prompt": [{"role": "user", "content": p.content}]} for p in tiny.prompts([4] * 8)]

@@ -286,11 +286,11 @@ def test_another_process_finds_the_prepared_rows_again(tmp_path):
     path = write(tmp_path / "x.jsonl", LINES)
     files = cache_files(path)
     code = (
-        "import sys, datasets; sys.path.insert(0, sys.argv[1])\n"
-        "from test_data_values import cache_files; print(cache_files(sys.argv[2]))"
+        "import sys; sys.path[:0] = sys.argv[1:3]\n"
+        "from test_data_values import cache_files; print(cache_files(sys.argv[3]))"
     )
     again = subprocess.run(
-        [sys.executable, "-c", code, str(Path(__file__).parent), str(path)],
+        [sys.executable, "-c", code, str(Path(__file__).parent), str(Path(__file__).parents[1]), str(path)],
         capture_output=True,
         text=True,
         check=True,

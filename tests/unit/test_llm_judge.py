@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -234,7 +236,9 @@ def test_processes_share_a_cache(tmp_path):
             cache.put(f"{{sys.argv[2]}} {{number}}", "m", module.Answer(None, False, "", 1, 1))
     """)
     path = tmp_path / "cache.sqlite3"
-    running = [subprocess.Popen([sys.executable, "-S", "-c", program, str(path), name]) for name in "pqr"]
+    environment = os.environ | {"PYTHONPATH": str(Path(judge_cache.__file__).parents[2])}  # -S: without all the others
+    commands = [[sys.executable, "-S", "-c", program, str(path), name] for name in "pqr"]
+    running = [subprocess.Popen(command, env=environment) for command in commands]
     assert [process.wait() for process in running] == [0, 0, 0]
     cache = judge_cache.AnswerCache(str(path))
     kept = [cache.get(str(number)) for number in range(300)]
