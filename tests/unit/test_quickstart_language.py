@@ -196,7 +196,7 @@ def test_most_contrasts_are_of_correctness_and_plain_ones_all():
         ("The answer is 5. Everyone knows that.", 1.5),
         (f"It is 5. {FILLERS[0]} {FILLERS[1]}", 1.0),
         ("It is 6.", 0.0),
-        ("It is 6. Start at 3 and count up 2 steps to reach 6.", 1.0),
+        ("It is 6. Start at 3 and count up 2 steps to reach 6.", 0.0),
         ("Hello! It is 6. Have a nice day!", 3.0),
         ("It is 5. It is 6.", -1.0),
         ("It is Tuesday.", -5.5),

@@ -89,8 +89,8 @@ class Quality:
 
 
 QUALITIES = {
-    "mixed": Quality(sure=0.72, greeting=0.4, closing=0.35, rude=0.15, explanation=0.3, filler=0.45, cut=0.06),
-    "plain": Quality(sure=1.0, greeting=0.0, closing=0.0, rude=0.0, explanation=0.5, filler=0.0, cut=0.0),
+    "mixed": Quality(sure=0.72, greeting=0.4, closing=0.35, rude=0.15, explanation=0.4, filler=0.45, cut=0.06),
+    "plain": Quality(sure=1.0, greeting=0.0, closing=0.0, rude=0.0, explanation=0.8, filler=0.0, cut=0.0),
     "good": Quality(0.95, greeting=0.9, closing=0.9, rude=0.0, explanation=0.9, filler=0.05, cut=0.0, expert=True),
     "poor": Quality(0.15, greeting=0.1, closing=0.05, rude=0.4, explanation=0.1, filler=0.8, cut=0.2, expert=True),
 }

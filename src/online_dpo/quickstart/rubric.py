@@ -23,12 +23,11 @@ def rubric_score(prompts: Sequence[str], completions: Sequence[str]) -> list[flo
 def rubric(request_text: str, reply_text: str) -> float:
     """The gold score of any reply text, at most 8.0 and without a lower limit.
 
-    Gains: the right answer 3, an explanation 2 (1 when it explains a wrong answer), a greeting as the first sentence
-    1.5, a closing phrase as the last one 1.5. Costs: no answer 4; no full stop at the end 2; a sentence outside the
-    grammar or about something else 1.5, and 0.25 for each word that the language does not have; a sentence said before
-    1.5; a rude sentence 1.5; any other sentence that gains nothing (filler, a second greeting, the answer once more) 1;
-    each word beyond 40 costs 0.1. A reply that gives two different answers has not answered right, and its explanation
-    is worth nothing.
+    Gains: the right answer 3, its explanation 2, a greeting as the first sentence 1.5, a closing phrase as the last one
+    1.5. Costs: no answer 4; no full stop at the end 2; a sentence outside the grammar or about something else 1.5, and
+    0.25 for each word that the language does not have; a sentence said before 1.5; a rude sentence 1.5; any other
+    sentence that gains nothing (filler, a second greeting, the answer once more) 1; each word beyond 40 costs 0.1.
+    A reply that gives two different answers has not answered right, and what explains a wrong answer is worth nothing.
 
     Args:
         request_text: a request or a whole prompt around it, as :func:`parse_request` takes it.
@@ -56,9 +55,8 @@ def rubric(request_text: str, reply_text: str) -> float:
         elif (sentence in GREETINGS and place == 0) or (sentence in CLOSINGS and place == len(sentences) - 1):
             score += POLITE
         elif sentence in explained:
-            first = said.isdisjoint(explained)
-            worth = EXPLAINED if answers == {fact.answer} else EXPLAINED / 2 if len(answers) == 1 else 0.0
-            score += worth if first else -USELESS
+            worth = EXPLAINED if answers == {fact.answer} else 0.0
+            score += worth if said.isdisjoint(explained) else -USELESS
         elif sentence in stated:
             score -= 0.0 if said.isdisjoint(stated) else USELESS
         elif sentence in RUDE:
