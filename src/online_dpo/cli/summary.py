@@ -25,7 +25,6 @@ BEST_BY = ("gold_score", "gold_win_rate", "win_rate", "objective/scores")
 FROM_TO = {
     "reward": "objective/scores",
     "KL": "objective/kl",
-    "accuracy": "rewards/accuracies",
     "tokens": "completions/mean_length",
 }
 
