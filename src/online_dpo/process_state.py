@@ -37,3 +37,20 @@ def environment(**variables: str) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def kept_environment() -> Iterator[None]:
+    """Afterwards the environment holds what it held, and ``os.environ`` is the same object.
+
+    `datasets` puts another one in its place when it maps with several processes. What holds the one of before, as rich
+    does, would then see no change any more.
+    """
+    before, values = os.environ, dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ = before  # noqa: B003 (it was there before)
+        for name in before.keys() - values.keys():
+            del before[name]
+        before.update(values)

@@ -264,6 +264,7 @@ def metrics_that_fail(prediction):
     return {"best": prediction.predictions.argmax(axis="rows")}
 
 
+@pytest.mark.slow
 def test_metrics_and_gold_in_an_evaluation(tmp_path):
     def gold(completions, **_):
         raise LookupError("no such answer")

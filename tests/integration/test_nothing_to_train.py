@@ -170,6 +170,7 @@ def test_one_step_that_trains_is_enough(tmp_path):
     assert not (tmp_path / "checkpoint-3").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trains", [True, False])
 def test_what_was_trained_before_a_resumption_counts(tmp_path, trains):
     """Also where nothing was logged up to the checkpoint."""
@@ -251,6 +252,7 @@ def test_a_sample_of_a_larger_model_tells_the_same(tmp_path, monkeypatch):
     assert ratios(made) == pytest.approx(watch.shares, abs=0.03) and min(ratios(made)) > 0.05
 
 
+@pytest.mark.slow
 def test_a_rate_below_rounding_is_warned_of_once(tmp_path, caplog):
     trainer(tmp_path, learning_rate=1e-13, max_steps=8).train()
     assert len(hardly(caplog)) == 1

@@ -102,6 +102,7 @@ def test_where_only_the_loss_is_wanted_nothing_else_is_given(tmp_path):
     assert output.metrics["test_loss"] > 0
 
 
+@pytest.mark.slow
 def test_memory_is_measured_where_asked(tmp_path):
     metrics, _, made = evaluated(tmp_path, skip_memory_metrics=False)
     assert "eval_mem_cpu_alloc_delta" in metrics

@@ -44,6 +44,7 @@ def test_the_quickstart_with_a_pairwise_judge(tmp_path):
     assert 0 <= figures["win_rate"]["low"] <= figures["win_rate"]["high"] <= 1
 
 
+@pytest.mark.slow
 def test_a_judge_of_nothing_is_refused(tmp_path):
     script = RECIPES / "judges" / "quickstart.py"
     done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, env={**os.environ})

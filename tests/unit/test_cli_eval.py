@@ -133,6 +133,7 @@ def test_a_model_against_itself_is_even_to_the_last_duel(folder, capsys):
     assert result["tokens"]["model"] == result["tokens"]["against"]
 
 
+@pytest.mark.slow
 def test_types_of_weights_are_no_difference_between_models(folder, capsys):
     """What was trained from a checkpoint in bf16 is saved in fp32, and compared with that checkpoint."""
     half = tiny.causal_lm(sharpness=1.0).bfloat16()

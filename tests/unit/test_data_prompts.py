@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import pickle
 import re
 from collections import Counter
@@ -594,6 +595,12 @@ def test_several_processes_give_the_same_rows():
     one = prepare(rows, word_tokenizer("<s> $A"), invalid_prompts="filter")
     assert prepare(rows, word_tokenizer("<s> $A"), invalid_prompts="filter", dataset_num_proc=2) == one
     assert [row["prompt_row"] for row in one[0]] == [i for i in range(12) if i % 3]
+
+
+def test_the_environment_is_the_same_object_afterwards_and_holds_the_same():
+    environ, held = os.environ, dict(os.environ)
+    prepare([{"prompt": "a b"}] * 12, word_tokenizer("<s> $A"), dataset_num_proc=2)
+    assert os.environ is environ and dict(os.environ) == held
 
 
 def test_error_of_a_row_crosses_processes():

@@ -69,8 +69,8 @@ def test_plain_lines_where_output_is_no_terminal() -> None:
         "eval maths step 100/100  loss 0.25",
         "Trained 100 steps in 0:00:00.",
         "From the beginning to the end (the first log and the last):",
-        "  reward    1.25 to 2.5",
-        "  KL        0.01235 to 0.01235",
+        "  reward  1.25 to 2.5",
+        "  KL      0.01235 to 0.01235",
         "Best evaluation at step 100: eval_win_rate 0.75",
     ]
 

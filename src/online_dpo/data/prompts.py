@@ -22,6 +22,7 @@ from online_dpo.data.cut import cut_message
 from online_dpo.data.json_columns import dataset_from_rows, json_columns_of, reading_json
 from online_dpo.data.tokens import fit_messages, fit_text
 from online_dpo.errors import InvalidPromptError
+from online_dpo.process_state import kept_environment
 from online_dpo.types import Message
 
 logger = logging.getLogger(__name__)
@@ -92,13 +93,14 @@ def prepare_prompts(
     )
     if isinstance(rows, IterableDataset):
         return rows.map(prepare_row, with_indices=True), Counter()
-    prepared = rows.map(
-        prepare_row,
-        with_indices=True,
-        features=_prepared_features(rows.features, source, kind),
-        num_proc=args.dataset_num_proc,
-        desc=f"Preparing {name}",
-    )
+    with kept_environment():
+        prepared = rows.map(
+            prepare_row,
+            with_indices=True,
+            features=_prepared_features(rows.features, source, kind),
+            num_proc=args.dataset_num_proc,
+            desc=f"Preparing {name}",
+        )
     of_prompt = ("prompt",) if keeps_json else ()
     prepared = reading_json(prepared, [*(column for column in as_json if column != "prompt"), *of_prompt])
     usable, left_out = _leave_out_invalid(prepared, name)
