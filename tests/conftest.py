@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,6 +11,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 
 torch.set_num_threads(1)
+# a shell starts what runs in its background with Ctrl-C ignored, for all processes below it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection(session):
