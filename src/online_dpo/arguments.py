@@ -37,7 +37,8 @@ REWARD_FIELDS = ("reward_weights", "reward_normalization")
 
 
 def checked_config(args: OnlineDPOConfig | None) -> OnlineDPOConfig:
-    """
+    """The configuration, if it is one.
+
     Raises:
         ValueError, TypeError: there is no configuration, or it is of another kind.
     """
@@ -61,7 +62,8 @@ def check_arguments(
     peft_config: Any,
     preprocess_logits_for_metrics: Any,
 ) -> None:
-    """
+    """Refuse arguments that are missing, of the wrong kind, or contradict each other.
+
     Raises:
         ValueError, TypeError: an argument is missing, of the wrong kind, or contradicts another; the message says
             which.
@@ -113,7 +115,8 @@ def check_arguments(
 
 
 def check_judged_pairs(args: OnlineDPOConfig) -> None:
-    """
+    """Refuse options of pairs that need scores where a judge makes the pairs.
+
     Raises:
         ValueError: pairs are to be made by scores, and a judge makes them.
     """
@@ -167,7 +170,8 @@ def longest_sequence(args: OnlineDPOConfig) -> int | None:
 
 
 def check_vllm(args: OnlineDPOConfig) -> None:
-    """
+    """Refuse to sample with vLLM where it cannot be used, or not as the configuration asks.
+
     Raises:
         ValueError: vLLM is missing, does not know an option of sampling, or a server has not room for ``max_length``.
         RolloutServerError: a server cannot be reached.
@@ -195,7 +199,8 @@ def _check_server(client: VLLMClient, longest: int | None) -> None:
 
 
 def check_stream(args: OnlineDPOConfig) -> None:
-    """
+    """Refuse a configuration that needs epochs for a stream, which has none.
+
     Raises:
         ValueError: the configuration needs epochs, and a stream that is read again and again has none.
     """
@@ -209,7 +214,8 @@ def check_stream(args: OnlineDPOConfig) -> None:
 
 
 def check_batches(train_dataset: Any, args: OnlineDPOConfig) -> None:
-    """
+    """Refuse a dataset that does not fill one batch, where incomplete ones are dropped.
+
     Raises:
         ValueError: the rows make no whole batch, and others are left out.
     """
@@ -229,7 +235,8 @@ def named_datasets(eval_dataset: Any) -> dict[str, Any]:
 
 
 def check_columns(reward_funcs: Any, datasets: Mapping[str, Any], not_passed_on: Sequence[str]) -> None:
-    """
+    """Refuse reward functions that name a column which a prepared dataset has not.
+
     Raises:
         ScoringError: a reward function names a column that one of the prepared datasets has not. A stream may not know
             its columns; it is checked when the function is called.
@@ -243,7 +250,8 @@ def check_columns(reward_funcs: Any, datasets: Mapping[str, Any], not_passed_on:
 
 
 def check_templates(scorers: Sequence[PointwiseScorer], dataset: Any) -> None:
-    """
+    """Refuse prompts that are messages where a reward model's tokenizer has no chat template.
+
     Raises:
         ValueError: the prompts are messages, and a reward model's tokenizer has no chat template for them.
     """
