@@ -18,18 +18,14 @@ from online_dpo.models import (
     check_model_path,
 )
 from online_dpo.requirements import problems
-from online_dpo.rollout import SamplingParams
+from online_dpo.rollout.engine import SamplingParams
 from online_dpo.rollout.vllm_client import VLLMClient
 from online_dpo.rollout.vllm_requests import vllm_sampling
-from online_dpo.scoring import (
-    PointwiseScorer,
-    RewardModelScorer,
-    check_judge,
-    check_reward_columns,
-    check_reward_path,
-    check_scorers,
-    check_share,
-)
+from online_dpo.scoring.combine import check_reward_columns, check_reward_path, check_scorers
+from online_dpo.scoring.judge import check_judge
+from online_dpo.scoring.llm_judge import check_share
+from online_dpo.scoring.reward_model import RewardModelScorer
+from online_dpo.scoring.scorer import PointwiseScorer
 from online_dpo.trained import check_trained
 
 REWARD_FIELDS = ("reward_weights", "reward_normalization")

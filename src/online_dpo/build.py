@@ -46,9 +46,10 @@ from online_dpo.reference import (
     frozen_copy,
     trains_base_weights,
 )
-from online_dpo.rollout import Engine, TransformersEngine
+from online_dpo.rollout.engine import Engine
 from online_dpo.rollout.mixture import MixtureEngine
 from online_dpo.rollout.opponent import ModelOpponent, Nobody, Opponent
+from online_dpo.rollout.transformers_engine import TransformersEngine
 from online_dpo.rollout.vllm_colocate import VLLMColocateEngine
 from online_dpo.rollout.vllm_server import VLLMServerEngine
 from online_dpo.trained import check_trained

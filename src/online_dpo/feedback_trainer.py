@@ -16,7 +16,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from online_dpo.arguments import check_templates
 from online_dpo.beta import Beta
-from online_dpo.data import CUT, prompts_from_batch
+from online_dpo.data.collate import prompts_from_batch
+from online_dpo.data.cut import CUT
 from online_dpo.errors import ForeignCodeError
 from online_dpo.evaluate import EvalRecord, judged_wins, win_share
 from online_dpo.foreign import foreign
@@ -28,21 +29,16 @@ from online_dpo.metrics import record_notes, record_rollout
 from online_dpo.overoptimisation import OveroptimisationGuard
 from online_dpo.pairs import Selection, pairs_from_preferences, pairs_from_scores, pairs_of_two, without_pair
 from online_dpo.reference import Reference
-from online_dpo.rollout import Engine, RolloutKey, SamplingParams, Stream, TransformersEngine
+from online_dpo.rollout.engine import Engine, RolloutKey, SamplingParams, Stream
 from online_dpo.rollout.opponent import Opponent, joined
 from online_dpo.rollout.sampling import uniform_numbers
-from online_dpo.scoring import (
-    CountingScorer,
-    DuelCounter,
-    PairwiseScorer,
-    Penalties,
-    PointwiseScorer,
-    find_preferences,
-    judge_the_top,
-    nothing_noted,
-    noting,
-    score_groups,
-)
+from online_dpo.rollout.transformers_engine import TransformersEngine
+from online_dpo.scoring.combine import score_groups
+from online_dpo.scoring.notes import nothing_noted, noting
+from online_dpo.scoring.penalties import Penalties
+from online_dpo.scoring.scorer import CountingScorer, PairwiseScorer, PointwiseScorer
+from online_dpo.scoring.top_judge import judge_the_top
+from online_dpo.scoring.tournament import DuelCounter, find_preferences
 from online_dpo.sync_check import SyncCheck
 from online_dpo.types import Completion, Feedback, Group, Pairing, Prompt, Round, Scores, Verdicts
 

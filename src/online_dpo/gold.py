@@ -11,19 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.evaluate import EvalRecord, GoldRecord, judged_wins, win_share
-from online_dpo.scoring import (
-    DuelCounter,
-    PairwiseScorer,
-    PointwiseScorer,
-    build_judge,
-    build_scorers,
-    check_judge,
-    check_reward_path,
-    check_scorers,
-    check_share,
-    nothing_noted,
-    score_groups,
-)
+from online_dpo.scoring.combine import build_scorers, check_reward_path, check_scorers, score_groups
+from online_dpo.scoring.judge import check_judge
+from online_dpo.scoring.llm_judge import check_share
+from online_dpo.scoring.notes import nothing_noted
+from online_dpo.scoring.pairwise_model import build_judge
+from online_dpo.scoring.scorer import PairwiseScorer, PointwiseScorer
+from online_dpo.scoring.tournament import DuelCounter
 from online_dpo.types import Group
 
 

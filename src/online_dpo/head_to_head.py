@@ -18,7 +18,8 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from online_dpo.comparison import Match, preferences_by_score
 from online_dpo.config import OnlineDPOConfig
-from online_dpo.data import prepare_prompts, prompts_from_batch
+from online_dpo.data.collate import prompts_from_batch
+from online_dpo.data.prompts import prepare_prompts
 from online_dpo.foreign import loading
 from online_dpo.known_tokens import Readers, check_policy, embedding_rows
 from online_dpo.layout import cut
@@ -34,17 +35,15 @@ from online_dpo.models import (
 )
 from online_dpo.packing import pack_groups
 from online_dpo.precision import mixed_precision
-from online_dpo.rollout import RolloutKey, SamplingParams, Stream, TransformersEngine
+from online_dpo.rollout.engine import RolloutKey, SamplingParams, Stream
 from online_dpo.rollout.sampling import reshapes
-from online_dpo.scoring import (
-    DuelCounter,
-    LLMJudge,
-    PairwiseModelJudge,
-    PairwiseScorer,
-    Penalties,
-    PointwiseScorer,
-    score_groups,
-)
+from online_dpo.rollout.transformers_engine import TransformersEngine
+from online_dpo.scoring.combine import score_groups
+from online_dpo.scoring.llm_judge import LLMJudge
+from online_dpo.scoring.pairwise_model import PairwiseModelJudge
+from online_dpo.scoring.penalties import Penalties
+from online_dpo.scoring.scorer import PairwiseScorer, PointwiseScorer
+from online_dpo.scoring.tournament import DuelCounter
 from online_dpo.self_check import Method, choose_method
 from online_dpo.types import Group, Prompt
 

@@ -16,7 +16,7 @@ from online_dpo.errors import OutOfSyncError
 from online_dpo.logprobs import row_logprobs
 from online_dpo.models import MOST_ROUNDING, ROUNDING, computing_dtype
 from online_dpo.packing import pack_groups
-from online_dpo.rollout import Engine, RolloutKey, SamplingParams, Stream
+from online_dpo.rollout.engine import Engine, RolloutKey, SamplingParams, Stream
 from online_dpo.types import Prompt
 
 PROMPTS, COMPLETIONS, TOKENS = 2, 2, 16

@@ -50,15 +50,10 @@ from online_dpo.build import (
     train_on_one_device_per_process,
 )
 from online_dpo.config import OnlineDPOConfig
-from online_dpo.data import (
-    PREPARED_COLUMNS,
-    EndlessStream,
-    SayCutPrompts,
-    UsersCollator,
-    collate_prompts,
-    prepare_prompts,
-    prompts_from_batch,
-)
+from online_dpo.data.collate import UsersCollator, collate_prompts, prompts_from_batch
+from online_dpo.data.cut import SayCutPrompts
+from online_dpo.data.prompts import PREPARED_COLUMNS, prepare_prompts
+from online_dpo.data.stream import EndlessStream
 from online_dpo.errors import ForeignCodeError
 from online_dpo.evaluate import EvalRecord, eval_records, mean_notes, summarise
 from online_dpo.feedback_trainer import FeedbackTrainer
@@ -79,8 +74,10 @@ from online_dpo.packing import as_inputs, by_group, pack_groups, pack_pairs, pas
 from online_dpo.pairs import Selection, latest
 from online_dpo.predictions import Predictions
 from online_dpo.reference import ReferenceSteps
-from online_dpo.rollout import RolloutKey, SamplingParams, Stream
-from online_dpo.scoring import build_judge, build_scorers, noting
+from online_dpo.rollout.engine import RolloutKey, SamplingParams, Stream
+from online_dpo.scoring.combine import build_scorers
+from online_dpo.scoring.notes import noting
+from online_dpo.scoring.pairwise_model import build_judge
 from online_dpo.self_check import Lender, MethodChoice
 from online_dpo.sync_check import SyncCheck
 from online_dpo.trl_attributes import TRLAttributes

@@ -14,9 +14,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from online_dpo.beta import Beta
 from online_dpo.metrics import MetricStore
 from online_dpo.reference import FrozenReference, Reference, SyncedReference
-from online_dpo.rollout import SamplingParams
-from online_dpo.scoring import FunctionScorer, PointwiseScorer, RewardModelScorer
+from online_dpo.rollout.engine import SamplingParams
 from online_dpo.scoring.combine import unique_names
+from online_dpo.scoring.functions import FunctionScorer
+from online_dpo.scoring.reward_model import RewardModelScorer
+from online_dpo.scoring.scorer import PointwiseScorer
 from online_dpo.types import Feedback, Verdicts
 
 

@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerState
 import tiny
 from online_dpo.errors import NothingTrainedError, OnlineDPOError
 from online_dpo.guard import StepGuard
-from online_dpo.scoring import LLMJudge
+from online_dpo.scoring.llm_judge import LLMJudge
 from training import KeepGradient, dataset, trainer, weights
 
 LENGTHS = (5, 9, 3, 7, 12, 4, 6, 8)

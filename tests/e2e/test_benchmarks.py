@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from online_dpo.rollout import RolloutKey, SamplingParams, TransformersEngine, transformers_engine
+from online_dpo.rollout import transformers_engine
+from online_dpo.rollout.engine import RolloutKey, SamplingParams
+from online_dpo.rollout.transformers_engine import TransformersEngine
 from online_dpo.types import Prompt
 
 ROOT = Path(__file__).parents[2]

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
 from endpoint import says, serving, shown
-from online_dpo.data import transcript_to_messages
+from online_dpo.data.convert import transcript_to_messages
 from online_dpo.quickstart.comparisons import Comparison, Reply
 from online_dpo.quickstart.models import (
     build_policy_config,

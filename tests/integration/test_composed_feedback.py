@@ -9,7 +9,7 @@ import tiny
 from online_dpo.cli.entries import UsageError
 from online_dpo.cli.eval_plan import plan_eval
 from online_dpo.cli.run_file import plan_run
-from online_dpo.rollout import RolloutKey
+from online_dpo.rollout.engine import RolloutKey
 from run_files import fill_folder, trainer_of, write_run_file
 from training import LENGTHS, assert_same, dataset, gradient, trainer, weights, word_reward
 

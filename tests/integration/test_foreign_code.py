@@ -10,7 +10,7 @@ from transformers import LlamaForSequenceClassification, TrainerCallback
 import tiny
 from online_dpo import OnlineDPOTrainer
 from online_dpo.cli.main import main
-from online_dpo.data import collate_prompts
+from online_dpo.data.collate import collate_prompts
 from online_dpo.errors import ForeignCodeError, ScoringError, UnknownTokenError
 from run_files import fill_folder, write_run_file
 from training import config, dataset, trainer, weights

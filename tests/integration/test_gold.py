@@ -14,7 +14,8 @@ from transformers import LlamaForSequenceClassification
 
 import tiny
 from online_dpo import OnlineDPOTrainer
-from online_dpo.rollout import RolloutKey, TransformersEngine
+from online_dpo.rollout.engine import RolloutKey
+from online_dpo.rollout.transformers_engine import TransformersEngine
 from training import LENGTHS, config, dataset, trainer, word_reward
 
 PROMPTS = LENGTHS * 2

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from online_dpo import OnlineDPOTrainer
-from online_dpo.data import collate_prompts, prompts_from_batch
+from online_dpo.data.collate import collate_prompts, prompts_from_batch
 from online_dpo.errors import NothingTrainedError, ScoringError, TrainingDivergedError
 from online_dpo.losses import LOSSES
 from online_dpo.pairs import STRATEGIES

@@ -11,7 +11,7 @@ from online_dpo import OnlineDPOConfig
 from online_dpo.cli.judge_plan import BuiltInJudge
 from online_dpo.cli.train import load_judge
 from online_dpo.errors import FeedbackStopped, NothingTrainedError
-from online_dpo.scoring import LLMJudge
+from online_dpo.scoring.llm_judge import LLMJudge
 from training import LENGTHS, config, dataset, trainer, word_reward
 
 

@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 
 import tiny
 from online_dpo.errors import OutOfSyncError
-from online_dpo.rollout import TransformersEngine
+from online_dpo.rollout.transformers_engine import TransformersEngine
 from training import dataset, trainer, weights, word_reward
 
 

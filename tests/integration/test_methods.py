@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from online_dpo.reference import AdapterOffReference
-from online_dpo.rollout import RolloutKey, TransformersEngine
+from online_dpo.rollout.engine import RolloutKey
+from online_dpo.rollout.transformers_engine import TransformersEngine
 from online_dpo.types import Completion
 from training import LENGTHS, assert_same, config, dataset, gradient, trainer, weights, word_reward
 

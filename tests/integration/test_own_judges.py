@@ -7,9 +7,10 @@ import torch
 
 import tiny
 from endpoint import duel
-from online_dpo.scoring import FunctionJudge, PairwiseModelJudge
 from online_dpo.scoring.duel_reader import padded
+from online_dpo.scoring.judge import FunctionJudge
 from online_dpo.scoring.pairrm import DebertaV2PairRM
+from online_dpo.scoring.pairwise_model import PairwiseModelJudge
 from pairwise_folders import pairrm_folder, pairrm_tokenizer
 from run_files import fill_folder, trainer_of, write_run_file
 from training import trainer as in_python

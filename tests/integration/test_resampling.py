@@ -11,7 +11,8 @@ import torch
 import tiny
 from online_dpo.errors import NothingTrainedError, ScoringError
 from online_dpo.pairs import latest
-from online_dpo.rollout import RolloutKey, TransformersEngine
+from online_dpo.rollout.engine import RolloutKey
+from online_dpo.rollout.transformers_engine import TransformersEngine
 from training import LENGTHS, assert_same, config, dataset, gradient, trainer, weights
 
 

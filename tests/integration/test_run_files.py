@@ -2,7 +2,7 @@
 
 import pytest
 
-from online_dpo.data import load_prompts
+from online_dpo.data.load import load_prompts
 from online_dpo.losses import LOSSES
 from online_dpo.pairs import STRATEGIES
 from run_files import fill_folder, trainer_of, write_run_file

@@ -19,10 +19,11 @@ from online_dpo.logprobs import enable_logprobs
 from online_dpo.models import disable_dropout
 from online_dpo.process_state import environment, kept_random_state
 from online_dpo.reference import trains_base_weights
-from online_dpo.rollout import RolloutKey, SamplingParams, TransformersEngine
 from online_dpo.rollout.adapters import write_adapter
+from online_dpo.rollout.engine import RolloutKey, SamplingParams
+from online_dpo.rollout.transformers_engine import TransformersEngine
 from online_dpo.rollout.weight_sync import write_weights
-from online_dpo.scoring import RewardModelScorer
+from online_dpo.scoring.reward_model import RewardModelScorer
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 

@@ -26,7 +26,8 @@ from online_dpo.cli.judge_plan import BuiltInJudge
 from online_dpo.cli.main import main
 from online_dpo.cli.schema import load_fields
 from online_dpo.evaluate import wilson_interval
-from online_dpo.rollout import RolloutKey, SamplingParams, Stream, TransformersEngine
+from online_dpo.rollout.engine import RolloutKey, SamplingParams, Stream
+from online_dpo.rollout.transformers_engine import TransformersEngine
 
 REWARDS = """
 def words(completions):

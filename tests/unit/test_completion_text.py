@@ -10,8 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from transformers.generation.stopping_criteria import StopStringCriteria
 
 import tokenizer_kinds
-from online_dpo.rollout import RolloutKey, SamplingParams, TransformersEngine
 from online_dpo.rollout.completion_text import completion_texts
+from online_dpo.rollout.engine import RolloutKey, SamplingParams
+from online_dpo.rollout.transformers_engine import TransformersEngine
 from online_dpo.rollout.vllm_requests import Sampled, build_groups
 from online_dpo.scoring.functions import FunctionScorer
 from online_dpo.scoring.reward_model import RewardModelScorer

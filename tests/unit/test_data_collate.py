@@ -7,7 +7,7 @@ import re
 import pytest
 from accelerate.utils import send_to_device
 
-from online_dpo.data import collate_prompts, prompts_from_batch
+from online_dpo.data.collate import collate_prompts, prompts_from_batch
 from online_dpo.types import Prompt
 
 

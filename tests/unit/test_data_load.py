@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 from torch.utils.data import DataLoader
 
-from online_dpo.data import load_prompts
+from online_dpo.data.load import load_prompts
 
 ROWS = [{"prompt": "a", "label": 1}, {"prompt": "b\nc", "label": 2}, {"prompt": "d", "label": 3}]
 TEXT_ROWS = [{**row, "label": str(row["label"])} for row in ROWS]

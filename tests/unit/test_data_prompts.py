@@ -17,10 +17,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from online_dpo.config import OnlineDPOConfig
-from online_dpo.data import collate_prompts, load_prompts, prepare_prompts, prompts_from_batch
+from online_dpo.data.collate import collate_prompts, prompts_from_batch
 from online_dpo.data.convert import PromptSource
 from online_dpo.data.cut import cut_message
-from online_dpo.data.prompts import PromptRow
+from online_dpo.data.load import load_prompts
+from online_dpo.data.prompts import PromptRow, prepare_prompts
 from online_dpo.data.tokens import tokenize_text, truncate_left
 from online_dpo.errors import InvalidPromptError
 

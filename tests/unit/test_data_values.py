@@ -21,7 +21,9 @@ from hypothesis import strategies as st
 import tiny
 from online_dpo import OnlineDPOConfig
 from online_dpo.cli.judge_file import read_pairs
-from online_dpo.data import collate_prompts, load_prompts, prepare_prompts, prompts_from_batch
+from online_dpo.data.collate import collate_prompts, prompts_from_batch
+from online_dpo.data.load import load_prompts
+from online_dpo.data.prompts import prepare_prompts
 from online_dpo.scoring.functions import FunctionScorer
 from online_dpo.types import Completion, Group
 

@@ -8,8 +8,10 @@ from transformers import BloomConfig, BloomForCausalLM, GptOssConfig, GptOssForC
 
 import tiny
 from online_dpo.borrowing import eval_mode
-from online_dpo.rollout import RolloutKey, SamplingParams, TransformersEngine, decoding, memory
+from online_dpo.rollout import decoding, memory
 from online_dpo.rollout.decoding import Decoder, can_decode
+from online_dpo.rollout.engine import RolloutKey, SamplingParams
+from online_dpo.rollout.transformers_engine import TransformersEngine
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [20, 21, 22, 23], [30, 31, 5]]
 PARAMS = SamplingParams(max_new_tokens=10, end_token_ids=(tiny.EOS,))

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 import tiny
 from endpoint import duel
-from online_dpo.scoring import PairwiseModelJudge
+from online_dpo.scoring.pairwise_model import PairwiseModelJudge
 
 SPECIAL = ["<pad>", "<bos>", "<unk>", "<user>", "<end>", "<assistant>", " ", "\n"]
 WORDS = ["A", "B", "first", "second", "<turn>", "user", "assistant", "system", "[CONTEXT]", "[RESPONSE", "A]", "B]"]

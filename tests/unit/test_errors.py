@@ -11,7 +11,7 @@ import pytest
 
 import tiny
 from online_dpo.errors import error_text, named_error
-from online_dpo.scoring import LLMJudge
+from online_dpo.scoring.llm_judge import LLMJudge
 
 
 def raised_from(error, cause):

@@ -11,7 +11,8 @@ import pytest
 from endpoint import Answer, duel, duels, error, serving
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.errors import FeedbackStopped, ScoringError
-from online_dpo.scoring import HTTPReward, build_scorers, score_groups
+from online_dpo.scoring.combine import build_scorers, score_groups
+from online_dpo.scoring.http_reward import HTTPReward
 
 
 def lengths(body, number):

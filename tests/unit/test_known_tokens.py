@@ -25,7 +25,8 @@ from online_dpo import OnlineDPOTrainer
 from online_dpo.cli.main import main
 from online_dpo.errors import UnknownTokenError
 from online_dpo.models import context_length, end_token_ids
-from online_dpo.scoring import PairwiseModelJudge, RewardModelScorer
+from online_dpo.scoring.pairwise_model import PairwiseModelJudge
+from online_dpo.scoring.reward_model import RewardModelScorer
 from online_dpo.types import Completion, Group
 
 ROWS = tiny.VOCABULARY

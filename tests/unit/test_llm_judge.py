@@ -17,11 +17,14 @@ import pytest
 from endpoint import Answer, duel, duels, error, says, serving, shown
 from online_dpo.errors import FeedbackStopped, ScoringError
 from online_dpo.judge_settings import JudgeSettings
-from online_dpo.scoring import JudgeScorer, LLMJudge, PairwiseScorer, judge_cache, pairwise_scorer
+from online_dpo.scoring import judge_cache
 from online_dpo.scoring.functions import submit, wait_for
+from online_dpo.scoring.judge import JudgeScorer, pairwise_scorer
 from online_dpo.scoring.judge_client import ChatEndpoint
 from online_dpo.scoring.judge_tally import Tally
+from online_dpo.scoring.llm_judge import LLMJudge
 from online_dpo.scoring.rate_limit import Budget, RateLimiter
+from online_dpo.scoring.scorer import PairwiseScorer
 
 KEY = "sk-secret-0123456789"
 

@@ -9,10 +9,11 @@ from transformers import MambaConfig, MambaForCausalLM
 
 import tiny
 from online_dpo.reference import AdapterOffReference, FrozenReference
-from online_dpo.rollout import RolloutKey, SamplingParams, TransformersEngine
+from online_dpo.rollout.engine import RolloutKey, SamplingParams
 from online_dpo.rollout.mixture import MixtureEngine
 from online_dpo.rollout.opponent import ModelOpponent
 from online_dpo.rollout.sampling import draw_tokens, reshape_logits, uniform_numbers
+from online_dpo.rollout.transformers_engine import TransformersEngine
 from online_dpo.types import Prompt
 
 KEY = RolloutKey(seed=3, step=5, stream=5)

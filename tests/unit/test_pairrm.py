@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from endpoint import duel
-from online_dpo.scoring import PairwiseModelJudge
 from online_dpo.scoring.pairrm import DebertaV2PairRM
+from online_dpo.scoring.pairwise_model import PairwiseModelJudge
 from pairwise_folders import MARKS, pairrm_folder, pairrm_log_odds, pairrm_tokenizer
 
 DUELS = [

@@ -12,7 +12,9 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 import tiny
 from endpoint import duel
 from online_dpo.errors import ScoringError
-from online_dpo.scoring import PairwiseModelJudge, PairwiseScorer, RewardModelScorer
+from online_dpo.scoring.pairwise_model import PairwiseModelJudge
+from online_dpo.scoring.reward_model import RewardModelScorer
+from online_dpo.scoring.scorer import PairwiseScorer
 
 TEMPLATE = "{prompt} <end> {first} <end> {second}"
 DUELS = [

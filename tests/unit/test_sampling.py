@@ -13,7 +13,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from online_dpo.rollout import RolloutKey, SamplingParams, Stream
+from online_dpo.rollout.engine import RolloutKey, SamplingParams, Stream
 from online_dpo.rollout.sampling import draw_tokens, reshape_logits, token_logprobs, uniform_numbers
 
 

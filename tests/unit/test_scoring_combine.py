@@ -16,7 +16,10 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrained
 
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.errors import ScoringError
-from online_dpo.scoring import FunctionScorer, Penalties, RewardModelScorer, build_scorers, check_scorers, score_groups
+from online_dpo.scoring.combine import build_scorers, check_scorers, score_groups
+from online_dpo.scoring.functions import FunctionScorer
+from online_dpo.scoring.penalties import Penalties
+from online_dpo.scoring.reward_model import RewardModelScorer
 from online_dpo.types import Completion, Group, Prompt
 
 

@@ -15,7 +15,9 @@ import pytest
 import torch
 
 from online_dpo.errors import ScoringError
-from online_dpo.scoring import FunctionScorer, nothing_noted, noting, score_groups
+from online_dpo.scoring.combine import score_groups
+from online_dpo.scoring.functions import FunctionScorer
+from online_dpo.scoring.notes import nothing_noted, noting
 from online_dpo.types import Completion, Group, Prompt
 
 ASK = [{"role": "user", "content": "Hi"}]

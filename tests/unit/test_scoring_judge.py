@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from online_dpo.errors import FeedbackStopped, ScoringError
-from online_dpo.scoring import FunctionJudge, JudgeScorer, PairwiseScorer, check_judge, pairwise_scorer
+from online_dpo.scoring.judge import FunctionJudge, JudgeScorer, check_judge, pairwise_scorer
+from online_dpo.scoring.scorer import PairwiseScorer
 from online_dpo.types import Completion, Group, Prompt
 
 TEMPLATE = (

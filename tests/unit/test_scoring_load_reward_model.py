@@ -16,7 +16,8 @@ from transformers import (
     Qwen2ForSequenceClassification,
 )
 
-from online_dpo.scoring import PointwiseScorer, RewardModelScorer, load_reward_model
+from online_dpo.scoring.reward_model import RewardModelScorer, load_reward_model
+from online_dpo.scoring.scorer import PointwiseScorer
 from online_dpo.types import Completion, Group, Prompt
 
 VOCABULARY = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *"abcdefgh"])}

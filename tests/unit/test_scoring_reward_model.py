@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from online_dpo.errors import ScoringError
-from online_dpo.scoring import RewardModelScorer
+from online_dpo.scoring.reward_model import RewardModelScorer
 from online_dpo.types import Completion, Group, Prompt
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "[CLS]", "[SEP]", "<user>", "<assistant>", "<system>", "<end>"]

@@ -7,7 +7,8 @@ import random
 import pytest
 
 from online_dpo.errors import ScoringError
-from online_dpo.scoring import DuelCounter, Penalties, find_preferences
+from online_dpo.scoring.penalties import Penalties
+from online_dpo.scoring.tournament import DuelCounter, find_preferences
 from online_dpo.types import Completion, Group, Preference, Prompt
 
 PROMPT = Prompt("p", (1,), row=0)

@@ -28,7 +28,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 import tiny
 from online_dpo.config import OnlineDPOConfig
 from online_dpo.layout import Tree
-from online_dpo.scoring import RewardModelScorer, build_scorers
+from online_dpo.scoring.combine import build_scorers
+from online_dpo.scoring.reward_model import RewardModelScorer
 from online_dpo.scoring.shared_scoring import group_trees, passes
 from online_dpo.types import Completion, Group, Prompt
 

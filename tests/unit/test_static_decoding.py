@@ -15,11 +15,12 @@ import tiny
 from online_dpo import OnlineDPOConfig
 from online_dpo.build import build_engine
 from online_dpo.models import state_of_forward
-from online_dpo.rollout import RolloutKey, SamplingParams, TransformersEngine, static_decoding
+from online_dpo.rollout import static_decoding
+from online_dpo.rollout.engine import RolloutKey, SamplingParams
 from online_dpo.rollout.graphs import CapturableOnly, NotCapturableError, StepGraphs
 from online_dpo.rollout.sampling import next_tokens
 from online_dpo.rollout.static_decoding import StaticBuffers, StaticDecoder, StaticMemory, can_be_static, rounded_up
-from online_dpo.rollout.transformers_engine import _Batch
+from online_dpo.rollout.transformers_engine import TransformersEngine, _Batch
 
 KEY = RolloutKey(seed=3, step=5)
 PARAMS = SamplingParams(max_new_tokens=30, end_token_ids=(tiny.EOS, tiny.END, 9, 17))

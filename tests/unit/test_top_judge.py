@@ -5,7 +5,8 @@ import random
 
 import pytest
 
-from online_dpo.scoring import Penalties, judge_the_top
+from online_dpo.scoring.penalties import Penalties
+from online_dpo.scoring.top_judge import judge_the_top
 from online_dpo.types import Completion, Group, Preference, Prompt, Scores
 
 PROMPT = Prompt("p", (1,), row=0)

@@ -9,7 +9,8 @@ from transformers import MambaConfig, MambaForCausalLM
 import tiny
 from online_dpo.logprobs import enable_logprobs, row_logprobs
 from online_dpo.packing import pack_groups
-from online_dpo.rollout import RolloutKey, SamplingParams, TransformersEngine
+from online_dpo.rollout.engine import RolloutKey, SamplingParams
+from online_dpo.rollout.transformers_engine import TransformersEngine
 
 KEY = RolloutKey(seed=3, step=5)
 PARAMS = SamplingParams(max_new_tokens=14, end_token_ids=(tiny.EOS, tiny.END, 9, 17))

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 import tiny
-from online_dpo.rollout import RolloutKey, SamplingParams
+from online_dpo.rollout.engine import RolloutKey, SamplingParams
 from online_dpo.rollout.vllm_requests import (
     Sampled,
     build_groups,

@@ -14,7 +14,8 @@ import vllm_tools
 os.environ.update(vllm_tools.ENVIRONMENT)
 
 import tiny
-from online_dpo.rollout import Engine, TransformersEngine
+from online_dpo.rollout.engine import Engine
+from online_dpo.rollout.transformers_engine import TransformersEngine
 from online_dpo.rollout.vllm_colocate import VLLMColocateEngine
 from online_dpo.rollout.vllm_server import VLLMServerEngine
 

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 import tiny
 import vllm_tools
 from online_dpo.errors import RolloutServerError
-from online_dpo.rollout import RolloutKey, SamplingParams
+from online_dpo.rollout.engine import RolloutKey, SamplingParams
 from online_dpo.rollout.vllm_client import VLLMClient
 from online_dpo.rollout.vllm_colocate import VLLMColocateEngine
 from online_dpo.rollout.vllm_server import VLLMServerEngine

@@ -5,7 +5,7 @@ from peft import LoraConfig, get_peft_model
 
 import tiny
 import vllm_tools
-from online_dpo.rollout import RolloutKey, SamplingParams
+from online_dpo.rollout.engine import RolloutKey, SamplingParams
 from online_dpo.rollout.vllm_server import VLLMServerEngine
 from vllm_training import check, train
 

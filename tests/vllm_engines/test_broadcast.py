@@ -10,7 +10,8 @@ import torch
 import tiny
 import vllm_tools
 from online_dpo.errors import RolloutServerError
-from online_dpo.rollout import RolloutKey, SamplingParams, vllm_broadcast, weight_group
+from online_dpo.rollout import vllm_broadcast, weight_group
+from online_dpo.rollout.engine import RolloutKey, SamplingParams
 from online_dpo.rollout.vllm_server import VLLMServerEngine
 from online_dpo.rollout.weight_group import WeightGroup
 from online_dpo.rollout.weight_sync import named_weights

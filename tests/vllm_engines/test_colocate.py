@@ -8,7 +8,7 @@ import torch
 
 import tiny
 import vllm_tools
-from online_dpo.rollout import RolloutKey, SamplingParams
+from online_dpo.rollout.engine import RolloutKey, SamplingParams
 from online_dpo.rollout.vllm_colocate import VLLMColocateEngine, engine_options
 
 OPTIONS = {"enforce_eager": True, "block_size": vllm_tools.BLOCK}

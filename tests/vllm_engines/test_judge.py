@@ -9,8 +9,9 @@ from transformers import TrainerCallback
 import vllm_judge
 from endpoint import duel
 from online_dpo.errors import FeedbackStopped
-from online_dpo.scoring import LLMJudge, judge_client
+from online_dpo.scoring import judge_client
 from online_dpo.scoring.judge_prompts import GENERAL_RUBRIC, TEMPLATE_TEXTS, Template
+from online_dpo.scoring.llm_judge import LLMJudge
 from training import trainer
 
 DUELS = [duel(a, b) for a, b in (("w1 w2", "w3 w4"), ("w5", "w6 w7 w8"), ("w9 w9", "w10"), ("é", "<<<"), ("", "w11"))]

@@ -10,7 +10,7 @@ import torch
 import tiny
 import vllm_tools
 from online_dpo.errors import RolloutServerError
-from online_dpo.rollout import RolloutKey, SamplingParams
+from online_dpo.rollout.engine import RolloutKey, SamplingParams
 from online_dpo.rollout.vllm_client import VLLMClient
 from online_dpo.rollout.vllm_server import VLLMServerEngine
 

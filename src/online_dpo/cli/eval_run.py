@@ -20,7 +20,8 @@ from online_dpo.cli.train import SETUP_ERRORS, load_judge, load_tokenizer, repor
 from online_dpo.comparison import Match, compare
 from online_dpo.conclusions import comparison_conclusion
 from online_dpo.config import OnlineDPOConfig
-from online_dpo.data import PREPARED_COLUMNS, load_prompts
+from online_dpo.data.load import load_prompts
+from online_dpo.data.prompts import PREPARED_COLUMNS
 from online_dpo.errors import OnlineDPOError, ScoringError
 from online_dpo.figures import number
 from online_dpo.head_to_head import (
@@ -34,7 +35,11 @@ from online_dpo.head_to_head import (
     score_answers,
     unscored,
 )
-from online_dpo.scoring import LLMJudge, PairwiseScorer, Penalties, PointwiseScorer, build_judge, build_scorers
+from online_dpo.scoring.combine import build_scorers
+from online_dpo.scoring.llm_judge import LLMJudge
+from online_dpo.scoring.pairwise_model import build_judge
+from online_dpo.scoring.penalties import Penalties
+from online_dpo.scoring.scorer import PairwiseScorer, PointwiseScorer
 from online_dpo.types import Completion, Group
 
 TRAINED_ON = (

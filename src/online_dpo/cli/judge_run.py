@@ -19,9 +19,9 @@ from online_dpo.errors import ScoringError, error_text
 from online_dpo.evaluate import win_rate
 from online_dpo.figures import number
 from online_dpo.foreign import foreign
-from online_dpo.scoring import LLMJudge, PairwiseModelJudge
 from online_dpo.scoring.judge_prompts import prompt_text
-from online_dpo.scoring.llm_judge import stands_first
+from online_dpo.scoring.llm_judge import LLMJudge, stands_first
+from online_dpo.scoring.pairwise_model import PairwiseModelJudge
 from online_dpo.types import Completion, Group, Prompt
 
 PAIRS_AT_ONCE = 500

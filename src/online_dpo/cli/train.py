@@ -20,10 +20,11 @@ from online_dpo.cli.run_file import RunPlan
 from online_dpo.cli.screen import say
 from online_dpo.cli.summary import describe_trainer, places
 from online_dpo.config import OnlineDPOConfig
-from online_dpo.data import load_prompts
+from online_dpo.data.load import load_prompts
 from online_dpo.errors import NothingTrainedError, OnlineDPOError, TrainingInterrupted, error_text, named_error
 from online_dpo.foreign import loading
-from online_dpo.scoring import LLMJudge, PairwiseModelJudge
+from online_dpo.scoring.llm_judge import LLMJudge
+from online_dpo.scoring.pairwise_model import PairwiseModelJudge
 from online_dpo.trainer import OnlineDPOTrainer
 
 SETUP_ERRORS = (Exception,)
