@@ -140,7 +140,10 @@ def move() -> None:
         return module, name
 
     dotted = sorted(moves, key=len, reverse=True)
-    names = [re.escape(old) + (r"(?!\.)" if new.startswith(f"{old}.") else "") for old, new in ((d, moves[d]) for d in dotted)]
+    names = [
+        re.escape(old) + (r"(?!\.)" if new.startswith(f"{old}.") else "")
+        for old, new in ((d, moves[d]) for d in dotted)
+    ]
     pattern = re.compile(r"(?<![\w.])(" + "|".join(names) + r")(?!\w)")
     for path in python_files():
         text = path.read_text()
@@ -187,7 +190,11 @@ def used_names(text: str) -> set[str]:
     tree = ast.parse(text)
     used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"[\w\[\], |.]+", node.value):
+        if (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and re.fullmatch(r"[\w\[\], |.]+", node.value)
+        ):
             used |= set(re.findall(r"[A-Za-z_]\w*", node.value))
     return used
 
@@ -197,9 +204,7 @@ def split(module: str, target: str, doc: str, names: list[str]) -> None:
     lines = source.read_text().splitlines(keepends=True)
     tree = ast.parse("".join(lines))
     body = tree.body
-    first = next(
-        i for i, n in enumerate(body) if i > 0 and not isinstance(n, (ast.Import, ast.ImportFrom))
-    )
+    first = next(i for i, n in enumerate(body) if i > 0 and not isinstance(n, (ast.Import, ast.ImportFrom)))
     if isinstance(body[first], ast.If):  # TYPE_CHECKING
         first += 1
     head_end = body[first - 1].end_lineno
@@ -230,9 +235,14 @@ def split(module: str, target: str, doc: str, names: list[str]) -> None:
         text = path.read_text()
         node = ast.parse(text).body[0]
         text_lines = text.splitlines(keepends=True)
-        future = next((n.end_lineno for n in ast.parse(text).body if isinstance(n, ast.ImportFrom) and n.module == "__future__"), node.end_lineno)
+        future = next(
+            (n.end_lineno for n in ast.parse(text).body if isinstance(n, ast.ImportFrom) and n.module == "__future__"),
+            node.end_lineno,
+        )
         more = "".join(line for line in imports.splitlines(keepends=True) if "__future__" not in line)
-        path.write_text("".join(text_lines[:future]) + more + "\n" + extra + "".join(text_lines[future:]) + "\n\n" + moved_text)
+        path.write_text(
+            "".join(text_lines[:future]) + more + "\n" + extra + "".join(text_lines[future:]) + "\n\n" + moved_text
+        )
     else:
         path.write_text(f'"""{doc}"""\n{imports}\n{extra}\n\n{moved_text}')
         subprocess.run(["git", "add", str(path)], cwd=ROOT, check=True)

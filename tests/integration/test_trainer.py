@@ -6,20 +6,20 @@ import warnings
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, TrainerCallback
 
-import tiny
 from online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 from online_dpo.data.collate import prompts_from_batch
 from online_dpo.errors import InvalidPromptError, RolloutServerError, ScoringError
-from online_dpo.reference import AdapterOffReference, SyncedReference
+from online_dpo.modeling.reference import AdapterOffReference, SyncedReference
 from online_dpo.rollout.engine import RolloutKey
 from online_dpo.types import Scores
-from training import LENGTHS, config, dataset, gradient, trainer, weights, word_reward
+from support.training import LENGTHS, config, dataset, gradient, trainer, weights, word_reward
 
 
 def train_logs(made):
