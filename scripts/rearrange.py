@@ -132,7 +132,7 @@ def move() -> None:
     move_tests()
 
     def home(module: str, name: str) -> tuple[str, str]:
-        if module in moves:
+        if module in moves and not is_module(f"{module}.{name}"):
             return moves[module], name
         if f"{module}.{name}" in moves and f"{module}.{name}" != moves[f"{module}.{name}"]:
             new, _, last = moves[f"{module}.{name}"].rpartition(".")
