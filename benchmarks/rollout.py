@@ -80,7 +80,7 @@ def engine_and_sampler(name: str, shape: Shape, options: argparse.Namespace, mos
 
     from online_dpo import OnlineDPOConfig
     from online_dpo.rollout.builtin.engine import TransformersEngine
-    from online_dpo.rollout.engine import SamplingParams
+    from online_dpo.rollout.params import SamplingParams
     from online_dpo.rollout.vllm.colocated_engine import VLLMColocateEngine
 
     model = make_policy(shape, options.device).to(getattr(torch, options.dtype)).eval()
@@ -146,7 +146,7 @@ def measure(
 
     import torch
 
-    from online_dpo.rollout.engine import RolloutKey
+    from online_dpo.rollout.params import RolloutKey
     from online_dpo.types import Prompt
 
     rows = []

@@ -1,6 +1,6 @@
 """Moves modules and definitions, and rewrites every import of them. Mechanical: nothing else changes.
 
-    python scripts/rearrange.py flatten          imports from packages become imports from the modules that define the names
+    python scripts/rearrange.py flatten          names are imported from the modules that define them, not from packages
     python scripts/rearrange.py move             whole modules, by MOVES below; also repeatable after a merge
     python scripts/rearrange.py split            definitions, by SPLITS below
 
@@ -123,7 +123,7 @@ def flatten() -> None:
 def move() -> None:
     moves = {f"online_dpo.{old}": f"online_dpo.{new}" for old, new in MOVES.items()}
     pending = {old: new for old, new in moves.items() if (SRC / f"{old.replace('.', '/')}.py").is_file()}
-    for old, new in pending.items():  # through a place aside: a module may become a package of the same name
+    for old in pending:  # through a place aside: a module may become a package of the same name
         git_move(SRC / f"{old.replace('.', '/')}.py", SRC / f"{old.replace('.', '/')}.py.moving")
     for old, new in pending.items():
         target = SRC / f"{new.replace('.', '/')}.py"
@@ -156,6 +156,7 @@ def move() -> None:
         )
         for old_name, new_name in HELPERS.items():
             new = re.sub(rf"^(\s*)from {old_name} import", rf"\1from {new_name} import", new, flags=re.M)
+            new = re.sub(rf"^(\s*)import {old_name}$", rf"\1from support import {old_name}", new, flags=re.M)
         if new != text:
             path.write_text(new)
 
@@ -279,4 +280,5 @@ def main() -> None:
                 split(f"online_dpo.{module}", f"online_dpo.{target}", doc, names)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import tiny
 import torch
 import torch.distributed as dist
 from accelerate import FullyShardedDataParallelPlugin
@@ -18,9 +17,10 @@ from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from online_dpo.modeling.loading import unwrapped
+from online_dpo.modeling.introspection import unwrapped
 from online_dpo.modeling.logprobs import enable_logprobs, row_logprobs
 from online_dpo.packing.pack import pack_groups
+from support import tiny
 
 MODELS = ("llama, tied", "qwen2, untied", "gemma2, module head", "llama, LoRA", "llama, LoRA on the head")
 WRAPPERS = ("layers and root", "accelerate", "ddp")

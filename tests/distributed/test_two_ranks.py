@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 
+from support import tiny
 from support.endpoint import says, serving, shown
 from support.run_files import fill_folder, write_run_file
 from support.training import assert_same

@@ -7,7 +7,6 @@ import zlib
 from contextlib import suppress
 from pathlib import Path
 
-import tiny
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -17,6 +16,7 @@ from transformers import TrainerCallback, TrainerState
 from online_dpo.errors import NothingTrainedError, OnlineDPOError
 from online_dpo.scoring.judges.llm.judge import LLMJudge
 from online_dpo.training.step_guard import StepGuard
+from support import tiny
 from support.training import KeepGradient, dataset, trainer, weights
 
 LENGTHS = (5, 9, 3, 7, 12, 4, 6, 8)

@@ -12,7 +12,7 @@ import torch
 
 from online_dpo.rollout.builtin import engine
 from online_dpo.rollout.builtin.engine import TransformersEngine
-from online_dpo.rollout.engine import RolloutKey, SamplingParams
+from online_dpo.rollout.params import RolloutKey, SamplingParams
 from online_dpo.types import Prompt
 
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -29,6 +28,7 @@ from online_dpo.quickstart.models import (
     train_policy,
     train_reward_model,
 )
+from support import tiny
 from support.endpoint import says, serving, shown
 
 ROOT = Path(__file__).parents[2]

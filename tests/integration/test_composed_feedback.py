@@ -2,14 +2,14 @@
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from transformers import LlamaForSequenceClassification
 
 from online_dpo.cli.evaluation.plan import plan_eval
 from online_dpo.cli.runfile.entries import UsageError
 from online_dpo.cli.runfile.run_file import plan_run
-from online_dpo.rollout.engine import RolloutKey
+from online_dpo.rollout.params import RolloutKey
+from support import tiny
 from support.run_files import fill_folder, trainer_of, write_run_file
 from support.training import LENGTHS, assert_same, dataset, gradient, trainer, weights, word_reward
 

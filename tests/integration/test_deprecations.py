@@ -3,9 +3,9 @@
 import warnings
 
 import pytest
-import tiny
 from peft import LoraConfig
 
+from support import tiny
 from support.training import dataset, trainer
 
 OF_PEFT = "`is_gradient_checkpointing` is deprecated"

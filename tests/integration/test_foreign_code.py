@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import LlamaForSequenceClassification, TrainerCallback
@@ -12,6 +11,7 @@ from online_dpo import OnlineDPOTrainer
 from online_dpo.cli.main import main
 from online_dpo.data.collate import collate_prompts
 from online_dpo.errors import ForeignCodeError, ScoringError, UnknownTokenError
+from support import tiny
 from support.run_files import fill_folder, write_run_file
 from support.training import config, dataset, trainer, weights
 

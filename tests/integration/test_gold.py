@@ -8,14 +8,14 @@ import math
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from datasets import Dataset
 from transformers import LlamaForSequenceClassification
 
 from online_dpo import OnlineDPOTrainer
 from online_dpo.rollout.builtin.engine import TransformersEngine
-from online_dpo.rollout.engine import RolloutKey
+from online_dpo.rollout.params import RolloutKey
+from support import tiny
 from support.training import LENGTHS, config, dataset, trainer, word_reward
 
 PROMPTS = LENGTHS * 2

@@ -6,11 +6,11 @@ import threading
 
 import pytest
 import torch
-import training
 from transformers import TrainerCallback
 
 from online_dpo.errors import TrainingInterrupted
 from online_dpo.training.interrupt import NOTICE
+from support import training
 
 
 class PressCtrlC(TrainerCallback):

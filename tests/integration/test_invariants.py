@@ -4,7 +4,6 @@ import json
 from collections import Counter
 
 import pytest
-import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -12,7 +11,8 @@ from online_dpo import OnlineDPOTrainer
 from online_dpo.data.collate import collate_prompts, prompts_from_batch
 from online_dpo.errors import NothingTrainedError, ScoringError, TrainingDivergedError
 from online_dpo.objective.losses import LOSSES
-from online_dpo.pairing.select import STRATEGIES
+from online_dpo.pairing.strategies import STRATEGIES
+from support import tiny
 from support.training import assert_same, config, dataset, gradient, trainer, weights, word_reward
 
 

@@ -3,12 +3,12 @@
 import time
 
 import pytest
-import tiny
 import torch
 from transformers import TrainerCallback
 
 from online_dpo.errors import OutOfSyncError
 from online_dpo.rollout.builtin.engine import TransformersEngine
+from support import tiny
 from support.training import dataset, trainer, weights, word_reward
 
 

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-import training
 
 from online_dpo.training.display.figures import in_order
+from support import training
 
 
 def near(expected):

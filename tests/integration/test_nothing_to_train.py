@@ -4,8 +4,6 @@ import json
 import logging
 
 import pytest
-import run_files
-import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import TrainerCallback
@@ -13,6 +11,7 @@ from transformers import TrainerCallback
 from online_dpo.cli.runfile.run_file import plan_run
 from online_dpo.cli.train import train
 from online_dpo.errors import NothingTrainedError
+from support import run_files, tiny
 from support.training import config, dataset, trainer, weights
 
 LORA = dict(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")

@@ -3,11 +3,11 @@
 import math
 
 import pytest
-import tiny
 import torch
 from transformers import TrainerCallback
 from transformers.training_args import OptimizerNames
 
+from support import tiny
 from support.training import trainer, weights
 
 WORKING = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")

@@ -3,13 +3,13 @@
 import random
 
 import pytest
-import tiny
 import torch
 
-from online_dpo.scoring.judges.base import FunctionJudge
+from online_dpo.scoring.judges.adapters import FunctionJudge
 from online_dpo.scoring.judges.pairwise.judge import PairwiseModelJudge
 from online_dpo.scoring.judges.pairwise.pairrm import DebertaV2PairRM
 from online_dpo.scoring.judges.pairwise.reader import padded
+from support import tiny
 from support.endpoint import duel
 from support.pairwise_folders import pairrm_folder, pairrm_tokenizer
 from support.run_files import fill_folder, trainer_of, write_run_file

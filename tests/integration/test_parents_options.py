@@ -6,7 +6,6 @@ import logging
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from transformers import (
     MixtralConfig,
@@ -17,6 +16,7 @@ from transformers import (
 )
 
 from online_dpo.packing.prefix_tree import PADDING
+from support import tiny
 from support.training import assert_same, config, dataset, gradient, trainer, weights
 
 PROMPTS = dataset((4, 6, 3, 5, 2))

@@ -4,13 +4,13 @@ import copy
 import logging
 
 import pytest
-import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
 from online_dpo.modeling.precision import check_precision, hold_linears
+from support import tiny
 from support.training import config, trainer, weights
 
 DEFAULT_RATE = 5e-7

@@ -6,13 +6,13 @@ import zlib
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
 from online_dpo.errors import NothingTrainedError, ScoringError
-from online_dpo.pairing.select import latest
+from online_dpo.pairing.rounds import latest
 from online_dpo.rollout.builtin.engine import TransformersEngine
-from online_dpo.rollout.engine import RolloutKey
+from online_dpo.rollout.params import RolloutKey
+from support import tiny
 from support.training import LENGTHS, assert_same, config, dataset, gradient, trainer, weights
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from online_dpo.data.load import load_prompts
 from online_dpo.objective.losses import LOSSES
-from online_dpo.pairing.select import STRATEGIES
+from online_dpo.pairing.strategies import STRATEGIES
 from support.run_files import fill_folder, trainer_of, write_run_file
 
 REWARD = r"""

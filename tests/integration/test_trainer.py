@@ -6,7 +6,6 @@ import warnings
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
@@ -17,8 +16,9 @@ from online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 from online_dpo.data.collate import prompts_from_batch
 from online_dpo.errors import InvalidPromptError, RolloutServerError, ScoringError
 from online_dpo.modeling.reference import AdapterOffReference, SyncedReference
-from online_dpo.rollout.engine import RolloutKey
+from online_dpo.rollout.params import RolloutKey
 from online_dpo.types import Scores
+from support import tiny
 from support.training import LENGTHS, config, dataset, gradient, trainer, weights, word_reward
 
 

@@ -4,7 +4,6 @@ TRL is the incumbent. Where it is right we agree with it to 1e-6; `docs/trl.md` 
 """
 
 import pytest
-import tiny
 import torch
 from datasets import Dataset
 from transformers import LlamaForSequenceClassification
@@ -14,6 +13,7 @@ from trl.experimental.online_dpo import OnlineDPOTrainer as TRLTrainer
 from online_dpo.packing.pack import pack_pairs
 from online_dpo.pairing.select import pairs_from_scores
 from online_dpo.types import Scores
+from support import tiny
 from support.training import config, trainer
 
 PROMPT_LENGTHS = (4, 9, 6, 3)

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
 import online_dpo
+from support import tiny
 from support.training import config, dataset, trainer, word_reward
 
 ONLINE_DPO = """

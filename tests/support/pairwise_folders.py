@@ -7,10 +7,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import DebertaV2Config, DebertaV2Model, DebertaV2Tokenizer
+
+from support import tiny
 
 MARKS = ["<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>"]
 HIDDEN = 32

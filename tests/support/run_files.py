@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import tiny
 import yaml
 
 from online_dpo import OnlineDPOTrainer
 from online_dpo.cli.runfile.run_file import plan_run
 from online_dpo.cli.terminal.progress import ProgressDisplay
 from online_dpo.cli.train import build_trainer
+from support import tiny
 
 
 def fill_folder(folder: Path, feedback: str, prompts: int = 8) -> Path:

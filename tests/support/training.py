@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tiny
 import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
 from online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+from support import tiny
 
 LENGTHS = (5, 9, 3, 7, 12, 4, 6, 8, 10, 5, 2, 11)
 

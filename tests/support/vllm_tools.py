@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -23,6 +22,7 @@ from transformers import PreTrainedModel
 
 from online_dpo import OnlineDPOConfig
 from online_dpo.types import Group
+from support import tiny
 
 MAX_LENGTH = 96
 BLOCK = 32  # of the KV cache; a prompt is found in the prefix cache from this length on

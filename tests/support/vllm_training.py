@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import threading
 
-import tiny
-import vllm_tools
 from transformers import TrainerCallback
 
 from online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+from support import tiny, vllm_tools
 from support.training import dataset, word_reward
 
 FAMILY = "qwen2-tied"

@@ -13,9 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-import training
 import transformers
 from accelerate.state import GradientState
 from peft import LoraConfig, get_peft_model
@@ -27,6 +25,7 @@ from online_dpo import versions
 from online_dpo.training.feedback_trainer import FeedbackTrainer
 from online_dpo.training.hf_trainer import GuardedTrainer
 from online_dpo.training.trainer import OnlineDPOTrainer
+from support import tiny, training
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src/online_dpo"

@@ -7,18 +7,17 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import tiny
 import torch
-import vllm_tools
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from online_dpo.errors import RolloutServerError
-from online_dpo.rollout.engine import RolloutKey, SamplingParams
+from online_dpo.rollout.params import RolloutKey, SamplingParams
 from online_dpo.rollout.vllm.client import VLLMClient
 from online_dpo.rollout.vllm.colocated_engine import VLLMColocateEngine
 from online_dpo.rollout.vllm.server_engine import VLLMServerEngine
+from support import tiny, vllm_tools
 
 FAMILY = "qwen2-tied"
 KEY = RolloutKey(seed=3, step=5)

@@ -1,12 +1,11 @@
 """A server that is sent adapters alone."""
 
 import pytest
-import tiny
-import vllm_tools
 from peft import LoraConfig, get_peft_model
 
-from online_dpo.rollout.engine import RolloutKey, SamplingParams
+from online_dpo.rollout.params import RolloutKey, SamplingParams
 from online_dpo.rollout.vllm.server_engine import VLLMServerEngine
+from support import tiny, vllm_tools
 from support.vllm_training import check, train
 
 FAMILY = "qwen2-tied"

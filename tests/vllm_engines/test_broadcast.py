@@ -5,17 +5,16 @@ import signal
 import time
 
 import pytest
-import tiny
 import torch
-import vllm_tools
 
 from online_dpo.errors import RolloutServerError
-from online_dpo.rollout.engine import RolloutKey, SamplingParams
+from online_dpo.rollout.params import RolloutKey, SamplingParams
 from online_dpo.rollout.vllm import broadcast
 from online_dpo.rollout.vllm.server_engine import VLLMServerEngine
 from online_dpo.rollout.weights import process_group
 from online_dpo.rollout.weights.export import named_weights
 from online_dpo.rollout.weights.process_group import WeightGroup
+from support import tiny, vllm_tools
 
 FAMILY = "qwen2-tied"
 KEY = RolloutKey(seed=3, step=5)

@@ -4,13 +4,13 @@ import threading
 
 import pytest
 import torch
-import vllm_judge
 from transformers import TrainerCallback
 
 from online_dpo.errors import FeedbackStopped
 from online_dpo.scoring.judges.llm import client
 from online_dpo.scoring.judges.llm.judge import LLMJudge
 from online_dpo.scoring.judges.llm.prompts import GENERAL_RUBRIC, TEMPLATE_TEXTS, Template
+from support import vllm_judge
 from support.endpoint import duel
 from support.training import trainer
 

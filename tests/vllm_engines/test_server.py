@@ -5,14 +5,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import tiny
 import torch
-import vllm_tools
 
 from online_dpo.errors import RolloutServerError
-from online_dpo.rollout.engine import RolloutKey, SamplingParams
+from online_dpo.rollout.params import RolloutKey, SamplingParams
 from online_dpo.rollout.vllm.client import VLLMClient
 from online_dpo.rollout.vllm.server_engine import VLLMServerEngine
+from support import tiny, vllm_tools
 
 FAMILY = "qwen2-tied"
 KEY = RolloutKey(seed=3, step=5)

@@ -1,10 +1,10 @@
 """Training runs that sample with a real vLLM: in process, and from a server that dies in the middle."""
 
 import pytest
-import vllm_tools
 from transformers import TrainerCallback
 
 from online_dpo.errors import OutOfSyncError, RolloutServerError
+from support import vllm_tools
 from support.vllm_training import RestartServer, check, train
 
 FAMILY = "qwen2-tied"

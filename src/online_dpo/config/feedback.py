@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from online_dpo.config.trainer_config import OnlineDPOConfig
+
 from dataclasses import dataclass
 
+from online_dpo.config.checking import check_numbers
 from online_dpo.config.field_specs import documented
 
 PAIR_SELECTIONS = ("best_worst", "best_random", "best_mean_minus_two_sigma", "all_pairs", "widest_allowed")
@@ -108,3 +115,42 @@ class FeedbackFields:
 
     overoptimisation_patience: int = 1
     """Evaluations in a row that have to show it."""
+
+
+def check_pairs(args: OnlineDPOConfig) -> None:
+    """
+    Raises:
+        ValueError: an option of pair selection is out of range, or two contradict each other.
+    """
+    low, high, longest = args.min_margin, args.max_margin, args.max_length_ratio
+    temperature, top = args.label_temperature, args.judge_top
+    unfinished, token = args.missing_eos_penalty, args.length_penalty
+    checks = [
+        (unfinished is None or 0 < unfinished < math.inf, "missing_eos_penalty", "above 0"),
+        (token is None or 0 < token < math.inf, "length_penalty", "above 0"),
+        (top is None or 2 <= top <= args.num_completions, "judge_top", f"from 2 to {args.num_completions} completions"),
+        (low is None or 0 < low < math.inf, "min_margin", "above 0"),
+        (high is None or 0 < high < math.inf, "max_margin", "above 0"),
+        (longest is None or longest >= 1, "max_length_ratio", "1 or more"),
+        (temperature is None or 0 < temperature < math.inf, "label_temperature", "above 0"),
+    ]
+    check_numbers(args, checks)
+    if low is not None and high is not None and low > high:
+        raise ValueError(f"`min_margin` ({low}) is above `max_margin` ({high}): no pair would be left.")
+    if args.tie_policy == "first":
+        for name in ("min_margin", "margin_weighting", "label_temperature"):
+            if getattr(args, name):
+                raise ValueError(f"`tie_policy='first'` trains pairs without a margin, which `{name}` needs.")
+
+
+def check_resampling(args: OnlineDPOConfig) -> None:
+    """
+    Raises:
+        ValueError: prompts are to be answered again once scores are there, while the policy that answers is trained.
+    """
+    beside = args.use_vllm and args.vllm_mode == "server"
+    if args.resample_rounds and args.max_staleness and not beside:
+        raise ValueError(
+            "`resample_rounds` with `max_staleness` samples while the policy is trained, which needs "
+            '`vllm_mode="server"`. Set one of the two to 0, or sample with a vLLM server.'
+        )

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import warnings
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from online_dpo.config.trainer_config import OnlineDPOConfig
+
 from dataclasses import dataclass, field
 
+from online_dpo.config.checking import check_numbers
 from online_dpo.config.field_specs import documented
 
 LOSS_TYPES = (
@@ -74,3 +83,55 @@ class LossFields:
 
     disable_dropout: bool = True
     """Switch dropout off in the policy and the reference."""
+
+
+LOSSES_WITHOUT_LABELS = ("sft",)
+LOSSES_WITHOUT_REFERENCE = ("simpo", "sft")
+
+
+def check_losses(args: OnlineDPOConfig) -> None:
+    """
+    Raises:
+        ValueError: an option of a loss is out of range, or asks for what the losses cannot do.
+    """
+    names, weights = args.loss_types, args.loss_weights
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"`loss_type` must name at least one loss, and each once; it is {args.loss_type!r}.")
+    if weights is not None and len(weights) != len(names):
+        raise ValueError(
+            f"`loss_weights` has {len(weights)} numbers, but `loss_type` names {len(names)} losses. Give one for each."
+        )
+    positive = weights is None or all(0 < weight < math.inf for weight in weights)
+    checks = [
+        (positive, "loss_weights", "finite numbers above 0"),
+        (0 <= args.label_smoothing < 0.5, "label_smoothing", "in [0, 0.5)"),
+        (0 <= args.simpo_gamma < math.inf, "simpo_gamma", "0 or more"),
+        (0 <= args.dpop_lambda < math.inf, "dpop_lambda", "0 or more"),
+    ]
+    check_numbers(args, checks)
+    if "exo_pair" in names and args.label_smoothing == 0:
+        raise ValueError("`exo_pair` is infinite for certain labels: set `label_smoothing`, for example to 1e-3.")
+    if set(names) <= set(LOSSES_WITHOUT_LABELS):
+        for name in ("label_smoothing", "label_temperature"):
+            if getattr(args, name):
+                raise ValueError(f"`{name}` has no meaning for `loss_type={args.loss_type!r}`, which reads no labels.")
+
+
+def check_reference(args: OnlineDPOConfig) -> None:
+    """
+    Raises:
+        ValueError: how the reference follows the policy is out of range, or there is to be none and something needs it.
+            Options of `sync_ref_model` give a warning without it.
+    """
+    needing = [name for name in args.loss_types if name not in LOSSES_WITHOUT_REFERENCE]
+    if args.reference_free and (needing or args.sync_ref_model):
+        needs = "`sync_ref_model`" if args.sync_ref_model else f"The loss `{needing[0]}`"
+        raise ValueError(f"{needs} needs a reference; leave `reference_free` off.")
+    checks = [
+        (0 < args.ref_model_mixup_alpha <= 1, "ref_model_mixup_alpha", "in (0, 1]"),
+        (args.ref_model_sync_steps >= 1, "ref_model_sync_steps", "at least 1"),
+    ]
+    check_numbers(args, checks)
+    ignored = [f.name for f in fields(args) if f.name.startswith("ref_model_") and getattr(args, f.name) != f.default]
+    if ignored and not args.sync_ref_model:
+        warnings.warn(f"Ignored without `sync_ref_model`: {', '.join(ignored)}.", stacklevel=4)

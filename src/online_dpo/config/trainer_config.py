@@ -13,31 +13,19 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from online_dpo.config import feedback, loss, method
-from online_dpo.config.checking import (
-    check_choices,
-    check_generation_kwargs,
-    check_losses,
-    check_pairs,
-    check_processes,
-    check_ranges,
-    check_reference,
-    check_resampling,
-    check_unsupported,
-    check_vllm,
-)
-from online_dpo.config.feedback import FeedbackFields
+from online_dpo.config.checking import check_choices, check_processes, check_ranges
+from online_dpo.config.feedback import FeedbackFields, check_pairs, check_resampling
 from online_dpo.config.field_specs import documented
 from online_dpo.config.hf_fields import check_names, check_training
 from online_dpo.config.hf_ranges import out_of_range
 from online_dpo.config.input import settle_input
 from online_dpo.config.keyword_arguments import NamedArguments
-from online_dpo.config.loss import LossFields
-from online_dpo.config.method import MethodFields
-from online_dpo.config.method_checks import check_method, check_target_kl
+from online_dpo.config.loss import LossFields, check_losses, check_reference
+from online_dpo.config.method import MethodFields, check_method, check_target_kl
 from online_dpo.config.names_elsewhere import ARGUMENTS, IN_PYTHON, hint_for
-from online_dpo.config.unsupported import check_accelerator, check_refused
-from online_dpo.config.vllm import VLLMFields
+from online_dpo.config.trainer_config import feedback, loss, method
+from online_dpo.config.unsupported import check_accelerator, check_generation_kwargs, check_refused, check_unsupported
+from online_dpo.config.vllm import VLLMFields, check_vllm
 from online_dpo.versions import hand_on_checkpointing
 
 INVALID_PROMPT_POLICIES = ("error", "filter")

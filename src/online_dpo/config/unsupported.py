@@ -4,7 +4,17 @@ refused, and not ignored.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+from transformers import GenerationConfig
+
+if TYPE_CHECKING:
+    from online_dpo.config.trainer_config import OnlineDPOConfig
+
+
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from online_dpo.config.trainer_config import OnlineDPOConfig
@@ -86,3 +96,66 @@ def check_accelerator(args: OnlineDPOConfig) -> None:
             "`accelerator_config`: `even_batches` must be True: all processes make equally many passes. Rows that fill "
             "up a last batch are not trained on."
         )
+
+
+REFUSED_GENERATION_KWARGS = {
+    "num_beams": "beam search does not sample from the policy",
+    "num_beam_groups": "beam search does not sample from the policy",
+    "do_sample": "completions of one prompt must differ, so they are always sampled",
+    "num_return_sequences": "set num_completions",
+    "max_new_tokens": "set max_new_tokens in the configuration itself",
+    "max_length": "set max_new_tokens in the configuration itself",
+    "use_cache": "the KV cache is always on",
+    "return_dict_in_generate": "the trainer reads the outputs itself",
+    "output_scores": "the trainer reads the outputs itself",
+    "output_logits": "the trainer reads the outputs itself",
+    "pad_token_id": "padding is masked, so no token of its own is needed",
+    "typical_p": "the sampler knows temperature, top_k, top_p, min_p and repetition_penalty",
+    "epsilon_cutoff": "the sampler knows temperature, top_k, top_p, min_p and repetition_penalty",
+    "eta_cutoff": "the sampler knows temperature, top_k, top_p, min_p and repetition_penalty",
+    "top_h": "the sampler knows temperature, top_k, top_p, min_p and repetition_penalty",
+    "assistant_model": "assisted generation changes which random numbers are drawn",
+    "logits_processor": "pass options of GenerationConfig here, not objects",
+    "stopping_criteria": "pass options of GenerationConfig here, such as stop_strings",
+}
+
+
+def check_unsupported(args: OnlineDPOConfig) -> None:
+    """
+    Raises:
+        ValueError: an argument of transformers asks for something that this version does not do.
+    """
+    if args.fsdp:
+        raise ValueError("`fsdp` is not in this version. Use several processes without it (torchrun).")
+    if args.remove_unused_columns:
+        raise ValueError(
+            "`remove_unused_columns` must be False: the prompt itself and the columns that reward functions "
+            "receive are no arguments of the model's forward."
+        )
+    if args.flex_attention and args.device.type == "cpu":
+        raise ValueError("`flex_attention=True` needs a GPU: FlexAttention has no backward pass on a CPU.")
+    if args.auto_find_batch_size:
+        raise ValueError(
+            "`auto_find_batch_size` must be False: a micro-batch that runs out of memory is split by the trainer "
+            "itself, without changing the gradient."
+        )
+    if args.label_smoothing_factor:
+        raise ValueError(
+            "`label_smoothing_factor` smooths next tokens, which the loss does not predict; leave it 0. Preferences "
+            "are smoothed by `label_smoothing`."
+        )
+
+
+def check_generation_kwargs(given: Mapping[str, Any] | str | None) -> None:
+    """
+    Raises:
+        ValueError: an option is none of `transformers.GenerationConfig`, or one that the trainer sets itself.
+    """
+    known = vars(GenerationConfig())
+    for name in given or {}:
+        if name in REFUSED_GENERATION_KWARGS:
+            raise ValueError(f"`generation_kwargs` must not hold `{name}`: {REFUSED_GENERATION_KWARGS[name]}.")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean `{close[0]}`?" if close else ""
+            raise ValueError(f"`generation_kwargs` holds `{name}`, which GenerationConfig does not know.{hint}")

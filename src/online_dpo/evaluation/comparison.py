@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from online_dpo.evaluation.records import wilson_interval
 from online_dpo.stats.bootstrap import bootstrap_interval, standard_error
+from online_dpo.stats.intervals import wilson_interval
 from online_dpo.stats.length_control import length_controlled_win_rate
 from online_dpo.stats.preference import preference_by_score
 from online_dpo.types import Group

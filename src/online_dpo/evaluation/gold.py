@@ -11,13 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.evaluation.records import EvalRecord, GoldRecord, judged_wins, win_share
-from online_dpo.scoring.judges.base import check_judge
+from online_dpo.scoring.judge_registry import build_judge, check_judge
 from online_dpo.scoring.judges.llm.judge import check_share
-from online_dpo.scoring.judges.pairwise.judge import build_judge
 from online_dpo.scoring.judges.tournament import DuelCounter
 from online_dpo.scoring.notes import nothing_noted
 from online_dpo.scoring.protocols import PairwiseScorer, PointwiseScorer
-from online_dpo.scoring.rewards.combine import build_scorers, check_reward_path, check_scorers, score_groups
+from online_dpo.scoring.registry import build_scorers, check_reward_path, check_scorers
+from online_dpo.scoring.rewards.combine import score_groups
 from online_dpo.types import Group
 
 

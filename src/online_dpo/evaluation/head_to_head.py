@@ -22,12 +22,12 @@ from online_dpo.data.prompts import prepare_prompts
 from online_dpo.evaluation.comparison import Match, preferences_by_score
 from online_dpo.foreign import loading
 from online_dpo.modeling.forward_path import Method, choose_method
+from online_dpo.modeling.introspection import end_token_ids
 from online_dpo.modeling.known_tokens import Readers, check_policy, embedding_rows
 from online_dpo.modeling.loading import (
     check_model_path,
     disable_dropout,
     empty_device_cache,
-    end_token_ids,
     is_adapter,
     load_causal_lm,
     to_device,
@@ -38,7 +38,7 @@ from online_dpo.packing.pack import pack_groups
 from online_dpo.packing.prefix_tree import cut
 from online_dpo.rollout.builtin.engine import TransformersEngine
 from online_dpo.rollout.builtin.sampling import reshapes
-from online_dpo.rollout.engine import RolloutKey, SamplingParams, Stream
+from online_dpo.rollout.params import RolloutKey, SamplingParams, Stream
 from online_dpo.scoring.judges.llm.judge import LLMJudge
 from online_dpo.scoring.judges.pairwise.judge import PairwiseModelJudge
 from online_dpo.scoring.judges.tournament import DuelCounter

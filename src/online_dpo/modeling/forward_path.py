@@ -13,8 +13,9 @@ from torch import nn
 
 from online_dpo.errors import named_error
 from online_dpo.modeling.attention.masks import why_not_shared
-from online_dpo.modeling.loading import MOST_ROUNDING, ROUNDING, computing_dtype
+from online_dpo.modeling.introspection import computing_dtype
 from online_dpo.modeling.logprobs import can_chunk, row_logprobs
+from online_dpo.modeling.tolerance import MOST_ROUNDING, ROUNDING
 from online_dpo.packing.pack import pack_groups
 from online_dpo.types import Group, PackedRows
 

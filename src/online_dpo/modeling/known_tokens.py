@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from online_dpo.errors import UnknownTokenError
 from online_dpo.foreign import at_row
-from online_dpo.modeling.loading import context_length, unwrapped
+from online_dpo.modeling.introspection import context_length, unwrapped
 from online_dpo.types import Group, Prompt
 
 logger = logging.getLogger(__name__)

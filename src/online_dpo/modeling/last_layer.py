@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from online_dpo.modeling.attention import segments
-from online_dpo.modeling.loading import hands_on_arguments, unwrapped
+from online_dpo.modeling.introspection import hands_on_arguments, unwrapped
 from online_dpo.modeling.patching import replaced_forwards
 
 TOKEN_BY_TOKEN = ("mlp", "self_attn.q_proj", "self_attn.o_proj")

@@ -22,9 +22,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from online_dpo.modeling.attention.masks import attention_inputs
+from online_dpo.modeling.introspection import accepts_argument, unwrapped
 from online_dpo.modeling.last_layer import enable_reading, reading
 from online_dpo.modeling.lm_head import LinearLogprobs, TokenLogprobs
-from online_dpo.modeling.loading import accepts_argument, unwrapped
 from online_dpo.types import PackedRows, RowLogprobs
 
 CHUNK_LOGITS = {"cpu": 2**23}  # logits that exist at the same time; on a CPU few enough to stay near the cores

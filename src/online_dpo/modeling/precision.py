@@ -15,7 +15,7 @@ from accelerate.utils import is_peft_model
 from torch import nn
 
 from online_dpo.config.trainer_config import OnlineDPOConfig
-from online_dpo.modeling.loading import unwrapped
+from online_dpo.modeling.introspection import unwrapped
 
 logger = logging.getLogger(__name__)
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 from online_dpo.config.trainer_config import OnlineDPOConfig
+from online_dpo.pairing.strategies import FIRST_ALLOWED, STRATEGIES, Scored
 from online_dpo.stats.preference import sigmoid
-from online_dpo.types import Feedback, Group, Pair, Pairing, Preference, Prompt, Scores, Verdicts
-
-T = TypeVar("T")
+from online_dpo.types import Group, Pair, Pairing, Preference, Prompt, Scores, Verdicts
 
 MISSING_SCORE = "missing_score"
 NO_ANSWER = "no_answer"
@@ -24,9 +21,6 @@ LENGTH_RATIO = "length_ratio"
 
 Draw = Callable[[Prompt], float]
 """A number in [0, 1) for a prompt, the same whenever it is asked for in this step."""
-
-Scored = tuple[float, int]
-"""A completion's score and its index in the group."""
 
 Candidate = tuple[Pair, float | None]
 """A pair, and the difference of the scores that made it one: none with a judge."""
@@ -168,97 +162,6 @@ def _first_is_better(said: Scores | Verdicts, p: int, temperature: float) -> flo
 
 
 # --- groups that are answered again ----------------------------------------------------------------------------------
-
-
-def without_pair(groups: Sequence[Group], made: Pairing) -> list[int]:
-    """The places of the groups that gave no pair."""
-    used = {id(pair.group) for pair in made.pairs}  # a prompt that comes twice in a step has two equal groups
-    return [p for p, group in enumerate(groups) if id(group) not in used]
-
-
-def latest(feedback: Feedback) -> tuple[list[Group], Scores | Verdicts]:
-    """The groups of a step after the last round, and what is said of them; duels are those of all rounds."""
-    groups, said = feedback.groups, feedback.said
-    for again in feedback.further:
-        groups = _replaced(groups, again.places, again.groups)
-        said = _said_anew(said, again.said, again.places)
-    return groups, said
-
-
-def _said_anew(said: Scores | Verdicts, more: Scores | Verdicts, places: Sequence[int]) -> Scores | Verdicts:
-    if isinstance(said, Verdicts):
-        assert isinstance(more, Verdicts)
-        preferences = _replaced(said.preferences, places, more.preferences)
-        scores = None if said.scores is None or more.scores is None else _scored_anew(said.scores, more.scores, places)
-        return Verdicts(preferences, said.duels + more.duels, said.unanswered + more.unanswered, scores)
-    assert isinstance(more, Scores)
-    return _scored_anew(said, more, places)
-
-
-def _scored_anew(scores: Scores, more: Scores, places: Sequence[int]) -> Scores:
-    return Scores(
-        _replaced(scores.values, places, more.values),
-        {name: _replaced(rows, places, more.by_scorer[name]) for name, rows in scores.by_scorer.items()},
-        None
-        if scores.normalized is None or more.normalized is None
-        else _replaced(scores.normalized, places, more.normalized),
-    )
-
-
-def _replaced(items: Sequence[T], places: Sequence[int], new: Sequence[T]) -> list[T]:
-    made = list(items)
-    for place, item in zip(places, new, strict=True):
-        made[place] = item
-    return made
-
-
-# --- strategies: distinct completions whose scores are not all equal, and a number in [0, 1) --------------------------
-
-
-def best_worst(scored: Sequence[Scored], draw: float) -> list[tuple[Scored, Scored]]:
-    return [(_best(scored), min(scored, key=lambda item: (item[0], -item[1])))]
-
-
-def best_random(scored: Sequence[Scored], draw: float) -> list[tuple[Scored, Scored]]:
-    lower = _below_the_best(scored)
-    return [(_best(scored), lower[int(draw * len(lower))])]
-
-
-def best_mean_minus_two_sigma(scored: Sequence[Scored], draw: float) -> list[tuple[Scored, Scored]]:
-    """The worst of many samples says little about what the policy usually does wrong (arXiv 2502.16825)."""
-    scores = [score for score, _ in scored]
-    target = statistics.fmean(scores) - 2 * statistics.pstdev(scores)
-    return [(_best(scored), min(_below_the_best(scored), key=lambda item: (abs(item[0] - target), -item[1])))]
-
-
-def all_pairs(scored: Sequence[Scored], draw: float) -> list[tuple[Scored, Scored]]:
-    return [(better, worse) for better in scored for worse in scored if better[0] > worse[0]]
-
-
-def widest_allowed(scored: Sequence[Scored], draw: float) -> list[tuple[Scored, Scored]]:
-    """All pairs, the widest first; what is trained is the first one that nothing objects to."""
-    return sorted(all_pairs(scored, draw), key=lambda pair: (pair[1][0] - pair[0][0], pair[0][1], -pair[1][1]))
-
-
-Strategy = Callable[[Sequence[Scored], float], list[tuple[Scored, Scored]]]
-STRATEGIES: dict[str, Strategy] = {
-    "best_worst": best_worst,
-    "best_random": best_random,
-    "best_mean_minus_two_sigma": best_mean_minus_two_sigma,
-    "all_pairs": all_pairs,
-    "widest_allowed": widest_allowed,
-}
-FIRST_ALLOWED = ("widest_allowed",)
-"""Strategies that look for another pair where there is an objection to the first."""
-
-
-def _best(scored: Sequence[Scored]) -> Scored:
-    return max(scored, key=lambda item: (item[0], -item[1]))
-
-
-def _below_the_best(scored: Sequence[Scored]) -> list[Scored]:
-    best = _best(scored)
-    return [item for item in scored if item[0] < best[0]]
 
 
 def _all_equal(scored: Sequence[Scored]) -> bool:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from online_dpo.rollout.builtin.engine import TransformersEngine
 from online_dpo.rollout.builtin.mixture import Lender
-from online_dpo.rollout.engine import RolloutKey, SamplingParams
+from online_dpo.rollout.params import RolloutKey, SamplingParams
 from online_dpo.types import Author, Completion, Group, Prompt
 
 

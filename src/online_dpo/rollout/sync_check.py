@@ -13,10 +13,12 @@ from torch import nn
 
 from online_dpo.errors import OutOfSyncError
 from online_dpo.modeling.borrowing import eval_mode
-from online_dpo.modeling.loading import MOST_ROUNDING, ROUNDING, computing_dtype
+from online_dpo.modeling.introspection import computing_dtype
 from online_dpo.modeling.logprobs import row_logprobs
+from online_dpo.modeling.tolerance import MOST_ROUNDING, ROUNDING
 from online_dpo.packing.pack import pack_groups
-from online_dpo.rollout.engine import Engine, RolloutKey, SamplingParams, Stream
+from online_dpo.rollout.engine import Engine
+from online_dpo.rollout.params import RolloutKey, SamplingParams, Stream
 from online_dpo.types import Prompt
 
 PROMPTS, COMPLETIONS, TOKENS = 2, 2, 16

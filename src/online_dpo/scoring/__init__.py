@@ -9,22 +9,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from online_dpo.scoring.judges.base import FunctionJudge, Judge, JudgeScorer, check_judge, pairwise_scorer
+    from online_dpo.scoring.judge_registry import build_judge, check_judge, pairwise_scorer
+    from online_dpo.scoring.judges.adapters import FunctionJudge, JudgeScorer
+    from online_dpo.scoring.judges.base import Judge
     from online_dpo.scoring.judges.llm.judge import LLMJudge, check_share
-    from online_dpo.scoring.judges.pairwise.judge import PairwiseModelJudge, build_judge
+    from online_dpo.scoring.judges.pairwise.judge import PairwiseModelJudge
     from online_dpo.scoring.judges.top_k import judge_the_top
     from online_dpo.scoring.judges.tournament import DuelCounter, find_preferences
     from online_dpo.scoring.notes import nothing_noted, noting
     from online_dpo.scoring.penalties import Penalties
     from online_dpo.scoring.protocols import AsyncPointwiseScorer, CountingScorer, PairwiseScorer, PointwiseScorer
-    from online_dpo.scoring.rewards.combine import (
+    from online_dpo.scoring.registry import (
         RewardFunc,
         build_scorers,
         check_reward_columns,
         check_reward_path,
         check_scorers,
-        score_groups,
     )
+    from online_dpo.scoring.rewards.combine import score_groups
     from online_dpo.scoring.rewards.function import FunctionScorer
     from online_dpo.scoring.rewards.http import HTTPReward
     from online_dpo.scoring.rewards.model import RewardModelScorer, load_reward_model

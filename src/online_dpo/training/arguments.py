@@ -16,13 +16,13 @@ from online_dpo.config.hf_fields import check_output_dir
 from online_dpo.config.requirements import problems
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.modeling.loading import check_model_path
-from online_dpo.rollout.engine import SamplingParams
+from online_dpo.rollout.params import SamplingParams
 from online_dpo.rollout.vllm.client import VLLMClient
 from online_dpo.rollout.vllm.requests import vllm_sampling
-from online_dpo.scoring.judges.base import check_judge
+from online_dpo.scoring.judge_registry import check_judge
 from online_dpo.scoring.judges.llm.judge import check_share
 from online_dpo.scoring.protocols import PointwiseScorer
-from online_dpo.scoring.rewards.combine import check_reward_columns, check_reward_path, check_scorers
+from online_dpo.scoring.registry import check_reward_columns, check_reward_path, check_scorers
 from online_dpo.scoring.rewards.model import RewardModelScorer
 from online_dpo.training.trained import check_trained
 

@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.foreign import loading
 from online_dpo.modeling.attention.masks import use_flex_attention, use_segments
+from online_dpo.modeling.introspection import unwrapped
 from online_dpo.modeling.known_tokens import check_room
-from online_dpo.modeling.loading import adapting, disable_dropout, is_adapter, load_causal_lm, to_device, unwrapped
+from online_dpo.modeling.loading import adapting, disable_dropout, is_adapter, load_causal_lm, to_device
 from online_dpo.modeling.logprobs import enable_logprobs
 from online_dpo.modeling.malloc import keep_freed_memory
 from online_dpo.modeling.precision import (

@@ -24,12 +24,14 @@ from online_dpo.foreign import foreign
 from online_dpo.modeling.known_tokens import Readers
 from online_dpo.modeling.reference import Reference
 from online_dpo.objective.beta import Beta
-from online_dpo.pairing.select import Selection, pairs_from_preferences, pairs_from_scores, pairs_of_two, without_pair
+from online_dpo.pairing.rounds import without_pair
+from online_dpo.pairing.select import Selection, pairs_from_preferences, pairs_from_scores, pairs_of_two
 from online_dpo.rollout.builtin.engine import TransformersEngine
-from online_dpo.rollout.builtin.sampling import uniform_numbers
-from online_dpo.rollout.engine import Engine, RolloutKey, SamplingParams, Stream
+from online_dpo.rollout.builtin.random_numbers import uniform_numbers
+from online_dpo.rollout.engine import Engine
 from online_dpo.rollout.lookahead import Fetched, Lookahead
 from online_dpo.rollout.opponent import Opponent, joined
+from online_dpo.rollout.params import RolloutKey, SamplingParams, Stream
 from online_dpo.rollout.sync_check import SyncCheck
 from online_dpo.scoring.judges.top_k import judge_the_top
 from online_dpo.scoring.judges.tournament import DuelCounter, find_preferences
@@ -38,8 +40,9 @@ from online_dpo.scoring.penalties import Penalties
 from online_dpo.scoring.protocols import CountingScorer, PairwiseScorer, PointwiseScorer
 from online_dpo.scoring.rewards.combine import score_groups
 from online_dpo.training.arguments import check_templates
-from online_dpo.training.hf_trainer import GuardedTrainer, Stopwatch
+from online_dpo.training.hf_trainer import GuardedTrainer
 from online_dpo.training.metrics import record_notes, record_rollout
+from online_dpo.training.stopwatch import Stopwatch
 from online_dpo.types import Completion, Feedback, Group, Pairing, Prompt, Round, Scores, Verdicts
 
 

@@ -24,14 +24,15 @@ from online_dpo.errors import FeedbackLostError, ForeignCodeError, OnlineDPOErro
 from online_dpo.modeling.borrowing import kept_flags
 from online_dpo.modeling.loading import ConfigKeeper, empty_device_cache
 from online_dpo.modeling.precision import keeps_small_steps
-from online_dpo.packing.pack import halve, token_count
+from online_dpo.packing.microbatches import halve, token_count
 from online_dpo.packing.prefix_tree import PADDING
 from online_dpo.training.display.choose import choose_displays
 from online_dpo.training.display.figures import in_order
 from online_dpo.training.failures import NamedCallbacks, StepsDone
 from online_dpo.training.interrupt import Interrupt
-from online_dpo.training.metrics import MetricStore
+from online_dpo.training.metric_store import MetricStore
 from online_dpo.training.step_guard import StepGuard, refuse_to_split
+from online_dpo.training.stopwatch import Stopwatch
 from online_dpo.training.update_ratio import UpdatedRatio
 from online_dpo.types import PackedRows
 
@@ -359,20 +360,3 @@ class GuardedTrainer(Trainer):
         with Stopwatch(self.accelerator.device) as watch:
             yield
         self.metrics.total(f"time/{name}", watch.seconds / self.accelerator.num_processes)
-
-
-class Stopwatch:
-    """Seconds between entering and leaving it, with all that a device was asked for in between."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.seconds = 0.0
-
-    def __enter__(self) -> Stopwatch:
-        self._start = time.perf_counter()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._device.type == "cuda":  # not the whole device, on which another thread may be capturing a graph
-            torch.cuda.current_stream(self._device).synchronize()
-        self.seconds = time.perf_counter() - self._start

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import TrainerState
 
 from online_dpo.config.trainer_config import OnlineDPOConfig
-from online_dpo.modeling.loading import unwrapped
+from online_dpo.modeling.introspection import unwrapped
 
 SETTINGS = (
     *("method", "num_completions", "max_new_tokens", "max_length", "temperature", "top_p", "top_k", "min_p"),

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from online_dpo.modeling.loading import unwrapped
+from online_dpo.modeling.introspection import unwrapped
 
 
 def warn_of_auxiliary_loss(model: nn.Module) -> None:

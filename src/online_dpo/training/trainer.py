@@ -43,21 +43,24 @@ from online_dpo.evaluation.records import EvalRecord, eval_records, mean_notes, 
 from online_dpo.foreign import callable_name, foreign
 from online_dpo.modeling.borrowing import eval_mode, restores_models_on_error
 from online_dpo.modeling.forward_path import Lender, MethodChoice
+from online_dpo.modeling.introspection import end_token_ids
 from online_dpo.modeling.known_tokens import Readers, check_options, check_policy, check_reference, embedding_rows
-from online_dpo.modeling.loading import end_token_ids
 from online_dpo.modeling.logprobs import RowLogprobs, row_logprobs
 from online_dpo.modeling.onednn import onednn_linears
 from online_dpo.modeling.reference import ReferenceSteps
 from online_dpo.objective.beta import Beta
-from online_dpo.objective.losses import LossOptions, method_losses, pair_logprobs
-from online_dpo.packing.pack import as_inputs, by_group, pack_groups, pack_pairs, passes_needed, split_pairs, stand_in
-from online_dpo.pairing.select import Selection, latest
-from online_dpo.rollout.engine import RolloutKey, SamplingParams, Stream
+from online_dpo.objective.inputs import LossOptions, pair_logprobs
+from online_dpo.objective.losses import method_losses
+from online_dpo.packing.microbatches import passes_needed, split_pairs
+from online_dpo.packing.pack import as_inputs, by_group, pack_groups, pack_pairs, stand_in
+from online_dpo.pairing.rounds import latest
+from online_dpo.pairing.select import Selection
 from online_dpo.rollout.lookahead import Lookahead
+from online_dpo.rollout.params import RolloutKey, SamplingParams, Stream
 from online_dpo.rollout.sync_check import SyncCheck
-from online_dpo.scoring.judges.pairwise.judge import build_judge
+from online_dpo.scoring.judge_registry import build_judge
 from online_dpo.scoring.notes import noting
-from online_dpo.scoring.rewards.combine import build_scorers
+from online_dpo.scoring.registry import build_scorers
 from online_dpo.training.arguments import (
     check_arguments,
     check_batches,

@@ -13,12 +13,12 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from online_dpo.modeling.reference import FrozenReference, Reference, SyncedReference
 from online_dpo.objective.beta import Beta
-from online_dpo.rollout.engine import SamplingParams
+from online_dpo.rollout.params import SamplingParams
 from online_dpo.scoring.protocols import PointwiseScorer
 from online_dpo.scoring.rewards.combine import unique_names
 from online_dpo.scoring.rewards.function import FunctionScorer
 from online_dpo.scoring.rewards.model import RewardModelScorer
-from online_dpo.training.metrics import MetricStore
+from online_dpo.training.metric_store import MetricStore
 from online_dpo.types import Feedback, Verdicts
 
 

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
@@ -24,9 +23,10 @@ from online_dpo.cli.judging.plan import BuiltInJudge
 from online_dpo.cli.main import main
 from online_dpo.cli.runfile.entries import UsageError
 from online_dpo.cli.runfile.schema import load_fields
-from online_dpo.evaluation.records import wilson_interval
 from online_dpo.rollout.builtin.engine import TransformersEngine
-from online_dpo.rollout.engine import RolloutKey, SamplingParams, Stream
+from online_dpo.rollout.params import RolloutKey, SamplingParams, Stream
+from online_dpo.stats.intervals import wilson_interval
+from support import tiny
 from support.endpoint import error, says, serving, shown
 
 REWARDS = """

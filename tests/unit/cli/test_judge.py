@@ -19,7 +19,7 @@ from online_dpo.cli.main import main
 from online_dpo.cli.runfile.entries import UsageError
 from online_dpo.cli.runfile.run_file import plan_run
 from online_dpo.config.llm_judge import JudgeSettings
-from online_dpo.evaluation.records import wilson_interval
+from online_dpo.stats.intervals import wilson_interval
 from support.endpoint import Answer, error, says, serving, shown
 from support.pairwise_folders import pairrm_folder, pairrm_log_odds
 

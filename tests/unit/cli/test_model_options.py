@@ -15,7 +15,7 @@ from trl import ModelConfig, get_quantization_config
 from online_dpo.cli.runfile.entries import UsageError
 from online_dpo.cli.runfile.model_options import ignored_options, model_init_kwargs, model_problems
 from online_dpo.cli.runfile.run_file import plan_run
-from online_dpo.config import requirements
+from online_dpo.config.trainer_config import requirements
 from support.run_files import fill_folder, trainer_of, write_run_file
 
 QLORA = {"use_peft": True, "load_in_4bit": True}

@@ -7,7 +7,7 @@ import pytest
 
 from online_dpo.cli import serve
 from online_dpo.cli.main import main
-from online_dpo.config import requirements
+from online_dpo.config.trainer_config import requirements
 from online_dpo.rollout.vllm import worker
 
 

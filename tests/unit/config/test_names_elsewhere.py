@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 
 from online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 from online_dpo.cli.evaluation.options import CALLED_HERE as CALLED_IN_EVAL
@@ -20,6 +19,7 @@ from online_dpo.cli.evaluation.options import RUN_FIELDS
 from online_dpo.cli.evaluation.plan import own_fields
 from online_dpo.cli.runfile.schema import load_fields
 from online_dpo.config.names_elsewhere import ARGUMENTS, CALLED_HERE, IN_PYTHON, NOT_HERE, hint_for
+from support import tiny
 from support.training import config, dataset, word_reward
 
 FIELDS = load_fields()

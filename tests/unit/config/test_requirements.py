@@ -8,13 +8,11 @@ import shutil
 import sys
 
 import pytest
-import training
 from transformers import BitsAndBytesConfig, trainer_optimizer
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import OptimizerNames
 
 from online_dpo.cli.main import main
-from online_dpo.config import requirements
 from online_dpo.config.requirements import (
     OPTIMIZERS,
     QUANTIZATION,
@@ -24,7 +22,9 @@ from online_dpo.config.requirements import (
     installed,
     problems,
 )
+from online_dpo.config.trainer_config import requirements
 from online_dpo.config.unsupported import FUSED_OPTIMIZERS
+from support import training
 from support.run_files import fill_folder, write_run_file
 
 REWARD = "def words(completions):\n    return [float(len(c.split())) for c in completions]\n"

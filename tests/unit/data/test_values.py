@@ -14,7 +14,6 @@ from pathlib import Path
 
 import datasets
 import pytest
-import tiny
 from datasets import Dataset, DatasetDict, IterableDataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -26,6 +25,7 @@ from online_dpo.data.load import load_prompts
 from online_dpo.data.prompts import prepare_prompts
 from online_dpo.scoring.rewards.function import FunctionScorer
 from online_dpo.types import Completion, Group
+from support import tiny
 
 
 @pytest.fixture(autouse=True)

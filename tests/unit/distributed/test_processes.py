@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-import training
 
 from online_dpo.cli.main import main
 from online_dpo.distributed.processes import SIZES, SLURM, Started, started_together
+from support import training
 
 
 @pytest.fixture(autouse=True)

@@ -6,14 +6,14 @@ import math
 
 import numpy as np
 import pytest
-import tiny
 
 from online_dpo.evaluation.comparison import Match, compare, preferences_by_score
 from online_dpo.evaluation.head_to_head import BothOrders
-from online_dpo.evaluation.records import wilson_interval
 from online_dpo.stats.bootstrap import bootstrap_interval, standard_error
+from online_dpo.stats.intervals import wilson_interval
 from online_dpo.stats.length_control import length_controlled_win_rate
 from online_dpo.types import Completion, Group, Prompt
+from support import tiny
 
 
 def sigmoid(x):

@@ -3,7 +3,7 @@
 import pytest
 
 from online_dpo.evaluation.conclusions import comparison_conclusion, judge_conclusion, labels_needed
-from online_dpo.evaluation.records import wilson_interval
+from online_dpo.stats.intervals import wilson_interval
 
 
 def of(share, count):

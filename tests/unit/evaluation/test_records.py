@@ -5,13 +5,15 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-import tiny
 import torch
 
-from online_dpo.evaluation.records import EvalRecord, summarise, wilson_interval, win_share
+from online_dpo.evaluation.records import EvalRecord, summarise, win_share
 from online_dpo.packing.pack import pack_pairs, stand_in
-from online_dpo.training.metrics import MetricStore, record_loss, record_pairs, record_resampling, record_rollout
+from online_dpo.stats.intervals import wilson_interval
+from online_dpo.training.metric_store import MetricStore
+from online_dpo.training.metrics import record_loss, record_pairs, record_resampling, record_rollout
 from online_dpo.types import Pair, Pairing, Preference, Round, RowLogprobs, Scores, Verdicts
+from support import tiny
 
 
 @pytest.mark.parametrize(

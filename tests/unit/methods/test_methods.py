@@ -3,17 +3,19 @@
 from math import exp, log
 
 import pytest
-import tiny
 import torch
 
 from online_dpo.config.method import METHODS as NAMES
 from online_dpo.objective.beta import Beta, adapted
-from online_dpo.objective.losses import METHODS, LossOptions, PairLogprobs, method_losses, pair_logprobs, pair_losses
+from online_dpo.objective.inputs import LossOptions, PairLogprobs, pair_logprobs
+from online_dpo.objective.losses import METHODS, method_losses, pair_losses
 from online_dpo.packing.pack import pack_pairs
 from online_dpo.pairing.select import pairs_of_two
 from online_dpo.rollout.opponent import joined
-from online_dpo.training.metrics import MetricStore, record_loss, record_pairs, record_rollout, trained_kl
+from online_dpo.training.metric_store import MetricStore
+from online_dpo.training.metrics import record_loss, record_pairs, record_rollout, trained_kl
 from online_dpo.types import Completion, Group, Pair, Pairing, Preference, RowLogprobs, Scores, Verdicts
+from support import tiny
 
 W, L, REF_W, REF_L, H = -3.0, -7.0, -4.0, -5.5, 2.5  # h = (-3 + 7) - (-4 + 5.5)
 

@@ -7,8 +7,6 @@ import random
 
 import numpy as np
 import pytest
-import snapshots
-import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -20,10 +18,11 @@ from online_dpo.modeling.loading import disable_dropout
 from online_dpo.modeling.logprobs import enable_logprobs
 from online_dpo.modeling.reference import trains_base_weights
 from online_dpo.rollout.builtin.engine import TransformersEngine
-from online_dpo.rollout.engine import RolloutKey, SamplingParams
+from online_dpo.rollout.params import RolloutKey, SamplingParams
 from online_dpo.rollout.weights.adapter import write_adapter
 from online_dpo.rollout.weights.export import write_weights
 from online_dpo.scoring.rewards.model import RewardModelScorer
+from support import snapshots, tiny
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 

@@ -3,7 +3,6 @@
 import copy
 
 import pytest
-import tiny
 import torch
 from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -12,6 +11,7 @@ from online_dpo.modeling.attention.masks import use_flex_attention, why_not_shar
 from online_dpo.modeling.borrowing import eval_mode
 from online_dpo.modeling.forward_path import Method, choose_method
 from online_dpo.modeling.logprobs import enable_logprobs
+from support import tiny
 from support.training import assert_same, gradient, trainer
 
 COMPLETIONS = [[[5, 6, 7, 1], [8, 9]], [[10], [15, 1]], [[1], [20, 21, 22]]]

@@ -8,9 +8,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-import tiny
 import torch
-import training
 from datasets import Dataset, IterableDataset
 from transformers import (
     BertConfig,
@@ -23,10 +21,11 @@ from transformers import (
 from online_dpo import OnlineDPOTrainer
 from online_dpo.cli.main import main
 from online_dpo.errors import UnknownTokenError
-from online_dpo.modeling.loading import context_length, end_token_ids
+from online_dpo.modeling.introspection import context_length, end_token_ids
 from online_dpo.scoring.judges.pairwise.judge import PairwiseModelJudge
 from online_dpo.scoring.rewards.model import RewardModelScorer
 from online_dpo.types import Completion, Group
+from support import tiny, training
 from support.endpoint import duel
 
 ROWS = tiny.VOCABULARY

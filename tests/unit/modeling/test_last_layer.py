@@ -5,7 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
-import tiny
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model
@@ -15,14 +14,15 @@ from online_dpo.modeling import last_layer
 from online_dpo.modeling.attention import segments
 from online_dpo.modeling.attention.masks import use_segments
 from online_dpo.modeling.attention.segments import Segment, only_read
+from online_dpo.modeling.introspection import unwrapped
 from online_dpo.modeling.last_layer import enable_reading, reading
-from online_dpo.modeling.loading import unwrapped
 from online_dpo.modeling.logprobs import enable_logprobs, row_logprobs
 from online_dpo.modeling.onednn import onednn_linears
 from online_dpo.packing.pack import pack_groups
 from online_dpo.packing.prefix_tree import Tree
 from online_dpo.rollout.builtin.decoding import Decoder
 from online_dpo.scoring.rewards.shared_prefix import score_trees
+from support import tiny
 
 LENGTHS = (40, 25)
 COMPLETIONS = [[[5, 6, 7, 1], [8, 9]], [[10, 11, 12], [15]]]

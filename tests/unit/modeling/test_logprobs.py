@@ -4,7 +4,6 @@ import inspect
 from dataclasses import replace
 
 import pytest
-import tiny
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model
@@ -34,11 +33,13 @@ from online_dpo.modeling.attention.masks import (
     visible,
     why_not_shared,
 )
-from online_dpo.modeling.loading import accepts_argument, disable_dropout
+from online_dpo.modeling.introspection import accepts_argument
+from online_dpo.modeling.loading import disable_dropout
 from online_dpo.modeling.logprobs import can_chunk, enable_logprobs, row_logprobs
 from online_dpo.modeling.reference import frozen_copy
 from online_dpo.packing.pack import pack_groups, pack_pairs, stand_in
 from online_dpo.types import Pair
+from support import tiny
 
 COMPLETIONS = [[[5, 6, 7, 1], [8, 9], [8, 9, 30]], [[10, 11, 12, 13, 14, 1], [15, 1], [16]], [[1], [20, 21, 22], [23]]]
 LENGTHS = (9, 2, 14)

@@ -1,11 +1,11 @@
 """Products through oneDNN: the same numbers, only where they may, and nothing left behind."""
 
 import pytest
-import tiny
 import torch
 from torch import nn
 
 from online_dpo.modeling.onednn import linear, multiplies_faster, onednn_linears
+from support import tiny
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
 

@@ -5,14 +5,14 @@ import math
 from math import exp, log
 
 import pytest
-import tiny
 import torch
 
-from online_dpo.config.checking import LOSSES_WITHOUT_LABELS, LOSSES_WITHOUT_REFERENCE
-from online_dpo.config.loss import LOSS_TYPES
-from online_dpo.objective.losses import LOSSES, LossOptions, PairLogprobs, pair_logprobs, pair_losses
+from online_dpo.config.loss import LOSS_TYPES, LOSSES_WITHOUT_LABELS, LOSSES_WITHOUT_REFERENCE
+from online_dpo.objective.inputs import LossOptions, PairLogprobs, pair_logprobs
+from online_dpo.objective.losses import LOSSES, pair_losses
 from online_dpo.packing.pack import pack_pairs
 from online_dpo.types import Pair, RowLogprobs
+from support import tiny
 
 # One pair: log-probabilities and lengths of its chosen and its rejected completion.
 W, L, REF_W, REF_L, LENGTH_W, LENGTH_L = -3.0, -7.0, -4.0, -5.5, 4, 5

@@ -3,13 +3,14 @@
 from dataclasses import replace
 
 import pytest
-import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from online_dpo.packing.pack import as_inputs, halve, pack_groups, pack_pairs, passes_needed, split_pairs, token_count
+from online_dpo.packing.microbatches import halve, passes_needed, split_pairs, token_count
+from online_dpo.packing.pack import as_inputs, pack_groups, pack_pairs
 from online_dpo.packing.prefix_tree import BLOCK, PADDING, Tree, cut, lay_out, split_balanced
 from online_dpo.types import Pair
+from support import tiny
 
 tokens = st.integers(1, 99)
 trees = st.lists(

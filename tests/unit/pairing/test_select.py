@@ -4,18 +4,13 @@ import math
 import statistics
 
 import pytest
-import tiny
 
 from online_dpo.config.feedback import PAIR_SELECTIONS
-from online_dpo.pairing.select import (
-    STRATEGIES,
-    Selection,
-    latest,
-    pairs_from_preferences,
-    pairs_from_scores,
-    without_pair,
-)
+from online_dpo.pairing.rounds import latest, without_pair
+from online_dpo.pairing.select import Selection, pairs_from_preferences, pairs_from_scores
+from online_dpo.pairing.strategies import STRATEGIES
 from online_dpo.types import Feedback, Preference, Round, Scores, Verdicts
+from support import tiny
 
 PROMPTS = tiny.prompts([3] * 8)
 THREE = [[5, 1], [6, 1], [7, 1]]

@@ -6,11 +6,11 @@ import pytest
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from online_dpo.evaluation.records import wilson_interval
 from online_dpo.quickstart.artifacts import build
 from online_dpo.quickstart.language import parse_request, split_of
 from online_dpo.quickstart.models import FULL, TINY, build_policy_config, build_tokenizer, new_policy
 from online_dpo.quickstart.run import Judged, run_quickstart, summarise
+from online_dpo.stats.intervals import wilson_interval
 
 
 def test_tiny_artifacts_load_and_their_prompts_are_held_out(tmp_path):

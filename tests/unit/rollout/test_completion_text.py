@@ -3,7 +3,6 @@
 import os
 
 import pytest
-import tokenizer_kinds
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,11 +11,12 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 
 from online_dpo.rollout.builtin.engine import TransformersEngine
 from online_dpo.rollout.completion_text import completion_texts
-from online_dpo.rollout.engine import RolloutKey, SamplingParams
+from online_dpo.rollout.params import RolloutKey, SamplingParams
 from online_dpo.rollout.vllm.requests import Sampled, build_groups
 from online_dpo.scoring.rewards.function import FunctionScorer
 from online_dpo.scoring.rewards.model import RewardModelScorer
 from online_dpo.types import Completion, Group, Prompt
+from support import tokenizer_kinds
 
 WORDS = st.lists(st.sampled_from([*tokenizer_kinds.TEXT.split(), " ", "\n", "é", "🙂", "un", "<s>"]), max_size=60)
 

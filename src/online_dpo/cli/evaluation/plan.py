@@ -14,7 +14,7 @@ from online_dpo.cli.runfile.model_options import OF_4BIT, QUANTISATION, model_in
 from online_dpo.cli.runfile.references import Reference, parse_reference
 from online_dpo.cli.runfile.run_file import GOLD_REWARDS, MODEL_FILES, RunChecker, holds_model, looks_like_path
 from online_dpo.cli.runfile.schema import FieldSpec, load_fields, read_fields_of
-from online_dpo.config import requirements
+from online_dpo.config.trainer_config import requirements
 
 HELP = "online-dpo eval --help"
 NO_ARGUMENTS = (

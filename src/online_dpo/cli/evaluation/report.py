@@ -33,11 +33,11 @@ from online_dpo.evaluation.head_to_head import (
     score_answers,
     unscored,
 )
+from online_dpo.scoring.judge_registry import build_judge
 from online_dpo.scoring.judges.llm.judge import LLMJudge
-from online_dpo.scoring.judges.pairwise.judge import build_judge
 from online_dpo.scoring.penalties import Penalties
 from online_dpo.scoring.protocols import PairwiseScorer, PointwiseScorer
-from online_dpo.scoring.rewards.combine import build_scorers
+from online_dpo.scoring.registry import build_scorers
 from online_dpo.training.arguments import check_columns, check_templates
 from online_dpo.training.display.figures import number
 from online_dpo.types import Completion, Group

@@ -16,11 +16,11 @@ from online_dpo.cli.terminal.progress import no_progress_bars, plain_warnings
 from online_dpo.cli.terminal.screen import say
 from online_dpo.errors import ScoringError, error_text
 from online_dpo.evaluation.conclusions import judge_conclusion
-from online_dpo.evaluation.records import win_rate
 from online_dpo.foreign import foreign
 from online_dpo.scoring.judges.llm.judge import LLMJudge, stands_first
 from online_dpo.scoring.judges.llm.prompts import prompt_text
 from online_dpo.scoring.judges.pairwise.judge import PairwiseModelJudge
+from online_dpo.stats.intervals import win_rate
 from online_dpo.training.display.figures import number
 from online_dpo.types import Completion, Group, Prompt
 

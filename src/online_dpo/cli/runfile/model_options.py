@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from online_dpo.config import requirements
+from online_dpo.config.trainer_config import requirements
 
 PLAIN = {"dtype": "dtype", "attn_implementation": "attn_implementation", "model_revision": "revision"}
 """Fields that are an argument of ``from_pretrained`` as they stand, and its name."""

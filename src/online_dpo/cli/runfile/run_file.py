@@ -17,10 +17,10 @@ from online_dpo.cli.runfile.model_options import ignored_options, model_init_kwa
 from online_dpo.cli.runfile.references import Reference, parse_reference
 from online_dpo.cli.runfile.run_config import RunConfig
 from online_dpo.cli.runfile.schema import load_fields
-from online_dpo.config import requirements
 from online_dpo.config.hf_ranges import out_of_range
 from online_dpo.config.input import MAPPINGS, mapping_from_text
 from online_dpo.config.llm_judge import LLM
+from online_dpo.config.trainer_config import requirements
 
 MODEL_FILES = ("config.json", "adapter_config.json")
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from online_dpo.modeling.attention import flex, segments
-from online_dpo.modeling.loading import accepts_argument, logits_alone, unwrapped
+from online_dpo.modeling.introspection import accepts_argument, logits_alone, unwrapped
 from online_dpo.packing.prefix_tree import PADDING
 from online_dpo.types import TokenRows
 

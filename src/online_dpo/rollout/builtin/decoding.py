@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from online_dpo.modeling.attention.masks import attention_inputs, layer_kinds, window_of
+from online_dpo.modeling.introspection import accepts_argument, hands_on_arguments, logits_alone, unwrapped
 from online_dpo.modeling.last_layer import reading
-from online_dpo.modeling.loading import accepts_argument, hands_on_arguments, logits_alone, unwrapped
 from online_dpo.packing.prefix_tree import PADDING, cut
 from online_dpo.rollout.builtin.kv_memory import Memory, our_attention
 from online_dpo.rollout.builtin.sampling import next_tokens
-from online_dpo.rollout.engine import SamplingParams
+from online_dpo.rollout.params import SamplingParams
 from online_dpo.types import TokenRows
 
 KINDS = {"full_attention", "sliding_attention"}

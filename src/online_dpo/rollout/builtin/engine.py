@@ -23,20 +23,16 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList, Stop
 
 from online_dpo.errors import named_error
 from online_dpo.modeling.borrowing import eval_mode, kept_attributes
-from online_dpo.modeling.loading import (
-    MOST_ROUNDING,
-    ROUNDING,
-    computing_dtype,
-    empty_device_cache,
-    logits_alone,
-    unwrapped,
-)
+from online_dpo.modeling.introspection import computing_dtype, logits_alone, unwrapped
+from online_dpo.modeling.loading import empty_device_cache
 from online_dpo.modeling.onednn import onednn_linears
+from online_dpo.modeling.tolerance import MOST_ROUNDING, ROUNDING
 from online_dpo.rollout.builtin.decoding import Decoder, StepwiseDecoder, can_decode
-from online_dpo.rollout.builtin.sampling import next_tokens, token_logprobs, uniform_numbers
+from online_dpo.rollout.builtin.random_numbers import uniform_numbers
+from online_dpo.rollout.builtin.sampling import next_tokens, token_logprobs
 from online_dpo.rollout.builtin.static_decoding import StaticBuffers, StaticDecoder, can_be_static
 from online_dpo.rollout.completion_text import completion_texts
-from online_dpo.rollout.engine import RolloutKey, SamplingParams
+from online_dpo.rollout.params import RolloutKey, SamplingParams
 from online_dpo.types import Completion, Group, Prompt
 
 logger = logging.getLogger(__name__)

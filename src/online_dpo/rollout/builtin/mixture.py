@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from online_dpo.modeling.loading import unwrapped
+from online_dpo.modeling.introspection import unwrapped
 from online_dpo.modeling.onednn import onednn_linears
 from online_dpo.rollout.builtin.decoding import Decoder, StepwiseDecoder, can_decode
 from online_dpo.rollout.builtin.engine import TransformersEngine

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from online_dpo.modeling.loading import computing_dtype, state_of_forward
+from online_dpo.modeling.introspection import computing_dtype, state_of_forward
 from online_dpo.rollout.builtin.cast_linears import CastLinears
 from online_dpo.rollout.builtin.cuda_graphs import StepGraphs
 from online_dpo.rollout.builtin.decoding import Decoder
 from online_dpo.rollout.builtin.kv_memory import Layer, Memory
 from online_dpo.rollout.builtin.sampling import next_tokens
-from online_dpo.rollout.engine import SamplingParams
+from online_dpo.rollout.params import SamplingParams
 
 LEAST_PLACES = 64
 

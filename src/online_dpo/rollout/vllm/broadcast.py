@@ -24,7 +24,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 from torch.distributed.tensor import DTensor
 
 from online_dpo.errors import error_text
-from online_dpo.modeling.loading import unwrapped
+from online_dpo.modeling.introspection import unwrapped
 from online_dpo.rollout.vllm.client import VLLMClient
 from online_dpo.rollout.vllm.worker import device_name
 from online_dpo.rollout.weights.export import named_weights

@@ -18,8 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.distributed.process_state import environment, kept_random_state
 from online_dpo.errors import error_text
-from online_dpo.modeling.loading import context_length, empty_device_cache, unwrapped
-from online_dpo.rollout.engine import RolloutKey, SamplingParams
+from online_dpo.modeling.introspection import context_length, unwrapped
+from online_dpo.modeling.loading import empty_device_cache
+from online_dpo.rollout.params import RolloutKey, SamplingParams
 from online_dpo.rollout.vllm.requests import build_groups, build_requests, from_output, vllm_sampling
 from online_dpo.rollout.vllm.worker import EXTENSION, coarsest
 from online_dpo.rollout.weights.export import named_weights, write_weights

@@ -14,7 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from online_dpo.rollout.completion_text import completion_texts
-from online_dpo.rollout.engine import RolloutKey, SamplingParams
+from online_dpo.rollout.params import RolloutKey, SamplingParams
 from online_dpo.types import Completion, FinishReason, Group, Prompt
 
 RENAMED_OPTIONS = {"min_new_tokens": "min_tokens", "bad_words": "bad_words"}

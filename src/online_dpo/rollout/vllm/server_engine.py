@@ -13,10 +13,9 @@ import json
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from threading import Condition, Lock
+from threading import Lock
 from typing import Any, TypeVar
 
 import torch
@@ -25,10 +24,11 @@ from transformers import PreTrainedTokenizerBase
 
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.errors import RolloutServerError
-from online_dpo.modeling.loading import unwrapped
-from online_dpo.rollout.engine import RolloutKey, SamplingParams
+from online_dpo.modeling.introspection import unwrapped
+from online_dpo.rollout.params import RolloutKey, SamplingParams
 from online_dpo.rollout.vllm.broadcast import BroadcastTransfer, choose_transfer, help_to_take
 from online_dpo.rollout.vllm.client import VLLMClient
+from online_dpo.rollout.vllm.gate import _Gate
 from online_dpo.rollout.vllm.requests import (
     Request,
     Sampled,
@@ -304,31 +304,6 @@ class VLLMServerEngine:
         else:
             sizes = {file.name: file.stat().st_size for file in files}
             client.rpc("online_dpo_load_received", self._sender, json.dumps(sizes), self._label)
-
-
-class _Gate:
-    """Either weights change, or completions are sampled, by any number of threads. Who came first goes first."""
-
-    def __init__(self) -> None:
-        self._condition = Condition()
-        self._sampling = 0
-
-    @contextmanager
-    def sampling(self) -> Iterator[None]:
-        with self._condition:
-            self._sampling += 1
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._sampling -= 1
-                self._condition.notify_all()
-
-    @contextmanager
-    def changing(self) -> Iterator[None]:
-        with self._condition:
-            self._condition.wait_for(lambda: self._sampling == 0)
-            yield
 
 
 def _is_first() -> bool:

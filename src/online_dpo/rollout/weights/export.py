@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 
-from online_dpo.modeling.loading import unwrapped
+from online_dpo.modeling.introspection import unwrapped
 
 SHARD_BYTES = 1 << 30
 

@@ -6,23 +6,19 @@ function keeps between calls stay usable, and it works where this thread already
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import functools
 import inspect
-import threading
-from collections.abc import Callable, Collection, Coroutine, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import Any
 
 from online_dpo.errors import ScoringError
 from online_dpo.foreign import among_rows, callable_name, foreign
+from online_dpo.scoring.event_loop import submit, wait_for
 from online_dpo.scoring.notes import log_functions
 from online_dpo.scoring.protocols import as_number, describe, flat_list, regroup
 from online_dpo.types import Completion, Group, Prompt
-
-T = TypeVar("T")
 
 ALWAYS_THERE = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
@@ -155,35 +151,6 @@ class FunctionScorer:
         raise ScoringError(
             f"{self._label} returned {describe(item)} at index {index}. Each score must be a number or None."
         )
-
-
-def submit(coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-    """Start a coroutine on the shared event loop; ``wait_for`` the future or cancel it."""
-    return asyncio.run_coroutine_threadsafe(coroutine, _event_loop())
-
-
-def wait_for(future: Future[T]) -> T:
-    """The result of a submitted coroutine. Interrupted, it cancels the coroutine instead of leaving it running."""
-    try:
-        return future.result()
-    finally:
-        future.cancel()
-
-
-_loop_lock = threading.Lock()
-_loop_thread: tuple[asyncio.AbstractEventLoop, threading.Thread] | None = None
-
-
-def _event_loop() -> asyncio.AbstractEventLoop:
-    global _loop_thread
-    with _loop_lock:
-        # A forked process inherits the loop but not its thread.
-        if _loop_thread is None or not _loop_thread[1].is_alive():
-            loop = asyncio.new_event_loop()
-            thread = threading.Thread(target=loop.run_forever, name="online-dpo-async-scoring", daemon=True)
-            thread.start()
-            _loop_thread = (loop, thread)
-        return _loop_thread[0]
 
 
 def is_async_function(function: Any) -> bool:

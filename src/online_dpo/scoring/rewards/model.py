@@ -21,9 +21,10 @@ from online_dpo.errors import ScoringError, error_text
 from online_dpo.foreign import among_rows, at_row, foreign, loading
 from online_dpo.modeling.attention.masks import use_segments
 from online_dpo.modeling.borrowing import eval_mode
+from online_dpo.modeling.introspection import context_length
 from online_dpo.modeling.known_tokens import check_known, check_tokenizer, embedding_rows
 from online_dpo.modeling.last_layer import enable_reading
-from online_dpo.modeling.loading import adapting, context_length
+from online_dpo.modeling.loading import adapting
 from online_dpo.modeling.onednn import onednn_linears
 from online_dpo.packing.prefix_tree import Tree
 from online_dpo.scoring.protocols import chat_messages, one_at_a_time, regroup

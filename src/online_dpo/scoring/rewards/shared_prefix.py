@@ -16,8 +16,9 @@ from torch import nn
 
 from online_dpo.errors import named_error
 from online_dpo.modeling.attention.masks import attention_inputs, why_not_shared
+from online_dpo.modeling.introspection import computing_dtype, unwrapped
 from online_dpo.modeling.last_layer import reading
-from online_dpo.modeling.loading import MOST_ROUNDING, computing_dtype, unwrapped
+from online_dpo.modeling.tolerance import MOST_ROUNDING
 from online_dpo.packing.prefix_tree import Tree, lay_out
 
 logger = logging.getLogger(__name__)

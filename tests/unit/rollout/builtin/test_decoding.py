@@ -3,7 +3,6 @@
 import logging
 
 import pytest
-import tiny
 import torch
 from transformers import BloomConfig, BloomForCausalLM, GptOssConfig, GptOssForCausalLM, MambaConfig, MambaForCausalLM
 
@@ -11,7 +10,8 @@ from online_dpo.modeling.borrowing import eval_mode
 from online_dpo.rollout.builtin import decoding, kv_memory
 from online_dpo.rollout.builtin.decoding import Decoder, can_decode
 from online_dpo.rollout.builtin.engine import TransformersEngine
-from online_dpo.rollout.engine import RolloutKey, SamplingParams
+from online_dpo.rollout.params import RolloutKey, SamplingParams
+from support import tiny
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [20, 21, 22, 23], [30, 31, 5]]
 PARAMS = SamplingParams(max_new_tokens=10, end_token_ids=(tiny.EOS,))

@@ -3,14 +3,14 @@
 from dataclasses import replace
 
 import pytest
-import tiny
 import torch
 from transformers import MambaConfig, MambaForCausalLM
 
 from online_dpo.modeling.logprobs import enable_logprobs, row_logprobs
 from online_dpo.packing.pack import pack_groups
 from online_dpo.rollout.builtin.engine import TransformersEngine
-from online_dpo.rollout.engine import RolloutKey, SamplingParams
+from online_dpo.rollout.params import RolloutKey, SamplingParams
+from support import tiny
 
 KEY = RolloutKey(seed=3, step=5)
 PARAMS = SamplingParams(max_new_tokens=14, end_token_ids=(tiny.EOS, tiny.END, 9, 17))

@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import MambaConfig, MambaForCausalLM
@@ -11,10 +10,12 @@ from transformers import MambaConfig, MambaForCausalLM
 from online_dpo.modeling.reference import AdapterOffReference, FrozenReference
 from online_dpo.rollout.builtin.engine import TransformersEngine
 from online_dpo.rollout.builtin.mixture import MixtureEngine
-from online_dpo.rollout.builtin.sampling import draw_tokens, reshape_logits, uniform_numbers
-from online_dpo.rollout.engine import RolloutKey, SamplingParams
+from online_dpo.rollout.builtin.random_numbers import uniform_numbers
+from online_dpo.rollout.builtin.sampling import draw_tokens, reshape_logits
 from online_dpo.rollout.opponent import ModelOpponent
+from online_dpo.rollout.params import RolloutKey, SamplingParams
 from online_dpo.types import Prompt
+from support import tiny
 
 KEY = RolloutKey(seed=3, step=5, stream=5)
 PARAMS = SamplingParams(max_new_tokens=12, end_token_ids=(tiny.EOS, tiny.END, 9, 17))

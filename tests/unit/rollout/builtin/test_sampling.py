@@ -13,8 +13,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from online_dpo.rollout.builtin.sampling import draw_tokens, reshape_logits, token_logprobs, uniform_numbers
-from online_dpo.rollout.engine import RolloutKey, SamplingParams, Stream
+from online_dpo.rollout.builtin.random_numbers import uniform_numbers
+from online_dpo.rollout.builtin.sampling import draw_tokens, reshape_logits, token_logprobs
+from online_dpo.rollout.params import RolloutKey, SamplingParams, Stream
 
 
 def params(**fields):

@@ -7,13 +7,12 @@ import logging
 from dataclasses import replace
 
 import pytest
-import tiny
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers.generation.stopping_criteria import StopStringCriteria
 
 from online_dpo import OnlineDPOConfig
-from online_dpo.modeling.loading import state_of_forward
+from online_dpo.modeling.introspection import state_of_forward
 from online_dpo.rollout.builtin import static_decoding
 from online_dpo.rollout.builtin.cuda_graphs import CapturableOnly, NotCapturableError, StepGraphs
 from online_dpo.rollout.builtin.engine import TransformersEngine, _Batch
@@ -25,8 +24,9 @@ from online_dpo.rollout.builtin.static_decoding import (
     can_be_static,
     rounded_up,
 )
-from online_dpo.rollout.engine import RolloutKey, SamplingParams
+from online_dpo.rollout.params import RolloutKey, SamplingParams
 from online_dpo.training.build import build_engine
+from support import tiny
 
 KEY = RolloutKey(seed=3, step=5)
 PARAMS = SamplingParams(max_new_tokens=30, end_token_ids=(tiny.EOS, tiny.END, 9, 17))

@@ -4,9 +4,8 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-import tiny
 
-from online_dpo.rollout.engine import RolloutKey, SamplingParams
+from online_dpo.rollout.params import RolloutKey, SamplingParams
 from online_dpo.rollout.vllm.requests import (
     Sampled,
     build_groups,
@@ -16,6 +15,7 @@ from online_dpo.rollout.vllm.requests import (
     from_response,
     vllm_sampling,
 )
+from support import tiny
 
 KEY = RolloutKey(seed=3, step=5)
 PARAMS = SamplingParams(max_new_tokens=14, end_token_ids=(1, 2))

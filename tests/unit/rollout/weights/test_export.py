@@ -1,13 +1,13 @@
 """Weights under their checkpoint names, adapters merged, the live model untouched."""
 
 import pytest
-import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from online_dpo.rollout.weights.export import named_weights, write_weights
+from support import tiny
 
 
 def adapted(base, **fields):

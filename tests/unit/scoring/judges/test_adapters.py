@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from online_dpo.errors import FeedbackStopped, ScoringError
-from online_dpo.scoring.judges.base import FunctionJudge, JudgeScorer, check_judge, pairwise_scorer
+from online_dpo.scoring.judge_registry import check_judge, pairwise_scorer
+from online_dpo.scoring.judges.adapters import FunctionJudge, JudgeScorer
 from online_dpo.scoring.protocols import PairwiseScorer
 from online_dpo.types import Completion, Group, Prompt
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from online_dpo.scoring.judges.pairwise.judge import PairwiseModelJudge
+from support import tiny
 from support.endpoint import duel
 
 SPECIAL = ["<pad>", "<bos>", "<unk>", "<user>", "<end>", "<assistant>", " ", "\n"]

@@ -17,13 +17,14 @@ import pytest
 from online_dpo.config.llm_judge import JudgeSettings
 from online_dpo.errors import FeedbackStopped, ScoringError
 from online_dpo.scoring.accounting import Tally
-from online_dpo.scoring.judges.base import JudgeScorer, pairwise_scorer
+from online_dpo.scoring.event_loop import submit, wait_for
+from online_dpo.scoring.judge_registry import pairwise_scorer
+from online_dpo.scoring.judges.adapters import JudgeScorer
 from online_dpo.scoring.judges.llm import cache as judge_cache
 from online_dpo.scoring.judges.llm.client import ChatEndpoint
 from online_dpo.scoring.judges.llm.judge import LLMJudge
 from online_dpo.scoring.judges.llm.rate_limit import Budget, RateLimiter
 from online_dpo.scoring.protocols import PairwiseScorer
-from online_dpo.scoring.rewards.function import submit, wait_for
 from support.endpoint import Answer, duel, duels, error, says, serving, shown
 
 KEY = "sk-secret-0123456789"

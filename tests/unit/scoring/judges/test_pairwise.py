@@ -6,7 +6,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import tiny
 import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
@@ -14,6 +13,7 @@ from online_dpo.errors import ScoringError
 from online_dpo.scoring.judges.pairwise.judge import PairwiseModelJudge
 from online_dpo.scoring.protocols import PairwiseScorer
 from online_dpo.scoring.rewards.model import RewardModelScorer
+from support import tiny
 from support.endpoint import duel
 
 TEMPLATE = "{prompt} <end> {first} <end> {second}"

@@ -17,7 +17,8 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrained
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.errors import ScoringError
 from online_dpo.scoring.penalties import Penalties
-from online_dpo.scoring.rewards.combine import build_scorers, check_scorers, score_groups
+from online_dpo.scoring.registry import build_scorers, check_scorers
+from online_dpo.scoring.rewards.combine import score_groups
 from online_dpo.scoring.rewards.function import FunctionScorer
 from online_dpo.scoring.rewards.model import RewardModelScorer
 from online_dpo.types import Completion, Group, Prompt

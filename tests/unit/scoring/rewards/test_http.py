@@ -10,7 +10,8 @@ import pytest
 
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.errors import FeedbackStopped, ScoringError
-from online_dpo.scoring.rewards.combine import build_scorers, score_groups
+from online_dpo.scoring.registry import build_scorers
+from online_dpo.scoring.rewards.combine import score_groups
 from online_dpo.scoring.rewards.http import HTTPReward
 from support.endpoint import Answer, duel, duels, error, serving
 

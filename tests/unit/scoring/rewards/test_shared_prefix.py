@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
@@ -28,10 +27,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.packing.prefix_tree import Tree
-from online_dpo.scoring.rewards.combine import build_scorers
+from online_dpo.scoring.registry import build_scorers
 from online_dpo.scoring.rewards.model import RewardModelScorer
 from online_dpo.scoring.rewards.shared_prefix import group_trees, passes
 from online_dpo.types import Completion, Group, Prompt
+from support import tiny
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<user>", "<assistant>"]
 VOCABULARY = {token: i for i, token in enumerate([*SPECIAL, *string.ascii_lowercase, *string.digits, "xy", "xyz"])}

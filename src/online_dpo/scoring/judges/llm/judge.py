@@ -15,13 +15,13 @@ import torch.distributed as dist
 from online_dpo.config.llm_judge import JudgeSettings
 from online_dpo.errors import FeedbackStopped
 from online_dpo.scoring.accounting import FailureWindow, Tally
+from online_dpo.scoring.event_loop import submit, wait_for
 from online_dpo.scoring.judges.base import PreferenceJudge
 from online_dpo.scoring.judges.llm.cache import Answer, AnswerCache, cache_key
 from online_dpo.scoring.judges.llm.client import ChatEndpoint, QuestionFailed
 from online_dpo.scoring.judges.llm.prompts import GENERAL_RUBRIC, Verdict, load_template, prompt_text, read_verdict
 from online_dpo.scoring.judges.llm.rate_limit import Budget, RateLimiter
 from online_dpo.scoring.protocols import Counts, check_duels
-from online_dpo.scoring.rewards.function import submit, wait_for
 from online_dpo.types import Group
 
 T = TypeVar("T")

@@ -22,16 +22,15 @@ from transformers import (
 )
 
 from online_dpo.config.pairwise_judge import LETTERS, PAIRRM, check_options, kind_of_class, pairwise_kind
-from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.foreign import among_rows, at_row, foreign, loading
 from online_dpo.modeling.borrowing import eval_mode
 from online_dpo.modeling.known_tokens import check_known, check_tokenizer, embedding_rows
 from online_dpo.scoring.accounting import Tally
-from online_dpo.scoring.judges.base import PreferenceJudge, check_judge, pairwise_scorer
+from online_dpo.scoring.judges.base import PreferenceJudge
 from online_dpo.scoring.judges.pairwise.classifier import DuelClassifier
 from online_dpo.scoring.judges.pairwise.letters import LetterReader
 from online_dpo.scoring.judges.pairwise.reader import DuelReader, Text
-from online_dpo.scoring.protocols import Counts, PairwiseScorer, check_duels, one_at_a_time
+from online_dpo.scoring.protocols import Counts, check_duels, one_at_a_time
 from online_dpo.scoring.rewards.model import last_part
 from online_dpo.types import Group
 
@@ -189,16 +188,3 @@ def _classes(kind: str) -> tuple[Any, Any]:
     if kind == LETTERS:
         return AutoModelForCausalLM, LetterReader
     return AutoModelForSequenceClassification, DuelClassifier
-
-
-def build_judge(judge: Any, tokenizer: PreTrainedTokenizerBase, args: OnlineDPOConfig) -> PairwiseScorer:
-    """What a user gives as ``judge``, as :func:`pairwise_scorer`; a string is the path or hub name of a pairwise model,
-    which is moved to ``args.device``.
-
-    Raises:
-        TypeError, ValueError, OSError: as :func:`check_judge` and :meth:`PairwiseModelJudge.load` say.
-    """
-    check_judge(judge, "judge")
-    if isinstance(judge, str):
-        return PairwiseModelJudge.load(judge, args.device)
-    return pairwise_scorer(judge, tokenizer, args.chat_template_kwargs)  # pyright: ignore[reportArgumentType]
