@@ -1,4 +1,4 @@
-"""The invariants of DESIGN.md on whole optimizer steps of real, tiny models."""
+"""The invariants of docs/architecture.md, under their numbers there, on whole optimizer steps of real, tiny models."""
 
 import json
 from collections import Counter
