@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import tiny
 import torch
 import torch.distributed as dist
 from accelerate import FullyShardedDataParallelPlugin
@@ -17,10 +18,9 @@ from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-import tiny
-from online_dpo.logprobs import enable_logprobs, row_logprobs
-from online_dpo.models import unwrapped
-from online_dpo.packing import pack_groups
+from online_dpo.modeling.loading import unwrapped
+from online_dpo.modeling.logprobs import enable_logprobs, row_logprobs
+from online_dpo.packing.pack import pack_groups
 
 MODELS = ("llama, tied", "qwen2, untied", "gemma2, module head", "llama, LoRA", "llama, LoRA on the head")
 WRAPPERS = ("layers and root", "accelerate", "ddp")

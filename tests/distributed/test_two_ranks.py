@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
-import tiny
-from endpoint import says, serving, shown
-from run_files import fill_folder, write_run_file
-from training import assert_same
+from support.endpoint import says, serving, shown
+from support.run_files import fill_folder, write_run_file
+from support.training import assert_same
 
 WORKER = Path(__file__).with_name("worker.py")
 CASES = ["plain", "accumulated", "weighted", "xpo", "nash_md", "one_sided", "resampled", "stream", "uneven", "judged"]

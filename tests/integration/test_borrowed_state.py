@@ -8,16 +8,16 @@ import random
 
 import numpy as np
 import pytest
+import snapshots
+import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForSequenceClassification
 
-import snapshots
-import tiny
 from online_dpo.cli.main import main
 from online_dpo.errors import ScoringError
-from run_files import fill_folder, write_run_file
-from training import dataset, trainer, weights, word_reward
+from support.run_files import fill_folder, write_run_file
+from support.training import dataset, trainer, weights, word_reward
 
 PROMPTS = dataset((4, 6, 3))
 

@@ -3,10 +3,10 @@
 import warnings
 
 import pytest
+import tiny
 from peft import LoraConfig
 
-import tiny
-from training import dataset, trainer
+from support.training import dataset, trainer
 
 OF_PEFT = "`is_gradient_checkpointing` is deprecated"
 """PEFT 0.21 asks so while it puts an adapter around a model."""

@@ -8,14 +8,15 @@ import math
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from datasets import Dataset
 from transformers import LlamaForSequenceClassification
 
-import tiny
 from online_dpo import OnlineDPOTrainer
-from online_dpo.rollout import RolloutKey, TransformersEngine
-from training import LENGTHS, config, dataset, trainer, word_reward
+from online_dpo.rollout.builtin.engine import TransformersEngine
+from online_dpo.rollout.engine import RolloutKey
+from support.training import LENGTHS, config, dataset, trainer, word_reward
 
 PROMPTS = LENGTHS * 2
 

@@ -6,11 +6,11 @@ import threading
 
 import pytest
 import torch
+import training
 from transformers import TrainerCallback
 
-import training
 from online_dpo.errors import TrainingInterrupted
-from online_dpo.interrupt import NOTICE
+from online_dpo.training.interrupt import NOTICE
 
 
 class PressCtrlC(TrainerCallback):

@@ -4,16 +4,16 @@ import json
 from collections import Counter
 
 import pytest
+import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
-import tiny
 from online_dpo import OnlineDPOTrainer
-from online_dpo.data import collate_prompts, prompts_from_batch
+from online_dpo.data.collate import collate_prompts, prompts_from_batch
 from online_dpo.errors import NothingTrainedError, ScoringError, TrainingDivergedError
-from online_dpo.losses import LOSSES
-from online_dpo.pairs import STRATEGIES
-from training import assert_same, config, dataset, gradient, trainer, weights, word_reward
+from online_dpo.objective.losses import LOSSES
+from online_dpo.pairing.select import STRATEGIES
+from support.training import assert_same, config, dataset, gradient, trainer, weights, word_reward
 
 
 def recording(calls):

@@ -3,13 +3,13 @@
 import time
 
 import pytest
+import tiny
 import torch
 from transformers import TrainerCallback
 
-import tiny
 from online_dpo.errors import OutOfSyncError
-from online_dpo.rollout import TransformersEngine
-from training import dataset, trainer, weights, word_reward
+from online_dpo.rollout.builtin.engine import TransformersEngine
+from support.training import dataset, trainer, weights, word_reward
 
 
 def logs(made):

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-
 import training
-from online_dpo.figures import in_order
+
+from online_dpo.training.display.figures import in_order
 
 
 def near(expected):

@@ -6,6 +6,7 @@ import logging
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from transformers import (
     MixtralConfig,
@@ -15,9 +16,8 @@ from transformers import (
     TrainerCallback,
 )
 
-import tiny
-from online_dpo.layout import PADDING
-from training import assert_same, config, dataset, gradient, trainer, weights
+from online_dpo.packing.prefix_tree import PADDING
+from support.training import assert_same, config, dataset, gradient, trainer, weights
 
 PROMPTS = dataset((4, 6, 3, 5, 2))
 

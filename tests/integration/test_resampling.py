@@ -6,13 +6,14 @@ import zlib
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
-import tiny
 from online_dpo.errors import NothingTrainedError, ScoringError
-from online_dpo.pairs import latest
-from online_dpo.rollout import RolloutKey, TransformersEngine
-from training import LENGTHS, assert_same, config, dataset, gradient, trainer, weights
+from online_dpo.pairing.select import latest
+from online_dpo.rollout.builtin.engine import TransformersEngine
+from online_dpo.rollout.engine import RolloutKey
+from support.training import LENGTHS, assert_same, config, dataset, gradient, trainer, weights
 
 
 def coin(completions, **_):

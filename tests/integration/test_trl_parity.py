@@ -4,17 +4,17 @@ TRL is the incumbent. Where it is right we agree with it to 1e-6; `docs/trl.md` 
 """
 
 import pytest
+import tiny
 import torch
 from datasets import Dataset
 from transformers import LlamaForSequenceClassification
 from trl.experimental.online_dpo import OnlineDPOConfig as TRLConfig
 from trl.experimental.online_dpo import OnlineDPOTrainer as TRLTrainer
 
-import tiny
-from online_dpo.packing import pack_pairs
-from online_dpo.pairs import pairs_from_scores
+from online_dpo.packing.pack import pack_pairs
+from online_dpo.pairing.select import pairs_from_scores
 from online_dpo.types import Scores
-from training import config, trainer
+from support.training import config, trainer
 
 PROMPT_LENGTHS = (4, 9, 6, 3)
 COMPLETIONS = [

@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
 import online_dpo
-import tiny
-from training import config, dataset, trainer, word_reward
+from support.training import config, dataset, trainer, word_reward
 
 ONLINE_DPO = """
 import json

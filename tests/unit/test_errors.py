@@ -8,10 +8,10 @@ import threading
 from contextlib import suppress
 
 import pytest
-
 import tiny
+
 from online_dpo.errors import error_text, named_error
-from online_dpo.scoring import LLMJudge
+from online_dpo.scoring.judges.llm.judge import LLMJudge
 
 
 def raised_from(error, cause):

@@ -1,13 +1,13 @@
 """A server that is sent adapters alone."""
 
 import pytest
-from peft import LoraConfig, get_peft_model
-
 import tiny
 import vllm_tools
-from online_dpo.rollout import RolloutKey, SamplingParams
-from online_dpo.rollout.vllm_server import VLLMServerEngine
-from vllm_training import check, train
+from peft import LoraConfig, get_peft_model
+
+from online_dpo.rollout.engine import RolloutKey, SamplingParams
+from online_dpo.rollout.vllm.server_engine import VLLMServerEngine
+from support.vllm_training import check, train
 
 FAMILY = "qwen2-tied"
 KEY = RolloutKey(seed=3, step=5)

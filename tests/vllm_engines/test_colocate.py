@@ -4,12 +4,12 @@ import random
 
 import numpy as np
 import pytest
-import torch
-
 import tiny
+import torch
 import vllm_tools
-from online_dpo.rollout import RolloutKey, SamplingParams
-from online_dpo.rollout.vllm_colocate import VLLMColocateEngine, engine_options
+
+from online_dpo.rollout.engine import RolloutKey, SamplingParams
+from online_dpo.rollout.vllm.colocated_engine import VLLMColocateEngine, engine_options
 
 OPTIONS = {"enforce_eager": True, "block_size": vllm_tools.BLOCK}
 KEY = RolloutKey(seed=3, step=5)

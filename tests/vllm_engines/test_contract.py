@@ -3,11 +3,12 @@
 from dataclasses import replace
 
 import pytest
-import torch
-
 import tiny
+import torch
 import vllm_tools
-from online_dpo.rollout import RolloutKey, SamplingParams, TransformersEngine
+
+from online_dpo.rollout.builtin.engine import TransformersEngine
+from online_dpo.rollout.engine import RolloutKey, SamplingParams
 
 KEY = RolloutKey(seed=3, step=5)
 PARAMS = SamplingParams(max_new_tokens=14, end_token_ids=(tiny.EOS, tiny.END, 9, 17))

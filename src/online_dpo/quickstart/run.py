@@ -19,18 +19,21 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from online_dpo.chance import preference_by_score
-from online_dpo.conclusions import comparison_conclusion
-from online_dpo.config import OnlineDPOConfig
-from online_dpo.data import load_prompts, prepare_prompts, prompts_from_batch
-from online_dpo.evaluate import win_rate
+from online_dpo.config.trainer_config import OnlineDPOConfig
+from online_dpo.data.collate import prompts_from_batch
+from online_dpo.data.load import load_prompts
+from online_dpo.data.prompts import prepare_prompts
+from online_dpo.evaluation.conclusions import comparison_conclusion
+from online_dpo.evaluation.records import win_rate
 from online_dpo.quickstart.artifacts import build
 from online_dpo.quickstart.language import sample_requests
 from online_dpo.quickstart.models import FULL, QuickstartSize, reward_model_accuracy
 from online_dpo.quickstart.rubric import is_right, rubric
-from online_dpo.rollout import RolloutKey, SamplingParams, Stream, TransformersEngine
-from online_dpo.scoring import RewardModelScorer, load_reward_model
-from online_dpo.trainer import OnlineDPOTrainer
+from online_dpo.rollout.builtin.engine import TransformersEngine
+from online_dpo.rollout.engine import RolloutKey, SamplingParams, Stream
+from online_dpo.scoring.rewards.model import RewardModelScorer, load_reward_model
+from online_dpo.stats.preference import preference_by_score
+from online_dpo.training.trainer import OnlineDPOTrainer
 from online_dpo.types import Group, Prompt
 
 RUN_FILE = Path(__file__).with_name("run.yaml")

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from online_dpo.config import OnlineDPOConfig
-from online_dpo.config_checks import SAMPLING_FIELDS
+from online_dpo.config.checking import SAMPLING_FIELDS
+from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.types import Group, Prompt
 
 

@@ -1,0 +1,50 @@
+"""Fields of the configuration that say against whom the policy plays, and how beta may adapt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from online_dpo.config.field_specs import documented
+
+METHODS = ("online_dpo", "xpo", "nash_md")
+CHOICES = (("method", METHODS),)
+
+
+@documented
+@dataclass
+class MethodFields:
+    """Part of :class:`online_dpo.OnlineDPOConfig`."""
+
+    # --- method -------------------------------------------------------------------------------------------------------
+
+    method: str = "online_dpo"
+    """`online_dpo`: all completions of a prompt are the policy's. `xpo` (arXiv 2405.21046): one is the policy's and one
+    the reference's, and what the reference says becomes less likely on top of the loss. `nash_md` (arXiv 2312.00886):
+    one is the policy's and one that of a mixture of policy and reference, and a policy gradient raises the chance to be
+    preferred.
+    """
+
+    xpo_alpha: list[float] = field(default_factory=lambda: [1e-5])
+    """Weight of `xpo`'s exploration term, 0 or more. A number, or a list with one for each epoch (the last one
+    stays).
+    """
+
+    mixture_coef: list[float] = field(default_factory=lambda: [0.5])
+    """Share of the reference in the mixture that `nash_md` plays against, in [0, 1]: 0 is the policy itself, 1 the
+    reference; the paper found 0.125 to 0.375 best. A number, or a list with one for each epoch (the last one stays).
+    """
+
+    target_kl: float | None = None
+    """Let beta adapt so that `objective/kl` comes to this many nats a completion; above 0. `beta` is then where it
+    begins.
+    """
+
+    beta_gain: float = 0.1
+    """With `target_kl`: how fast beta adapts. A step changes it by at most 0.2 times this share (arXiv 1909.08593,
+    section 2.2); above 0 and below 5.
+    """
+
+    beta_range: float = 10.0
+    """With `target_kl`: beta stays within this factor of where it began; above 1. Without a limit it would fall to
+    nothing, and the gradient of most losses with it, while the KL is still small because training has only begun.
+    """
