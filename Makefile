@@ -29,7 +29,7 @@ OLDEST_PIP := $(OLDEST_VENV)/bin/python -m pip
 NEWEST_VENV := .venv-newest
 NEWEST_STAMP := $(NEWEST_VENV)/.installed
 NEWEST_PIP := $(NEWEST_VENV)/bin/python -m pip
-TEST_TOOLS := hypothesis pytest pytest-xdist
+TEST_TOOLS := hypothesis jsonschema pytest pytest-xdist
 
 # every forward that is patched, every method of Trainer that is overridden, and all that is private elsewhere
 SEAMS := tests/unit/test_versions.py tests/unit/modeling/test_patching.py tests/unit/modeling/test_last_layer.py tests/unit/modeling/test_logprobs.py \

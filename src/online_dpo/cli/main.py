@@ -12,7 +12,7 @@ from online_dpo.cli.parser import OneLineParser, with_hyphens
 from online_dpo.distributed.processes import why_not_alone
 
 WRONG_INPUT = 2
-COMMANDS = ("train", "eval", "judge", "serve", "quickstart")
+COMMANDS = ("train", "eval", "judge", "serve", "quickstart", "schema")
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 IN_ONE_PROCESS = ("eval", "judge", "quickstart")
 
@@ -38,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from online_dpo.cli.eval import evaluate
 
             return evaluate(words[1:])
+        if words[:1] == ["schema"]:
+            from online_dpo.cli.runfile.json_schema import print_schema
+
+            return print_schema(words[1:])
         if words[:1] != ["quickstart"]:
             if words and words[0] not in ("-h", "--help", "--version"):
                 print(f"error: {_no_command(words[0])}", file=sys.stderr)
@@ -78,6 +82,7 @@ def _parser() -> OneLineParser:
     commands.add_parser(
         "quickstart", help="train a tiny model on embedded data, offline, on any computer", add_help=False
     )
+    commands.add_parser("schema", help="print a JSON Schema of run files, for editors", add_help=False)
     return parser
 
 

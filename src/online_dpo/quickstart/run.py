@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -36,6 +37,7 @@ from online_dpo.training.trainer import OnlineDPOTrainer
 from online_dpo.types import Group, Prompt
 
 RUN_FILE = Path(__file__).with_name("run.yaml")
+SCHEMA = Path(__file__).parents[1] / "run.schema.json"
 DEFAULT_OUTPUT = Path("runs/quickstart")
 PROMPTS_FOR_KL = 200
 PLACES = (
@@ -145,10 +147,15 @@ def training_settings() -> dict[str, Any]:
 
 
 def write_run_file(output_dir: Path) -> Path:
-    """``run.yaml`` in the folder of a quickstart: the same run for ``online-dpo train``."""
+    """``run.yaml`` in the folder of a quickstart: the same run for ``online-dpo train``.
+
+    The schema that its first line names for editors is copied beside it: a path into the package would break with the
+    environment, and an address would need the network.
+    """
     file = output_dir / "run.yaml"
-    text = RUN_FILE.read_text(encoding="utf-8")
+    text = RUN_FILE.read_text(encoding="utf-8").replace(f"../{SCHEMA.name}", SCHEMA.name)
     file.write_text(text.replace(str(DEFAULT_OUTPUT), str(output_dir)), encoding="utf-8")
+    shutil.copyfile(SCHEMA, output_dir / SCHEMA.name)
     return file
 
 

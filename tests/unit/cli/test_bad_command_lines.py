@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from jsonschema import Draft202012Validator
 
 from online_dpo.cli.main import main
+from online_dpo.cli.runfile.entries import read_overrides
+from online_dpo.cli.runfile.json_schema import run_file_schema
+from online_dpo.cli.runfile.schema import load_fields
+from online_dpo.cli.runfile.values import _parse_word
 
 GOOD = "model_name_or_path: owner/model\ndataset_name: owner/data\nreward_funcs: rewards.py:brevity\noutput_dir: out\n"
 GIVEN = "--model_name_or_path owner/model --dataset_name owner/data --reward_funcs rewards.py:brevity"
@@ -132,7 +140,9 @@ LINES = {
     # other commands
     "tran good.yaml": "there is no command `tran`. Did you mean `train`? See: online-dpo --help",
     "good.yaml": "a run file stands behind a command: online-dpo train good.yaml",
-    "--verison": "there is no option `--verison`; a command comes first: train, eval, judge, serve, quickstart.",
+    "--verison": "there is no option `--verison`; a command comes first: train, eval, judge, serve, quickstart, "
+    "schema.",
+    "schema run.yaml": "unrecognized arguments: run.yaml. See: online-dpo schema --help",
     "quickstart --seed x": "argument --seed: invalid int value: 'x'. See: online-dpo quickstart --help",
     "quickstart --outputdir a": "unrecognized arguments: --outputdir a. Did you mean `output-dir`? See: online-dpo qui",
     "quickstart --output_dir file": "--output-dir file is a file. Give the name of a folder.",
@@ -156,6 +166,15 @@ LINES = {
     "serve m --enforce-eager": "unrecognized arguments: --enforce-eager. Options of `vllm serve` go behind `--`",
     "serve m --max_lora_rank 8": "unrecognized arguments: --max-lora-rank 8. Here it is `lora-rank`.",
 }
+
+
+NOT_IN_THE_SCHEMA = {
+    "good.yaml": "nothing is wrong",
+    "twice.yaml": "YAML's own parser, in an editor, refuses a key that stands twice",
+    "env.yaml": "any text is the name of a model",
+    "nan.yaml": "NaN is a number",
+}
+"""What the schema of run files lets through, and why."""
 
 
 @pytest.fixture(scope="module")
@@ -204,3 +223,32 @@ def test_a_judge_s_settings_come_from_a_run_file_and_options_win(folder: Path, m
     (folder / "with_judge.yaml").write_text(f"{GOOD}judge: llm\njudge_kwargs: {json.dumps(settings)}\n")
     words = ["pairs.jsonl", "--config", "with_judge.yaml", "--votes", "5"]
     assert chosen_judge(vars(_parser().parse_args(words))).options == {**settings, "votes": 5}
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.endswith(".yaml")])
+def test_an_editor_refuses_it_as_well(name: str) -> None:
+    """By the schema of run files, or because it is no YAML."""
+    try:
+        fields = yaml.safe_load(FILES[name])
+    except (yaml.YAMLError, UnicodeDecodeError):
+        assert name not in NOT_IN_THE_SCHEMA
+        return
+    assert Draft202012Validator(run_file_schema(load_fields())).is_valid(fields) == (name in NOT_IN_THE_SCHEMA)
+
+
+def wrong_fields() -> Iterator[tuple[str, Any]]:
+    """The fields of the command lines above that are wrong by type, choice, range or name, as a run file holds them."""
+    for line, message in LINES.items():
+        by_itself = "; wanted: one of" in message or "; wanted: a list" in message or "; wanted: true" in message
+        if line.startswith(f"train {GIVEN}") and (by_itself or "must be" in message or "is not a field" in message):
+            for name, entry in read_overrides(shlex.split(line.removeprefix(f"train {GIVEN}")), []).items():
+                words = [_parse_word(word) for word in entry.words or ()]
+                yield name, words if len(words) > 1 else next(iter(words), None)
+
+
+def test_an_editor_refuses_wrong_values_of_single_fields() -> None:
+    validator = Draft202012Validator(run_file_schema(load_fields()))
+    accepted = [field for field in wrong_fields() if validator.is_valid({**yaml.safe_load(GOOD), **dict([field])})]
+    assert len([*wrong_fields()]) >= 16
+    # text is seen for its form alone: JSON by its first bracket, a number by its letters
+    assert accepted == [("generation_kwargs", "{a"), ("learning_rate", "1e999")]

@@ -32,6 +32,8 @@ INPUT_PATHS = (
     "dataset_name",
     "eval_dataset_name",
 )
+JSON_TEXTS = (*MAPPINGS, "gradient_checkpointing_kwargs", "lr_scheduler_kwargs")
+"""Mappings that may also be written as JSON text."""
 COUNTS = ("dataset_limit", "eval_limit", "lora_r", "lora_alpha")
 REWARDS = ("reward_funcs", "reward_model_path")
 SCORERS = (*REWARDS, "judge")
@@ -138,7 +140,7 @@ class RunChecker:
 
     def _mappings(self) -> Iterator[str]:
         """A mapping may be written as JSON text; what is no mapping is taken out."""
-        for name in (*MAPPINGS, "gradient_checkpointing_kwargs", "lr_scheduler_kwargs"):
+        for name in JSON_TEXTS:
             value = self.values.get(name)
             if isinstance(value, str):
                 try:

@@ -34,7 +34,7 @@ def convert(spec: FieldSpec, value: Any) -> Any:
     words = [word for word in spec.choices if word in FALSE_WORDS]
     if value is False and words:
         return words[0]
-    kinds = _alternatives(ast.parse(spec.annotation, mode="eval").body)
+    kinds = alternatives(ast.parse(spec.annotation, mode="eval").body)
     for attempt in (_exactly, _by_meaning):
         for kind in kinds:
             accepted, result = attempt(kind, value)
@@ -71,7 +71,7 @@ def convert_words(spec: FieldSpec, words: list[str]) -> Any:
 
 def wanted(spec: FieldSpec) -> str:
     """What the field takes, in words: ``a whole number or null``."""
-    kinds = _alternatives(ast.parse(spec.annotation, mode="eval").body)
+    kinds = alternatives(ast.parse(spec.annotation, mode="eval").body)
     words = [_describe(kind, spec) for kind in kinds]
     return " or ".join(dict.fromkeys(word for word in words if word)) or "no value from a run file"
 
@@ -82,21 +82,22 @@ def nearest(name: str, names: list[str] | tuple[str, ...]) -> str:
     return f" Did you mean `{found[0]}`?" if found else ""
 
 
-def _alternatives(node: ast.expr) -> list[ast.expr]:
-    """``int | None`` as its two parts."""
+def alternatives(node: ast.expr) -> list[ast.expr]:
+    """The parts of an annotation: two of ``int | None``."""
     if isinstance(node, ast.BinOp):
-        return _alternatives(node.left) + _alternatives(node.right)
+        return alternatives(node.left) + alternatives(node.right)
     return [node]
 
 
-def _head(kind: ast.expr) -> str:
+def type_name(kind: ast.expr) -> str:
+    """The name of a type: ``list`` of ``list[float]``."""
     return ast.unparse(kind.value if isinstance(kind, ast.Subscript) else kind)
 
 
 def _exactly(kind: ast.expr, value: Any) -> tuple[bool, Any]:
     """Whether the value is of that type already, and the value."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    match _head(kind):
+    match type_name(kind):
         case "None":
             return value is None, value
         case "bool":
@@ -121,7 +122,7 @@ def _exactly(kind: ast.expr, value: Any) -> tuple[bool, Any]:
 
 def _by_meaning(kind: ast.expr, value: Any) -> tuple[bool, Any]:
     """The value in that type, where there is no doubt what it means."""
-    match _head(kind), value:
+    match type_name(kind), value:
         case "bool", str() if value.lower() in TRUE_WORDS | FALSE_WORDS:
             return True, value.lower() in TRUE_WORDS
         case "int", str() | float() if (number := _number(value)) is not None and number.is_integer():
@@ -139,7 +140,7 @@ def _as_list(kind: ast.expr, values: list[Any]) -> tuple[bool, Any]:
         return True, values
     converted = []
     for value in values:
-        options = [attempt(one, value) for attempt in (_exactly, _by_meaning) for one in _alternatives(kind.slice)]
+        options = [attempt(one, value) for attempt in (_exactly, _by_meaning) for one in alternatives(kind.slice)]
         taken = [result for accepted, result in options if accepted]
         if not taken:
             return False, values
@@ -171,7 +172,7 @@ def _parse_word(word: str) -> Any:
 
 
 def _describe(kind: ast.expr, spec: FieldSpec) -> str:
-    head = _head(kind)
+    head = type_name(kind)
     if head == "str" and spec.choices:
         return f"one of {', '.join(spec.choices)}"
     if head == "dict":
@@ -179,16 +180,16 @@ def _describe(kind: ast.expr, spec: FieldSpec) -> str:
     if head == "list" and spec.choices:
         return "a list of these"
     if head == "list":
-        items = _alternatives(kind.slice) if isinstance(kind, ast.Subscript) else []
+        items = alternatives(kind.slice) if isinstance(kind, ast.Subscript) else []
         plural = {"int": "whole numbers", "float": "numbers", "str": "texts"}
-        return "a list" + "".join(f" of {plural[_head(item)]}" for item in items[:1] if _head(item) in plural)
+        return "a list" + "".join(f" of {plural[type_name(item)]}" for item in items[:1] if type_name(item) in plural)
     if head == "Literal" and isinstance(kind, ast.Subscript):
         return ast.unparse(kind.slice).replace("False", "false").replace("True", "true")
     return WANTED.get(head, "")
 
 
 def _hint(spec: FieldSpec, kinds: list[ast.expr], value: Any) -> str:
-    heads = [_head(kind) for kind in kinds]
+    heads = [type_name(kind) for kind in kinds]
     takes_text = not spec.choices and "str" in heads and "dict" not in heads
     return " Write it in quotes." if takes_text and not isinstance(value, (str, list, dict, type(None))) else ""
 
