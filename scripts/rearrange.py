@@ -3,6 +3,7 @@
     python scripts/rearrange.py flatten          names are imported from the modules that define them, not from packages
     python scripts/rearrange.py move             whole modules, by MOVES below; also repeatable after a merge
     python scripts/rearrange.py split            definitions, by SPLITS below
+    python scripts/rearrange.py names            names and words, by RENAMES and WORDS below
 
 Afterwards `ruff check --fix` takes away imports that are not used, and `ruff format` sorts and breaks lines.
 """
@@ -10,16 +11,19 @@ Afterwards `ruff check --fix` takes away imports that are not used, and `ruff fo
 from __future__ import annotations
 
 import ast
+import io
 import re
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
-from rearrange_spec import HELPERS, MOVES, SPLITS, TEST_MOVES
+from rearrange_spec import FIELDS, HELPERS, MOVES, RENAMES, SAID, SAID_IN, SPLITS, TEST_MOVES, WORDS
 
 ROOT = Path(__file__).resolve().parent.parent
 SRC = ROOT / "src"
 PACKAGES = ("online_dpo.rollout", "online_dpo.scoring", "online_dpo.data")
+OPEN, CLOSED = ("(", "[", "{"), (")", "]", "}")
 PLACES = ("src", "tests", "benchmarks", "recipes")
 DOCS = ("docs", "README.md", "pyproject.toml", "Makefile")
 
@@ -268,16 +272,73 @@ def split(module: str, target: str, doc: str, names: list[str]) -> None:
         subprocess.run(["git", "rm", "-fq", str(source)], cwd=ROOT, check=True)
 
 
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def renamed(text: str, is_types: bool, names_here: dict[str, str]) -> str:
+    """``names_here`` are the renames of this file."""
+    depth: list[int] = []
+    tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
+    lines = text.splitlines(keepends=True)
+    for token in tokens:
+        depth.append((depth[-1] if depth else 0) + (token.string in OPEN) - (token.string in CLOSED))
+    for i in range(len(tokens) - 1, -1, -1):
+        token = tokens[i]
+        new = token.string
+        if token.type == tokenize.NAME and new in names_here:
+            is_attribute = i > 0 and tokens[i - 1].string == "."
+            is_keyword = depth[i] > 0 and tokens[i + 1].string == "=" and tokens[i - 1].string in ("(", ",")
+            if new in FIELDS and (is_types or is_attribute or is_keyword):
+                continue
+            if is_attribute and new in ("duel", "chance", "lend"):
+                continue
+            new = names_here[new]
+        elif token.type in (tokenize.STRING, tokenize.COMMENT) and not is_types:
+            new = in_words(new)
+            if new[0] in "fr":
+                new = re.sub(r"\{(said|duel|duels|chance)\b", lambda f: "{" + names_here.get(f[1], f[1]), new)
+                new = re.sub(r"\{len\((said|duel|duels)\)", lambda f: "{len(" + names_here.get(f[1], f[1]) + ")", new)
+        if new == token.string:
+            continue
+        (row, begin), (end_row, end) = token.start, token.end
+        before, after = lines[row - 1][:begin], lines[end_row - 1][end:]
+        lines[row - 1 : end_row] = (before + new + after).splitlines(keepends=True)
+    return "".join(lines)
+
+
+def in_words(text: str) -> str:
+    def word(found: re.Match[str]) -> str:
+        return WORDS[found.group(0)]
+
+    return re.sub(r"(?<![\w/\"'.])(" + "|".join(WORDS) + r")(?![\w\"'/])", word, text)
+
+
+def names() -> None:
+    for path in python_files():
+        text = path.read_text()
+        here = RENAMES | (SAID if path.relative_to(ROOT).as_posix() in SAID_IN else {})
+        new = renamed(text, path.name == "types.py", here)
+        if new != text:
+            path.write_text(new)
+    for path in [*(ROOT / "docs").rglob("*.md"), ROOT / "README.md"]:
+        text = path.read_text()
+        new = in_words(text)
+        if new != text:
+            path.write_text(new)
+
+
 def main() -> None:
     what = sys.argv[1]
     if what == "flatten":
         flatten()
     elif what == "move":
         move()
+    elif what == "names":
+        names()
     else:
-        for module, target, doc, names in SPLITS:
+        for module, target, doc, moved in SPLITS:
             if is_module(f"online_dpo.{module}"):
-                split(f"online_dpo.{module}", f"online_dpo.{target}", doc, names)
+                split(f"online_dpo.{module}", f"online_dpo.{target}", doc, moved)
 
 
 if __name__ == "__main__":

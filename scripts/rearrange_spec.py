@@ -358,3 +358,51 @@ SPLITS = [
     ),
     ("training.hf_trainer", "training.stopwatch", "Seconds, with the device's work awaited.", ["Stopwatch"]),
 ]
+
+RENAMES = {
+    "Nobody": "SelfPlay",
+    "Meeting": "Rendezvous",
+    "Lender": "ModelContext",
+    "lend": "model_context",
+    "Place": "Span",
+    "MethodChoice": "PathChoice",
+    "choose_method": "choose_path",
+    "_settle_method": "_settle_path",
+    "_DUELS": "_COMPARISONS",
+    "DuelCounter": "ComparisonCounter",
+    "DuelReader": "PairwiseReader",
+    "DuelClassifier": "PairwiseClassifier",
+    "check_duels": "check_comparisons",
+    "_record_duels": "_record_comparisons",
+    "_chance_against_opponent": "_probability_against_opponent",
+    "_said_anew": "_assessed_anew",
+    "duel": "comparison",
+    "duels": "comparisons",
+    "_duel": "_comparison",
+    "chance": "probability",
+    "SayCutPrompts": "CutPromptsCallback",
+}
+"""Names in code. Fields of `types.py` keep theirs, since checkpoints hold them: `.said`, `.duels`."""
+
+SAID = {"said": "assessment"}
+SAID_IN = {
+    f"src/online_dpo/{name}.py"
+    for name in (
+        "evaluation/gold",
+        "evaluation/records",
+        "pairing/rounds",
+        "pairing/select",
+        "training/feedback_trainer",
+        "training/metrics",
+        "training/trainer",
+    )
+}
+FIELDS = {"said", "duels"}
+WORDS = {
+    "Nobody": "SelfPlay",
+    "duel": "comparison",
+    "duels": "comparisons",
+    "Duel": "Comparison",
+    "Duels": "Comparisons",
+}
+"""In docstrings, comments, messages and pages; not in names of metrics and keys, which stand in quotes alone."""

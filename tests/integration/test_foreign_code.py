@@ -98,9 +98,9 @@ class Judge:
     def __init__(self, answer):
         self.answer = answer
 
-    def prefer(self, duels):
-        values = [float(len(a.text) > len(b.text)) for a, b in (duel.completions for duel in duels)]
-        return values if duels[0].prompt.row < 4 else self.answer(values)
+    def prefer(self, comparisons):
+        values = [float(len(a.text) > len(b.text)) for a, b in (comparison.completions for comparison in comparisons)]
+        return values if comparisons[0].prompt.row < 4 else self.answer(values)
 
 
 class OldJudge:

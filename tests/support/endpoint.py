@@ -140,11 +140,11 @@ def shown(body: dict[str, Any]) -> tuple[str, str]:
     return first[1], second[1]
 
 
-def duel(first: str, second: str, prompt: Any = "Say something.", **columns: Any) -> Group:
+def comparison(first: str, second: str, prompt: Any = "Say something.", **columns: Any) -> Group:
     texts = (Completion((1,), (-1.0,), "stop", 0, text) for text in (first, second))
     return Group(Prompt(prompt, (1,), row=0, columns=columns), tuple(texts))
 
 
-def duels(count: int) -> list[Group]:
+def comparisons(count: int) -> list[Group]:
     """Different ones; the second text is always the longer one."""
-    return [duel(f"{number}", f"{number} and more") for number in range(count)]
+    return [comparison(f"{number}", f"{number} and more") for number in range(count)]

@@ -1,5 +1,5 @@
 """Folders of tiny pairwise models in the published forms, written without the package's own classes, and what each
-says of a duel, computed alone and without padding from the published definition.
+says of a comparison, computed alone and without padding from the published definition.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def pairrm_folder(folder: Path, dtype: torch.dtype = torch.float32, **overrides:
 
 @torch.no_grad()
 def pairrm_log_odds(folder: Path, prompt: str, first: str, second: str) -> float:
-    """The published `tokenize_pair` and forward pass, for one duel."""
+    """The published `tokenize_pair` and forward pass, for one comparison."""
     config = DebertaV2Config(**json.loads((folder / "config.json").read_text()))
     weights = load_file(folder / "model.safetensors")
     encoder = DebertaV2Model(config).to(next(iter(weights.values())).dtype).eval()

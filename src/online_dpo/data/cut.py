@@ -29,7 +29,7 @@ def cut_message(name: str, cut: int, total: int, args: OnlineDPOConfig) -> str:
     )
 
 
-class SayCutPrompts(TrainerCallback):
+class CutPromptsCallback(TrainerCallback):
     """Says once, of a stream, that some of its prompts are cut."""
 
     def __init__(self, name: str) -> None:

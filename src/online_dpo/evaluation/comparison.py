@@ -57,8 +57,9 @@ def compare(matches: Sequence[Match], seed: int) -> dict[str, Any]:
     """Everything that is reported, ready for JSON. What cannot be told is ``None``.
 
     ``win_rate`` is the mean preference: a tie, or an undecided judge, counts half. Its interval is Wilson's where each
-    prompt is one duel with a clear end, or where all prompts have ended the same, which leaves a bootstrap nothing to
-    vary; else the percentile bootstrap over prompts. ``kl`` is the mean log-ratio with its standard error over prompts.
+    prompt is one comparison with a clear end, or where all prompts have ended the same, which leaves a bootstrap
+    nothing to vary; else the percentile bootstrap over prompts. ``kl`` is the mean log-ratio with its standard error
+    over prompts.
     """
     preferences_PK = _array([match.preferences for match in matches])
     told_PK = ~np.isnan(preferences_PK)

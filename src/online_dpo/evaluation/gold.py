@@ -13,7 +13,7 @@ from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.evaluation.records import EvalRecord, GoldRecord, judged_wins, win_share
 from online_dpo.scoring.judge_registry import build_judge, check_judge
 from online_dpo.scoring.judges.llm.judge import check_share
-from online_dpo.scoring.judges.tournament import DuelCounter
+from online_dpo.scoring.judges.tournament import ComparisonCounter
 from online_dpo.scoring.notes import nothing_noted
 from online_dpo.scoring.protocols import PairwiseScorer, PointwiseScorer
 from online_dpo.scoring.registry import build_scorers, check_reward_path, check_scorers
@@ -42,7 +42,7 @@ class Gold:
         """
         if self._judge is not None:
             assert rivals is not None
-            wins = judged_wins(groups, rivals, DuelCounter(self._judge))
+            wins = judged_wins(groups, rivals, ComparisonCounter(self._judge))
             gold = [GoldRecord((), win) for win in wins]
         else:
             scores, wins = self._scores(groups), [None] * len(groups)
@@ -51,7 +51,7 @@ class Gold:
                     theirs = [values[0] for values in self._scores(rivals)]
                 wins = [win_share(a, b) for a, b in zip(scores, theirs, strict=True)]
             gold = [GoldRecord(tuple(values), win) for values, win in zip(scores, wins, strict=True)]
-        return [replace(record, gold=said) for record, said in zip(records, gold, strict=True)]
+        return [replace(record, gold=assessment) for record, assessment in zip(records, gold, strict=True)]
 
     def _scores(self, groups: Sequence[Group]) -> list[list[float | None]]:
         return score_groups(groups, self.scorers).values

@@ -21,7 +21,7 @@ from online_dpo.data.collate import prompts_from_batch
 from online_dpo.data.prompts import prepare_prompts
 from online_dpo.evaluation.comparison import Match, preferences_by_score
 from online_dpo.foreign import loading
-from online_dpo.modeling.forward_path import Method, choose_method
+from online_dpo.modeling.forward_path import ForwardPath, choose_path
 from online_dpo.modeling.introspection import end_token_ids
 from online_dpo.modeling.known_tokens import Readers, check_policy, embedding_rows
 from online_dpo.modeling.loading import (
@@ -41,7 +41,7 @@ from online_dpo.rollout.builtin.sampling import reshapes
 from online_dpo.rollout.params import RolloutKey, SamplingParams, Stream
 from online_dpo.scoring.judges.llm.judge import LLMJudge
 from online_dpo.scoring.judges.pairwise.judge import PairwiseModelJudge
-from online_dpo.scoring.judges.tournament import DuelCounter
+from online_dpo.scoring.judges.tournament import ComparisonCounter
 from online_dpo.scoring.penalties import Penalties
 from online_dpo.scoring.protocols import PairwiseScorer, PointwiseScorer
 from online_dpo.scoring.rewards.combine import score_groups
@@ -155,12 +155,12 @@ def judge_answers(answers: Answers, judge: PairwiseScorer, penalties: Penalties)
         ScoringError: the judge failed.
     """
     pairs = list(zip(answers.model, answers.against, strict=True))
-    duels = [
+    comparisons = [
         Group(group.prompt, both)
         for group, rival in pairs
         for both in zip(group.completions, rival.completions, strict=True)
     ]
-    told = iter(DuelCounter(judge if is_fair(judge) else BothOrders(judge), penalties)(duels))
+    told = iter(ComparisonCounter(judge if is_fair(judge) else BothOrders(judge), penalties)(comparisons))
     return [
         Match(group, rival, tuple(next(told) for _ in group.completions), log_ratios=ratios)
         for (group, rival), ratios in zip(pairs, answers.log_ratios, strict=True)
@@ -179,12 +179,12 @@ class BothOrders:
         self.name = judge.name
         self._judge = judge
 
-    def prefer(self, duels: Sequence[Group]) -> list[float | None]:
-        turned = [Group(duel.prompt, duel.completions[::-1]) for duel in duels]
-        said = self._judge.prefer([*duels, *turned])
+    def prefer(self, comparisons: Sequence[Group]) -> list[float | None]:
+        turned = [Group(comparison.prompt, comparison.completions[::-1]) for comparison in comparisons]
+        said = self._judge.prefer([*comparisons, *turned])
         return [
             None if first is None or second is None else (first + 1 - second) / 2
-            for first, second in zip(said[: len(duels)], said[len(duels) :], strict=True)
+            for first, second in zip(said[: len(comparisons)], said[len(comparisons) :], strict=True)
         ]
 
 
@@ -286,14 +286,14 @@ def _sample(
 def _sequence_logprobs(model: nn.Module, groups: Sequence[Group], args: OnlineDPOConfig) -> list[list[float]]:
     """Log-probability of each completion of each group under the model, at temperature 1."""
     with mixed_precision(args):
-        found = choose_method({"the model": lambda: nullcontext(model)}, groups, share=False)
-        method = found[0] if found else Method()
+        found = choose_path({"the model": lambda: nullcontext(model)}, groups, share=False)
+        path = found[0] if found else ForwardPath()
         samples = len(groups[0].completions)
         sizes = [len(g.prompt.token_ids) + max(len(c.token_ids) for c in g.completions) for g in groups]
         longest_first = sorted(range(len(groups)), key=lambda p: -sizes[p])
         logps: dict[int, list[float]] = {}
         for batch in cut(longest_first, sizes, args.tokens_per_pass // samples):
             rows = pack_groups([groups[p] for p in batch], [], shared=False).to(args.device)
-            logps_S = row_logprobs(model, rows, entropy=False, chunked=method.chunked).logps_S
+            logps_S = row_logprobs(model, rows, entropy=False, chunked=path.chunked).logps_S
             logps |= dict(zip(batch, logps_S.view(-1, samples).tolist(), strict=True))
     return [logps[p] for p in range(len(groups))]

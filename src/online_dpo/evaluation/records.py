@@ -62,7 +62,7 @@ def win_share(scores: Sequence[float | None], reference_score: float | None) -> 
 def eval_records(
     groups: Sequence[Group],
     pairs: Sequence[Pair],
-    said: Scores | Verdicts,
+    assessment: Scores | Verdicts,
     reference_scores: Sequence[float | None],
     wins: Sequence[float | None],
     rows: PackedRows,
@@ -76,7 +76,7 @@ def eval_records(
     for pair, loss in zip(pairs, loss_N.tolist(), strict=True):
         losses.setdefault(id(pair.group), []).append(loss)
     kl_S = [] if reference is None else (policy.logps_S - reference.logps_S).tolist()
-    scores = said.scores if isinstance(said, Verdicts) else said
+    scores = assessment.scores if isinstance(assessment, Verdicts) else assessment
     entropy_S = [float(part.mean()) for part in policy.entropy_M.split(rows.length_S.tolist())]
     records, start = [], 0
     for p, group in enumerate(groups):
@@ -105,11 +105,11 @@ def judged_wins(
     """For each prompt a judge's probability that the group's first completion is better than its rival's, ``None``
     where it gave no answer.
     """
-    duels = [
+    comparisons = [
         Group(group.prompt, (group.completions[0], rival.completions[0]))
         for group, rival in zip(groups, rivals, strict=True)
     ]
-    return prefer(duels)
+    return prefer(comparisons)
 
 
 def summarise(records: Sequence[EvalRecord]) -> dict[str, float]:

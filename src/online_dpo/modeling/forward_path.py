@@ -21,12 +21,12 @@ from online_dpo.types import Group, PackedRows
 
 logger = logging.getLogger(__name__)
 
-Lender = Callable[[], AbstractContextManager[nn.Module]]
+ModelContext = Callable[[], AbstractContextManager[nn.Module]]
 GROUPS, COMPLETIONS, TOKENS = 2, 4, 64
 
 
 @dataclass(frozen=True)
-class Method:
+class ForwardPath:
     """How log-probabilities are computed: from rows that share prompts or not, in chunks of the vocabulary or not."""
 
     shared: bool = False
@@ -34,12 +34,12 @@ class Method:
 
 
 @torch.no_grad()
-def choose_method(
-    models: Mapping[str, Lender], groups: Sequence[Group], share: bool
-) -> tuple[Method, list[str]] | None:
-    """The fastest method that gives every model the log-probabilities that it gives single sequences.
+def choose_path(
+    models: Mapping[str, ModelContext], groups: Sequence[Group], share: bool
+) -> tuple[ForwardPath, list[str]] | None:
+    """The fastest path that gives every model the log-probabilities that it gives single sequences.
 
-    The yardstick is each completion alone, without padding, through the model's own logits. A method passes when its
+    The yardstick is each completion alone, without padding, through the model's own logits. A path passes when its
     mean difference to that is rounding: a constant of the dtype, or a few times what padding makes. Rounding can
     hide that a model ignores masks or positions; then wrong ones change nothing at all, and it does not pass either.
 
@@ -49,47 +49,47 @@ def choose_method(
         share: whether sharing prompts is wanted.
 
     Returns:
-        The method, and what speaks against a faster one; ``None`` where nothing can be told, because log-probabilities
+        The path, and what speaks against a faster one; ``None`` where nothing can be told, because log-probabilities
         are not finite or no completion is longer than a token.
     """
     chosen = sorted(groups, key=_size, reverse=True)[:GROUPS]
     sample = [_shortened(group) for group in chosen]
     if not any(len(c.token_ids) > 1 for group in sample for c in group.completions[1:]):
         return None
-    method, reasons = Method(shared=share, chunked=True), []
-    for name, lend in models.items():
-        with lend() as model:
+    path, reasons = ForwardPath(shared=share, chunked=True), []
+    for name, model_context in models.items():
+        with model_context() as model:
             check = _Check(model, sample)
             if not check.is_finite:
                 return None
-            if method.chunked and (why := check.chunked()):
+            if path.chunked and (why := check.chunked()):
                 reasons.append(f"logits of {name} are not computed in chunks: {why}")
-                method = replace(method, chunked=False)
-            if method.shared and (why := check.shared(chunked=method.chunked)):
+                path = replace(path, chunked=False)
+            if path.shared and (why := check.shared(chunked=path.chunked)):
                 reasons.append(f"prompts are not shared, because of {name}: {why}")
-                method = replace(method, shared=False)
-    return method, reasons
+                path = replace(path, shared=False)
+    return path, reasons
 
 
-class MethodChoice:
-    """The method of a run: plain at first, and settled once, on all ranks alike."""
+class PathChoice:
+    """The path of a run: plain at first, and settled once, on all ranks alike."""
 
     def __init__(self, accelerator: Accelerator, share: bool) -> None:
-        self.method = Method()
+        self.path = ForwardPath()
         self._accelerator, self._share, self._settled = accelerator, share, False
 
-    def settle(self, models: Mapping[str, Lender], groups: Sequence[Group]) -> None:
+    def settle(self, models: Mapping[str, ModelContext], groups: Sequence[Group]) -> None:
         """Choose with the first groups there are on any rank, unless nothing can be told from them. A collective
         operation.
         """
         if self._settled or not self._any_rank(bool(groups)):
             return
         # A rank without groups has no objection.
-        found = choose_method(models, groups, self._share) if groups else (Method(self._share, chunked=True), [])
+        found = choose_path(models, groups, self._share) if groups else (ForwardPath(self._share, chunked=True), [])
         if self._any_rank(found is None) or found is None:
             return
-        method, reasons = found
-        self.method = Method(not self._any_rank(not method.shared), not self._any_rank(not method.chunked))
+        path, reasons = found
+        self.path = ForwardPath(not self._any_rank(not path.shared), not self._any_rank(not path.chunked))
         self._settled = True
         for reason in reasons:
             logger.warning("Training takes a slower path: %s.", reason)

@@ -34,14 +34,14 @@ class Tree:
 
 
 @dataclass(frozen=True)
-class Place:
+class Span:
     """Where a branch stands: index of the last prompt token and of the branch's first, in the flattened rows."""
 
     before: int
     start: int
 
 
-def lay_out(trees: Sequence[Tree], shared: bool, capacity: int = 0) -> tuple[TokenRows, list[list[Place]]]:
+def lay_out(trees: Sequence[Tree], shared: bool, capacity: int = 0) -> tuple[TokenRows, list[list[Span]]]:
     """Rows of the trees, and the place of every branch of every tree.
 
     Args:
@@ -55,14 +55,14 @@ def lay_out(trees: Sequence[Tree], shared: bool, capacity: int = 0) -> tuple[Tok
     longest = max(sum(trees[i].size for i in row) for row in rows)
     length = math.ceil(longest / BLOCK) * BLOCK if capacity else longest
     grid = _Grid(len(rows), length)
-    places: list[list[Place]] = [[] for _ in trees]
+    places: list[list[Span]] = [[] for _ in trees]
     for r, row in enumerate(rows):
         at = 0
         for i in row:
             before = at + len(trees[i].prompt) - 1
             at = grid.write(r, at, trees[i].prompt, position=0, tree=i, branch=0)
             for b, branch in enumerate(trees[i].branches, start=1):
-                places[i].append(Place(r * length + before, r * length + at))
+                places[i].append(Span(r * length + before, r * length + at))
                 at = grid.write(r, at, branch, position=len(trees[i].prompt), tree=i, branch=b)
     return grid.rows(shares_prompts=True), places
 
@@ -114,16 +114,16 @@ def _fill_rows(sizes: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-def _one_branch_a_row(trees: Sequence[Tree]) -> tuple[TokenRows, list[list[Place]]]:
+def _one_branch_a_row(trees: Sequence[Tree]) -> tuple[TokenRows, list[list[Span]]]:
     count = sum(len(tree.branches) for tree in trees)
     length = max(len(tree.prompt) + len(branch) for tree in trees for branch in tree.branches)
     grid = _Grid(count, length)
-    places: list[list[Place]] = [[] for _ in trees]
+    places: list[list[Span]] = [[] for _ in trees]
     r = 0
     for i, tree in enumerate(trees):
         for branch in tree.branches:
             start = r * length + len(tree.prompt)
-            places[i].append(Place(start - 1, start))
+            places[i].append(Span(start - 1, start))
             grid.write(r, 0, (*tree.prompt, *branch), position=0, tree=r, branch=0)
             r += 1
     return grid.rows(shares_prompts=False), places

@@ -17,22 +17,26 @@ def without_pair(groups: Sequence[Group], made: Pairing) -> list[int]:
 
 
 def latest(feedback: Feedback) -> tuple[list[Group], Scores | Verdicts]:
-    """The groups of a step after the last round, and what is said of them; duels are those of all rounds."""
-    groups, said = feedback.groups, feedback.said
+    """The groups of a step after the last round, and what is said of them; comparisons are those of all rounds."""
+    groups, assessment = feedback.groups, feedback.said
     for again in feedback.further:
         groups = _replaced(groups, again.places, again.groups)
-        said = _said_anew(said, again.said, again.places)
-    return groups, said
+        assessment = _assessed_anew(assessment, again.said, again.places)
+    return groups, assessment
 
 
-def _said_anew(said: Scores | Verdicts, more: Scores | Verdicts, places: Sequence[int]) -> Scores | Verdicts:
-    if isinstance(said, Verdicts):
+def _assessed_anew(assessment: Scores | Verdicts, more: Scores | Verdicts, places: Sequence[int]) -> Scores | Verdicts:
+    if isinstance(assessment, Verdicts):
         assert isinstance(more, Verdicts)
-        preferences = _replaced(said.preferences, places, more.preferences)
-        scores = None if said.scores is None or more.scores is None else _scored_anew(said.scores, more.scores, places)
-        return Verdicts(preferences, said.duels + more.duels, said.unanswered + more.unanswered, scores)
+        preferences = _replaced(assessment.preferences, places, more.preferences)
+        scores = (
+            None
+            if assessment.scores is None or more.scores is None
+            else _scored_anew(assessment.scores, more.scores, places)
+        )
+        return Verdicts(preferences, assessment.duels + more.duels, assessment.unanswered + more.unanswered, scores)
     assert isinstance(more, Scores)
-    return _scored_anew(said, more, places)
+    return _scored_anew(assessment, more, places)
 
 
 def _scored_anew(scores: Scores, more: Scores, places: Sequence[int]) -> Scores:

@@ -126,7 +126,7 @@ def pairs_from_preferences(
     return made
 
 
-def pairs_of_two(groups: Sequence[Group], said: Scores | Verdicts, temperature: float = 1.0) -> Pairing:
+def pairs_of_two(groups: Sequence[Group], assessment: Scores | Verdicts, temperature: float = 1.0) -> Pairing:
     """Every group of two that something is said of as a pair with a probability: for `nash_md`, whose loss has a part
     that does not depend on who wins.
 
@@ -136,26 +136,28 @@ def pairs_of_two(groups: Sequence[Group], said: Scores | Verdicts, temperature: 
     """
     made = Pairing()
     for p, group in enumerate(groups):
-        scores = said.values[p] if isinstance(said, Scores) else [None, None]
-        chance = _first_is_better(said, p, temperature)
-        if chance is None:
-            made.dropped[MISSING_SCORE if isinstance(said, Scores) else NO_ANSWER] += 1
+        scores = assessment.values[p] if isinstance(assessment, Scores) else [None, None]
+        probability = _first_is_better(assessment, p, temperature)
+        if probability is None:
+            made.dropped[MISSING_SCORE if isinstance(assessment, Scores) else NO_ANSWER] += 1
             continue
         if len({completion.token_ids for completion in group.completions}) == 1:
-            chance = 0.5
-        chosen, rejected = (0, 1) if chance >= 0.5 else (1, 0)
-        made.pairs.append(Pair(group, chosen, rejected, scores[chosen], scores[rejected], max(chance, 1 - chance)))
+            probability = 0.5
+        chosen, rejected = (0, 1) if probability >= 0.5 else (1, 0)
+        made.pairs.append(
+            Pair(group, chosen, rejected, scores[chosen], scores[rejected], max(probability, 1 - probability))
+        )
     return made
 
 
-def _first_is_better(said: Scores | Verdicts, p: int, temperature: float) -> float | None:
+def _first_is_better(assessment: Scores | Verdicts, p: int, temperature: float) -> float | None:
     """The probability that the first completion of group ``p`` is better than the second."""
-    if isinstance(said, Verdicts):
-        preference = said.preferences[p]
+    if isinstance(assessment, Verdicts):
+        preference = assessment.preferences[p]
         if preference is None:
             return None
         return preference.probability if preference.chosen == 0 else 1 - preference.probability
-    first, second = said.ranking[p]
+    first, second = assessment.ranking[p]
     if first is None or second is None:
         return None
     return sigmoid((first - second) / temperature)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from online_dpo.scoring.judges.llm.judge import LLMJudge, check_share
     from online_dpo.scoring.judges.pairwise.judge import PairwiseModelJudge
     from online_dpo.scoring.judges.top_k import judge_the_top
-    from online_dpo.scoring.judges.tournament import DuelCounter, find_preferences
+    from online_dpo.scoring.judges.tournament import ComparisonCounter, find_preferences
     from online_dpo.scoring.notes import nothing_noted, noting
     from online_dpo.scoring.penalties import Penalties
     from online_dpo.scoring.protocols import AsyncPointwiseScorer, CountingScorer, PairwiseScorer, PointwiseScorer
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AsyncPointwiseScorer",
     "CountingScorer",
-    "DuelCounter",
+    "ComparisonCounter",
     "FunctionJudge",
     "FunctionScorer",
     "HTTPReward",
@@ -66,7 +66,7 @@ __all__ = [
 _HOMES = {
     "AsyncPointwiseScorer": "online_dpo.scoring.protocols",
     "CountingScorer": "online_dpo.scoring.protocols",
-    "DuelCounter": "online_dpo.scoring.judges.tournament",
+    "ComparisonCounter": "online_dpo.scoring.judges.tournament",
     "FunctionJudge": "online_dpo.scoring.judges.base",
     "FunctionScorer": "online_dpo.scoring.rewards.function",
     "HTTPReward": "online_dpo.scoring.rewards.http",

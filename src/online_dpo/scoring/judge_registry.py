@@ -32,7 +32,7 @@ def check_judge(judge: Any, argument: str) -> None:
     known = isinstance(judge, (Judge, PairwiseScorer))
     if not known and not (callable(judge) and (takes_lists(judge) or takes(judge, "prompt", "first", "second"))):
         raise TypeError(
-            f"`{argument}` must have `name` and `prefer(duels)`, or a method `judge(prompts, completion_pairs, "
+            f"`{argument}` must have `name` and `prefer(comparisons)`, or a method `judge(prompts, completion_pairs, "
             "shuffle_order)`, or be a function of that form or of the form f(prompt, first, second), or the path of a "
             f"pairwise model; this is {form_of(judge)}."
         )

@@ -54,7 +54,7 @@ class PairwiseScorer(Protocol):
 
     name: str
 
-    def prefer(self, duels: Sequence[Group]) -> list[float | None]: ...
+    def prefer(self, comparisons: Sequence[Group]) -> list[float | None]: ...
 
 
 @dataclass(frozen=True)
@@ -79,15 +79,15 @@ class CountingScorer(Protocol):
     def drain(self) -> Counts: ...
 
 
-def check_duels(duels: Sequence[Group]) -> None:
+def check_comparisons(comparisons: Sequence[Group]) -> None:
     """
     Raises:
         ValueError: a group has not two completions.
     """
-    for duel in duels:
-        if len(duel.completions) != 2:
+    for comparison in comparisons:
+        if len(comparison.completions) != 2:
             raise ValueError(
-                f"A judge compares two completions, but a group has {len(duel.completions)}. "
+                f"A judge compares two completions, but a group has {len(comparison.completions)}. "
                 "Set `num_completions` to 2."
             )
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 RIDGE = np.array([1e-3, 0.1])
-"""Penalty on the squares of intercept and slope, as against the log-likelihood summed over duels. Data that lengths
-alone explain would make the slope infinite; a slope of at most ten or so leaves the intercept well determined. The
-intercept itself is hardly touched: it only has to stay finite where all duels are won.
+"""Penalty on the squares of intercept and slope, as against the log-likelihood summed over comparisons. Data that
+lengths alone explain would make the slope infinite; a slope of at most ten or so leaves the intercept well determined.
+The intercept itself is hardly touched: it only has to stay finite where all comparisons are won.
 """
 MOST_STEPS = 50
 CLOSE = 1e-10
@@ -28,13 +28,13 @@ def length_controlled_win_rate(preferences_N: np.ndarray, length_differences_N: 
     Where one model's answers are always the longer ones, the result is an extrapolation.
 
     Args:
-        preferences_N: the probability, for each duel, that the first answer is the better one; 0, 0.5 and 1 as well.
-        length_differences_N: length of the first answer minus that of the second, in any unit (the paper's is
+        preferences_N: the probability, for each comparison, that the first answer is the better one; 0, 0.5 and 1 as
+        well. length_differences_N: length of the first answer minus that of the second, in any unit (the paper's is
             characters).
 
     Returns:
-        The win rate; ``None`` without duels, or where all differences are the same and not 0, so that nothing tells
-        length from quality.
+        The win rate; ``None`` without comparisons, or where all differences are the same and not 0, so that nothing
+        tells length from quality.
 
     >>> round(length_controlled_win_rate(np.array([1, 1, 1, 0.0]), np.zeros(4)), 3)
     0.75

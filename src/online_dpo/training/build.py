@@ -41,7 +41,7 @@ from online_dpo.modeling.reference import (
 from online_dpo.rollout.builtin.engine import TransformersEngine
 from online_dpo.rollout.builtin.mixture import MixtureEngine
 from online_dpo.rollout.engine import Engine
-from online_dpo.rollout.opponent import ModelOpponent, Nobody, Opponent
+from online_dpo.rollout.opponent import ModelOpponent, Opponent, SelfPlay
 from online_dpo.rollout.vllm.colocated_engine import VLLMColocateEngine
 from online_dpo.rollout.vllm.server_engine import VLLMServerEngine
 from online_dpo.training.arguments import is_peft_model_object, longest_sequence
@@ -207,7 +207,7 @@ def build_opponent(
         ValueError: policy and reference cannot be mixed.
     """
     if args.method == "online_dpo":
-        return Nobody()
+        return SelfPlay()
     if args.method == "xpo":
         with reference.active() as model:
             return ModelOpponent(built_in_engine(model, tokenizer, args), "reference", reference.active)

@@ -34,7 +34,7 @@ from online_dpo.rollout.opponent import Opponent, joined
 from online_dpo.rollout.params import RolloutKey, SamplingParams, Stream
 from online_dpo.rollout.sync_check import SyncCheck
 from online_dpo.scoring.judges.top_k import judge_the_top
-from online_dpo.scoring.judges.tournament import DuelCounter, find_preferences
+from online_dpo.scoring.judges.tournament import ComparisonCounter, find_preferences
 from online_dpo.scoring.notes import nothing_noted, noting
 from online_dpo.scoring.penalties import Penalties
 from online_dpo.scoring.protocols import CountingScorer, PairwiseScorer, PointwiseScorer
@@ -132,8 +132,8 @@ class FeedbackTrainer(GuardedTrainer):
         def score() -> Feedback:
             groups, seconds = sampled or sample()
             with Stopwatch(self.accelerator.device) as watch, noting() as notes:
-                said = self._assess(groups)
-            first = Feedback(groups, said, {"rollout": seconds, "scoring": watch.seconds}, notes=notes)
+                assessment = self._assess(groups)
+            first = Feedback(groups, assessment, {"rollout": seconds, "scoring": watch.seconds}, notes=notes)
             return self._answer_again(first, theirs, step)
 
         return score
@@ -150,18 +150,18 @@ class FeedbackTrainer(GuardedTrainer):
 
     def _answer_again(self, first: Feedback, theirs: Sequence[Group], step: int) -> Feedback:
         """Up to ``resample_rounds`` times, the prompts whose group gives no pair; what an opponent said stays."""
-        groups, said, places = first.groups, first.said, list(range(len(first.groups)))
+        groups, assessment, places = first.groups, first.said, list(range(len(first.groups)))
         seconds, further = {**first.seconds}, first.further
         for number in range(1, self.args.resample_rounds + 1):
-            places = [places[i] for i in without_pair(groups, self._form_pairs(groups, said, step))]
+            places = [places[i] for i in without_pair(groups, self._form_pairs(groups, assessment, step))]
             if not places and self.accelerator.num_processes == 1:
                 break
             groups, sampling = self._answer([theirs[p] for p in places], step, number)  # on every rank equally often
             with Stopwatch(self.accelerator.device) as watch:
-                said = self._assess(groups)
+                assessment = self._assess(groups)
             seconds = {"rollout": seconds["rollout"] + sampling, "scoring": seconds["scoring"] + watch.seconds}
             if places:
-                further += (Round(places, groups, said),)
+                further += (Round(places, groups, assessment),)
         return replace(first, seconds=seconds, further=further)
 
     def _sync_engine(self, prompts: Sequence[Prompt]) -> None:
@@ -207,7 +207,7 @@ class FeedbackTrainer(GuardedTrainer):
         return Penalties.from_config(self.args)
 
     def _against_reference(
-        self, groups: list[Group], said: Scores | Verdicts
+        self, groups: list[Group], assessment: Scores | Verdicts
     ) -> tuple[Sequence[float | None], Sequence[float | None]]:
         """For each group the score of the reference's completion, and the policy's share of wins against it, by the
         judge if there is one.
@@ -218,22 +218,22 @@ class FeedbackTrainer(GuardedTrainer):
         rivals = self._rivals([group.prompt for group in groups])
         with nothing_noted():
             scores = [values[0] for values in self._scores_of(rivals).values] if self.scorers else nothing
-        if isinstance(said, Scores):
-            return scores, [win_share(mine, theirs) for mine, theirs in zip(said.values, scores, strict=True)]
+        if isinstance(assessment, Scores):
+            return scores, [win_share(mine, theirs) for mine, theirs in zip(assessment.values, scores, strict=True)]
         assert self.judge is not None
-        return scores, judged_wins(groups, rivals, DuelCounter(self.judge, self._penalties))
+        return scores, judged_wins(groups, rivals, ComparisonCounter(self.judge, self._penalties))
 
-    def _form_pairs(self, groups: list[Group], said: Scores | Verdicts, step: int) -> Pairing:
+    def _form_pairs(self, groups: list[Group], assessment: Scores | Verdicts, step: int) -> Pairing:
         if self.args.method == "nash_md":
-            return pairs_of_two(groups, said, self.args.label_temperature or 1.0)
-        if isinstance(said, Verdicts):
-            return pairs_from_preferences(groups, said.preferences, self.selection, said.scores)
+            return pairs_of_two(groups, assessment, self.args.label_temperature or 1.0)
+        if isinstance(assessment, Verdicts):
+            return pairs_from_preferences(groups, assessment.preferences, self.selection, assessment.scores)
         key = RolloutKey(self.args.seed, step, Stream.PAIRING)
 
         def draw(prompt: Prompt) -> float:
             return float(uniform_numbers(key, prompt.row, sample=0, count=1)[0])
 
-        return pairs_from_scores(groups, said, self.selection, draw)
+        return pairs_from_scores(groups, assessment, self.selection, draw)
 
     def _rivals(self, prompts: list[Prompt]) -> list[Group]:
         """One completion for each prompt of the reference as it was before training; sampled once."""

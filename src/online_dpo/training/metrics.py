@@ -13,7 +13,7 @@ STEP_KL = "step/kl"
 """Collected for the step alone, see `MetricStore.take_mean`."""
 
 
-def record_rollout(store: MetricStore, groups: list[Group], said: Scores | Verdicts, version: int) -> None:
+def record_rollout(store: MetricStore, groups: list[Group], assessment: Scores | Verdicts, version: int) -> None:
     """What sampling and scoring gave, over every completion that the policy wrote; ``version`` is that of the policy
     which is trained on them. What its opponent wrote, if it has one, is under ``opponent/``.
     """
@@ -27,9 +27,9 @@ def record_rollout(store: MetricStore, groups: list[Group], said: Scores | Verdi
     store.mean("completions/mean_length", lengths)
     store.mean("completions/clipped_ratio", [float(c.finish_reason == "length") for c in completions])
     store.mean("val/contain_eos_token", [float(c.finish_reason == "stop") for c in completions])
-    if isinstance(said, Verdicts):
-        _record_duels(store, said)
-    scores = said.scores if isinstance(said, Verdicts) else said
+    if isinstance(assessment, Verdicts):
+        _record_comparisons(store, assessment)
+    scores = assessment.scores if isinstance(assessment, Verdicts) else assessment
     if scores is None:
         return
     store.mean("objective/scores", _present(scores.values, groups))
@@ -58,7 +58,7 @@ def record_pairs(store: MetricStore, num_groups: int, pairing: Pairing) -> None:
     for reason, count in pairing.left_out.items():
         store.total(f"pairs/left_out/{reason}", count)
     store.mean("pairs/probability", [pair.probability for pair in pairs])
-    store.mean("opponent/win_rate", [_chance_against_opponent(pair) for pair in pairs if _has_opponent(pair)])
+    store.mean("opponent/win_rate", [_probability_against_opponent(pair) for pair in pairs if _has_opponent(pair)])
     store.mean("objective/scores_margin", [pair.margin for pair in pairs if pair.margin is not None])
     store.mean(
         "completions/chosen_minus_rejected_length",
@@ -76,7 +76,7 @@ def record_resampling(store: MetricStore, further: Sequence[Round], pairing: Pai
         completions = [c for group in again.groups for c in group.completions if c.by_policy]
         store.total("completion_tokens", sum(len(c.token_ids) for c in completions))
         if isinstance(again.said, Verdicts):
-            _record_duels(store, again.said)
+            _record_comparisons(store, again.said)
     asked_again = len(further[0].places) if further else 0
     dropped = pairing.dropped.total() if further else 0  # a checkpoint from before there were rounds has none
     store.total("resample/groups", asked_again)
@@ -143,16 +143,16 @@ def _own_completions(rows: PackedRows) -> torch.Tensor:
     return used_S[rows.by_policy_S[used_S]]
 
 
-def _record_duels(store: MetricStore, said: Verdicts) -> None:
-    store.total("judge/duels", said.duels)
-    store.ratio("judge/unanswered_ratio", said.unanswered, said.duels)
+def _record_comparisons(store: MetricStore, assessment: Verdicts) -> None:
+    store.total("judge/duels", assessment.duels)
+    store.ratio("judge/unanswered_ratio", assessment.unanswered, assessment.duels)
 
 
 def _has_opponent(pair: Pair) -> bool:
     return pair.chosen_completion.by_policy != pair.rejected_completion.by_policy
 
 
-def _chance_against_opponent(pair: Pair) -> float:
+def _probability_against_opponent(pair: Pair) -> float:
     return pair.probability if pair.chosen_completion.by_policy else 1 - pair.probability
 
 

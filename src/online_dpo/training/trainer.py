@@ -33,7 +33,7 @@ from online_dpo.config.keyword_arguments import NamedArguments
 from online_dpo.config.names_elsewhere import ARGUMENTS, hint_for
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.data.collate import UsersCollator, collate_prompts, prompts_from_batch
-from online_dpo.data.cut import SayCutPrompts
+from online_dpo.data.cut import CutPromptsCallback
 from online_dpo.data.prompts import PREPARED_COLUMNS, prepare_prompts
 from online_dpo.data.stream import EndlessStream
 from online_dpo.errors import ForeignCodeError
@@ -42,7 +42,7 @@ from online_dpo.evaluation.predictions import Predictions
 from online_dpo.evaluation.records import EvalRecord, eval_records, mean_notes, summarise
 from online_dpo.foreign import callable_name, foreign
 from online_dpo.modeling.borrowing import eval_mode, restores_models_on_error
-from online_dpo.modeling.forward_path import Lender, MethodChoice
+from online_dpo.modeling.forward_path import ModelContext, PathChoice
 from online_dpo.modeling.introspection import end_token_ids
 from online_dpo.modeling.known_tokens import Readers, check_options, check_policy, check_reference, embedding_rows
 from online_dpo.modeling.logprobs import RowLogprobs, row_logprobs
@@ -165,7 +165,7 @@ class OnlineDPOTrainer(NamedArguments, TRLAttributes, FeedbackTrainer):
         train_dataset = self._prepared(train_dataset, "train_dataset")
         if isinstance(train_dataset, IterableDataset):
             check_stream(args)
-            callbacks = [*(callbacks or []), SayCutPrompts("train_dataset")]
+            callbacks = [*(callbacks or []), CutPromptsCallback("train_dataset")]
             train_dataset = EndlessStream(train_dataset)  # pyright: ignore[reportAssignmentType]
         check_batches(train_dataset, args)
         if isinstance(eval_dataset, dict):
@@ -226,7 +226,7 @@ class OnlineDPOTrainer(NamedArguments, TRLAttributes, FeedbackTrainer):
         self.nobody_samples = Event()
         self.nobody_samples.set()
         self.sync_check = SyncCheck(self.accelerator, args.sync_check_steps)
-        self.choice = MethodChoice(self.accelerator, args.share_prompts)
+        self.choice = PathChoice(self.accelerator, args.share_prompts)
         self.reference_completions: dict[tuple[int, tuple[int, ...]], tuple[Completion, ...]] = {}
 
     @classmethod
@@ -269,7 +269,7 @@ class OnlineDPOTrainer(NamedArguments, TRLAttributes, FeedbackTrainer):
         rows: PackedRows = inputs["rows"].to(self.accelerator.device)
         with self.phase("reference") if model.training else nullcontext():
             reference = self._reference_logprobs(rows)  # first: no activations of the policy are held meanwhile
-        policy = row_logprobs(model, rows, chunked=self.choice.method.chunked)
+        policy = row_logprobs(model, rows, chunked=self.choice.path.chunked)
 
         options = self._loss_options_now()
         loss_N = method_losses(pair_logprobs(rows, policy, reference), options)
@@ -289,8 +289,8 @@ class OnlineDPOTrainer(NamedArguments, TRLAttributes, FeedbackTrainer):
     def _pack(self, pairs: list[Pair], num_batches: int) -> list[dict[str, Any]]:
         """Exactly as many micro-batches as were fetched: `Trainer` counts them to find the optimizer step."""
         self.done_in_step = []
-        self._settle_method([members[0].group for members in by_group(pairs)])
-        shared, capacity = self.choice.method.shared, self.args.row_capacity
+        self._settle_path([members[0].group for members in by_group(pairs)])
+        shared, capacity = self.choice.path.shared, self.args.row_capacity
         parts = split_pairs(pairs, num_batches)
         passes = self._most_over_ranks([passes_needed(part, self.args.tokens_per_pass) for part in parts])
         packed = [
@@ -304,9 +304,9 @@ class OnlineDPOTrainer(NamedArguments, TRLAttributes, FeedbackTrainer):
         mine = torch.tensor([counts], device=self.accelerator.device)
         return self.accelerator.gather(mine).amax(dim=0).tolist()  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _settle_method(self, groups: Sequence[Group]) -> None:
+    def _settle_path(self, groups: Sequence[Group]) -> None:
         policy: Any = self.model
-        models: dict[str, Lender] = {"the policy": lambda: eval_mode(policy)}
+        models: dict[str, ModelContext] = {"the policy": lambda: eval_mode(policy)}
         if not self.args.reference_free:
             models["the reference"] = self.reference.active
         with self.accelerator.autocast():
@@ -324,7 +324,7 @@ class OnlineDPOTrainer(NamedArguments, TRLAttributes, FeedbackTrainer):
         if self.args.reference_free:
             return None
         with self.accelerator.autocast(), self.reference.active() as reference, onednn_linears(reference, pack=False):
-            return row_logprobs(reference, rows, entropy=False, chunked=self.choice.method.chunked)
+            return row_logprobs(reference, rows, entropy=False, chunked=self.choice.path.chunked)
 
     def _loss_options_now(self) -> LossOptions:
         epoch = self.state.epoch or 0.0
@@ -396,15 +396,15 @@ class OnlineDPOTrainer(NamedArguments, TRLAttributes, FeedbackTrainer):
         with self.accelerator.autocast():
             groups = self.engine.generate(prompts, self.args.num_completions, self.sampling, key)
         self.readers.check_groups(groups)
-        said = self._assess(groups)
-        pairs = self._form_pairs(groups, said, step=0).pairs
+        assessment = self._assess(groups)
+        pairs = self._form_pairs(groups, assessment, step=0).pairs
         if self.accelerator.num_processes == 1:  # otherwise a step of training finds out, on all ranks together
-            self._settle_method(groups)
+            self._settle_path(groups)
         with self.accelerator.autocast():
-            inputs = {"rows": pack_groups(groups, pairs, self.choice.method.shared, self.args.row_capacity)}
+            inputs = {"rows": pack_groups(groups, pairs, self.choice.path.shared, self.args.row_capacity)}
             _, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        reference_scores, wins = self._against_reference(groups, said)
-        records = eval_records(groups, pairs, said, reference_scores, wins, inputs["rows"], **outputs)
+        reference_scores, wins = self._against_reference(groups, assessment)
+        records = eval_records(groups, pairs, assessment, reference_scores, wins, inputs["rows"], **outputs)
         return self._with_gold(records, groups)
 
     # --- data and files ---------------------------------------------------------------------------------------------

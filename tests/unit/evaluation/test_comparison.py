@@ -208,11 +208,18 @@ def test_both_orders_cancel_a_liking_for_the_first_place():
         def __init__(self, wins):
             self.wins = wins
 
-        def prefer(self, duels):
-            return self.wins(duels)
+        def prefer(self, comparisons):
+            return self.wins(comparisons)
 
-    duels = [tiny.group(tiny.prompts([3])[0], [[5, 6], [7, 8]])] * 3
-    assert BothOrders(First(lambda duels: [1.0] * len(duels))).prefer(duels) == [0.5] * 3
-    best = [float(duel.completions[0].token_ids == (5, 6)) for duel in duels]
-    assert BothOrders(First(lambda d: [float(x.completions[0].token_ids == (5, 6)) for x in d])).prefer(duels) == best
-    assert BothOrders(First(lambda duels: [0.8, None, 0.8, 0.2, 0.2, None])).prefer(duels) == [0.8, None, None]
+    comparisons = [tiny.group(tiny.prompts([3])[0], [[5, 6], [7, 8]])] * 3
+    assert BothOrders(First(lambda comparisons: [1.0] * len(comparisons))).prefer(comparisons) == [0.5] * 3
+    best = [float(comparison.completions[0].token_ids == (5, 6)) for comparison in comparisons]
+    assert (
+        BothOrders(First(lambda d: [float(x.completions[0].token_ids == (5, 6)) for x in d])).prefer(comparisons)
+        == best
+    )
+    assert BothOrders(First(lambda comparisons: [0.8, None, 0.8, 0.2, 0.2, None])).prefer(comparisons) == [
+        0.8,
+        None,
+        None,
+    ]

@@ -121,8 +121,8 @@ def test_the_expectation_of_nash_mds_gradient_is_that_of_preference_and_kl():
                 torch.tensor([better]),
                 torch.tensor([not better]),
             )
-            chance = (policy_Y[y].exp() * opponent_Y[z]).detach()
-            total = total + chance * method_losses(made, LossOptions(method="nash_md", beta=0.3)).sum()
+            probability = (policy_Y[y].exp() * opponent_Y[z]).detach()
+            total = total + probability * method_losses(made, LossOptions(method="nash_md", beta=0.3)).sum()
     [got] = torch.autograd.grad(total, logits_Y)
     torch.testing.assert_close(got, expected)
 

@@ -9,7 +9,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from online_dpo.modeling.attention.masks import use_flex_attention, why_not_shared
 from online_dpo.modeling.borrowing import eval_mode
-from online_dpo.modeling.forward_path import Method, choose_method
+from online_dpo.modeling.forward_path import ForwardPath, choose_path
 from online_dpo.modeling.logprobs import enable_logprobs
 from support import tiny
 from support.training import assert_same, gradient, trainer
@@ -21,13 +21,13 @@ GROUPS = [tiny.group(p, c) for p, c in zip(tiny.prompts((9, 2, 14)), COMPLETIONS
 def choose(share=True, groups=GROUPS, **models):
     for model in models.values():
         enable_logprobs(model)
-    return choose_method({name: lambda m=model: eval_mode(m) for name, model in models.items()}, groups, share)
+    return choose_path({name: lambda m=model: eval_mode(m) for name, model in models.items()}, groups, share)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_every_family_takes_the_fast_way(family, dtype):
-    assert choose(policy=tiny.causal_lm(family).to(dtype)) == (Method(shared=True, chunked=True), [])
+    assert choose(policy=tiny.causal_lm(family).to(dtype)) == (ForwardPath(shared=True, chunked=True), [])
 
 
 def test_nothing_is_settled_on_numbers_that_are_not_finite():
@@ -40,11 +40,11 @@ def test_nothing_is_settled_on_completions_of_one_token():
     groups = [tiny.group(prompt, [[4, 5], [6], [7]]) for prompt in tiny.prompts((9, 2))]
     assert choose(groups=groups, policy=tiny.causal_lm()) is None
     groups = [tiny.group(tiny.prompts((1,))[0], [[4], [6, 7]])]
-    assert choose(groups=groups, policy=tiny.causal_lm()) == (Method(shared=True, chunked=True), [])
+    assert choose(groups=groups, policy=tiny.causal_lm()) == (ForwardPath(shared=True, chunked=True), [])
 
 
 def test_sharing_can_be_switched_off():
-    assert choose(share=False, policy=tiny.causal_lm()) == (Method(shared=False, chunked=True), [])
+    assert choose(share=False, policy=tiny.causal_lm()) == (ForwardPath(shared=False, chunked=True), [])
 
 
 def small(cls, config, **fields):
@@ -54,8 +54,8 @@ def small(cls, config, **fields):
 
 def test_models_without_positions_get_padded_rows_and_a_reason():
     for model in (small(MambaForCausalLM, MambaConfig, state_size=4), small(BloomForCausalLM, BloomConfig, n_head=4)):
-        method, [reason] = choose(policy=tiny.causal_lm(), reference=model)
-        assert method == Method(shared=False, chunked=True)
+        path, [reason] = choose(policy=tiny.causal_lm(), reference=model)
+        assert path == ForwardPath(shared=False, chunked=True)
         assert reason == "prompts are not shared, because of reference: it takes no `position_ids`"
 
 
@@ -91,23 +91,23 @@ def test_a_body_that_ignores_positions_is_found(family, dtype):
         return args, kwargs
 
     model.model.register_forward_pre_hook(count_places, with_kwargs=True)
-    method, [reason] = choose(policy=model)
-    assert method == Method(shared=False, chunked=True), reason
+    path, [reason] = choose(policy=model)
+    assert path == ForwardPath(shared=False, chunked=True), reason
 
 
 @pytest.mark.parametrize("sharpness", [1.0, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_that_ignores_the_mask_is_found(deaf_attention, dtype, sharpness):
-    method, [reason] = choose(policy=tiny.causal_lm(attn_implementation="eager", sharpness=sharpness).to(dtype))
-    assert method == Method(shared=False, chunked=True)
+    path, [reason] = choose(policy=tiny.causal_lm(attn_implementation="eager", sharpness=sharpness).to(dtype))
+    assert path == ForwardPath(shared=False, chunked=True)
     assert reason.startswith("prompts are not shared, because of policy")
 
 
 def test_a_model_that_cannot_read_block_masks_is_found():
     model = tiny.causal_lm("gpt2")
     use_flex_attention(model)
-    method, [reason] = choose(policy=model)
-    assert method == Method(shared=False, chunked=True) and "BlockMask" in reason
+    path, [reason] = choose(policy=model)
+    assert path == ForwardPath(shared=False, chunked=True) and "BlockMask" in reason
 
 
 def test_a_body_that_fails_on_such_rows_is_found():
@@ -118,8 +118,8 @@ def test_a_body_that_fails_on_such_rows_is_found():
             raise NotImplementedError("only masks of two dimensions")
 
     model.model.register_forward_pre_hook(refuse, with_kwargs=True)
-    method, [reason] = choose(policy=model)
-    assert method == Method(shared=False, chunked=True)
+    path, [reason] = choose(policy=model)
+    assert path == ForwardPath(shared=False, chunked=True)
     assert reason.endswith("it fails with NotImplementedError: only masks of two dimensions")
 
 
@@ -132,8 +132,8 @@ def test_logits_that_are_changed_behind_the_models_back_are_found(dtype):
             output.logits = output.logits / 2
 
     model.register_forward_hook(cool)
-    method, [reason] = choose(policy=model)
-    assert method == Method(shared=True, chunked=False)
+    path, [reason] = choose(policy=model)
+    assert path == ForwardPath(shared=True, chunked=False)
     assert reason.startswith("logits of policy are not computed in chunks: log-probabilities differ by")
 
 
@@ -156,5 +156,5 @@ def test_recurrent_policies_train_in_padded_rows(tmp_path):
     model = small(MambaForCausalLM, MambaConfig, state_size=4, eos_token_id=tiny.EOS, pad_token_id=tiny.PAD)
     made = trainer(tmp_path, model=model, max_steps=2)
     made.train()
-    assert made.choice.method == Method(shared=False, chunked=True)
+    assert made.choice.path == ForwardPath(shared=False, chunked=True)
     assert made.state.log_history[0]["grad_norm"] > 0

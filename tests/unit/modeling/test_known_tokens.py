@@ -26,7 +26,7 @@ from online_dpo.scoring.judges.pairwise.judge import PairwiseModelJudge
 from online_dpo.scoring.rewards.model import RewardModelScorer
 from online_dpo.types import Completion, Group
 from support import tiny, training
-from support.endpoint import duel
+from support.endpoint import comparison
 
 ROWS = tiny.VOCABULARY
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
@@ -215,9 +215,11 @@ def test_a_judge_whose_padding_token_has_no_embedding_judges_as_with_another(cap
     tokenizer = grown("<padding>", special=True)
     tokenizer.pad_token = "<padding>"
     template = "{prompt} <end> {first} <end> {second}"
-    duels = [duel("w1 w2 w3", "w4", prompt="w5"), duel("w7", "w1 w9", prompt="w8 w2 w3")]
-    said = PairwiseModelJudge(model, tokenizer, template=template).prefer(duels)
-    assert said == pytest.approx(PairwiseModelJudge(model, tiny.tokenizer(), template=template).prefer(duels), abs=1e-6)
+    comparisons = [comparison("w1 w2 w3", "w4", prompt="w5"), comparison("w7", "w1 w9", prompt="w8 w2 w3")]
+    said = PairwiseModelJudge(model, tokenizer, template=template).prefer(comparisons)
+    assert said == pytest.approx(
+        PairwiseModelJudge(model, tiny.tokenizer(), template=template).prefer(comparisons), abs=1e-6
+    )
     assert None not in said
 
 

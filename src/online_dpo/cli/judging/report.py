@@ -117,15 +117,15 @@ def _prefer(judge: LLMJudge | PairwiseModelJudge, pairs: Sequence[LabelledPair])
     """Preferences for the first answers. Where the file places none first, the texts decide, so that a judge who likes
     a place does not look right or wrong.
     """
-    duels, turned = [], []
+    comparisons, turned = [], []
     for row, pair in enumerate(pairs):
         prompt = Prompt(pair.prompt, (), row)
         turn = not pair.placed and not stands_first(prompt_text(prompt), pair.first, pair.second)
         texts = (pair.second, pair.first) if turn else (pair.first, pair.second)
-        duels.append(Group(prompt, tuple(Completion((), (), "stop", 0, text) for text in texts)))
+        comparisons.append(Group(prompt, tuple(Completion((), (), "stop", 0, text) for text in texts)))
         turned.append(turn)
     with foreign(f"Judge `{judge.name}`"):
-        preferences = judge.prefer(duels)
+        preferences = judge.prefer(comparisons)
     return [
         1 - preference if turn and preference is not None else preference
         for preference, turn in zip(preferences, turned, strict=True)

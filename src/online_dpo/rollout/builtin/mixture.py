@@ -22,7 +22,7 @@ from online_dpo.modeling.onednn import onednn_linears
 from online_dpo.rollout.builtin.decoding import Decoder, StepwiseDecoder, can_decode
 from online_dpo.rollout.builtin.engine import TransformersEngine
 
-Lender = Callable[[], AbstractContextManager[nn.Module]]
+ModelContext = Callable[[], AbstractContextManager[nn.Module]]
 """Inside the context, a forward pass of the model is one of the reference."""
 
 
@@ -41,14 +41,14 @@ class MixtureEngine(TransformersEngine):
     def __init__(
         self,
         model: nn.Module,
-        lend: Lender,
+        model_context: ModelContext,
         coefficient: Callable[[], float],
         tokenizer: PreTrainedTokenizerBase,
         batch_size: int = 64,
     ) -> None:
         super().__init__(model, tokenizer, batch_size, static_steps=False)
-        self._lend, self._coefficient = lend, coefficient
-        with lend() as reference:
+        self._lend, self._coefficient = model_context, coefficient
+        with model_context() as reference:
             self._reference = reference
         if not (can_decode(model) and can_decode(reference)):
             raise ValueError(
@@ -92,8 +92,8 @@ class MixtureEngine(TransformersEngine):
 class _MixtureDecoder(StepwiseDecoder):
     """Two decoders that are given the same tokens."""
 
-    def __init__(self, own: Decoder, other: Decoder, lend: Lender, coefficient: float) -> None:
-        self._own, self._other, self._lend, self._coefficient = own, other, lend, coefficient
+    def __init__(self, own: Decoder, other: Decoder, model_context: ModelContext, coefficient: float) -> None:
+        self._own, self._other, self._lend, self._coefficient = own, other, model_context, coefficient
 
     def prefill(self) -> torch.Tensor:
         own_GV = self._own.prefill()

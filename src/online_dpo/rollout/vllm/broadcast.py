@@ -29,7 +29,7 @@ from online_dpo.rollout.vllm.client import VLLMClient
 from online_dpo.rollout.vllm.worker import device_name
 from online_dpo.rollout.weights.export import named_weights
 from online_dpo.rollout.weights.process_group import (
-    Meeting,
+    Rendezvous,
     TransferStopped,
     WeightGroup,
     lead,
@@ -108,7 +108,7 @@ class BroadcastTransfer:
         device = self._device if kind == "nccl" else torch.device("cpu")
         arguments = [server.address, str(self._port), name, str(size), kind, str(client.timeout), label]
         call = {"method": "online_dpo_load_broadcast", "args": arguments}
-        meeting = Meeting(server.address, self._port, name, client.timeout)
+        meeting = Rendezvous(server.address, self._port, name, client.timeout)
         request = _in_thread(lambda: client.once("/collective_rpc", call))
         meeting.watch = lambda: _check(request)
         on_device = torch.cuda.device(device) if kind == "nccl" else nullcontext()

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from online_dpo.rollout.weights.process_group import Meeting, TransferStopped, WeightGroup, follow, receive_weights
+from online_dpo.rollout.weights.process_group import Rendezvous, TransferStopped, WeightGroup, follow, receive_weights
 
 EXTENSION = "online_dpo.rollout.vllm.worker.WeightUpdates"
 SHAPE_FIELDS = (
@@ -93,7 +93,7 @@ class WeightUpdates:
         rank = 1 + parallel.data_parallel_index * parallel.world_size + self.rank  # pyright: ignore[reportAttributeAccessIssue]
         device = self.device if kind == "nccl" else torch.device("cpu")  # pyright: ignore[reportAttributeAccessIssue]
         try:
-            meeting = Meeting(host, int(port), transfer, float(timeout))
+            meeting = Rendezvous(host, int(port), transfer, float(timeout))
             with meeting.telling("a worker of the server"):
                 self.online_dpo_group = follow(meeting, rank, int(size), device, self.online_dpo_group)
                 self.online_dpo_load(receive_weights(self.online_dpo_group, meeting), label)

@@ -41,7 +41,7 @@ class TransferStopped(RuntimeError):
     """This side or another has given a transfer up; the message says why. It may be tried again."""
 
 
-class Meeting:
+class Rendezvous:
     """What the members of one transfer tell one another, by way of the trainer's store.
 
     Args:
@@ -109,7 +109,7 @@ class WeightGroup:
         address: of this member, at which the others reach it (gloo only; NCCL finds its own).
     """
 
-    def __init__(self, name: str, meeting: Meeting, rank: int, size: int, device: torch.device, address: str):
+    def __init__(self, name: str, meeting: Rendezvous, rank: int, size: int, device: torch.device, address: str):
         self.name, self.device = name, device
         store, timeout = PrefixStore(f"group-{name}", meeting.tcp), timedelta(seconds=meeting.timeout)
         try:
@@ -118,7 +118,7 @@ class WeightGroup:
         except RuntimeError as error:
             raise TransferStopped(f"the group cannot be formed: {_first_line(error)}") from error
 
-    def broadcast(self, flat: torch.Tensor, meeting: Meeting) -> None:
+    def broadcast(self, flat: torch.Tensor, meeting: Rendezvous) -> None:
         """From rank 0 to the others, in place.
 
         Raises:
@@ -142,7 +142,7 @@ class WeightGroup:
             self._group = None
 
 
-def lead(meeting: Meeting, size: int, device: torch.device, held: WeightGroup | None) -> WeightGroup:
+def lead(meeting: Rendezvous, size: int, device: torch.device, held: WeightGroup | None) -> WeightGroup:
     """The trainer's side of a meeting: the group that all members hold still, or a new one.
 
     Raises:
@@ -160,7 +160,7 @@ def lead(meeting: Meeting, size: int, device: torch.device, held: WeightGroup | 
     return WeightGroup(meeting.name, meeting, 0, size, device, meeting.host)
 
 
-def follow(meeting: Meeting, rank: int, size: int, device: torch.device, held: WeightGroup | None) -> WeightGroup:
+def follow(meeting: Rendezvous, rank: int, size: int, device: torch.device, held: WeightGroup | None) -> WeightGroup:
     """A worker's side of a meeting.
 
     Raises:
@@ -182,7 +182,7 @@ def own_address(host: str, port: int) -> str:
         return connection.getsockname()[0]
 
 
-def send_weights(group: WeightGroup, meeting: Meeting, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+def send_weights(group: WeightGroup, meeting: Rendezvous, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Broadcasts the weights, bucket by bucket: names, shapes and dtypes first, so that nothing has to be known or
     gathered beforehand; then the values as bytes. An empty bucket is the end.
     """
@@ -193,7 +193,7 @@ def send_weights(group: WeightGroup, meeting: Meeting, weights: Iterable[tuple[s
     _send_header(group, meeting, [])
 
 
-def receive_weights(group: WeightGroup, meeting: Meeting) -> Iterator[tuple[str, torch.Tensor]]:
+def receive_weights(group: WeightGroup, meeting: Rendezvous) -> Iterator[tuple[str, torch.Tensor]]:
     """What `send_weights` sends. Each bucket has memory of its own, as a loader may keep tensors for a while."""
     while header := _receive_header(group, meeting):
         metas = [torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for _, dtype, shape in header]
@@ -240,13 +240,13 @@ def pack(tensors: list[torch.Tensor], device: torch.device) -> torch.Tensor:
     return flat
 
 
-def _send_header(group: WeightGroup, meeting: Meeting, header: list[Any]) -> None:
+def _send_header(group: WeightGroup, meeting: Rendezvous, header: list[Any]) -> None:
     data = json.dumps(header).encode()
     group.broadcast(torch.tensor([len(data)]).view(torch.uint8).to(group.device), meeting)
     group.broadcast(torch.frombuffer(bytearray(data), dtype=torch.uint8).to(group.device), meeting)
 
 
-def _receive_header(group: WeightGroup, meeting: Meeting) -> list[Any]:
+def _receive_header(group: WeightGroup, meeting: Rendezvous) -> list[Any]:
     length = torch.empty(8, dtype=torch.uint8, device=group.device)
     group.broadcast(length, meeting)
     data = torch.empty(int(length.cpu().view(torch.int64)), dtype=torch.uint8, device=group.device)

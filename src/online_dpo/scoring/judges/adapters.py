@@ -19,7 +19,7 @@ from online_dpo.errors import ScoringError
 from online_dpo.foreign import among_rows, at_row, callable_name, foreign
 from online_dpo.scoring.event_loop import submit, wait_for
 from online_dpo.scoring.judges.base import NO_ANSWER, Judge, PreferenceJudge
-from online_dpo.scoring.protocols import chat_messages, check_duels, describe, flat_list
+from online_dpo.scoring.protocols import chat_messages, check_comparisons, describe, flat_list
 from online_dpo.scoring.rewards.function import is_async_function
 from online_dpo.types import Group, Prompt
 
@@ -55,26 +55,30 @@ class FunctionJudge(PreferenceJudge):
         self._is_async = is_async_function(function)
         self._room = asyncio.Semaphore(concurrency)  # one for all threads: they share the event loop
 
-    def prefer(self, duels: Sequence[Group]) -> list[float | None]:
+    def prefer(self, comparisons: Sequence[Group]) -> list[float | None]:
         """As :class:`PairwiseScorer` says."""
-        check_duels(duels)
-        replies = wait_for(submit(self._ask(duels))) if self._is_async else [self._reply(duel) for duel in duels]
+        check_comparisons(comparisons)
+        replies = (
+            wait_for(submit(self._ask(comparisons)))
+            if self._is_async
+            else [self._reply(comparison) for comparison in comparisons]
+        )
         return [self._preference(reply) for reply in replies]
 
-    def _reply(self, duel: Group) -> Any:
-        with self._foreign(duel):
-            return self._function(*_texts(duel))
+    def _reply(self, comparison: Group) -> Any:
+        with self._foreign(comparison):
+            return self._function(*_texts(comparison))
 
-    def _foreign(self, duel: Group) -> AbstractContextManager[None]:
-        return foreign(f"Judge `{self.name}`", lambda: at_row(duel.prompt))
+    def _foreign(self, comparison: Group) -> AbstractContextManager[None]:
+        return foreign(f"Judge `{self.name}`", lambda: at_row(comparison.prompt))
 
-    async def _ask(self, duels: Sequence[Group]) -> list[Any]:
-        async def one(duel: Group) -> Any:
+    async def _ask(self, comparisons: Sequence[Group]) -> list[Any]:
+        async def one(comparison: Group) -> Any:
             async with self._room:
-                with self._foreign(duel):
-                    return await self._function(*_texts(duel))
+                with self._foreign(comparison):
+                    return await self._function(*_texts(comparison))
 
-        waiting = [asyncio.ensure_future(one(duel)) for duel in duels]
+        waiting = [asyncio.ensure_future(one(comparison)) for comparison in comparisons]
         try:
             return list(await asyncio.gather(*waiting))
         finally:
@@ -105,9 +109,9 @@ def takes(function: Callable[..., Any], *arguments: Any, **named: Any) -> bool:
     return True
 
 
-def _texts(duel: Group) -> tuple[Any, str, str]:
-    first, second = duel.completions
-    return copy.deepcopy(duel.prompt.content), first.text, second.text  # a function may change messages in place
+def _texts(comparison: Group) -> tuple[Any, str, str]:
+    first, second = comparison.completions
+    return copy.deepcopy(comparison.prompt.content), first.text, second.text  # a function may change messages in place
 
 
 class JudgeScorer:
@@ -148,13 +152,13 @@ class JudgeScorer:
         self._tokenizer = tokenizer
         self._chat_template_kwargs = dict(chat_template_kwargs or {})
 
-    def prefer(self, duels: Sequence[Group]) -> list[float | None]:
+    def prefer(self, comparisons: Sequence[Group]) -> list[float | None]:
         """1 where the first completion is the better one, 0 where the second is, ``None`` without an answer."""
-        return [None if rank == NO_ANSWER else float(1 - rank) for rank in self.rank(duels)]
+        return [None if rank == NO_ANSWER else float(1 - rank) for rank in self.rank(comparisons)]
 
     def rank(self, groups: Sequence[Group]) -> list[int]:
         """For each group the index of the better completion, or -1."""
-        check_duels(groups)
+        check_comparisons(groups)
         if not groups:
             return []
         prompts = [self._text(group.prompt) for group in groups]

@@ -22,7 +22,7 @@ class PreferenceJudge:
 
     name: str
 
-    def prefer(self, duels: Sequence[Group]) -> list[float | None]:
+    def prefer(self, comparisons: Sequence[Group]) -> list[float | None]:
         """As :class:`PairwiseScorer` says."""
         raise NotImplementedError
 
@@ -31,8 +31,8 @@ class PreferenceJudge:
 
         ``shuffle_order`` changes nothing: which orders are judged is a matter of the judge's own settings.
         """
-        duels = [
+        comparisons = [
             Group(Prompt(prompt, (), row=row), tuple(Completion((), (), "stop", 0, text) for text in pair))
             for row, (prompt, pair) in enumerate(zip(prompts, completions, strict=True))
         ]
-        return [NO_ANSWER if p is None or p == 0.5 else int(p < 0.5) for p in self.prefer(duels)]
+        return [NO_ANSWER if p is None or p == 0.5 else int(p < 0.5) for p in self.prefer(comparisons)]

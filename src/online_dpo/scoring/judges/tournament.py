@@ -1,9 +1,9 @@
 """From a judge of two completions to the best and the worst of K, with few questions.
 
 All completions meet in pairs; then the winners play each other until one is left, the best, and the losers until one is
-left, the worst. That is ceil(3K/2) - 2 duels (Pohl 1972, "A sorting problem and its complexity": no way needs fewer),
-and one more where best and worst have not met, which gives the probability that the one is better than the other. Each
-round of all groups is one call of the judge.
+left, the worst. That is ceil(3K/2) - 2 comparisons (Pohl 1972, "A sorting problem and its complexity": no way needs
+fewer), and one more where best and worst have not met, which gives the probability that the one is better than the
+other. Each round of all groups is one call of the judge.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from online_dpo.scoring.penalties import NO_PENALTIES, Penalties
 from online_dpo.scoring.protocols import PairwiseScorer, describe, flat_list
 from online_dpo.types import Group, Preference, Verdicts
 
-Duel = tuple[int, int]
+Comparison = tuple[int, int]
 Answers = list[float | None]
-Contest = Generator[list[Duel], Answers, Preference | None]
-"""The rounds of one group: yields duels, is sent their answers, returns the outcome."""
+Contest = Generator[list[Comparison], Answers, Preference | None]
+"""The rounds of one group: yields comparisons, is sent their answers, returns the outcome."""
 
 
-class DuelCounter:
+class ComparisonCounter:
     """Asks a judge, but not about completions with the same text, and counts.
 
     ``penalties`` are taken from the judge's log-odds, see `Penalties.shifted`.
@@ -39,16 +39,20 @@ class DuelCounter:
         self.duels = 0
         self.unanswered = 0
 
-    def __call__(self, duels: Sequence[Group]) -> Answers:
-        """The probability that the first completion of each duel is the better one; one half for the same text.
+    def __call__(self, comparisons: Sequence[Group]) -> Answers:
+        """The probability that the first completion of each comparison is the better one; one half for the same text.
 
         Raises:
             ScoringError: the judge failed, or gave a number that is no probability (nan is no answer).
         """
-        asked = [i for i, duel in enumerate(duels) if duel.completions[0].text != duel.completions[1].text]
-        answers: Answers = [0.5] * len(duels)
+        asked = [
+            i
+            for i, comparison in enumerate(comparisons)
+            if comparison.completions[0].text != comparison.completions[1].text
+        ]
+        answers: Answers = [0.5] * len(comparisons)
         if asked:
-            fought = [duels[i] for i in asked]
+            fought = [comparisons[i] for i in asked]
             with foreign(f"Judge `{self._judge.name}`", lambda: among_rows(fought)):
                 replies = self._judge.prefer(fought)
             for i, reply in zip(asked, self._checked(replies, len(asked)), strict=True):
@@ -56,8 +60,8 @@ class DuelCounter:
         self.duels += len(asked)
         self.unanswered += sum(answers[i] is None for i in asked)
         return [
-            None if answer is None else self._penalties.shifted(answer, duel)
-            for answer, duel in zip(answers, duels, strict=True)
+            None if answer is None else self._penalties.shifted(answer, comparison)
+            for answer, comparison in zip(answers, comparisons, strict=True)
         ]
 
     def _checked(self, replies: Any, expected: int) -> list[Any]:
@@ -80,14 +84,14 @@ class DuelCounter:
 
 
 def find_preferences(groups: Sequence[Group], judge: PairwiseScorer, penalties: Penalties = NO_PENALTIES) -> Verdicts:
-    """Best and worst completion of each group by the judge's duels.
+    """Best and worst completion of each group by the judge's comparisons.
 
-    Of completions with the same text that have ended alike, the first stands for all. Where a duel ends even, its first
-    completion counts as the winner. Where it has no answer, neither goes on: two winners of earlier duels cannot become
-    the best any more, two losers not the worst. A group has no preference where nobody is left, or where the last duel,
-    best against worst, has no answer.
+    Of completions with the same text that have ended alike, the first stands for all. Where a comparison ends even, its
+    first completion counts as the winner. Where it has no answer, neither goes on: two winners of earlier comparisons
+    cannot become the best any more, two losers not the worst. A group has no preference where nobody is left, or where
+    the last comparison, best against worst, has no answer.
     """
-    ask = DuelCounter(judge, penalties)
+    ask = ComparisonCounter(judge, penalties)
     preferences: list[Preference | None] = [Preference(0, 1, 0.5)] * len(groups)  # all texts the same
     entrants = {p: distinct(group, range(len(group.completions))) for p, group in enumerate(groups)}
     contests = {p: _contest(found) for p, found in entrants.items() if len(found) > 1}
@@ -96,13 +100,15 @@ def find_preferences(groups: Sequence[Group], judge: PairwiseScorer, penalties: 
     return Verdicts(preferences, ask.duels, ask.unanswered)
 
 
-def hold(groups: Sequence[Group], contests: Mapping[int, Contest], ask: DuelCounter) -> dict[int, Preference | None]:
+def hold(
+    groups: Sequence[Group], contests: Mapping[int, Contest], ask: ComparisonCounter
+) -> dict[int, Preference | None]:
     """The outcome of each contest, by the index of its group; a round of all of them is one call of the judge."""
     ended: dict[int, Preference | None] = {}
     waiting = {p: next(contest) for p, contest in contests.items()}
     while waiting:
-        duels = [(p, duel) for p, wanted in waiting.items() for duel in wanted]
-        answers = iter(ask([_duel(groups[p], duel) for p, duel in duels]))
+        comparisons = [(p, comparison) for p, wanted in waiting.items() for comparison in wanted]
+        answers = iter(ask([_comparison(groups[p], comparison) for p, comparison in comparisons]))
         replies = {p: [next(answers) for _ in wanted] for p, wanted in waiting.items()}
         waiting = {}
         for p, reply in replies.items():
@@ -114,17 +120,17 @@ def hold(groups: Sequence[Group], contests: Mapping[int, Contest], ask: DuelCoun
 
 
 class Rounds:
-    """The duels of one group that have been fought, and who goes on."""
+    """The comparisons of one group that have been fought, and who goes on."""
 
     def __init__(self) -> None:
-        self._known: dict[Duel, float | None] = {}
+        self._known: dict[Comparison, float | None] = {}
 
-    def play(self, duels: list[Duel]) -> Generator[list[Duel], Answers, None]:
-        self._known.update(zip(duels, (yield duels), strict=True))
+    def play(self, comparisons: list[Comparison]) -> Generator[list[Comparison], Answers, None]:
+        self._known.update(zip(comparisons, (yield comparisons), strict=True))
 
     def survivors(self, entrants: list[int], place: int) -> list[int]:
-        """Of each duel the winner (place 0) or the loser (1); an entrant without an opponent goes on."""
-        ended = [self._outcome(duel) for duel in neighbours(entrants)]
+        """Of each comparison the winner (place 0) or the loser (1); an entrant without an opponent goes on."""
+        ended = [self._outcome(comparison) for comparison in neighbours(entrants)]
         return [end[place] for end in ended if end is not None] + _alone(entrants)
 
     def last(self, best: int, worst: int) -> Contest:
@@ -137,12 +143,12 @@ class Rounds:
         answer = self._known[best, worst]
         return None if answer is None else Preference(best, worst, answer)
 
-    def _outcome(self, duel: Duel) -> Duel | None:
+    def _outcome(self, comparison: Comparison) -> Comparison | None:
         """Winner and loser."""
-        answer = self._known[duel]
+        answer = self._known[comparison]
         if answer is None:
             return None
-        return duel if answer >= 0.5 else (duel[1], duel[0])
+        return comparison if answer >= 0.5 else (comparison[1], comparison[0])
 
 
 def _contest(everybody: list[int]) -> Contest:
@@ -164,8 +170,8 @@ def _contest(everybody: list[int]) -> Contest:
     return (yield from rounds.last(best, worst))
 
 
-def neighbours(entrants: Sequence[int]) -> list[Duel]:
-    """Each duel of a round: the first meets the second, the third the fourth."""
+def neighbours(entrants: Sequence[int]) -> list[Comparison]:
+    """Each comparison of a round: the first meets the second, the third the fourth."""
     return list(zip(entrants[0::2], entrants[1::2], strict=False))
 
 
@@ -183,5 +189,5 @@ def distinct(group: Group, taking_part: Sequence[int]) -> list[int]:
     return list(first.values())
 
 
-def _duel(group: Group, duel: Duel) -> Group:
-    return Group(group.prompt, (group.completions[duel[0]], group.completions[duel[1]]))
+def _comparison(group: Group, comparison: Comparison) -> Group:
+    return Group(group.prompt, (group.completions[comparison[0]], group.completions[comparison[1]]))

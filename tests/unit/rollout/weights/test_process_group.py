@@ -11,7 +11,7 @@ from torch.distributed import TCPStore
 
 from online_dpo.rollout.weights import process_group
 from online_dpo.rollout.weights.process_group import (
-    Meeting,
+    Rendezvous,
     TransferStopped,
     follow,
     in_buckets,
@@ -63,7 +63,7 @@ def weights(seed=0):
 
 
 def send(port, name, held=None, tensors=None, timeout=10.0):
-    meeting = Meeting("127.0.0.1", port, name, timeout)
+    meeting = Rendezvous("127.0.0.1", port, name, timeout)
     with meeting.telling("the trainer"):
         group = lead(meeting, SIZE, CPU, held)
         send_weights(group, meeting, weights() if tensors is None else tensors)
@@ -71,7 +71,7 @@ def send(port, name, held=None, tensors=None, timeout=10.0):
 
 
 def receive(port, name, rank, held=None, timeout=10.0):
-    meeting = Meeting("127.0.0.1", port, name, timeout)
+    meeting = Rendezvous("127.0.0.1", port, name, timeout)
     with meeting.telling(f"worker {rank}"):
         group = follow(meeting, rank, SIZE, CPU, held)
         return group, {name: tensor.clone() for name, tensor in receive_weights(group, meeting)}
@@ -138,7 +138,7 @@ def test_a_trainer_that_cannot_be_reached_is_told_of_with_its_port():
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     with pytest.raises(TransferStopped, match=f"port {port} cannot be reached at 127.0.0.1.*`vllm_group_port`"):
-        Meeting("127.0.0.1", port, "one", 0.5)
+        Rendezvous("127.0.0.1", port, "one", 0.5)
 
 
 def test_buckets_hold_whole_weights_up_to_their_size():

@@ -189,8 +189,8 @@ def test_an_async_function_is_asked_about_several_pairs_at_once():
             raise ConnectionError("no route")
         return int(first) / 10
 
-    duels = [group("p", [str(i), "x"]) for i in range(10)]
-    assert FunctionJudge(slow, concurrency=3).prefer(duels) == [i / 10 for i in range(10)] and most == 3
+    comparisons = [group("p", [str(i), "x"]) for i in range(10)]
+    assert FunctionJudge(slow, concurrency=3).prefer(comparisons) == [i / 10 for i in range(10)] and most == 3
     with pytest.raises(ScoringError, match="Judge `slow` raised ConnectionError: no route"):
         FunctionJudge(slow).prefer([group("waits", ["8", "x"]), group("fails", ["1", "x"]), group("waits", ["9", "x"])])
     for _ in range(100):
@@ -201,7 +201,10 @@ def test_an_async_function_is_asked_about_several_pairs_at_once():
     now = most = 0
     judge = FunctionJudge(slow, concurrency=3)
     with ThreadPoolExecutor(2) as threads:  # as with `max_staleness`
-        assert list(threads.map(judge.prefer, [duels, duels])) == [[i / 10 for i in range(10)]] * 2 and most == 3
+        assert (
+            list(threads.map(judge.prefer, [comparisons, comparisons])) == [[i / 10 for i in range(10)]] * 2
+            and most == 3
+        )
     with pytest.raises(ValueError, match="`concurrency` must be 1 or more; it is 0"):
         FunctionJudge(slow, concurrency=0)
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from online_dpo.scoring.judges.pairwise.judge import PairwiseModelJudge
 from support import tiny
-from support.endpoint import duel
+from support.endpoint import comparison
 
 SPECIAL = ["<pad>", "<bos>", "<unk>", "<user>", "<end>", "<assistant>", " ", "\n"]
 WORDS = ["A", "B", "first", "second", "<turn>", "user", "assistant", "system", "[CONTEXT]", "[RESPONSE", "A]", "B]"]
@@ -30,11 +30,11 @@ TALK = [
     {"role": "user", "content": "w4"},
 ]
 DUELS = [
-    duel("w1 w2 w3", "w4", prompt="w5 w6"),
-    duel("w4", "w1 w2 w3", prompt="w5 w6"),
-    duel("w7", "w7", prompt="w8"),
-    duel("w9 w10 w11 w12 w13", "w14 w15 w16", prompt="w17"),
-    duel("w9", "w14 w15 w16", prompt=TALK),
+    comparison("w1 w2 w3", "w4", prompt="w5 w6"),
+    comparison("w4", "w1 w2 w3", prompt="w5 w6"),
+    comparison("w7", "w7", prompt="w8"),
+    comparison("w9 w10 w11 w12 w13", "w14 w15 w16", prompt="w17"),
+    comparison("w9", "w14 w15 w16", prompt=TALK),
 ]
 
 
@@ -122,7 +122,7 @@ def test_nothing_is_cut_off_and_dtypes_stay(tmp_path):
     words.save_pretrained(tmp_path)
     judge = PairwiseModelJudge.load(str(tmp_path))
     assert judge.model.dtype == torch.bfloat16
-    fits, longer = (duel("w1" + " w1" * 12, "w2", prompt="w3" + blanks) for blanks in (" " * 10, " " * 11))
+    fits, longer = (comparison("w1" + " w1" * 12, "w2", prompt="w3" + blanks) for blanks in (" " * 10, " " * 11))
     assert [len(ids) for ids in judge.reader.token_ids([fits, longer])] == [64, 65]
     preferences = judge.prefer([fits, longer])
     assert preferences[0] is not None and preferences[1] is None and judge.metrics()["judge/too_long"] == 1

@@ -25,7 +25,7 @@ from online_dpo.scoring.judges.llm.client import ChatEndpoint
 from online_dpo.scoring.judges.llm.judge import LLMJudge
 from online_dpo.scoring.judges.llm.rate_limit import Budget, RateLimiter
 from online_dpo.scoring.protocols import PairwiseScorer
-from support.endpoint import Answer, duel, duels, error, says, serving, shown
+from support.endpoint import Answer, comparison, comparisons, error, says, serving, shown
 
 KEY = "sk-secret-0123456789"
 
@@ -60,7 +60,7 @@ def always_a(body, number):
 def test_the_preference_is_the_share_of_the_verdict_letters_in_the_probability():
     with serving(lambda body, number: says("B", 0.25)) as endpoint:
         judge = judge_of(endpoint, order="given")
-        assert judge.prefer([duel("x", "y")]) == [pytest.approx(0.25)]
+        assert judge.prefer([comparison("x", "y")]) == [pytest.approx(0.25)]
     body = endpoint.seen[0].body
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("org/judge", 0.0, 8)
     assert (body["logprobs"], body["top_logprobs"]) == (True, 20)
@@ -71,9 +71,9 @@ def test_the_preference_is_the_share_of_the_verdict_letters_in_the_probability()
 def test_a_preference_for_a_place_cancels_in_both_orders_and_is_measured():
     with serving(first_wins) as endpoint:
         given = judge_of(endpoint, order="given")
-        assert given.prefer(duels(5)) == [pytest.approx(0.7)] * 5
+        assert given.prefer(comparisons(5)) == [pytest.approx(0.7)] * 5
         both = judge_of(endpoint)
-        assert both.prefer(duels(5)) == [pytest.approx(0.5)] * 5
+        assert both.prefer(comparisons(5)) == [pytest.approx(0.5)] * 5
     metrics = both.metrics()
     assert metrics["judge/position_bias"] == pytest.approx(0.7) and metrics["judge/disagreement_rate"] == 1.0
     assert given.metrics()["judge/position_bias"] == pytest.approx(0.7)
@@ -83,13 +83,13 @@ def test_a_preference_for_a_place_cancels_in_both_orders_and_is_measured():
 def test_a_fair_judge_agrees_with_itself():
     with serving(longer_wins) as endpoint:
         judge = judge_of(endpoint)
-        assert judge.prefer([duel("long one", "s"), duel("s", "long one")]) == [
+        assert judge.prefer([comparison("long one", "s"), comparison("s", "long one")]) == [
             pytest.approx(0.9),
             pytest.approx(0.1),
         ]
         metrics = judge.metrics()
         assert metrics["judge/position_bias"] == pytest.approx(0.5) and metrics["judge/disagreement_rate"] == 0.0
-        # The second duel asks what the first one asked.
+        # The second comparison asks what the first one asked.
         assert (metrics["judge/requests"], metrics["judge/cached"]) == (2, 2)
         assert (metrics["judge/input_tokens"], metrics["judge/output_tokens"]) == (200, 2)
         assert judge.metrics()["judge/requests"] == 0
@@ -100,14 +100,19 @@ def test_the_judge_in_trls_form():
         judge = judge_of(endpoint)
         assert judge.judge(["p", "p", "p"], [["long", "s"], ["s", "long"], ["same", "same"]]) == [0, 1, -1]
         scorer = JudgeScorer(judge, None)  # pyright: ignore[reportArgumentType]
-        assert scorer.rank([duel("s", "long")]) == [1] and scorer.prefer([duel("s", "long")]) == [0.0]
+        assert scorer.rank([comparison("s", "long")]) == [1] and scorer.prefer([comparison("s", "long")]) == [0.0]
         assert pairwise_scorer(judge, None) is judge  # pyright: ignore[reportArgumentType]
 
 
 def test_equal_texts_are_even_and_not_asked_and_duplicates_are_asked_once():
     with serving(longer_wins) as endpoint:
         judge = judge_of(endpoint, order="given")
-        asked = [duel("a", "a"), duel("aa", "b"), duel("aa", "b"), duel("aa", "b", prompt="Another.")]
+        asked = [
+            comparison("a", "a"),
+            comparison("aa", "b"),
+            comparison("aa", "b"),
+            comparison("aa", "b", prompt="Another."),
+        ]
         assert judge.prefer(asked) == [0.5, pytest.approx(0.9), pytest.approx(0.9), pytest.approx(0.9)]
         assert judge.prefer([]) == []
     assert len(endpoint.seen) == 2
@@ -116,13 +121,13 @@ def test_equal_texts_are_even_and_not_asked_and_duplicates_are_asked_once():
 def test_random_order_depends_on_the_texts_only():
     with serving(first_wins) as endpoint:
         judge = judge_of(endpoint, order="random")
-        preferences = judge.prefer(duels(40))
+        preferences = judge.prefer(comparisons(40))
         firsts = [shown(seen.body)[0] for seen in endpoint.seen]
-        turned = [duel(*(c.text for c in reversed(one.completions))) for one in duels(40)]
+        turned = [comparison(*(c.text for c in reversed(one.completions))) for one in comparisons(40)]
         assert judge.prefer(turned) == [pytest.approx(1 - p) for p in preferences]
         assert len(endpoint.seen) == 40
         again = judge_of(endpoint, order="random")
-        assert again.prefer(duels(40)) == preferences
+        assert again.prefer(comparisons(40)) == preferences
     assert sorted(shown(seen.body)[0] for seen in endpoint.seen[40:]) == sorted(firsts)
     assert 8 < sum(first.endswith("more") for first in firsts) < 32
 
@@ -136,7 +141,7 @@ def test_random_order_depends_on_the_texts_only():
 )
 def test_conversations_are_shown_with_their_roles(content, text):
     with serving(longer_wins) as endpoint:
-        judge_of(endpoint, order="given").prefer([duel("{prompt}", "b", prompt=content)])
+        judge_of(endpoint, order="given").prefer([comparison("{prompt}", "b", prompt=content)])
     question = endpoint.seen[0].body["messages"][0]["content"]
     assert f"<<<REQUEST\n{text}\nREQUEST>>>" in question and shown(endpoint.seen[0].body) == ("{prompt}", "b")
 
@@ -147,13 +152,13 @@ def test_conversations_are_shown_with_their_roles(content, text):
 def test_without_log_probabilities_answers_are_votes():
     with serving(lambda body, number: says("AAB"[number])) as endpoint:
         judge = judge_of(endpoint, order="given", votes=3)
-        assert judge.prefer([duel("x", "y")]) == [pytest.approx(2 / 3)]
+        assert judge.prefer([comparison("x", "y")]) == [pytest.approx(2 / 3)]
     assert [seen.body["temperature"] for seen in endpoint.seen] == [0.7] * 3
 
 
 def test_a_final_answer_is_not_asked_for_again():
     with serving(first_wins) as endpoint:
-        assert judge_of(endpoint, order="given", votes=5).prefer([duel("x", "y")]) == [pytest.approx(0.7)]
+        assert judge_of(endpoint, order="given", votes=5).prefer([comparison("x", "y")]) == [pytest.approx(0.7)]
     assert len(endpoint.seen) == 1
 
 
@@ -162,7 +167,7 @@ def test_reasoned_answers_are_read_at_their_verdict():
     p = [0.2, 0.6]
     with serving(lambda body, number: says(reasons[number], p[number])) as endpoint:
         judge = judge_of(endpoint, order="given", template="reasoned", votes=2)
-        assert judge.prefer([duel("x", "y")]) == [pytest.approx(0.4)]
+        assert judge.prefer([comparison("x", "y")]) == [pytest.approx(0.4)]
     assert endpoint.seen[0].body["max_tokens"] == 1024
 
 
@@ -172,7 +177,7 @@ def test_an_endpoint_that_refuses_log_probabilities_is_asked_without(caplog):
 
     with serving(respond) as endpoint:
         judge = judge_of(endpoint, order="given", concurrency=1)
-        assert judge.prefer(duels(3)) == [1.0] * 3
+        assert judge.prefer(comparisons(3)) == [1.0] * 3
         assert len(endpoint.seen) == 4 and judge.metrics()["judge/failed"] == 0
     assert "its answers are votes" in caplog.text
 
@@ -181,7 +186,7 @@ def test_an_endpoint_that_refuses_log_probabilities_is_asked_without(caplog):
 def test_orders_that_contradict_each_other(policy, preference, requests):
     with serving(always_a) as endpoint:
         judge = judge_of(endpoint, inconsistent=policy)
-        assert judge.prefer([duel("x", "y")]) == [preference]
+        assert judge.prefer([comparison("x", "y")]) == [preference]
         assert len(endpoint.seen) == requests and judge.metrics()["judge/disagreement_rate"] == 1.0
 
 
@@ -193,13 +198,13 @@ def test_further_votes_are_asked_until_the_orders_agree():
     with serving(respond) as endpoint:
         judge = judge_of(endpoint, inconsistent="revote", revotes=5)
         # x first: A, A, A; y first: A, B, B: its mean passes one half with the second further vote.
-        assert judge.prefer([duel("x", "y")]) == [pytest.approx((1 + 2 / 3) / 2)]
+        assert judge.prefer([comparison("x", "y")]) == [pytest.approx((1 + 2 / 3) / 2)]
         assert len(endpoint.seen) == 6
     with serving(always_a) as endpoint:
-        assert judge_of(endpoint, inconsistent="revote", revotes=2).prefer([duel("x", "y")]) == [0.5]
+        assert judge_of(endpoint, inconsistent="revote", revotes=2).prefer([comparison("x", "y")]) == [0.5]
         assert len(endpoint.seen) == 6
     with serving(first_wins) as endpoint:  # what was read from log-probabilities would be the same again
-        assert judge_of(endpoint, inconsistent="revote").prefer([duel("x", "y")]) == [pytest.approx(0.5)]
+        assert judge_of(endpoint, inconsistent="revote").prefer([comparison("x", "y")]) == [pytest.approx(0.5)]
         assert len(endpoint.seen) == 2
 
 
@@ -209,23 +214,23 @@ def test_further_votes_are_asked_until_the_orders_agree():
 def test_nothing_is_asked_twice_after_a_restart(tmp_path):
     path = str(tmp_path / "new" / "cache.sqlite3")
     with serving(lambda body, number: says("?") if "9" in shown(body)[0] else longer_wins(body, number)) as endpoint:
-        before = judge_of(endpoint, cache=path, max_failure_share=1.0).prefer(duels(10))
+        before = judge_of(endpoint, cache=path, max_failure_share=1.0).prefer(comparisons(10))
         assert before == [pytest.approx(0.1)] * 9 + [None] and len(endpoint.seen) == 20
         resumed = judge_of(endpoint, cache=path)
-        assert resumed.prefer(duels(10)) == before and len(endpoint.seen) == 20
+        assert resumed.prefer(comparisons(10)) == before and len(endpoint.seen) == 20
         metrics = resumed.metrics()
         assert (metrics["judge/cached"], metrics["judge/requests"], metrics["judge/unparsable"]) == (20, 0, 2)
         assert metrics["judge/position_bias"] == pytest.approx(0.5)
         for other in ({"rubric": "Shorter."}, {"model": "b"}, {"max_tokens": 3}, {"extra": {"seed": 1}}):
-            judge_of(endpoint, cache=path, **other).prefer(duels(1))
+            judge_of(endpoint, cache=path, **other).prefer(comparisons(1))
         assert len(endpoint.seen) == 28
 
 
 def test_failures_are_not_kept(tmp_path):
     path = str(tmp_path / "cache.sqlite3")
     with serving(lambda body, number: error(400) if number == 0 else says("A")) as endpoint:
-        assert judge_of(endpoint, order="given", cache=path).prefer([duel("x", "y")]) == [None]
-        assert judge_of(endpoint, order="given", cache=path).prefer([duel("x", "y")]) == [1.0]
+        assert judge_of(endpoint, order="given", cache=path).prefer([comparison("x", "y")]) == [None]
+        assert judge_of(endpoint, order="given", cache=path).prefer([comparison("x", "y")]) == [1.0]
 
 
 def test_processes_share_a_cache(tmp_path):
@@ -264,7 +269,7 @@ def test_no_more_questions_at_once_than_allowed_also_from_two_threads():
     with serving(lambda body, number: says("A", 0.7, delay=0.02)) as endpoint:
         judge = judge_of(endpoint, concurrency=4)
         results: list[list[float | None]] = []
-        halves = [duels(24)[:16], duels(24)[8:]]  # they share 8
+        halves = [comparisons(24)[:16], comparisons(24)[8:]]  # they share 8
         threads = [threading.Thread(target=lambda half=half: results.append(judge.prefer(half))) for half in halves]
         for thread in threads:
             thread.start()
@@ -306,7 +311,7 @@ def test_a_question_that_waits_for_a_limit_is_not_late():
 def test_retry_after_is_honoured():
     with serving(lambda body, number: error(429, **{"Retry-After": "0.8"}) if number == 0 else says("A")) as endpoint:
         judge = judge_of(endpoint, order="given")
-        assert judge.prefer([duel("x", "y")]) == [1.0]
+        assert judge.prefer([comparison("x", "y")]) == [1.0]
         assert 0.8 <= endpoint.seen[1].time - endpoint.seen[0].time < 1.5
         assert judge.metrics()["judge/requests"] == 2
 
@@ -316,20 +321,20 @@ def test_the_total_cost_stays_below_the_cap():
     with serving(always_a) as endpoint:
         judge = judge_of(endpoint, order="given", max_cost=0.0105, concurrency=4, **prices)
         with pytest.raises(FeedbackStopped, match=r"has spent 0.00\d+, .* more than `max_cost`, 0.0105.*raise"):
-            judge.prefer(duels(40))
+            judge.prefer(comparisons(40))
         metrics = judge.metrics()
         assert metrics["judge/cost"] == pytest.approx(0.0011 * len(endpoint.seen))
         assert 0 < metrics["judge/cost"] <= 0.0105
         with pytest.raises(FeedbackStopped, match="max_cost"):
-            judge.prefer(duels(40)[30:])
+            judge.prefer(comparisons(40)[30:])
         assert judge.metrics()["judge/requests"] == 0
-        assert judge_of(endpoint, order="given", max_cost=0.1, **prices).prefer(duels(40)) == [1.0] * 40
+        assert judge_of(endpoint, order="given", max_cost=0.1, **prices).prefer(comparisons(40)) == [1.0] * 40
 
 
 def test_log_probabilities_that_were_not_asked_for_are_not_read():
     with serving(lambda body, number: says("A", 0.6)) as endpoint:
-        assert judge_of(endpoint, order="given").prefer([duel("x", "y")]) == [pytest.approx(0.6)]
-        assert judge_of(endpoint, order="given", logprobs=False).prefer([duel("x", "y")]) == [1.0]
+        assert judge_of(endpoint, order="given").prefer([comparison("x", "y")]) == [pytest.approx(0.6)]
+        assert judge_of(endpoint, order="given", logprobs=False).prefer([comparison("x", "y")]) == [1.0]
 
 
 def test_processes_share_the_limits():
@@ -362,7 +367,7 @@ def test_processes_share_the_limits():
 def test_trouble_that_passes(trouble):
     with serving(lambda body, number: trouble if number == 0 else says("A", 0.7)) as endpoint:
         judge = judge_of(endpoint, order="given")
-        assert judge.prefer([duel("x", "y")]) == [pytest.approx(0.7)]
+        assert judge.prefer([comparison("x", "y")]) == [pytest.approx(0.7)]
         assert len(endpoint.seen) == 2 and judge.metrics()["judge/failed"] == 0
 
 
@@ -372,14 +377,14 @@ def test_trouble_that_stays_is_a_missing_preference():
 
     with serving(respond) as endpoint:
         judge = judge_of(endpoint, attempts=2, max_failure_share=1.0)
-        assert judge.prefer(duels(3)) == [pytest.approx(0.1), None, pytest.approx(0.1)]
+        assert judge.prefer(comparisons(3)) == [pytest.approx(0.1), None, pytest.approx(0.1)]
         metrics = judge.metrics()
         assert (metrics["judge/failed"], metrics["judge/requests"], metrics["judge/unparsable"]) == (2, 8, 0)
 
 
 def test_a_question_that_the_endpoint_does_not_take_is_not_repeated():
     with serving(lambda body, number: error(400, "too long for the model")) as endpoint:
-        assert judge_of(endpoint, order="given").prefer([duel("x", "y")]) == [None]
+        assert judge_of(endpoint, order="given").prefer([comparison("x", "y")]) == [None]
         assert len(endpoint.seen) == 1
 
 
@@ -387,7 +392,7 @@ def test_a_question_that_the_endpoint_does_not_take_is_not_repeated():
 def test_an_answer_without_verdict_is_no_guess(text):
     with serving(lambda body, number: says(text)) as endpoint:
         judge = judge_of(endpoint, order="given")
-        assert judge.prefer([duel("x", "y")]) == [None]
+        assert judge.prefer([comparison("x", "y")]) == [None]
         assert judge.metrics()["judge/unparsable"] == 1
 
 
@@ -395,7 +400,7 @@ def test_an_answer_without_verdict_is_no_guess(text):
 def test_a_slow_answer_is_given_up_and_asked_for_again(answer):
     with serving(lambda body, number: answer if number == 0 else says("A")) as endpoint:
         started = time.monotonic()
-        assert judge_of(endpoint, order="given", request_timeout=0.3).prefer([duel("x", "y")]) == [1.0]
+        assert judge_of(endpoint, order="given", request_timeout=0.3).prefer([comparison("x", "y")]) == [1.0]
         assert 0.3 < time.monotonic() - started < 2.0 and len(endpoint.seen) == 2
 
 
@@ -403,7 +408,7 @@ def test_a_hanging_endpoint_takes_no_longer_than_a_question_may():
     with serving(lambda body, number: says("A", delay=5.0)) as endpoint:
         judge = judge_of(endpoint, request_timeout=0.2, question_timeout=0.7, max_failure_share=1.0)
         started = time.monotonic()
-        assert judge.prefer(duels(3)) == [None] * 3
+        assert judge.prefer(comparisons(3)) == [None] * 3
         assert time.monotonic() - started < 1.5
         assert judge.metrics()["judge/failed"] == 6
 
@@ -411,14 +416,14 @@ def test_a_hanging_endpoint_takes_no_longer_than_a_question_may():
 def test_a_retry_after_that_is_too_long_is_not_waited_for():
     with serving(lambda body, number: error(429, **{"Retry-After": "3600"})) as endpoint:
         started = time.monotonic()
-        assert judge_of(endpoint, order="given", question_timeout=5).prefer([duel("x", "y")]) == [None]
+        assert judge_of(endpoint, order="given", question_timeout=5).prefer([comparison("x", "y")]) == [None]
         assert time.monotonic() - started < 1.0 and len(endpoint.seen) == 1
 
 
 def test_nobody_listens(caplog):
     """That is said at the first attempt, once, long before the last one has failed."""
     judge = LLMJudge(model="m", base_url="http://127.0.0.1:9/v1", attempts=2, cache=None, order="given")
-    assert judge.prefer([duel("x", "y"), duel("y", "z")]) == [None, None]
+    assert judge.prefer([comparison("x", "y"), comparison("y", "z")]) == [None, None]
     [said] = [record.getMessage() for record in caplog.records if "in trouble" in record.getMessage()]
     assert "no connection to http://127.0.0.1:9/v1" in said and said.endswith("Questions are tried 2 times.")
 
@@ -427,10 +432,10 @@ def test_too_many_failures_stop_with_counts_and_the_last_cause():
     with serving(lambda body, number: error(400, "the context is full") if number % 3 == 0 else says("A")) as endpoint:
         judge = judge_of(endpoint, order="given", concurrency=1, max_failure_share=0.3)
         with pytest.raises(FeedbackStopped, match=r"`judge` .* 7 of the last 20 questions.*\(0.3\).*context is full"):
-            judge.prefer(duels(40))
+            judge.prefer(comparisons(40))
         assert len(endpoint.seen) <= 22  # the next question may have begun
         tolerant = judge_of(endpoint, order="given", concurrency=1, max_failure_share=0.4)
-        assert tolerant.prefer(duels(40)).count(None) in (13, 14)
+        assert tolerant.prefer(comparisons(40)).count(None) in (13, 14)
     assert issubclass(FeedbackStopped, ScoringError)
 
 
@@ -441,7 +446,7 @@ def test_a_refusal_stops_at_once(refusal):
     with serving(lambda body, number: refusal) as endpoint:
         judge = judge_of(endpoint, order="given", concurrency=1)
         with pytest.raises(FeedbackStopped, match="org/judge at http://127.*(bad key|no such model|pay first)"):
-            JudgeScorer(judge, None).prefer(duels(9))  # pyright: ignore[reportArgumentType]
+            JudgeScorer(judge, None).prefer(comparisons(9))  # pyright: ignore[reportArgumentType]
         assert len(endpoint.seen) <= 2  # the next question may have begun
 
 
@@ -457,9 +462,9 @@ def test_the_key_is_sent_and_shown_nowhere(tmp_path, monkeypatch, caplog):
 
     with serving(respond) as endpoint:
         judge = judge_of(endpoint, order="given", api_key_env="HOUSE_KEY", cache=str(path), concurrency=1)
-        assert judge.prefer(duels(2)) == [1.0, None]
+        assert judge.prefer(comparisons(2)) == [1.0, None]
         with pytest.raises(FeedbackStopped) as caught:
-            judge.prefer(duels(3))
+            judge.prefer(comparisons(3))
     assert all(seen.headers["authorization"] == f"Bearer {KEY}" for seen in endpoint.seen)
     assert "***" in str(caught.value)
     with pytest.raises(TypeError):
@@ -509,7 +514,7 @@ def test_templates_and_rubrics_from_files(tmp_path):
     rubric.write_text("Prefer {first}.\n")
     with serving(longer_wins) as endpoint:
         judge = judge_of(endpoint, order="given", template=str(template), rubric_file=str(rubric))
-        assert judge.prefer([duel("aa", "b", prompt="P")]) == [pytest.approx(0.9)]
+        assert judge.prefer([comparison("aa", "b", prompt="P")]) == [pytest.approx(0.9)]
     text = "<<<ANSWER A\naa\nANSWER A>>>\n<<<ANSWER B\nb\nANSWER B>>>"
     assert endpoint.seen[0].body["messages"][0]["content"] == f'Prefer {{first}}. {{"json": P}}\n{text}'
     template.write_text("{prompt} {first}")
@@ -520,7 +525,7 @@ def test_templates_and_rubrics_from_files(tmp_path):
 def test_extra_fields_of_the_request():
     with serving(always_a) as endpoint:
         extra = {"max_tokens": None, "max_completion_tokens": 50, "seed": 3}
-        judge_of(endpoint, order="given", extra=extra, logprobs=False).prefer([duel("x", "y")])
+        judge_of(endpoint, order="given", extra=extra, logprobs=False).prefer([comparison("x", "y")])
     body = endpoint.seen[0].body
     assert body.keys() == {"model", "messages", "temperature", "max_completion_tokens", "seed"}
     assert (body["max_completion_tokens"], body["seed"]) == (50, 3)

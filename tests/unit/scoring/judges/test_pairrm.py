@@ -10,15 +10,15 @@ from safetensors.torch import load_file, save_file
 
 from online_dpo.scoring.judges.pairwise.judge import PairwiseModelJudge
 from online_dpo.scoring.judges.pairwise.pairrm import DebertaV2PairRM
-from support.endpoint import duel
+from support.endpoint import comparison
 from support.pairwise_folders import MARKS, pairrm_folder, pairrm_log_odds, pairrm_tokenizer
 
 DUELS = [
-    duel("w1 w2 w3", "w4", prompt="w5 w6"),
-    duel("w4", "w1 w2 w3", prompt="w5 w6"),
-    duel("w7", "w7", prompt="w8"),
-    duel("w9 w10 w11 w12 w13 w14 w15 w16 w17 w18 w19 w20", "", prompt="w17 hello?\n\nw3"),
-    duel("w2", "w3", prompt=[{"role": "user", "content": "w1"}]),
+    comparison("w1 w2 w3", "w4", prompt="w5 w6"),
+    comparison("w4", "w1 w2 w3", prompt="w5 w6"),
+    comparison("w7", "w7", prompt="w8"),
+    comparison("w9 w10 w11 w12 w13 w14 w15 w16 w17 w18 w19 w20", "", prompt="w17 hello?\n\nw3"),
+    comparison("w2", "w3", prompt=[{"role": "user", "content": "w1"}]),
 ]
 
 
@@ -60,12 +60,12 @@ def test_half_precision_stays_what_it_is(tmp_path, dtype, error):
 
 def test_nothing_is_cut_off(tmp_path):
     folder = pairrm_folder(tmp_path / "PairRM")
-    short = duel("w1 w2", "w3", prompt="w4")  # 4 + 5 + 4 tokens
-    one_more = duel("w1 w2", "w3 w3", prompt="w4")
+    short = comparison("w1 w2", "w3", prompt="w4")  # 4 + 5 + 4 tokens
+    one_more = comparison("w1 w2", "w3 w3", prompt="w4")
     judge = PairwiseModelJudge.load(str(folder), max_tokens=13)
     found = judge.prefer([one_more, short])
     assert found[0] is None and found[1] is not None and judge.metrics()["judge/too_long"] == 1
-    longer = duel("w1 " * 900, "w2 " * 900, prompt="w3 " * 240)  # 2049, one more than PairRM was trained with
+    longer = comparison("w1 " * 900, "w2 " * 900, prompt="w3 " * 240)  # 2049, one more than PairRM was trained with
     judge = PairwiseModelJudge.load(str(folder))
     assert judge.prefer([longer, short]) == [None, pytest.approx(found[1])]
 
@@ -73,7 +73,7 @@ def test_nothing_is_cut_off(tmp_path):
 def test_an_answer_that_writes_a_mark_has_no_preference(tmp_path):
     judge = PairwiseModelJudge.load(str(pairrm_folder(tmp_path / "PairRM")))
     for mark in MARKS[:3]:
-        assert judge.prefer([duel(f"w1 {mark} w2", "w3"), duel("w1", "w3")])[0] is None
+        assert judge.prefer([comparison(f"w1 {mark} w2", "w3"), comparison("w1", "w3")])[0] is None
     metrics = judge.metrics()
     assert metrics["judge/failed"] == 6 and metrics["judge/too_long"] == 0
 

@@ -14,14 +14,14 @@ from online_dpo.scoring.judges.pairwise.judge import PairwiseModelJudge
 from online_dpo.scoring.protocols import PairwiseScorer
 from online_dpo.scoring.rewards.model import RewardModelScorer
 from support import tiny
-from support.endpoint import duel
+from support.endpoint import comparison
 
 TEMPLATE = "{prompt} <end> {first} <end> {second}"
 DUELS = [
-    duel("w1 w2 w3", "w4", prompt="w5 w6"),
-    duel("w4", "w1 w2 w3", prompt="w5 w6"),
-    duel("w7", "w7", prompt="w8"),
-    duel("w9 w10 w11 w12 w13", "w14 w15 w16", prompt="w17"),
+    comparison("w1 w2 w3", "w4", prompt="w5 w6"),
+    comparison("w4", "w1 w2 w3", prompt="w5 w6"),
+    comparison("w7", "w7", prompt="w8"),
+    comparison("w9 w10 w11 w12 w13", "w14 w15 w16", prompt="w17"),
 ]
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 
@@ -93,8 +93,8 @@ def test_a_place_that_is_preferred_cancels():
 
 def test_nothing_is_cut_off():
     judge = PairwiseModelJudge(encoder(1), tiny.tokenizer(), template=TEMPLATE)
-    long = duel("w1 " * 20, "w2 " * 20, prompt="w3")
-    fits = duel("w1 " * 14, "w2 " * 15, prompt="w3")  # 32 tokens
+    long = comparison("w1 " * 20, "w2 " * 20, prompt="w3")
+    fits = comparison("w1 " * 14, "w2 " * 15, prompt="w3")  # 32 tokens
     preferences = judge.prefer([long, fits, DUELS[0]])
     assert preferences[0] is None and None not in preferences[1:]
     assert judge.metrics()["judge/too_long"] == 1

@@ -1,4 +1,4 @@
-"""A judge among the highest scores: the right pair, by few duels, and nothing lost silently."""
+"""A judge among the highest scores: the right pair, by few comparisons, and nothing lost silently."""
 
 import itertools
 import random
@@ -13,7 +13,7 @@ PROMPT = Prompt("p", (1,), row=0)
 
 
 class Taste:
-    """Prefers the text that stands earlier in its list; ``silent`` duels have no answer."""
+    """Prefers the text that stands earlier in its list; ``silent`` comparisons have no answer."""
 
     name = "taste"
 
@@ -22,8 +22,8 @@ class Taste:
         self.silent = {frozenset(pair) for pair in silent}
         self.calls = []
 
-    def prefer(self, duels):
-        pairs = [tuple(c.text for c in duel.completions) for duel in duels]
+    def prefer(self, comparisons):
+        pairs = [tuple(c.text for c in comparison.completions) for comparison in comparisons]
         self.calls.append(pairs)
         return [self.answer(*pair) for pair in pairs]
 
@@ -144,9 +144,9 @@ def test_an_even_duel_is_won_by_the_higher_score_and_an_even_last_one_is_even():
         ([("b", "c")], about(0, 3, 0.9), 3),  # never asked
     ],
 )
-def test_duels_without_an_answer(silent, expected, duels):
+def test_duels_without_an_answer(silent, expected, comparisons):
     found, said = find("abcd", [4.0, 3.0, 2.0, 1.0], Taste("abcd", silent=silent))
-    assert found == expected and said.duels == duels
+    assert found == expected and said.duels == comparisons
     assert said.unanswered == (0 if silent == [("b", "c")] else len(silent))
 
 

@@ -1,4 +1,4 @@
-"""Best and worst of K by a judge of two: right, in few duels, round by round."""
+"""Best and worst of K by a judge of two: right, in few comparisons, round by round."""
 
 import itertools
 import math
@@ -7,7 +7,7 @@ import random
 import pytest
 
 from online_dpo.errors import ScoringError
-from online_dpo.scoring.judges.tournament import DuelCounter, find_preferences
+from online_dpo.scoring.judges.tournament import ComparisonCounter, find_preferences
 from online_dpo.scoring.penalties import Penalties
 from online_dpo.types import Completion, Group, Preference, Prompt
 
@@ -15,7 +15,7 @@ PROMPT = Prompt("p", (1,), row=0)
 
 
 class Strengths:
-    """Knows how good each text is. The better one wins with this probability; ``silent`` duels have no answer."""
+    """Knows how good each text is. The better one wins with this probability; ``silent`` comparisons have no answer."""
 
     name = "strengths"
 
@@ -23,8 +23,8 @@ class Strengths:
         self.probability, self.silent = probability, {frozenset(texts) for texts in silent}
         self.calls = []
 
-    def prefer(self, duels):
-        pairs = [tuple(c.text for c in duel.completions) for duel in duels]
+    def prefer(self, comparisons):
+        pairs = [tuple(c.text for c in comparison.completions) for comparison in comparisons]
         self.calls.append(pairs)
         return [self.answer(*pair) for pair in pairs]
 
@@ -105,7 +105,7 @@ def test_the_same_text_is_not_asked_about_and_is_as_good():
         ([("1", "2"), ("3", "4")], None),
         ([("2", "4")], None),  # no best
         ([("1", "3")], None),  # no worst
-        ([("4", "1")], None),  # the last duel
+        ([("4", "1")], None),  # the last comparison
     ],
 )
 def test_duels_without_an_answer(silent, expected):
@@ -144,8 +144,8 @@ def test_best_and_worst_are_never_the_same_however_odd_the_judge():
 
 
 def test_a_penalty_on_log_odds_where_only_one_has_ended():
-    ask = DuelCounter(Strengths(0.8), Penalties(missing_eos=1.5))
-    duels = [
+    ask = ComparisonCounter(Strengths(0.8), Penalties(missing_eos=1.5))
+    comparisons = [
         group(2, 1, finished=[True, True]),
         group(2, 1, finished=[False, False]),
         group(2, 1, finished=[False, True]),
@@ -154,11 +154,11 @@ def test_a_penalty_on_log_odds_where_only_one_has_ended():
     ]
     odds = math.log(0.8 / 0.2)
     shifted = [1 / (1 + math.exp(-x)) for x in (odds - 1.5, odds + 1.5, -1.5)]
-    assert ask(duels) == pytest.approx([0.8, 0.8, *shifted])
+    assert ask(comparisons) == pytest.approx([0.8, 0.8, *shifted])
 
 
 def test_certainty_counts_a_hundred_to_one_there():
-    ask = DuelCounter(Strengths(1.0), Penalties(missing_eos=6.0))
+    ask = ComparisonCounter(Strengths(1.0), Penalties(missing_eos=6.0))
     odds = math.log(0.99 / 0.01)
     expected = [1.0, 1 / (1 + math.exp(6.0 - odds)), 1 / (1 + math.exp(-6.0 - odds))]
     given = [group(2, 1), group(2, 1, finished=[False, True]), group(2, 1, finished=[True, False])]
@@ -166,8 +166,8 @@ def test_certainty_counts_a_hundred_to_one_there():
 
 
 def test_each_token_counts_on_log_odds_by_the_difference_of_lengths():
-    ask = DuelCounter(Strengths(0.8), Penalties(missing_eos=1.0, per_token=0.25))
-    duels = [
+    ask = ComparisonCounter(Strengths(0.8), Penalties(missing_eos=1.0, per_token=0.25))
+    comparisons = [
         group(2, 1, tokens=[7, 7]),
         group(2, 1, tokens=[9, 5]),
         group(2, 1, tokens=[5, 9]),
@@ -176,11 +176,11 @@ def test_each_token_counts_on_log_odds_by_the_difference_of_lengths():
     ]
     odds = math.log(0.8 / 0.2)
     shifted = [1 / (1 + math.exp(-x)) for x in (odds - 1.0, odds + 1.0, odds - 1.5)]
-    assert ask(duels) == pytest.approx([0.8, *shifted, 0.8])
+    assert ask(comparisons) == pytest.approx([0.8, *shifted, 0.8])
 
 
 def test_certainty_stays_certain_between_equal_lengths():
-    ask = DuelCounter(Strengths(1.0), Penalties(per_token=0.5))
+    ask = ComparisonCounter(Strengths(1.0), Penalties(per_token=0.5))
     odds = math.log(0.99 / 0.01)
     expected = [1.0, 1 / (1 + math.exp(0.5 - odds)), 1 / (1 + math.exp(5.0 - odds))]
     assert ask([group(2, 1), group(2, 1, tokens=[2, 1]), group(2, 1, tokens=[11, 1])]) == pytest.approx(expected)

@@ -1,4 +1,4 @@
-"""A language model as a judge, asked over HTTP: both orders, votes, and one probability for each duel."""
+"""A language model as a judge, asked over HTTP: both orders, votes, and one probability for each comparison."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from online_dpo.scoring.judges.llm.cache import Answer, AnswerCache, cache_key
 from online_dpo.scoring.judges.llm.client import ChatEndpoint, QuestionFailed
 from online_dpo.scoring.judges.llm.prompts import GENERAL_RUBRIC, Verdict, load_template, prompt_text, read_verdict
 from online_dpo.scoring.judges.llm.rate_limit import Budget, RateLimiter
-from online_dpo.scoring.protocols import Counts, check_duels
+from online_dpo.scoring.protocols import Counts, check_comparisons
 from online_dpo.types import Group
 
 T = TypeVar("T")
@@ -63,18 +63,21 @@ class LLMJudge(PreferenceJudge):
         self._asking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._begun: set[asyncio.Future[Answer | None]] = set()
 
-    def prefer(self, duels: Sequence[Group]) -> list[float | None]:
+    def prefer(self, comparisons: Sequence[Group]) -> list[float | None]:
         """For each group of two, the probability that its first completion is the better one.
 
         ``None`` where an order has no usable answer, or where the orders contradict each other and
         ``inconsistent`` is "skip". Equal texts give 0.5 and are not asked about.
         """
-        check_duels(duels)
-        texts = [(prompt_text(duel.prompt), *(completion.text for completion in duel.completions)) for duel in duels]
+        check_comparisons(comparisons)
+        texts = [
+            (prompt_text(comparison.prompt), *(completion.text for completion in comparison.completions))
+            for comparison in comparisons
+        ]
         distinct = list(dict.fromkeys(texts))
         started = time.perf_counter()
         try:
-            answers = wait_for(submit(_together(self._duel(*text) for text in distinct)))
+            answers = wait_for(submit(_together(self._comparison(*text) for text in distinct)))
         except FeedbackStopped:
             wait_for(submit(self._let_finish()))
             raise
@@ -91,7 +94,8 @@ class LLMJudge(PreferenceJudge):
     def metrics(self) -> dict[str, float]:
         """What was counted since the last call. ``judge/position_bias`` is the mean probability that the completion
         which stood first was given, 0.5 for a fair judge asked in both orders; ``judge/disagreement_rate`` the share of
-        duels whose orders had different winners. Both count cached answers as well; requests, tokens and cost do not.
+        comparisons whose orders had different winners. Both count cached answers as well; requests, tokens and cost do
+        not.
         """
         return self.drain().metrics()
 
@@ -99,7 +103,7 @@ class LLMJudge(PreferenceJudge):
         """The same, with rates as part and whole, so that they can be added up."""
         return self._tally.drain()
 
-    async def _duel(self, prompt: str, first: str, second: str) -> float | None:
+    async def _comparison(self, prompt: str, first: str, second: str) -> float | None:
         if first == second:
             return 0.5
         turned = self._orders(prompt, first, second)
@@ -141,7 +145,7 @@ class LLMJudge(PreferenceJudge):
         return _preferences(votes, turned)
 
     def _orders(self, prompt: str, first: str, second: str) -> list[bool]:
-        """Whether the second completion is presented first, for each time that the duel is judged."""
+        """Whether the second completion is presented first, for each time that the comparison is judged."""
         if self.settings.order == "both":
             return [False, True]
         return [self.settings.order == "random" and not stands_first(prompt, first, second)]

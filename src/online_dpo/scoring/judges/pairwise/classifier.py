@@ -22,7 +22,7 @@ from online_dpo.types import Group
 TEMPLATE = "Request: {prompt}\n\nFirst answer: {first}\n\nSecond answer: {second}"
 
 
-class DuelClassifier:
+class PairwiseClassifier:
     """A head with one label gives the log-odds of the first answer, one with two the logits of "first" and "second".
 
     Raises:
@@ -44,10 +44,12 @@ class DuelClassifier:
         self._pad = pad if pad is not None and pad < self._known_tokens else None
         self.pads = self._pad is not None
 
-    def token_ids(self, duels: Sequence[Group]) -> list[Text]:
+    def token_ids(self, comparisons: Sequence[Group]) -> list[Text]:
         texts = [
-            self._template.fill("", prompt_text(duel.prompt), *(completion.text for completion in duel.completions))
-            for duel in duels
+            self._template.fill(
+                "", prompt_text(comparison.prompt), *(completion.text for completion in comparison.completions)
+            )
+            for comparison in comparisons
         ]
         return [tuple(ids) for ids in tokenised(self.tokenizer, texts)]
 

@@ -27,10 +27,10 @@ from online_dpo.modeling.borrowing import eval_mode
 from online_dpo.modeling.known_tokens import check_known, check_tokenizer, embedding_rows
 from online_dpo.scoring.accounting import Tally
 from online_dpo.scoring.judges.base import PreferenceJudge
-from online_dpo.scoring.judges.pairwise.classifier import DuelClassifier
+from online_dpo.scoring.judges.pairwise.classifier import PairwiseClassifier
 from online_dpo.scoring.judges.pairwise.letters import LetterReader
-from online_dpo.scoring.judges.pairwise.reader import DuelReader, Text
-from online_dpo.scoring.protocols import Counts, check_duels, one_at_a_time
+from online_dpo.scoring.judges.pairwise.reader import PairwiseReader, Text
+from online_dpo.scoring.protocols import Counts, check_comparisons, one_at_a_time
 from online_dpo.scoring.rewards.model import last_part
 from online_dpo.types import Group
 
@@ -40,10 +40,10 @@ class PairwiseModelJudge(PreferenceJudge):
     two (:class:`DuelClassifier`), PairRM (:class:`PairRMReader`), or a causal language model that answers with a letter
     (:class:`LetterReader`). Its class tells which.
 
-    Each duel is read in both orders: the preference is the mean of what one order says and one minus what the other
-    says, so that equal texts, and a model that looks at the place only, give 0.5.
+    Each comparison is read in both orders: the preference is the mean of what one order says and one minus what the
+    other says, so that equal texts, and a model that looks at the place only, give 0.5.
 
-    Nothing is cut off: a duel that is longer than the model reads has no preference, and is counted in
+    Nothing is cut off: a comparison that is longer than the model reads has no preference, and is counted in
     ``judge/too_long``.
 
     Args:
@@ -83,7 +83,7 @@ class PairwiseModelJudge(PreferenceJudge):
         self.model = model
         self.tokenizer = tokenizer
         self.batch_size = batch_size
-        self.reader: DuelReader = _classes(kind)[1](model, tokenizer, **options)
+        self.reader: PairwiseReader = _classes(kind)[1](model, tokenizer, **options)
         self._known_tokens = embedding_rows(model)
         self._tally = Tally(("too_long", "failed", "seconds"))
 
@@ -111,16 +111,16 @@ class PairwiseModelJudge(PreferenceJudge):
             raise ValueError(f"`{path}` is no trained pairwise model: it has no weights for {missing}.")
         return cls(model.to(device), tokenizer, **options)
 
-    def prefer(self, duels: Sequence[Group]) -> list[float | None]:
+    def prefer(self, comparisons: Sequence[Group]) -> list[float | None]:
         """For each group of two, the probability that its first completion is the better one; ``None`` if they are too
         long, or the model's output is not finite.
         """
-        check_duels(duels)
+        check_comparisons(comparisons)
         started = time.perf_counter()
         longest = self.reader.max_tokens
-        named = foreign(f"Judge `{self.name}`", lambda: among_rows(duels))
+        named = foreign(f"Judge `{self.name}`", lambda: among_rows(comparisons))
         with one_at_a_time, named, eval_mode(self.model):
-            ids = [text for duel in duels for text in self._both_orders(duel)]
+            ids = [text for comparison in comparisons for text in self._both_orders(comparison)]
             p_first = self._probabilities([text for text in dict.fromkeys(ids) if len(text) <= longest])
         read = [p_first.get(text) for text in ids]
         preferences = [self._combined(*pair) for pair in zip(read[::2], read[1::2], strict=True)]
@@ -129,12 +129,12 @@ class PairwiseModelJudge(PreferenceJudge):
         self._tally.add("seconds", time.perf_counter() - started)
         return preferences
 
-    def _both_orders(self, duel: Group) -> list[Text]:
+    def _both_orders(self, comparison: Group) -> list[Text]:
         who = f"Judge `{self.name}`"
-        with foreign(who, lambda: at_row(duel.prompt)):  # its chat template may refuse this one
-            texts = self.reader.token_ids([duel, Group(duel.prompt, duel.completions[::-1])])
+        with foreign(who, lambda: at_row(comparison.prompt)):  # its chat template may refuse this one
+            texts = self.reader.token_ids([comparison, Group(comparison.prompt, comparison.completions[::-1])])
         for text in texts:
-            check_known(text, self._known_tokens, who, duel.prompt)
+            check_known(text, self._known_tokens, who, comparison.prompt)
         return texts
 
     def metrics(self) -> dict[str, float]:
@@ -187,4 +187,4 @@ def _classes(kind: str) -> tuple[Any, Any]:
         return DebertaV2PairRM, PairRMReader
     if kind == LETTERS:
         return AutoModelForCausalLM, LetterReader
-    return AutoModelForSequenceClassification, DuelClassifier
+    return AutoModelForSequenceClassification, PairwiseClassifier

@@ -52,9 +52,12 @@ class LetterReader:
         self._template = Template("", template or RLHFLOW, max_tokens=0)
         self._first, self._second = (self._letter_id(letter) for letter in letters)
 
-    def token_ids(self, duels: Sequence[Group]) -> list[Text]:
+    def token_ids(self, comparisons: Sequence[Group]) -> list[Text]:
         chat = self.tokenizer.chat_template is not None
-        texts = [self._in_chat(self._question(duel)) if chat else self._question(duel) for duel in duels]
+        texts = [
+            self._in_chat(self._question(comparison)) if chat else self._question(comparison)
+            for comparison in comparisons
+        ]
         # The chat template writes the special tokens itself.
         return [tuple(ids) for ids in tokenised(self.tokenizer, texts, special=not chat)]
 
@@ -67,9 +70,9 @@ class LetterReader:
         logits_RV = output.logits[rows_R, place_R].float()
         return (logits_RV[:, self._first] - logits_RV[:, self._second]).tolist()
 
-    def _question(self, duel: Group) -> str:
-        prompt = _turns(duel.prompt) if self._published else prompt_text(duel.prompt)
-        return self._template.fill("", prompt, *(completion.text for completion in duel.completions))
+    def _question(self, comparison: Group) -> str:
+        prompt = _turns(comparison.prompt) if self._published else prompt_text(comparison.prompt)
+        return self._template.fill("", prompt, *(completion.text for completion in comparison.completions))
 
     def _in_chat(self, question: str) -> str:
         text = self.tokenizer.apply_chat_template(

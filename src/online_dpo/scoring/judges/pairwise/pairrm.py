@@ -61,7 +61,7 @@ class DebertaV2PairRM(DebertaV2PreTrainedModel):
 class PairRMReader:
     """Prompt and answers are tokenised apart, each with the tokenizer's own ends: ``[CLS] <|source|> ... [SEP] [CLS]
     <|candidate1|> ... [SEP] [CLS] <|candidate2|> ... [SEP]``. The published code cuts them to ``max_tokens``
-    altogether; here a longer duel is not read.
+    altogether; here a longer comparison is not read.
 
     Raises:
         ValueError: the tokenizer does not know the marks by the ids that the config says.
@@ -82,12 +82,12 @@ class PairRMReader:
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
 
-    def token_ids(self, duels: Sequence[Group]) -> list[Text]:
+    def token_ids(self, comparisons: Sequence[Group]) -> list[Text]:
         parts = [
             mark + text
-            for duel in duels
+            for comparison in comparisons
             for mark, text in zip(
-                MARKS.values(), (prompt_text(duel.prompt), *(c.text for c in duel.completions)), strict=True
+                MARKS.values(), (prompt_text(comparison.prompt), *(c.text for c in comparison.completions)), strict=True
             )
         ]
         ids = iter(tokenised(self.tokenizer, parts))

@@ -17,10 +17,10 @@ from online_dpo.types import Group
 Text = tuple[int, ...]
 
 
-class DuelReader(Protocol):
+class PairwiseReader(Protocol):
     """Reads two completions of a prompt as one text, and says which is better.
 
-    ``token_ids`` are those of each duel, its completions in the order in which they stand, and nothing cut off.
+    ``token_ids`` are those of each comparison, its completions in the order in which they stand, and nothing cut off.
     ``log_odds`` are those of the first one being better, for texts of which the first is the longest; nan where the
     model gives none. ``max_tokens`` is the longest text that the model reads; with ``pads``, texts of different lengths
     may be read together.
@@ -29,7 +29,7 @@ class DuelReader(Protocol):
     max_tokens: int
     pads: bool
 
-    def token_ids(self, duels: Sequence[Group]) -> list[Text]: ...
+    def token_ids(self, comparisons: Sequence[Group]) -> list[Text]: ...
 
     def log_odds(self, texts: Sequence[Text]) -> list[float]: ...
 
