@@ -85,6 +85,7 @@ def runs(seed: int) -> dict[str, dict[str, Any]]:
         "xpo": dict(method="xpo", num_completions=2, xpo_alpha=[0.05, 0.01], tie_policy="first"),
         "nash_md": dict(method="nash_md", num_completions=2, mixture_coef=[0.25], temperature=1.0),
         "stale": dict(max_staleness=1, use_weighting=True),
+        "stale_judge": dict(reward_funcs=None, judge=more_short_words, max_staleness=2, beta=[0.2, 0.1]),
         "lora": dict(peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), label_smoothing=0.1),
         "resampling": dict(resample_rounds=2, min_margin=1.5, max_length_ratio=2.0),
         "synced_reference": dict(sync_ref_model=True, ref_model_sync_steps=2, ref_model_mixup_alpha=0.4),

@@ -32,7 +32,7 @@ from online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
 STEPS, HALF_WAY = 6, 3
 TIMES = re.compile("time/|seconds|runtime|per_second")
-RESUMED = ("judge", "stale", "xpo", "lora", "adaptive_beta", "synced_reference")
+RESUMED = ("judge", "stale", "stale_judge", "xpo", "lora", "adaptive_beta", "synced_reference")
 """Runs that `--save` and `--resume` make: each has a state of its own in a checkpoint."""
 
 
