@@ -8,11 +8,12 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
-import tiny
-from online_dpo.reference import AdapterOffReference
-from online_dpo.rollout import RolloutKey, TransformersEngine
+from online_dpo.modeling.reference import AdapterOffReference
+from online_dpo.rollout.builtin.engine import TransformersEngine
+from online_dpo.rollout.params import RolloutKey
 from online_dpo.types import Completion
-from training import LENGTHS, assert_same, config, dataset, gradient, trainer, weights, word_reward
+from support import tiny
+from support.training import LENGTHS, assert_same, config, dataset, gradient, trainer, weights, word_reward
 
 LORA = dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 XPO = dict(method="xpo", xpo_alpha=0.01)

@@ -5,14 +5,15 @@ import random
 import pytest
 import torch
 
-import tiny
-from endpoint import duel
-from online_dpo.scoring import FunctionJudge, PairwiseModelJudge
-from online_dpo.scoring.duel_reader import padded
-from online_dpo.scoring.pairrm import DebertaV2PairRM
-from pairwise_folders import pairrm_folder, pairrm_tokenizer
-from run_files import fill_folder, trainer_of, write_run_file
-from training import trainer as in_python
+from online_dpo.scoring.judges.adapters import FunctionJudge
+from online_dpo.scoring.judges.pairwise.judge import PairwiseModelJudge
+from online_dpo.scoring.judges.pairwise.pairrm import DebertaV2PairRM
+from online_dpo.scoring.judges.pairwise.reader import padded
+from support import tiny
+from support.endpoint import duel
+from support.pairwise_folders import pairrm_folder, pairrm_tokenizer
+from support.run_files import fill_folder, trainer_of, write_run_file
+from support.training import trainer as in_python
 
 FEEDBACK = """
 def words(text):

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-import tiny
 from online_dpo.errors import NothingTrainedError, ScoringError
-from online_dpo.pairs import latest
-from online_dpo.rollout import RolloutKey, TransformersEngine
-from training import LENGTHS, assert_same, config, dataset, gradient, trainer, weights
+from online_dpo.pairing.rounds import latest
+from online_dpo.rollout.builtin.engine import TransformersEngine
+from online_dpo.rollout.params import RolloutKey
+from support import tiny
+from support.training import LENGTHS, assert_same, config, dataset, gradient, trainer, weights
 
 
 def coin(completions, **_):

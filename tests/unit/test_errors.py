@@ -9,9 +9,9 @@ from contextlib import suppress
 
 import pytest
 
-import tiny
 from online_dpo.errors import error_text, named_error
-from online_dpo.scoring import LLMJudge
+from online_dpo.scoring.judges.llm.judge import LLMJudge
+from support import tiny
 
 
 def raised_from(error, cause):

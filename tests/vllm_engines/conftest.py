@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 
 import pytest
 
-import vllm_tools
+from support import vllm_tools
 
 os.environ.update(vllm_tools.ENVIRONMENT)
 
-import tiny
-from online_dpo.rollout import Engine, TransformersEngine
-from online_dpo.rollout.vllm_colocate import VLLMColocateEngine
-from online_dpo.rollout.vllm_server import VLLMServerEngine
+from online_dpo.rollout.builtin.engine import TransformersEngine
+from online_dpo.rollout.engine import Engine
+from online_dpo.rollout.vllm.colocated_engine import VLLMColocateEngine
+from online_dpo.rollout.vllm.server_engine import VLLMServerEngine
+from support import tiny
 
 OPTIONS = {"enforce_eager": True, "block_size": vllm_tools.BLOCK}
 KINDS = ("transformers", "colocate", "server")

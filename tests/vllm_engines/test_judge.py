@@ -6,12 +6,13 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-import vllm_judge
-from endpoint import duel
 from online_dpo.errors import FeedbackStopped
-from online_dpo.scoring import LLMJudge, judge_client
-from online_dpo.scoring.judge_prompts import GENERAL_RUBRIC, TEMPLATE_TEXTS, Template
-from training import trainer
+from online_dpo.scoring.judges.llm import client
+from online_dpo.scoring.judges.llm.judge import LLMJudge
+from online_dpo.scoring.judges.llm.prompts import GENERAL_RUBRIC, TEMPLATE_TEXTS, Template
+from support import vllm_judge
+from support.endpoint import duel
+from support.training import trainer
 
 DUELS = [duel(a, b) for a, b in (("w1 w2", "w3 w4"), ("w5", "w6 w7 w8"), ("w9 w9", "w10"), ("é", "<<<"), ("", "w11"))]
 STANDS = 300  # seconds until a server is up, at most
@@ -20,7 +21,7 @@ STANDS = 300  # seconds until a server is up, at most
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
     """A server on one machine is soon back."""
-    monkeypatch.setattr(judge_client, "LONGEST_PAUSE", 2.0)
+    monkeypatch.setattr(client, "LONGEST_PAUSE", 2.0)
 
 
 @pytest.fixture(scope="module")

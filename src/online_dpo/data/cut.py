@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from online_dpo.config import OnlineDPOConfig
+from online_dpo.config.trainer_config import OnlineDPOConfig
 
 logger = logging.getLogger(__name__)
 

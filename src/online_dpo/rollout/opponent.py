@@ -7,9 +7,9 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Protocol
 
-from online_dpo.rollout.engine import RolloutKey, SamplingParams
-from online_dpo.rollout.mixture import Lender
-from online_dpo.rollout.transformers_engine import TransformersEngine
+from online_dpo.rollout.builtin.engine import TransformersEngine
+from online_dpo.rollout.builtin.mixture import Lender
+from online_dpo.rollout.params import RolloutKey, SamplingParams
 from online_dpo.types import Author, Completion, Group, Prompt
 
 

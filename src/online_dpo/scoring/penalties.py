@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from online_dpo.chance import sigmoid
-from online_dpo.config import OnlineDPOConfig
+from online_dpo.config.trainer_config import OnlineDPOConfig
+from online_dpo.stats.preference import sigmoid
 from online_dpo.types import Completion, Group
 
 CERTAIN = 0.99
