@@ -83,7 +83,7 @@ def test_each_completion_was_sampled_from_the_prompt_of_its_group(tmp_path, num_
     """The sampler's log-probabilities fit this prompt, and none of the others."""
     made = trainer(tmp_path, num_completions=num_completions, generation_kwargs=extra)
     prompts = prompts_from_batch(collate_prompts([made.train_dataset[i] for i in range(6)]))
-    groups = made._sample_and_score(0, prompts)().groups
+    groups = made.collector.sample_and_assess(0, prompts)().groups
     assert [group.prompt for group in groups] == prompts
     for group in groups:
         for completion in group.completions:
@@ -569,7 +569,7 @@ def test_running_out_of_memory_splits_the_micro_batch_and_keeps_the_gradient(tmp
     model.register_forward_hook(hook)
     small = trainer(tmp_path, model=model, **options)
     small.train()
-    assert small.tokens_that_fit < 100
+    assert small.passes.tokens_that_fit < 100
 
     def comparable(made):
         return {k: v for k, v in made.state.log_history[0].items() if not k.startswith(("time/", "perf/"))}
@@ -587,9 +587,9 @@ def test_memory_that_sampling_keeps_is_taken_back_when_a_pass_does_not_fit(tmp_p
     model = tiny.causal_lm(sharpness=1.0)
     model.register_forward_hook(hook)
     made = trainer(tmp_path, model=model, per_device_train_batch_size=6)
-    made.engine.static_steps = True
+    made.sampler.engine.static_steps = True
     made.train()
-    assert bool(made.engine._buffers.layers) == room
+    assert bool(made.sampler.engine._buffers.layers) == room
 
 
 @pytest.mark.slow

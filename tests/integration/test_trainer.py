@@ -86,7 +86,9 @@ def test_a_judge_picks_the_pairs(tmp_path, as_callable):
         per_device_train_batch_size=12,
         model=tiny.causal_lm(sharpness=1.0, eos_token_id=[1, 5, 6, 7, 8]),
     )
-    made.sampling = made.sampling.__class__(**{**made.sampling.__dict__, "end_token_ids": (1, 5, 6, 7, 8)})
+    made.sampler.params = made.sampler.params.__class__(
+        **{**made.sampler.params.__dict__, "end_token_ids": (1, 5, 6, 7, 8)}
+    )
     made.train()
     [log] = train_logs(made)
     undecided = sum(len(a.split()) == len(b.split()) for a, b in judge.pairs)
@@ -108,7 +110,7 @@ def test_a_judge_finds_best_and_worst_of_several(tmp_path, num_completions):
         per_device_train_batch_size=12,
         model=tiny.causal_lm(sharpness=1.0, eos_token_id=list(ends)),
     )
-    made.sampling = made.sampling.__class__(**{**made.sampling.__dict__, "end_token_ids": ends})
+    made.sampler.params = made.sampler.params.__class__(**{**made.sampler.params.__dict__, "end_token_ids": ends})
     made.train()
     [log] = train_logs(made)
     assert log["judge/duels"] == len(judge.pairs) <= 12 * (math.ceil(3 * num_completions / 2) - 1)
@@ -136,7 +138,9 @@ def test_completions_that_did_not_end_lose_before_a_judge(tmp_path):
         generation_kwargs={"eos_token_id": [1, 2, 5, 6, 7, 8]},
         per_device_train_batch_size=12,
     )
-    groups = made._sample_and_score(0, [p for b in made.get_train_dataloader() for p in prompts_from_batch(b)])()
+    groups = made.collector.sample_and_assess(
+        0, [p for b in made.get_train_dataloader() for p in prompts_from_batch(b)]
+    )()
     ended = [[c.finish_reason == "stop" for c in group.completions] for group in groups.groups]
     chosen = [preference.chosen for preference in groups.said.preferences]
     assert [False, True] in ended and chosen == [int(e == [False, True]) for e in ended]
@@ -152,9 +156,9 @@ def test_they_lose_in_evaluation_as_well(tmp_path):
     )
     metrics = made.evaluate()
     prompts = tiny.prompts(LENGTHS)
-    ours = made.engine.generate(prompts, 2, made.sampling, RolloutKey(42, 0, 1))
+    ours = made.sampler.engine.generate(prompts, 2, made.sampler.params, RolloutKey(42, 0, 1))
     expected = []
-    for group, rival in zip(ours, made._rivals(prompts), strict=True):
+    for group, rival in zip(ours, made.reference_answers.to(prompts), strict=True):
         mine, theirs = (g.completions[0].finish_reason == "stop" for g in (group, rival))
         expected.append(0.0 if theirs and not mine else 1.0)
     assert 0.0 in expected and metrics["eval_win_rate"] == pytest.approx(np.mean(expected), abs=1e-9)
@@ -335,11 +339,11 @@ def test_win_rates_are_against_the_start_and_kl_against_the_reference_as_it_is(t
     metrics = follows.evaluate()
     assert metrics["eval_objective/kl"] == pytest.approx(0, abs=1e-5)  # the reference is the policy now
     start = tiny.causal_lm(sharpness=1.0)
-    rivals = follows.engine.__class__(start, follows.tokenizer).generate(
-        tiny.prompts(LENGTHS), 1, follows.sampling, RolloutKey(42, 0, 2)
+    expected = follows.sampler.engine.__class__(start, follows.tokenizer).generate(
+        tiny.prompts(LENGTHS), 1, follows.sampler.params, RolloutKey(42, 0, 2)
     )
-    kept = [follows.reference_completions[group.prompt.row, group.prompt.token_ids] for group in rivals]
-    assert [c[0].token_ids for c in kept] == [group.completions[0].token_ids for group in rivals]
+    kept = follows.reference_answers.to([group.prompt for group in expected])  # no model is asked again
+    assert [g.completions[0].token_ids for g in kept] == [g.completions[0].token_ids for g in expected]
 
 
 def test_shares_too_small_for_half_precision_add_up():
@@ -382,7 +386,7 @@ def test_random_pairs_depend_on_seed_step_and_row_and_on_nothing_else(tmp_path):
     said = Scores([[5.0, 0.0, 1.0, 2.0, 3.0, 4.0]] * 40, {})
 
     def rejected(groups, step):
-        pairs = made._form_pairs(groups, Scores(said.values[: len(groups)], {}), step).pairs
+        pairs = made.collector.form_pairs(groups, Scores(said.values[: len(groups)], {}), step).pairs
         return {pair.group.prompt.row: pair.rejected for pair in pairs}
 
     first, second = rejected(groups, 0), rejected(groups, 1)
@@ -405,10 +409,10 @@ def test_evaluation_numbers_against_an_independent_count(tmp_path):
     )
     metrics = made.evaluate()
     prompts = tiny.prompts(LENGTHS)
-    ours = made.engine.generate(prompts, 3, made.sampling, RolloutKey(42, 0, 1))
+    ours = made.sampler.engine.generate(prompts, 3, made.sampler.params, RolloutKey(42, 0, 1))
     with made.reference.active() as reference:
-        theirs = made.engine.__class__(reference, made.tokenizer).generate(
-            prompts, 1, made.sampling, RolloutKey(42, 0, 2)
+        theirs = made.sampler.engine.__class__(reference, made.tokenizer).generate(
+            prompts, 1, made.sampler.params, RolloutKey(42, 0, 2)
         )
         kls, wins, scores = [], [], []
         for mine, rival in zip(ours, theirs, strict=True):
