@@ -78,7 +78,7 @@ $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 	touch $@
 
 test-vllm: $(VLLM_STAMP)
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VLLM_VENV)/bin/python -m pytest -q -n 2 --dist loadfile tests/vllm_engines
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VLLM_VENV)/bin/python -m pytest -q -n 2 --dist loadfile tests/vllm
 
 # trl for the tests of parity; what checks the code is not needed
 $(OLDEST_STAMP): pyproject.toml constraints-oldest.txt
@@ -110,7 +110,7 @@ test-all: test test-slow test-distributed test-vllm test-oldest test-newest test
 
 # the table of "Try it on the quickstart" in docs/feedback.md: 15 minutes on an idle machine of 2 cores
 figures: $(STAMP)
-	$(PYTEST) -s tests/figures
+	$(BIN)/python benchmarks/quickstart_figures.py --json benchmarks/results/quickstart.json
 
 # TRL and this library on the same work, in turn: 20 minutes on an idle machine of 2 cores
 benchmark: $(STAMP)
