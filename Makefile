@@ -78,7 +78,7 @@ $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 	touch $@
 
 test-vllm: $(VLLM_STAMP)
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VLLM_VENV)/bin/python -m pytest -q -n 2 --dist loadfile tests/vllm
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VLLM_VENV)/bin/python -m pytest -q -n 2 --dist loadfile tests/vllm_engines
 
 # trl for the tests of parity; what checks the code is not needed
 $(OLDEST_STAMP): pyproject.toml constraints-oldest.txt
