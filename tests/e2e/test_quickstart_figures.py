@@ -1,11 +1,11 @@
 """`benchmarks/quickstart_figures.py` trains, compares and prints its table, with models that know next to nothing."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from support.processes import run_python
 
 ROOT = Path(__file__).parents[2]
 
@@ -13,8 +13,7 @@ ROOT = Path(__file__).parents[2]
 def test_a_judge_that_always_names_the_first_has_a_position_bias_of_one(tmp_path):
     pytest.importorskip("openai")
     few = ("--tiny", "--steps", "2", "--row", "llm_one_order", "--json", str(tmp_path / "figures.json"))
-    command = [sys.executable, str(ROOT / "benchmarks" / "quickstart_figures.py"), *few]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = run_python(ROOT / "benchmarks" / "quickstart_figures.py", *few)
     assert done.returncode == 0, done.stderr[-4000:]
     result = json.loads((tmp_path / "figures.json").read_text())
     [(name, row)] = result["rows"].items()

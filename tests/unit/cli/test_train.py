@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -19,22 +17,15 @@ from online_dpo.cli.runfile.schema import PARENT, load_fields
 from online_dpo.cli.terminal.progress import plain_warnings
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from support.plans import GOOD, write
+from support.processes import run_python
 
 FIELDS = load_fields()
 SLACK = 2  # this machine may be busy
 
 
 def command(*words: str, cwd: Path | None = None) -> tuple[subprocess.CompletedProcess[str], float]:
-    source = str(Path(online_dpo.__file__).parent.parent)
     started = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "online_dpo", *words],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": source},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = run_python("-m", "online_dpo", *words, cwd=cwd, timeout=60)
     return done, time.monotonic() - started
 
 
@@ -116,11 +107,7 @@ def test_a_missing_run_file_and_none_at_all(folder: Path) -> None:
 def test_importing_the_package_loads_no_torch() -> None:
     imports = "import sys, online_dpo, online_dpo.cli.runfile.run_file"
     code = f"{imports}; print('torch' in sys.modules, 'transformers' in sys.modules)"
-    source = str(Path(online_dpo.__file__).parent.parent)
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": source}, capture_output=True, text=True
-    )
-    assert done.stdout == "False False\n"
+    assert run_python("-c", code).stdout == "False False\n"
     assert online_dpo.OnlineDPOConfig is OnlineDPOConfig
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         _ = online_dpo.Nothing

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-import online_dpo
 from online_dpo.cli.evaluation.options import RUN_FIELDS, EvalConfig
 from online_dpo.rollout.builtin.engine import TransformersEngine
 from online_dpo.rollout.params import RolloutKey, SamplingParams, Stream
 from support import tiny
 from support.endpoint import error, serving
 from support.eval_folders import LENGTHS, MODELS, PROMPTS, SHORT, figures, problems_of, run, save
+from support.processes import run_python
 
 
 @pytest.mark.parametrize("where", ["refuses", "fails"])
@@ -118,11 +115,8 @@ def test_what_is_refused_without_loading_anything(folder, words, message):
 
 def test_a_refusal_takes_no_time_and_help_less_than_a_second(folder):
     def command(*words):
-        environment = {**os.environ, "PYTHONPATH": str(Path(online_dpo.__file__).parent.parent)}
         started = time.monotonic()
-        done = subprocess.run(
-            [sys.executable, "-m", "online_dpo", "eval", *words], env=environment, capture_output=True, text=True
-        )
+        done = run_python("-m", "online_dpo", "eval", *words)
         return done, time.monotonic() - started
 
     done, seconds = command(*MODELS, *PROMPTS)

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-import online_dpo
 from online_dpo.cli.main import main
 from online_dpo.config.llm_judge import JudgeSettings
 from online_dpo.stats.intervals import wilson_interval
 from support.endpoint import Answer, error, says, serving, shown
 from support.pairwise_folders import pairrm_folder, pairrm_log_odds
+from support.processes import run_python
 
 KEY = "sk-secret-0123456789"
 
@@ -235,6 +232,4 @@ def test_arguments_are_checked_before_heavy_imports(home):
         "import sys; from online_dpo.cli.main import main; code = main(['judge', 'nowhere.jsonl', '--model', 'm']);"
         "heavy = {'torch', 'transformers', 'openai'} & sys.modules.keys(); sys.exit(code if not heavy else 9)"
     )
-    source = str(Path(online_dpo.__file__).parent.parent)
-    done = subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": source})
-    assert done.returncode == 2
+    assert run_python("-c", program).returncode == 2

@@ -6,7 +6,6 @@ import ast
 import importlib.metadata
 import json
 import math
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -25,6 +24,7 @@ from online_dpo.config.hf_ranges import RANGES, out_of_range
 from online_dpo.config.input import mapping_from_text
 from online_dpo.config.requirements import TRACKERS
 from online_dpo.quickstart.run import write_run_file
+from support.processes import run_python
 
 ROOT = Path(__file__).parents[4]
 PACKAGE = ROOT / "src" / "online_dpo"
@@ -200,7 +200,7 @@ def test_the_command_prints_it_without_torch():
         "import sys; from online_dpo.cli.main import main; code = main(['schema'])\n"
         "assert not {'torch', 'transformers', 'datasets', 'accelerate'} & sys.modules.keys(); sys.exit(code)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = run_python("-c", code)
     assert (done.returncode, done.stdout, done.stderr) == (0, schema_text(), "")
 
 
