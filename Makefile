@@ -33,10 +33,13 @@ TEST_TOOLS := hypothesis jsonschema pytest pytest-xdist
 
 # every forward that is patched, every method of Trainer that is overridden, and all that is private elsewhere
 SEAMS := tests/unit/test_versions.py tests/unit/modeling/test_patching.py tests/unit/modeling/test_last_layer.py tests/unit/modeling/test_logprobs.py \
+	tests/unit/modeling/attention/test_masks.py tests/unit/modeling/attention/test_segments.py \
 	tests/unit/modeling/test_onednn.py tests/unit/modeling/test_forward_path.py tests/unit/rollout/builtin/test_decoding.py tests/unit/rollout/builtin/test_static_decoding.py \
 	tests/unit/rollout/builtin/test_engine.py tests/unit/rollout/builtin/test_mixture.py tests/unit/scoring/rewards/test_shared_prefix.py \
-	tests/unit/scoring/judges/test_pairwise.py tests/unit/rollout/weights/test_export.py tests/unit/rollout/weights/test_process_group.py \
-	tests/integration/test_invariants.py tests/integration/test_trainer.py
+	tests/unit/scoring/rewards/test_shared_prefix_rows.py tests/unit/scoring/judges/pairwise/test_classifier.py tests/unit/rollout/weights/test_export.py tests/unit/rollout/weights/test_process_group.py \
+	tests/integration/test_adapters.py tests/integration/test_checkpoints.py tests/integration/test_datasets.py tests/integration/test_evaluation.py tests/integration/test_gradients.py \
+	tests/integration/test_guards.py tests/integration/test_judges.py tests/integration/test_memory.py tests/integration/test_prompts_and_pairs.py \
+	tests/integration/test_references.py tests/integration/test_training.py tests/integration/test_wrong_arguments.py
 
 .PHONY: venv quickstart test test-slow test-distributed test-e2e test-vllm test-oldest test-newest test-seams test-all figures benchmark lint format clean
 .DELETE_ON_ERROR:
@@ -108,7 +111,7 @@ test-all: test test-slow test-distributed test-vllm test-oldest test-newest test
 
 # the table of "Try it on the quickstart" in docs/feedback.md: 15 minutes on an idle machine of 2 cores
 figures: $(STAMP)
-	$(PYTEST) -s tests/figures
+	$(BIN)/python benchmarks/quickstart_figures.py --json benchmarks/results/quickstart.json
 
 # TRL and this library on the same work, in turn: 20 minutes on an idle machine of 2 cores
 benchmark: $(STAMP)

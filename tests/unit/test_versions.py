@@ -4,8 +4,6 @@ import ast
 import importlib
 import inspect
 import re
-import subprocess
-import sys
 import tomllib
 import warnings
 from argparse import ArgumentParser
@@ -25,6 +23,7 @@ from online_dpo import versions
 from online_dpo.training.hf_trainer import GuardedTrainer
 from online_dpo.training.trainer import OnlineDPOTrainer
 from support import tiny, training
+from support.processes import run_python
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src/online_dpo"
@@ -179,7 +178,7 @@ def test_it_is_said_before_anything_is_imported_that_may_break(tmp_path):
     (tmp_path / "torch/__init__.py").write_text("raise ImportError('too new')")
     path = installed(tmp_path, transformers="5.99.0")
     code = f"import sys; sys.path[:0] = [{path!r}]; from online_dpo import OnlineDPOTrainer"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr
+    said = run_python("-c", code).stderr
     assert SAYS in said and said.index(SAYS) < said.index("too new")
 
 
