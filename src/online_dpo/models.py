@@ -117,6 +117,8 @@ def check_dtype(given: Any) -> Any:
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
     """The model under the wrappers of data parallelism, `torch.compile` and PEFT."""
+    if isinstance(model, PreTrainedModel) and "_orig_mod" not in vars(model):
+        return model  # nothing to take off; accelerate takes milliseconds to say so, in each forward pass
     wrapped: Any = extract_model_from_parallel(model, keep_torch_compile=False)
     return wrapped.get_base_model() if is_peft_model(wrapped) else wrapped
 
