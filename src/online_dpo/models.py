@@ -7,6 +7,7 @@ from __future__ import annotations
 import gc
 import inspect
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -117,8 +118,12 @@ def check_dtype(given: Any) -> Any:
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
     """The model under the wrappers of data parallelism, `torch.compile` and PEFT."""
-    if isinstance(model, PreTrainedModel) and "_orig_mod" not in vars(model):
-        return model  # nothing to take off; accelerate takes milliseconds to say so, in each forward pass
+    if "_orig_mod" not in vars(model):  # accelerate takes milliseconds to see these two, in each forward pass
+        if isinstance(model, PreTrainedModel):
+            return model
+        peft = sys.modules.get("peft")  # not imported: this is none of its models
+        if peft is not None and isinstance(model, peft.PeftModel):
+            return model.get_base_model()
     wrapped: Any = extract_model_from_parallel(model, keep_torch_compile=False)
     return wrapped.get_base_model() if is_peft_model(wrapped) else wrapped
 
