@@ -29,13 +29,13 @@ OLDEST_PIP := $(OLDEST_VENV)/bin/python -m pip
 NEWEST_VENV := .venv-newest
 NEWEST_STAMP := $(NEWEST_VENV)/.installed
 NEWEST_PIP := $(NEWEST_VENV)/bin/python -m pip
-TEST_TOOLS := hypothesis pytest pytest-xdist
+TEST_TOOLS := hypothesis jsonschema pytest pytest-xdist
 
 # every forward that is patched, every method of Trainer that is overridden, and all that is private elsewhere
-SEAMS := tests/unit/test_versions.py tests/unit/test_forwards.py tests/unit/test_last_layer.py tests/unit/test_logprobs.py \
-	tests/unit/test_onednn.py tests/unit/test_self_check.py tests/unit/test_decoding.py tests/unit/test_static_decoding.py \
-	tests/unit/test_transformers_engine.py tests/unit/test_mixture.py tests/unit/test_shared_scoring.py \
-	tests/unit/test_pairwise_model.py tests/unit/test_weight_sync.py tests/unit/test_weight_group.py \
+SEAMS := tests/unit/test_versions.py tests/unit/modeling/test_patching.py tests/unit/modeling/test_last_layer.py tests/unit/modeling/test_logprobs.py \
+	tests/unit/modeling/test_onednn.py tests/unit/modeling/test_forward_path.py tests/unit/rollout/builtin/test_decoding.py tests/unit/rollout/builtin/test_static_decoding.py \
+	tests/unit/rollout/builtin/test_engine.py tests/unit/rollout/builtin/test_mixture.py tests/unit/scoring/rewards/test_shared_prefix.py \
+	tests/unit/scoring/judges/test_pairwise.py tests/unit/rollout/weights/test_export.py tests/unit/rollout/weights/test_process_group.py \
 	tests/integration/test_invariants.py tests/integration/test_trainer.py
 
 .PHONY: venv quickstart test test-slow test-distributed test-e2e test-vllm test-oldest test-newest test-seams test-all figures benchmark lint format clean

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from measure import MemoryMeter
 from torch.utils.checkpoint import checkpoint
 
-from online_dpo.logprobs import chunk_size
-from online_dpo.vocabulary import LinearLogprobs, TokenLogprobs
+from online_dpo.modeling.lm_head import LinearLogprobs, TokenLogprobs
+from online_dpo.modeling.logprobs import chunk_size
 
 Way = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(hidden_MH, weight_VH, target_M) to log-probabilities (M,)."""

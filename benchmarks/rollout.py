@@ -79,8 +79,9 @@ def engine_and_sampler(name: str, shape: Shape, options: argparse.Namespace, mos
     from workloads import make_policy, make_tokenizer
 
     from online_dpo import OnlineDPOConfig
-    from online_dpo.rollout import SamplingParams, TransformersEngine
-    from online_dpo.rollout.vllm_colocate import VLLMColocateEngine
+    from online_dpo.rollout.builtin.engine import TransformersEngine
+    from online_dpo.rollout.params import SamplingParams
+    from online_dpo.rollout.vllm.colocated_engine import VLLMColocateEngine
 
     model = make_policy(shape, options.device).to(getattr(torch, options.dtype)).eval()
     tokenizer = make_tokenizer(shape)
@@ -145,7 +146,7 @@ def measure(
 
     import torch
 
-    from online_dpo.rollout import RolloutKey
+    from online_dpo.rollout.params import RolloutKey
     from online_dpo.types import Prompt
 
     rows = []

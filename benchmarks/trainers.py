@@ -205,9 +205,9 @@ def force_our_lengths(workload: Workload) -> None:
     """From now on, completions sampled in this process have the workload's lengths. Tokens are drawn as ever; then an
     end token takes the place of the last one, and any word the place of special tokens before it.
     """
-    from online_dpo.rollout import transformers_engine
+    from online_dpo.rollout.builtin import engine
 
-    class ForcedBatch(transformers_engine._Batch):
+    class ForcedBatch(engine._Batch):
         def __init__(self, prompts: Any, num_completions: int, *args: Any, **kwargs: Any) -> None:
             super().__init__(prompts, num_completions, *args, **kwargs)
             rows = [workload.row_of(prompt.token_ids[-1]) for prompt in prompts]
@@ -220,7 +220,7 @@ def force_our_lengths(workload: Workload) -> None:
                 token_B.masked_fill_(self._last_step_B[rows_B] == step, EOS)
             super().write(step, rows_B, token_B, logps_B)
 
-    transformers_engine._Batch = ForcedBatch  # pyright: ignore[reportAttributeAccessIssue]
+    engine._Batch = ForcedBatch  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _last_steps(workload: Workload, lengths: list[int], device: torch.device) -> torch.Tensor:

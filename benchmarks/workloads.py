@@ -185,7 +185,7 @@ def make_policy(shape: Shape, device: str) -> PreTrainedModel:
 
 
 def make_reward_model(shape: Shape, device: str, dtype: str) -> PreTrainedModel:
-    """A reward model of the same shape with random weights. Nobody trains it, so it is held in ``dtype``."""
+    """A reward model of the same shape with random weights. SelfPlay trains it, so it is held in ``dtype``."""
     import torch
     from transformers import Qwen2ForSequenceClassification
 

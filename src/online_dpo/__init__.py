@@ -10,18 +10,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from online_dpo.cli.progress import ProgressDisplay
-    from online_dpo.config import OnlineDPOConfig
-    from online_dpo.trainer import OnlineDPOTrainer
+    from online_dpo.cli.terminal.progress import ProgressDisplay
+    from online_dpo.config.trainer_config import OnlineDPOConfig
+    from online_dpo.training.trainer import OnlineDPOTrainer
 
 __version__ = "0.1.0"
 
 __all__ = ["OnlineDPOConfig", "OnlineDPOTrainer", "ProgressDisplay", "__version__"]
 
 _HOMES = {
-    "OnlineDPOConfig": "online_dpo.config",
-    "OnlineDPOTrainer": "online_dpo.trainer",
-    "ProgressDisplay": "online_dpo.cli.progress",
+    "OnlineDPOConfig": "online_dpo.config.trainer_config",
+    "OnlineDPOTrainer": "online_dpo.training.trainer",
+    "ProgressDisplay": "online_dpo.cli.terminal.progress",
 }
 
 

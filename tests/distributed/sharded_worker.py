@@ -17,10 +17,10 @@ from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-import tiny
-from online_dpo.logprobs import enable_logprobs, row_logprobs
-from online_dpo.models import unwrapped
-from online_dpo.packing import pack_groups
+from online_dpo.modeling.introspection import unwrapped
+from online_dpo.modeling.logprobs import enable_logprobs, row_logprobs
+from online_dpo.packing.pack import pack_groups
+from support import tiny
 
 MODELS = ("llama, tied", "qwen2, untied", "gemma2, module head", "llama, LoRA", "llama, LoRA on the head")
 WRAPPERS = ("layers and root", "accelerate", "ddp")

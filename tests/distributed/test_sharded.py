@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from online_dpo.logprobs import row_logprobs
-from online_dpo.packing import pack_groups
-from training import assert_same
+from online_dpo.modeling.logprobs import row_logprobs
+from online_dpo.packing.pack import pack_groups
+from support.training import assert_same
 
 sys.path.insert(0, str(Path(__file__).parent))
 from sharded_worker import CASES, groups, model, weighted  # noqa: E402

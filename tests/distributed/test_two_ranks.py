@@ -1,4 +1,4 @@
-"""Two real processes against one: same gradient, same metrics, same decisions (invariants 2 and 11)."""
+"""Two real processes against one: same gradient, metrics and decisions (docs/architecture.md, invariants 2 and 11)."""
 
 import math
 import os
@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import tiny
-from endpoint import says, serving, shown
-from run_files import fill_folder, write_run_file
-from training import assert_same
+from support import tiny
+from support.endpoint import says, serving, shown
+from support.run_files import fill_folder, write_run_file
+from support.training import assert_same
 
 WORKER = Path(__file__).with_name("worker.py")
 CASES = ["plain", "accumulated", "weighted", "xpo", "nash_md", "one_sided", "resampled", "stream", "uneven", "judged"]

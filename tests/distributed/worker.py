@@ -13,11 +13,11 @@ from accelerate import Accelerator
 from datasets import IterableDataset
 from transformers import TrainerCallback, TrainerState
 
-import tiny
 from online_dpo.errors import NothingTrainedError, OnlineDPOError
-from online_dpo.guard import StepGuard
-from online_dpo.scoring import LLMJudge
-from training import KeepGradient, dataset, trainer, weights
+from online_dpo.scoring.judges.llm.judge import LLMJudge
+from online_dpo.training.step_guard import StepGuard
+from support import tiny
+from support.training import KeepGradient, dataset, trainer, weights
 
 LENGTHS = (5, 9, 3, 7, 12, 4, 6, 8)
 

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from online_dpo.rollout import RolloutKey, SamplingParams, TransformersEngine, transformers_engine
+from online_dpo.rollout.builtin import engine
+from online_dpo.rollout.builtin.engine import TransformersEngine
+from online_dpo.rollout.params import RolloutKey, SamplingParams
 from online_dpo.types import Prompt
 
 ROOT = Path(__file__).parents[2]
@@ -163,7 +165,7 @@ def test_both_trainers_sample_the_lengths_asked_for(monkeypatch):
     made.lengths[3][0], made.lengths[5][1] = 64, 2
     policy, tokenizer = workloads.make_policy(shape, "cpu"), workloads.make_tokenizer(shape)
 
-    monkeypatch.setattr(transformers_engine, "_Batch", transformers_engine._Batch)  # put back afterwards
+    monkeypatch.setattr(engine, "_Batch", engine._Batch)  # put back afterwards
     trainers.force_our_lengths(made)
     prompts = [Prompt(text, tuple(ids), row) for row, (text, ids) in enumerate(zip(made.texts(), made.prompts))]  # noqa: B905
     params = SamplingParams(max_new_tokens=64, end_token_ids=(workloads.EOS,))

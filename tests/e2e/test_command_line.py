@@ -17,9 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import tiny
-from endpoint import says, serving, shown
-from online_dpo.data import transcript_to_messages
+from online_dpo.data.convert import transcript_to_messages
 from online_dpo.quickstart.comparisons import Comparison, Reply
 from online_dpo.quickstart.models import (
     build_policy_config,
@@ -30,6 +28,8 @@ from online_dpo.quickstart.models import (
     train_policy,
     train_reward_model,
 )
+from support import tiny
+from support.endpoint import says, serving, shown
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"

@@ -17,7 +17,7 @@ CELLS = (
 import signal, sys
 sys.path[:0] = {paths!r}
 from transformers import TrainerCallback
-import training
+from support import training
 
 class Stop(TrainerCallback):  # what the stop button sends
     def on_step_begin(self, args, state, control, **kwargs):

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from endpoint import says, serving, shown
 from online_dpo.quickstart.rubric import rubric
+from support.endpoint import says, serving, shown
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 RUN_FILE = "runs/quickstart/run.yaml"

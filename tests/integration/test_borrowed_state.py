@@ -1,5 +1,5 @@
-"""Invariant 14: what is borrowed comes back as it was, on errors too. Every public call leaves the policy, the user's
-other models and the process as they were, but for what it is there to change.
+"""Invariant 14 of docs/architecture.md: what is borrowed comes back as it was, on errors too. Every public call leaves
+the policy, the user's other models and the process as they were, but for what it is there to change.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForSequenceClassification
 
-import snapshots
-import tiny
 from online_dpo.cli.main import main
 from online_dpo.errors import ScoringError
-from run_files import fill_folder, write_run_file
-from training import dataset, trainer, weights, word_reward
+from support import snapshots, tiny
+from support.run_files import fill_folder, write_run_file
+from support.training import dataset, trainer, weights, word_reward
 
 PROMPTS = dataset((4, 6, 3))
 

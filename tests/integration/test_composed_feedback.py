@@ -5,13 +5,13 @@ import pytest
 import torch
 from transformers import LlamaForSequenceClassification
 
-import tiny
-from online_dpo.cli.entries import UsageError
-from online_dpo.cli.eval_plan import plan_eval
-from online_dpo.cli.run_file import plan_run
-from online_dpo.rollout import RolloutKey
-from run_files import fill_folder, trainer_of, write_run_file
-from training import LENGTHS, assert_same, dataset, gradient, trainer, weights, word_reward
+from online_dpo.cli.evaluation.plan import plan_eval
+from online_dpo.cli.runfile.entries import UsageError
+from online_dpo.cli.runfile.run_file import plan_run
+from online_dpo.rollout.params import RolloutKey
+from support import tiny
+from support.run_files import fill_folder, trainer_of, write_run_file
+from support.training import LENGTHS, assert_same, dataset, gradient, trainer, weights, word_reward
 
 ENDS = (1, 5, 6, 7, 8, 9, 10)
 """Token ids that end a completion, so that lengths differ."""

@@ -5,8 +5,8 @@ import warnings
 import pytest
 from peft import LoraConfig
 
-import tiny
-from training import dataset, trainer
+from support import tiny
+from support.training import dataset, trainer
 
 OF_PEFT = "`is_gradient_checkpointing` is deprecated"
 """PEFT 0.21 asks so while it puts an adapter around a model."""

@@ -5,11 +5,10 @@ import logging
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-import tiny
-import training
 from online_dpo import ProgressDisplay
-from online_dpo.cli.summary import describe_trainer
-from online_dpo.interrupt import Interrupt
+from online_dpo.cli.terminal.summary import describe_trainer
+from online_dpo.training.interrupt import Interrupt
+from support import tiny, training
 
 
 def test_the_display_of_a_user_takes_the_place_of_transformers_own(tmp_path, capsys):

@@ -7,13 +7,13 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import LlamaForSequenceClassification, TrainerCallback
 
-import tiny
 from online_dpo import OnlineDPOTrainer
 from online_dpo.cli.main import main
-from online_dpo.data import collate_prompts
+from online_dpo.data.collate import collate_prompts
 from online_dpo.errors import ForeignCodeError, ScoringError, UnknownTokenError
-from run_files import fill_folder, write_run_file
-from training import config, dataset, trainer, weights
+from support import tiny
+from support.run_files import fill_folder, write_run_file
+from support.training import config, dataset, trainer, weights
 
 IN_ORDER = dict(per_device_train_batch_size=4, train_sampling_strategy="sequential", max_steps=3)
 """Rows 0 to 3 in the first step, 4 to 7 in the second: what fails at row 5 fails in the second."""
@@ -98,9 +98,9 @@ class Judge:
     def __init__(self, answer):
         self.answer = answer
 
-    def prefer(self, duels):
-        values = [float(len(a.text) > len(b.text)) for a, b in (duel.completions for duel in duels)]
-        return values if duels[0].prompt.row < 4 else self.answer(values)
+    def prefer(self, comparisons):
+        values = [float(len(a.text) > len(b.text)) for a, b in (comparison.completions for comparison in comparisons)]
+        return values if comparisons[0].prompt.row < 4 else self.answer(values)
 
 
 class OldJudge:

@@ -12,10 +12,11 @@ import torch
 from datasets import Dataset
 from transformers import LlamaForSequenceClassification
 
-import tiny
 from online_dpo import OnlineDPOTrainer
-from online_dpo.rollout import RolloutKey, TransformersEngine
-from training import LENGTHS, config, dataset, trainer, word_reward
+from online_dpo.rollout.builtin.engine import TransformersEngine
+from online_dpo.rollout.params import RolloutKey
+from support import tiny
+from support.training import LENGTHS, config, dataset, trainer, word_reward
 
 PROMPTS = LENGTHS * 2
 

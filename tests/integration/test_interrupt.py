@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-import training
 from online_dpo.errors import TrainingInterrupted
-from online_dpo.interrupt import NOTICE
+from online_dpo.training.interrupt import NOTICE
+from support import training
 
 
 class PressCtrlC(TrainerCallback):

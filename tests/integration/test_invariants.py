@@ -1,4 +1,4 @@
-"""The invariants of DESIGN.md on whole optimizer steps of real, tiny models."""
+"""The invariants of docs/architecture.md, under their numbers there, on whole optimizer steps of real, tiny models."""
 
 import json
 from collections import Counter
@@ -7,13 +7,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import tiny
 from online_dpo import OnlineDPOTrainer
-from online_dpo.data import collate_prompts, prompts_from_batch
+from online_dpo.data.collate import collate_prompts, prompts_from_batch
 from online_dpo.errors import NothingTrainedError, ScoringError, TrainingDivergedError
-from online_dpo.losses import LOSSES
-from online_dpo.pairs import STRATEGIES
-from training import assert_same, config, dataset, gradient, trainer, weights, word_reward
+from online_dpo.objective.losses import LOSSES
+from online_dpo.pairing.strategies import STRATEGIES
+from support import tiny
+from support.training import assert_same, config, dataset, gradient, trainer, weights, word_reward
 
 
 def recording(calls):

@@ -6,13 +6,13 @@ from collections import Counter
 import pytest
 import torch
 
-from endpoint import Answer, error, says, serving, shown
 from online_dpo import OnlineDPOConfig
-from online_dpo.cli.judge_plan import BuiltInJudge
+from online_dpo.cli.judging.plan import BuiltInJudge
 from online_dpo.cli.train import load_judge
 from online_dpo.errors import FeedbackStopped, NothingTrainedError
-from online_dpo.scoring import LLMJudge
-from training import LENGTHS, config, dataset, trainer, word_reward
+from online_dpo.scoring.judges.llm.judge import LLMJudge
+from support.endpoint import Answer, error, says, serving, shown
+from support.training import LENGTHS, config, dataset, trainer, word_reward
 
 
 def judged(tmp_path, endpoint, cache="cache.sqlite3", settings=None, kwargs=None, **fields):

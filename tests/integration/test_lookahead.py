@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-import tiny
 from online_dpo.errors import OutOfSyncError
-from online_dpo.rollout import TransformersEngine
-from training import dataset, trainer, weights, word_reward
+from online_dpo.rollout.builtin.engine import TransformersEngine
+from support import tiny
+from support.training import dataset, trainer, weights, word_reward
 
 
 def logs(made):

@@ -8,11 +8,12 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
-import tiny
-from online_dpo.reference import AdapterOffReference
-from online_dpo.rollout import RolloutKey, TransformersEngine
+from online_dpo.modeling.reference import AdapterOffReference
+from online_dpo.rollout.builtin.engine import TransformersEngine
+from online_dpo.rollout.params import RolloutKey
 from online_dpo.types import Completion
-from training import LENGTHS, assert_same, config, dataset, gradient, trainer, weights, word_reward
+from support import tiny
+from support.training import LENGTHS, assert_same, config, dataset, gradient, trainer, weights, word_reward
 
 LORA = dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 XPO = dict(method="xpo", xpo_alpha=0.01)
@@ -37,8 +38,8 @@ class Longer:
 
     name = "longer"
 
-    def prefer(self, duels):
-        made = [word_reward([c.text for c in duel.completions]) for duel in duels]
+    def prefer(self, comparisons):
+        made = [word_reward([c.text for c in comparison.completions]) for comparison in comparisons]
         return [float(1 / (1 + np.exp(b - a))) for a, b in made]
 
 
@@ -188,8 +189,8 @@ def test_gradients_are_those_of_the_formulas_worked_out_one_sequence_at_a_time(t
             mine, other = logp(policy, prompt, own_ids), logp(policy, prompt, their_ids)
             ratio = mine - logp(reference, prompt, own_ids).detach()
             if name == "nash_md":
-                chance = torch.sigmoid(torch.tensor(a - b))
-                losses.append(-(chance - 0.5 - 0.05 * ratio.detach()) * mine)
+                probability = torch.sigmoid(torch.tensor(a - b))
+                losses.append(-(probability - 0.5 - 0.05 * ratio.detach()) * mine)
             elif a != b:
                 h = ratio - (other - logp(reference, prompt, their_ids).detach())
                 losses.append(-torch.nn.functional.logsigmoid(0.05 * (h if a > b else -h)) + 0.01 * other)

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-import training
-from online_dpo.figures import in_order
+from online_dpo.training.display.figures import in_order
+from support import training
 
 
 def near(expected):

@@ -8,12 +8,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import TrainerCallback
 
-import run_files
-import tiny
-from online_dpo.cli.run_file import plan_run
+from online_dpo.cli.runfile.run_file import plan_run
 from online_dpo.cli.train import train
 from online_dpo.errors import NothingTrainedError
-from training import config, dataset, trainer, weights
+from support import run_files, tiny
+from support.training import config, dataset, trainer, weights
 
 LORA = dict(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 NOWHERE = "org/that-is-nowhere"
@@ -244,7 +243,7 @@ def test_the_share_of_changed_weights_is_measured(tmp_path, caplog, half):
 
 
 def test_a_sample_of_a_larger_model_tells_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr("online_dpo.updates.SAMPLE", 2000)
+    monkeypatch.setattr("online_dpo.training.update_ratio.SAMPLE", 2000)
     watch = Watch()
     made = trainer(tmp_path, model=model().bfloat16(), learning_rate=1e-5, max_steps=2, kwargs={"callbacks": [watch]})
     made.train()

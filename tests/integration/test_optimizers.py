@@ -7,8 +7,8 @@ import torch
 from transformers import TrainerCallback
 from transformers.training_args import OptimizerNames
 
-import tiny
-from training import trainer, weights
+from support import tiny
+from support.training import trainer, weights
 
 WORKING = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")
 REFUSED = {

@@ -5,14 +5,15 @@ import random
 import pytest
 import torch
 
-import tiny
-from endpoint import duel
-from online_dpo.scoring import FunctionJudge, PairwiseModelJudge
-from online_dpo.scoring.duel_reader import padded
-from online_dpo.scoring.pairrm import DebertaV2PairRM
-from pairwise_folders import pairrm_folder, pairrm_tokenizer
-from run_files import fill_folder, trainer_of, write_run_file
-from training import trainer as in_python
+from online_dpo.scoring.judges.adapters import FunctionJudge
+from online_dpo.scoring.judges.pairwise.judge import PairwiseModelJudge
+from online_dpo.scoring.judges.pairwise.pairrm import DebertaV2PairRM
+from online_dpo.scoring.judges.pairwise.reader import padded
+from support import tiny
+from support.endpoint import comparison
+from support.pairwise_folders import pairrm_folder, pairrm_tokenizer
+from support.run_files import fill_folder, trainer_of, write_run_file
+from support.training import trainer as in_python
 
 FEEDBACK = """
 def words(text):
@@ -59,7 +60,7 @@ def learn(folder, steps=100):
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(steps):
         batch = random_duels(32, rng)
-        log_odds = model(*padded(reader.token_ids([duel(a, b, prompt=p) for p, a, b in batch]), 0, model.device))
+        log_odds = model(*padded(reader.token_ids([comparison(a, b, prompt=p) for p, a, b in batch]), 0, model.device))
         label = torch.tensor([float(words(a) > words(b)) for _, a, b in batch])
         loss = torch.nn.functional.binary_cross_entropy_with_logits(log_odds, label)
         optimizer.zero_grad()
@@ -75,7 +76,7 @@ def test_a_policy_learns_what_pairrm_has_learned(folder):
     made = trainer(folder, judge="house", judge_kwargs={"batch_size": 32}, eval_strategy="steps", eval_steps=6, **gold)
     assert isinstance(made.judge, PairwiseModelJudge) and made.judge.name == "house"
     asked = random_duels(200, random.Random(1))
-    told = made.judge.prefer([duel(a, b, prompt=p) for p, a, b in asked])
+    told = made.judge.prefer([comparison(a, b, prompt=p) for p, a, b in asked])
     assert sum((p > 0.5) == (words(a) > words(b)) for p, (_, a, b) in zip(told, asked, strict=True)) > 180
     made.judge.drain()
     made.train()
@@ -100,7 +101,7 @@ def test_the_folder_of_a_pairwise_model_in_python(tmp_path):
 
     def preferences(judge):
         made = in_python(tmp_path, reward_funcs=None, kwargs={"judge": judge}, num_completions=2)
-        return made.judge.prefer([duel("w1 w2", "w3"), duel("w4", "w5 w6")])
+        return made.judge.prefer([comparison("w1 w2", "w3"), comparison("w4", "w5 w6")])
 
     named = preferences(str(tmp_path / "house"))
     assert named == preferences(PairwiseModelJudge.load(str(tmp_path / "house"))) and named[0] != 0.5

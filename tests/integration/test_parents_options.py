@@ -15,9 +15,9 @@ from transformers import (
     TrainerCallback,
 )
 
-import tiny
-from online_dpo.layout import PADDING
-from training import assert_same, config, dataset, gradient, trainer, weights
+from online_dpo.packing.prefix_tree import PADDING
+from support import tiny
+from support.training import assert_same, config, dataset, gradient, trainer, weights
 
 PROMPTS = dataset((4, 6, 3, 5, 2))
 

@@ -9,9 +9,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
-import tiny
-from online_dpo.precision import check_precision, hold_linears
-from training import config, trainer, weights
+from online_dpo.modeling.precision import check_precision, hold_linears
+from support import tiny
+from support.training import config, trainer, weights
 
 DEFAULT_RATE = 5e-7
 LORA = dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")

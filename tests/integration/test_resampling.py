@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-import tiny
 from online_dpo.errors import NothingTrainedError, ScoringError
-from online_dpo.pairs import latest
-from online_dpo.rollout import RolloutKey, TransformersEngine
-from training import LENGTHS, assert_same, config, dataset, gradient, trainer, weights
+from online_dpo.pairing.rounds import latest
+from online_dpo.rollout.builtin.engine import TransformersEngine
+from online_dpo.rollout.params import RolloutKey
+from support import tiny
+from support.training import LENGTHS, assert_same, config, dataset, gradient, trainer, weights
 
 
 def coin(completions, **_):
@@ -148,9 +149,9 @@ def test_a_judge_is_asked_about_the_further_answers_and_its_duels_are_counted(tm
     class Undecided:
         name = "undecided"
 
-        def prefer(self, duels):
-            asked.append(len(duels))
-            chances = [coin([completion.text for completion in duel.completions]) for duel in duels]
+        def prefer(self, comparisons):
+            asked.append(len(comparisons))
+            chances = [coin([completion.text for completion in comparison.completions]) for comparison in comparisons]
             return [None if a == b == 0 else (1 + a - b) / 2 for a, b in chances]
 
     options = dict(reward_funcs=None, kwargs={"judge": Undecided()}, per_device_train_batch_size=12)

@@ -2,10 +2,10 @@
 
 import pytest
 
-from online_dpo.data import load_prompts
-from online_dpo.losses import LOSSES
-from online_dpo.pairs import STRATEGIES
-from run_files import fill_folder, trainer_of, write_run_file
+from online_dpo.data.load import load_prompts
+from online_dpo.objective.losses import LOSSES
+from online_dpo.pairing.strategies import STRATEGIES
+from support.run_files import fill_folder, trainer_of, write_run_file
 
 REWARD = r"""
 def count_words(completions, **_):

@@ -12,14 +12,14 @@ from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, 
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, TrainerCallback
 
-import tiny
 from online_dpo import OnlineDPOConfig, OnlineDPOTrainer
-from online_dpo.data import prompts_from_batch
+from online_dpo.data.collate import prompts_from_batch
 from online_dpo.errors import InvalidPromptError, RolloutServerError, ScoringError
-from online_dpo.reference import AdapterOffReference, SyncedReference
-from online_dpo.rollout import RolloutKey
+from online_dpo.modeling.reference import AdapterOffReference, SyncedReference
+from online_dpo.rollout.params import RolloutKey
 from online_dpo.types import Scores
-from training import LENGTHS, config, dataset, gradient, trainer, weights, word_reward
+from support import tiny
+from support.training import LENGTHS, config, dataset, gradient, trainer, weights, word_reward
 
 
 def train_logs(made):
@@ -580,7 +580,7 @@ def test_a_stream_without_max_steps_or_with_a_beta_for_each_epoch_is_refused(tmp
 
 
 def test_an_own_collator_may_reorder_but_not_lose_columns(tmp_path):
-    from online_dpo.data import collate_prompts
+    from online_dpo.data.collate import collate_prompts
 
     made = trainer(tmp_path, kwargs={"data_collator": lambda rows: collate_prompts(rows[::-1])})
     made.train()

@@ -10,11 +10,11 @@ from transformers import LlamaForSequenceClassification
 from trl.experimental.online_dpo import OnlineDPOConfig as TRLConfig
 from trl.experimental.online_dpo import OnlineDPOTrainer as TRLTrainer
 
-import tiny
-from online_dpo.packing import pack_pairs
-from online_dpo.pairs import pairs_from_scores
+from online_dpo.packing.pack import pack_pairs
+from online_dpo.pairing.select import pairs_from_scores
 from online_dpo.types import Scores
-from training import config, trainer
+from support import tiny
+from support.training import config, trainer
 
 PROMPT_LENGTHS = (4, 9, 6, 3)
 COMPLETIONS = [

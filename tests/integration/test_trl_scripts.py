@@ -12,8 +12,8 @@ import pytest
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
 import online_dpo
-import tiny
-from training import config, dataset, trainer, word_reward
+from support import tiny
+from support.training import config, dataset, trainer, word_reward
 
 ONLINE_DPO = """
 import json

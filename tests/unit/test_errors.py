@@ -9,9 +9,9 @@ from contextlib import suppress
 
 import pytest
 
-import tiny
 from online_dpo.errors import error_text, named_error
-from online_dpo.scoring import LLMJudge
+from online_dpo.scoring.judges.llm.judge import LLMJudge
+from support import tiny
 
 
 def raised_from(error, cause):
@@ -55,8 +55,8 @@ def test_a_connection_that_is_cut_off_has_a_cause():
         threading.Thread(target=cut_off, args=(server,), daemon=True).start()
         url = f"http://127.0.0.1:{server.getsockname()[1]}/v1"
         judge = LLMJudge(model="m", base_url=url, attempts=1)
-        duel = tiny.group(tiny.prompts([3])[0], [[5, 6], [7, 8]])
-        assert judge.prefer([duel]) == [None]
+        comparison = tiny.group(tiny.prompts([3])[0], [[5, 6], [7, 8]])
+        assert judge.prefer([comparison]) == [None]
         server.shutdown(socket.SHUT_RDWR)
     found = re.search(r"no connection to http://127\.0\.0\.1:\d+/v1: (.+)", judge.last_failure)
     assert found and found[1].startswith("ReadError"), judge.last_failure

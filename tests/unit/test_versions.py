@@ -21,12 +21,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-import tiny
-import training
 from online_dpo import versions
-from online_dpo.feedback_trainer import FeedbackTrainer
-from online_dpo.guarded_trainer import GuardedTrainer
-from online_dpo.trainer import OnlineDPOTrainer
+from online_dpo.training.feedback_trainer import FeedbackTrainer
+from online_dpo.training.hf_trainer import GuardedTrainer
+from online_dpo.training.trainer import OnlineDPOTrainer
+from support import tiny, training
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src/online_dpo"
@@ -176,7 +175,7 @@ def test_it_is_said_before_anything_is_imported_that_may_break(tmp_path):
 
 
 def test_the_command_says_it_too(tmp_path, capsys, monkeypatch):
-    from online_dpo.cli.planning import planned
+    from online_dpo.cli.runfile.planning import planned
 
     monkeypatch.syspath_prepend(installed(tmp_path, transformers="5.99.0"))
     assert planned(["--x"], usage="", help=str, plan=lambda file, words: None, run=lambda *given: 0) == 0

@@ -9,14 +9,16 @@ from dataclasses import dataclass, field
 
 import pytest
 
-import vllm_tools
+from support import vllm_tools
 
 os.environ.update(vllm_tools.ENVIRONMENT)
 
-import tiny
-from online_dpo.rollout import Engine, TransformersEngine, vllm_client
-from online_dpo.rollout.vllm_colocate import VLLMColocateEngine
-from online_dpo.rollout.vllm_server import VLLMServerEngine
+from online_dpo.rollout.builtin.engine import TransformersEngine
+from online_dpo.rollout.engine import Engine
+from online_dpo.rollout.vllm import client
+from online_dpo.rollout.vllm.colocated_engine import VLLMColocateEngine
+from online_dpo.rollout.vllm.server_engine import VLLMServerEngine
+from support import tiny
 
 OPTIONS = {"enforce_eager": True, "block_size": vllm_tools.BLOCK}
 KINDS = ("transformers", "colocate", "server")
@@ -44,7 +46,7 @@ class Setting:
 def short_pauses():
     """A server on one machine is soon there: to look for it every 5 seconds would cost some at each start."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vllm_client, "LONGEST_PAUSE", 0.5)
+        patch.setattr(client, "LONGEST_PAUSE", 0.5)
         yield
 
 

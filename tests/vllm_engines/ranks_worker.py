@@ -12,13 +12,12 @@ from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-import tiny
-import vllm_tools
 from online_dpo.errors import RolloutServerError
-from online_dpo.rollout import RolloutKey, SamplingParams
-from online_dpo.rollout.vllm_client import VLLMClient
-from online_dpo.rollout.vllm_colocate import VLLMColocateEngine
-from online_dpo.rollout.vllm_server import VLLMServerEngine
+from online_dpo.rollout.params import RolloutKey, SamplingParams
+from online_dpo.rollout.vllm.client import VLLMClient
+from online_dpo.rollout.vllm.colocated_engine import VLLMColocateEngine
+from online_dpo.rollout.vllm.server_engine import VLLMServerEngine
+from support import tiny, vllm_tools
 
 FAMILY = "qwen2-tied"
 KEY = RolloutKey(seed=3, step=5)

@@ -3,11 +3,10 @@
 import pytest
 from peft import LoraConfig, get_peft_model
 
-import tiny
-import vllm_tools
-from online_dpo.rollout import RolloutKey, SamplingParams
-from online_dpo.rollout.vllm_server import VLLMServerEngine
-from vllm_training import check, train
+from online_dpo.rollout.params import RolloutKey, SamplingParams
+from online_dpo.rollout.vllm.server_engine import VLLMServerEngine
+from support import tiny, vllm_tools
+from support.vllm_training import check, train
 
 FAMILY = "qwen2-tied"
 KEY = RolloutKey(seed=3, step=5)

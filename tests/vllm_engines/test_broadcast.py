@@ -7,13 +7,14 @@ import time
 import pytest
 import torch
 
-import tiny
-import vllm_tools
 from online_dpo.errors import RolloutServerError
-from online_dpo.rollout import RolloutKey, SamplingParams, vllm_broadcast, weight_group
-from online_dpo.rollout.vllm_server import VLLMServerEngine
-from online_dpo.rollout.weight_group import WeightGroup
-from online_dpo.rollout.weight_sync import named_weights
+from online_dpo.rollout.params import RolloutKey, SamplingParams
+from online_dpo.rollout.vllm import broadcast
+from online_dpo.rollout.vllm.server_engine import VLLMServerEngine
+from online_dpo.rollout.weights import process_group
+from online_dpo.rollout.weights.export import named_weights
+from online_dpo.rollout.weights.process_group import WeightGroup
+from support import tiny, vllm_tools
 
 FAMILY = "qwen2-tied"
 KEY = RolloutKey(seed=3, step=5)
@@ -31,7 +32,7 @@ def others(server_of, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small_buckets(monkeypatch):
-    monkeypatch.setattr(weight_group, "BUCKET_BYTES", 100_000)
+    monkeypatch.setattr(process_group, "BUCKET_BYTES", 100_000)
 
 
 def connect(*urls, timeout=120.0, **fields):
@@ -127,10 +128,10 @@ def test_a_trainer_that_fails_in_the_midst_of_a_transfer_leaves_a_server_that_ta
                 raise ValueError("a weight that cannot be merged")
             yield name, tensor
 
-    monkeypatch.setattr(weight_group, "BUCKET_BYTES", 1)
+    monkeypatch.setattr(process_group, "BUCKET_BYTES", 1)
     first, model = connect(server.url), vllm_tools.policy(FAMILY)
     with monkeypatch.context() as patch:
-        patch.setattr(vllm_broadcast, "named_weights", broken)
+        patch.setattr(broadcast, "named_weights", broken)
         with pytest.raises(ValueError, match="cannot be merged"):
             first.sync(model, 1)
     second = connect(server.url)
@@ -145,7 +146,7 @@ def test_weights_that_the_server_does_not_know_are_not_sent_again_and_again(serv
     started = time.monotonic()
     with monkeypatch.context() as patch:
         unknown = [*named_weights(model), ("model.layers.0.nonsense.weight", torch.zeros(3))]
-        patch.setattr(vllm_broadcast, "named_weights", lambda model: iter(unknown))
+        patch.setattr(broadcast, "named_weights", lambda model: iter(unknown))
         with pytest.raises(RolloutServerError, match="collective_rpc failed: 500 .*nonsense"):
             engine.sync(model, 1)
     assert time.monotonic() - started < 20

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-import tiny
-import vllm_tools
-from online_dpo.rollout import RolloutKey, SamplingParams
-from online_dpo.rollout.vllm_colocate import VLLMColocateEngine, engine_options
+from online_dpo.rollout.params import RolloutKey, SamplingParams
+from online_dpo.rollout.vllm.colocated_engine import VLLMColocateEngine, engine_options
+from support import tiny, vllm_tools
 
 OPTIONS = {"enforce_eager": True, "block_size": vllm_tools.BLOCK}
 KEY = RolloutKey(seed=3, step=5)

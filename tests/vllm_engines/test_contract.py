@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-import tiny
-import vllm_tools
-from online_dpo.rollout import RolloutKey, SamplingParams, TransformersEngine
+from online_dpo.rollout.builtin.engine import TransformersEngine
+from online_dpo.rollout.params import RolloutKey, SamplingParams
+from support import tiny, vllm_tools
 
 KEY = RolloutKey(seed=3, step=5)
 PARAMS = SamplingParams(max_new_tokens=14, end_token_ids=(tiny.EOS, tiny.END, 9, 17))

@@ -6,21 +6,24 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-import vllm_judge
-from endpoint import duel
 from online_dpo.errors import FeedbackStopped
-from online_dpo.scoring import LLMJudge, judge_client
-from online_dpo.scoring.judge_prompts import GENERAL_RUBRIC, TEMPLATE_TEXTS, Template
-from training import trainer
+from online_dpo.scoring.judges.llm import client
+from online_dpo.scoring.judges.llm.judge import LLMJudge
+from online_dpo.scoring.judges.llm.prompts import GENERAL_RUBRIC, TEMPLATE_TEXTS, Template
+from support import vllm_judge
+from support.endpoint import comparison
+from support.training import trainer
 
-DUELS = [duel(a, b) for a, b in (("w1 w2", "w3 w4"), ("w5", "w6 w7 w8"), ("w9 w9", "w10"), ("é", "<<<"), ("", "w11"))]
+DUELS = [
+    comparison(a, b) for a, b in (("w1 w2", "w3 w4"), ("w5", "w6 w7 w8"), ("w9 w9", "w10"), ("é", "<<<"), ("", "w11"))
+]
 STANDS = 300  # seconds until a server is up, at most
 
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
     """A server on one machine is soon back."""
-    monkeypatch.setattr(judge_client, "LONGEST_PAUSE", 2.0)
+    monkeypatch.setattr(client, "LONGEST_PAUSE", 2.0)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +53,7 @@ def chance_of_a(model, first, second):
 
 @pytest.fixture(scope="module")
 def expected():
-    """For each duel the chance of A in the given order and in the other one; and all tokens of the questions."""
+    """For each comparison the chance of A in the given order and in the other one; and all tokens of the questions."""
     model, chances, tokens = vllm_judge.model(), [], 0
     for one in DUELS:
         texts = [completion.text for completion in one.completions]
@@ -93,7 +96,7 @@ def test_votes_approach_the_probability(server, expected):
 
 def test_what_the_server_does_not_take(server):
     judge = judge_of(server, max_failure_share=1.0)
-    assert judge.prefer([duel("w1 " * 800, "w2")]) == [None]
+    assert judge.prefer([comparison("w1 " * 800, "w2")]) == [None]
     assert judge.metrics()["judge/failed"] == 2 and "context length" in judge.last_failure
     with pytest.raises(FeedbackStopped, match="nobody"):
         LLMJudge(model="nobody", base_url=f"{server.url}/v1", cache=None).prefer(DUELS)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import vllm_tools
+from support import vllm_tools
 
 WORKER = Path(__file__).with_name("ranks_worker.py")
 

@@ -7,12 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-import tiny
-import vllm_tools
 from online_dpo.errors import RolloutServerError
-from online_dpo.rollout import RolloutKey, SamplingParams
-from online_dpo.rollout.vllm_client import VLLMClient
-from online_dpo.rollout.vllm_server import VLLMServerEngine
+from online_dpo.rollout.params import RolloutKey, SamplingParams
+from online_dpo.rollout.vllm.client import VLLMClient
+from online_dpo.rollout.vllm.server_engine import VLLMServerEngine
+from support import tiny, vllm_tools
 
 FAMILY = "qwen2-tied"
 KEY = RolloutKey(seed=3, step=5)
@@ -39,8 +38,8 @@ def versions(groups):
 
 @pytest.mark.parametrize("transfer", ["file", "http"])
 def test_weights_arrive_as_files_or_over_http(server, model, transfer, monkeypatch):
-    monkeypatch.setattr("online_dpo.rollout.vllm_server.CHUNK_BYTES", 50_000)
-    monkeypatch.setattr("online_dpo.rollout.weight_sync.SHARD_BYTES", 200_000)
+    monkeypatch.setattr("online_dpo.rollout.vllm.server_engine.CHUNK_BYTES", 50_000)
+    monkeypatch.setattr("online_dpo.rollout.weights.export.SHARD_BYTES", 200_000)
     engine = connect(server.url, vllm_weight_transfer=transfer)
     for version in (1, 2):
         vllm_tools.change_weights(model, version)

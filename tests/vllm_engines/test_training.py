@@ -3,9 +3,9 @@
 import pytest
 from transformers import TrainerCallback
 
-import vllm_tools
 from online_dpo.errors import OutOfSyncError, RolloutServerError
-from vllm_training import RestartServer, check, train
+from support import vllm_tools
+from support.vllm_training import RestartServer, check, train
 
 FAMILY = "qwen2-tied"
 
@@ -73,11 +73,11 @@ def test_a_server_that_forgets_to_load_is_found(tmp_path, served):
 
 
 def test_in_process(tmp_path, monkeypatch):
-    from online_dpo.rollout import vllm_colocate
+    from online_dpo.rollout.vllm import colocated_engine
 
-    options = vllm_colocate.engine_options
+    options = colocated_engine.engine_options
     monkeypatch.setattr(
-        vllm_colocate, "engine_options", lambda *given: {**options(*given), "enforce_eager": True, "block_size": 32}
+        colocated_engine, "engine_options", lambda *given: {**options(*given), "enforce_eager": True, "block_size": 32}
     )
     engines = []
     check(train(tmp_path, prepare=lambda made: engines.append(made.engine), sync_check_steps=1))

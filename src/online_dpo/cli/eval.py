@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from online_dpo.cli.eval_plan import EvalPlan, plan_eval
-from online_dpo.cli.help import EVAL_USAGE, eval_help
-from online_dpo.cli.planning import planned
+from online_dpo.cli.evaluation.plan import EvalPlan, plan_eval
+from online_dpo.cli.runfile.help import EVAL_USAGE, eval_help
+from online_dpo.cli.runfile.planning import planned
 
 
 def evaluate(words: Sequence[str]) -> int:
@@ -15,6 +15,6 @@ def evaluate(words: Sequence[str]) -> int:
 
 
 def _run(plan: EvalPlan, words: list[str], show_traceback: bool) -> int:
-    from online_dpo.cli.eval_run import run_evaluation
+    from online_dpo.cli.evaluation.report import run_evaluation
 
     return run_evaluation(plan, show_traceback=show_traceback)

@@ -11,13 +11,13 @@ from typing import Any
 
 import yaml
 
-from online_dpo.cli.entries import UsageError
-from online_dpo.cli.judge_file import read_pairs
-from online_dpo.cli.judge_plan import BuiltInJudge, plan_pairwise_model
+from online_dpo.cli.judging.pairs_file import read_pairs
+from online_dpo.cli.judging.plan import BuiltInJudge, plan_pairwise_model
 from online_dpo.cli.parser import OneLineParser, with_hyphens
-from online_dpo.cli.run_file import judge_of_run
-from online_dpo.cli.schema import PACKAGE, FieldSpec, read_class
-from online_dpo.judge_settings import INCONSISTENT, ORDERS, JudgeSettings
+from online_dpo.cli.runfile.entries import UsageError
+from online_dpo.cli.runfile.run_file import judge_of_run
+from online_dpo.cli.runfile.schema import FieldSpec, read_fields_of
+from online_dpo.config.llm_judge import INCONSISTENT, ORDERS, JudgeSettings
 
 KINDS = {"str": str, "int": int, "float": float}
 CHOICES = {"order": ORDERS, "inconsistent": INCONSISTENT}
@@ -76,7 +76,7 @@ def judge(words: Sequence[str]) -> int:
     except ValueError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
-    from online_dpo.cli.judge_run import judge_pairs
+    from online_dpo.cli.judging.report import judge_pairs
 
     return judge_pairs(pairs, chosen, output)
 
@@ -164,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
         help="further fields of each request: '{seed: 0}'; null leaves one out: '{max_tokens: null, "
         "max_completion_tokens: 2000}' for models that know only the other name",
     )
-    for spec in read_class(PACKAGE / "judge_settings.py", "JudgeSettings", group="").values():
+    for spec in read_fields_of("online_dpo.config.llm_judge", "JudgeSettings").values():
         if spec.name not in NO_OPTION:
             _add_option(parser, spec)
     return parser

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from online_dpo import __version__
 from online_dpo.cli.parser import OneLineParser, with_hyphens
-from online_dpo.processes import why_not_alone
+from online_dpo.distributed.processes import why_not_alone
 
 WRONG_INPUT = 2
-COMMANDS = ("train", "eval", "judge", "serve", "quickstart")
+COMMANDS = ("train", "eval", "judge", "serve", "quickstart", "schema")
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 IN_ONE_PROCESS = ("eval", "judge", "quickstart")
 
@@ -38,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from online_dpo.cli.eval import evaluate
 
             return evaluate(words[1:])
+        if words[:1] == ["schema"]:
+            from online_dpo.cli.runfile.json_schema import print_schema
+
+            return print_schema(words[1:])
         if words[:1] != ["quickstart"]:
             if words and words[0] not in ("-h", "--help", "--version"):
                 print(f"error: {_no_command(words[0])}", file=sys.stderr)
@@ -78,6 +82,7 @@ def _parser() -> OneLineParser:
     commands.add_parser(
         "quickstart", help="train a tiny model on embedded data, offline, on any computer", add_help=False
     )
+    commands.add_parser("schema", help="print a JSON Schema of run files, for editors", add_help=False)
     return parser
 
 
@@ -96,11 +101,11 @@ def _quickstart_parser() -> OneLineParser:
 
 def _train(words: Sequence[str]) -> int:
     """Check the run; only then import what trains it."""
-    from online_dpo.cli.header import INDENT, describe_plan, is_first_process
-    from online_dpo.cli.help import USAGE, train_help
-    from online_dpo.cli.planning import planned
-    from online_dpo.cli.run_file import RunPlan, plan_run
-    from online_dpo.cli.screen import say
+    from online_dpo.cli.runfile.help import USAGE, train_help
+    from online_dpo.cli.runfile.planning import planned
+    from online_dpo.cli.runfile.run_file import RunPlan, plan_run
+    from online_dpo.cli.terminal.header import INDENT, describe_plan, is_first_process
+    from online_dpo.cli.terminal.screen import say
 
     def run(plan: RunPlan, words: list[str], show_traceback: bool) -> int:
         for warning in plan.warnings:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping
 from typing import NoReturn
 
-from online_dpo.names_elsewhere import hint_for
+from online_dpo.config.names_elsewhere import hint_for
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from online_dpo.cli.planning import say_untested_versions
+from online_dpo.cli.runfile.planning import say_untested_versions
 
 
 def quickstart(output_dir: Path, seed: int) -> int:
@@ -15,7 +15,7 @@ def quickstart(output_dir: Path, seed: int) -> int:
         return 2
     say_untested_versions()
     print("Loading torch and transformers")
-    from online_dpo.cli.progress import ProgressDisplay, no_progress_bars
+    from online_dpo.cli.terminal.progress import ProgressDisplay, no_progress_bars
     from online_dpo.quickstart.run import run_quickstart
 
     with no_progress_bars():

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from online_dpo.cli.parser import OneLineParser, with_hyphens
-from online_dpo.requirements import FLAGS
+from online_dpo.config.requirements import FLAGS
 
-EXTENSION = "online_dpo.rollout.vllm_worker.WeightUpdates"
+EXTENSION = "online_dpo.rollout.vllm.worker.WeightUpdates"
 PASSED_ON = {
     "--host": (str, "address to listen on; the server lets anybody who reaches it replace its weights"),
     "--port": (int, "port to listen on"),

@@ -11,20 +11,21 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from online_dpo.cli.header import INDENT
-from online_dpo.cli.judge_plan import BuiltInJudge
-from online_dpo.cli.progress import ProgressDisplay, no_progress_bars, plain_warnings
-from online_dpo.cli.references import Reference, load_reference
-from online_dpo.cli.run_config import RunConfig
-from online_dpo.cli.run_file import RunPlan
-from online_dpo.cli.screen import say
-from online_dpo.cli.summary import describe_trainer, places
-from online_dpo.config import OnlineDPOConfig
-from online_dpo.data import load_prompts
+from online_dpo.cli.judging.plan import BuiltInJudge
+from online_dpo.cli.runfile.references import Reference, load_reference
+from online_dpo.cli.runfile.run_config import RunConfig
+from online_dpo.cli.runfile.run_file import RunPlan
+from online_dpo.cli.terminal.header import INDENT
+from online_dpo.cli.terminal.progress import ProgressDisplay, no_progress_bars, plain_warnings
+from online_dpo.cli.terminal.screen import say
+from online_dpo.cli.terminal.summary import describe_trainer, places
+from online_dpo.config.trainer_config import OnlineDPOConfig
+from online_dpo.data.load import load_prompts
 from online_dpo.errors import NothingTrainedError, OnlineDPOError, TrainingInterrupted, error_text, named_error
 from online_dpo.foreign import loading
-from online_dpo.scoring import LLMJudge, PairwiseModelJudge
-from online_dpo.trainer import OnlineDPOTrainer
+from online_dpo.scoring.judges.llm.judge import LLMJudge
+from online_dpo.scoring.judges.pairwise.judge import PairwiseModelJudge
+from online_dpo.training.trainer import OnlineDPOTrainer
 
 SETUP_ERRORS = (Exception,)
 """What wrong input ends in. Libraries have kinds of their own for a file that cannot be read, a hub that cannot be

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from online_dpo.config import OnlineDPOConfig
+from online_dpo.config.trainer_config import OnlineDPOConfig
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def cut_message(name: str, cut: int, total: int, args: OnlineDPOConfig) -> str:
     )
 
 
-class SayCutPrompts(TrainerCallback):
+class CutPromptsCallback(TrainerCallback):
     """Says once, of a stream, that some of its prompts are cut."""
 
     def __init__(self, name: str) -> None:

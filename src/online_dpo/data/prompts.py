@@ -16,13 +16,13 @@ from typing import Any, Literal
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from online_dpo.config import OnlineDPOConfig
+from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.data.convert import PromptSource, UnusablePrompt, find_source, without_nulls
 from online_dpo.data.cut import cut_message
 from online_dpo.data.json_columns import dataset_from_rows, json_columns_of, reading_json
 from online_dpo.data.tokens import fit_messages, fit_text
+from online_dpo.distributed.process_state import kept_environment
 from online_dpo.errors import InvalidPromptError
-from online_dpo.process_state import kept_environment
 from online_dpo.types import Message
 
 logger = logging.getLogger(__name__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -18,21 +19,25 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from online_dpo.chance import preference_by_score
-from online_dpo.conclusions import comparison_conclusion
-from online_dpo.config import OnlineDPOConfig
-from online_dpo.data import load_prompts, prepare_prompts, prompts_from_batch
-from online_dpo.evaluate import win_rate
+from online_dpo.config.trainer_config import OnlineDPOConfig
+from online_dpo.data.collate import prompts_from_batch
+from online_dpo.data.load import load_prompts
+from online_dpo.data.prompts import prepare_prompts
+from online_dpo.evaluation.conclusions import comparison_conclusion
 from online_dpo.quickstart.artifacts import build
 from online_dpo.quickstart.language import sample_requests
 from online_dpo.quickstart.models import FULL, QuickstartSize, reward_model_accuracy
 from online_dpo.quickstart.rubric import is_right, rubric
-from online_dpo.rollout import RolloutKey, SamplingParams, Stream, TransformersEngine
-from online_dpo.scoring import RewardModelScorer, load_reward_model
-from online_dpo.trainer import OnlineDPOTrainer
+from online_dpo.rollout.builtin.engine import TransformersEngine
+from online_dpo.rollout.params import RolloutKey, SamplingParams, Stream
+from online_dpo.scoring.rewards.model import RewardModelScorer, load_reward_model
+from online_dpo.stats.intervals import win_rate
+from online_dpo.stats.preference import preference_by_score
+from online_dpo.training.trainer import OnlineDPOTrainer
 from online_dpo.types import Group, Prompt
 
 RUN_FILE = Path(__file__).with_name("run.yaml")
+SCHEMA = Path(__file__).parents[1] / "run.schema.json"
 DEFAULT_OUTPUT = Path("runs/quickstart")
 PROMPTS_FOR_KL = 200
 PLACES = (
@@ -142,10 +147,15 @@ def training_settings() -> dict[str, Any]:
 
 
 def write_run_file(output_dir: Path) -> Path:
-    """``run.yaml`` in the folder of a quickstart: the same run for ``online-dpo train``."""
+    """``run.yaml`` in the folder of a quickstart: the same run for ``online-dpo train``.
+
+    The schema that its first line names for editors is copied beside it: a path into the package would break with the
+    environment, and an address would need the network.
+    """
     file = output_dir / "run.yaml"
-    text = RUN_FILE.read_text(encoding="utf-8")
+    text = RUN_FILE.read_text(encoding="utf-8").replace(f"../{SCHEMA.name}", SCHEMA.name)
     file.write_text(text.replace(str(DEFAULT_OUTPUT), str(output_dir)), encoding="utf-8")
+    shutil.copyfile(SCHEMA, output_dir / SCHEMA.name)
     return file
 
 

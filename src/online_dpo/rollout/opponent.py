@@ -7,9 +7,9 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Protocol
 
-from online_dpo.rollout.engine import RolloutKey, SamplingParams
-from online_dpo.rollout.mixture import Lender
-from online_dpo.rollout.transformers_engine import TransformersEngine
+from online_dpo.rollout.builtin.engine import TransformersEngine
+from online_dpo.rollout.builtin.mixture import ModelContext
+from online_dpo.rollout.params import RolloutKey, SamplingParams
 from online_dpo.types import Author, Completion, Group, Prompt
 
 
@@ -28,7 +28,7 @@ class Opponent(Protocol):
         ...
 
 
-class Nobody:
+class SelfPlay:
     """The policy's completions are compared with each other."""
 
     completions = 0
@@ -50,8 +50,8 @@ class ModelOpponent:
 
     completions = 1
 
-    def __init__(self, engine: TransformersEngine, author: Author, lend: Lender | None = None) -> None:
-        self._engine, self._author, self._lend = engine, author, lend or nullcontext
+    def __init__(self, engine: TransformersEngine, author: Author, model_context: ModelContext | None = None) -> None:
+        self._engine, self._author, self._lend = engine, author, model_context or nullcontext
 
     def answer(self, prompts: Sequence[Prompt], params: SamplingParams, key: RolloutKey) -> list[Group]:
         with self._lend():

@@ -1,29 +1,40 @@
-"""Scoring: groups in, a number for each completion (or a preference for each pair) out."""
+"""Scoring: groups in, a number for each completion (or a preference for each pair) out.
 
-from online_dpo.scoring.combine import (
-    RewardFunc,
-    build_scorers,
-    check_reward_columns,
-    check_reward_path,
-    check_scorers,
-    score_groups,
-)
-from online_dpo.scoring.functions import FunctionScorer
-from online_dpo.scoring.http_reward import HTTPReward
-from online_dpo.scoring.judge import FunctionJudge, Judge, JudgeScorer, check_judge, pairwise_scorer
-from online_dpo.scoring.llm_judge import LLMJudge, check_share
-from online_dpo.scoring.notes import nothing_noted, noting
-from online_dpo.scoring.pairwise_model import PairwiseModelJudge, build_judge
-from online_dpo.scoring.penalties import Penalties
-from online_dpo.scoring.reward_model import RewardModelScorer, load_reward_model
-from online_dpo.scoring.scorer import AsyncPointwiseScorer, CountingScorer, PairwiseScorer, PointwiseScorer
-from online_dpo.scoring.top_judge import judge_the_top
-from online_dpo.scoring.tournament import DuelCounter, find_preferences
+Names are loaded when they are asked for, so that importing one scorer does not load them all.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from online_dpo.scoring.judge_registry import build_judge, check_judge, pairwise_scorer
+    from online_dpo.scoring.judges.adapters import FunctionJudge, JudgeScorer
+    from online_dpo.scoring.judges.base import Judge
+    from online_dpo.scoring.judges.llm.judge import LLMJudge, check_share
+    from online_dpo.scoring.judges.pairwise.judge import PairwiseModelJudge
+    from online_dpo.scoring.judges.top_k import judge_the_top
+    from online_dpo.scoring.judges.tournament import ComparisonCounter, find_preferences
+    from online_dpo.scoring.notes import nothing_noted, noting
+    from online_dpo.scoring.penalties import Penalties
+    from online_dpo.scoring.protocols import AsyncPointwiseScorer, CountingScorer, PairwiseScorer, PointwiseScorer
+    from online_dpo.scoring.registry import (
+        RewardFunc,
+        build_scorers,
+        check_reward_columns,
+        check_reward_path,
+        check_scorers,
+    )
+    from online_dpo.scoring.rewards.combine import score_groups
+    from online_dpo.scoring.rewards.function import FunctionScorer
+    from online_dpo.scoring.rewards.http import HTTPReward
+    from online_dpo.scoring.rewards.model import RewardModelScorer, load_reward_model
 
 __all__ = [
     "AsyncPointwiseScorer",
     "CountingScorer",
-    "DuelCounter",
+    "ComparisonCounter",
     "FunctionJudge",
     "FunctionScorer",
     "HTTPReward",
@@ -51,3 +62,42 @@ __all__ = [
     "pairwise_scorer",
     "score_groups",
 ]
+
+_HOMES = {
+    "AsyncPointwiseScorer": "online_dpo.scoring.protocols",
+    "CountingScorer": "online_dpo.scoring.protocols",
+    "ComparisonCounter": "online_dpo.scoring.judges.tournament",
+    "FunctionJudge": "online_dpo.scoring.judges.base",
+    "FunctionScorer": "online_dpo.scoring.rewards.function",
+    "HTTPReward": "online_dpo.scoring.rewards.http",
+    "Judge": "online_dpo.scoring.judges.base",
+    "JudgeScorer": "online_dpo.scoring.judges.base",
+    "LLMJudge": "online_dpo.scoring.judges.llm.judge",
+    "PairwiseModelJudge": "online_dpo.scoring.judges.pairwise.judge",
+    "PairwiseScorer": "online_dpo.scoring.protocols",
+    "Penalties": "online_dpo.scoring.penalties",
+    "PointwiseScorer": "online_dpo.scoring.protocols",
+    "RewardFunc": "online_dpo.scoring.rewards.combine",
+    "RewardModelScorer": "online_dpo.scoring.rewards.model",
+    "build_judge": "online_dpo.scoring.judges.pairwise.judge",
+    "build_scorers": "online_dpo.scoring.rewards.combine",
+    "check_judge": "online_dpo.scoring.judges.base",
+    "check_reward_columns": "online_dpo.scoring.rewards.combine",
+    "check_reward_path": "online_dpo.scoring.rewards.combine",
+    "check_scorers": "online_dpo.scoring.rewards.combine",
+    "check_share": "online_dpo.scoring.judges.llm.judge",
+    "find_preferences": "online_dpo.scoring.judges.tournament",
+    "judge_the_top": "online_dpo.scoring.judges.top_k",
+    "load_reward_model": "online_dpo.scoring.rewards.model",
+    "nothing_noted": "online_dpo.scoring.notes",
+    "noting": "online_dpo.scoring.notes",
+    "pairwise_scorer": "online_dpo.scoring.judges.base",
+    "score_groups": "online_dpo.scoring.rewards.combine",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'online_dpo.scoring' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return value

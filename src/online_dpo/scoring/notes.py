@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from online_dpo.scoring.scorer import as_number
+from online_dpo.scoring.protocols import as_number
 from online_dpo.types import Notes
 
 _current: ContextVar[Notes | None] = ContextVar("notes", default=None)

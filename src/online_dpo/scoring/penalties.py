@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from online_dpo.chance import sigmoid
-from online_dpo.config import OnlineDPOConfig
+from online_dpo.config.trainer_config import OnlineDPOConfig
+from online_dpo.stats.preference import sigmoid
 from online_dpo.types import Completion, Group
 
 CERTAIN = 0.99
@@ -32,11 +32,11 @@ class Penalties:
         unfinished = completion.finish_reason != "stop"
         return self.missing_eos * unfinished + self.per_token * len(completion.token_ids)
 
-    def shifted(self, answer: float, duel: Group) -> float:
+    def shifted(self, answer: float, comparison: Group) -> float:
         """A judge's answer, the probability that the first of two is the better one, with the penalties taken from both
         log-odds. Where they are not the same, an answer beyond `CERTAIN` counts as `CERTAIN`.
         """
-        first, second = duel.completions
+        first, second = comparison.completions
         unfinished = (second.finish_reason != "stop") - (first.finish_reason != "stop")
         tokens = len(second.token_ids) - len(first.token_ids)
         shift = self.missing_eos * unfinished + self.per_token * tokens

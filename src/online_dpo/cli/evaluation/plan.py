@@ -1,0 +1,254 @@
+"""What ``online-dpo eval`` is asked to do, from a run file and the options behind it, checked without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from online_dpo.cli.evaluation.options import CALLED_HERE, FROM_THE_RUN, RUN_FIELDS, EvalConfig
+from online_dpo.cli.judging.plan import BuiltInJudge
+from online_dpo.cli.runfile.entries import Entry, UsageError, read_overrides, read_run_file, read_values
+from online_dpo.cli.runfile.model_options import OF_4BIT, QUANTISATION, model_init_kwargs, model_problems
+from online_dpo.cli.runfile.references import Reference, parse_reference
+from online_dpo.cli.runfile.run_file import GOLD_REWARDS, MODEL_FILES, RunChecker, holds_model, looks_like_path
+from online_dpo.cli.runfile.schema import FieldSpec, load_fields, read_fields_of
+from online_dpo.config import requirements
+
+HELP = "online-dpo eval --help"
+NO_ARGUMENTS = (
+    *("judge", "judge_kwargs", "dataset_config", "dataset_test_split", "dataset_types", "dtype", "attn_implementation"),
+    *(*QUANTISATION, *OF_4BIT),
+)
+OF_TRAINING = ("reward_weights", "missing_eos_penalty", "length_penalty")
+"""Part of the training score: they hold for the run's own scorers, or where the command line says so."""
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Where the prompts come from, as `load_prompts` takes it."""
+
+    source: str
+    split: str
+    config: str | None
+    limit: int | None
+    types: dict[str, str] | None
+
+
+@dataclass(frozen=True)
+class EvalPlan:
+    """A checked evaluation.
+
+    ``rewards`` are functions and names of reward models, none with a judge. ``trained_on``: the scorer is the one that
+    the run was trained on. ``training`` has the fields of :class:`online_dpo.OnlineDPOConfig` that were given.
+    """
+
+    model: str
+    against: str
+    prompts: PromptSet
+    rewards: tuple[Reference | str, ...]
+    judge: Reference | BuiltInJudge | None
+    trained_on: bool
+    training: dict[str, Any]
+    options: EvalConfig
+
+
+def own_fields() -> dict[str, FieldSpec]:
+    return read_fields_of("online_dpo.cli.evaluation.options", "EvalConfig", group="Evaluation")
+
+
+def plan_eval(run_file: Path | None, words: Sequence[str]) -> EvalPlan:
+    """Check an evaluation.
+
+    Raises:
+        UsageError: with every problem found.
+    """
+    problems: list[str] = []
+    known = load_fields()
+    entries = read_run_file(run_file, problems) if run_file else {}
+    given = read_overrides(words, problems)
+    for name in [name for name in given if name in FROM_THE_RUN]:
+        hint = f"Here it is `{CALLED_HERE[name]}`." if name in CALLED_HERE else f"See: {HELP}"
+        problems.append(f"{given.pop(name).where}: `{name}` is read from the run file alone. {hint}")
+    specs = {**own_fields(), **{name: known[name] for name in RUN_FIELDS}}
+    values = read_values(entries, known, problems, help_command="online-dpo train --help")
+    values |= read_values(given, specs, problems, help_command=HELP, called_here=CALLED_HERE)
+    checker = EvalChecker(entries, given, values, run_file)
+    problems.extend(checker.problems())
+    if problems:
+        raise UsageError(problems)
+    return checker.plan()
+
+
+class EvalChecker(RunChecker):
+    """The checks of an evaluation. Only what it reads of the run file is looked at."""
+
+    def __init__(
+        self, in_file: dict[str, Entry], given: dict[str, Entry], values: dict[str, Any], run_file: Path | None
+    ) -> None:
+        super().__init__({**in_file, **given}, values, run_file)
+        self.given = given
+        judge_is_new = "judge" in given and ("judge" not in in_file or in_file["judge"].value != values.get("judge"))
+        if judge_is_new and "judge_kwargs" not in given:
+            values.pop("judge_kwargs", None)  # those of another judge
+        self.rewards: list[Reference | str] = []
+        self.scored_by = ""
+        self.model = self.against = ""
+        self.prompts: PromptSet | None = None
+
+    def problems(self) -> Iterator[str]:
+        yield from self._mappings()
+        yield from self._scoring()
+        yield from self._players()
+        yield from self._prompts()
+        for name, problem in model_problems(self.values, is_trained=False):
+            yield f"{self._where(name)}: `{name}` {problem}"
+        read = {name: self.values[name] for name in RUN_FIELDS if name in self.values}
+        for name, problem in requirements.problems(read):
+            yield f"{self._where(name)}: {problem}"
+        for name in ("limit", "samples"):
+            if self._given(name) and self.values[name] < 1:
+                yield f"{self._where(name)}: `{name}` is {self.values[name]}; wanted: 1 or more."
+        if self.values.get("greedy") and self.values.get("samples", 1) > 1:
+            yield f"{self._where('samples')}: `samples` is above 1, but with `greedy` all answers are the same."
+        for name in ("json", "output"):
+            if self._given(name) and not Path(self.values[name]).expanduser().absolute().parent.is_dir():
+                yield f"{self._where(name)}: `{name}`: there is no folder {Path(self.values[name]).parent}."
+            elif self._given(name) and Path(self.values[name]).expanduser().is_dir():
+                yield f"{self._where(name)}: `{name}`: {self.values[name]} is a folder. Give the name of a file."
+
+    def plan(self) -> EvalPlan:
+        assert self.prompts is not None
+        own = {field.name for field in fields(EvalConfig)}
+        trained_on = self.scored_by in ("reward_funcs", "judge") and self.scored_by not in self.given
+        revision_of_run = "model" not in self.given and "against" not in self.given
+        if options := model_init_kwargs(self.values, without=() if revision_of_run else ("model_revision",)):
+            self.values["model_init_kwargs"] = options
+        dropped = () if trained_on else tuple(name for name in OF_TRAINING if name not in self.given)
+        return EvalPlan(
+            model=self.model,
+            against=self.against,
+            prompts=self.prompts,
+            rewards=tuple(self.rewards),
+            judge=self.judges.get(self.scored_by),
+            trained_on=trained_on,
+            training={
+                name: self.values[name]
+                for name in RUN_FIELDS
+                if name in self.values and name not in NO_ARGUMENTS and name not in dropped
+            },
+            options=EvalConfig(**{name: value for name, value in self.values.items() if name in own}),
+        )
+
+    # --- what scores ------------------------------------------------------------------------------------------------
+
+    def _scoring(self) -> Iterator[str]:
+        """On the command line; else the run's gold; else what the run was trained on: the judge, if it chose among the
+        best by a reward.
+        """
+        if "reward" in self.given and "judge" in self.given:
+            yield f"{self._where('judge')}: `judge` is given beside `reward`. Give one of them."
+        elif "reward" in self.given:
+            self.scored_by = "reward"
+            yield from self._rewards("reward")
+        elif "judge" in self.given:
+            yield from self._judged_by("judge")
+        elif any(self._given(name) for name in GOLD_REWARDS):
+            yield from self._rewards_of_run(*GOLD_REWARDS)
+        elif self._given("eval_judge"):
+            yield from self._judged_by("eval_judge")
+        elif self._given("judge") and self._given("judge_top"):
+            yield from self._judged_by("judge")
+        elif self._given("reward_funcs") or self._given("reward_model_path"):
+            yield from self._rewards_of_run("reward_funcs", "reward_model_path")
+        elif self._given("judge"):
+            yield from self._judged_by("judge")
+        else:
+            yield f"{self.file}: nothing scores the answers. Give --reward or --judge."
+
+    def _judged_by(self, name: str) -> Iterator[str]:
+        self.scored_by = name
+        if self._given(name):
+            yield from self._judge(name)
+
+    def _rewards_of_run(self, functions: str, model: str) -> Iterator[str]:
+        self.scored_by = functions
+        if self._given(functions):
+            yield from self._references(functions)
+            self.rewards += self.references[functions]
+        if self._given(model):
+            yield from self._input_path(model)
+            self.rewards.append(self.values[model])
+
+    def _rewards(self, name: str) -> Iterator[str]:
+        for text in self.values.get(name) or []:
+            if ":" in text:
+                try:
+                    self.rewards.append(parse_reference(text, [Path()]))
+                except ValueError as problem:
+                    yield f"{self._where(name)}: `{name}` {text!r}: {problem}."
+            else:
+                yield from self._model_folder(name, text)
+                self.rewards.append(text)
+
+    # --- who plays --------------------------------------------------------------------------------------------------
+
+    def _players(self) -> Iterator[str]:
+        if self._given("model"):
+            self.model = self.values["model"]
+            yield from self._model_folder("model", self.model)
+        elif self._given("output_dir"):
+            self.model = self.values["output_dir"]
+            yield from self._output_folder(Path(self.model).expanduser())
+        else:
+            yield f"{self.file}: `model` is missing: the model to evaluate. Give --model."
+        if self._given("against"):
+            self.against = self.values["against"]
+            yield from self._model_folder("against", self.against)
+            return
+        name = next((n for n in ("ref_model_name_or_path", "model_name_or_path") if self._given(n)), None)
+        if name is None:
+            yield f"{self.file}: `against` is missing: the model to compare with. Give --against."
+            return
+        yield from self._input_path(name)
+        self.against = self.values[name]
+
+    def _output_folder(self, folder: Path) -> Iterator[str]:
+        if not holds_model(folder):
+            checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: (len(path.name), path.name))
+            such = f", such as --model {checkpoints[-1]}" if checkpoints else ""
+            yield f"{self.file}: {folder}, the run's `output_dir`, holds no model. Give --model{such}."
+
+    def _model_folder(self, name: str, text: str) -> Iterator[str]:
+        path = Path(text).expanduser()
+        if path.is_dir():
+            if not holds_model(path):
+                files = " or ".join(MODEL_FILES)
+                yield f"{self._where(name)}: `{name}`: {text} is no model folder: it holds no {files}."
+            elif problem := requirements.adapter_problem(text):
+                yield f"{self._where(name)}: `{name}`: {problem}"
+        elif looks_like_path(text) or path.parent != Path() and path.parent.is_dir():
+            yield f"{self._where(name)}: `{name}`: there is no folder {text}."
+
+    # --- on what ----------------------------------------------------------------------------------------------------
+
+    def _prompts(self) -> Iterator[str]:
+        split, config = self.values.get("dataset_test_split"), self.values.get("dataset_config")
+        if self._given("prompts"):
+            name = "prompts"
+            split = split if "dataset_test_split" in self.given else "train"
+            config = config if "dataset_config" in self.given else None
+        elif self._given("eval_dataset_name"):
+            name, config = "eval_dataset_name", None
+        elif self._given("dataset_name") and split is not None:
+            name = "dataset_name"
+        else:
+            of_run = (
+                " The run file names none (`eval_dataset_name` or `dataset_test_split`)." if self.file_folder else ""
+            )
+            yield f"{self.file}: `prompts` is missing: prompts that were not trained on.{of_run} Give --prompts."
+            return
+        yield from self._input_path(name)
+        limit = self.values.get("limit") or self.values.get("eval_limit")
+        self.prompts = PromptSet(self.values[name], split or "train", config, limit, self.values.get("dataset_types"))

@@ -1,0 +1,251 @@
+"""``online-dpo eval``, once its arguments are known to be good: answer, score, report, write."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from online_dpo.cli.evaluation.plan import EvalPlan
+from online_dpo.cli.runfile.references import Reference, load_reference
+from online_dpo.cli.terminal.progress import no_progress_bars, plain_warnings
+from online_dpo.cli.train import SETUP_ERRORS, load_judge, load_tokenizer, report_error
+from online_dpo.config.trainer_config import OnlineDPOConfig
+from online_dpo.data.load import load_prompts
+from online_dpo.data.prompts import PREPARED_COLUMNS
+from online_dpo.errors import OnlineDPOError, ScoringError
+from online_dpo.evaluation.comparison import Match, compare
+from online_dpo.evaluation.conclusions import comparison_conclusion
+from online_dpo.evaluation.head_to_head import (
+    Answers,
+    Player,
+    Sampling,
+    answer,
+    judge_answers,
+    prepare_player,
+    same_vocabulary,
+    score_answers,
+    unscored,
+)
+from online_dpo.scoring.judge_registry import build_judge
+from online_dpo.scoring.judges.llm.judge import LLMJudge
+from online_dpo.scoring.penalties import Penalties
+from online_dpo.scoring.protocols import PairwiseScorer, PointwiseScorer
+from online_dpo.scoring.registry import build_scorers
+from online_dpo.training.arguments import check_columns, check_templates
+from online_dpo.training.display.figures import number
+from online_dpo.types import Completion, Group
+
+TRAINED_ON = (
+    "The scorer is the one that the model was trained on. A model learns its weaknesses too: give another one with "
+    "--reward or --judge."
+)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything but the two models, which are loaded one after the other."""
+
+    args: OnlineDPOConfig
+    scorers: list[PointwiseScorer]
+    judge: PairwiseScorer | None
+    model: Player
+    against: Player
+    sampling: Sampling
+
+    @property
+    def scored_by(self) -> str:
+        return self.judge.name if self.judge is not None else ", ".join(scorer.name for scorer in self.scorers)
+
+
+@no_progress_bars()
+@plain_warnings()
+def run_evaluation(plan: EvalPlan, *, show_traceback: bool) -> int:
+    """Run a checked plan and return the exit code: 0, 1 (scoring failed) or 2 (something cannot be loaded)."""
+    try:
+        setup = set_up(plan)
+        answers = answer(setup.model, setup.against, setup.args, setup.sampling)
+        _write(plan.options.output, map(_line, _rows(unscored(answers))))  # scoring may fail, and sampling took long
+    except SETUP_ERRORS as error:
+        return report_error(error, 2, show_traceback)
+    try:
+        matches = _matches(setup, answers)
+        result = {**_heading(plan, setup), **compare(matches, setup.args.seed)}
+        if result["undecidable"] == result["duels"]:
+            raise ScoringError(_why_nothing(setup))
+    except OnlineDPOError as error:
+        report_error(error, 1, show_traceback)
+        if plan.options.output is not None:
+            print(f"The answers, without scores, are in {plan.options.output}", file=sys.stderr)
+        return 1
+    report(Console(), result)
+    if _write(plan.options.json, [json.dumps(result, indent=2)]):
+        print(f"Figures written to {plan.options.json}")
+    if _write(plan.options.output, map(_line, _rows(matches))):
+        print(f"Answers written to {plan.options.output}")
+    if plan.trained_on:
+        print(f"warning: {TRAINED_ON}", file=sys.stderr)
+    return 0
+
+
+def set_up(plan: EvalPlan) -> Setup:
+    """
+    Raises:
+        ValueError, TypeError, OSError, ImportError, OnlineDPOError: something cannot be used as asked; raised before
+            the models are loaded.
+    """
+    rewards = [load_reference(one) if isinstance(one, Reference) else one for one in plan.rewards]
+    args = OnlineDPOConfig(**{**plan.training, "report_to": [], "disable_tqdm": True})
+    tokenizers = [load_tokenizer(path, args) for path in (plan.model, plan.against)]
+    shared = same_vocabulary(*tokenizers)
+    if plan.options.kl and not shared:
+        raise ValueError(
+            f"`kl`: {plan.model} and {plan.against} have different vocabularies, so there is no KL of the one to the "
+            "other. Leave `kl` out."
+        )
+    source = plan.prompts
+    dataset = load_prompts(
+        source.source, split=source.split, config=source.config, limit=source.limit, types=source.types
+    )
+    model, against = (
+        prepare_player(path, tokenizer, dataset, args)
+        for path, tokenizer in zip((plan.model, plan.against), tokenizers, strict=True)
+    )
+    check_columns(rewards, {"prompts": model.dataset}, PREPARED_COLUMNS)
+    wants_kl = shared if plan.options.kl is None else plan.options.kl
+    judge = None if plan.judge is None else load_judge(plan.judge, args)
+    scorers = [] if judge is not None else build_scorers(rewards, None, args, state=None)
+    check_templates(scorers, model.dataset)
+    return Setup(
+        args=args,
+        scorers=scorers,
+        judge=None if judge is None else build_judge(judge, tokenizers[0], args),
+        model=model,
+        against=against,
+        sampling=Sampling(plan.options.samples, plan.options.greedy, wants_kl),
+    )
+
+
+def report(console: Console, result: dict[str, Any]) -> None:
+    """The figures of `compare` as a table and a few lines."""
+    table = Table(title=f"{result['prompts']} prompts, scored by {result['scored_by']}", title_justify="left")
+    table.add_column("")
+    for side in ("model", "against"):
+        table.add_column(result[side], justify="right", overflow="fold")
+    if result["score"] is not None:
+        sides = [result["score"][side] for side in ("model", "against")]
+        table.add_row("score", *(_with_interval(side) for side in sides))
+        table.add_row("scores missing", *(str(side["missing"]) for side in sides))
+    for heading, name in (("tokens", "tokens"), ("characters", "characters"), ("ended by themselves", "ended")):
+        show = _percent if name == "ended" else number
+        table.add_row(heading, *(show(result[name][side]) for side in ("model", "against")))
+    console.print(table)
+    for line in _lines(result):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _lines(result: dict[str, Any]) -> Iterator[str]:
+    yield (
+        f"Wins {result['wins']}, ties {result['ties']}, losses {result['losses']}"
+        + (f", undecidable {result['undecidable']}" if result["undecidable"] else "")
+        + f" of {result['duels']}"
+    )
+    rate = result["win_rate"]
+    yield f"Win rate {_percent_with_interval(rate)} ({rate['interval']})"
+    controlled = result["length_controlled_win_rate"]
+    if controlled is None:
+        yield "Length-controlled win rate: none, lengths always differ by the same"
+    else:
+        yield f"Length-controlled win rate {_percent_with_interval(controlled)} ({controlled['interval']})"
+    if result["score"] is not None and result["score"]["difference"]["value"] is not None:
+        yield f"Score difference {_with_interval(result['score']['difference'])} (bootstrap, paired)"
+    if result["kl"] is not None:
+        error = result["kl"]["standard_error"]
+        yield f"KL {number(result['kl']['value'])} nats" + (
+            "" if error is None else f", standard error {number(error)}"
+        )
+    yield comparison_conclusion(result["model"], result["against"], result["prompts"], rate, controlled)
+
+
+def _matches(setup: Setup, answers: Answers) -> list[Match]:
+    penalties = Penalties.from_config(setup.args)
+    if setup.judge is not None:
+        return judge_answers(answers, setup.judge, penalties)
+    return score_answers(answers, setup.scorers, setup.args.reward_weights, penalties)
+
+
+def _heading(plan: EvalPlan, setup: Setup) -> dict[str, Any]:
+    args, options = setup.args, plan.options
+    return {
+        "model": plan.model,
+        "against": plan.against,
+        "prompts_from": plan.prompts.source,
+        "scored_by": setup.scored_by,
+        "trained_on_scorer": plan.trained_on,
+        "samples": options.samples,
+        "greedy": options.greedy,
+        "temperature": None if options.greedy else args.temperature,
+        "max_new_tokens": args.max_new_tokens,
+        "seed": args.seed,
+    }
+
+
+def _why_nothing(setup: Setup) -> str:
+    cause = f" Last cause: {setup.judge.last_failure}" if isinstance(setup.judge, LLMJudge) else ""
+    return (
+        f"`{setup.scored_by}` could not tell a single pair of answers apart: every score or answer is missing.{cause}"
+    )
+
+
+def _rows(matches: Sequence[Match]) -> Iterator[dict[str, Any]]:
+    for match in matches:
+        for k, preference in enumerate(match.preferences):
+            yield {
+                "prompt": match.model.prompt.content,
+                "row": match.model.prompt.row,
+                "sample": k,
+                "model": _side(match.model, match.model_scores, k),
+                "against": _side(match.against, match.against_scores, k),
+                "preference": preference,
+            }
+
+
+def _side(group: Group, scores: Sequence[float | None] | None, k: int) -> dict[str, Any]:
+    completion: Completion = group.completions[k]
+    side = {
+        "text": completion.text,
+        "tokens": len(completion.token_ids),
+        "ended": completion.finish_reason == "stop",
+    }
+    return side if scores is None else {**side, "score": scores[k]}
+
+
+def _write(path: str | None, lines: Iterable[str]) -> bool:
+    """Whether there is such a file to write."""
+    if path is not None:
+        Path(path).expanduser().write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path is not None
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False)
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}"
+
+
+def _percent_with_interval(one: dict[str, Any]) -> str:
+    return f"{one['value']:.1%}, 95 % interval {one['low']:.1%} to {one['high']:.1%}"
+
+
+def _with_interval(one: dict[str, Any]) -> str:
+    if one["value"] is None:
+        return "none"
+    return f"{number(one['value'])} ({number(one['low'])} to {number(one['high'])})"

@@ -1,0 +1,80 @@
+"""The judges that a run file can name without code: ``llm``, and the folder of a pairwise model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from online_dpo.cli.runfile.schema import FieldSpec, read_fields_of
+from online_dpo.cli.runfile.values import BadValue, convert, nearest
+from online_dpo.config.llm_judge import TEMPLATES, JudgeSettings
+from online_dpo.config.pairwise_judge import OPTIONS, check_options, pairwise_kind
+
+FILES = ("rubric_file", "template")
+PAIRWISE_OPTIONS = {
+    name: FieldSpec(name, annotation, None, "", group="")
+    for options in OPTIONS.values()
+    for name, annotation in options.items()
+}
+
+
+@dataclass(frozen=True)
+class BuiltInJudge:
+    """A judge of this package.
+
+    >>> BuiltInJudge(folder=None, options={"model": "gpt-4.1-mini"})
+
+    ``folder`` is the pairwise model's; without one, the judge is a language model behind an endpoint.
+    """
+
+    folder: Path | None
+    options: dict[str, Any]
+
+
+def plan_llm(given: dict[str, Any], folders: Sequence[Path]) -> BuiltInJudge:
+    """A language model as judge. Relative files are looked for in ``folders``, in their order.
+
+    Raises:
+        ValueError: a setting is unknown, of the wrong type, or has no sensible value; or there is no API key.
+    """
+    options = _converted(given, read_fields_of("online_dpo.config.llm_judge", "JudgeSettings"))
+    for name in FILES:
+        if options.get(name) is not None and options[name] not in TEMPLATES:
+            found = (path for folder in folders if (path := folder / Path(options[name]).expanduser()).is_file())
+            options[name] = str(next(found, options[name]))
+    if "model" not in options:
+        raise ValueError("`judge_kwargs` needs at least `model`, the judging model's name at the endpoint.")
+    JudgeSettings(**options).check_environment()
+    return BuiltInJudge(None, options)
+
+
+def plan_pairwise_model(folder: Path, given: dict[str, Any]) -> BuiltInJudge:
+    """A pairwise model as judge.
+
+    Raises:
+        ValueError: the folder holds no model, or an option is unknown, of a wrong type or not for that model.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no model folder: it holds no config.json.")
+    options = _converted(given, PAIRWISE_OPTIONS)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise ValueError(f"{folder / 'config.json'} is no JSON: {problem}") from None
+    check_options(pairwise_kind(config), options)
+    return BuiltInJudge(folder, options)
+
+
+def _converted(given: dict[str, Any], specs: dict[str, FieldSpec]) -> dict[str, Any]:
+    options = {}
+    for name, value in given.items():
+        if name not in specs:
+            raise ValueError(f"`{name}` is not one of `judge_kwargs`.{nearest(name, list(specs))}")
+        try:
+            options[name] = convert(specs[name], value)
+        except BadValue as problem:
+            raise ValueError(f"`{name}` {problem}") from None
+    return options

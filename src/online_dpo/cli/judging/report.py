@@ -1,0 +1,138 @@
+"""``online-dpo judge``, once its arguments are known to be good: ask, report, write."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from online_dpo.cli.judging.pairs_file import LabelledPair
+from online_dpo.cli.judging.plan import BuiltInJudge
+from online_dpo.cli.terminal.progress import no_progress_bars, plain_warnings
+from online_dpo.cli.terminal.screen import say
+from online_dpo.errors import ScoringError, error_text
+from online_dpo.evaluation.conclusions import judge_conclusion
+from online_dpo.foreign import foreign
+from online_dpo.scoring.judges.llm.judge import LLMJudge, stands_first
+from online_dpo.scoring.judges.llm.prompts import prompt_text
+from online_dpo.scoring.judges.pairwise.judge import PairwiseModelJudge
+from online_dpo.stats.intervals import win_rate
+from online_dpo.training.display.figures import number
+from online_dpo.types import Completion, Group, Prompt
+
+PAIRS_AT_ONCE = 500
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """With how many of ``count`` labels a judge agrees, as a share with its 95 % interval; an even preference counts
+    half.
+    """
+
+    share: float
+    low: float
+    high: float
+    count: int
+
+
+@no_progress_bars()
+@plain_warnings()
+def judge_pairs(pairs: Sequence[LabelledPair], chosen: BuiltInJudge, output: Path | None) -> int:
+    """Label the pairs and print the report. Returns the exit code."""
+    try:
+        judge = _load(chosen)
+    except (ValueError, OSError) as problem:
+        print(f"error: {error_text(problem)}", file=sys.stderr)
+        return 2
+    preferences: list[float | None] = []
+    try:
+        for start in range(0, len(pairs), PAIRS_AT_ONCE):
+            preferences += _prefer(judge, pairs[start : start + PAIRS_AT_ONCE])
+            if len(pairs) > PAIRS_AT_ONCE:
+                print(f"{len(preferences)} of {len(pairs)}", file=sys.stderr)
+    except ScoringError as problem:
+        print(f"error: {error_text(problem)}", file=sys.stderr)
+        return 1
+    say(report(judge.name, pairs, preferences, judge.metrics()))
+    if output is not None:
+        _write(output, judge.name, pairs, preferences)
+        print(f"Labels written to {output}")
+    if all(preference is None for preference in preferences):
+        cause = judge.last_failure if isinstance(judge, LLMJudge) else "too long for the model, or no number came out"
+        print(f"error: no pair has a preference. Last cause: {cause}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _load(chosen: BuiltInJudge) -> LLMJudge | PairwiseModelJudge:
+    if chosen.folder is None:
+        return LLMJudge(**chosen.options)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return PairwiseModelJudge.load(str(chosen.folder), device, **chosen.options)
+
+
+def agreement(pairs: Sequence[LabelledPair], preferences: Sequence[float | None]) -> Agreement | None:
+    """Over the pairs that have a label and a preference; ``None`` where there are none."""
+    points = [
+        0.5 if preference == 0.5 else float((preference > 0.5) == (pair.label > 0.5))
+        for pair, preference in zip(pairs, preferences, strict=True)
+        if pair.label is not None and preference is not None
+    ]
+    if not points:
+        return None
+    return Agreement(*win_rate(points), len(points))
+
+
+def report(
+    name: str, pairs: Sequence[LabelledPair], preferences: Sequence[float | None], metrics: dict[str, float]
+) -> list[str]:
+    """The lines that are printed."""
+    answered = sum(preference is not None for preference in preferences)
+    rows = {"pairs": f"{len(pairs)}, of which {answered} have a preference"}
+    found = agreement(pairs, preferences)
+    if found is not None:
+        rows["agreement with labels"] = (
+            f"{found.share:.3f}, 95 % interval {found.low:.3f} to {found.high:.3f}, {found.count} labels"
+        )
+    if "judge/position_bias" in metrics:
+        rows["preference for the first place"] = f"{metrics['judge/position_bias']:.3f} (fair: 0.5)"
+    if "judge/disagreement_rate" in metrics:
+        rows["orders that disagree"] = f"{metrics['judge/disagreement_rate']:.3f}"
+    for metric, value in metrics.items():
+        if metric not in ("judge/position_bias", "judge/disagreement_rate"):
+            rows[metric.removeprefix("judge/").replace("_", " ")] = number(value)
+    width = max(map(len, rows))
+    lines = [f"Judge {name}", *(f"  {heading:<{width}}  {text}" for heading, text in rows.items())]
+    if answered == 0:
+        return lines
+    unanswered, bias = 1 - answered / len(pairs), metrics.get("judge/position_bias")
+    return [*lines, *judge_conclusion(None if found is None else asdict(found), unanswered, bias)]
+
+
+def _prefer(judge: LLMJudge | PairwiseModelJudge, pairs: Sequence[LabelledPair]) -> list[float | None]:
+    """Preferences for the first answers. Where the file places none first, the texts decide, so that a judge who likes
+    a place does not look right or wrong.
+    """
+    comparisons, turned = [], []
+    for row, pair in enumerate(pairs):
+        prompt = Prompt(pair.prompt, (), row)
+        turn = not pair.placed and not stands_first(prompt_text(prompt), pair.first, pair.second)
+        texts = (pair.second, pair.first) if turn else (pair.first, pair.second)
+        comparisons.append(Group(prompt, tuple(Completion((), (), "stop", 0, text) for text in texts)))
+        turned.append(turn)
+    with foreign(f"Judge `{judge.name}`"):
+        preferences = judge.prefer(comparisons)
+    return [
+        1 - preference if turn and preference is not None else preference
+        for preference, turn in zip(preferences, turned, strict=True)
+    ]
+
+
+def _write(path: Path, name: str, pairs: Sequence[LabelledPair], preferences: Sequence[float | None]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for pair, preference in zip(pairs, preferences, strict=True):
+            file.write(json.dumps({**pair.row, "preference": preference, "judge": name}, ensure_ascii=False) + "\n")

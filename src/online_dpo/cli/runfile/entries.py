@@ -1,0 +1,149 @@
+"""The fields that a run file and a command line hold, as they stand there, each with its place for messages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from online_dpo.cli.runfile.schema import FieldSpec
+from online_dpo.cli.runfile.values import BadValue, convert, convert_words
+from online_dpo.config.names_elsewhere import CALLED_HERE, hint_for
+
+COMMAND_LINE = "command line"
+
+
+class UsageError(Exception):
+    """What the user gave cannot be run. ``problems`` holds one line for each thing to mend."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One field as given: where it stands (``run.yaml:4``), and its value or the words of the command line."""
+
+    where: str
+    value: Any = None
+    words: tuple[str, ...] | None = None
+
+
+def read_run_file(path: Path, problems: list[str]) -> dict[str, Entry]:
+    """The top level of a YAML mapping, with line numbers. Keys that stand twice, at any depth, are problems.
+
+    Raises:
+        UsageError: the file is missing, empty, no YAML, or no mapping: nothing else can be checked then.
+    """
+    if path.is_dir():
+        raise UsageError([f"{path}: this is a folder. Give the run file in it."])
+    if not path.is_file():
+        raise UsageError([f"{path}: there is no such file."])
+    try:
+        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        if node is None or node.tag == "tag:yaml.org,2002:null":
+            raise UsageError([f"{path}: the file is empty. It needs at least `model_name_or_path` and `dataset_name`."])
+        if not isinstance(node, yaml.MappingNode):
+            raise UsageError([f"{path}: wanted: a mapping of fields, one `name: value` a line."])
+        problems.extend(f"{path}:{line}: `{key}` stands twice. Leave one out." for key, line in _duplicates(node, []))
+        loader.flatten_mapping(node)  # `<<: *defaults`
+        named = [(key, value) for key, value in node.value if isinstance(key, yaml.ScalarNode)]
+        if len(named) < len(node.value):
+            problems.append(f"{path}: a list or a mapping stands where the name of a field is wanted.")
+        return {
+            key.value: Entry(f"{path}:{key.start_mark.line + 1}", loader.construct_object(value, deep=True))
+            for key, value in named
+        }
+    except yaml.MarkedYAMLError as problem:
+        line = problem.problem_mark.line + 1 if problem.problem_mark else 1
+        hint = " Indent with blanks, not with tabs." if "'\\t'" in str(problem.problem) else ""
+        raise UsageError([f"{path}:{line}: no valid YAML: {problem.problem}.{hint}"]) from None
+    except UnicodeDecodeError:
+        raise UsageError([f"{path}: the text is not in UTF-8. Save it as UTF-8."]) from None
+    except yaml.YAMLError as problem:
+        raise UsageError([f"{path}: no valid YAML: {' '.join(str(problem).split())}"]) from None
+    except OSError as problem:
+        raise UsageError([f"{path}: cannot be read: {problem.strerror}."]) from None
+
+
+def read_overrides(words: Sequence[str], problems: list[str]) -> dict[str, Entry]:
+    """Fields on the command line: ``--a value``, ``--a=value``, ``--a b c`` (a list), ``--a`` (switches on).
+
+    A hyphen in a name is an underscore. A field that is given twice has its last value.
+    """
+    entries: dict[str, Entry] = {}
+    name = ""
+    for word in words:
+        if word.startswith("--") and len(word) > 2:
+            flag, equals, value = word[2:].partition("=")
+            name = flag.replace("-", "_")
+            entries[name] = Entry(COMMAND_LINE, words=(value,) if equals else ())
+        elif re.match("-[A-Za-z]", word):  # no number, and taken for a value it would hide what was meant
+            problems.append(f"{COMMAND_LINE}: what is `{word}`? Fields have two hyphens: --field value.")
+            name = word  # which takes the values behind it
+        elif name in entries:
+            entries[name] = Entry(COMMAND_LINE, words=(*(entries[name].words or ()), word))
+        elif not name:
+            problems.append(f"{COMMAND_LINE}: what is `{word}`? Fields are given as --field value.")
+    return entries
+
+
+def read_values(
+    entries: dict[str, Entry],
+    specs: dict[str, FieldSpec],
+    problems: list[str],
+    help_command: str,
+    called_here: Mapping[str, str] = CALLED_HERE,
+) -> dict[str, Any]:
+    """The values of the entries in their fields' types. What is no field, or no value of its field, is a problem."""
+    values: dict[str, Any] = {}
+    for name, entry in entries.items():
+        spec = specs.get(name)
+        if spec is None:
+            nested = [key for key in _keys(entry.value) if key in specs or key in called_here]
+            hint = hint_for(name, specs, called_here) or f" See: {help_command}"
+            if nested:
+                here = nested[0] if nested[0] in specs else called_here[nested[0]]
+                hint = f" Fields are not nested: write `{here}: ...` at the left margin."
+            problems.append(f"{entry.where}: `{name}` is not a field.{hint}")
+            continue
+        try:
+            values[name] = _value(spec, entry)
+        except BadValue as problem:
+            problems.append(f"{entry.where}: `{name}` {problem}")
+    return values
+
+
+def _keys(value: Any) -> Iterator[str]:
+    """All keys of a mapping and of the mappings in it."""
+    for key, item in value.items() if isinstance(value, dict) else ():
+        yield str(key)
+        yield from _keys(item)
+
+
+def _value(spec: FieldSpec, entry: Entry) -> Any:
+    return convert(spec, entry.value) if entry.words is None else convert_words(spec, list(entry.words))
+
+
+def _duplicates(node: yaml.Node, inside: list[yaml.Node]) -> Iterator[tuple[str, int]]:
+    """Keys that stand twice in a mapping, and the line of the second; ``inside`` are the nodes around this one."""
+    if node in inside:  # `&a [*a]`
+        return
+    inside = [*inside, node]
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    yield key.value, key.start_mark.line + 1
+                seen.add(key.value)
+            yield from _duplicates(value, inside)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _duplicates(item, inside)

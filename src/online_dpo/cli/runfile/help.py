@@ -1,0 +1,144 @@
+"""The texts of ``train --help`` and ``eval --help``: fields by group, or with type, default and documentation."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from online_dpo.cli.evaluation.options import RUN_FIELDS
+from online_dpo.cli.runfile.entries import COMMAND_LINE, UsageError
+from online_dpo.cli.runfile.planning import HELP_ALL
+from online_dpo.cli.runfile.schema import PARENT, FieldSpec, load_fields, read_fields_of
+from online_dpo.config.names_elsewhere import hint_for
+
+USAGE = """\
+usage: online-dpo train [run.yaml] [--field value ...] [--traceback]
+
+Train a model. Fields stand in the YAML file, one `name: value` a line; those on the command line win.
+
+  --config FILE  the same as the file in front
+  --traceback    show where in the code an error came from
+  --help         show this text; `--help beta` (a field), `--help pairs` (a group) or `--help judge` (any word)
+  --help-all     every field with its type, default and meaning
+"""
+
+EVAL_USAGE = """\
+usage: online-dpo eval [run.yaml] [--model MODEL] [--against MODEL] [--option value ...]
+
+Compare two models on held-out prompts: which one's answers are better, by how much, and how far apart the models are.
+Both answer the same prompts with the same random numbers. From a run file come the prompts, the sampling and the
+scorer; everything on the command line wins.
+
+  online-dpo eval run.yaml                                          the trained model against the one it began as
+  online-dpo eval run.yaml --model outputs/checkpoint-100 --judge llm --judge_kwargs '{model: gpt-4.1-mini}'
+  online-dpo eval --model A --against B --prompts prompts.jsonl --reward path/to/reward_model
+
+Without --reward or --judge, the run's gold scorer (eval_reward_funcs, eval_reward_model_path, eval_judge) is taken, and
+without one of these what it was trained on, with a warning.
+
+  --config FILE  the same as the file in front
+  --traceback    show where in the code an error came from
+  --help         show this text; `--help samples` (an option, or any word) shows less
+"""
+
+
+GROUPS = {
+    "models": "the policy and its reference, and how they are loaded",
+    "adapters": "LoRA, and QLoRA with `load_in_4bit`",
+    "data": "prompts to train and to evaluate on",
+    "sampling": "how completions are sampled",
+    "vllm": "sampling with vLLM",
+    "scoring": "what says how good a completion is",
+    "pairs": "which completions become chosen and rejected",
+    "gold": "a second opinion that training never sees",
+    "loss": "what is minimised",
+    "method": "Online DPO, XPO or Nash-MD; an adapting beta",
+    "training": "batches, memory and speed",
+    "guards": "what stops a run",
+}
+"""The headings under which fields stand, in the order in which they are shown."""
+
+USUAL = (
+    *("output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("lr_scheduler_type", "warmup_steps", "max_grad_norm", "seed", "use_cpu", "eval_strategy", "eval_steps"),
+    *("save_strategy", "save_steps", "save_total_limit", "report_to", "run_name", "resume_from_checkpoint"),
+)
+"""Fields of `transformers.TrainingArguments` that most runs set."""
+
+
+def train_help(topic: Sequence[str] = ()) -> str:
+    """An overview; with a topic what is known of it; with `HELP_ALL` everything.
+
+    Raises:
+        UsageError: nothing is known of the topic.
+    """
+    known = load_fields()
+    if list(topic) == [HELP_ALL]:
+        return "\n".join([USAGE, *_everything(known)])
+    words = [word for word in topic if not word.startswith("-")]
+    return _about(words[0], known, "train") if words else "\n".join([USAGE, *_overview(known)])
+
+
+def eval_help(topic: Sequence[str] = ()) -> str:
+    """All of its options; with a topic what is known of it.
+
+    Raises:
+        UsageError: nothing is known of the topic.
+    """
+    known = load_fields()
+    own = read_fields_of("online_dpo.cli.evaluation.options", "EvalConfig")
+    words = [word for word in topic if not word.startswith("-")]
+    if words:
+        return _about(words[0], {**own, **{name: known[name] for name in RUN_FIELDS}}, "eval")
+    parts = [EVAL_USAGE, "Options:\n", *map(_entry, own.values()), "Fields of the run file that count here:\n"]
+    return "\n".join([*parts, *(_entry(known[name]) for name in RUN_FIELDS)])
+
+
+def _overview(known: Mapping[str, FieldSpec]) -> Iterator[str]:
+    for group, what in GROUPS.items():
+        yield _names(f"{group}: {what}", [spec.name for spec in known.values() if spec.section == group])
+    rest = sum(spec.group == PARENT for spec in known.values()) - len(USUAL)
+    yield _names(f"of {PARENT} (and {rest} more, see --help-all)", USUAL)
+
+
+def _names(heading: str, names: Iterable[str]) -> str:
+    return f"{heading}\n" + textwrap.fill(
+        "  ".join(names), width=110, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False
+    )
+
+
+def _everything(known: Mapping[str, FieldSpec]) -> Iterator[str]:
+    for group, what in GROUPS.items():
+        yield f"{group}: {what}\n"
+        yield from (_entry(spec) for spec in known.values() if spec.section == group)
+    yield f"{PARENT}:\n"
+    yield from (_entry(spec) for spec in known.values() if spec.group == PARENT)
+
+
+def _about(word: str, known: Mapping[str, FieldSpec], command: str) -> str:
+    """A field, a group, or all fields in whose name the word stands; those that only mention it are named."""
+    name = word.lower().replace("-", "_")
+    if name in known:
+        return _entry(known[name])
+    found = [spec for spec in known.values() if spec.section.lower() == name] or [
+        spec for spec in known.values() if name in spec.name
+    ]
+    others = [spec.name for spec in known.values() if spec not in found and name in spec.doc.lower()]
+    if not found and not others:
+        hint = hint_for(word, known) or f" Groups: {', '.join(GROUPS)}."
+        raise UsageError(
+            [f"{COMMAND_LINE}: there is no field or group `{word}`.{hint} See: online-dpo {command} --help"]
+        )
+    return "\n".join(
+        [*map(_entry, found), *([_names(f"`{name}` also stands in the text of", others)] if others else [])]
+    )
+
+
+def _entry(spec: FieldSpec) -> str:
+    state = "required" if spec.required else f"default {spec.default}" if spec.default is not None else ""
+    facts = "; ".join(fact for fact in (spec.annotation, state) if fact)
+    choices = f" One of: {', '.join(spec.choices)}." if spec.choices else ""
+    doc = textwrap.fill(
+        " ".join((spec.doc + choices).split()), width=100, initial_indent=" " * 6, subsequent_indent=" " * 6
+    )
+    return f"  --{spec.name}  ({facts})\n{doc}\n" if doc else f"  --{spec.name}  ({facts})\n"

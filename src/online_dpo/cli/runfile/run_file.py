@@ -1,0 +1,305 @@
+"""Read a run file and the overrides behind it, and check everything that can be checked without torch.
+
+All problems are found before any is reported, each with its file and line.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from online_dpo.cli.judging.plan import BuiltInJudge, plan_llm, plan_pairwise_model
+from online_dpo.cli.runfile.entries import COMMAND_LINE, Entry, UsageError, read_overrides, read_run_file, read_values
+from online_dpo.cli.runfile.model_options import ignored_options, model_init_kwargs, model_problems
+from online_dpo.cli.runfile.references import Reference, parse_reference
+from online_dpo.cli.runfile.run_config import RunConfig
+from online_dpo.cli.runfile.schema import load_fields
+from online_dpo.config import requirements
+from online_dpo.config.hf_ranges import out_of_range
+from online_dpo.config.input import MAPPINGS, mapping_from_text
+from online_dpo.config.llm_judge import LLM
+
+MODEL_FILES = ("config.json", "adapter_config.json")
+DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
+INPUT_PATHS = (
+    "model_name_or_path",
+    "ref_model_name_or_path",
+    "reward_model_path",
+    "eval_reward_model_path",
+    "dataset_name",
+    "eval_dataset_name",
+)
+JSON_TEXTS = (*MAPPINGS, "gradient_checkpointing_kwargs", "lr_scheduler_kwargs")
+"""Mappings that may also be written as JSON text."""
+COUNTS = ("dataset_limit", "eval_limit", "lora_r", "lora_alpha")
+REWARDS = ("reward_funcs", "reward_model_path")
+SCORERS = (*REWARDS, "judge")
+JUDGES = ("judge", "eval_judge")
+OF_ADAPTERS = ("use_rslora", "use_dora")
+GOLD_REWARDS = ("eval_reward_funcs", "eval_reward_model_path")
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A checked run: its own fields, the training arguments that were given, and the code that it refers to."""
+
+    run: RunConfig
+    training: dict[str, Any]
+    reward_funcs: tuple[Reference, ...]
+    judge: Reference | BuiltInJudge | None
+    eval_reward_funcs: tuple[Reference, ...]
+    eval_judge: Reference | BuiltInJudge | None
+    warnings: tuple[str, ...]
+
+
+def plan_run(run_file: Path | None, override_words: Sequence[str]) -> RunPlan:
+    """Check a run file and its overrides.
+
+    Raises:
+        UsageError: with every problem found.
+    """
+    problems: list[str] = []
+    entries = read_run_file(run_file, problems) if run_file else {}
+    entries |= read_overrides(override_words, problems)
+    values = read_values(entries, load_fields(), problems, help_command="online-dpo train --help")
+    checker = RunChecker(entries, values, run_file)
+    problems.extend(checker.problems())
+    if problems:
+        raise UsageError(problems)
+    own = {field.name for field in fields(RunConfig)}
+    if options := model_init_kwargs(values):
+        values["model_init_kwargs"] = options
+    return RunPlan(
+        run=RunConfig(**{name: value for name, value in values.items() if name in own}),
+        training={name: value for name, value in values.items() if name not in own},
+        reward_funcs=tuple(checker.references.get("reward_funcs", ())),
+        judge=checker.judges.get("judge"),
+        eval_reward_funcs=tuple(checker.references.get("eval_reward_funcs", ())),
+        eval_judge=checker.judges.get("eval_judge"),
+        warnings=tuple(checker.warnings()),
+    )
+
+
+class RunChecker:
+    """The checks of a run that look at several fields or at the disk. Local paths in ``values`` are completed."""
+
+    def __init__(self, entries: dict[str, Entry], values: dict[str, Any], run_file: Path | None) -> None:
+        self.entries = entries
+        self.values = values
+        self.file = str(run_file) if run_file else COMMAND_LINE
+        self.file_folder = run_file.parent if run_file else None
+        self.references: dict[str, list[Reference]] = {}
+        self.judges: dict[str, Reference | BuiltInJudge] = {}
+
+    def problems(self) -> Iterator[str]:
+        yield from self._missing()
+        yield from self._mappings()
+        for name in INPUT_PATHS:
+            if self._given(name):
+                yield from self._input_path(name)
+        yield from self._scorers()
+        for name in COUNTS:
+            if self._given(name) and self.values[name] < 1:
+                yield f"{self._where(name)}: `{name}` is {self.values[name]}; wanted: 1 or more."
+        for name, problem in (*model_problems(self.values, is_trained=True), *out_of_range(self.values)):
+            yield f"{self._where(name)}: `{name}` {problem}"
+        yield from self._output()
+        yield from self._resume()
+        yield from self._evaluation()
+        if self.values.get("dataset_streaming") and (self.values.get("max_steps") or 0) < 1:
+            where = self._where("dataset_streaming")
+            yield f"{where}: `dataset_streaming` needs `max_steps`: a stream has no known length."
+        for name, problem in requirements.problems(self.values):
+            yield f"{self._where(name)}: {problem}"
+
+    def warnings(self) -> Iterator[str]:
+        for name in self.values:
+            if (name.startswith("lora_") or name in OF_ADAPTERS) and not self.values.get("use_peft"):
+                yield f"{self._where(name)}: `{name}` is ignored without `use_peft`."
+        for name in ignored_options(self.values):
+            yield f"{self._where(name)}: `{name}` is ignored without `load_in_4bit`."
+        name, split = self.values["dataset_name"], self.values.get("dataset_test_split") or ""
+        if split and "[" not in split and not self._given("eval_dataset_name") and Path(name).is_file():
+            yield (
+                f"{self._where('dataset_test_split')}: {name} is one file, whose rows are of every split: evaluations "
+                "use prompts that are trained on. Give `eval_dataset_name`, or slices such as `train[:90%]`."
+            )
+        for name in JUDGES:
+            if self._given(f"{name}_kwargs") and not isinstance(self.judges.get(name), BuiltInJudge):
+                where = self._where(f"{name}_kwargs")
+                yield f"{where}: `{name}_kwargs` is ignored: only `llm` and pairwise models take them."
+
+    def _given(self, name: str) -> bool:
+        return self.values.get(name) not in (None, [])
+
+    def _where(self, name: str) -> str:
+        return self.entries[name].where
+
+    def _mappings(self) -> Iterator[str]:
+        """A mapping may be written as JSON text; what is no mapping is taken out."""
+        for name in JSON_TEXTS:
+            value = self.values.get(name)
+            if isinstance(value, str):
+                try:
+                    self.values[name] = mapping_from_text(name, value)
+                except ValueError as problem:
+                    del self.values[name]
+                    yield f"{self._where(name)}: {problem}"
+
+    def _missing(self) -> Iterator[str]:
+        for name, what in [("model_name_or_path", "the model to train"), ("dataset_name", "the prompts")]:
+            if name not in self.entries:
+                yield f"{self.file}: `{name}` is missing: {what}."
+        # a scorer whose value is wrong was meant to be there: one problem is enough
+        if all(name not in self.entries or self.values.get(name, name) in (None, []) for name in SCORERS):
+            names = ", ".join(f"`{name}`" for name in SCORERS)
+            yield f"{self.file}: nothing scores the completions. Give one of {names}."
+
+    def _scorers(self) -> Iterator[str]:
+        for name in ("reward_funcs", "eval_reward_funcs"):
+            if self._given(name):
+                yield from self._references(name)
+        for name in JUDGES:
+            yield from self.judge_problems(name)
+        if self._given("judge_top"):
+            for names, what in ((REWARDS, "reward"), (("judge",), "judge")):
+                if not any(self._given(name) for name in names):
+                    yield (
+                        f"{self._where('judge_top')}: `judge_top` shows a judge the best completions by a reward, "
+                        f"and there is no {what}. Give {' or '.join(f'`{name}`' for name in names)}."
+                    )
+        gold = [name for name in (*GOLD_REWARDS, "eval_judge") if self._given(name)]
+        if "eval_judge" in gold and len(gold) > 1:
+            yield f"{self._where('eval_judge')}: `eval_judge` is given beside `{gold[0]}`. Give one of them."
+
+    def judge_problems(self, name: str) -> Iterator[str]:
+        """What is wrong with ``judge`` or ``eval_judge``; if nothing is, it stands in ``judges``."""
+        if self._given(name):
+            yield from self._judge(name)
+
+    def _folders(self, name: str) -> list[Path]:
+        """Where relative paths of a field start: the run file's folder first, for a field that stands in it."""
+        beside_file = [self.file_folder] if self.file_folder and self.entries[name].words is None else []
+        return [*beside_file, Path()]
+
+    def _input_path(self, name: str) -> Iterator[str]:
+        given = self.values[name]
+        if "$" in given:
+            yield (
+                f"{self._where(name)}: `{name}` is {given!r}: environment variables are not filled in here. Give "
+                f"--{name} on the command line, where the shell does."
+            )
+            return
+        candidates = [folder / Path(given).expanduser() for folder in self._folders(name)]
+        found = next((path for path in candidates if glob.glob(str(path), recursive=True)), None)
+        if found is not None:
+            self.values[name] = str(found)
+            if "model" in name and not holds_model(found):
+                files = " or ".join(MODEL_FILES)
+                yield f"{self._where(name)}: `{name}`: {found} is no model folder: it holds no {files}."
+            elif problem := requirements.adapter_problem(str(found)):
+                yield f"{self._where(name)}: `{name}`: {problem}"
+        elif looks_like_path(given):
+            places = " or ".join(dict.fromkeys(map(str, candidates)))
+            what = "a folder, or a name on the hub" if "model" in name else "a file or folder, or a name on the hub"
+            yield f"{self._where(name)}: `{name}` is {given!r}, but there is no {places}. Give {what}."
+
+    def _references(self, name: str) -> Iterator[str]:
+        texts = self.values[name] if isinstance(self.values[name], list) else [self.values[name]]
+        self.references[name] = []
+        for text in texts:
+            try:
+                self.references[name].append(parse_reference(text, self._folders(name)))
+            except ValueError as problem:
+                yield f"{self._where(name)}: `{name}` {text!r}: {problem}."
+
+    def _judge(self, name: str) -> Iterator[str]:
+        text, options = self.values[name], self.values.get(f"{name}_kwargs") or {}
+        folders = self._folders(name)
+        candidates = [folder / Path(text).expanduser() for folder in folders]
+        model = None if text == LLM else next((path for path in candidates if path.is_dir()), None)
+        if text != LLM and model is None:
+            if ":" not in text:
+                places = " or ".join(dict.fromkeys(map(str, candidates)))
+                yield (
+                    f"{self._where(name)}: `{name}` is {text!r}, but there is no folder {places}. Give `llm`, the "
+                    "folder of a pairwise model on this disk, `file.py:name` or `package.module:name`."
+                )
+                return
+            yield from self._references(name)
+            if self.references[name]:
+                [self.judges[name]] = self.references[name]
+            return
+        if f"{name}_kwargs" in self.entries and f"{name}_kwargs" not in self.values:
+            return  # they are no mapping, which has been said
+        where = self._where(f"{name}_kwargs" if options else name)
+        try:
+            self.judges[name] = plan_llm(options, folders) if model is None else plan_pairwise_model(model, options)
+        except ValueError as problem:
+            yield f"{where}: `{name}: {text}`: {problem}"
+
+    def _output(self) -> Iterator[str]:
+        given = self.values.get("output_dir")
+        if given is not None and (not given or Path(given).expanduser().is_file()):
+            what = "a file" if given else "empty"
+            yield f"{self._where('output_dir')}: `output_dir` is {what}. Give the name of a folder, new or old."
+
+    def _resume(self) -> Iterator[str]:
+        wish = self.values.get("resume_from_checkpoint")
+        if not wish:
+            return
+        where = self._where("resume_from_checkpoint")
+        if wish is True:
+            output = Path(self.values.get("output_dir") or "trainer_output").expanduser()
+            if not any(path.is_dir() for path in output.glob("checkpoint-*")):
+                yield f"{where}: `resume_from_checkpoint`: {output} holds no checkpoint."
+        elif not Path(wish).is_dir():
+            yield f"{where}: `resume_from_checkpoint`: there is no folder {wish}."
+        elif not (Path(wish) / "trainer_state.json").is_file():
+            inside = sorted(path.name for path in Path(wish).glob("checkpoint-*"))
+            hint = f" It holds {', '.join(inside)}: give one of them." if inside else ""
+            yield f"{where}: `resume_from_checkpoint`: {wish} is no checkpoint of a run (no trainer_state.json).{hint}"
+
+    def _evaluation(self) -> Iterator[str]:
+        wanted = self.values.get("eval_strategy", "no") != "no" or self.values.get("eval_on_start")
+        if wanted and not (self._given("dataset_test_split") or self._given("eval_dataset_name")):
+            name = "eval_strategy" if "eval_strategy" in self.values else "eval_on_start"
+            where = self._where(name)
+            yield f"{where}: `{name}` needs prompts to evaluate on. Give `dataset_test_split` or `eval_dataset_name`."
+        if self.values.get("overoptimisation") == "stop" and self.values.get("eval_strategy", "no") == "no":
+            where = self._where("overoptimisation")
+            yield f"{where}: `overoptimisation: stop` compares evaluations. Give `eval_strategy` and `eval_steps`."
+
+
+def judge_of_run(path: Path) -> BuiltInJudge:
+    """The judge that a run file names.
+
+    Raises:
+        UsageError: the file cannot be read, or it names none that this package brings.
+    """
+    problems: list[str] = []
+    entries = {
+        name: entry for name, entry in read_run_file(path, problems).items() if name in ("judge", "judge_kwargs")
+    }
+    checker = RunChecker(entries, read_values(entries, load_fields(), problems, "online-dpo train --help"), path)
+    problems += [*checker.judge_problems("judge")]
+    judge = checker.judges.get("judge")
+    if not problems and not isinstance(judge, BuiltInJudge):
+        problems.append(f"{path}: wanted: `judge: llm`, or `judge` with the folder of a pairwise model.")
+    if problems:
+        raise UsageError(problems)
+    assert isinstance(judge, BuiltInJudge)
+    return judge
+
+
+def holds_model(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in MODEL_FILES)
+
+
+def looks_like_path(text: str) -> bool:
+    """Whether a name can only mean something on this disk: hub names are ``name`` or ``owner/name``."""
+    is_file = text.removesuffix(".gz").endswith(DATA_SUFFIXES)
+    return is_file or text.startswith(("/", "./", "../", "~")) or text.endswith("/") or text.count("/") > 1

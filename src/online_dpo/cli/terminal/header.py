@@ -1,0 +1,112 @@
+"""What a run is, as its run file says, shown before anything is loaded.
+
+Nothing heavy may be imported here.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from online_dpo import __version__
+from online_dpo.cli.judging.plan import BuiltInJudge
+from online_dpo.cli.runfile.references import Reference
+from online_dpo.cli.runfile.run_file import RunPlan
+from online_dpo.cli.runfile.schema import load_fields
+from online_dpo.training.display.figures import count
+
+WIDTH = 11
+INDENT = WIDTH + 3
+"""Where the values begin."""
+
+
+def describe_plan(plan: RunPlan) -> Iterator[str]:
+    """What is known before anything is loaded, one line each."""
+    run = plan.run
+    given = {name: value for name, value in plan.training.items() if value is not None}
+    settings = {name: _default(spec.default) for name, spec in load_fields().items()} | given
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun says
+    yield f"online-dpo {__version__}"
+    yield line("model", run.model_name_or_path + (f" with a LoRA adapter of rank {run.lora_r}" if run.use_peft else ""))
+    yield line("prompts", f"{run.dataset_name} ({run.dataset_train_split})" + _limited(run.dataset_limit))
+    if run.eval_dataset_name is not None or run.dataset_test_split is not None:
+        split = f"({run.dataset_test_split or 'train'})"
+        yield line("evaluation", f"{run.eval_dataset_name or run.dataset_name} {split}" + _limited(run.eval_limit))
+    yield line("feedback", _feedback(plan, given))
+    yield line("reference", _reference(plan, settings))
+    yield line("engine", _engine(settings))
+    yield line("batch", _batch(settings, processes))
+    if settings["max_steps"] > 0:
+        yield line("steps", count(settings["max_steps"]))
+    else:
+        yield line("epochs", f"{settings['num_train_epochs']:g}")
+    yield line("output", settings["output_dir"] or "trainer_output")
+    if given.get("resume_from_checkpoint"):
+        wish = given["resume_from_checkpoint"]
+        yield line("resumes", "the last checkpoint in the output folder" if wish is True else wish)
+
+
+def is_first_process() -> bool:
+    """Of those that torchrun started, if it did."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def line(name: str, value: str) -> str:
+    """One fact, below the others."""
+    return f"  {name:<{WIDTH}} {value}"
+
+
+def _default(text: str | None) -> Any:
+    """A default as it stands in the source; ``None`` where it is no plain value."""
+    try:
+        return None if text is None else ast.literal_eval(text)
+    except ValueError:
+        return None
+
+
+def _limited(rows: int | None) -> str:
+    return "" if rows is None else f", at most {count(rows)} rows"
+
+
+def _feedback(plan: RunPlan, given: dict[str, Any]) -> str:
+    rewards = [reference.text for reference in plan.reward_funcs]
+    rewards += [given["reward_model_path"]] if "reward_model_path" in given else []
+    judge = [] if plan.judge is None else [f"judge {_judge(plan.judge)}"]
+    return ", ".join(rewards + judge)
+
+
+def _judge(judge: Reference | BuiltInJudge) -> str:
+    if isinstance(judge, Reference):
+        return judge.text
+    return str(judge.options["model"] if judge.folder is None else judge.folder)
+
+
+def _reference(plan: RunPlan, settings: dict[str, Any]) -> str:
+    if settings["reference_free"]:
+        return "none"
+    if plan.run.ref_model_name_or_path is not None:
+        return plan.run.ref_model_name_or_path
+    return "the model without the adapter" if plan.run.use_peft else "the model as it is before training"
+
+
+def _engine(settings: dict[str, Any]) -> str:
+    sampling = f"{settings['num_completions']} completions a prompt, up to {settings['max_new_tokens']} tokens"
+    if not settings["use_vllm"]:
+        return f"transformers; {sampling}"
+    if settings["vllm_mode"] == "colocate":
+        return f"vLLM in this process; {sampling}"
+    address = settings["vllm_server_base_url"] or f"{settings['vllm_server_host']}:{settings['vllm_server_port']}"
+    return f"vLLM at {address}; {sampling}"
+
+
+def _batch(settings: dict[str, Any], processes: int) -> str:
+    """``8 prompts x 4 accumulated x 2 processes = 64 prompts, 128 completions a step``"""
+    device, accumulated = settings["per_device_train_batch_size"], settings["gradient_accumulation_steps"]
+    factors = [f"{device} prompts"]
+    factors += [f"{accumulated} accumulated"] if accumulated > 1 else []
+    factors += [f"{processes} processes"] if processes > 1 else []
+    prompts = device * accumulated * processes
+    product = f" = {prompts} prompts" if len(factors) > 1 else ""
+    return f"{' x '.join(factors)}{product} with {prompts * settings['num_completions']} completions a step"

@@ -1,0 +1,191 @@
+"""What a run shows while it trains: a bar and a table on a terminal, one line for each log elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group
+from rich.constrain import Constrain
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from online_dpo.cli.terminal.screen import say
+from online_dpo.cli.terminal.summary import summary_of_figures
+from online_dpo.training.display.figures import SHOWN, SUMMARY, duration, evaluation_prefix, shown_figures
+from online_dpo.training.display.protocol import RunDisplay
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Without the bars of libraries for loading weights and reading data, which would run through our own output."""
+    import datasets
+    from transformers.utils import logging
+
+    of_datasets, of_transformers = datasets.are_progress_bars_disabled(), logging.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if not of_datasets:
+            datasets.enable_progress_bars()
+        if of_transformers:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Warnings to users in one line, as the commands' own: where in the code they were given tells them nothing."""
+    usual = warnings.formatwarning
+
+    def formatted(message: Warning | str, category: type[Warning], *place: Any, **line: Any) -> str:
+        if category is UserWarning:
+            return f"warning: {' '.join(str(message).split())}\n"
+        return usual(message, category, *place, **line)
+
+    warnings.formatwarning = formatted
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
+
+
+TABLE_ROWS = 8
+
+
+class ProgressDisplay(RunDisplay):
+    """Shows a run's progress, on the first process only: a table and a bar where ``stream`` is a terminal, else lines;
+    at the end, what came of it.
+
+    ``OnlineDPOTrainer(..., callbacks=[ProgressDisplay()])``; it takes the place of transformers' own bar and logs.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = sys.stdout if stream is None else stream
+        self._panel: LivePanel | None = None
+        self._started = 0.0
+        self._first_step = 0
+
+    def on_interrupt(self, notice: str) -> bool:
+        if self._panel is None:
+            return False
+        self._panel.notice = notice
+        return True
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._started, self._first_step = time.monotonic(), state.global_step
+        console = Console(file=self._stream)
+        if state.is_world_process_zero and self._stream.isatty() and not console.is_dumb_terminal:
+            self._panel = LivePanel(console, state.max_steps, state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._panel is not None:
+            self._panel.advance(state.global_step, self._eta(state))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        logs = logs or {}
+        if not state.is_world_process_zero or f"{SUMMARY}_runtime" in logs:
+            return
+        prefix = evaluation_prefix(logs)
+        figures = shown_figures(logs, prefix)
+        label = prefix.rstrip("_").replace("_", " ", 1)
+        if self._panel is not None:
+            self._panel.add_row({"step": f"{label} {state.global_step}".strip(), **figures})
+        else:
+            line = plain_line(label, state.global_step, state.max_steps, figures, self._eta(state))
+            print(line, file=self._stream, flush=True)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.close()
+        if state.is_world_process_zero:
+            say(
+                summary_of_figures(args, state, self._first_step, time.monotonic() - self._started), stream=self._stream
+            )
+
+    def close(self) -> None:
+        if self._panel is not None:
+            self._panel.close()
+            self._panel = None
+
+    def _eta(self, state: TrainerState) -> str:
+        done = state.global_step - self._first_step
+        if done < 1:
+            return "?"
+        return duration((time.monotonic() - self._started) / done * (state.max_steps - state.global_step))
+
+
+class LivePanel:
+    """A progress bar with a table of the latest logs above it, redrawn in place. ``notice`` is shown below them."""
+
+    def __init__(self, console: Console, total: int, done: int) -> None:
+        self.notice = ""
+        self._rows: list[dict[str, str]] = []
+        self._progress = Progress(
+            TextColumn("step"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("eta {task.fields[eta]}"),
+            expand=True,
+        )
+        self._task: TaskID = self._progress.add_task("train", total=total, completed=done, eta="?")
+        self._live = Live(console=console, refresh_per_second=4, get_renderable=lambda: self)
+        self._live.start()
+
+    def advance(self, step: int, eta: str) -> None:
+        self._progress.update(self._task, completed=step, eta=eta)
+
+    def add_row(self, row: dict[str, str]) -> None:
+        self._rows = [*self._rows, row][-TABLE_ROWS:]
+        self._live.refresh()
+
+    def close(self) -> None:
+        self._live.stop()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Any:
+        rows = self._rows  # another thread redraws
+        parts: list[Any] = [_table(rows, options.max_width)] if rows else []
+        # Where the terminal writes ^C behind a full line it begins another, of which redrawing knows nothing.
+        bar = Constrain(self._progress, options.max_width - len("^C"))
+        yield Group(*parts, bar, *([Text(self.notice, style="bold")] if self.notice else []))
+
+
+def _table(rows: Sequence[Mapping[str, str]], width: int) -> Table:
+    """The figures that any of the rows has, as many as there is room for, from the left."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    room = width
+    for heading in ("step", *SHOWN):
+        wanted = max(cell_len(text) for text in (heading, *(row.get(heading, "") for row in rows)))
+        if not any(row.get(heading) for row in rows) or wanted > room:
+            continue
+        room -= wanted + 2
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(row.get(str(column.header), "") for column in table.columns))
+    return table
+
+
+def plain_line(label: str, step: int, total: int, figures: Mapping[str, str], eta: str) -> str:
+    """``step 10/100  loss 0.6931  reward 1.25  kl 0.01  eta 0:01:20``; evaluations start with ``eval``, without eta."""
+    parts = [f"{label} step {step}/{total}".lstrip(), *(f"{name} {value}" for name, value in figures.items())]
+    return "  ".join(parts if label else [*parts, f"eta {eta}"])

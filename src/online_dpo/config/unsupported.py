@@ -1,0 +1,161 @@
+"""Fields of `transformers.TrainingArguments` that mean nothing here, or would break what a run promises: they are
+refused, and not ignored.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from transformers import GenerationConfig
+
+if TYPE_CHECKING:
+    from online_dpo.config.trainer_config import OnlineDPOConfig
+
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from online_dpo.config.trainer_config import OnlineDPOConfig
+
+FUSED_OPTIMIZERS = ("lomo", "adalomo", "galore_adamw_layerwise", "galore_adamw_8bit_layerwise")
+FUSED_OPTIMIZERS += ("galore_adafactor_layerwise", "apollo_adamw_layerwise")
+LENGTH_STRATEGIES = ("group_by_length", "batch_rebalance")
+
+
+def check_refused(args: OnlineDPOConfig) -> None:
+    """Before transformers reads the fields.
+
+    Raises:
+        ValueError: one of them is set; the message says why not, and what there is instead.
+    """
+    optimizer: Any = getattr(args.optim, "value", args.optim)
+    lengths = args.train_sampling_strategy in LENGTH_STRATEGIES
+    refused: list[tuple[bool, str]] = [
+        (
+            args.neftune_noise_alpha is not None,
+            "`neftune_noise_alpha` adds noise by the length of a row, but rows here hold several completions; and "
+            "policy and reference would be compared with and without noise. Leave it unset.",
+        ),
+        (
+            args.use_liger_kernel is True,
+            "`use_liger_kernel` replaces the policy's `forward` when training begins, where the trainer has its own; "
+            "logits exist for a few hundred tokens at a time without it. Leave it off.",
+        ),
+        (
+            optimizer in FUSED_OPTIMIZERS,
+            f"`optim={optimizer!r}` updates weights during the backward pass, so that a step that is not finite could "
+            "not be skipped, and passes would not add up. Use another, such as `adamw_torch` or `galore_adamw`.",
+        ),
+        (
+            lengths,
+            f"`train_sampling_strategy={args.train_sampling_strategy!r}` goes by the length of texts, which is unknown "
+            "before they are sampled; rows are packed by tokens anyway. Use `random` or `sequential`.",
+        ),
+        (
+            args.bf16_full_eval or args.fp16_full_eval,
+            "`bf16_full_eval` and `fp16_full_eval` cast the policy itself. Leave them off: with `bf16` or `fp16` "
+            "evaluation computes in that type.",
+        ),
+        (
+            not args.average_tokens_across_devices,
+            "`average_tokens_across_devices` must be True: the loss is a mean over the pairs of all processes.",
+        ),
+        (
+            args.label_names is not None,
+            "`label_names` has nothing to name: there are no labels. `compute_metrics` receives the reference's scores "
+            "as `label_ids`.",
+        ),
+        (
+            args.parallelism_config is not None,
+            "`parallelism_config` is not in this version. Use several processes without it (torchrun).",
+        ),
+    ]
+    for is_set, message in refused:
+        if is_set:
+            raise ValueError(message)
+
+
+def check_accelerator(args: OnlineDPOConfig) -> None:
+    """Once transformers has read ``accelerator_config``.
+
+    Raises:
+        ValueError: batches are to be shared out among processes in a way that this version does not know.
+    """
+    given: Any = args.accelerator_config
+    if given.split_batches:
+        raise ValueError("`accelerator_config`: `split_batches` must be False; each process reads its own batches.")
+    if given.dispatch_batches:
+        raise ValueError(
+            "`accelerator_config`: `dispatch_batches` must be False: batches hold text, which cannot be sent to other "
+            "processes as tensors."
+        )
+    if not given.even_batches:
+        raise ValueError(
+            "`accelerator_config`: `even_batches` must be True: all processes make equally many passes. Rows that fill "
+            "up a last batch are not trained on."
+        )
+
+
+REFUSED_GENERATION_KWARGS = {
+    "num_beams": "beam search does not sample from the policy",
+    "num_beam_groups": "beam search does not sample from the policy",
+    "do_sample": "completions of one prompt must differ, so they are always sampled",
+    "num_return_sequences": "set num_completions",
+    "max_new_tokens": "set max_new_tokens in the configuration itself",
+    "max_length": "set max_new_tokens in the configuration itself",
+    "use_cache": "the KV cache is always on",
+    "return_dict_in_generate": "the trainer reads the outputs itself",
+    "output_scores": "the trainer reads the outputs itself",
+    "output_logits": "the trainer reads the outputs itself",
+    "pad_token_id": "padding is masked, so no token of its own is needed",
+    "typical_p": "the sampler knows temperature, top_k, top_p, min_p and repetition_penalty",
+    "epsilon_cutoff": "the sampler knows temperature, top_k, top_p, min_p and repetition_penalty",
+    "eta_cutoff": "the sampler knows temperature, top_k, top_p, min_p and repetition_penalty",
+    "top_h": "the sampler knows temperature, top_k, top_p, min_p and repetition_penalty",
+    "assistant_model": "assisted generation changes which random numbers are drawn",
+    "logits_processor": "pass options of GenerationConfig here, not objects",
+    "stopping_criteria": "pass options of GenerationConfig here, such as stop_strings",
+}
+
+
+def check_unsupported(args: OnlineDPOConfig) -> None:
+    """
+    Raises:
+        ValueError: an argument of transformers asks for something that this version does not do.
+    """
+    if args.fsdp:
+        raise ValueError("`fsdp` is not in this version. Use several processes without it (torchrun).")
+    if args.remove_unused_columns:
+        raise ValueError(
+            "`remove_unused_columns` must be False: the prompt itself and the columns that reward functions "
+            "receive are no arguments of the model's forward."
+        )
+    if args.flex_attention and args.device.type == "cpu":
+        raise ValueError("`flex_attention=True` needs a GPU: FlexAttention has no backward pass on a CPU.")
+    if args.auto_find_batch_size:
+        raise ValueError(
+            "`auto_find_batch_size` must be False: a micro-batch that runs out of memory is split by the trainer "
+            "itself, without changing the gradient."
+        )
+    if args.label_smoothing_factor:
+        raise ValueError(
+            "`label_smoothing_factor` smooths next tokens, which the loss does not predict; leave it 0. Preferences "
+            "are smoothed by `label_smoothing`."
+        )
+
+
+def check_generation_kwargs(given: Mapping[str, Any] | str | None) -> None:
+    """
+    Raises:
+        ValueError: an option is none of `transformers.GenerationConfig`, or one that the trainer sets itself.
+    """
+    known = vars(GenerationConfig())
+    for name in given or {}:
+        if name in REFUSED_GENERATION_KWARGS:
+            raise ValueError(f"`generation_kwargs` must not hold `{name}`: {REFUSED_GENERATION_KWARGS[name]}.")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean `{close[0]}`?" if close else ""
+            raise ValueError(f"`generation_kwargs` holds `{name}`, which GenerationConfig does not know.{hint}")

@@ -1,0 +1,109 @@
+"""Gold: a scorer or judge that evaluations report and training never sees."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from online_dpo.config.trainer_config import OnlineDPOConfig
+from online_dpo.evaluation.records import EvalRecord, GoldRecord, judged_wins, win_share
+from online_dpo.scoring.judge_registry import build_judge, check_judge
+from online_dpo.scoring.judges.llm.judge import check_share
+from online_dpo.scoring.judges.tournament import ComparisonCounter
+from online_dpo.scoring.notes import nothing_noted
+from online_dpo.scoring.protocols import PairwiseScorer, PointwiseScorer
+from online_dpo.scoring.registry import build_scorers, check_reward_path, check_scorers
+from online_dpo.scoring.rewards.combine import score_groups
+from online_dpo.types import Group
+
+
+class Gold:
+    """Scorers, whose sum is the gold score, or a judge.
+
+    ``reward_weights``, ``reward_normalization`` and the penalties are part of what is trained on, and have no effect
+    here.
+    """
+
+    def __init__(self, scorers: Sequence[PointwiseScorer], judge: PairwiseScorer | None) -> None:
+        self.scorers, self._judge = scorers, judge
+
+    def assess(
+        self, records: Sequence[EvalRecord], groups: Sequence[Group], rivals: Sequence[Group] | None
+    ) -> list[EvalRecord]:
+        """The records with what gold says of their groups. ``rivals`` has one completion of the reference for each;
+        without a reference there are none, and no win rate.
+
+        Raises:
+            ScoringError: a scorer or the judge failed.
+        """
+        if self._judge is not None:
+            assert rivals is not None
+            wins = judged_wins(groups, rivals, ComparisonCounter(self._judge))
+            gold = [GoldRecord((), win) for win in wins]
+        else:
+            scores, wins = self._scores(groups), [None] * len(groups)
+            if rivals is not None:
+                with nothing_noted():
+                    theirs = [values[0] for values in self._scores(rivals)]
+                wins = [win_share(a, b) for a, b in zip(scores, theirs, strict=True)]
+            gold = [GoldRecord(tuple(values), win) for values, win in zip(scores, wins, strict=True)]
+        return [replace(record, gold=assessment) for record, assessment in zip(records, gold, strict=True)]
+
+    def _scores(self, groups: Sequence[Group]) -> list[list[float | None]]:
+        return score_groups(groups, self.scorers).values
+
+
+def check_gold(reward_funcs: Any, judge: Any, args: OnlineDPOConfig) -> None:
+    """
+    Raises:
+        ValueError, TypeError: gold is given twice, or cannot be used; raised before any model is loaded.
+    """
+    rewards = _gold_rewards(reward_funcs, args)
+    if rewards is not None and judge is not None:
+        raise ValueError("Give gold rewards (`eval_reward_funcs`, `eval_reward_model_path`) or `eval_judge`, not both.")
+    if args.overoptimisation == "stop" and rewards is None and judge is None:
+        raise ValueError(
+            "`overoptimisation='stop'` compares the training score with a second one: give `eval_reward_funcs`, "
+            "`eval_reward_model_path` or `eval_judge`."
+        )
+    if judge is not None and args.reference_free:
+        raise ValueError("`eval_judge` compares with the reference, and with `reference_free` there is none.")
+    if judge is not None:
+        check_judge(judge, "eval_judge")
+        check_share(judge, args.world_size)
+    if rewards is not None:
+        check_scorers(rewards, None, _without_weights(args))
+
+
+def build_gold(
+    reward_funcs: Any,
+    judge: Any,
+    args: OnlineDPOConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    state: Callable[[], Any],
+) -> Gold | None:
+    """``None`` where neither rewards nor a judge are given."""
+    if judge is not None:
+        return Gold([], build_judge(judge, tokenizer, args))
+    rewards = _gold_rewards(reward_funcs, args)
+    return None if rewards is None else Gold(build_scorers(rewards, None, _without_weights(args), state=state), None)
+
+
+def _gold_rewards(reward_funcs: Any, args: OnlineDPOConfig) -> Any:
+    """
+    Raises:
+        ValueError: they are given in two places, and are not the same.
+    """
+    check_reward_path(reward_funcs, args.eval_reward_model_path, "eval_reward_model_path", "eval_reward_funcs")
+    return reward_funcs if reward_funcs is not None else args.eval_reward_model_path
+
+
+def _without_weights(args: OnlineDPOConfig) -> OnlineDPOConfig:
+    """Weights and normalisation are those of the training rewards, which may be more or fewer."""
+    plain = copy.copy(args)
+    plain.reward_weights, plain.reward_normalization = None, "none"
+    return plain

@@ -1,0 +1,173 @@
+"""Evaluation: what is kept of each held-out prompt, and the numbers made of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from online_dpo.stats.bootstrap import standard_error
+from online_dpo.stats.intervals import win_rate
+from online_dpo.stats.preference import preference_by_score
+from online_dpo.types import Group, Notes, PackedRows, Pair, RowLogprobs, Scores, Verdicts
+
+
+@dataclass(frozen=True)
+class GoldRecord:
+    """What the gold scorer says of one held-out prompt: ``scores`` and ``win`` as those of :class:`EvalRecord`."""
+
+    scores: tuple[float | None, ...]
+    win: float | None
+
+
+@dataclass(frozen=True)
+class EvalRecord:
+    """One held-out prompt.
+
+    ``scores`` has one entry a completion, ``None`` where missing (all ``None`` with a judge alone); ``reference_score``
+    is that of the reference's completion. ``win`` is the share of the policy's completions that beat the reference's (a
+    tie counts half), ``None`` where it cannot be told. ``losses`` are those of the prompt's pairs. ``kl`` and
+    ``entropy`` are nats per completion and per token. ``gold`` is ``None`` without a gold scorer. ``cut`` says whether
+    the prompt was longer.
+    """
+
+    scores: tuple[float | None, ...]
+    reference_score: float | None
+    win: float | None
+    losses: tuple[float, ...]
+    kl: tuple[float, ...]
+    entropy: tuple[float, ...]
+    lengths: tuple[int, ...]
+    finished: tuple[bool, ...]
+    prompt_ids: tuple[int, ...] = ()
+    gold: GoldRecord | None = None
+    cut: bool = False
+
+
+def win_share(scores: Sequence[float | None], reference_score: float | None) -> float | None:
+    """The share of scored completions above the reference's score, ties counting half; ``None`` when nothing is scored.
+
+    >>> win_share([2.0, 1.0, 0.0], 1.0)
+    0.5
+    """
+    scored = [score for score in scores if score is not None]
+    if reference_score is None or not scored:
+        return None
+    return sum(preference_by_score(score, reference_score) for score in scored) / len(scored)
+
+
+def eval_records(
+    groups: Sequence[Group],
+    pairs: Sequence[Pair],
+    assessment: Scores | Verdicts,
+    reference_scores: Sequence[float | None],
+    wins: Sequence[float | None],
+    rows: PackedRows,
+    *,
+    loss_N: torch.Tensor,
+    policy: RowLogprobs,
+    reference: RowLogprobs | None,
+) -> list[EvalRecord]:
+    """One record a group; ``rows`` has the completions of all groups in order, ``loss_N`` the losses of ``pairs``."""
+    losses: dict[int, list[float]] = {}
+    for pair, loss in zip(pairs, loss_N.tolist(), strict=True):
+        losses.setdefault(id(pair.group), []).append(loss)
+    kl_S = [] if reference is None else (policy.logps_S - reference.logps_S).tolist()
+    scores = assessment.scores if isinstance(assessment, Verdicts) else assessment
+    entropy_S = [float(part.mean()) for part in policy.entropy_M.split(rows.length_S.tolist())]
+    records, start = [], 0
+    for p, group in enumerate(groups):
+        end = start + len(group.completions)
+        records.append(
+            EvalRecord(
+                scores=(None,) * len(group.completions) if scores is None else tuple(scores.values[p]),
+                reference_score=reference_scores[p],
+                win=wins[p],
+                losses=tuple(losses.get(id(group), ())),
+                kl=tuple(kl_S[start:end]),
+                entropy=tuple(entropy_S[start:end]),
+                lengths=tuple(len(c.token_ids) for c in group.completions),
+                finished=tuple(c.finish_reason == "stop" for c in group.completions),
+                cut=group.prompt.cut,
+                prompt_ids=group.prompt.token_ids,
+            )
+        )
+        start = end
+    return records
+
+
+def judged_wins(
+    groups: Sequence[Group], rivals: Sequence[Group], prefer: Callable[[list[Group]], list[float | None]]
+) -> list[float | None]:
+    """For each prompt a judge's probability that the group's first completion is better than its rival's, ``None``
+    where it gave no answer.
+    """
+    comparisons = [
+        Group(group.prompt, (group.completions[0], rival.completions[0]))
+        for group, rival in zip(groups, rivals, strict=True)
+    ]
+    return prefer(comparisons)
+
+
+def summarise(records: Sequence[EvalRecord]) -> dict[str, float]:
+    """The metrics of an evaluation, without prefix. A metric that no prompt gives a number for is left out."""
+    means = {
+        "loss": [loss for r in records for loss in r.losses],
+        "objective/scores": [s for r in records for s in r.scores if s is not None],
+        "objective/reference_scores": [r.reference_score for r in records if r.reference_score is not None],
+        "objective/kl": [kl for r in records for kl in r.kl],
+        "objective/token_entropy": [e for r in records for e in r.entropy],
+        "completions/mean_length": [n for r in records for n in r.lengths],
+        "val/contain_eos_token": [float(f) for r in records for f in r.finished],
+    }
+    metrics = {name: float(np.mean(values)) for name, values in means.items() if values}
+    metrics.setdefault("loss", math.nan)  # the metric by which Trainer finds the best model unless told otherwise
+    metrics["prompts"] = float(len(records))
+    metrics["prompts/cut"] = float(sum(record.cut for record in records))
+    metrics |= _win_rate_metrics("win_rate", [r.win for r in records if r.win is not None])
+    gold = [(record, record.gold) for record in records if record.gold is not None]
+    return metrics | (gold_metrics(gold) if gold else {})
+
+
+def mean_notes(notes: Sequence[Notes]) -> dict[str, float]:
+    """The means of what reward functions noted on all ranks, under the names that they gave."""
+    names = sorted({name for one in notes for name in one.metrics})
+    return {name: float(np.mean([value for one in notes for value in one.metrics.get(name, [])])) for name in names}
+
+
+def gold_metrics(records: Sequence[tuple[EvalRecord, GoldRecord]]) -> dict[str, float]:
+    """What the gold scorer says, and how sure both are: standard errors over prompts, whose completions are alike."""
+    scores = [score for _, gold in records for score in gold.scores]
+    present = [score for score in scores if score is not None]
+    wins = [gold.win for _, gold in records if gold.win is not None]
+    metrics: dict[str, float] = {}
+    if scores:
+        metrics["gold_missing_ratio"] = 1 - len(present) / len(scores)
+    if present:
+        metrics["gold_score"] = float(np.mean(present))
+    metrics |= _win_rate_metrics("gold_win_rate", wins)
+    by_prompt = {
+        "objective/scores": [_mean(record.scores) for record, _ in records],
+        "win_rate": [record.win for record, _ in records],
+        "gold_score": [_mean(gold.scores) for _, gold in records],
+        "gold_win_rate": wins,
+    }
+    for name, values in by_prompt.items():
+        error = standard_error(np.array([value for value in values if value is not None]))
+        if error is not None:
+            metrics[f"{name}_stderr"] = error
+    return metrics
+
+
+def _win_rate_metrics(name: str, wins: Sequence[float]) -> dict[str, float]:
+    if not wins:
+        return {}
+    return dict(zip((name, f"{name}_ci95_low", f"{name}_ci95_high"), win_rate(wins), strict=True))
+
+
+def _mean(scores: Sequence[float | None]) -> float | None:
+    present = [score for score in scores if score is not None]
+    return sum(present) / len(present) if present else None

@@ -1,0 +1,65 @@
+"""The strength of the pull towards the reference: as configured, or adapting to the divergence that is wanted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from online_dpo.config.trainer_config import OnlineDPOConfig
+
+LARGEST_ERROR = 0.2
+
+
+def adapted(beta: float, kl: float, target: float, gain: float) -> float:
+    """The next beta: ``beta (1 + gain e)`` with ``e = clip((kl - target) / target, -0.2, 0.2)`` (Ziegler et al. 2019,
+    arXiv 1909.08593, section 2.2).
+
+    >>> adapted(0.1, kl=12.0, target=6.0, gain=0.1)
+    0.10200000000000001
+    """
+    error = min(max((kl - target) / target, -LARGEST_ERROR), LARGEST_ERROR)
+    return beta * (1 + gain * error)
+
+
+class Beta(TrainerCallback):
+    """Beta as it is now. With ``target_kl`` it is a state of the run: larger after a step that was further from the
+    reference than that, smaller after one that was closer, within ``beta_range`` of where it began.
+
+    Args:
+        measure: the KL of the step that has ended, nats a completion, over all ranks; ``None`` if nothing was trained.
+    """
+
+    FILE = "beta.json"
+
+    def __init__(self, args: OnlineDPOConfig, measure: Callable[[], float | None]) -> None:
+        self.adapts = args.target_kl is not None
+        self._args, self._measure = args, measure
+        self._value = args.beta_at(0)
+
+    def at(self, epoch: float) -> float:
+        return self._value if self.adapts else self._args.beta_at(epoch)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        target = self._args.target_kl
+        if target is None:
+            return
+        kl = self._measure()
+        if kl is not None:
+            start, factor = self._args.beta_at(0), self._args.beta_range
+            beta = adapted(self._value, kl, target, self._args.beta_gain)
+            self._value = min(max(beta, start / factor), start * factor)
+
+    def save(self, folder: Path) -> None:
+        """Write down what `restore` needs: nothing unless it adapts."""
+        if self.adapts:
+            (folder / self.FILE).write_text(json.dumps({"beta": self._value}) + "\n", encoding="utf-8")
+
+    def restore(self, folder: Path) -> None:
+        """Go on from what `save` wrote. A run that did not adapt so far begins with the configured beta."""
+        path = folder / self.FILE
+        if self.adapts and path.is_file():
+            self._value = json.loads(path.read_text(encoding="utf-8"))["beta"]

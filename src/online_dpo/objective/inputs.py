@@ -1,0 +1,119 @@
+"""What a loss is computed from: the log-probabilities of pairs, and its options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from online_dpo.config.trainer_config import OnlineDPOConfig
+from online_dpo.types import PackedRows, RowLogprobs
+
+
+@dataclass(frozen=True)
+class PairLogprobs:
+    """What the models say of N pairs; every field has shape (N,).
+
+    Log-probabilities are in nats, summed over the completion; lengths are in tokens; ``probability_N`` is that the
+    chosen completion is the better one; ``..._by_policy_N`` (bool) say who wrote them, the policy or its opponent.
+    """
+
+    chosen_N: torch.Tensor
+    rejected_N: torch.Tensor
+    ref_chosen_N: torch.Tensor
+    ref_rejected_N: torch.Tensor
+    chosen_length_N: torch.Tensor
+    rejected_length_N: torch.Tensor
+    probability_N: torch.Tensor
+    chosen_by_policy_N: torch.Tensor
+    rejected_by_policy_N: torch.Tensor
+
+    @property
+    def chosen_ratio_N(self) -> torch.Tensor:
+        """``log pi(w) - log pi_ref(w)``."""
+        return self.chosen_N - self.ref_chosen_N
+
+    @property
+    def rejected_ratio_N(self) -> torch.Tensor:
+        return self.rejected_N - self.ref_rejected_N
+
+    @property
+    def h_N(self) -> torch.Tensor:
+        """How much more the policy than the reference prefers the chosen completion."""
+        return (self.chosen_N - self.rejected_N) - (self.ref_chosen_N - self.ref_rejected_N)
+
+    @property
+    def mean_chosen_N(self) -> torch.Tensor:
+        """``log pi(w) / |w|``."""
+        return self.chosen_N / self.chosen_length_N
+
+    @property
+    def mean_rejected_N(self) -> torch.Tensor:
+        return self.rejected_N / self.rejected_length_N
+
+    def exchanged(self) -> PairLogprobs:
+        """Every chosen completion as the rejected one, and the other way round."""
+        return PairLogprobs(
+            self.rejected_N,
+            self.chosen_N,
+            self.ref_rejected_N,
+            self.ref_chosen_N,
+            self.rejected_length_N,
+            self.chosen_length_N,
+            1 - self.probability_N,
+            self.rejected_by_policy_N,
+            self.chosen_by_policy_N,
+        )
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The loss: a weighted sum of the losses named in ``terms``, and what they need to know.
+
+    >>> LossOptions(terms=(("sigmoid", 1.0), ("sft", 0.2)), beta=0.1)
+    """
+
+    terms: tuple[tuple[str, float], ...] = (("sigmoid", 1.0),)
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    simpo_gamma: float = 0.5
+    dpop_lambda: float = 50.0
+    use_weighting: bool = False
+    method: str = "online_dpo"
+    xpo_alpha: float = 0.0
+
+    @classmethod
+    def from_config(cls, args: OnlineDPOConfig) -> LossOptions:
+        """With beta and alpha of the first epoch; see `now`."""
+        names = args.loss_types
+        weights = args.loss_weights or [1.0] * len(names)
+        return cls(
+            terms=tuple(zip(names, weights, strict=True)),
+            beta=args.beta_at(0),
+            label_smoothing=args.label_smoothing,
+            simpo_gamma=args.simpo_gamma,
+            dpop_lambda=args.dpop_lambda,
+            use_weighting=args.use_weighting,
+            method=args.method,
+            xpo_alpha=args.at_epoch("xpo_alpha", 0),
+        )
+
+    def now(self, beta: float, xpo_alpha: float) -> LossOptions:
+        return replace(self, beta=beta, xpo_alpha=xpo_alpha)
+
+
+def pair_logprobs(rows: PackedRows, policy: RowLogprobs, reference: RowLogprobs | None) -> PairLogprobs:
+    """The numbers of the pairs in a batch of rows; nan where a reference is missing."""
+    chosen_N, rejected_N = rows.chosen_N, rows.rejected_N
+    reference_S = torch.full_like(policy.logps_S, torch.nan) if reference is None else reference.logps_S
+    return PairLogprobs(
+        chosen_N=policy.logps_S[chosen_N],
+        rejected_N=policy.logps_S[rejected_N],
+        ref_chosen_N=reference_S[chosen_N],
+        ref_rejected_N=reference_S[rejected_N],
+        chosen_length_N=rows.length_S[chosen_N],
+        rejected_length_N=rows.length_S[rejected_N],
+        probability_N=rows.probability_N,
+        chosen_by_policy_N=rows.by_policy_S[chosen_N],
+        rejected_by_policy_N=rows.by_policy_S[rejected_N],
+    )

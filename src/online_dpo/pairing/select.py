@@ -1,0 +1,212 @@
+"""Groups and what scorers said of them, to pairs. Every group ends in pairs or in one counted reason."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from online_dpo.config.trainer_config import OnlineDPOConfig
+from online_dpo.pairing.strategies import FIRST_ALLOWED, STRATEGIES, Scored
+from online_dpo.stats.preference import sigmoid
+from online_dpo.types import Group, Pair, Pairing, Preference, Prompt, Scores, Verdicts
+
+MISSING_SCORE = "missing_score"
+NO_ANSWER = "no_answer"
+CONTRADICTION = "contradiction"
+TIE = "tie"
+IDENTICAL = "identical"
+MARGIN = "margin"
+LENGTH_RATIO = "length_ratio"
+
+Draw = Callable[[Prompt], float]
+"""A number in [0, 1) for a prompt, the same whenever it is asked for in this step."""
+
+Candidate = tuple[Pair, float | None]
+"""A pair, and the difference of the scores that made it one: none with a judge."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which completions become pairs, and what is made of them: configuration fields, ``strategy`` is
+    ``pair_selection``.
+
+    >>> Selection(strategy="all_pairs", min_margin=0.5)
+    """
+
+    strategy: str = "best_worst"
+    tie_policy: str = "skip"
+    min_margin: float | None = None
+    max_margin: float | None = None
+    max_length_ratio: float | None = None
+    margin_weighting: bool = False
+    label_temperature: float | None = None
+
+    @classmethod
+    def from_config(cls, args: OnlineDPOConfig) -> Selection:
+        return cls(
+            strategy=args.pair_selection,
+            tie_policy=args.tie_policy,
+            min_margin=args.min_margin,
+            max_margin=args.max_margin,
+            max_length_ratio=args.max_length_ratio,
+            margin_weighting=args.margin_weighting,
+            label_temperature=args.label_temperature,
+        )
+
+
+def pairs_from_scores(
+    groups: Sequence[Group], scores: Scores, selection: Selection | None = None, draw: Draw = lambda prompt: 0.0
+) -> Pairing:
+    """The pairs that the selection's strategy picks from each group.
+
+    They are formed and their margins are measured by ``scores.ranking``; what they carry are ``scores.values``.
+
+    A completion without a score takes part in no pair, and of several with the same tokens only the first with a score
+    does. A group with fewer than two scored completions is dropped as ``missing_score``, one whose scores are all equal
+    as ``tie`` (or, with ``tie_policy="first"``, gives its first two as chosen and rejected), one whose completions all
+    have the same tokens as ``identical``, one whose margins or lengths the selection excludes as ``margin`` or
+    ``length_ratio``. Between equal scores the earlier completion is the chosen one and the later the rejected one.
+
+    Args:
+        draw: where random choices come from.
+    """
+    selection = selection or Selection()
+    made = Pairing()
+    for group, ranking, values in zip(groups, scores.ranking, scores.values, strict=True):
+        scored = [(score, k) for k, score in enumerate(ranking) if score is not None]
+        distinct = _distinct(scored, group)
+        if len(scored) < 2:
+            made.dropped[MISSING_SCORE] += 1
+        elif _all_equal(scored) and selection.tie_policy == "skip":
+            made.dropped[TIE] += 1
+        elif len(distinct) < 2:
+            made.dropped[IDENTICAL] += 1
+        elif not _all_equal(distinct):
+            picked = STRATEGIES[selection.strategy](distinct, draw(group.prompt))
+            _add([_candidate(group, values, *pick, selection) for pick in picked], made, selection)
+        elif selection.tie_policy == "first":
+            _add([_candidate(group, values, distinct[0], distinct[1], selection)], made, selection)
+        else:
+            made.dropped[TIE] += 1
+    return made
+
+
+def pairs_from_preferences(
+    groups: Sequence[Group],
+    preferences: Sequence[Preference | None],
+    selection: Selection | None = None,
+    scores: Scores | None = None,
+) -> Pairing:
+    """The pair that a judge found in each group, with the judge's probability, and its scores if there are any.
+
+    Without an answer a group is dropped as ``no_answer``, or as ``missing_score`` if scores say whom the judge sees and
+    fewer than two completions have one; where both completions have the same tokens, as
+    ``identical``; where both are as good, as ``tie`` (with ``tie_policy="first"`` it is trained as if there were no
+    doubt); where the judge took one for the best and another for the worst and yet prefers that, as ``contradiction``.
+    """
+    selection = selection or Selection()
+    made = Pairing()
+    for p, (group, preference) in enumerate(zip(groups, preferences, strict=True)):
+        values = [None] * len(group.completions) if scores is None else scores.values[p]
+        if preference is None:
+            unscored = scores is not None and sum(score is not None for score in scores.ranking[p]) < 2
+            made.dropped[MISSING_SCORE if unscored else NO_ANSWER] += 1
+            continue
+        chosen, rejected, probability = preference.chosen, preference.rejected, preference.probability
+        pair = Pair(group, chosen, rejected, values[chosen], values[rejected], probability)
+        if pair.chosen_completion.token_ids == pair.rejected_completion.token_ids:
+            made.dropped[IDENTICAL] += 1
+        elif probability == 0.5 and selection.tie_policy == "skip":
+            made.dropped[TIE] += 1
+        elif probability < 0.5:
+            made.dropped[CONTRADICTION] += 1
+        else:
+            _add([(replace(pair, probability=1.0) if probability == 0.5 else pair, None)], made, selection)
+    return made
+
+
+def pairs_of_two(groups: Sequence[Group], assessment: Scores | Verdicts, temperature: float = 1.0) -> Pairing:
+    """Every group of two that something is said of as a pair with a probability: for `nash_md`, whose loss has a part
+    that does not depend on who wins.
+
+    Of scores the probability is the sigmoid of their difference over ``temperature`` (Bradley-Terry), with a judge the
+    judge's. Ties, and completions with the same tokens, are even. Without both scores, or an answer, a group is dropped
+    as ``missing_score`` or ``no_answer``.
+    """
+    made = Pairing()
+    for p, group in enumerate(groups):
+        scores = assessment.values[p] if isinstance(assessment, Scores) else [None, None]
+        probability = _first_is_better(assessment, p, temperature)
+        if probability is None:
+            made.dropped[MISSING_SCORE if isinstance(assessment, Scores) else NO_ANSWER] += 1
+            continue
+        if len({completion.token_ids for completion in group.completions}) == 1:
+            probability = 0.5
+        chosen, rejected = (0, 1) if probability >= 0.5 else (1, 0)
+        made.pairs.append(
+            Pair(group, chosen, rejected, scores[chosen], scores[rejected], max(probability, 1 - probability))
+        )
+    return made
+
+
+def _first_is_better(assessment: Scores | Verdicts, p: int, temperature: float) -> float | None:
+    """The probability that the first completion of group ``p`` is better than the second."""
+    if isinstance(assessment, Verdicts):
+        preference = assessment.preferences[p]
+        if preference is None:
+            return None
+        return preference.probability if preference.chosen == 0 else 1 - preference.probability
+    first, second = assessment.ranking[p]
+    if first is None or second is None:
+        return None
+    return sigmoid((first - second) / temperature)
+
+
+# --- groups that are answered again ----------------------------------------------------------------------------------
+
+
+def _all_equal(scored: Sequence[Scored]) -> bool:
+    return len({score for score, _ in scored}) == 1
+
+
+def _distinct(scored: Sequence[Scored], group: Group) -> list[Scored]:
+    first: dict[tuple[int, ...], Scored] = {}
+    for item in scored:
+        first.setdefault(group.completions[item[1]].token_ids, item)
+    return list(first.values())
+
+
+def _candidate(
+    group: Group, values: Sequence[float | None], chosen: Scored, rejected: Scored, selection: Selection
+) -> Candidate:
+    pair = Pair(group, chosen[1], rejected[1], values[chosen[1]], values[rejected[1]])
+    margin = chosen[0] - rejected[0]
+    if selection.margin_weighting:
+        pair = replace(pair, weight=margin)
+    if selection.label_temperature is not None:
+        pair = replace(pair, probability=sigmoid(margin / selection.label_temperature))
+    return pair, margin
+
+
+def _add(candidates: Sequence[Candidate], made: Pairing, selection: Selection) -> None:
+    """The pairs of one group, without those that the selection objects to."""
+    objections = [_objection(pair, margin, selection) for pair, margin in candidates]
+    kept = [pair for (pair, _), objection in zip(candidates, objections, strict=True) if objection is None]
+    reasons = [objection for objection in objections if objection is not None]
+    if kept and selection.strategy in FIRST_ALLOWED:
+        made.pairs.append(kept[0])
+    elif kept:
+        made.pairs.extend(kept)
+        made.left_out.update(reasons)
+    else:
+        made.dropped[reasons[0]] += 1
+
+
+def _objection(pair: Pair, margin: float | None, selection: Selection) -> str | None:
+    ratio = selection.max_length_ratio
+    low, high = selection.min_margin or 0.0, selection.max_margin or math.inf
+    if margin is not None and not low <= margin <= high:
+        return MARGIN
+    short, long = sorted(len(c.token_ids) for c in (pair.chosen_completion, pair.rejected_completion))
+    return LENGTH_RATIO if ratio is not None and long > ratio * short else None

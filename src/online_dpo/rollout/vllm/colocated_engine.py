@@ -1,0 +1,191 @@
+"""Sampling with vLLM in the trainer's own process, on the trainer's own device.
+
+vLLM holds a second copy of the weights, which `sync` replaces. With sleep mode, that copy and the KV cache leave the
+GPU while the trainer works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from online_dpo.config.trainer_config import OnlineDPOConfig
+from online_dpo.distributed.process_state import environment, kept_random_state
+from online_dpo.errors import error_text
+from online_dpo.modeling.introspection import context_length, unwrapped
+from online_dpo.modeling.loading import empty_device_cache
+from online_dpo.rollout.params import RolloutKey, SamplingParams
+from online_dpo.rollout.vllm.requests import build_groups, build_requests, from_output, vllm_sampling
+from online_dpo.rollout.vllm.worker import EXTENSION, coarsest
+from online_dpo.rollout.weights.export import named_weights, write_weights
+from online_dpo.types import Group, Prompt
+
+SLEEP_LEVEL = 1  # weights go to main memory and come back, so that `generate` works again without another `sync`
+
+
+class VLLMColocateEngine:
+    """Samples from a copy of the policy that vLLM holds in this process.
+
+    Args:
+        model: the policy, or a PEFT model around it; vLLM starts with its architecture and without its weights, which
+            the first `sync` pushes.
+        tokenizer: decodes completions and finds stop strings.
+        args: reads ``vllm_gpu_memory_utilization``, ``vllm_tensor_parallel_size``, ``vllm_enable_sleep_mode``,
+            ``vllm_model_impl``, ``max_length``, ``rollout_batch_size`` (most completions decoded at the same time),
+            ``bf16``, ``fp16``, ``seed`` and ``trust_remote_code``.
+        vllm_options: further arguments of `vllm.LLM`, such as ``{"enforce_eager": True}``. They win.
+
+    Raises:
+        ValueError: vLLM is not installed, or the options do not fit this machine.
+    """
+
+    has_own_weights = True
+    overlaps = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        args: OnlineDPOConfig,
+        vllm_options: dict[str, Any] | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self._in_process = args.vllm_tensor_parallel_size == 1
+        self._sleeps = args.vllm_enable_sleep_mode
+        self._asleep: set[str] = set()
+        self._version: int | None = None
+        self._owns_process_group = not torch.distributed.is_initialized()
+        _check_options(args)
+        options = {**engine_options(model, args), **(vllm_options or {})}
+        # vLLM seeds all generators when it starts, and draws from torch's later on
+        with TemporaryDirectory(prefix="online-dpo-vllm-") as folder, kept_random_state():
+            unwrapped(model).config.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            self._llm = _start_vllm(folder, options)
+        self.own_dtype: torch.dtype | None = coarsest(self._llm.collective_rpc("online_dpo_dtype"))
+        self._fall_asleep()
+
+    def sync(self, model: nn.Module, version: int) -> None:
+        """Copies the weights into vLLM, unless those of this version are there."""
+        if version == self._version:
+            return
+        self._wake("weights")
+        self._version = None  # until all of them are in
+        label = str(version)
+        if self._in_process:
+            self._llm.collective_rpc("online_dpo_load", args=(named_weights(model), label))
+        else:  # the workers are other processes on this machine
+            with TemporaryDirectory(prefix="online-dpo-weights-") as folder:
+                write_weights(model, Path(folder))
+                self._llm.collective_rpc("online_dpo_load_folder", args=(folder, label))
+        if not self._llm.reset_prefix_cache():  # it holds keys and values of the old weights
+            raise RuntimeError("vLLM could not empty its prefix cache: a request is still running.")
+        self._version = version
+
+    def generate(
+        self, prompts: Sequence[Prompt], num_completions: int, params: SamplingParams, key: RolloutKey
+    ) -> list[Group]:
+        """K completions for each prompt, in the prompts' order."""
+        from vllm import SamplingParams as VLLMParams  # pyright: ignore[reportMissingImports]
+
+        assert self._version is not None, "sync comes before generate"
+        requests = build_requests(prompts, num_completions, vllm_sampling(params), key)
+        self._wake("weights")
+        self._wake("kv_cache")
+        with kept_random_state():
+            outputs = self._llm.generate(
+                [{"prompt_token_ids": list(request.prompt_ids)} for request in requests],
+                [VLLMParams(**request.options, detokenize=bool(params.stop_strings)) for request in requests],
+                use_tqdm=False,
+            )
+        groups = build_groups(prompts, [from_output(o) for o in outputs], self.tokenizer, self._version)
+        self._fall_asleep()
+        return groups
+
+    def release(self) -> None:
+        """Nothing: between calls vLLM keeps its memory, or, with ``vllm_enable_sleep_mode``, has given it back."""
+
+    def close(self) -> None:
+        """Gives the memory back. A process group that vLLM has made ends with it; the trainer's stays."""
+        from vllm.distributed.parallel_state import destroy_model_parallel  # pyright: ignore[reportMissingImports]
+
+        client = self._llm.llm_engine.engine_core
+        del self._llm
+        if self._owns_process_group:
+            client.shutdown()
+        else:
+            client._finalizer.detach()  # it would call that same `shutdown`, which ends whatever process group there is
+            client.engine_core.model_executor.shutdown()
+            destroy_model_parallel()
+        del client
+        empty_device_cache()
+
+    def _fall_asleep(self) -> None:
+        if self._sleeps:
+            self._llm.sleep(level=SLEEP_LEVEL)
+            self._asleep = {"weights", "kv_cache"}
+
+    def _wake(self, part: str) -> None:
+        """The weights first: loading them needs room that the KV cache would take."""
+        if part in self._asleep:
+            self._llm.wake_up([part])
+            self._asleep.remove(part)
+
+
+def engine_options(model: nn.Module, args: OnlineDPOConfig) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` that the configuration asks for."""
+    limits = [limit for limit in (args.max_length, context_length(model)) if limit is not None]
+    options: dict[str, Any] = {
+        "worker_extension_cls": EXTENSION,
+        "load_format": "dummy",
+        "dtype": "bfloat16" if args.bf16 else "float16" if args.fp16 else str(unwrapped(model).dtype).split(".")[-1],
+        "max_model_len": min(limits) if limits else None,
+        "max_num_seqs": args.rollout_batch_size,
+        "gpu_memory_utilization": args.vllm_gpu_memory_utilization,
+        "tensor_parallel_size": args.vllm_tensor_parallel_size,
+        "enable_sleep_mode": args.vllm_enable_sleep_mode,
+        "model_impl": args.vllm_model_impl,
+        "enable_prefix_caching": True,
+        "enforce_eager": not torch.cuda.is_available(),  # on a CPU, compiling takes longer than it saves
+        "generation_config": "vllm",
+        "trust_remote_code": args.trust_remote_code,
+        "seed": args.seed,
+    }
+    if args.vllm_gpu_memory_utilization is None:
+        del options["gpu_memory_utilization"]
+    if _several_ranks():  # each rank has an engine of its own, within the trainer's process group
+        options["distributed_executor_backend"] = "external_launcher"
+    return options
+
+
+def _check_options(args: OnlineDPOConfig) -> None:
+    if args.vllm_enable_sleep_mode and not torch.cuda.is_available():
+        raise ValueError(
+            "`vllm_enable_sleep_mode` needs a GPU: on a CPU there is no memory to hand back. Leave it off."
+        )
+    if args.vllm_tensor_parallel_size > 1 and _several_ranks():
+        raise ValueError(
+            "`vllm_tensor_parallel_size` must be 1 when several processes train and each samples for itself. Use "
+            '`vllm_mode="server"` for a model that does not fit on one device.'
+        )
+
+
+def _several_ranks() -> bool:
+    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+
+
+def _start_vllm(folder: str, options: dict[str, Any]) -> Any:
+    try:
+        from vllm import LLM  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ValueError(
+            f"`use_vllm` needs vLLM, which cannot be imported ({error_text(error)}). Install `online-dpo[vllm]`."
+        ) from error
+    with environment(VLLM_ENABLE_V1_MULTIPROCESSING="0"):  # weights are handed over by reference
+        return LLM(model=folder, **options)

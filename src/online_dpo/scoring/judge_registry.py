@@ -1,0 +1,68 @@
+"""What a user gives as a judge, to a judge."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import (
+    PreTrainedTokenizerBase,
+)
+
+from online_dpo.config.llm_judge import LLM
+from online_dpo.config.trainer_config import OnlineDPOConfig
+from online_dpo.modeling.loading import check_model_path
+from online_dpo.scoring.judges.adapters import FunctionJudge, JudgeScorer, form_of, takes, takes_lists
+from online_dpo.scoring.judges.base import Judge
+from online_dpo.scoring.judges.pairwise.judge import PairwiseModelJudge
+from online_dpo.scoring.protocols import PairwiseScorer
+
+
+def check_judge(judge: Any, argument: str) -> None:
+    """
+    Raises:
+        TypeError: ``judge`` has none of the forms that :func:`pairwise_scorer` takes, and is no path.
+        ValueError: it is the path of a folder that is not there, or names a judge that needs settings.
+    """
+    if judge == LLM:
+        raise ValueError(f"A language model as `{argument}` needs settings: give `LLMJudge(model=..., ...)`.")
+    if isinstance(judge, str):
+        check_model_path(judge, argument)
+        return
+    known = isinstance(judge, (Judge, PairwiseScorer))
+    if not known and not (callable(judge) and (takes_lists(judge) or takes(judge, "prompt", "first", "second"))):
+        raise TypeError(
+            f"`{argument}` must have `name` and `prefer(comparisons)`, or a method `judge(prompts, completion_pairs, "
+            "shuffle_order)`, or be a function of that form or of the form f(prompt, first, second), or the path of a "
+            f"pairwise model; this is {form_of(judge)}."
+        )
+
+
+def pairwise_scorer(
+    judge: Any, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any] | None = None
+) -> PairwiseScorer:
+    """What a user gives as ``judge``, as a scorer: itself if it is one, a :class:`JudgeScorer` of it if it has TRL's
+    form, else a :class:`FunctionJudge`. A function has TRL's form if it takes ``shuffle_order``.
+
+    Raises:
+        TypeError: it has none of these forms.
+    """
+    check_judge(judge, "judge")
+    if isinstance(judge, PairwiseScorer):
+        return judge
+    if isinstance(judge, Judge) or takes_lists(judge):
+        return JudgeScorer(judge, tokenizer, chat_template_kwargs)
+    return FunctionJudge(judge)
+
+
+def build_judge(judge: Any, tokenizer: PreTrainedTokenizerBase, args: OnlineDPOConfig) -> PairwiseScorer:
+    """What a user gives as ``judge``, as :func:`pairwise_scorer`; a string is the path or hub name of a pairwise model,
+    which is moved to ``args.device``.
+
+    Raises:
+        TypeError, ValueError, OSError: as :func:`check_judge` and :meth:`PairwiseModelJudge.load` say.
+    """
+    check_judge(judge, "judge")
+    if isinstance(judge, str):
+        return PairwiseModelJudge.load(judge, args.device)
+    return pairwise_scorer(judge, tokenizer, args.chat_template_kwargs)  # pyright: ignore[reportArgumentType]

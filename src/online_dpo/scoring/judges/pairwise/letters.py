@@ -1,0 +1,97 @@
+"""Causal language models that answer with a letter which of two answers is better, as RLHFlow's preference models
+(Dong et al. 2024, "RLHF Workflow", arXiv 2405.07863).
+
+R is the texts of one forward pass, T their tokens, U the places of their last tokens, V the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from online_dpo.scoring.judges.llm.prompts import Template, prompt_text
+from online_dpo.scoring.judges.pairwise.reader import Text, device_of, padded, tokenised
+from online_dpo.scoring.protocols import chat_messages
+from online_dpo.scoring.rewards.model import longest_text
+from online_dpo.types import Group, Prompt
+
+RLHFLOW = "[CONTEXT] {prompt} [RESPONSE A] {first} [RESPONSE B] {second} \n"
+
+
+class LetterReader:
+    """The log-odds are the difference of the two letters' logits for the next token.
+
+    The question is one message of a user in the tokenizer's chat template; without one, it is read as it is. With no
+    ``template`` it is RLHFlow's as published: with turns marked its own way, and no BOS.
+
+    Raises:
+        ValueError: a letter is not one token, or RLHFlow's question finds no chat template.
+    """
+
+    pads = True  # on the right, where a causal model's earlier tokens do not see it
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str | None = None,
+        letters: Sequence[str] = ("A", "B"),
+    ) -> None:
+        if template is None and tokenizer.chat_template is None:
+            raise ValueError(
+                "The judge's tokenizer has no chat template, which RLHFlow's format needs. Give the `template` that "
+                "the model was trained with."
+            )
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_tokens = longest_text(model, tokenizer)
+        self._published = template is None
+        self._template = Template("", template or RLHFLOW, max_tokens=0)
+        self._first, self._second = (self._letter_id(letter) for letter in letters)
+
+    def token_ids(self, comparisons: Sequence[Group]) -> list[Text]:
+        chat = self.tokenizer.chat_template is not None
+        texts = [
+            self._in_chat(self._question(comparison)) if chat else self._question(comparison)
+            for comparison in comparisons
+        ]
+        # The chat template writes the special tokens itself.
+        return [tuple(ids) for ids in tokenised(self.tokenizer, texts, special=not chat)]
+
+    @torch.no_grad()
+    def log_odds(self, texts: Sequence[Text]) -> list[float]:
+        ids_RT, mask_RT = padded(texts, fill=0, device=device_of(self.model))
+        places_U, place_R = (mask_RT.sum(1) - 1).unique(return_inverse=True)
+        output = self.model(input_ids=ids_RT, attention_mask=mask_RT, logits_to_keep=places_U, use_cache=False)
+        rows_R = torch.arange(len(texts), device=ids_RT.device)
+        logits_RV = output.logits[rows_R, place_R].float()
+        return (logits_RV[:, self._first] - logits_RV[:, self._second]).tolist()
+
+    def _question(self, comparison: Group) -> str:
+        prompt = _turns(comparison.prompt) if self._published else prompt_text(comparison.prompt)
+        return self._template.fill("", prompt, *(completion.text for completion in comparison.completions))
+
+    def _in_chat(self, question: str) -> str:
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+        )
+        assert isinstance(text, str)
+        bos = self.tokenizer.bos_token
+        return text.replace(bos, "") if self._published and isinstance(bos, str) else text
+
+    def _letter_id(self, letter: str) -> int:
+        ids = self.tokenizer.encode(letter, add_special_tokens=False)
+        if len(ids) != 1 or ids[0] == self.tokenizer.unk_token_id:
+            raise ValueError(f"The answer {letter!r} is not one token of the judge's tokenizer. Give other `letters`.")
+        return ids[0]
+
+
+def _turns(prompt: Prompt) -> str:
+    """A conversation in RLHFlow's marks."""
+    messages = (
+        [{"role": "user", "content": prompt.content}] if isinstance(prompt.content, str) else chat_messages(prompt)
+    )
+    return "\n" + "".join(f"\n<turn> {message['role']}\n {message['content']}" for message in messages) + "\n"

@@ -1,0 +1,99 @@
+"""PairRM (Jiang et al. 2023, "LLM-Blender", arXiv 2306.02561) in the form of transformers, as in llm-blender/PairRM-hf.
+
+R is the texts of one forward pass, T their tokens, H the hidden size, N the tasks of the head (1 as published).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DebertaV2Model, DebertaV2PreTrainedModel, PreTrainedTokenizerBase
+
+from online_dpo.scoring.judges.llm.prompts import prompt_text
+from online_dpo.scoring.judges.pairwise.reader import Text, device_of, padded, tokenised
+from online_dpo.types import Group
+
+MARKS = {"source_prefix_id": "<|source|>", "cand1_prefix_id": "<|candidate1|>", "cand2_prefix_id": "<|candidate2|>"}
+MAX_TOKENS = 2048
+"""Of the prompt and both answers in training. Positions are relative, so the config does not say it."""
+
+
+class DebertaV2PairRM(DebertaV2PreTrainedModel):
+    """An encoder of the prompt and both answers, each behind its mark. A head rates an answer from the last states at
+    the prompt's mark and at the answer's; the difference of both ratings is the log-odds of the first answer.
+
+    The names of the class and of its parts are those of the published weights.
+    """
+
+    base_model_prefix = "pretrained_model"
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.pretrained_model = DebertaV2Model(config)
+        self.head_layer = nn.Sequential(
+            nn.Dropout(config.drop_out),
+            nn.Linear(2 * config.hidden_size, config.hidden_size),
+            nn.Tanh(),
+            nn.Dropout(config.drop_out),
+            nn.Linear(config.hidden_size, config.n_tasks),
+        )
+        self.mark_ids = tuple(getattr(config, field) for field in MARKS)
+        self.post_init()
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """The log-odds of each text; nan where a mark does not stand exactly once, as in an answer that writes one."""
+        states_RTH = self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        rows_R = torch.arange(len(input_ids), device=input_ids.device)
+        states, unclear_R = [], torch.zeros_like(rows_R, dtype=torch.bool)
+        for mark_id in self.mark_ids:
+            found_RT = input_ids == mark_id
+            unclear_R |= found_RT.sum(1) != 1
+            states.append(states_RTH[rows_R, found_RT.int().argmax(1)])
+        source_RH, first_RH, second_RH = states
+        first_RN = self.head_layer(torch.cat([source_RH, first_RH], dim=-1))
+        second_RN = self.head_layer(torch.cat([source_RH, second_RH], dim=-1))
+        return (first_RN - second_RN).mean(-1).float().masked_fill(unclear_R, torch.nan)
+
+
+class PairRMReader:
+    """Prompt and answers are tokenised apart, each with the tokenizer's own ends: ``[CLS] <|source|> ... [SEP] [CLS]
+    <|candidate1|> ... [SEP] [CLS] <|candidate2|> ... [SEP]``. The published code cuts them to ``max_tokens``
+    altogether; here a longer comparison is not read.
+
+    Raises:
+        ValueError: the tokenizer does not know the marks by the ids that the config says.
+    """
+
+    pads = True
+
+    def __init__(
+        self, model: DebertaV2PairRM, tokenizer: PreTrainedTokenizerBase, max_tokens: int = MAX_TOKENS
+    ) -> None:
+        for (field, mark), mark_id in zip(MARKS.items(), model.mark_ids, strict=True):
+            if tokenizer.get_vocab().get(mark) != mark_id:
+                raise ValueError(
+                    f"The tokenizer does not have `{mark}` as token {mark_id}, as PairRM's config says in `{field}`. "
+                    "Give the tokenizer that was saved with the model."
+                )
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+
+    def token_ids(self, comparisons: Sequence[Group]) -> list[Text]:
+        parts = [
+            mark + text
+            for comparison in comparisons
+            for mark, text in zip(
+                MARKS.values(), (prompt_text(comparison.prompt), *(c.text for c in comparison.completions)), strict=True
+            )
+        ]
+        ids = iter(tokenised(self.tokenizer, parts))
+        return [(*source, *first, *second) for source, first, second in zip(ids, ids, ids, strict=True)]
+
+    @torch.no_grad()
+    def log_odds(self, texts: Sequence[Text]) -> list[float]:
+        fill: Any = self.model.config.pad_token_id
+        return self.model(*padded(texts, fill, device_of(self.model))).tolist()

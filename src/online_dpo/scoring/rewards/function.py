@@ -1,0 +1,166 @@
+"""Python functions as scorers, called in TRL's convention.
+
+Asynchronous functions run on one event loop in a thread of its own. It lives as long as the process, so clients that a
+function keeps between calls stay usable, and it works where this thread already runs a loop (notebooks).
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from online_dpo.errors import ScoringError
+from online_dpo.foreign import among_rows, callable_name, foreign
+from online_dpo.scoring.event_loop import submit, wait_for
+from online_dpo.scoring.notes import log_functions
+from online_dpo.scoring.protocols import as_number, describe, flat_list, regroup
+from online_dpo.types import Completion, Group, Prompt
+
+ALWAYS_THERE = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+
+
+class FunctionScorer:
+    """A Python function, or an object with ``__call__``, that scores completions; plain or ``async``.
+
+    The function is called once for all groups, with these keyword arguments, each a list of P x K items in the order
+    prompt 0 completion 0, prompt 0 completion 1, ..., prompt 1 completion 0, ...:
+
+    - ``prompts``: text, or the list of messages of a conversational prompt;
+    - ``completions``: text, or ``[{"role": "assistant", "content": text}]`` for a conversational prompt;
+    - ``completion_ids``: list of token ids;
+    - every other column of the dataset (``None`` where a prompt does not have it; a column with one of the names above
+      or below is not passed on);
+
+    and ``trainer_state``, what ``state()`` returns; ``log_metric(name, value)``, which adds a number to the metrics;
+    and ``log_extra(column, values)``, which adds a column to the trainer's ``completions``, one value for each. A
+    function without ``**kwargs`` gets only the arguments that it names. It returns one number for each completion
+    (list, tuple, 1-D tensor or array), or ``None`` where it does not apply.
+
+    Args:
+        function: what to call.
+        name: name in metrics; when not given, the function's own.
+        state: called before each scoring for ``trainer_state``.
+
+    Raises:
+        TypeError: ``function`` cannot be called.
+        ValueError: it has a positional-only parameter, or (when scoring) needs an argument that there is none for.
+        ScoringError: (when scoring) it raised, or returned something that is not one number for each completion.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], name: str | None = None, state: Callable[[], Any] | None = None
+    ) -> None:
+        if not callable(function):
+            raise TypeError(f"A reward function must be callable; this is {describe(function)}.")
+        self.name = name or callable_name(function)
+        self.is_async = is_async_function(function)
+        self.function = function
+        self._state = state
+        self._parameters = list(inspect.signature(function).parameters.values())
+        for parameter in self._parameters:
+            if parameter.kind is parameter.POSITIONAL_ONLY and parameter.default is parameter.empty:
+                raise ScoringError(
+                    f"{self._label} has the positional-only parameter `{parameter.name}`, but reward functions are "
+                    "called with keyword arguments. Remove the `/` from its signature."
+                )
+
+    @property
+    def _label(self) -> str:
+        return f"Reward function `{self.name}`"
+
+    def score(self, groups: Sequence[Group]) -> list[list[float | None]]:
+        """P x K scores. An ``async`` function runs on the shared event loop, and this thread waits for it."""
+        if self.is_async:
+            return wait_for(submit(self.score_async(groups)))
+        if not groups:
+            return []
+        arguments = self._arguments(groups)
+        with self._foreign(groups):
+            returned = self.function(**arguments)
+        return self._checked(returned, groups)
+
+    async def score_async(self, groups: Sequence[Group]) -> list[list[float | None]]:
+        """P x K scores of an ``async`` function."""
+        if not groups:
+            return []
+        arguments = self._arguments(groups)
+        with self._foreign(groups):
+            returned = await self.function(**arguments)
+        return self._checked(returned, groups)
+
+    def _arguments(self, groups: Sequence[Group]) -> dict[str, Any]:
+        samples = [(group.prompt, completion) for group in groups for completion in group.completions]
+        column_names = dict.fromkeys(name for group in groups for name in group.prompt.columns)
+        available: dict[str, Any] = {name: [prompt.columns.get(name) for prompt, _ in samples] for name in column_names}
+        # A copy of the messages for each completion: functions that change them in place must not change the prompt.
+        available["prompts"] = [copy.deepcopy(prompt.content) for prompt, _ in samples]
+        available["completions"] = [_completion_argument(prompt, completion) for prompt, completion in samples]
+        available["completion_ids"] = [list(completion.token_ids) for _, completion in samples]
+        available["trainer_state"] = None if self._state is None else self._state()
+        available["log_extra"], available["log_metric"] = log_functions(len(samples))
+
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in self._parameters):
+            wanted = available
+        else:
+            names = {parameter.name for parameter in self._parameters}
+            wanted = {name: value for name, value in available.items() if name in names}
+        self.check_columns(column_names)
+        return wanted
+
+    def check_columns(self, names: Collection[str], dataset: str = "the dataset") -> None:
+        """
+        Raises:
+            ScoringError: the function needs an argument that is none of these columns, nor what is always there.
+        """
+        for parameter in self._parameters:
+            required = parameter.default is parameter.empty and parameter.kind in (
+                parameter.POSITIONAL_OR_KEYWORD,
+                parameter.KEYWORD_ONLY,
+            )
+            if required and parameter.name not in names and parameter.name not in ALWAYS_THERE:
+                raise ScoringError(
+                    f"{self._label} needs the argument `{parameter.name}`, but {dataset} has no such column. "
+                    f"Available columns: {', '.join(names) or 'none'}. Available besides: {', '.join(ALWAYS_THERE)}. "
+                    "Rename the argument or give it a default."
+                )
+
+    def _foreign(self, groups: Sequence[Group]) -> AbstractContextManager[None]:
+        return foreign(self._label, lambda: among_rows(groups))
+
+    def _checked(self, returned: Any, groups: Sequence[Group]) -> list[list[float | None]]:
+        items = flat_list(returned, self._label)
+        expected = sum(len(group.completions) for group in groups)
+        if len(items) != expected:
+            raise ScoringError(
+                f"{self._label} returned {len(items)} scores for {expected} completions ({len(groups)} prompts). "
+                "Return one for each completion, in the order prompt 0 completion 0, prompt 0 completion 1, ..., "
+                "prompt 1 completion 0, ..."
+            )
+        return regroup([self._number(index, item) for index, item in enumerate(items)], groups)
+
+    def _number(self, index: int, item: Any) -> float | None:
+        if item is None:
+            return None
+        value = as_number(item)
+        if value is not None:
+            return value
+        raise ScoringError(
+            f"{self._label} returned {describe(item)} at index {index}. Each score must be a number or None."
+        )
+
+
+def is_async_function(function: Any) -> bool:
+    """Also inside a ``functools.partial``, and of an object with ``__call__``."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+def _completion_argument(prompt: Prompt, completion: Completion) -> Any:
+    if prompt.is_conversational:
+        return [{"role": "assistant", "content": completion.text}]
+    return completion.text

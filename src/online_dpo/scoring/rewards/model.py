@@ -1,0 +1,367 @@
+"""Sequence-classification reward models as scorers.
+
+R is the texts of one forward pass, T their tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils.hub import has_file
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from online_dpo.errors import ScoringError, error_text
+from online_dpo.foreign import among_rows, at_row, foreign, loading
+from online_dpo.modeling.attention.masks import use_segments
+from online_dpo.modeling.borrowing import eval_mode
+from online_dpo.modeling.introspection import context_length
+from online_dpo.modeling.known_tokens import check_known, check_tokenizer, embedding_rows
+from online_dpo.modeling.last_layer import enable_reading
+from online_dpo.modeling.loading import adapting
+from online_dpo.modeling.onednn import onednn_linears
+from online_dpo.packing.prefix_tree import Tree
+from online_dpo.scoring.protocols import chat_messages, one_at_a_time, regroup
+from online_dpo.scoring.rewards.shared_prefix import Text, group_trees, may_share, passes, score_trees
+from online_dpo.types import Completion, Group, Prompt
+
+MOST_TOKENS = {"cpu": 1024}  # of one forward pass over shared rows: more are slower there
+
+
+class RewardModelScorer:
+    """The logit of a sequence-classification model with one label, for each prompt and completion together.
+
+    Texts are written anew for the reward model. A conversational prompt and its completion go through the reward
+    tokenizer's chat template. A text prompt and its completion are tokenised with that tokenizer's own special tokens,
+    and end with its EOS exactly when the completion ended by itself. Texts longer than the model can read lose tokens
+    on the left (a leading BOS or CLS stays); ``truncated`` counts them since construction.
+
+    Equal texts are computed once, so that they tie. Neither tokenizer nor config is left changed, and each module of
+    the model is left in the mode it was in. It runs where its parameters are: moving it is the caller's business (or
+    ``prepare``'s).
+
+    What the texts of a group begin with alike is computed once, if the first texts of which this can be said get the
+    scores that they get alone. Otherwise, and where nothing would be saved, each text is a padded row.
+
+    Args:
+        model: an ``nn.Module`` with a ``config``: a model of transformers or PEFT.
+        tokenizer: of the reward model; when not given, loaded from where the model was loaded.
+        name: name in metrics; when not given, the last part of the model's path.
+        batch_size: texts in one forward pass.
+        prepare: called once with the model; what it returns is run (``Accelerator.prepare_model``, for example).
+        share_prompts: whether common beginnings may be computed once.
+
+    Raises:
+        TypeError: the model has no config of transformers.
+        ValueError: it has more than one label, no tokenizer is to be had, the tokenizer has tokens that the model does
+            not know, or (when scoring) a prompt is conversational and the tokenizer has no chat template.
+        ScoringError: (when scoring) the model's logits have not the shape ``(R, 1)``, or it, its tokenizer or its chat
+            template failed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        name: str | None = None,
+        batch_size: int = 16,
+        prepare: Callable[[nn.Module], nn.Module] | None = None,
+        share_prompts: bool = True,
+    ) -> None:
+        config = check_reward_model(model)
+        self.name = name or last_part(config._name_or_path) or type(model).__name__
+        if tokenizer is None:
+            if not config._name_or_path:
+                raise ValueError(_no_tokenizer(self.name))
+            tokenizer = _load_tokenizer(config._name_or_path)
+        check_tokenizer(model, tokenizer, f"Reward model `{self.name}`")
+        if share_prompts and next(model.parameters()).device.type == "cpu":
+            use_segments(model)
+        enable_reading(model)
+        self.model = model if prepare is None else prepare(model)
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self._most_tokens = MOST_TOKENS.get(next(self.model.parameters()).device.type, math.inf)
+        self.truncated = 0
+        self._shares: bool | None = None if share_prompts else False  # None: not known yet
+        self._config = config.get_text_config()
+        self._hidden_size = getattr(self._config, "hidden_size", 1024)  # some name it otherwise; it only tells costs
+        self._known_tokens = embedding_rows(model)
+        self._max_tokens = longest_text(model, tokenizer)
+
+    def check_chat_template(self) -> None:
+        """Call this early when prompts are conversational.
+
+        Raises:
+            ValueError: the reward tokenizer has no chat template, or one with tokens that the model does not know.
+        """
+        self._need_chat_template()
+        check_tokenizer(self.model, self.tokenizer, f"Reward model `{self.name}`", chat=True)
+
+    def _need_chat_template(self) -> None:
+        if self.tokenizer.chat_template is None:
+            raise ValueError(
+                f"The tokenizer of reward model `{self.name}` has no chat template, so it cannot read conversational "
+                "prompts. Set its `chat_template` and pass it in `reward_processing_classes`, or use text prompts."
+            )
+
+    def score(self, groups: Sequence[Group]) -> list[list[float | None]]:
+        """P x K logits in fp32, as they come: not-finite ones as well. Several threads take turns."""
+        with one_at_a_time, foreign(f"Reward model `{self.name}`", lambda: among_rows(groups)):
+            texts = self._token_ids([(group.prompt, answer) for group in groups for answer in group.completions])
+            with eval_mode(self.model), onednn_linears(self.model, pack=False):
+                values = self._values(regroup(texts, groups))
+        return regroup([values[text] for text in texts], groups)
+
+    def _values(self, texts_PK: list[list[Text]]) -> dict[Text, float]:
+        read = {text: self._read_part(text) for texts in texts_PK for text in texts}
+        read_PK = [[read[text] for text in texts] for texts in texts_PK]
+        trees = group_trees(read_PK, self.batch_size, self._hidden_size)
+        if all(len(tree.branches) == 1 for tree in trees) or not self._may_share(trees, read):
+            return self._plain_values(read)
+        values: dict[Text, float] = {}
+        for batch in passes(trees, self.batch_size, self._most_tokens):
+            values |= score_trees(self.model, batch)
+        # One text's nan reaches those behind it in its row, and texts of a single token are in no row.
+        values |= self._plain_values(part for part in read.values() if not math.isfinite(values.get(part, math.nan)))
+        return {text: values[part] for text, part in read.items()}
+
+    def _plain_values(self, texts: Iterable[Text]) -> dict[Text, float]:
+        longest_first = sorted(dict.fromkeys(texts), key=len, reverse=True)
+        values: dict[Text, float] = {}
+        for start in range(0, len(longest_first), self.batch_size):
+            batch = longest_first[start : start + self.batch_size]
+            values.update(zip(batch, self._forward(batch), strict=True))
+        return values
+
+    def _may_share(self, trees: list[Tree], read: dict[Text, Text]) -> bool:
+        """Settled with the first trees there are, and then the same for the whole run."""
+        if self._shares is None:
+            whole = {part: text for text, part in read.items()}
+            self._shares = may_share(
+                self.model, self.name, trees, lambda parts: self._forward([whole[part] for part in parts])
+            )
+        return self._shares
+
+    def _token_ids(self, samples: list[tuple[Prompt, Completion]]) -> list[Text]:
+        token_ids: list[Text] = [()] * len(samples)
+        for conversational in (False, True):
+            chosen = [i for i, (prompt, _) in enumerate(samples) if prompt.is_conversational is conversational]
+            if not chosen:
+                continue
+            texts = [self._conversation(*samples[i]) if conversational else _text(*samples[i]) for i in chosen]
+            # The chat template writes the special tokens itself.
+            encoded: Mapping[str, Any] = self.tokenizer(
+                texts, add_special_tokens=not conversational, truncation=False, verbose=False
+            )
+            for i, ids in zip(chosen, encoded["input_ids"], strict=True):
+                if not conversational:
+                    ids = self._with_own_ends(ids, ended=samples[i][1].finish_reason == "stop")
+                token_ids[i] = tuple(self._truncate(ids))
+                check_known(token_ids[i], self._known_tokens, f"Reward model `{self.name}`", samples[i][0])
+        return token_ids
+
+    def _conversation(self, prompt: Prompt, completion: Completion) -> str:
+        self._need_chat_template()
+        messages = chat_messages(prompt)
+        if messages[-1]["role"] == "assistant":
+            messages[-1]["content"] = messages[-1]["content"] + completion.text
+        else:
+            messages.append({"role": "assistant", "content": completion.text})
+        with foreign(f"The chat template of reward model `{self.name}`", lambda: at_row(prompt)):
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+        assert isinstance(text, str)
+        return text
+
+    def _with_own_ends(self, ids: list[int], ended: bool) -> list[int]:
+        """BOS not twice (the prompt's text may begin with it); EOS once if the completion ended, else not at all."""
+        bos: Any = self.tokenizer.bos_token_id
+        eos: Any = self.tokenizer.eos_token_id
+        if bos is not None and ids[:2] == [bos, bos]:
+            ids = ids[1:]
+        # Encoders whose EOS is their separator expect it at the end of every text, complete or not.
+        if eos is None or eos == self.tokenizer.sep_token_id:
+            return ids
+        while len(ids) > 1 and ids[-1] == eos:
+            ids = ids[:-1]
+        return [*ids, eos] if ended else ids
+
+    def _truncate(self, ids: list[int]) -> list[int]:
+        if len(ids) <= self._max_tokens:
+            return ids
+        self.truncated += 1
+        kept = 1 if ids[0] in (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id) else 0
+        return ids[:kept] + ids[len(ids) - self._max_tokens + kept :]
+
+    def _forward(self, batch: Sequence[Text]) -> list[float]:
+        fill = self._fill_token(batch)
+        length = max(len(ids) for ids in batch)
+        device = next(self.model.parameters()).device
+        ids_RT = torch.tensor([[*ids, *[fill] * (length - len(ids))] for ids in batch], device=device)
+        mask_RT = torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids in batch], device=device)
+        with torch.no_grad(), overridden(self._config, pad_token_id=fill, use_cache=False):
+            logits_R1 = self.model(input_ids=ids_RT, attention_mask=mask_RT).logits
+        if logits_R1.shape != (len(batch), 1):
+            raise ScoringError(
+                f"Reward model `{self.name}` returned logits of shape {tuple(logits_R1.shape)} for {len(batch)} texts; "
+                f"a reward model returns ({len(batch)}, 1)."
+            )
+        return logits_R1[:, 0].float().tolist()
+
+    def _fill_token(self, batch: Sequence[Text]) -> int:
+        """The token to pad with, such that every row scores as it would alone and without padding.
+
+        Heads on decoders score the last token that is not ``config.pad_token_id``, and skip real tokens at the end of a
+        text as well where they are the padding token: so padding with the config's token changes nothing. Where the
+        config has none, a single text is scored at its very last token; the head finds that in a batch when the
+        padding token ends no text of it.
+        """
+        pad = self._padding_token()
+        if pad is not None:
+            return pad
+        last_tokens = {ids[-1] for ids in batch}
+        return next(token for token in range(self._known_tokens) if token not in last_tokens)
+
+    def _padding_token(self) -> int | None:
+        """The config's, if it is a token that the model knows."""
+        pad = self._config.pad_token_id
+        return pad if pad is not None and 0 <= pad < self._known_tokens else None
+
+    def _read_part(self, text: Text) -> Text:
+        """The text up to the token that a decoder's head scores, which sees nothing behind it (see `_fill_token`).
+
+        Where there are only padding tokens, that is the first.
+        """
+        pad = self._padding_token()
+        end = next((i for i in range(len(text), 0, -1) if text[i - 1] != pad), 1)
+        return text[:end]
+
+
+def load_reward_model(
+    path: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """A reward model and its tokenizer, from a folder or the hub; of a PEFT adapter, with the base model under it.
+
+    ``dtype="auto"`` keeps the one that the weights were saved in. An adapter's tokenizer is its own if it was saved
+    with one, else the base model's.
+
+    Raises:
+        ValueError: the model's head has not one label, it has no trained head, or no tokenizer comes with it.
+    """
+    path = os.path.expanduser(path)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if find_adapter_config_file(path, revision=revision) is not None:
+        model, base_path, base_revision = _load_adapter(path, dtype=dtype, **options)
+        if tokenizer is None and not has_file(path, "tokenizer_config.json", revision=revision):
+            tokenizer = _load_tokenizer(base_path, revision=base_revision, trust_remote_code=trust_remote_code)
+    else:
+        model = _load_model(path, dtype=dtype, **options)
+    return model, tokenizer or _load_tokenizer(path, **options)
+
+
+def check_reward_model(model: nn.Module) -> PreTrainedConfig:
+    """The config of a model that can be a reward model.
+
+    Raises:
+        TypeError: it has none.
+        ValueError: its head has more than one label.
+    """
+    config = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        raise TypeError(
+            f"A reward model must be a model of transformers or PEFT; {type(model).__name__} has no `config`. Wrap it "
+            "in a reward function instead."
+        )
+    if config.num_labels != 1:
+        raise ValueError(_not_one_label(last_part(config._name_or_path) or type(model).__name__, config.num_labels))
+    return config
+
+
+def longest_text(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+    """As many tokens as both can take."""
+    return min(tokenizer.model_max_length, context_length(model) or tokenizer.model_max_length)
+
+
+def last_part(path: str) -> str:
+    """``model`` of ``org/model`` and of ``/some/folder/model/``."""
+    return path.rstrip("/").split("/")[-1]
+
+
+def _load_model(path: str, **options: Any) -> nn.Module:
+    # Mismatched sizes are let through here, only to be refused below with words of ours.
+    with loading(path):
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            path, num_labels=1, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    if info["mismatched_keys"]:
+        name, saved, _ = next(iter(info["mismatched_keys"]))
+        raise ValueError(_not_one_label(path, f"`{name}` of shape {tuple(saved)}"))
+    if info["missing_keys"]:
+        raise ValueError(
+            f"`{path}` is no trained reward model: it has no weights for {', '.join(sorted(info['missing_keys']))}, "
+            "which would be random. Give a model that was trained and saved for sequence classification with one label."
+        )
+    return model
+
+
+def _load_adapter(path: str, **options: Any) -> tuple[nn.Module, str, str | None]:
+    from peft import AutoPeftModelForSequenceClassification, PeftConfig
+
+    peft_config = PeftConfig.from_pretrained(path, revision=options["revision"])
+    base_path = peft_config.base_model_name_or_path
+    assert base_path is not None, "PEFT writes the base model's path into every adapter"
+    try:
+        with adapting():
+            model = AutoPeftModelForSequenceClassification.from_pretrained(path, num_labels=1, **options)
+    except RuntimeError as error:  # how torch and transformers say that shapes differ
+        raise ValueError(
+            f"{_not_one_label(path, 'other shapes')} Loading it failed with: {error_text(error)}"
+        ) from error
+    return model, base_path, peft_config.revision
+
+
+def _load_tokenizer(path: str, **options: Any) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{_no_tokenizer(path)} Loading one failed with: {error_text(error)}") from error
+    # For some model types transformers makes up an empty tokenizer where no files are.
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise ValueError(_no_tokenizer(path))
+    return tokenizer
+
+
+def _no_tokenizer(name: str) -> str:
+    return f"Reward model `{name}` comes without a tokenizer. Pass its tokenizer in `reward_processing_classes`."
+
+
+def _not_one_label(name: str, found: Any) -> str:
+    return f"Reward model `{name}` must have a head with one label (num_labels=1); it has {found}."
+
+
+def _text(prompt: Prompt, completion: Completion) -> str:
+    assert isinstance(prompt.content, str)
+    return prompt.content + completion.text
+
+
+@contextmanager
+def overridden(config: PreTrainedConfig, **values: Any) -> Iterator[None]:
+    """Set config fields for one forward pass: transformers reads them from there and from nowhere else."""
+    before = {name: getattr(config, name) for name in values if hasattr(config, name)}
+    try:
+        for name in before:
+            setattr(config, name, values[name])
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)

@@ -1,0 +1,236 @@
+"""From the trainer's arguments to the parts that it composes: policy, reference, engine, opponent."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from online_dpo.config.trainer_config import OnlineDPOConfig
+from online_dpo.foreign import loading
+from online_dpo.modeling.attention.masks import use_flex_attention, use_segments
+from online_dpo.modeling.introspection import unwrapped
+from online_dpo.modeling.known_tokens import check_room
+from online_dpo.modeling.loading import adapting, disable_dropout, is_adapter, load_causal_lm, to_device
+from online_dpo.modeling.logprobs import enable_logprobs
+from online_dpo.modeling.malloc import keep_freed_memory
+from online_dpo.modeling.precision import (
+    check_precision,
+    given_dtype,
+    hold_linears,
+    mixed_precision,
+    train_in_fp32,
+    warn_of_other_dtype,
+)
+from online_dpo.modeling.reference import (
+    AdapterOffReference,
+    FrozenReference,
+    NoReference,
+    Reference,
+    SyncedReference,
+    adapter_changes_output,
+    frozen_copy,
+    trains_base_weights,
+)
+from online_dpo.rollout.builtin.engine import TransformersEngine
+from online_dpo.rollout.builtin.mixture import MixtureEngine
+from online_dpo.rollout.engine import Engine
+from online_dpo.rollout.opponent import ModelOpponent, Opponent, SelfPlay
+from online_dpo.rollout.vllm.colocated_engine import VLLMColocateEngine
+from online_dpo.rollout.vllm.server_engine import VLLMServerEngine
+from online_dpo.training.arguments import is_peft_model_object, longest_sequence
+from online_dpo.training.policy_checks import check_unmerged, warn_of_auxiliary_loss
+from online_dpo.training.trained import check_trained
+
+logger = logging.getLogger(__name__)
+
+
+def build_policy(model: Any, peft_config: Any, args: OnlineDPOConfig, optimizer: Any = None) -> nn.Module:
+    """The policy, loaded if given by name, wrapped in its adapter, without dropout if so configured. What is trained of
+    a model loaded here is in fp32, unless a type is asked for.
+
+    Args:
+        optimizer: of the user, if there is one.
+
+    Raises:
+        ValueError: the model is no causal language model, its context is shorter than ``max_length``, or none of its
+            weights is trained by the optimizer.
+    """
+    loaded_here = isinstance(model, str)
+    typed = given_dtype(args.model_init_kwargs) is not None
+    if isinstance(model, str):
+        dtype = policy_dtype(model, peft_config, args)
+        with loading(model):
+            model = load_causal_lm(model, args.model_init_kwargs, args.trust_remote_code, dtype)  # pyright: ignore[reportArgumentType]
+        trains_adapter = peft_config is not None or is_peft_model_object(model)
+    else:
+        trains_adapter = peft_config is not None
+    if model.config.is_encoder_decoder:
+        raise ValueError("`model` is an encoder-decoder; Online DPO here trains decoder-only language models.")
+    check_room(model, longest_sequence(args), "model")
+    if peft_config is not None:
+        from peft import get_peft_model, prepare_model_for_kbit_training
+
+        if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+            # Trainer turns checkpointing on, as the run asks for it
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        with adapting():
+            model = get_peft_model(model, copy.deepcopy(peft_config))  # it writes into it
+    if is_peft_model_object(model) and model.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            "Adapters with virtual tokens (prompt and prefix tuning) are not supported: with padding their tokens get "
+            "other positions than without. Use LoRA."
+        )
+    if is_peft_model_object(model):
+        check_unmerged(model)
+    if trains_adapter:
+        train_in_fp32(model, args, may_hold_all=loaded_here and not typed)
+    check_trained(model, optimizer)
+    check_precision(model, args, optimizer, loaded_here)
+    warn_of_auxiliary_loss(model)
+    _prepare_attention(model, args)
+    enable_logprobs(model)
+    if args.disable_dropout:
+        if getattr(peft_config, "lora_dropout", 0.0):
+            warnings.warn("`lora_dropout` has no effect: `disable_dropout` is on.", stacklevel=3)
+        disable_dropout(model)
+    return model
+
+
+def policy_dtype(path: str, peft_config: Any, args: OnlineDPOConfig) -> str | torch.dtype:
+    """The type that a policy is loaded in if none is asked for: fp32 if its own weights are trained, else as saved."""
+    quantized = "quantization_config" in (args.model_init_kwargs or {})
+    return "auto" if peft_config is not None or quantized or is_adapter(path) else torch.float32
+
+
+def _prepare_attention(model: nn.Module, args: OnlineDPOConfig) -> None:
+    if args.flex_attention:
+        use_flex_attention(model)
+    elif args.share_prompts and args.device.type == "cpu":
+        use_segments(model)
+
+
+def build_reference(ref_model: Any, policy: nn.Module, args: OnlineDPOConfig) -> Reference:
+    """The reference: the model given, else the policy with its adapter off, else a frozen copy. A model of its own may
+    follow the policy.
+
+    One that is made here computes as the policy does, so that at the start the two give the same numbers: it has the
+    policy's type, but for what mixed precision casts in each pass anyway.
+
+    Raises:
+        ValueError: it is to follow the policy, and cannot; or its context is shorter than ``max_length``.
+    """
+    if args.reference_free:
+        return NoReference()
+    if isinstance(ref_model, str):
+        init_kwargs: Any = args.model_init_kwargs
+        with loading(ref_model):
+            ref_model = load_causal_lm(ref_model, init_kwargs, args.trust_remote_code, unwrapped(policy).dtype)
+        if not args.sync_ref_model:
+            hold_linears(ref_model, args)
+    elif ref_model is not None:
+        warn_of_other_dtype(ref_model, policy)
+    if ref_model is not None:
+        check_room(ref_model, longest_sequence(args), "ref_model")
+        enable_logprobs(ref_model)
+        _prepare_attention(ref_model, args)
+        return _own_model(to_device(ref_model, args.device), policy, args, "a model given separately")
+    if args.sync_ref_model and is_peft_model_object(policy):
+        raise ValueError(
+            "`sync_ref_model` needs a reference with weights of its own, and with an adapter the reference is the "
+            "policy without it. Train all weights, or leave it off."
+        )
+    if not is_peft_model_object(policy):
+        copy = frozen_copy(policy)
+        if not args.sync_ref_model:  # one that follows is mixed in fp32
+            hold_linears(copy, args)
+        return _own_model(to_device(copy, args.device), policy, args, "a frozen copy of the policy")
+    with mixed_precision(args):
+        changed = adapter_changes_output(policy)
+    if changed:
+        logger.warning(
+            "The policy's adapter has been trained before. The reference is the base model without it; to stay close "
+            "to the policy as it is now, merge the adapter first (merge_and_unload) or pass `ref_model`."
+        )
+    if trains_base_weights(policy):
+        logger.warning(
+            "Weights outside the adapter are trained as well (its `bias`, or weights that are not frozen). So the "
+            "reference is a copy of the policy with its adapter off, which takes as much memory again."
+        )
+        return AdapterOffReference(frozen_copy(policy), "a copy of the policy with its adapter off")
+    return AdapterOffReference(policy)
+
+
+def _own_model(model: nn.Module, policy: nn.Module, args: OnlineDPOConfig, description: str) -> Reference:
+    if not args.sync_ref_model:
+        return FrozenReference(model, description)
+    alpha, every = args.ref_model_mixup_alpha, args.ref_model_sync_steps
+    return SyncedReference(model, policy, alpha, every, description)
+
+
+def build_engine(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, args: OnlineDPOConfig) -> Engine:
+    """What samples completions: the policy itself, or vLLM in this process or as servers.
+
+    Raises:
+        ValueError: vLLM is not installed, or its options do not fit this machine.
+        RolloutServerError: a server cannot be reached, or takes no weights.
+    """
+    if not args.use_vllm:
+        return built_in_engine(policy, tokenizer, args)
+    if args.vllm_mode == "colocate":
+        return VLLMColocateEngine(policy, tokenizer, args)
+    return VLLMServerEngine(args.vllm_server_urls, tokenizer, args)
+
+
+def built_in_engine(model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: OnlineDPOConfig) -> TransformersEngine:
+    """Samples from this model itself."""
+    static_steps = None if args.cuda_graphs else False
+    return TransformersEngine(model, tokenizer, args.rollout_batch_size, static_steps=static_steps)
+
+
+def build_opponent(
+    policy: nn.Module,
+    reference: Reference,
+    tokenizer: PreTrainedTokenizerBase,
+    args: OnlineDPOConfig,
+    epoch: Callable[[], float],
+) -> Opponent:
+    """Whose completion the policy's is compared with: nobody's but its own, the reference's, or that of a mixture.
+
+    Raises:
+        ValueError: policy and reference cannot be mixed.
+    """
+    if args.method == "online_dpo":
+        return SelfPlay()
+    if args.method == "xpo":
+        with reference.active() as model:
+            return ModelOpponent(built_in_engine(model, tokenizer, args), "reference", reference.active)
+
+    def share() -> float:
+        return args.at_epoch("mixture_coef", epoch())
+
+    return ModelOpponent(MixtureEngine(policy, reference.active, share, tokenizer, args.rollout_batch_size), "mixture")
+
+
+def train_on_one_device_per_process(args: OnlineDPOConfig) -> None:
+    """Settings that hold for every run: one device a process, and batches that each process reads for itself."""
+    if args.n_gpu > 1:
+        warnings.warn(
+            f"{args.n_gpu} GPUs are visible to this one process; only the first is used. Start one process for each "
+            f"with `torchrun --nproc_per_node {args.n_gpu}` to use them all.",
+            stacklevel=3,
+        )
+        args._n_gpu = 1
+    if args.device.type == "cpu":
+        args.dataloader_pin_memory = False  # memory is pinned for a copy to a GPU; without one torch warns
+        keep_freed_memory()
+    accelerator_config: Any = args.accelerator_config
+    if accelerator_config.dispatch_batches is None:
+        # A streamed batch holds text, which accelerate cannot broadcast from the first process.
+        accelerator_config.dispatch_batches = False

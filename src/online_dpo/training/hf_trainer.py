@@ -1,0 +1,362 @@
+"""`transformers.Trainer` with what keeps a run alive and measured: guards, memory recovery, metrics, seconds by phase.
+
+It knows nothing of preferences; :class:`online_dpo.training.trainer.OnlineDPOTrainer` adds the stages.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import PredictionOutput
+
+from online_dpo.config.trainer_config import OnlineDPOConfig
+from online_dpo.distributed.process_state import kept_random_state
+from online_dpo.errors import FeedbackLostError, ForeignCodeError, OnlineDPOError, named_error
+from online_dpo.modeling.borrowing import kept_flags
+from online_dpo.modeling.loading import ConfigKeeper, empty_device_cache
+from online_dpo.modeling.precision import keeps_small_steps
+from online_dpo.packing.microbatches import halve, token_count
+from online_dpo.packing.prefix_tree import PADDING
+from online_dpo.training.display.choose import choose_displays
+from online_dpo.training.display.figures import in_order
+from online_dpo.training.failures import NamedCallbacks, StepsDone
+from online_dpo.training.interrupt import Interrupt
+from online_dpo.training.metric_store import MetricStore
+from online_dpo.training.step_guard import StepGuard, refuse_to_split
+from online_dpo.training.stopwatch import Stopwatch
+from online_dpo.training.update_ratio import UpdatedRatio
+from online_dpo.types import PackedRows
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class GuardedTrainer(Trainer):
+    """A `Trainer` whose micro-batches hold a list of :class:`~online_dpo.types.PackedRows` under ``"passes"``.
+
+    Each gets a forward and a backward pass of its own, as ``"rows"`` of the inputs of ``compute_loss``. Steps that are
+    not finite are skipped on every rank; a pass that runs out of memory is split in two; values put into
+    ``metrics`` appear in the next training log, reduced over ranks; the model's configs stay as they were given.
+    """
+
+    # Read by transformers.Trainer: the loss is divided by the pairs of the whole step already.
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, model: nn.Module, args: OnlineDPOConfig, **kwargs: Any) -> None:
+        self.configs = ConfigKeeper()
+        self.configs.remember(model)
+        super().__init__(model=model, args=args, **kwargs)
+        self.configs.restore()
+        self.callback_handler: NamedCallbacks = NamedCallbacks(self.callback_handler)
+        self.add_callback(self.configs)
+        self.model_accepts_loss_kwargs = True
+        self.metrics = MetricStore()
+        self.interrupt = Interrupt()
+        self.add_callback(self.interrupt)  # before the guard, which has a last log written
+        self.guard = StepGuard(self.accelerator, args.max_skipped_steps, self._count_skipped_pairs)
+        self.add_callback(self.guard)
+        self.updates = UpdatedRatio(lambda: self.guard.trained_steps, warns=not keeps_small_steps(args))
+        self.add_callback(self.updates)
+        self.steps_done = StepsDone(lambda: self.raise_on_every_rank(self.callback_handler.failure))
+        self.add_callback(self.steps_done)
+        self.done_in_step: list[PackedRows] = []
+        self.tokens_that_fit = sys.maxsize
+        self._last_log = time.perf_counter()
+        self._beside_training = False
+        self.holds_evaluation_weights = False
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `transformers.Trainer.train`.
+
+        Raises:
+            TrainingDivergedError: ``max_skipped_steps`` steps in a row were not finite; a checkpoint has been saved.
+            NothingTrainedError: no step trained anything; a checkpoint has been saved if there were steps.
+            ValueError: the optimizer trains no weight of the model.
+            TrainingInterrupted: Ctrl-C was pressed; unless it was pressed twice, a checkpoint has been saved.
+            ForeignCodeError: a callback, a metric, a data collator, a dataset or an optimizer failed; as after any
+                other error, there is a checkpoint of the steps done, unless an update was half done.
+        """
+        self._last_log = time.perf_counter()
+        self.guard.begin_run()
+        self.steps_done.begin_run()
+        self._all_failed = False
+        self.configs.remember(self.model)  # pyright: ignore[reportArgumentType]
+        displays = choose_displays(self)
+        try:
+            with self.interrupt.handled(displays), self.callback_handler.deferred():
+                result = super().train(resume_from_checkpoint, *args, **kwargs)
+                self.raise_on_every_rank(self.callback_handler.failure)
+        except Exception as error:
+            self._leave_checkpoint(error)
+            self._blame_optimizer(error)
+            raise
+        finally:
+            self.configs.restore()
+            self.is_in_train = False  # the parent leaves it on where training fails
+            self._evaluating_weights(True)
+            for display in displays:
+                display.close()
+        self.guard.raise_if_diverged(self.state, self.args.output_dir)  # pyright: ignore[reportArgumentType]
+        self.guard.raise_if_nothing_trained(self.state, self.args.output_dir)  # pyright: ignore[reportArgumentType]
+        return result
+
+    def raise_on_every_rank(self, problem: OnlineDPOError | None) -> None:
+        """A collective operation.
+
+        Raises:
+            OnlineDPOError: ``problem``, or on ranks without one `FeedbackLostError`, where any rank has one.
+        """
+        failed = torch.tensor([problem is not None], device=self.accelerator.device)
+        if self.accelerator.gather(failed).any():  # pyright: ignore[reportAttributeAccessIssue]
+            self._all_failed = True
+            raise problem or FeedbackLostError("Another process of this run failed; its error says why.")
+
+    def together(self, action: Callable[[], T]) -> T:
+        """What ``action`` returns; where it fails with an error of ours on one rank, all ranks raise. A collective
+        operation.
+        """
+        problem, result = None, None
+        try:
+            result = action()
+        except OnlineDPOError as error:
+            problem = error
+        self.raise_on_every_rank(problem)
+        return result  # pyright: ignore[reportReturnType]
+
+    def _leave_checkpoint(self, error: Exception) -> None:
+        """Saves the steps that are done, if there is anything new in them. One rank that failed alone cannot: the
+        others would not take part.
+        """
+        done = self.steps_done
+        over = self.state.global_step >= self.state.max_steps and self.args.load_best_model_at_end  # other weights now
+        alone = self.accelerator.num_processes > 1 and not self._all_failed
+        if alone or over or not done.wants_checkpoint(self.state):
+            return
+        assert done.rng_state is not None
+        try:
+            with kept_random_state():
+                torch.set_rng_state(done.rng_state)
+                self._save_checkpoint(self.model, trial=None)  # pyright: ignore[reportArgumentType]
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)  # pyright: ignore
+        except Exception as second:  # such as a full disk: the first error is the one to tell
+            logger.warning("No checkpoint could be saved of the steps done: %s", named_error(second))
+        else:
+            error.add_note(f"Before that, a checkpoint of the steps done was saved: {self.interrupt.checkpoint}")
+
+    def _blame_optimizer(self, error: Exception) -> None:
+        """
+        Raises:
+            ForeignCodeError: an update was half done when ``error`` came, so it came from what makes updates.
+        """
+        if self.steps_done.updating and not isinstance(error, (OnlineDPOError, torch.OutOfMemoryError)):
+            assert isinstance(self.optimizer, AcceleratedOptimizer)
+            optimizer, schedule = (type(part).__name__ for part in (self.optimizer.optimizer, self.lr_scheduler))
+            raise ForeignCodeError(
+                f"Optimizer `{optimizer}` or its schedule `{schedule}` raised {named_error(error)} (in the "
+                f"update of step {self.state.global_step + 1}, which is half done, so that no checkpoint can be made)"
+            ) from error
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """The parent's, unless the checkpoint that is resumed was the run's last: it would train one more step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def without_fill(self, batches: list[dict[str, list]]) -> list[dict[str, list]]:
+        """The batches of a step without the rows that a data loader repeats so that all ranks have equally many.
+
+        In the last batch of an epoch, rank r holds the places from r times the batch size on; places beyond the end of
+        the dataset hold rows of its beginning, which have been trained on.
+        """
+        loader = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not batches or not loader.end_of_dataloader or loader.remainder <= 0:
+            return batches
+        first_place = self.accelerator.process_index * self.args.per_device_train_batch_size
+        own = max(0, loader.remainder - first_place)
+        return [*batches[:-1], {name: values[:own] for name, values in batches[-1].items()}]
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the parent's, beside training (see `beside_training`)."""
+        with self.beside_training():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
+        """As the parent's, beside training (see `beside_training`)."""
+        with self.beside_training():
+            return super().predict(*args, **kwargs)
+
+    @contextmanager
+    def beside_training(self) -> Iterator[None]:
+        """Training goes on as if what is done here had not been: its time does not count in
+        ``perf/tokens_per_second``, and random numbers drawn meanwhile, by a reward function too, are drawn again.
+        """
+        if self._beside_training:  # one of several datasets
+            yield
+            return
+        start, self._beside_training = time.perf_counter(), True
+        try:
+            with kept_random_state():
+                yield
+        finally:
+            self._last_log += time.perf_counter() - start
+            self._beside_training = False
+
+    @contextmanager
+    def evaluation_weights(self) -> Iterator[None]:
+        """Some optimizers (schedule-free ones) train other weights than they evaluate and save. Inside it is the
+        latter; afterwards those that are trained, from which the next step samples, if training goes on.
+        """
+        if self.holds_evaluation_weights:
+            yield
+            return
+        self._evaluating_weights(True)
+        try:
+            yield
+        finally:
+            self._evaluating_weights(not self.is_in_train)
+
+    def _evaluating_weights(self, on: bool) -> None:
+        optimizer: Any = self.optimizer
+        if isinstance(optimizer, AcceleratedOptimizer):
+            optimizer = optimizer.optimizer
+        if callable(getattr(optimizer, "eval", None)):
+            optimizer.eval() if on else optimizer.train()
+            self.holds_evaluation_weights = on
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        with self.evaluation_weights():
+            super().save_model(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self.evaluation_weights():
+            super()._save_checkpoint(*args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._evaluating_weights(False)  # the first step samples before it trains
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """The parent's, after which what was frozen is frozen, and the same adapters are active."""
+        with kept_flags(self.model):  # pyright: ignore[reportArgumentType]
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        self._evaluating_weights(True)  # those are what was saved
+        with kept_flags(self.model):  # pyright: ignore[reportArgumentType]
+            super()._load_best_model()
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """The parent's, once for each pass of the micro-batch; gradients add up; ranks exchange them in the last."""
+        *others, last = inputs["passes"]
+        losses = []
+        for rows in others:
+            with self.accelerator.no_sync(model):
+                losses.append(self._run(model, rows, num_items_in_batch))
+        losses.append(self._run(model, last, num_items_in_batch))
+        return torch.stack(losses).sum()
+
+    def _run(self, model: nn.Module, rows: PackedRows, num_items: Any) -> torch.Tensor:
+        """One forward and backward pass; if it does not fit in memory, two, with the same gradient in the end."""
+        if len(rows.pairs) > 1 and token_count(rows.pairs) > self.tokens_that_fit:
+            halves = halve(rows, self.args.row_capacity)  # pyright: ignore[reportAttributeAccessIssue]
+            return torch.stack([self._run(model, half, num_items) for half in halves]).sum()
+        before = self.metrics.copy()
+        loss = None
+        with self.phase("training"), suppress(torch.OutOfMemoryError):
+            loss = super().training_step(model, {"rows": rows}, num_items)
+        if loss is None:  # outside the handler, whose traceback would keep the activations alive
+            self.metrics = before
+            self._begin_step_anew(model, rows, num_items)
+            return self._run(model, rows, num_items)
+        self.done_in_step.append(rows)
+        return loss
+
+    def _begin_step_anew(self, model: nn.Module, rows: PackedRows, num_items: Any) -> None:
+        """A backward pass that broke off has left part of its gradient behind, so all of the step's is made again.
+
+        From now on no pass has more than half of the tokens that did not fit, unless it is a single pair.
+        """
+        refuse_to_split(rows, self.accelerator.num_processes)
+        self.tokens_that_fit = token_count(rows.pairs) // 2
+        model.zero_grad()
+        self.free_memory()
+        before = self.metrics.copy()
+        for done in self.done_in_step:
+            super().training_step(model, {"rows": done}, num_items)
+        self.metrics = before  # those were recorded the first time
+
+    def free_memory(self) -> None:
+        """Gives back memory of the device that can be had again; called after a pass that did not fit."""
+        empty_device_cache()
+
+    def _count_skipped_pairs(self, count: int) -> None:
+        self.metrics.total("guard/skipped_pairs", count / self.accelerator.num_processes)
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """The parent's, over the rows that the policy reads: a prompt that completions share counts once."""
+        tokens = [rows.tokens for rows in inputs["passes"]]
+        counted = {
+            "input_ids": torch.cat([part.ids_RT.flatten() for part in tokens]),
+            "attention_mask": torch.cat([part.tree_RT.flatten() != PADDING for part in tokens]),
+        }
+        super()._track_num_input_tokens(counted)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """The parent's, over the same rows."""
+        of_rows = super().floating_point_ops
+        return sum(of_rows({"input_ids": rows.tokens.ids_RT}) for rows in inputs["passes"])
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.guard.saw_gradient_norm(norm)  # pyright: ignore[reportArgumentType]
+        return norm
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """The parent's. A weight under several names (a tied ``lm_head``) is saved under one of them, so the other
+        names are not missing when it is loaded.
+        """
+        missing = set(load_result.missing_keys)
+        named = dict(self.model.named_parameters(remove_duplicate=False))  # pyright: ignore[reportOptionalMemberAccess]
+        loaded = {id(parameter) for name, parameter in named.items() if name not in missing}
+        for name in [name for name in missing if name in named and id(named[name]) in loaded]:
+            load_result.missing_keys.remove(name)
+        super()._issue_warnings_after_load(load_result)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the parent's; the log of a training step gains the metrics collected since the last one."""
+        if "loss" in logs:
+            elapsed = time.perf_counter() - self._last_log
+            self._last_log = time.perf_counter()
+            self.metrics.ratio("train/updated_ratio", *self.updates.since_last())
+            mine = self.metrics.drain()
+            mine["perf/tokens_per_second"] = mine.pop("completion_tokens", 0.0) / elapsed
+            mine["time/all"] = elapsed
+            # The parent's loss is a mean over steps, in which one without pairs counts 0; ours is over pairs.
+            others = {name: value for name, value in logs.items() if name != "loss"}
+            logs = in_order({**others, **mine, "guard/skipped_steps": float(self.guard.skipped)})
+        if self.state.epoch is not None:
+            logs = {"epoch": self.state.epoch, **logs}  # the parent would put it last
+        super().log(logs, start_time)
+        last = self.state.log_history[-1]
+        self.state.log_history[-1] = {"step": last["step"], **last}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the seconds spent inside to ``time/name``, summed over micro-batches and averaged over ranks."""
+        with Stopwatch(self.accelerator.device) as watch:
+            yield
+        self.metrics.total(f"time/{name}", watch.seconds / self.accelerator.num_processes)

@@ -1,0 +1,98 @@
+"""Metrics that mean the same on one rank and on many: sums and counts, gathered once a log."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+
+Value = torch.Tensor | Iterable[float] | float
+
+
+class MetricStore:
+    """Collects values between two logs; ``drain`` reduces them over all ranks and starts anew.
+
+    ``mean`` averages over all values that any rank added; ``total`` sums. Tensors stay on their device until ``drain``.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Any] = defaultdict(float)
+        self._counts: dict[str, Any] = defaultdict(float)
+        self._totals: dict[str, float] = defaultdict(float)
+        self._largest: dict[str, torch.Tensor] = {}
+
+    def mean(self, name: str, values: Value) -> None:
+        """Values that are not finite (of a step that the guard will skip) are left out, so that they do not hide the
+        others.
+        """
+        if not isinstance(values, torch.Tensor):
+            values = torch.tensor([values] if isinstance(values, (int, float)) else list(values), dtype=torch.float64)
+        finite = values.detach().isfinite()
+        self._sums[name] = self._sums[name] + torch.where(finite, values.detach().double(), 0.0).sum()
+        self._counts[name] = self._counts[name] + finite.sum()
+
+    def total(self, name: str, amount: float) -> None:
+        self._totals[name] += amount
+
+    def ratio(self, name: str, part: float, whole: float) -> None:
+        """Adds to a mean whose denominator is ``whole``: the share of ``part`` in ``whole`` over the whole log."""
+        self._sums[name] = self._sums[name] + part
+        self._counts[name] = self._counts[name] + whole
+
+    def largest(self, name: str, values: torch.Tensor) -> None:
+        """The largest value that any rank added, of those that are finite."""
+        largest = torch.where(values.detach().isfinite(), values.detach(), -math.inf).max()
+        known = self._largest.get(name)
+        self._largest[name] = largest if known is None else torch.maximum(known, largest)
+
+    def take_mean(self, name: str) -> float | None:
+        """The mean over all ranks of what was added under this name, which is then forgotten; ``None`` if that was
+        nothing. A collective operation.
+        """
+        mine = float(self._sums.pop(name, 0.0)), float(self._counts.pop(name, 0.0))
+        parts = gather_object([mine])
+        count = sum(part[1] for part in parts)
+        return sum(part[0] for part in parts) / count if count else None
+
+    def means(self) -> dict[str, float]:
+        """Every mean so far on this process, which stays collected."""
+        return {
+            name: float(total) / float(self._counts[name]) for name, total in self._sums.items() if self._counts[name]
+        }
+
+    def copy(self) -> MetricStore:
+        """The store as it is now, to go back to when a forward pass has to be repeated."""
+        other = MetricStore()
+        other._sums.update(self._sums)
+        other._counts.update(self._counts)
+        other._totals.update(self._totals)
+        other._largest.update(self._largest)
+        return other
+
+    def drain(self) -> dict[str, float]:
+        """Every metric over all ranks. A collective operation: every rank calls it at the same time."""
+        mine = (
+            {name: (float(value), float(self._counts[name])) for name, value in self._sums.items()},
+            dict(self._totals),
+            {name: float(value) for name, value in self._largest.items()},
+        )
+        for collected in (self._sums, self._counts, self._totals, self._largest):
+            collected.clear()
+        sums: dict[str, float] = defaultdict(float)
+        counts: dict[str, float] = defaultdict(float)
+        totals: dict[str, float] = defaultdict(float)
+        largest: dict[str, float] = {}
+        for rank_means, rank_totals, rank_largest in gather_object([mine]):
+            for name, (value, count) in rank_means.items():
+                sums[name] += value
+                counts[name] += count
+            for name, amount in rank_totals.items():
+                totals[name] += amount
+            for name, value in rank_largest.items():
+                largest[name] = max(value, largest.get(name, -math.inf))
+        means = {name: sums[name] / counts[name] for name in sums if counts[name]}
+        return means | dict(totals) | largest

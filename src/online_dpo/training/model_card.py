@@ -1,0 +1,119 @@
+"""The model card: what was trained, from what, how, and what came of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import ModelCardData
+from torch import nn
+from transformers import TrainerState
+
+from online_dpo.config.trainer_config import OnlineDPOConfig
+from online_dpo.modeling.introspection import unwrapped
+
+SETTINGS = (
+    *("method", "num_completions", "max_new_tokens", "max_length", "temperature", "top_p", "top_k", "min_p"),
+    *("repetition_penalty", "reward_weights", "reward_normalization", "missing_eos_penalty", "length_penalty"),
+    *("judge_top", "pair_selection", "min_margin", "max_margin", "max_length_ratio"),
+    *("margin_weighting", "label_temperature", "tie_policy", "loss_type", "loss_weights", "beta", "label_smoothing"),
+    *("resample_rounds", "xpo_alpha", "mixture_coef", "target_kl"),
+    *("simpo_gamma", "dpop_lambda", "use_weighting", "sync_ref_model"),
+    *("learning_rate", "lr_scheduler_type", "optim", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("max_steps", "num_train_epochs", "seed", "bf16", "fp16"),
+)
+RESULTS = (
+    *("loss", "objective/scores", "objective/kl", "rewards/margins", "rewards/accuracies", "val/contain_eos_token"),
+    *("completions/mean_length", "eval_loss", "eval_objective/scores", "eval_objective/kl", "eval_win_rate"),
+    *("eval_gold_score", "eval_gold_win_rate"),
+)
+TEXT = """# {name}
+
+This model was trained with Online DPO ([Guo et al. 2024](https://huggingface.co/papers/2402.04792)): completions are
+sampled from the model while it trains, scored, and the better and the worse one of each prompt form the pair of a DPO
+step.
+
+| | |
+|---|---|
+| policy | {policy} |
+| reference | {reference} |
+| feedback | {feedback} |
+| optimizer steps | {steps} |
+| processes | {processes} |
+
+## Last measurements
+
+| metric | value | at step |
+|---|---|---|
+{results}
+
+## Settings
+
+```json
+{settings}
+```
+
+Versions: online-dpo {version}, transformers {transformers}, torch {torch}.
+"""
+
+
+def write_model_card(
+    args: OnlineDPOConfig,
+    state: TrainerState,
+    policy: nn.Module,
+    *,
+    name: str | None,
+    reference: str,
+    feedback: str,
+    num_processes: int,
+    tags: Sequence[str] = (),
+    base_model: str | None = None,
+    **metadata: Any,
+) -> None:
+    """Writes ``README.md`` into the output folder. ``reference`` and ``feedback`` say what they were in words;
+    ``metadata`` is further fields of `huggingface_hub.ModelCardData`.
+    """
+    base = unwrapped(policy)
+    source = str(base.config._name_or_path)
+    is_folder = Path(source).is_dir()  # of which the card names the last part only, never the path
+    data = ModelCardData(
+        library_name="peft" if base is not policy else "transformers",
+        base_model=base_model or (source if source and not is_folder else None),
+        tags=list(dict.fromkeys(["online-dpo", "dpo", "generated-from-trainer", *tags])),
+        **{name: value for name, value in metadata.items() if value},
+    )
+    output_dir = Path(str(args.output_dir))
+    text = TEXT.format(
+        name=name or args.hub_model_id or output_dir.name,
+        policy=f"{Path(source).name or 'given as an object'} ({base.config.model_type})",
+        reference=reference,
+        feedback=feedback,
+        steps=state.global_step,
+        processes=num_processes,
+        results="\n".join(_result_rows(state.log_history)),
+        settings=json.dumps({setting: getattr(args, setting) for setting in SETTINGS}, indent=2, default=str),
+        version=version("online-dpo"),
+        transformers=transformers.__version__,
+        torch=torch.__version__,
+    )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n\n{text}", encoding="utf-8")
+
+
+def as_list(value: str | list[str] | None) -> list[str]:
+    """One, several or none, as `transformers.Trainer.create_model_card` takes them."""
+    return [value] if isinstance(value, str) else list(value or ())
+
+
+def _result_rows(log_history: list[dict[str, Any]]) -> list[str]:
+    rows = []
+    for name in RESULTS:
+        seen = [entry for entry in log_history if name in entry]
+        if seen:
+            rows.append(f"| `{name}` | {seen[-1][name]:.4g} | {seen[-1]['step']} |")
+    return rows or ["| none yet | | |"]

@@ -1,0 +1,243 @@
+"""What keeps a run alive and honest: steps that are not finite are skipped, batches that do not fit are split, and a
+run that trains nothing says so.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from online_dpo.errors import NothingTrainedError, TrainingDivergedError
+from online_dpo.training.trained import check_trained, warn_of_untrained
+from online_dpo.types import PackedRows
+
+logger = logging.getLogger(__name__)
+
+
+class StepGuard(TrainerCallback):
+    """Lets an optimizer step happen only when there is something to learn from it, on every rank alike.
+
+    The trainer reports each loss, the gradient norm and the number of pairs; just before the optimizer runs, the guard
+    drops all gradients when any rank saw a loss or gradient that is not finite, or when no rank has a pair. An
+    optimizer leaves parameters without a gradient, and their state, untouched; a zero gradient would still apply weight
+    decay and momentum.
+
+    ``trained_steps`` counts those that did happen, with a learning rate above 0; ``untrained`` the others of this
+    process, by reason.
+    """
+
+    FILE = "guard.json"
+
+    def __init__(
+        self, accelerator: Accelerator, max_skipped_steps: int, on_skip: Callable[[int], None] = lambda pairs: None
+    ) -> None:
+        self.accelerator = accelerator
+        self.on_skip = on_skip
+        self.max_skipped_steps = max_skipped_steps
+        self.skipped = 0
+        self._idle = False
+        self.begin_run()
+
+    def begin_run(self) -> None:
+        self.trained_steps = 0
+        self.untrained: Counter[str] = Counter()
+        self.skipped_in_a_row = 0
+        self._begin_step(num_pairs=0)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Raises:
+            ValueError: the optimizer trains no weight of the model.
+        """
+        assert model is not None
+        if state.global_step >= state.max_steps and state.is_world_process_zero:
+            logger.warning(
+                "This run was over: step %d of %d is done. Nothing more is trained; to go on, raise `max_steps` or "
+                "`num_train_epochs`.",
+                state.global_step,
+                state.max_steps,
+            )
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:  # it holds flat copies
+            return
+        inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+        check_trained(model, inner)
+        warn_of_untrained(model, inner)
+
+    def _begin_step(self, num_pairs: int) -> None:
+        self._num_pairs = num_pairs
+        self._finite = torch.ones((), dtype=torch.bool, device=self.accelerator.device)
+
+    def expect(self, num_pairs: int) -> None:
+        """A new optimizer step begins, with this many pairs over all ranks."""
+        self._begin_step(num_pairs)
+
+    def saw_loss(self, loss: torch.Tensor) -> None:
+        self._finite = self._finite & torch.isfinite(loss.detach()).all()
+
+    def saw_gradient_norm(self, norm: torch.Tensor | float) -> None:
+        self._finite = self._finite & torch.isfinite(torch.as_tensor(norm, device=self._finite.device)).all()
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        assert model is not None
+        ranks_in_trouble = self.accelerator.reduce((~self._finite).float(), reduction="sum")
+        finite = not bool(ranks_in_trouble)  # pyright: ignore[reportArgumentType]
+        if not finite or self._num_pairs == 0:
+            for parameter in model.parameters():
+                parameter.grad = None
+        self._trains = finite and self._num_pairs > 0
+        if finite:
+            self.untrained["without a pair"] += self._num_pairs == 0
+            self.skipped_in_a_row = 0
+            return
+        self.untrained["not finite"] += 1
+        self.skipped_in_a_row += 1
+        self.skipped += 1
+        self.on_skip(self._num_pairs)
+        logger.warning(
+            "Step %d skipped: its loss or gradient is not finite (%d in a row).",
+            state.global_step + 1,
+            self.skipped_in_a_row,
+        )
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if not self._trains:
+            return
+        if self.accelerator.optimizer_step_was_skipped:
+            self.untrained["gradient beyond the range of fp16"] += 1
+        elif all(group["lr"] == 0 for group in optimizer.param_groups):
+            self.untrained["learning rate 0"] += 1
+        else:
+            self.trained_steps += 1
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if self.diverged:
+            control.should_save = True
+            control.should_training_stop = True
+        if self.trained_steps == 0 and (control.should_training_stop or state.global_step >= state.max_steps):
+            control.should_save = True
+        if control.should_training_stop:
+            control.should_log = True  # what has been collected since the last log would be lost
+        return control
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Says once, until there are pairs again, that nothing is trained."""
+        if not logs or "pairs/count" not in logs:  # an evaluation's, or the last one's
+            return
+        idle = logs["pairs/count"] == 0
+        if idle and not self._idle and state.is_world_process_zero:
+            reasons = {name.partition("/")[2]: count for name, count in logs.items() if name.startswith("dropped/")}
+            why = ", ".join(f"{reason} {count:.0f}" for reason, count in reasons.items() if count)
+            logger.warning(
+                "Nothing was trained since the last log, at step %d: none of %.0f prompts gave a pair (%s).",
+                state.global_step,
+                logs["prompts"],
+                why,
+            )
+        self._idle = idle
+
+    @property
+    def diverged(self) -> bool:
+        return self.skipped_in_a_row >= self.max_skipped_steps
+
+    def raise_if_diverged(self, state: TrainerState, output_dir: str) -> None:
+        """
+        Raises:
+            TrainingDivergedError: the run was stopped by this guard.
+        """
+        if self.diverged:
+            raise TrainingDivergedError(
+                f"{self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite; stopped at step "
+                f"{state.global_step}. The weights before them are in {output_dir}/checkpoint-{state.global_step}. "
+                "Try a lower learning rate, a larger beta, or bf16 instead of fp16; `max_skipped_steps` sets the limit."
+            )
+
+    def raise_if_nothing_trained(self, state: TrainerState, output_dir: str) -> None:
+        """
+        Raises:
+            NothingTrainedError: neither this run nor the one that it resumes has trained anything.
+        """
+        if self.trained_steps:
+            return
+        if state.global_step == 0:
+            raise NothingTrainedError("The run has trained nothing: there was no step, because the data gave no batch.")
+        dropped: Counter[str] = Counter()
+        for log in state.log_history:
+            dropped.update({name.partition("/")[2]: int(n) for name, n in log.items() if name.startswith("dropped/")})
+        prompts = int(sum(log.get("prompts", 0) for log in state.log_history))
+        message = f"The run has trained nothing. Dropped of {prompts} prompts: {_counts(dropped)}."
+        if steps := self.untrained.total():  # none of a run that was over when it was resumed
+            message += (
+                f" Of {steps} steps: {_counts(self.untrained)}. The weights are those of the start; the run's state is "
+                f"in {output_dir}/checkpoint-{state.global_step}."
+            )
+        raise NothingTrainedError(message)
+
+    def save(self, folder: Path) -> None:
+        """Write down what `restore` needs."""
+        (folder / self.FILE).write_text(json.dumps({"trained_steps": self.trained_steps}) + "\n", encoding="utf-8")
+
+    def restore(self, folder: Path, steps: int) -> None:
+        """Go on from what `save` wrote; in a checkpoint without it, all of its ``steps`` are taken for trained."""
+        path = folder / self.FILE
+        self.trained_steps = json.loads(path.read_text(encoding="utf-8"))["trained_steps"] if path.is_file() else steps
+
+
+def _counts(of: Counter[str]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in of.most_common() if count) or "none"
+
+
+def refuse_to_split(rows: PackedRows, num_processes: int) -> None:
+    """
+    Raises:
+        torch.OutOfMemoryError: the pass is a single pair, or other ranks wait in the same backward pass.
+    """
+    pairs = len(rows.pairs)
+    if pairs < 2 or num_processes > 1:
+        raise torch.OutOfMemoryError(
+            f"A pass of {pairs} pair(s), in rows of {rows.tokens.ids_RT.shape[1]} tokens, does not fit in memory "
+            "and cannot be split here. Lower `max_tokens_per_pass` (which splits micro-batches of several pairs), "
+            "`max_length` or `max_new_tokens`."
+        )
+    logger.warning("A pass of %d pairs ran out of memory; it is split in two.", pairs)

@@ -1,0 +1,225 @@
+"""Numbers of a comparison of two models, on verdicts and lengths made by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from online_dpo.evaluation.comparison import Match, compare, preferences_by_score
+from online_dpo.evaluation.head_to_head import BothOrders
+from online_dpo.stats.bootstrap import bootstrap_interval, standard_error
+from online_dpo.stats.intervals import wilson_interval
+from online_dpo.stats.length_control import length_controlled_win_rate
+from online_dpo.types import Completion, Group, Prompt
+from support import tiny
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+# length control -----------------------------------------------------------------------------------------------------
+
+
+def test_a_judge_that_only_likes_length_is_even_at_equal_lengths():
+    """Nine answers in ten are longer, and the longer one always wins, so lengths separate wins from losses."""
+    differences = np.array([d for d in range(-20, 181) if d != 0], dtype=float)
+    wins = (differences > 0).astype(float)
+    assert wins.mean() == 0.9
+    assert length_controlled_win_rate(wins, differences) == pytest.approx(0.5, abs=0.06)
+
+
+def test_a_judge_that_ignores_length_is_left_as_it_is():
+    """Each length is met once by a win for every loss times four."""
+    differences = np.repeat(np.arange(-30, 70, dtype=float), 5)
+    wins = np.tile([1, 1, 1, 1, 0.0], 100)
+    assert length_controlled_win_rate(wins, differences) == pytest.approx(0.8, abs=1e-3)
+
+
+def test_the_coefficients_that_made_the_preferences_are_found():
+    """Soft preferences that are exactly those of the model: quality 0.7 logits, length 1.5."""
+    differences = np.random.default_rng(0).normal(40, 60, size=4000)
+    preferences = sigmoid(0.7 + 1.5 * np.tanh(differences / differences.std()))
+    assert preferences.mean() > sigmoid(0.7) + 0.08
+    assert length_controlled_win_rate(preferences, differences) == pytest.approx(sigmoid(0.7), abs=2e-3)
+
+
+@pytest.mark.parametrize(("win", "bound"), [(1.0, (0.99, 1.0)), (0.0, (0.0, 0.01))])
+def test_all_won_or_lost_stays_finite(win, bound):
+    rate = length_controlled_win_rate(np.full(50, win), np.arange(50.0) - 10)
+    assert rate is not None and bound[0] <= rate <= bound[1]
+
+
+def test_lengths_that_tell_nothing():
+    preferences = np.array([1, 1, 0, 1.0])
+    assert length_controlled_win_rate(preferences, np.zeros(4)) == pytest.approx(0.75, abs=1e-3)
+    assert length_controlled_win_rate(preferences, np.full(4, 7.0)) is None  # always longer by as much: confounded
+    assert length_controlled_win_rate(np.empty(0), np.empty(0)) is None
+
+
+def test_the_unit_of_length_does_not_matter():
+    differences = np.random.default_rng(1).normal(3, 10, size=200)
+    wins = (np.random.default_rng(2).random(200) < sigmoid(0.1 * differences)).astype(float)
+    one, other = (length_controlled_win_rate(wins, scale * differences) for scale in (1, 250))
+    assert one == pytest.approx(other, rel=1e-9)
+
+
+# intervals ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_bootstrap_of_the_mean_is_that_of_the_normal_distribution():
+    values = np.random.default_rng(0).normal(5, 2, size=400)
+    low, high = bootstrap_interval(400, lambda i: float(values[i].mean()), seed=1)
+    error = standard_error(values)
+    assert error == pytest.approx(values.std(ddof=1) / 20)
+    assert low == pytest.approx(values.mean() - 1.96 * error, abs=0.1 * error)
+    assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.1 * error)
+    assert (low, high) == bootstrap_interval(400, lambda i: float(values[i].mean()), seed=1)
+    assert bootstrap_interval(0, lambda i: 1.0, seed=0) is None and standard_error(values[:1]) is None
+
+
+def test_a_bootstrap_covers_what_it_should():
+    """95 of 100 intervals of means of 40 skewed values hold the true mean; at least 85 must, at most 100 can."""
+    generator = np.random.default_rng(3)
+    held = 0
+    for seed in range(100):
+        values = generator.exponential(1.0, size=40)
+        low, high = bootstrap_interval(40, lambda i, values=values: float(values[i].mean()), seed, resamples=500)
+        held += low <= 1.0 <= high
+    assert 85 <= held <= 99
+
+
+# comparisons --------------------------------------------------------------------------------------------------------
+
+
+def answers(row, *texts, finished=True):
+    made = (
+        Completion((5,) * len(text.split()), (0.0,) * len(text.split()), "stop" if finished else "length", 0, text)
+        for text in texts
+    )
+    return Group(Prompt("p", (1,), row), tuple(made))
+
+
+def match(row, preferences, model=None, against=None, **fields):
+    texts = ["a b c"] * len(preferences)
+    return Match(
+        answers(row, *(model or texts)),
+        answers(row, *(against or texts), finished=False),
+        tuple(preferences),
+        **fields,
+    )
+
+
+def test_clear_duels_get_wilsons_interval():
+    """70 wins, 10 ties and 20 losses: 75 points of 100; by hand: (0.75 + 0.0192073) / 1.0384146 -+ ..."""
+    matches = [match(row, [1.0 if row < 70 else 0.5 if row < 80 else 0.0]) for row in range(100)]
+    result = compare(matches, seed=0)
+    assert (result["wins"], result["ties"], result["losses"], result["undecidable"]) == (70, 10, 20, 0)
+    rate = result["win_rate"]
+    assert rate["value"] == 0.75 and rate["interval"] == "wilson"
+    z2 = 1.959964**2
+    centre, half = (0.75 + z2 / 200) / (1 + z2 / 100), math.sqrt(0.75 * 0.25 / 100 + z2 / 40000) * 1.959964
+    assert rate["low"] == pytest.approx(centre - half / (1 + z2 / 100))
+    assert rate["high"] == pytest.approx(centre + half / (1 + z2 / 100))
+    assert (rate["low"], rate["high"]) == pytest.approx((0.6570, 0.8246), abs=5e-4)
+    assert result["score"] is None and result["kl"] is None
+    assert result["ended"] == {"model": 1.0, "against": 0.0}
+    assert result["tokens"] == {"model": 3.0, "against": 3.0}
+    assert result["characters"] == {"model": 5.0, "against": 5.0}
+
+
+def test_soft_preferences_and_several_answers_get_a_bootstrap_over_prompts():
+    soft = compare([match(row, [0.9 if row % 2 else 0.3]) for row in range(60)], seed=0)
+    assert soft["win_rate"]["interval"] == "bootstrap" and soft["win_rate"]["value"] == pytest.approx(0.6)
+    half_width = 1.96 * 0.3 / math.sqrt(60)
+    assert soft["win_rate"]["high"] - soft["win_rate"]["low"] == pytest.approx(2 * half_width, rel=0.1)
+    assert (soft["wins"], soft["losses"]) == (30, 30)
+    # answers of one prompt that all end alike are one prompt's worth of evidence, not four
+    several = compare([match(row, [float(row % 2)] * 4) for row in range(60)], seed=0)["win_rate"]
+    assert several["interval"] == "bootstrap" and several["value"] == 0.5
+    assert several["high"] - several["low"] == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(60), rel=0.1)
+
+
+def test_where_all_prompts_end_the_same_a_bootstrap_would_be_sure_of_too_much():
+    rate = compare([match(row, [1.0, 1.0]) for row in range(20)], seed=0)["win_rate"]
+    assert rate["interval"] == "wilson" and (rate["low"], rate["high"]) == wilson_interval(1.0, 20)
+
+
+def test_missing_scores_are_counted_and_never_numbers():
+    rows = [([1.0], [0.0]), ([None], [5.0]), ([3.0], [None]), ([2.0], [2.0])]
+    matches = [
+        match(row, preferences_by_score(mine, theirs), model_scores=tuple(mine), against_scores=tuple(theirs))
+        for row, (mine, theirs) in enumerate(rows)
+    ]
+    result = compare(matches, seed=0)
+    assert (result["duels"], result["undecidable"], result["wins"], result["ties"]) == (4, 2, 1, 1)
+    assert result["win_rate"]["value"] == 0.75
+    score = result["score"]
+    assert score["model"]["value"] == 2.0 and score["model"]["missing"] == 1
+    assert score["against"]["value"] == pytest.approx(7 / 3) and score["against"]["missing"] == 1
+    assert score["difference"]["value"] == 0.5  # of the two prompts in which both have one
+
+
+def test_nothing_told_gives_no_numbers():
+    result = compare([match(0, [None], model_scores=(None,), against_scores=(None,))], seed=0)
+    assert result["win_rate"] is None and result["length_controlled_win_rate"] is None
+    assert result["score"]["difference"] == {"value": None, "low": None, "high": None, "interval": "bootstrap"}
+
+
+def test_a_paired_difference_is_surer_than_the_scores():
+    """Prompts differ by far more than the models do."""
+    generator = np.random.default_rng(0)
+    matches = []
+    for row in range(80):
+        base = generator.normal(0, 10)
+        mine, theirs = (base + 1 + generator.normal(0, 0.1),), (base,)
+        matches.append(match(row, preferences_by_score(mine, theirs), model_scores=mine, against_scores=theirs))
+    score = compare(matches, seed=0)["score"]
+    assert score["model"]["high"] - score["model"]["low"] > 3
+    difference = score["difference"]
+    assert difference["value"] == pytest.approx(1, abs=0.05) and difference["high"] - difference["low"] < 0.1
+
+
+def test_kl_is_the_mean_log_ratio_with_its_error_over_prompts():
+    kl = compare([match(row, [1.0], log_ratios=(value, value + 2)) for row, value in enumerate((1.0, 3.0))], seed=0)
+    assert kl["kl"] == {"value": 3.0, "standard_error": pytest.approx(1.0)}
+
+
+def test_length_control_uses_characters_and_leaves_out_what_was_not_told():
+    matches = [
+        match(row, [float(row % 5 != 0)], model=["long answer " * (1 + row % 7)], against=["short"])
+        for row in range(140)
+    ]
+    told = compare(matches, seed=0)
+    differences = np.array([12.0 * (1 + row % 7) - 5 for row in range(140)])
+    expected = length_controlled_win_rate(np.array([float(row % 5 != 0) for row in range(140)]), differences)
+    assert told["length_controlled_win_rate"]["value"] == pytest.approx(expected)
+    with_gaps = compare([*matches, *(match(row, [None]) for row in range(140, 180))], seed=0)
+    assert with_gaps["length_controlled_win_rate"]["value"] == pytest.approx(expected)
+    assert with_gaps["undecidable"] == 40
+
+
+def test_both_orders_cancel_a_liking_for_the_first_place():
+    class First:
+        name = "first"
+
+        def __init__(self, wins):
+            self.wins = wins
+
+        def prefer(self, comparisons):
+            return self.wins(comparisons)
+
+    comparisons = [tiny.group(tiny.prompts([3])[0], [[5, 6], [7, 8]])] * 3
+    assert BothOrders(First(lambda comparisons: [1.0] * len(comparisons))).prefer(comparisons) == [0.5] * 3
+    best = [float(comparison.completions[0].token_ids == (5, 6)) for comparison in comparisons]
+    assert (
+        BothOrders(First(lambda d: [float(x.completions[0].token_ids == (5, 6)) for x in d])).prefer(comparisons)
+        == best
+    )
+    assert BothOrders(First(lambda comparisons: [0.8, None, 0.8, 0.2, 0.2, None])).prefer(comparisons) == [
+        0.8,
+        None,
+        None,
+    ]

@@ -1,0 +1,72 @@
+"""What is said of a judge and of a comparison, in words."""
+
+import pytest
+
+from online_dpo.evaluation.conclusions import comparison_conclusion, judge_conclusion, labels_needed
+from online_dpo.stats.intervals import wilson_interval
+
+
+def of(share, count):
+    low, high = wilson_interval(share, count)
+    return {"share": share, "low": low, "high": high, "count": count}
+
+
+@pytest.mark.parametrize(
+    ("share", "count", "said"),
+    [
+        (0.80, 400, "Good enough to train on: right in 80% of the pairs"),
+        (0.80, 40, "Good enough to train on: right in 80% of the pairs"),
+        (0.75, 60, "Not yet sure: it may be as few as 63%; ask about more pairs."),
+        (0.60, 400, "Better than chance, but weak: right in 60% of the pairs"),
+        (0.60, 20, "Do not train on it yet: 20 labels do not tell it from chance. Ask about more pairs (about 97 if"),
+        (0.50, 20, "Do not train on it yet: 20 labels do not tell it from chance. Ask about more pairs."),
+        (0.30, 100, "Do not train on it: it contradicts the labels more often than chance."),
+    ],
+)
+def test_agreement_with_labels(share, count, said):
+    [sentence] = judge_conclusion(of(share, count), 0.0, 0.5)
+    assert said in sentence and ("Not yet sure" in sentence) == ("Not yet sure" in said)
+
+
+def test_no_labels_a_place_that_is_liked_and_answers_that_are_missing():
+    assert list(judge_conclusion(None, 0.25, 0.7)) == [
+        "Whether it is right cannot be told: no pair with a label has an answer.",
+        "It likes the first place: keep `order: both`, the default, which cancels that.",
+        "It leaves 25% of the pairs unanswered; prompts without an answer are not trained on.",
+    ]
+    assert "second place" in list(judge_conclusion(None, 0.0, 0.3))[1]
+    assert len(list(judge_conclusion(None, 0.05, 0.6))) == 1
+
+
+def interval(value, low, high):
+    return {"value": value, "low": low, "high": high}
+
+
+@pytest.mark.parametrize(
+    ("rate", "controlled", "said"),
+    [
+        (interval(0.8, 0.7, 0.9), interval(0.7, 0.6, 0.8), "A is better than B: all of the interval is above 50 %."),
+        (interval(0.2, 0.1, 0.3), None, "A is worse than B: all of the interval is below 50 %."),
+        (
+            interval(0.8, 0.7, 0.9),
+            interval(0.5, 0.4, 0.6),
+            "A is better than B: all of the interval is above 50 %. At equal length that cannot be said: the length of "
+            "the answers may be why.",
+        ),
+        (
+            interval(0.55, 0.4, 0.7),
+            None,
+            "No difference can be told with 50 prompts; more of them narrow the interval (about 385 if it goes on like "
+            "this).",
+        ),
+        (interval(0.5, 0.4, 0.6), None, "No difference can be told with 50 prompts; more of them narrow the interval."),
+    ],
+)
+def test_comparisons(rate, controlled, said):
+    assert comparison_conclusion("A", "B", 50, rate, controlled) == said
+
+
+def test_so_many_labels_tell_a_share_from_chance():
+    for share in (0.55, 0.6, 0.7):
+        count = labels_needed(share)
+        assert wilson_interval(share, count + 8)[0] > 0.5 > wilson_interval(share, count - 8)[0]

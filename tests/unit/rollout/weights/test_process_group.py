@@ -1,0 +1,159 @@
+"""A trainer and two workers, as threads that each have a store connection and a gloo group of their own."""
+
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+import torch
+from torch.distributed import TCPStore
+
+from online_dpo.rollout.weights import process_group
+from online_dpo.rollout.weights.process_group import (
+    Rendezvous,
+    TransferStopped,
+    follow,
+    in_buckets,
+    lead,
+    offsets,
+    pack,
+    receive_weights,
+    send_weights,
+)
+
+CPU = torch.device("cpu")
+SIZE = 3
+
+
+@pytest.fixture
+def store():
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    return TCPStore(
+        "127.0.0.1",
+        port,
+        None,
+        True,
+        timedelta(seconds=5),
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+
+
+@pytest.fixture
+def threads():
+    with ThreadPoolExecutor(SIZE) as pool:
+        yield pool
+
+
+def weights(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    big = torch.randn(40, 30, generator=generator)
+    return [
+        ("big", big),
+        ("turned", big[:5, :7].T),
+        ("half", torch.randn(3, 5, generator=generator).bfloat16()),
+        ("odd", torch.arange(7, dtype=torch.uint8)),
+        ("double", torch.randn(2, dtype=torch.float64, generator=generator)),
+        ("scalar", torch.tensor(0.5 + seed)),
+        ("empty", torch.zeros(0, 4)),
+        ("flags", torch.tensor([True, False, True])),
+    ]
+
+
+def send(port, name, held=None, tensors=None, timeout=10.0):
+    meeting = Rendezvous("127.0.0.1", port, name, timeout)
+    with meeting.telling("the trainer"):
+        group = lead(meeting, SIZE, CPU, held)
+        send_weights(group, meeting, weights() if tensors is None else tensors)
+    return group
+
+
+def receive(port, name, rank, held=None, timeout=10.0):
+    meeting = Rendezvous("127.0.0.1", port, name, timeout)
+    with meeting.telling(f"worker {rank}"):
+        group = follow(meeting, rank, SIZE, CPU, held)
+        return group, {name: tensor.clone() for name, tensor in receive_weights(group, meeting)}
+
+
+def transfer(threads, port, name, held=(None, None, None), tensors=None):
+    sender = threads.submit(send, port, name, held[0], tensors)
+    receivers = [threads.submit(receive, port, name, rank, held[rank]) for rank in (1, 2)]
+    answers = [receiver.result() for receiver in receivers]
+    return [sender.result(), *(group for group, _ in answers)], [received for _, received in answers]
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 200, 1 << 20])
+def test_all_workers_receive_all_weights_whatever_the_buckets(store, threads, monkeypatch, bucket_bytes):
+    monkeypatch.setattr(process_group, "BUCKET_BYTES", bucket_bytes)
+    groups, received = transfer(threads, store.port, "one")
+    for copy in received:
+        assert list(copy) == [name for name, _ in weights()]
+        for name, tensor in weights():
+            assert copy[name].dtype == tensor.dtype and torch.equal(copy[name], tensor)
+    for group in groups:
+        group.close()
+
+
+def test_a_group_is_kept_and_formed_anew_when_a_worker_has_lost_it(store, threads):
+    first, _ = transfer(threads, store.port, "one")
+    kept, received = transfer(threads, store.port, "two", first, weights(1))
+    assert all(a is b for a, b in zip(first, kept, strict=True))
+    assert received[0]["scalar"] == received[1]["scalar"] == 1.5
+    anew, received = transfer(threads, store.port, "three", (kept[0], kept[1], None), weights(2))
+    assert {group.name for group in anew} == {"three"}
+    assert received[0]["scalar"] == received[1]["scalar"] == 2.5
+    for group in anew:
+        group.close()
+
+
+def test_one_that_fails_stops_the_others_at_once(store, threads):
+    def failing():
+        yield from weights()[:2]
+        raise ValueError("no more weights")
+
+    sender = threads.submit(send, store.port, "one", None, failing(), 30.0)
+    receivers = [threads.submit(receive, store.port, "one", rank, None, 30.0) for rank in (1, 2)]
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="no more weights"):
+        sender.result()
+    for receiver in receivers:
+        with pytest.raises(TransferStopped, match="the trainer gave up: no more weights|failed"):
+            receiver.result()
+    assert time.monotonic() - started < 5
+
+
+def test_nobody_waits_longer_than_the_time_limit(store, threads):
+    sender = threads.submit(send, store.port, "one", None, None, 1.0)
+    receiver = threads.submit(receive, store.port, "one", 1, None, 1.0)  # the other never comes
+    started = time.monotonic()
+    for member in (sender, receiver):
+        with pytest.raises(TransferStopped, match="waiting for .* took longer than `vllm_server_timeout`, 1 seconds"):
+            member.result()
+    assert time.monotonic() - started < 4
+
+
+def test_a_trainer_that_cannot_be_reached_is_told_of_with_its_port():
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    with pytest.raises(TransferStopped, match=f"port {port} cannot be reached at 127.0.0.1.*`vllm_group_port`"):
+        Rendezvous("127.0.0.1", port, "one", 0.5)
+
+
+def test_buckets_hold_whole_weights_up_to_their_size():
+    sizes = [[tensor.nbytes for _, tensor in bucket] for bucket in in_buckets(weights(), 200)]
+    assert sizes == [[4800], [140, 30, 7, 16, 4, 0, 3]]
+    assert [b for bucket in in_buckets(weights(), 1) for b, _ in bucket] == [name for name, _ in weights()]
+
+
+def test_weights_lie_at_multiples_of_the_alignment():
+    starts, total = offsets([torch.zeros(7, dtype=torch.uint8), torch.zeros(3), torch.zeros(2, dtype=torch.float64)])
+    assert (starts, total) == ([0, 16, 32], 48)
+
+
+def test_a_large_weight_is_sent_from_where_it_lies():
+    tensor = torch.nn.Parameter(torch.randn(30, 20))
+    assert pack([tensor], CPU).data_ptr() == tensor.data_ptr()
+    assert pack([tensor.T], CPU).data_ptr() != tensor.data_ptr()
+    assert torch.equal(pack([tensor.T], CPU).view(torch.float32).view(20, 30), tensor.detach().T)

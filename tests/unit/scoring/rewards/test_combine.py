@@ -1,0 +1,431 @@
+"""Several scorers to one number; building scorers from what users pass, and refusing early what cannot work."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+from online_dpo.config.trainer_config import OnlineDPOConfig
+from online_dpo.errors import ScoringError
+from online_dpo.scoring.penalties import Penalties
+from online_dpo.scoring.registry import build_scorers, check_scorers
+from online_dpo.scoring.rewards.combine import score_groups
+from online_dpo.scoring.rewards.function import FunctionScorer
+from online_dpo.scoring.rewards.model import RewardModelScorer
+from online_dpo.types import Completion, Group, Prompt
+
+
+def group(prompt: str, *texts: str, reasons: str = "") -> Group:
+    """``reasons``: one letter for each completion, "s" or "l"; all stopped when not given."""
+    names = [{"s": "stop", "l": "length"}[letter] for letter in reasons or "s" * len(texts)]
+    completions = tuple(Completion((9,), (-1.0,), r, 0, t) for t, r in zip(texts, names, strict=True))  # pyright: ignore
+    return Group(Prompt(prompt, (1,), row=0), completions)
+
+
+class Says:
+    """A scorer that says what it is told."""
+
+    def __init__(self, name: str, *rows: list[float | None]):
+        self.name = name
+        self.rows = list(rows)
+        self.calls = 0
+
+    def score(self, groups):
+        self.calls += 1
+        return self.rows
+
+
+GROUPS = [group("p", "a", "b"), group("q", "c", "d")]
+
+
+def config(tmp_path, **options) -> OnlineDPOConfig:
+    return OnlineDPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", **options)
+
+
+# --- the sum --------------------------------------------------------------------------------------------------------
+
+
+def test_weighted_sum():
+    scorers = [Says("f", [1, 2], [3, 4]), Says("g", [0.5, -1], [0, 8])]
+    assert score_groups(GROUPS, scorers, [2.0, -0.5]).values == [[1.75, 4.5], [6.0, 4.0]]
+    scores = score_groups(GROUPS, scorers)
+    assert scores.values == [[1.5, 1.0], [3.0, 12.0]]
+    assert scores.by_scorer == {"f": [[1.0, 2.0], [3.0, 4.0]], "g": [[0.5, -1.0], [0.0, 8.0]]}
+
+
+def test_penalty_only_where_the_engine_says_that_it_was_cut():
+    groups = [group("p", "a", "b", reasons="sl"), group("q", "c", "d", reasons="ls")]
+    scorer = Says("f", [1, 1], [1, math.nan])
+    assert score_groups(groups, [scorer], [2.0], Penalties(0.75)).values == [[2.0, 1.25], [1.25, None]]
+    assert score_groups(groups, [scorer], [2.0]).values == [[2.0, 2.0], [2.0, None]]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_not_finite_is_missing_and_only_there(bad):
+    scores = score_groups(GROUPS, [Says("f", [bad, 1], [2, 3]), Says("g", [1, 1], [1, bad])])
+    assert scores.values == [[None, 2.0], [3.0, None]]
+    assert scores.by_scorer == {"f": [[None, 1.0], [2.0, 3.0]], "g": [[1.0, 1.0], [1.0, None]]}
+
+
+def test_not_finite_is_missing_even_with_weight_zero():
+    assert score_groups(GROUPS, [Says("f", [math.inf, 1], [2, 3])], [0.0]).values == [[None, 0.0], [0.0, 0.0]]
+
+
+def test_a_sum_that_overflows_is_missing():
+    scores = score_groups(GROUPS, [Says("f", [1e308, 1], [2, 3])], [10.0])
+    assert scores.values == [[None, 10.0], [20.0, 30.0]]
+    assert scores.by_scorer["f"][0][0] == 1e308
+
+
+def test_a_scorer_that_does_not_apply_to_a_prompt_is_left_out_there():
+    scorers = [Says("maths", [None, None], [1, 2]), Says("code", [5, 6], [None, None])]
+    assert score_groups(GROUPS, scorers, [1.0, 10.0]).values == [[50.0, 60.0], [1.0, 2.0]]
+
+
+def test_none_for_some_completions_is_missing():
+    scorers = [Says("f", [None, 1], [1, 2]), Says("g", [5, 6], [7, None])]
+    assert score_groups(GROUPS, scorers).values == [[None, 7.0], [8.0, None]]
+
+
+def test_none_beside_nan_does_apply():
+    scorers = [Says("f", [None, math.nan], [1, 2]), Says("g", [5, 6], [7, 8])]
+    assert score_groups(GROUPS, scorers).values == [[None, None], [8.0, 10.0]]
+
+
+def test_where_nothing_applies_all_is_missing():
+    scorers = [Says("f", [None, None], [1, 2]), Says("g", [None, None], [3, 4])]
+    scores = score_groups([group("p", "a", "b", reasons="ll"), GROUPS[1]], scorers, None, Penalties(1.0))
+    assert scores.values == [[None, None], [4.0, 6.0]]
+
+
+def test_names_are_made_unique():
+    rows = ([1, 2], [3, 4])
+    scorers = [Says("f", *rows), Says("f_2", *rows), Says("f", *rows), Says("f", *rows)]
+    assert list(score_groups(GROUPS, scorers).by_scorer) == ["f", "f_2", "f_3", "f_4"]
+    assert list(score_groups(GROUPS, [scorers[0], scorers[2]]).by_scorer) == ["f", "f_2"]
+
+
+def test_a_scorer_listed_twice_is_run_once():
+    scorer = Says("f", [1, 2], [3, 4])
+    scores = score_groups(GROUPS, [scorer, scorer], [1.0, 10.0])
+    assert scorer.calls == 1
+    assert scores.values == [[11.0, 22.0], [33.0, 44.0]] and list(scores.by_scorer) == ["f", "f_2"]
+
+
+def test_wrong_shape_and_wrong_number_of_weights():
+    with pytest.raises(ScoringError, match=r"`f` returned lists of \[2, 1\] scores for groups of \[2, 2\]"):
+        score_groups(GROUPS, [Says("f", [1, 2], [3])])
+    with pytest.raises(ScoringError, match=r"`f` returned lists of \[2\] scores for groups of \[2, 2\]"):
+        score_groups(GROUPS, [Says("f", [1, 2])])
+    with pytest.raises(ValueError, match="3 weights for 1 scorers"):
+        score_groups(GROUPS, [Says("f", [1, 2], [3, 4])], [1.0, 2.0, 3.0])
+
+
+def test_no_groups():
+    async def wait(completions):
+        return [1.0 for _ in completions]
+
+    scores = score_groups([], [FunctionScorer(wait), FunctionScorer(busy)], None, Penalties(1.0))
+    assert scores.values == [] and scores.by_scorer == {"wait": [], "busy": []}
+
+
+# --- normalised -----------------------------------------------------------------------------------------------------
+
+
+def test_scorers_on_different_scales_count_as_their_weights_say():
+    """By the raw sum the first scorer decides alone; in deviations the second has three times its say."""
+    groups = [group("p", "a", "b", "c", "d")]
+    big, small = [100.0, 300.0, 500.0, 300.0], [0.3, 0.2, 0.1, 0.2]
+    scores = score_groups(groups, [Says("big", big), Says("small", small)], [1.0, 3.0], normalization="group")
+    root = math.sqrt(2)  # the outer two are 1 / sqrt(1/2) deviations away
+    assert scores.ranking == [pytest.approx([-root + 3 * root, 0.0, root - 3 * root, 0.0])]
+    assert scores.values == [pytest.approx([100.9, 300.6, 500.3, 300.6])]
+    assert scores.by_scorer == {"big": [big], "small": [small]}
+    one = score_groups(groups, [Says("big", big), Says("small", small)], [1.0, 3.0], normalization=["none", "group"])
+    assert (
+        one.ranking == [pytest.approx([100 + 3 * root, 300.0, 500 - 3 * root, 300.0])] and one.values == scores.values
+    )
+
+
+def test_the_deviation_is_that_of_the_group_itself():
+    scores = score_groups([group("p", "a", "b", "c")], [Says("f", [1.0, 2.0, 6.0])], normalization="group")
+    deviation = math.sqrt((4 + 1 + 9) / 3)
+    assert scores.ranking == [pytest.approx([-2 / deviation, -1 / deviation, 3 / deviation])]
+
+
+def test_without_normalisation_pairs_are_formed_by_what_is_reported():
+    for kinds in ("none", ["none"]):
+        scores = score_groups(GROUPS, [Says("f", [1, 2], [3, 4])], normalization=kinds)
+        assert scores.ranking is scores.values and scores.normalized is None
+
+
+@pytest.mark.parametrize("bad", [None, math.nan, math.inf])
+def test_missing_scores_stay_missing_and_count_in_no_mean(bad):
+    """What is left of the group is 1 and 5, whatever the second scorer says of the one that is missing."""
+    scorers = [Says("f", [1.0, bad, 5.0]), Says("g", [0.0, 100.0, 0.0])]
+    scores = score_groups([group("p", "a", "b", "c")], scorers, [2.0, 0.0], normalization=["group", "none"])
+    assert scores.ranking == [[-2.0, None, 2.0]] and scores.values == [[2.0, None, 10.0]]
+
+
+def test_a_scorer_that_does_not_tell_apart_or_does_not_apply_says_nothing():
+    scorers = [Says("same", [0.1, 0.1, 0.1]), Says("away", [None] * 3), Says("f", [0.0, 1.0, 2.0])]
+    groups = [group("p", "a", "b", "c")]
+    root = math.sqrt(1.5)
+    assert score_groups(groups, scorers, normalization="group").ranking == [pytest.approx([-root, 0.0, root])]
+    assert score_groups(groups, scorers[:1], normalization="group").ranking == [[0.0, 0.0, 0.0]]
+    assert score_groups(groups, scorers[1:2], normalization="group").ranking == [[None] * 3]
+    assert score_groups(groups, [Says("f", [None, 7.0, None])], normalization="group").ranking == [[None, 0.0, None]]
+
+
+def test_scorers_that_contradict_each_other_cancel_exactly():
+    for seed in range(200):
+        rng = random.Random(seed)
+        f, g = sorted(rng.random() for _ in range(2)), sorted((rng.random() * 1e3 for _ in range(2)), reverse=True)
+        scores = score_groups(GROUPS[:1], [Says("f", f), Says("g", g)], [0.3, 0.3], normalization="group")
+        assert scores.ranking == [[0.0, 0.0]]
+    far = [Says("f", [1e8 + 0.1, 1e8 + 0.2]), Says("g", [1.0, 0.0])]
+    assert score_groups(GROUPS[:1], far, normalization="group").ranking == [[0.0, 0.0]]
+
+
+def test_each_group_is_normalised_by_itself():
+    rows = [[1.0, 3.0, 8.0], [1e6, 1e6 + 1, 1e6 - 5], [0.0, 0.0, 1.0]]
+    groups = [group("p", "a", "b", "c")] * 3
+    whole = score_groups(groups, [Says("f", *rows)], normalization="group").ranking
+    assert whole == [score_groups(groups[:1], [Says("f", row)], normalization="group").ranking[0] for row in rows]
+
+
+def test_a_penalty_is_in_the_units_of_what_it_is_taken_from():
+    groups = [group("p", "a", "b", reasons="sl"), group("q", "c", "d", reasons="ls")]
+    scores = score_groups(groups, [Says("f", [1, 9], [1, 1])], [2.0], Penalties(0.75, 0.5), "group")
+    assert scores.values == [[1.5, 16.75], [0.75, 1.5]]  # every completion has one token
+    assert scores.ranking == [[-2.5, 0.75], [-1.25, -0.5]]
+
+
+def test_a_sum_that_overflows_is_missing_among_the_normalised_as_well():
+    scores = score_groups([group("p", "a", "b", "c")], [Says("f", [1e308, 1, 2])], [10.0], normalization="group")
+    assert scores.values[0][0] is None and scores.ranking[0][0] is None and None not in scores.ranking[0][1:]
+
+
+# --- length ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_token_costs():
+    lengths = (1, 4, 30)
+    completions = tuple(Completion((9,) * n, (-1.0,) * n, "stop" if n < 30 else "length", 0, "x") for n in lengths)
+    groups = [Group(Prompt("p", (1,), row=0), completions)]
+    assert score_groups(groups, [Says("f", [1, 1, 1])], [2.0], Penalties(per_token=0.25)).values == [[1.75, 1.0, -5.5]]
+    both = score_groups(groups, [Says("f", [1, 1, math.nan])], None, Penalties(1.5, 0.5))
+    assert both.values == [[0.5, -1.0, None]]
+    assert score_groups(groups, [Says("f", [1, 1, 1])], None, Penalties(1.5, 0.5)).values == [[0.5, -1.0, -15.5]]
+
+
+# --- async ----------------------------------------------------------------------------------------------------------
+
+
+async def sleeper_one(completions):
+    await asyncio.sleep(0.2)
+    return [1.0 for _ in completions]
+
+
+async def sleeper_two(completions):
+    await asyncio.sleep(0.2)
+    return [2.0 for _ in completions]
+
+
+def busy(completions):
+    time.sleep(0.2)
+    return [4.0 for _ in completions]
+
+
+def test_async_scorers_wait_beside_each_other_and_beside_the_others():
+    scorers = [FunctionScorer(f) for f in (sleeper_one, sleeper_two, busy)]
+    start = time.perf_counter()
+    scores = score_groups(GROUPS, scorers)
+    assert time.perf_counter() - start < 0.35
+    assert scores.values == [[7.0, 7.0], [7.0, 7.0]]
+    assert list(scores.by_scorer) == ["sleeper_one", "sleeper_two", "busy"]
+
+
+def test_async_scorers_where_a_loop_is_running():
+    async def notebook():
+        return score_groups(GROUPS, [FunctionScorer(sleeper_one), FunctionScorer(sleeper_two)]).values
+
+    start = time.perf_counter()
+    assert asyncio.run(notebook()) == [[3.0, 3.0], [3.0, 3.0]]
+    assert time.perf_counter() - start < 0.35
+
+
+@pytest.mark.parametrize("failing_is_async", [False, True])
+def test_one_that_fails_stops_those_that_wait(failing_is_async):
+    ended = []
+
+    async def patient(completions):
+        try:
+            await asyncio.sleep(30)
+        except asyncio.CancelledError:
+            ended.append("cancelled")
+            raise
+
+    async def fails_async(completions):
+        await asyncio.sleep(0.05)
+        raise RuntimeError("no")
+
+    def fails(completions):
+        time.sleep(0.05)
+        raise RuntimeError("no")
+
+    # An async failure is seen when its turn to be waited for has come: order of the list.
+    scorers = [FunctionScorer(fails_async if failing_is_async else fails, name="bad"), FunctionScorer(patient)]
+    with pytest.raises(ScoringError, match="`bad` raised RuntimeError: no"):
+        score_groups(GROUPS, scorers)
+    deadline = time.perf_counter() + 5
+    while not ended and time.perf_counter() < deadline:
+        time.sleep(0.01)
+    assert ended == ["cancelled"]
+
+
+# --- building -------------------------------------------------------------------------------------------------------
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "p": 2, "q": 3, "a": 4, "b": 5}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+
+
+def reward_model(labels: int = 1) -> LlamaForSequenceClassification:
+    torch.manual_seed(1)
+    sizes = {"vocab_size": 6, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    return LlamaForSequenceClassification(
+        LlamaConfig(**sizes, num_attention_heads=2, max_position_embeddings=16, num_labels=labels)
+    ).eval()
+
+
+@pytest.fixture
+def folder(tmp_path) -> str:
+    reward_model().save_pretrained(tmp_path / "rm")
+    tokenizer().save_pretrained(tmp_path / "rm")
+    return str(tmp_path / "rm")
+
+
+def length(completions, trainer_state=None):
+    return [float(len(text)) for text in completions]
+
+
+def test_kinds_and_order(tmp_path, folder):
+    model = reward_model()
+    own = Says("own", [1, 2])
+    rewards = [length, folder, own, model]
+    tok = tokenizer()
+    scorers = build_scorers(rewards, [None, None, None, tok], config(tmp_path, reward_batch_size=3), state=None)
+    assert [scorer.name for scorer in scorers] == ["length", "rm", "own", "LlamaForSequenceClassification"]
+    loaded, given = scorers[1], scorers[3]
+    assert isinstance(loaded, RewardModelScorer) and isinstance(given, RewardModelScorer)
+    assert loaded.batch_size == given.batch_size == 3 and given.model is model and given.tokenizer is tok
+    asked = [group("p", "a", "bab")]
+    with torch.no_grad():
+        truth = [model(torch.tensor([ids])).logits.item() for ids in ([2, 4, 1], [2, 5, 4, 5, 1])]
+    for scorer in (loaded, given):
+        assert scorer.score(asked)[0] == pytest.approx(truth, abs=1e-6)
+    values = score_groups(asked, scorers).values[0]
+    assert values == pytest.approx([1 + 1 + 2 * truth[0], 3 + 2 + 2 * truth[1]], abs=1e-5)
+
+
+def test_one_reward_without_a_list(tmp_path, folder):
+    [scorer] = build_scorers(folder, tokenizer(), config(tmp_path), state=None)
+    assert scorer.name == "rm"
+    [scorer] = build_scorers(length, None, config(tmp_path), state=None)
+    assert scorer.score(GROUPS) == [[1.0, 1.0], [1.0, 1.0]]
+
+
+def test_functions_receive_the_trainer_state(tmp_path):
+    state = SimpleNamespace(global_step=5)
+
+    def step(completions, trainer_state):
+        return [trainer_state.global_step for _ in completions]
+
+    [scorer] = build_scorers([step], None, config(tmp_path), state=lambda: state)
+    assert scorer.score(GROUPS[:1]) == [[5.0, 5.0]]
+    state.global_step = 6
+    assert scorer.score(GROUPS[:1]) == [[6.0, 6.0]]
+
+
+def test_the_same_reward_twice_is_loaded_once(tmp_path, folder):
+    scorers = build_scorers([folder, length, folder, length], None, config(tmp_path), state=None)
+    assert scorers[0] is scorers[2] and scorers[1] is scorers[3] and scorers[0] is not scorers[1]
+
+
+def test_placed_models_are_not_moved(tmp_path):
+    class Placed(LlamaForSequenceClassification):
+        def to(self, *args, **kwargs):
+            raise ValueError("this model was placed by its device map")
+
+    placed, moved = Placed(reward_model().config), reward_model()
+    placed.hf_device_map = {"": "cpu"}
+    moved_to = []
+    moved.to = lambda device: moved_to.append(device) or moved  # pyright: ignore
+    args = config(tmp_path)
+    build_scorers([placed, moved], [tokenizer(), tokenizer()], args, state=None)
+    assert moved_to == [args.device]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "tokenizers", "options", "error", "message"),
+    [
+        ([], None, {}, ValueError, "`reward_funcs` is empty"),
+        ([length, 3], None, {}, TypeError, "Each of `reward_funcs` must be .*; one is int 3"),
+        (None, None, {}, TypeError, "one is None"),
+        (nn.Linear(2, 1), None, {}, TypeError, "Linear has no `config`"),
+        (reward_model(labels=2), None, {}, ValueError, "one label.*it has 2"),
+        (reward_model(), None, {}, ValueError, "its tokenizer is unknown. Pass it in `reward_processing_classes`"),
+        ([length, length], [None], {}, ValueError, "has 1 entries, but there are 2 reward functions"),
+        ([length, length], tokenizer(), {}, ValueError, "has 1 entries, but there are 2 reward functions"),
+        (length, "gpt2", {}, TypeError, "must be a tokenizer or None; one is str 'gpt2'"),
+        (length, None, {"reward_weights": [1.0, 2.0]}, ValueError, "has 2 numbers, but there are 1 reward functions"),
+        (length, None, {"reward_weights": [math.nan]}, ValueError, "must be finite numbers"),
+        (
+            [length, length],
+            None,
+            {"reward_normalization": ["group", "none", "group"]},
+            ValueError,
+            "has 3 entries, but there are 2 reward",
+        ),
+        ("./no/model", None, {}, ValueError, "`./no/model` does not exist"),
+        ("/no-model", None, {}, ValueError, "`/no-model` does not exist"),
+        ("~/no-model-here", None, {}, ValueError, "`~/no-model-here` does not exist"),
+        ("out/run/reward", None, {}, ValueError, "`out/run/reward` does not exist"),
+        ("", None, {}, ValueError, "`` does not exist"),
+    ],
+)
+def test_refused_before_anything_is_loaded(tmp_path, rewards, tokenizers, options, error, message):
+    for check in (check_scorers, lambda *a: build_scorers(*a, state=None)):
+        with pytest.raises(error, match=message):
+            check(rewards, tokenizers, config(tmp_path, **options))
+
+
+def test_paths_that_check_accepts_and_refuses(tmp_path, folder):
+    args = config(tmp_path)
+    check_scorers(["org/model-on-the-hub", "model-on-the-hub", folder], None, args)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    check_scorers(str(tmp_path / "adapter"), None, args)
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "empty", tmp_path / "rm" / "config.json"):
+        with pytest.raises(
+            ValueError, match="is no model folder: it holds neither config.json nor adapter_config.json"
+        ):
+            check_scorers(str(path), None, args)
+
+
+def test_a_tokenizer_for_a_function_is_ignored_with_a_warning(tmp_path):
+    with pytest.warns(UserWarning, match="processing class given for `length` is ignored"):
+        build_scorers([length], [tokenizer()], config(tmp_path), state=None)
