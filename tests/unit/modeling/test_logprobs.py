@@ -201,6 +201,7 @@ def test_adapters_and_adapter_off_on_the_head_as_well(modules):
     assert (off - row_logprobs(model, rows).logps_S).abs().max() > 0.1
 
 
+@pytest.mark.smoke
 def test_a_copy_predicts_with_its_own_weights():
     model = ready(tiny.causal_lm())
     copy = frozen_copy(model)
@@ -289,6 +290,7 @@ def test_bf16_errs_no_more_than_padded_rows_do(shared, capacity):
     assert (got.token_logps_M - exact).abs().mean() <= 1.5 * (padded - exact).abs().mean()
 
 
+@pytest.mark.smoke
 @torch.no_grad()
 def test_what_the_other_completions_say_changes_nothing():
     model, made = ready(tiny.causal_lm("gpt2")), groups()
