@@ -69,7 +69,7 @@ quickstart: $(STAMP)
 	$(BIN)/online-dpo quickstart
 
 smoke: $(STAMP)
-	$(PYTEST) -n 2 -m smoke tests/unit tests/integration
+	$(PYTEST) -m smoke tests/unit tests/integration
 
 test: $(STAMP)
 	$(PYTEST) -n 2 -m "not slow" tests/unit tests/integration
