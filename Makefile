@@ -46,7 +46,7 @@ SEAMS := tests/unit/test_versions.py tests/unit/modeling/test_patching.py tests/
 
 # What CI runs: make itself runs two of these at a time (-j 2), each in one process, and installs an environment when it is
 # first needed. What a part prints comes in one piece (-O). When one fails, no other is begun.
-CI_PARTS := lint ci-unit ci-vllm-servers ci-vllm ci-integration ci-seams-oldest ci-seams-newest ci-e2e test-distributed
+CI_PARTS := lint ci-unit ci-integration ci-vllm-servers ci-vllm ci-seams-oldest ci-seams-newest ci-e2e test-distributed
 # about half of the time of all that use vLLM
 VLLM_SERVERS := $(addprefix tests/vllm_engines/test_,server.py broadcast.py judge.py ranks.py)
 # setuptools writes into src/ when it installs this package: not into two environments at once
