@@ -45,6 +45,7 @@ def test_evaluation_numbers_against_an_independent_count(tmp_path):
     assert metrics["eval_prompts"] == 12 and metrics["eval_loss"] > 0
 
 
+@pytest.mark.smoke
 def test_evaluation_repeats_exactly_and_leaves_training_alone(tmp_path):
     plain = trainer(tmp_path, max_steps=3)
     plain.train()

@@ -56,6 +56,7 @@ def groups():
     return [tiny.group(first, [[5, 6, 1], [7, 8, 9, 10]]), tiny.group(second, [[11, 1], [12, 13, 14, 15, 1]])]
 
 
+@pytest.mark.smoke
 def test_rollout_and_pair_metrics():
     store, made = MetricStore(), groups()
     values = [[2.0, None], [1.0, 4.0]]
