@@ -45,6 +45,7 @@ RANGES = {
     "per_device_eval_batch_size": AT_LEAST_1,
     "gradient_accumulation_steps": AT_LEAST_1,
     "max_steps": Range(at_least=1, also=(-1,), wanted="1 or more, or -1 to go by epochs"),
+    "max_grad_norm": Range(at_least=0, wanted="0 (off) or more"),
     "weight_decay": AT_LEAST_0,
     "adam_beta1": SHARE,
     "adam_beta2": SHARE,

@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -26,9 +27,9 @@ from online_dpo.cli.runfile.run_file import looks_like_path, plan_run
 from online_dpo.cli.runfile.schema import PARENT, WIDER_TYPES, FieldSpec, load_fields
 from online_dpo.cli.runfile.values import BadValue, convert, convert_words
 from online_dpo.cli.terminal.progress import plain_warnings
-from online_dpo.config.feedback import OVEROPTIMISATION_POLICIES, PAIR_SELECTIONS, TIE_POLICIES
-from online_dpo.config.loss import LOSS_TYPES
-from online_dpo.config.trainer_config import INVALID_PROMPT_POLICIES, OnlineDPOConfig
+from online_dpo.config.feedback import PairSelection
+from online_dpo.config.loss import LossType
+from online_dpo.config.trainer_config import OnlineDPOConfig
 
 FIELDS = load_fields()
 GOOD = {
@@ -107,11 +108,11 @@ def test_every_field_of_ours_is_documented_and_has_a_type_that_is_understood() -
 
 
 def test_choices_come_from_the_classes() -> None:
-    assert FIELDS["loss_type"].choices == LOSS_TYPES
-    assert FIELDS["pair_selection"].choices == PAIR_SELECTIONS
-    assert FIELDS["tie_policy"].choices == TIE_POLICIES
-    assert FIELDS["overoptimisation"].choices == OVEROPTIMISATION_POLICIES
-    assert FIELDS["invalid_prompts"].choices == INVALID_PROMPT_POLICIES
+    assert FIELDS["loss_type"].choices == get_args(LossType)
+    assert FIELDS["pair_selection"].choices == get_args(PairSelection)
+    assert FIELDS["tie_policy"].choices == ("skip", "first")
+    assert FIELDS["overoptimisation"].choices == ("off", "warn", "stop")
+    assert FIELDS["invalid_prompts"].choices == ("error", "filter")
     assert FIELDS["eval_strategy"].choices == tuple(item.value for item in IntervalStrategy)
     assert FIELDS["lr_scheduler_type"].choices == tuple(item.value for item in SchedulerType)
     assert FIELDS["train_sampling_strategy"].choices == ("random", "sequential", "group_by_length", "batch_rebalance")
@@ -169,7 +170,8 @@ def test_values_that_are_taken(name: str, given: object, meant: object) -> None:
         (
             "loss_type",
             ["sigmoid", "stf"],
-            f"is ['sigmoid', 'stf']; wanted: one of {', '.join(LOSS_TYPES)} or a list of these. Did you mean `sft`?",
+            f"is ['sigmoid', 'stf']; wanted: one of {', '.join(get_args(LossType))} or a list of these. "
+            "Did you mean `sft`?",
         ),
         ("generation_kwargs", [1], "is [1]; wanted: a mapping or text or null."),
         ("parallelism_config", {}, "is {}; wanted: null."),
