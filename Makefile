@@ -10,6 +10,7 @@
 #   make figures      what other feedback and methods are worth on the quickstart
 #   make benchmark    time and memory of a step against TRL's
 #   make lint         what CI checks before the tests
+#   make docs         docs/configuration.md and the schema of run files, from the fields
 #
 # TORCH_INDEX: a package index to take torch from, such as PyTorch's own index of CPU builds. Without it, pip's usual one.
 
@@ -38,7 +39,7 @@ SEAMS := tests/unit/test_versions.py tests/unit/modeling/test_patching.py tests/
 	tests/unit/scoring/judges/test_pairwise.py tests/unit/rollout/weights/test_export.py tests/unit/rollout/weights/test_process_group.py \
 	tests/integration/test_invariants.py tests/integration/test_trainer.py
 
-.PHONY: venv quickstart test test-slow test-distributed test-e2e test-vllm test-oldest test-newest test-seams test-all figures benchmark lint format clean
+.PHONY: venv quickstart test test-slow test-distributed test-e2e test-vllm test-oldest test-newest test-seams test-all figures benchmark lint format docs clean
 .DELETE_ON_ERROR:
 
 venv: $(STAMP)
@@ -119,6 +120,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check src tests benchmarks recipes
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+docs: $(STAMP)
+	$(BIN)/python -m online_dpo.cli.runfile.configuration_page > docs/configuration.md
+	$(BIN)/online-dpo schema > src/online_dpo/run.schema.json
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix src tests benchmarks recipes

@@ -74,11 +74,11 @@ def read_class(path: Path, class_name: str, group: str) -> dict[str, FieldSpec]:
 
 
 def documented(cls: type[T]) -> type[T]:
-    """Decorates a dataclass: what is written about its own fields enters their metadata, for ``HfArgumentParser``.
+    """Decorate a dataclass: put the documentation and the choices of its own fields into their metadata.
 
-    A parser is made of type, default and metadata. Three things it does not see by itself: a list whose items are
-    ``Literal``, the default of a field which may be a list but is none, and that a switch which may also be unset can
-    stand without a value.
+    ``HfArgumentParser`` makes a parser from types, defaults and metadata. It does not understand three things: a list
+    with items of a ``Literal`` type, the default of a field that may be a list but is not one by default, and a switch
+    that may be unset and is given without a value. Therefore the types that it reads have ``str`` for each ``Literal``.
     """
     specs = _SPECS[cls] = read_class(Path(inspect.getfile(cls)), cls.__name__, group="")
     for field in dataclasses.fields(cls):  # pyright: ignore[reportArgumentType]
@@ -152,15 +152,22 @@ def _named_literals(module: ast.Module) -> dict[str, ast.expr]:
 
 def _without_literals(annotation: ast.expr, named: Mapping[str, ast.expr]) -> tuple[str, tuple[str, ...]]:
     """A type with ``str`` for each ``Literal`` of texts, and these texts."""
-    texts: list[str] = []
+    replace = _LiteralsToStr(named)
+    return ast.unparse(replace.visit(annotation)), tuple(replace.texts)
 
-    class Replace(ast.NodeTransformer):
-        def visit(self, node: ast.AST) -> ast.AST:
-            found = _texts_of(named.get(node.id, node) if isinstance(node, ast.Name) else node)
-            texts.extend(text for text in found if text not in texts)
-            return ast.Name("str") if found else self.generic_visit(node)
 
-    return ast.unparse(Replace().visit(annotation)), tuple(texts)
+class _LiteralsToStr(ast.NodeTransformer):
+    """Puts ``str`` in place of each ``Literal`` of texts, or of its name, and keeps the texts, each once."""
+
+    def __init__(self, named: Mapping[str, ast.expr]) -> None:
+        self.named = named
+        self.texts: dict[str, None] = {}
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        """The node, changed."""
+        found = _texts_of(self.named.get(node.id, node) if isinstance(node, ast.Name) else node)
+        self.texts |= dict.fromkeys(found)
+        return ast.Name("str") if found else self.generic_visit(node)
 
 
 def _texts_of(node: ast.AST) -> tuple[str, ...]:

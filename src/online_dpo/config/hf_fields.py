@@ -1,4 +1,7 @@
-"""Checks of fields of transformers that it looks at late: when a model is loaded already, or in mid-run."""
+"""Checks of fields of transformers that it would check late: after a model has been loaded, or while training.
+
+Ranges of numbers are in `hf_ranges`; what is refused is in `unsupported`.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Numbers that `transformers.TrainingArguments` takes as they come, and what they must be for a run to work.
+"""Ranges of number fields that `transformers.TrainingArguments` does not check, and of LoRA's.
 
-Without these checks, torch refuses them after the models have been loaded, or a run does nothing. Nothing heavy may be
-imported here.
+Without these checks, torch raises after the models have been loaded, or a run does nothing. They need no transformers,
+so that the command line makes them first. What needs it is in `hf_fields`. Nothing heavy may be imported here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What command lines and YAML files hand over, brought to what Python hands over.
+"""Brings values from command lines and YAML files to what the same values are in Python.
 
 ``HfArgumentParser`` and TRL's parser know one type for each field: a field that may be one word or several comes as a
 list of one, a mapping as text. YAML reads ``1e-6`` as text and ``off`` as false.

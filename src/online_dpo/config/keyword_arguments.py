@@ -11,7 +11,8 @@ class NamedArguments:
     """Base of a class whose constructor names all its arguments."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """
+        """Check the names of keyword arguments.
+
         Raises:
             TypeError: a keyword argument is none of the constructor's.
         """
@@ -25,4 +26,5 @@ class NamedArguments:
 
     @classmethod
     def _hint_for_argument(cls, name: str, known: Collection[str]) -> str:
+        """A sentence on what to write in place of ``name``, with a blank before it; "" if there is nothing to say."""
         raise NotImplementedError

@@ -97,7 +97,8 @@ def check_method_numbers(args: OnlineDPOConfig) -> None:
 
 
 def check_method(args: OnlineDPOConfig) -> None:
-    """
+    """Check what the method demands of the configuration.
+
     Raises:
         ValueError: a field contradicts the method. One that the method does not read gives a warning.
     """
@@ -144,9 +145,10 @@ def _check_nash_md(args: OnlineDPOConfig) -> None:
 
 
 def check_target_kl(args: OnlineDPOConfig) -> None:
-    """
+    """Check that beta can adapt, if it is to.
+
     Raises:
-        ValueError: beta is to adapt, and cannot.
+        ValueError: it cannot.
     """
     if args.target_kl is None:
         ignored = [name for name in ("beta_gain", "beta_range") if getattr(args, name) != getattr(type(args), name)]

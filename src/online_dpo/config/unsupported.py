@@ -1,5 +1,5 @@
-"""Fields of `transformers.TrainingArguments` that mean nothing here, or would break what a run promises: they are
-refused, and not ignored.
+"""Fields of `transformers.TrainingArguments` that have no meaning here, or would break a promise of a run: they are
+refused, not ignored.
 """
 
 from __future__ import annotations
