@@ -77,7 +77,7 @@ def epoch_values(value: float | Sequence[float]) -> list[float]:
     return list(value) if isinstance(value, (list, tuple)) else [value]  # pyright: ignore[reportReturnType]
 
 
-def some_and_all(holds: Iterable[bool]) -> bool:
+def nonempty_and_all(holds: Iterable[bool]) -> bool:
     """Whether there is at least one, and all hold."""
     found = list(holds)
     return bool(found) and all(found)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Literal
 
-from online_dpo.config.checking import check_numbers, epoch_values, some_and_all, warn_ignored
+from online_dpo.config.checking import check_numbers, epoch_values, nonempty_and_all, warn_ignored
 from online_dpo.config.field_specs import documented
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def check_loss(args: OnlineDPOConfig) -> None:
     positive = args.loss_weights is None or all(0 < weight < math.inf for weight in args.loss_weights)
     betas = epoch_values(args.beta)
     checks = [
-        (some_and_all(beta > 0 for beta in betas), "beta", "above 0, or a list of such numbers"),
+        (nonempty_and_all(beta > 0 for beta in betas), "beta", "above 0, or a list of such numbers"),
         (positive, "loss_weights", "finite numbers above 0"),
         (0 <= args.label_smoothing < 0.5, "label_smoothing", "in [0, 0.5)"),
         (0 <= args.simpo_gamma < math.inf, "simpo_gamma", "0 or more"),

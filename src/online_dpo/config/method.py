@@ -7,7 +7,7 @@ import warnings
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from online_dpo.config.checking import check_numbers, epoch_values, some_and_all
+from online_dpo.config.checking import check_numbers, epoch_values, nonempty_and_all
 from online_dpo.config.field_specs import documented
 from online_dpo.config.loss import LOSSES_WITHOUT_REFERENCE
 from online_dpo.config.sampling import SAMPLING_FIELDS
@@ -87,8 +87,12 @@ def check_method_numbers(args: OnlineDPOConfig) -> None:
     """
     alphas, shares = epoch_values(args.xpo_alpha), epoch_values(args.mixture_coef)
     checks = [
-        (some_and_all(0 <= alpha < math.inf for alpha in alphas), "xpo_alpha", "0 or more, or a list of such numbers"),
-        (some_and_all(0 <= share <= 1 for share in shares), "mixture_coef", "in [0, 1], or a list of such numbers"),
+        (
+            nonempty_and_all(0 <= alpha < math.inf for alpha in alphas),
+            "xpo_alpha",
+            "0 or more, or a list of such numbers",
+        ),
+        (nonempty_and_all(0 <= share <= 1 for share in shares), "mixture_coef", "in [0, 1], or a list of such numbers"),
         (args.target_kl is None or 0 < args.target_kl < math.inf, "target_kl", "above 0"),
         (1 < args.beta_range < math.inf, "beta_range", "above 1"),
         (0 < args.beta_gain < 5, "beta_gain", "above 0 and below 5, so that beta stays above 0"),

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+COUNTS = ("dataset_limit", "eval_limit", "lora_r", "lora_alpha")
+"""Fields that are 1 or more."""
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
