@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from online_dpo.config.registry import known_names, nearest
 from online_dpo.distributed.processes import SLURM, start_alone, started_together
 
 if TYPE_CHECKING:
@@ -65,12 +65,13 @@ def check_choices(args: OnlineDPOConfig, choices: Sequence[tuple[str, Sequence[s
     Raises:
         ValueError: a field, or an item of one that may be a list, is none of those that it may be.
     """
-    for name, allowed in choices:
-        value = getattr(args, name)
+    for name, built_in in choices:
+        value, allowed = getattr(args, name), known_names(name, built_in)
+        if value is None and getattr(type(args), name) is None:
+            continue
         for item in value if isinstance(value, (list, tuple)) else [value]:
             if item not in allowed:
-                close = difflib.get_close_matches(str(item), allowed, n=1)
-                hint = f" Did you mean `{close[0]}`?" if close else ""
+                hint = nearest(str(item), allowed)
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}; it is {item!r}.{hint}")
 
 

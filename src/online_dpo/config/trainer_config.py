@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from online_dpo.config import feedback, loss, method
+from online_dpo.config import engine, feedback, loss, method
 from online_dpo.config.checking import check_choices, check_processes, check_ranges
+from online_dpo.config.engine import EngineFields, engine_name, settle_engine
 from online_dpo.config.feedback import FeedbackFields, check_pairs, check_resampling
 from online_dpo.config.field_specs import documented
 from online_dpo.config.hf_fields import check_names, check_training
@@ -34,7 +35,9 @@ CHOICES = (("invalid_prompts", INVALID_PROMPT_POLICIES),)
 
 @documented
 @dataclass
-class OnlineDPOConfig(NamedArguments, VLLMFields, LossFields, MethodFields, FeedbackFields, TrainingArguments):
+class OnlineDPOConfig(
+    NamedArguments, EngineFields, VLLMFields, LossFields, MethodFields, FeedbackFields, TrainingArguments
+):
     """Arguments of :class:`online_dpo.OnlineDPOTrainer`.
 
     Every field of :class:`transformers.TrainingArguments` is here too. Defaults that differ from it: ``learning_rate``
@@ -190,7 +193,8 @@ class OnlineDPOConfig(NamedArguments, VLLMFields, LossFields, MethodFields, Feed
     def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and _device_computes_in_bf16()
-        settle_input(self, choices := CHOICES + feedback.CHOICES + loss.CHOICES + method.CHOICES)
+        settle_input(self, choices := CHOICES + feedback.CHOICES + loss.CHOICES + method.CHOICES + engine.CHOICES)
+        settle_engine(self)
         check_refused(self)
         check_names(self)
         for name, problem in out_of_range(vars(self)):
@@ -231,6 +235,11 @@ class OnlineDPOConfig(NamedArguments, VLLMFields, LossFields, MethodFields, Feed
     def loss_types(self) -> list[str]:
         """``loss_type`` as a list."""
         return [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
+
+    @property
+    def engine_name(self) -> str:
+        """``engine``, or the name of what `use_vllm` and `vllm_mode` say."""
+        return engine_name(self.engine, self.use_vllm, self.vllm_mode)
 
     @property
     def vllm_server_urls(self) -> list[str]:

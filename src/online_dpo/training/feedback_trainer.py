@@ -21,11 +21,12 @@ from online_dpo.evaluation.gold import Gold, build_gold
 from online_dpo.evaluation.overoptimization import OveroptimisationGuard
 from online_dpo.evaluation.records import EvalRecord, judged_wins, win_share
 from online_dpo.foreign import foreign
+from online_dpo.methods.base import Method
 from online_dpo.modeling.known_tokens import Readers
 from online_dpo.modeling.reference import Reference
 from online_dpo.objective.beta import Beta
 from online_dpo.pairing.rounds import without_pair
-from online_dpo.pairing.select import Selection, pairs_from_preferences, pairs_from_scores, pairs_of_two
+from online_dpo.pairing.select import Selection
 from online_dpo.rollout.builtin.engine import TransformersEngine
 from online_dpo.rollout.builtin.random_numbers import uniform_numbers
 from online_dpo.rollout.engine import Engine
@@ -59,6 +60,7 @@ class FeedbackTrainer(GuardedTrainer):
     readers: Readers
     engine: Engine
     reference_engine: TransformersEngine
+    method: Method
     opponent: Opponent
     adaptive_beta: Beta
     sampling: SamplingParams
@@ -224,16 +226,12 @@ class FeedbackTrainer(GuardedTrainer):
         return scores, judged_wins(groups, rivals, ComparisonCounter(self.judge, self._penalties))
 
     def _form_pairs(self, groups: list[Group], assessment: Scores | Verdicts, step: int) -> Pairing:
-        if self.args.method == "nash_md":
-            return pairs_of_two(groups, assessment, self.args.label_temperature or 1.0)
-        if isinstance(assessment, Verdicts):
-            return pairs_from_preferences(groups, assessment.preferences, self.selection, assessment.scores)
         key = RolloutKey(self.args.seed, step, Stream.PAIRING)
 
         def draw(prompt: Prompt) -> float:
             return float(uniform_numbers(key, prompt.row, sample=0, count=1)[0])
 
-        return pairs_from_scores(groups, assessment, self.selection, draw)
+        return self.method.form_pairs(groups, assessment, self.selection, draw)
 
     def _rivals(self, prompts: list[Prompt]) -> list[Group]:
         """One completion for each prompt of the reference as it was before training; sampled once."""

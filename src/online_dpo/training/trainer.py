@@ -41,6 +41,7 @@ from online_dpo.evaluation.gold import check_gold
 from online_dpo.evaluation.predictions import Predictions
 from online_dpo.evaluation.records import EvalRecord, eval_records, mean_notes, summarise
 from online_dpo.foreign import callable_name, foreign
+from online_dpo.methods import METHODS
 from online_dpo.modeling.borrowing import eval_mode, restores_models_on_error
 from online_dpo.modeling.forward_path import ModelContext, PathChoice
 from online_dpo.modeling.introspection import end_token_ids
@@ -50,13 +51,13 @@ from online_dpo.modeling.onednn import onednn_linears
 from online_dpo.modeling.reference import ReferenceSteps
 from online_dpo.objective.beta import Beta
 from online_dpo.objective.inputs import LossOptions, pair_logprobs
-from online_dpo.objective.losses import method_losses
 from online_dpo.packing.microbatches import passes_needed, split_pairs
 from online_dpo.packing.pack import as_inputs, by_group, pack_groups, pack_pairs, stand_in
 from online_dpo.pairing.rounds import latest
 from online_dpo.pairing.select import Selection
 from online_dpo.rollout.lookahead import Lookahead
 from online_dpo.rollout.params import RolloutKey, SamplingParams, Stream
+from online_dpo.rollout.registry import build_engine, built_in_engine
 from online_dpo.rollout.sync_check import SyncCheck
 from online_dpo.scoring.judge_registry import build_judge
 from online_dpo.scoring.notes import noting
@@ -71,14 +72,7 @@ from online_dpo.training.arguments import (
     choose_scorers,
     named_datasets,
 )
-from online_dpo.training.build import (
-    build_engine,
-    build_opponent,
-    build_policy,
-    build_reference,
-    built_in_engine,
-    train_on_one_device_per_process,
-)
+from online_dpo.training.build import build_policy, build_reference, train_on_one_device_per_process
 from online_dpo.training.display.figures import in_order
 from online_dpo.training.feedback_trainer import FeedbackTrainer
 from online_dpo.training.metrics import STEP_KL, record_loss, record_pairs, record_resampling, trained_kl
@@ -208,7 +202,10 @@ class OnlineDPOTrainer(NamedArguments, TRLAttributes, FeedbackTrainer):
         if not args.reference_free:
             with self.reference.active() as reference:
                 self.reference_engine = built_in_engine(reference, self.tokenizer, args)
-        self.opponent = build_opponent(policy, self.reference, self.tokenizer, args, lambda: self.state.epoch or 0.0)
+        self.method = METHODS[args.method]
+        self.opponent = self.method.build_opponent(
+            policy, self.reference, self.tokenizer, args, epoch=lambda: self.state.epoch or 0.0
+        )
         self.adaptive_beta = Beta(args, lambda: self.metrics.take_mean(STEP_KL))
         self.add_callback(self.adaptive_beta)
         self.selection = Selection.from_config(args)
@@ -272,7 +269,7 @@ class OnlineDPOTrainer(NamedArguments, TRLAttributes, FeedbackTrainer):
         policy = row_logprobs(model, rows, chunked=self.choice.path.chunked)
 
         options = self._loss_options_now()
-        loss_N = method_losses(pair_logprobs(rows, policy, reference), options)
+        loss_N = self.method.losses(pair_logprobs(rows, policy, reference), options)
         if num_items_in_batch is None:
             loss = (loss_N * rows.weight_N).sum() / _or_one(rows.weight_N.sum())
         else:
@@ -328,7 +325,7 @@ class OnlineDPOTrainer(NamedArguments, TRLAttributes, FeedbackTrainer):
 
     def _loss_options_now(self) -> LossOptions:
         epoch = self.state.epoch or 0.0
-        return self.loss_options.now(self.adaptive_beta.at(epoch), self.args.at_epoch("xpo_alpha", epoch))
+        return self.loss_options.now(self.adaptive_beta.at(epoch), self.method.epoch_options(self.args, epoch))
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 

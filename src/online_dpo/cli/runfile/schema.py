@@ -17,6 +17,7 @@ from online_dpo.config.field_specs import FieldSpec, read_class
 
 CONFIG_CLASSES = (
     ("online_dpo.config.trainer_config", "OnlineDPOConfig"),
+    ("online_dpo.config.engine", "EngineFields"),
     ("online_dpo.config.feedback", "FeedbackFields"),
     ("online_dpo.config.loss", "LossFields"),
     ("online_dpo.config.method", "MethodFields"),
