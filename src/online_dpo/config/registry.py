@@ -129,6 +129,14 @@ def known_names(field: str, built_in: Collection[str]) -> tuple[str, ...]:
     return tuple({**dict.fromkeys(built_in), **dict.fromkeys(registered)})
 
 
+def unknown_name(kind: str, name: str) -> str | None:
+    """What a message says of a name that no registry of that kind has; ``None`` where it is known."""
+    registry = _REGISTRIES.get(kind)
+    if registry is None:
+        return f"there is no {kind} named {name!r}. None is registered."
+    return None if name in registry else registry.unknown(name)
+
+
 def nearest(name: str, names: Collection[str]) -> str:
     """`` Did you mean `x`?``, or nothing when no name is near."""
     found = difflib.get_close_matches(name, list(names), n=1)

@@ -75,6 +75,7 @@ from online_dpo.training.arguments import (
 from online_dpo.training.build import build_policy, build_reference, train_on_one_device_per_process
 from online_dpo.training.display.figures import in_order
 from online_dpo.training.feedback_trainer import FeedbackTrainer
+from online_dpo.training.metric_registry import METRICS, record_registered
 from online_dpo.training.metrics import STEP_KL, record_loss, record_pairs, record_resampling, trained_kl
 from online_dpo.training.model_card import as_list, write_model_card
 from online_dpo.training.trl_attributes import TRLAttributes
@@ -247,6 +248,8 @@ class OnlineDPOTrainer(NamedArguments, TRLAttributes, FeedbackTrainer):
         record_pairs(self.metrics, len(feedback.groups), pairing)
         if self.args.resample_rounds:
             record_resampling(self.metrics, feedback.further, pairing)
+        if len(METRICS):
+            self.together(lambda: record_registered(self.metrics, feedback, pairing, self.state.global_step))
         micro_batches = self._pack(pairing.pairs, fetched.num_batches)
         return micro_batches, self._weight_over_ranks(pairing.pairs)
 
