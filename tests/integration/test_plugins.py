@@ -7,7 +7,6 @@ import math
 import pytest
 
 from online_dpo.cli.main import main
-from online_dpo.config.registry import Registry, RegistryError, registries
 from online_dpo.rollout.engine import Engine
 from online_dpo.training.metric_registry import METRICS, metric, record_registered
 from online_dpo.training.metric_store import MetricStore
@@ -59,7 +58,8 @@ class Fixed:
 
     def generate(self, prompts, num_completions, params, key):
         def answer(k):
-            return Completion((10,) * (k + 1) + (1,), (0.0,) * (k + 2), "stop", self.version, " ".join(["w6"] * (k + 1)))
+            text = " ".join(["w6"] * (k + 1))
+            return Completion((10,) * (k + 1) + (1,), (0.0,) * (k + 2), "stop", self.version, text)
         return [Group(prompt, tuple(map(answer, range(num_completions)))) for prompt in prompts]
 
     def release(self): ...
@@ -383,26 +383,3 @@ def test_metrics_are_means_over_all_numbers(tmp_path):
     for step in range(3):
         record_registered(store, None, None, step)
     assert store.drain() == {"mine/number": 3.0} and list(METRICS) == ["mine/number"]
-
-
-def test_what_is_defined_again_replaces_itself():
-    registry = Registry("toy")
-
-    def toy(name):
-        return registry.decorator(name, lambda thing: thing)
-
-    def defined(value):
-        @toy("one")
-        def one():
-            return value
-
-    defined(1)
-    defined(2)
-    assert registry["one"]() == 2 and list(registry) == ["one"] and registry in registries()
-    with pytest.raises(RegistryError, match=r"a toy named `one` is there already, registered at .*test_plugins.py:\d+"):
-        toy("one")(len)
-    with pytest.raises(RegistryError, match=r"there is no toy named 'on'\. There is one\. Did you mean `one`\?"):
-        registry["on"]
-    registry.forget("one")
-    with pytest.raises(RegistryError, match=r"there is no toy named 'one'\. None is registered\."):
-        registry["one"]
