@@ -1,6 +1,6 @@
-"""Scoring: groups in, a number for each completion (or a preference for each pair) out.
+"""Scorers: they turn groups of completions into scores (rewards) or preference probabilities (judges).
 
-Names are loaded when they are asked for, so that importing one scorer does not load them all.
+A name is imported from its module on first access, so that importing one scorer does not load all of them.
 """
 
 from __future__ import annotations
@@ -67,31 +67,31 @@ _HOMES = {
     "AsyncPointwiseScorer": "online_dpo.scoring.protocols",
     "CountingScorer": "online_dpo.scoring.protocols",
     "ComparisonCounter": "online_dpo.scoring.judges.tournament",
-    "FunctionJudge": "online_dpo.scoring.judges.base",
+    "FunctionJudge": "online_dpo.scoring.judges.adapters",
     "FunctionScorer": "online_dpo.scoring.rewards.function",
     "HTTPReward": "online_dpo.scoring.rewards.http",
     "Judge": "online_dpo.scoring.judges.base",
-    "JudgeScorer": "online_dpo.scoring.judges.base",
+    "JudgeScorer": "online_dpo.scoring.judges.adapters",
     "LLMJudge": "online_dpo.scoring.judges.llm.judge",
     "PairwiseModelJudge": "online_dpo.scoring.judges.pairwise.judge",
     "PairwiseScorer": "online_dpo.scoring.protocols",
     "Penalties": "online_dpo.scoring.penalties",
     "PointwiseScorer": "online_dpo.scoring.protocols",
-    "RewardFunc": "online_dpo.scoring.rewards.combine",
+    "RewardFunc": "online_dpo.scoring.registry",
     "RewardModelScorer": "online_dpo.scoring.rewards.model",
-    "build_judge": "online_dpo.scoring.judges.pairwise.judge",
-    "build_scorers": "online_dpo.scoring.rewards.combine",
-    "check_judge": "online_dpo.scoring.judges.base",
-    "check_reward_columns": "online_dpo.scoring.rewards.combine",
-    "check_reward_path": "online_dpo.scoring.rewards.combine",
-    "check_scorers": "online_dpo.scoring.rewards.combine",
+    "build_judge": "online_dpo.scoring.judge_registry",
+    "build_scorers": "online_dpo.scoring.registry",
+    "check_judge": "online_dpo.scoring.judge_registry",
+    "check_reward_columns": "online_dpo.scoring.registry",
+    "check_reward_path": "online_dpo.scoring.registry",
+    "check_scorers": "online_dpo.scoring.registry",
     "check_share": "online_dpo.scoring.judges.llm.judge",
     "find_preferences": "online_dpo.scoring.judges.tournament",
     "judge_the_top": "online_dpo.scoring.judges.top_k",
     "load_reward_model": "online_dpo.scoring.rewards.model",
     "nothing_noted": "online_dpo.scoring.notes",
     "noting": "online_dpo.scoring.notes",
-    "pairwise_scorer": "online_dpo.scoring.judges.base",
+    "pairwise_scorer": "online_dpo.scoring.judge_registry",
     "score_groups": "online_dpo.scoring.rewards.combine",
 }
 
