@@ -331,7 +331,7 @@ def test_a_reward_function_that_fails_is_an_error_in_one_line(folder, capsys):
 
 
 def test_another_tokenizer_has_no_kl(folder, capsys, monkeypatch):
-    import online_dpo.head_to_head as head_to_head
+    from online_dpo.evaluation import head_to_head
 
     other = tiny.tokenizer()
     other.add_tokens(["new"])
