@@ -81,7 +81,7 @@ class FairScorer(Protocol):
 
 @runtime_checkable
 class DiagnosingScorer(Protocol):
-    """Optional member of a scorer: ``last_failure`` is the latest cause of a missing answer, empty if there was none."""
+    """Optional member of a scorer: ``last_failure`` is the latest cause of a missing answer, or empty."""
 
     @property
     def last_failure(self) -> str: ...

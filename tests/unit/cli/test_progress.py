@@ -10,7 +10,7 @@ import pytest
 from transformers import TrainerControl, TrainerState
 
 from online_dpo.cli.terminal.progress import ProgressDisplay
-from online_dpo.cli.terminal.screen import fitted
+from online_dpo.cli.terminal.screen import wrapped
 from online_dpo.training.display.figures import count, duration, evaluation_prefix, number
 
 LOGS = {
@@ -155,7 +155,7 @@ def test_which_logs_are_evaluations() -> None:
 
 def test_long_lines_break_between_words_and_paths_stay_whole() -> None:
     path = "/a/long/path/that-is/never/broken/anywhere"
-    lines = fitted(f"  output      {path} and some words behind it", 14, width=40).splitlines()
+    lines = wrapped(f"  output      {path} and some words behind it", 14, width=40).splitlines()
     assert lines == ["  output      ", f"              {path}", "              and some words behind it"] or lines == [
         "  output",
         f"              {path}",

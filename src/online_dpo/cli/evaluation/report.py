@@ -1,4 +1,4 @@
-"""``online-dpo eval``, once its arguments are known to be good: answer, score, report, write."""
+"""``online-dpo eval`` after its arguments have been checked: sample answers, score them, print and write a report."""
 
 from __future__ import annotations
 
@@ -34,23 +34,22 @@ from online_dpo.evaluation.head_to_head import (
     unscored_results,
 )
 from online_dpo.scoring.judge_registry import build_judge
-from online_dpo.scoring.judges.llm.judge import LLMJudge
 from online_dpo.scoring.penalties import Penalties
-from online_dpo.scoring.protocols import PairwiseScorer, PointwiseScorer
+from online_dpo.scoring.protocols import DiagnosingScorer, PairwiseScorer, PointwiseScorer
 from online_dpo.scoring.registry import build_scorers
 from online_dpo.training.arguments import check_columns, check_templates
 from online_dpo.training.display.figures import number
 from online_dpo.types import Completion, Group
 
 TRAINED_ON = (
-    "The scorer is the one that the model was trained on. A model learns its weaknesses too: give another one with "
-    "--reward or --judge."
+    "The scorer is the one that the model was trained on. Training also exploits its weaknesses: give another scorer "
+    "with --reward or --judge."
 )
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything but the two models, which are loaded one after the other."""
+    """Everything that an evaluation needs except the weights of the two models, which are loaded one at a time."""
 
     args: OnlineDPOConfig
     scorers: list[PointwiseScorer]
@@ -61,6 +60,7 @@ class Setup:
 
     @property
     def scored_by(self) -> str:
+        """The name of the judge, or of all scorers."""
         return self.judge.name if self.judge is not None else ", ".join(scorer.name for scorer in self.scorers)
 
 
@@ -71,16 +71,15 @@ def run_evaluation(plan: EvalPlan, *, show_traceback: bool) -> int:
     try:
         setup = set_up(plan)
         answers = answer(setup.model, setup.against, setup.args, setup.sampling)
-        _write(
-            plan.options.output, map(_line, _rows(unscored_results(answers)))
-        )  # scoring may fail, and sampling took long
+        # Written before scoring, which may fail: sampling the answers took long.
+        _write(plan.options.output, map(_line, _rows(unscored_results(answers))))
     except SETUP_ERRORS as error:
         return report_error(error, 2, show_traceback)
     try:
-        results = _results(setup, answers)
+        results = _assess(setup, answers)
         figures = {**_heading(plan, setup), **compare(results, setup.args.seed)}
         if figures["undecidable"] == figures["duels"]:
-            raise ScoringError(_why_nothing(setup))
+            raise ScoringError(_no_preference_message(setup))
     except OnlineDPOError as error:
         report_error(error, 1, show_traceback)
         if plan.options.output is not None:
@@ -97,19 +96,20 @@ def run_evaluation(plan: EvalPlan, *, show_traceback: bool) -> int:
 
 
 def set_up(plan: EvalPlan) -> Setup:
-    """
+    """Load the scorers or the judge and prepare the prompts for both models.
+
     Raises:
         ValueError, TypeError, OSError, ImportError, OnlineDPOError: something cannot be used as asked; raised before
             the models are loaded.
     """
-    rewards = [load_reference(one) if isinstance(one, Reference) else one for one in plan.rewards]
+    rewards = [load_reference(reward) if isinstance(reward, Reference) else reward for reward in plan.rewards]
     args = OnlineDPOConfig(**{**plan.training, "report_to": [], "disable_tqdm": True})
     tokenizers = [load_tokenizer(path, args) for path in (plan.model, plan.against)]
     shared = same_vocabulary(*tokenizers)
     if plan.options.kl and not shared:
         raise ValueError(
-            f"`kl`: {plan.model} and {plan.against} have different vocabularies, so there is no KL of the one to the "
-            "other. Leave `kl` out."
+            f"`kl`: {plan.model} and {plan.against} have different vocabularies, so there is no KL between them. Leave "
+            "`kl` out."
         )
     source = plan.prompts
     dataset = load_prompts(
@@ -135,7 +135,7 @@ def set_up(plan: EvalPlan) -> Setup:
 
 
 def report(console: Console, figures: dict[str, Any]) -> None:
-    """The figures of `compare` as a table and a few lines."""
+    """Print the figures of `compare` as a table and a few lines."""
     table = Table(title=f"{figures['prompts']} prompts, scored by {figures['scored_by']}", title_justify="left")
     table.add_column("")
     for side in ("model", "against"):
@@ -162,7 +162,7 @@ def _lines(figures: dict[str, Any]) -> Iterator[str]:
     yield f"Win rate {_percent_with_interval(rate)} ({rate['interval']})"
     controlled = figures["length_controlled_win_rate"]
     if controlled is None:
-        yield "Length-controlled win rate: none, lengths always differ by the same"
+        yield "Length-controlled win rate: none, the lengths always differ by the same amount"
     else:
         yield f"Length-controlled win rate {_percent_with_interval(controlled)} ({controlled['interval']})"
     if figures["score"] is not None and figures["score"]["difference"]["value"] is not None:
@@ -175,7 +175,8 @@ def _lines(figures: dict[str, Any]) -> Iterator[str]:
     yield comparison_conclusion(figures["model"], figures["against"], figures["prompts"], rate, controlled)
 
 
-def _results(setup: Setup, answers: Answers) -> list[PromptResult]:
+def _assess(setup: Setup, answers: Answers) -> list[PromptResult]:
+    """Score the answers, or compare them with the judge."""
     penalties = Penalties.from_config(setup.args)
     if setup.judge is not None:
         return judge_answers(answers, setup.judge, penalties)
@@ -198,8 +199,9 @@ def _heading(plan: EvalPlan, setup: Setup) -> dict[str, Any]:
     }
 
 
-def _why_nothing(setup: Setup) -> str:
-    cause = f" Last cause: {setup.judge.last_failure}" if isinstance(setup.judge, LLMJudge) else ""
+def _no_preference_message(setup: Setup) -> str:
+    failure = setup.judge.last_failure if isinstance(setup.judge, DiagnosingScorer) else ""
+    cause = f" Last cause: {failure}" if failure else ""
     return (
         f"`{setup.scored_by}` could not tell a single pair of answers apart: every score or answer is missing.{cause}"
     )
@@ -229,7 +231,7 @@ def _side(group: Group, scores: Sequence[float | None] | None, k: int) -> dict[s
 
 
 def _write(path: str | None, lines: Iterable[str]) -> bool:
-    """Whether there is such a file to write."""
+    """Write lines to a file, if a path is given; returns whether it is."""
     if path is not None:
         Path(path).expanduser().write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return path is not None

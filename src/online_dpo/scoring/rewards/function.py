@@ -125,8 +125,8 @@ class FunctionScorer:
             if required and parameter.name not in names and parameter.name not in BUILT_IN_ARGUMENTS:
                 raise ScoringError(
                     f"{self._label} needs the argument `{parameter.name}`, but {dataset} has no such column. "
-                    f"Available columns: {', '.join(names) or 'none'}. Available besides: {', '.join(BUILT_IN_ARGUMENTS)}. "
-                    "Rename the argument or give it a default."
+                    f"Available columns: {', '.join(names) or 'none'}. Always available: "
+                    f"{', '.join(BUILT_IN_ARGUMENTS)}. Rename the argument or give it a default."
                 )
 
     def _foreign(self, groups: Sequence[Group]) -> AbstractContextManager[None]:
