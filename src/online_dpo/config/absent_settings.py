@@ -28,7 +28,7 @@ NOT_HERE = {
     "log_unique_prompts": _TABLE,
     "log_multimodal": _TABLE,
     "log_completions_hub_repo": _TABLE,
-    "num_generations_eval": "Evaluations sample `num_completions` too; in `online-dpo eval`, `samples` sets it",
+    "num_generations_eval": "Evaluations sample `num_completions` too; `online-dpo eval --samples N` changes it",
     "shuffle_dataset": "Prompts are shuffled; `train_sampling_strategy: sequential` keeps their order",
     "shuffle": "Prompts are shuffled; `train_sampling_strategy: sequential` keeps their order",
     "steps_per_generation": "A step samples for all its micro-batches at once. Leave it out",

@@ -1,6 +1,6 @@
-"""What scripts and callbacks written for TRL's ``OnlineDPOTrainer`` read of a trainer, under the names it has there.
+"""Attributes of TRL's ``OnlineDPOTrainer``, for scripts and callbacks that were written for it.
 
-They are for reading: what samples and scores is made once, from the configuration.
+They are read-only: engine and scorers are built once, from the configuration.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from online_dpo.types import Feedback, Verdicts
 
 
 class FromConfig:
-    """An attribute that is a field of the configuration."""
+    """A descriptor that reads a field of the configuration, by default the one with the attribute's name."""
 
     def __init__(self, name: str | None = None) -> None:
         self._name = name
@@ -39,7 +39,7 @@ class FromConfig:
 
 
 class TRLAttributes:
-    """The attributes; those of `FeedbackTrainer` that they are made of are declared first."""
+    """The attributes of TRL's trainer. The attributes of `FeedbackTrainer` that they use are declared first."""
 
     args: Any
     state: Any
@@ -67,49 +67,49 @@ class TRLAttributes:
 
     @property
     def vllm_mode(self) -> str | None:
-        """``None`` where vLLM does not sample."""
+        """The mode of vLLM, ``None`` if vLLM is not used."""
         return self.args.vllm_mode if self.args.use_vllm else None
 
     @property
     def reward_funcs(self) -> list[Any]:
-        """The functions and the loaded models, in their order; none where a judge compares."""
+        """The reward functions and loaded reward models, in order; empty if only a judge compares."""
         return [_reward(scorer) for scorer in self.scorers]
 
     @property
     def reward_func_names(self) -> list[str]:
-        """Their names in metrics."""
+        """The names of the rewards in metrics."""
         return unique_names(self.scorers)
 
     @property
     def reward_processing_classes(self) -> list[PreTrainedTokenizerBase | None]:
-        """The tokenizers of the models among them, ``None`` for the others."""
+        """The tokenizer of each reward model, ``None`` for other rewards."""
         return [scorer.tokenizer if isinstance(scorer, RewardModelScorer) else None for scorer in self.scorers]
 
     @property
     def reward_weights(self) -> torch.Tensor:
-        """One number for each reward."""
+        """The weight of each reward, 1 by default."""
         weights = self.args.reward_weights
         return torch.ones(len(self.scorers)) if weights is None else torch.tensor(weights, dtype=torch.float32)
 
     @property
     def ref_model(self) -> nn.Module | None:
-        """The reference; ``None`` where it is the policy with its adapter off, or where there is none."""
+        """The reference model; ``None`` if it is the policy without its adapter, or if there is none."""
         reference = self.reference
         return reference.model if isinstance(reference, (FrozenReference, SyncedReference)) else None
 
     @property
     def beta(self) -> float:
-        """Beta as it is now."""
+        """The current value of beta."""
         return self.adaptive_beta.at(self.state.epoch or 0.0)
 
     @property
     def eos_token_ids(self) -> list[int]:
-        """Every token that ends a completion."""
+        """The ids of all tokens that end a completion."""
         return list(self.sampling.end_token_ids)
 
     @property
     def generation_kwargs(self) -> dict[str, Any]:
-        """How completions are sampled, as arguments of `transformers.GenerationConfig`."""
+        """The sampling parameters as arguments of `transformers.GenerationConfig`."""
         sampling = self.sampling
         given = {
             "max_new_tokens": sampling.max_new_tokens,
@@ -130,30 +130,31 @@ class TRLAttributes:
 
     @property
     def generation_config(self) -> GenerationConfig:
-        """How completions are sampled; to be handed to ``generate``, or to TRL's callbacks."""
+        """The sampling parameters as a config for ``generate`` or for TRL's callbacks."""
         return GenerationConfig(**self.generation_kwargs)
 
     @property
     def stats(self) -> dict[str, list[float]]:
-        """For each metric collected since the last log, a list of its mean on this process so far."""
+        """For each metric since the last log, a list with its mean on this process."""
         return {name: [value] for name, value in self.metrics.means().items()}
 
     @property
     def completions(self) -> dict[str, list[Any]]:
-        """The step's completions on this process as a table, one row each: what TRL's GRPO calls its completions.
+        """The latest step's completions on this process as a table with one row each, as TRL's GRPO logs them.
 
-        ``prompt``, ``completion``, a column for each reward, and those that reward functions gave to ``log_extra``.
+        The columns are ``prompt``, ``completion``, one for each reward, and those that reward functions passed to
+        ``log_extra``.
         """
         feedback = self.last_feedback
         if feedback is None:
             return {}
         rows = [(group.prompt, completion) for group in feedback.groups for completion in group.completions]
         scores = feedback.said.scores if isinstance(feedback.said, Verdicts) else feedback.said
-        said = {} if scores is None else scores.by_scorer
+        by_scorer = {} if scores is None else scores.by_scorer
         return {
             "prompt": [prompt.content for prompt, _ in rows],
             "completion": [completion.text for _, completion in rows],
-            **{name: [value for row in values for value in row] for name, values in said.items()},
+            **{name: [value for row in values for value in row] for name, values in by_scorer.items()},
             **({} if feedback.notes is None else feedback.notes.columns),
         }
 
