@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
+from online_dpo.distributed.collectives import any_rank
 from online_dpo.errors import TrainingInterrupted
 from online_dpo.training.display.protocol import RunDisplay
 
@@ -122,8 +122,4 @@ class Interrupt(TrainerCallback):
 
     def _requested_on_any_rank(self, args: TrainingArguments) -> bool:
         """Whether any rank was interrupted. All must stop at the same step, or the others would wait for ever."""
-        if args.world_size == 1:
-            return self._requested
-        requested = torch.tensor(int(self._requested), device=args.device)
-        torch.distributed.all_reduce(requested, op=torch.distributed.ReduceOp.MAX)
-        return bool(requested.item())
+        return any_rank(self._requested, args.device)

@@ -15,10 +15,11 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
+from online_dpo.distributed.collectives import any_rank
 from online_dpo.errors import NothingTrainedError, TrainingDivergedError
 from online_dpo.training.trained import check_trained, warn_of_untrained
-from online_dpo.types import PackedRows
 
 logger = logging.getLogger(__name__)
 
@@ -113,8 +114,7 @@ class StepGuard(TrainerCallback):
     ) -> None:
         """Remove all gradients if the step is not finite on any rank, or has no pair."""
         assert model is not None
-        failed_ranks = self.accelerator.reduce((~self._finite).float(), reduction="sum")
-        finite = not bool(failed_ranks)  # pyright: ignore[reportArgumentType]
+        finite = not any_rank(not bool(self._finite), self.accelerator.device)
         if not finite or self._num_pairs == 0:
             for parameter in model.parameters():
                 parameter.grad = None
@@ -227,31 +227,19 @@ class StepGuard(TrainerCallback):
             )
         raise NothingTrainedError(message)
 
-    def save(self, folder: Path) -> None:
-        """Save the counts to a checkpoint, for `restore`."""
-        (folder / self.FILE).write_text(json.dumps({"trained_steps": self.trained_steps}) + "\n", encoding="utf-8")
+    def save(self, folder: Path, rank: int) -> None:
+        """Save the counts to a checkpoint, on rank 0."""
+        if rank == 0:
+            (folder / self.FILE).write_text(json.dumps({"trained_steps": self.trained_steps}) + "\n", encoding="utf-8")
 
-    def restore(self, folder: Path, steps: int) -> None:
-        """Restore the counts of a checkpoint; without them, all of its ``steps`` count as trained."""
+    def restore(self, folder: Path, rank: int) -> None:
+        """Restore the counts of a checkpoint; without them, all of its steps count as trained."""
         path = folder / self.FILE
-        self.trained_steps = json.loads(path.read_text(encoding="utf-8"))["trained_steps"] if path.is_file() else steps
+        if path.is_file():
+            self.trained_steps = json.loads(path.read_text(encoding="utf-8"))["trained_steps"]
+        else:
+            self.trained_steps = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
 
 
 def _counts(of: Counter[str]) -> str:
     return ", ".join(f"{reason} {count}" for reason, count in of.most_common() if count) or "none"
-
-
-def refuse_to_split(rows: PackedRows, num_processes: int) -> None:
-    """Check that a pass that did not fit in memory can be split, and warn that it is.
-
-    Raises:
-        torch.OutOfMemoryError: the pass is a single pair, or other ranks wait in the same backward pass.
-    """
-    pairs = len(rows.pairs)
-    if pairs < 2 or num_processes > 1:
-        raise torch.OutOfMemoryError(
-            f"A pass of {pairs} pair(s), in rows of {rows.tokens.ids_RT.shape[1]} tokens, does not fit in memory "
-            "and cannot be split here. Lower `max_tokens_per_pass` (which splits micro-batches of several pairs), "
-            "`max_length` or `max_new_tokens`."
-        )
-    logger.warning("A pass of %d pairs ran out of memory; it is split in two.", pairs)

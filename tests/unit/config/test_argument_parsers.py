@@ -15,7 +15,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 from online_dpo import OnlineDPOConfig
-from online_dpo.cli.runfile.schema import CONFIG_CLASSES, read_fields_of
+from online_dpo.cli.runfile.schema import config_classes, read_fields_of
 
 SAMPLES: dict[str, tuple[list[str], Any]] = {
     "learning_rate": (["1e-6"], 1e-6),
@@ -112,7 +112,7 @@ BASE = {"output_dir": "out", "use_cpu": True}
 
 
 def own_fields() -> list[dataclasses.Field[Any]]:
-    ours = {name for module, cls in CONFIG_CLASSES for name in read_fields_of(module, cls)}
+    ours = {name for module, cls in config_classes() for name in read_fields_of(module, cls)}
     return [field for field in dataclasses.fields(OnlineDPOConfig) if field.name in ours]
 
 
@@ -209,6 +209,7 @@ def test_fields_of_transformers_stay_as_they_are() -> None:
             assert field.metadata is theirs[field.name]
 
 
+@pytest.mark.smoke
 def test_configurations_are_copied_and_pickled() -> None:
     args = made(loss_type=["sigmoid", "sft"])
     for other in (copy.deepcopy(args), pickle.loads(pickle.dumps(args))):

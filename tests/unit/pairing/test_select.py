@@ -2,10 +2,11 @@
 
 import math
 import statistics
+from typing import get_args
 
 import pytest
 
-from online_dpo.config.feedback import PAIR_SELECTIONS
+from online_dpo.config.feedback import PairSelection
 from online_dpo.pairing.rounds import latest, without_pair
 from online_dpo.pairing.select import Selection, pairs_from_preferences, pairs_from_scores
 from online_dpo.pairing.strategies import STRATEGIES
@@ -32,7 +33,7 @@ def indices(made):
 
 
 def test_every_name_of_the_configuration_is_a_strategy():
-    assert tuple(STRATEGIES) == PAIR_SELECTIONS
+    assert tuple(STRATEGIES) == get_args(PairSelection)
 
 
 def test_best_against_worst():
@@ -129,6 +130,7 @@ def test_lengths_that_differ_too_much():
     assert [p.group.prompt.row for p in made.pairs] == [0, 2] and made.dropped == {"length_ratio": 1}
 
 
+@pytest.mark.smoke
 def test_soft_labels_and_weights_from_margins():
     [pair] = pairing([THREE], [[2.0, 1.0, 0.5]], label_temperature=0.5, margin_weighting=True).pairs
     assert pair.probability == pytest.approx(1 / (1 + math.exp(-3.0))) and pair.weight == 1.5

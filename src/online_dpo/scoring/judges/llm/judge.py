@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
-import torch.distributed as dist
-
 from online_dpo.config.llm_judge import JudgeSettings
+from online_dpo.distributed.collectives import world_size
 from online_dpo.errors import FeedbackStopped
 from online_dpo.scoring.accounting import FailureWindow, JudgeStatistics
 from online_dpo.scoring.event_loop import submit, wait_for
@@ -232,7 +231,7 @@ class LLMJudge(PreferenceJudge):
         and connections belong to one loop."""
         loop = asyncio.get_running_loop()
         if self._endpoint is None or self._loop is not loop:
-            share = self.settings.share_of(dist.get_world_size() if dist.is_initialized() else 1)
+            share = self.settings.share_of(world_size())
             limiter = RateLimiter(share.requests_per_minute, share.tokens_per_minute)
             self._endpoint = ChatEndpoint(share, limiter, Budget(share.max_cost), self._statistics)
             self._loop = loop
