@@ -23,7 +23,7 @@ from online_dpo.evaluation.comparison import Match, preferences_by_score
 from online_dpo.foreign import loading
 from online_dpo.modeling.forward_path import ForwardPath, choose_path
 from online_dpo.modeling.introspection import end_token_ids
-from online_dpo.modeling.known_tokens import Readers, check_policy, embedding_rows
+from online_dpo.modeling.known_tokens import VocabularyCheck, check_policy, embedding_rows
 from online_dpo.modeling.loading import (
     check_model_path,
     disable_dropout,
@@ -194,7 +194,7 @@ def _check_room(player: Player, args: OnlineDPOConfig) -> None:
         return
     config = AutoConfig.from_pretrained(player.path, trust_remote_code=args.trust_remote_code)
     text_config = config.get_text_config()
-    Readers({f"`{player.path}`": text_config.vocab_size}).check_prompts(player.prompts.values())
+    VocabularyCheck({f"`{player.path}`": text_config.vocab_size}).check_prompts(player.prompts.values())
     room = getattr(text_config, "max_position_embeddings", None)
     longest = max(len(prompt.token_ids) for prompt in player.prompts.values()) + args.max_new_tokens
     if room is not None and longest > room:
@@ -231,7 +231,7 @@ def _answer_and_read(
     """Its answers, and the log-probabilities that it gives to the other's completions."""
     model = _load(player, args, dtype)
     params = sampling.params(args, end_token_ids(model, player.tokenizer))
-    Readers({f"`{player.path}`": embedding_rows(model)}).check_groups(plain)
+    VocabularyCheck({f"`{player.path}`": embedding_rows(model)}).check_groups(plain)
     answers = _sample(model, player, rows, params, args, sampling.samples, Stream.ANSWERS)
     return answers, _sequence_logprobs(model, plain, args) if plain else []
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
@@ -16,6 +16,9 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+ModelContext = Callable[[], AbstractContextManager[nn.Module]]
+"""Makes a context inside which the model it yields is ready for a forward pass, such as the reference's."""
 
 ADAPTER_ATTRIBUTES = ("_disable_adapters", "_active_adapter", "_adapters_disabled", "active_adapter")
 """Where PEFT's models and layers note which adapters are active, in which order, and whether they are switched off."""

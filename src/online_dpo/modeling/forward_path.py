@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 
 from online_dpo.errors import named_error
 from online_dpo.modeling.attention.masks import why_not_shared
+from online_dpo.modeling.borrowing import ModelContext
 from online_dpo.modeling.introspection import computing_dtype
 from online_dpo.modeling.logprobs import can_chunk, row_logprobs
 from online_dpo.modeling.tolerance import MOST_ROUNDING, ROUNDING
@@ -21,7 +21,6 @@ from online_dpo.types import Group, PackedRows
 
 logger = logging.getLogger(__name__)
 
-ModelContext = Callable[[], AbstractContextManager[nn.Module]]
 GROUPS, COMPLETIONS, TOKENS = 2, 4, 64
 
 

@@ -22,14 +22,14 @@ def accepts_argument(model: nn.Module, name: str) -> bool:
     return name in inspect.signature(type(unwrapped(model)).forward).parameters
 
 
-def logits_alone(model: nn.Module) -> dict[str, Any]:
+def without_router_logits(model: nn.Module) -> dict[str, Any]:
     """Arguments that keep a mixture of experts, whatever its config says, from computing the loss that balances them.
     It is not added to ours, and it can neither read masks of more than two dimensions nor decode token by token.
     """
     return {"output_router_logits": False} if accepts_argument(model, "output_router_logits") else {}
 
 
-def hands_on_arguments(model: nn.Module) -> bool:
+def passes_kwargs_to_attention(model: nn.Module) -> bool:
     """Whether this is a model of `transformers` that calls its attention function in every layer, with whatever further
     arguments it is given, and keeps no state but keys and values.
     """
@@ -67,7 +67,7 @@ def computing_dtype(model: nn.Module) -> torch.dtype:
     return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
-def state_of_forward(model: nn.Module) -> tuple[Any, ...]:
+def forward_state_key(model: nn.Module) -> tuple[Any, ...]:
     """What a forward pass depends on besides values: where weights lie, and which adapters are on or merged.
 
     While it stays the same, the pass reads the same addresses in the same way.

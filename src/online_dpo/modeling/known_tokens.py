@@ -51,10 +51,10 @@ def predicted_tokens(model: nn.Module) -> int:
 
 
 @dataclass(frozen=True)
-class Readers:
+class VocabularyCheck:
     """Models that read the policy's token ids: by name, how many each knows.
 
-    >>> Readers({"the policy": 151936, "the reference": 151936})
+    >>> VocabularyCheck({"the policy": 151936, "the reference": 151936})
     """
 
     rows: Mapping[str, int]

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from online_dpo.modeling.attention import segments
-from online_dpo.modeling.introspection import hands_on_arguments, unwrapped
+from online_dpo.modeling.introspection import passes_kwargs_to_attention, unwrapped
 from online_dpo.modeling.patching import replaced_forwards
 
 TOKEN_BY_TOKEN = ("mlp", "self_attn.q_proj", "self_attn.o_proj")
@@ -37,11 +37,12 @@ WORTH_IT = 0.9
 _alone = threading.RLock()
 
 
-def enable_reading(model: nn.Module) -> None:
-    """Let the model's body take ``read_X``, the places of the flattened rows whose hidden states are read, (X,) int64,
-    ascending and each once. All others are then undefined. Models that cannot are left as they are (see `reading`).
+def enable_selective_last_layer(model: nn.Module) -> None:
+    """Lets the model's body take ``read_X``, the indices of tokens in the flattened rows whose hidden states are read,
+    (X,) int64, ascending and unique. The hidden states of all other tokens are then undefined.
 
-    What is found out here is kept by name, so that it holds for copies, and for adapters that come later.
+    Models that cannot do this are left as they are; `last_layer_kwargs` knows which. Modules are remembered by name, not
+    by reference, so that it also holds for copies of the model and for adapters that are added later.
     """
     base: Any = unwrapped(model)
     layer: Any = _last_layer(base)
@@ -56,7 +57,7 @@ def enable_reading(model: nn.Module) -> None:
         layer.__class__ = _sparing_class(type(layer))
 
 
-def reading(base: nn.Module, read_X: torch.Tensor) -> dict[str, torch.Tensor]:
+def last_layer_kwargs(base: nn.Module, read_X: torch.Tensor) -> dict[str, torch.Tensor]:
     """The argument for the model's body; none where the model cannot use it.
 
     Args:
@@ -67,7 +68,7 @@ def reading(base: nn.Module, read_X: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def _last_layer(base: Any) -> Any:
     """The last layer, where the model hands its layers all arguments."""
-    if not hands_on_arguments(base):
+    if not passes_kwargs_to_attention(base):
         return None
     count = base.config.get_text_config().num_hidden_layers
     stacks = (module for module in base.base_model.children() if isinstance(module, nn.ModuleList))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from online_dpo.modeling.onednn import linear, multiplies_faster
+from online_dpo.modeling.onednn import linear, supports_onednn
 
 SMALLEST = -1e30  # stands for a logit of minus infinity, so that 0 times it is 0
 
@@ -124,7 +124,7 @@ class _Head:
         """Each chunk's place among the tokens, and its logits in fp32, which may be overwritten."""
         count, vocabulary = len(self.hidden_MH), len(self.weight_VH)
         buffer_XV = self.hidden_MH.new_empty((min(self.size, count), vocabulary), dtype=torch.float32)
-        by_onednn = multiplies_faster(self.weight_VH)
+        by_onednn = supports_onednn(self.weight_VH)
         for start in range(0, count, self.size):
             chunk = slice(start, min(start + self.size, count))
             logits_XV = buffer_XV[: chunk.stop - chunk.start]

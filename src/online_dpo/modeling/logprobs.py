@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from online_dpo.modeling.attention.masks import attention_inputs
 from online_dpo.modeling.introspection import accepts_argument, unwrapped
-from online_dpo.modeling.last_layer import enable_reading, reading
+from online_dpo.modeling.last_layer import enable_selective_last_layer, last_layer_kwargs
 from online_dpo.modeling.lm_head import LinearLogprobs, TokenLogprobs
 from online_dpo.types import PackedRows, RowLogprobs
 
@@ -80,7 +80,7 @@ def enable_logprobs(model: nn.Module) -> None:
 
     base.forward_of_logits = base.forward
     base.forward = MethodType(forward, base)  # bound, so that a copy of the model calls the copy's own
-    enable_reading(model)
+    enable_selective_last_layer(model)
 
 
 def can_chunk(model: nn.Module) -> bool:
@@ -93,7 +93,7 @@ def can_chunk(model: nn.Module) -> bool:
 
 def _predicted(model: Any, predict: Predict, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
     given = {name: value for name, value in kwargs.items() if value is not None}  # adapters fill in all arguments
-    hidden_RTH = model.base_model(*args, **given, **reading(model, predict.read_X))[0]
+    hidden_RTH = model.base_model(*args, **given, **last_layer_kwargs(model, predict.read_X))[0]
     return _chunked_logprobs(model, hidden_RTH.flatten(0, 1)[predict.source_M], predict)
 
 

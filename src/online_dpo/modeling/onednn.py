@@ -19,7 +19,7 @@ from torch import nn
 from online_dpo.modeling.patching import replaced_forwards
 
 
-def multiplies_faster(weight: torch.Tensor) -> bool:
+def supports_onednn(weight: torch.Tensor) -> bool:
     """Whether `linear` may take the place of PyTorch's own product with this weight."""
     plain = type(weight) in (torch.Tensor, nn.Parameter) and weight.dtype == torch.float32
     return plain and weight.device.type == "cpu" and bool(torch.backends.mkldnn.enabled)
@@ -34,7 +34,7 @@ def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
 def onednn_linears(model: nn.Module, pack: bool) -> Iterator[None]:
     """While it lasts, the model's linear layers go through `linear`, without gradient.
 
-    Only where `multiplies_faster` and no autocast is on; all other layers stay as they are.
+    Only where `supports_onednn` and no autocast is on; all other layers stay as they are.
 
     Args:
         pack: multiply with packed copies of the weights as they are at the start. They take about as long to make as
@@ -57,4 +57,4 @@ def _forward(weight: torch.Tensor, bias: torch.Tensor | None, input: torch.Tenso
 
 
 def _can_be_replaced(module: nn.Module) -> bool:
-    return type(module) is nn.Linear and "forward" not in vars(module) and multiplies_faster(module.weight)
+    return type(module) is nn.Linear and "forward" not in vars(module) and supports_onednn(module.weight)

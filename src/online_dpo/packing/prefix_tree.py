@@ -82,11 +82,11 @@ def split_balanced(sizes: Sequence[int], parts: int) -> list[list[int]]:
     return [sorted(indices) for indices in lists]
 
 
-def cut(order: Sequence[int], sizes: Sequence[int], budget: int) -> Iterator[list[int]]:
+def split_by_padded_size(order: Sequence[int], sizes: Sequence[int], budget: int) -> Iterator[list[int]]:
     """Neighbours in ``order``, which goes from short to long or from long to short, that take at most ``budget`` when
     all are padded to the longest of them; or a single one that takes more.
 
-    >>> list(cut([2, 0, 1], sizes=[3, 3, 9], budget=10))
+    >>> list(split_by_padded_size([2, 0, 1], sizes=[3, 3, 9], budget=10))
     [[2], [0, 1]]
     """
     piece: list[int] = []

@@ -21,7 +21,7 @@ from online_dpo.evaluation.gold import Gold, build_gold
 from online_dpo.evaluation.overoptimization import OveroptimisationGuard
 from online_dpo.evaluation.records import EvalRecord, judged_wins, win_share
 from online_dpo.foreign import foreign
-from online_dpo.modeling.known_tokens import Readers
+from online_dpo.modeling.known_tokens import VocabularyCheck
 from online_dpo.modeling.reference import Reference
 from online_dpo.objective.beta import Beta
 from online_dpo.pairing.rounds import without_pair
@@ -56,7 +56,7 @@ class FeedbackTrainer(GuardedTrainer):
     tokenizer: PreTrainedTokenizerBase
     policy: nn.Module
     reference: Reference
-    readers: Readers
+    readers: VocabularyCheck
     engine: Engine
     reference_engine: TransformersEngine
     opponent: Opponent

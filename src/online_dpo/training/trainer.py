@@ -44,7 +44,13 @@ from online_dpo.foreign import callable_name, foreign
 from online_dpo.modeling.borrowing import eval_mode, restores_models_on_error
 from online_dpo.modeling.forward_path import ModelContext, PathChoice
 from online_dpo.modeling.introspection import end_token_ids
-from online_dpo.modeling.known_tokens import Readers, check_options, check_policy, check_reference, embedding_rows
+from online_dpo.modeling.known_tokens import (
+    VocabularyCheck,
+    check_options,
+    check_policy,
+    check_reference,
+    embedding_rows,
+)
 from online_dpo.modeling.logprobs import RowLogprobs, row_logprobs
 from online_dpo.modeling.onednn import onednn_linears
 from online_dpo.modeling.reference import ReferenceSteps
@@ -197,11 +203,11 @@ class OnlineDPOTrainer(NamedArguments, TRLAttributes, FeedbackTrainer):
             optimizers=optimizers,
         )
         self.reference = build_reference(ref_model, policy, args)
-        self.readers = Readers({"the policy": embedding_rows(policy)})
+        self.readers = VocabularyCheck({"the policy": embedding_rows(policy)})
         if ref_model is not None:
             with self.reference.active() as reference:
                 check_reference(reference, policy, self.tokenizer, prepared)
-                self.readers = Readers({**self.readers.rows, "the reference": embedding_rows(reference)})
+                self.readers = VocabularyCheck({**self.readers.rows, "the reference": embedding_rows(reference)})
         self.add_callback(ReferenceSteps(self.reference))
         self.policy = policy
         self.engine = build_engine(policy, self.tokenizer, args)

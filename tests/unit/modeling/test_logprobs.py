@@ -30,7 +30,7 @@ from online_dpo.modeling.attention.masks import (
     attention_inputs,
     use_flex_attention,
     use_segments,
-    visible,
+    visible_mask,
     why_not_shared,
 )
 from online_dpo.modeling.introspection import accepts_argument
@@ -302,15 +302,15 @@ def test_what_the_other_completions_say_changes_nothing():
 
 def test_visible_by_hand():
     rows = pack_groups([tiny.group(tiny.prompts([2])[0], [[5, 6], [7]])], [], True).tokens
-    assert visible(rows)[0].int().tolist() == [
+    assert visible_mask(rows)[0].int().tolist() == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],
         [1, 1, 1, 0, 0],
         [1, 1, 1, 1, 0],
         [1, 1, 0, 0, 1],
     ]
-    assert visible(rows, window=2)[0].int().tolist()[3:] == [[0, 0, 1, 1, 0], [0, 1, 0, 0, 1]]
-    assert visible(rows, chunk=2)[0].int().tolist()[2:] == [[0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]]
+    assert visible_mask(rows, window=2)[0].int().tolist()[3:] == [[0, 0, 1, 1, 0], [0, 1, 0, 0, 1]]
+    assert visible_mask(rows, chunk=2)[0].int().tolist()[2:] == [[0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]]
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -61,7 +61,7 @@ def attention(
 
 
 def block_mask(tokens: TokenRows, window: int | None, chunk: int | None) -> BlockMask:
-    """The same as `attention.visible`, as blocks."""
+    """The same as `masks.visible_mask`, as blocks."""
     tree_RT, branch_RT, position_RT = tokens.tree_RT, tokens.branch_RT, tokens.positions_RT
 
     def sees(r: torch.Tensor, _head: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:

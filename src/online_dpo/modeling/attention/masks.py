@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from online_dpo.modeling.attention import flex, segments
-from online_dpo.modeling.introspection import accepts_argument, logits_alone, unwrapped
+from online_dpo.modeling.introspection import accepts_argument, unwrapped, without_router_logits
 from online_dpo.packing.prefix_tree import PADDING
 from online_dpo.types import TokenRows
 
@@ -45,7 +45,7 @@ def attention_inputs(model: nn.Module, tokens: TokenRows) -> dict[str, Any]:
     Rows that share prompts get a mask of shape (R, 1, T, T), or one for each kind of layer where a model mixes full,
     sliding-window and chunked attention.
     """
-    inputs: dict[str, Any] = logits_alone(model)
+    inputs: dict[str, Any] = without_router_logits(model)
     if accepts_argument(model, "position_ids"):
         inputs["position_ids"] = tokens.positions_RT
     if not tokens.shares_prompts:
@@ -57,7 +57,7 @@ def attention_inputs(model: nn.Module, tokens: TokenRows) -> dict[str, Any]:
     return inputs | {"attention_mask": masks if len(masks) > 1 else next(iter(masks.values()))}
 
 
-def visible(tokens: TokenRows, window: int | None = None, chunk: int | None = None) -> torch.Tensor:
+def visible_mask(tokens: TokenRows, window: int | None = None, chunk: int | None = None) -> torch.Tensor:
     """Which token (second index) each token (first index) sees, (R, T, T) bool.
 
     The distance that ``window`` and ``chunk`` cut at is that of positions, so it is the same as if each completion
@@ -112,7 +112,7 @@ def _mask(model: nn.Module, tokens: TokenRows, kind: str) -> Any:
     chunk = config.attention_chunk_size if kind == "chunked_attention" else None
     if config._attn_implementation == flex.NAME:
         return flex.block_mask(tokens, window, chunk)
-    seen_R1TT = visible(tokens, window, chunk)[:, None]
+    seen_R1TT = visible_mask(tokens, window, chunk)[:, None]
     if config._attn_implementation == "eager":  # which adds the mask to its scores
         dtype = next(model.parameters()).dtype
         zeros = torch.zeros(seen_R1TT.shape, dtype=dtype, device=seen_R1TT.device)

@@ -17,7 +17,7 @@ from torch import nn
 from online_dpo.errors import named_error
 from online_dpo.modeling.attention.masks import attention_inputs, why_not_shared
 from online_dpo.modeling.introspection import computing_dtype, unwrapped
-from online_dpo.modeling.last_layer import reading
+from online_dpo.modeling.last_layer import last_layer_kwargs
 from online_dpo.modeling.tolerance import MOST_ROUNDING
 from online_dpo.packing.prefix_tree import Tree, lay_out
 
@@ -80,7 +80,7 @@ def score_trees(model: nn.Module, trees: Sequence[Tree], capacity: int = 0) -> d
             last_tokens.append(place.start + len(branch) - 1)
     base: Any = unwrapped(model)
     read_X = torch.tensor(sorted(last_tokens)).to(tokens.ids_RT.device)
-    inputs = attention_inputs(model, tokens) | reading(base, read_X)
+    inputs = attention_inputs(model, tokens) | last_layer_kwargs(base, read_X)
     hidden_RTH = base.base_model(input_ids=tokens.ids_RT, use_cache=False, **inputs)[0]
     scores_S1 = base.score(hidden_RTH.flatten(0, 1)[last_tokens])
     return dict(zip(texts, scores_S1[:, 0].float().tolist(), strict=True))
