@@ -35,7 +35,7 @@ from online_dpo.modeling.loading import (
 from online_dpo.modeling.logprobs import enable_logprobs, row_logprobs
 from online_dpo.modeling.precision import mixed_precision
 from online_dpo.packing.pack import pack_groups
-from online_dpo.packing.prefix_tree import cut
+from online_dpo.packing.prefix_tree import split_by_padded_size
 from online_dpo.rollout.builtin.engine import TransformersEngine
 from online_dpo.rollout.builtin.sampling import reshapes
 from online_dpo.rollout.params import RolloutKey, SamplingParams, Stream
@@ -292,7 +292,7 @@ def _sequence_logprobs(model: nn.Module, groups: Sequence[Group], args: OnlineDP
         sizes = [len(g.prompt.token_ids) + max(len(c.token_ids) for c in g.completions) for g in groups]
         longest_first = sorted(range(len(groups)), key=lambda p: -sizes[p])
         logps: dict[int, list[float]] = {}
-        for batch in cut(longest_first, sizes, args.tokens_per_pass // samples):
+        for batch in split_by_padded_size(longest_first, sizes, args.tokens_per_pass // samples):
             rows = pack_groups([groups[p] for p in batch], [], shared=False).to(args.device)
             logps_S = row_logprobs(model, rows, entropy=False, chunked=path.chunked).logps_S
             logps |= dict(zip(batch, logps_S.view(-1, samples).tolist(), strict=True))

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, MixtralConfig, Mixt
 from online_dpo.modeling import last_layer
 from online_dpo.modeling.attention import segments
 from online_dpo.modeling.attention.masks import use_segments
-from online_dpo.modeling.attention.segments import Segment, only_read
+from online_dpo.modeling.attention.segments import Segment, trim_to_read
 from online_dpo.modeling.introspection import unwrapped
 from online_dpo.modeling.last_layer import enable_selective_last_layer, last_layer_kwargs
 from online_dpo.modeling.logprobs import enable_logprobs, row_logprobs
@@ -40,11 +40,11 @@ def rows(shared=True):
 @contextmanager
 def everywhere():
     """As if everything were read."""
-    kept, last_layer.WORTH_IT = last_layer.WORTH_IT, 0.0
+    kept, last_layer.MAX_READ_SHARE = last_layer.MAX_READ_SHARE, 0.0
     try:
         yield
     finally:
-        last_layer.WORTH_IT = kept
+        last_layer.MAX_READ_SHARE = kept
 
 
 def tokens_seen(module):
@@ -292,7 +292,7 @@ def test_segments_as_far_as_they_are_read():
     first = [Segment(0, 0, 0, 6, 0), Segment(0, 6, 6, 9, 6), Segment(0, 6, 9, 12, 9)]
     second = [Segment(0, 0, 0, 4, 0), Segment(0, 4, 4, 8, 4)]
     read_X = torch.tensor([5, 6, 7, 12 + 3, 12 + 6])
-    assert only_read([first, second], read_X, length=12) == [
+    assert trim_to_read([first, second], read_X, length=12) == [
         [(0, 0, 0, 6, 5), (0, 6, 6, 8, 6)],
         [(0, 0, 0, 4, 3), (0, 4, 4, 7, 6)],
     ]

@@ -18,7 +18,7 @@ from online_dpo.errors import named_error
 from online_dpo.modeling.attention.masks import attention_inputs, why_not_shared
 from online_dpo.modeling.introspection import computing_dtype, unwrapped
 from online_dpo.modeling.last_layer import last_layer_kwargs
-from online_dpo.modeling.tolerance import MOST_ROUNDING
+from online_dpo.modeling.tolerance import SCORE_ROUNDING, allowed_difference
 from online_dpo.packing.prefix_tree import Tree, lay_out
 
 logger = logging.getLogger(__name__)
@@ -30,8 +30,6 @@ SHORTEST_BEGINNING = 8
 """Tokens. What begins alike in all texts (a BOS, the header of a chat template) saves less than the mask costs."""
 
 GROUPS, TEXTS = 2, 4
-ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-"""Mean difference, as a part of the mean size of the scores, that rounding alone may make."""
 
 
 def group_trees(groups: Iterable[Iterable[Text]], batch_size: int, hidden_size: int) -> list[Tree]:
@@ -120,9 +118,9 @@ def _why_not(model: nn.Module, trees: Sequence[Tree], plain: PlainScores) -> str
     texts = list(scores)
     alone_S = torch.tensor([plain([text])[0] for text in texts])
     padding = float((torch.tensor(plain(texts)) - alone_S).abs().mean())
-    rounding = ROUNDING[computing_dtype(model)] * float(alone_S.abs().mean())
-    allowed = min(max(4 * padding, rounding), MOST_ROUNDING * rounding)
-    exact = ROUNDING[torch.float32] * float(alone_S.abs().mean())
+    rounding = SCORE_ROUNDING[computing_dtype(model)] * float(alone_S.abs().mean())
+    allowed = allowed_difference(padding, rounding)
+    exact = SCORE_ROUNDING[torch.float32] * float(alone_S.abs().mean())
     allowed = min(allowed, max(exact, float(alone_S.std()) / 10))  # scores far from 0 may still be close to each other
     found = float((torch.tensor(list(scores.values())) - alone_S).abs().mean())
     if found <= allowed:
