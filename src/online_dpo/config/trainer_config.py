@@ -26,7 +26,7 @@ from online_dpo.config.method import MethodFields, check_method, check_target_kl
 from online_dpo.config.names_elsewhere import ARGUMENTS, IN_PYTHON, hint_for
 from online_dpo.config.unsupported import check_accelerator, check_generation_kwargs, check_refused, check_unsupported
 from online_dpo.config.vllm import VLLMFields, check_vllm
-from online_dpo.versions import hand_on_checkpointing
+from online_dpo.versions import copy_checkpointing_fields
 
 INVALID_PROMPT_POLICIES = ("error", "filter")
 CHOICES = (("invalid_prompts", INVALID_PROMPT_POLICIES),)
@@ -195,7 +195,7 @@ class OnlineDPOConfig(NamedArguments, VLLMFields, LossFields, MethodFields, Feed
         check_names(self)
         for name, problem in out_of_range(vars(self)):
             raise ValueError(f"`{name}` {problem}")
-        hand_on_checkpointing(self)
+        copy_checkpointing_fields(self)
         super().__post_init__()
         check_processes(self)
         check_ranges(self)

@@ -1,4 +1,4 @@
-"""Whose completion the policy's is compared with."""
+"""Opponents: where the completions come from with which the policy's are compared."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ from online_dpo.types import Author, Completion, Group, Prompt
 
 
 class Opponent(Protocol):
-    """Adds ``completions`` answers to each prompt's group.
+    """Adds ``completions`` completions to each prompt's group.
 
-    It may run the models that are trained, so it answers in the thread that trains them.
+    It may run the model that is trained, so `answer` must be called in the thread that trains it.
     """
 
     completions: int
 
-    def answer(self, prompts: Sequence[Prompt], params: SamplingParams, key: RolloutKey) -> list[Group]: ...
+    def answer(self, prompts: Sequence[Prompt], params: SamplingParams, key: RolloutKey) -> list[Group]:
+        """Samples the opponent's completions; returns one group for each prompt, in order."""
+        ...
 
     def release(self) -> None:
-        """Give back memory that is kept between calls."""
+        """Frees memory that is kept between calls."""
         ...
 
 
@@ -34,18 +36,20 @@ class SelfPlay:
     completions = 0
 
     def answer(self, prompts: Sequence[Prompt], params: SamplingParams, key: RolloutKey) -> list[Group]:
+        """Groups without completions: there is no opponent besides the policy."""
         return [Group(prompt, ()) for prompt in prompts]
 
     def release(self) -> None:
-        """There is none."""
+        """Does nothing: no memory is kept."""
 
 
 class ModelOpponent:
-    """Another model answers once.
+    """An opponent that samples one completion for each prompt from another model.
 
     Args:
-        engine: samples from it, while ``lend`` lends it.
-        author: what its completions are signed with.
+        engine: samples from that model.
+        author: the ``author`` of its completions.
+        model_context: inside it, the engine's model is the opponent; by default it always is.
     """
 
     completions = 1
@@ -54,11 +58,13 @@ class ModelOpponent:
         self._engine, self._author, self._lend = engine, author, model_context or nullcontext
 
     def answer(self, prompts: Sequence[Prompt], params: SamplingParams, key: RolloutKey) -> list[Group]:
+        """Samples one completion for each prompt, with this opponent as its author."""
         with self._lend():
             groups = self._engine.generate(prompts, self.completions, params, key)
         return [replace(group, completions=tuple(map(self._signed, group.completions))) for group in groups]
 
     def release(self) -> None:
+        """Frees memory that the engine keeps between calls."""
         self._engine.release()
 
     def _signed(self, completion: Completion) -> Completion:
@@ -66,7 +72,7 @@ class ModelOpponent:
 
 
 def joined(own: Sequence[Group], theirs: Sequence[Group]) -> list[Group]:
-    """The groups of the same prompts as one: the policy's completions first."""
+    """Groups that have the completions of both lists of groups, which are of the same prompts: the policy's first."""
     return [
         replace(group, completions=group.completions + other.completions)
         for group, other in zip(own, theirs, strict=True)
