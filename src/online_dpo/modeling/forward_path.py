@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 
+from online_dpo.distributed.collectives import any_rank
 from online_dpo.errors import named_error
 from online_dpo.modeling.attention.masks import why_not_shared
 from online_dpo.modeling.borrowing import ModelContext
@@ -79,29 +79,26 @@ def choose_path(
 class PathChoice:
     """The path of a run: the plain one at first, then chosen once, the same on all ranks."""
 
-    def __init__(self, accelerator: Accelerator, share: bool) -> None:
+    def __init__(self, device: torch.device, share: bool) -> None:
         self.path = ForwardPath()
-        self._accelerator, self._share, self._settled = accelerator, share, False
+        self._device, self._share, self._settled = device, share, False
 
     def settle(self, models: Mapping[str, ModelContext], groups: Sequence[Group]) -> None:
         """Chooses the path, at the first call in which groups decide it. A collective operation: it is fast only if it
         is right on every rank.
         """
-        if self._settled or not self._any_rank(bool(groups)):
+        device = self._device
+        if self._settled or not any_rank(bool(groups), device):
             return
         # A rank without groups cannot find anything wrong with the fastest path.
         choice = choose_path(models, groups, self._share) if groups else (ForwardPath(self._share, chunked=True), [])
-        if self._any_rank(choice is None) or choice is None:
+        if any_rank(choice is None, device) or choice is None:
             return
         path, reasons = choice
-        self.path = ForwardPath(not self._any_rank(not path.shared), not self._any_rank(not path.chunked))
+        self.path = ForwardPath(not any_rank(not path.shared, device), not any_rank(not path.chunked, device))
         self._settled = True
         for reason in reasons:
             logger.warning("Training takes a slower path: %s.", reason)
-
-    def _any_rank(self, holds: bool) -> bool:
-        ranks = self._accelerator.reduce(torch.tensor(float(holds), device=self._accelerator.device), reduction="sum")
-        return bool(ranks)  # pyright: ignore[reportArgumentType]
 
 
 class _PathCheck:

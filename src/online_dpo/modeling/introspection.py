@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
 import torch
@@ -13,7 +14,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
     """The model inside the wrappers of data parallelism, `torch.compile` and PEFT."""
-    wrapped: Any = extract_model_from_parallel(model, keep_torch_compile=False)
+    wrapped: Any = model
+    # A fast path for plain and PEFT models: accelerate takes milliseconds, which would be added to each forward pass.
+    if "_orig_mod" not in vars(model):
+        if isinstance(model, PreTrainedModel):
+            return model
+        peft = sys.modules.get("peft")  # if PEFT was never imported, this is not one of its models
+        if peft is not None and isinstance(model, peft.PeftModel):
+            return wrapped.get_base_model()
+    wrapped = extract_model_from_parallel(model, keep_torch_compile=False)
     return wrapped.get_base_model() if is_peft_model(wrapped) else wrapped
 
 

@@ -35,10 +35,10 @@ class Reference:
     def update_after_step(self, step: int) -> None:
         """Updates the weights of the reference after optimizer step ``step``, if they are to follow the policy."""
 
-    def save(self, folder: Path) -> None:
-        """Writes to a checkpoint's folder what `restore` needs."""
+    def save(self, folder: Path, rank: int) -> None:
+        """Writes what `restore` needs to a checkpoint's folder, on rank 0."""
 
-    def restore(self, folder: Path) -> None:
+    def restore(self, folder: Path, rank: int) -> None:
         """Continues from what `save` wrote."""
 
 
@@ -126,11 +126,12 @@ class SyncedReference(Reference):
             weight = self._weights[name].lerp_(policy[name].float(), self._alpha)
             parameter.copy_(weight)
 
-    def save(self, folder: Path) -> None:
-        """Writes the present weights to ``reference.pt``."""
-        torch.save(self._copies(), folder / self.FILE)
+    def save(self, folder: Path, rank: int) -> None:
+        """Writes the present weights to ``reference.pt``, on rank 0."""
+        if rank == 0:
+            torch.save(self._copies(), folder / self.FILE)
 
-    def restore(self, folder: Path) -> None:
+    def restore(self, folder: Path, rank: int) -> None:
         """Reads the present weights from ``reference.pt``."""
         self._set(torch.load(folder / self.FILE, map_location="cpu"))
 

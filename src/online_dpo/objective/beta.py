@@ -58,12 +58,12 @@ class Beta(TrainerCallback):
             beta = adapted(self._value, kl, target, self._args.beta_gain)
             self._value = min(max(beta, start / factor), start * factor)
 
-    def save(self, folder: Path) -> None:
-        """Writes ``beta.json`` to a checkpoint's folder, if beta is adapted."""
-        if self.adapts:
+    def save(self, folder: Path, rank: int) -> None:
+        """Writes ``beta.json`` to a checkpoint's folder, on rank 0, if beta is adapted."""
+        if self.adapts and rank == 0:
             (folder / self.FILE).write_text(json.dumps({"beta": self._value}) + "\n", encoding="utf-8")
 
-    def restore(self, folder: Path) -> None:
+    def restore(self, folder: Path, rank: int) -> None:
         """Continues from what `save` wrote. If beta was not adapted until now, it starts at the configured value."""
         path = folder / self.FILE
         if self.adapts and path.is_file():

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 
+from online_dpo.distributed.collectives import is_first_rank, max_over_ranks
 from online_dpo.errors import OutOfSyncError
 from online_dpo.modeling.borrowing import eval_mode
 from online_dpo.modeling.introspection import computing_dtype
@@ -32,8 +32,8 @@ class SyncCheck:
         every: steps between two checks; with 0, only the first sync is checked.
     """
 
-    def __init__(self, accelerator: Accelerator, every: int) -> None:
-        self._accelerator, self._every = accelerator, every
+    def __init__(self, device: torch.device, every: int) -> None:
+        self._device, self._every = device, every
         self._last: int | None = None
 
     def due(self, step: int) -> bool:
@@ -56,8 +56,7 @@ class SyncCheck:
         trainer_dtype = computing_dtype(model)
         engine_dtype = engine.own_dtype or trainer_dtype
         allowed = max(sync_tolerance(trainer_dtype), sync_tolerance(engine_dtype))
-        differences = self._accelerator.gather(torch.tensor([difference], device=self._accelerator.device))
-        worst = float(differences.max())  # pyright: ignore[reportAttributeAccessIssue]
+        worst = float(max_over_ranks(torch.tensor(difference, device=self._device)))
         if not worst <= allowed:
             raise OutOfSyncError(
                 f"After the weights of step {step} were sent to it, the sampler's log-probabilities differ from the "
@@ -66,7 +65,7 @@ class SyncCheck:
                 "dtype."
             )
         coarser = is_full_precision(trainer_dtype) and allowed > sync_tolerance(trainer_dtype)
-        if self._last is None and coarser and self._accelerator.is_main_process:
+        if self._last is None and coarser and is_first_rank():
             logger.warning(
                 "The sampler computes in %s, the trainer in %s: log-probabilities differ by %.1e nats a token, and "
                 "completions are not quite the policy's own. Start vLLM with `--dtype float32`, or train with `bf16`.",

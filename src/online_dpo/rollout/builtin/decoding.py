@@ -94,7 +94,7 @@ class Decoder(StepwiseDecoder):
         # With prompts of one length there is no padding, so a query attends to every slot that is read: no mask needed.
         self._needs_no_mask = len({len(ids) for ids in prompts}) == 1
         self.kv_cache = KVCache(len(prompts), num_completions, max(map(len, prompts)), max_new_tokens)
-        self._base: Any = unwrapped(model)  # unwrapped once here: it takes milliseconds, too long for every step
+        self._base: Any = unwrapped(model)  # once, and not in every step
         self.config: Any = self._base.config.get_text_config()
         self._windows = {kind: window_of(self.config, kind) for kind in set(layer_kinds(self.config))}
         self._no_router_logits = without_router_logits(model)

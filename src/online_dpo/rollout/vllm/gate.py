@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from threading import Condition
 
 
-class WeightsGate:
+class Gate:
     """A lock that any number of sampling threads share, and that a weight update has alone."""
 
     def __init__(self) -> None:
