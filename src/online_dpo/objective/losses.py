@@ -78,8 +78,8 @@ def sft_loss(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
 
 
 def apo_zero_loss(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
-    """APO-zero: ``(1 - s(r(w))) + s(r(l))``, chosen up and rejected down, each against the reference (D'Oosterlinck et
-    al. 2024, arXiv 2408.06266; the paper leaves out the constant 1).
+    """APO-zero: ``(1 - s(r(w))) + s(r(l))``, which raises the reward of the chosen completion and lowers that of the
+    rejected one (D'Oosterlinck et al. 2024, arXiv 2408.06266; the paper leaves out the constant 1).
     """
 
     def loss(x: PairLogprobs) -> torch.Tensor:
@@ -89,8 +89,8 @@ def apo_zero_loss(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
 
 
 def apo_down_loss(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
-    """APO-down: ``s(r(w)) + (1 - s(r(w) - r(l)))``, both down and the rejected one further (arXiv 2408.06266, which
-    leaves out the constant 1).
+    """APO-down: ``s(r(w)) + (1 - s(r(w) - r(l)))``, which lowers both rewards, that of the rejected completion more
+    (arXiv 2408.06266, which leaves out the constant 1).
     """
 
     def loss(x: PairLogprobs) -> torch.Tensor:
@@ -101,7 +101,7 @@ def apo_down_loss(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
 
 def dpop_loss(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
     """DPO-positive: ``-log s(beta (h - lambda max(0, log pi_ref(w) - log pi(w))))`` (Pal et al. 2024, arXiv
-    2402.13228): a price on making the chosen completion less likely than it was.
+    2402.13228), with a penalty if the chosen completion is less likely under the policy than under the reference.
     """
 
     def loss(x: PairLogprobs) -> torch.Tensor:
@@ -182,8 +182,8 @@ def method_losses(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
 
 
 def policy_weights(pairs: PairLogprobs) -> torch.Tensor:
-    """WPO: ``pi(w)^(1/|w|) * pi(l)^(1/|l|)``, without gradient: what the policy would say itself counts more (Zhou et
-    al. 2024, arXiv 2406.11827).
+    """The weights of WPO, ``pi(w)^(1/|w|) * pi(l)^(1/|l|)``, without gradient: pairs count more the likelier they are
+    under the current policy (Zhou et al. 2024, arXiv 2406.11827).
     """
     return (pairs.mean_chosen_N + pairs.mean_rejected_N).detach().exp()
 
@@ -191,9 +191,10 @@ def policy_weights(pairs: PairLogprobs) -> torch.Tensor:
 def _expected(
     loss: Callable[[PairLogprobs], torch.Tensor], pairs: PairLogprobs, probability_N: torch.Tensor
 ) -> torch.Tensor:
+    """The expected loss, if the chosen completion is the better one with this probability."""
     return probability_N * loss(pairs) + (1 - probability_N) * loss(pairs.exchanged())
 
 
 def _smoothed(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
-    """The label's probability when a share ``e`` of the labels is wrong: ``p (1 - e) + (1 - p) e``."""
+    """The probability of the label if a share ``e`` of the labels is wrong: ``p (1 - e) + (1 - p) e``."""
     return pairs.probability_N + options.label_smoothing * (1 - 2 * pairs.probability_N)

@@ -27,11 +27,10 @@ from online_dpo.modeling.introspection import computing_dtype, unwrapped, withou
 from online_dpo.modeling.loading import empty_device_cache
 from online_dpo.modeling.onednn import onednn_linears
 from online_dpo.modeling.tolerance import MOST_ROUNDING, ROUNDING
+from online_dpo.rollout.builtin.batch import Batch
 from online_dpo.rollout.builtin.decoding import Decoder, StepwiseDecoder, can_decode
-from online_dpo.rollout.builtin.random_numbers import uniform_numbers
 from online_dpo.rollout.builtin.sampling import next_tokens, token_logprobs
 from online_dpo.rollout.builtin.static_decoding import StaticBuffers, StaticDecoder, can_be_static
-from online_dpo.rollout.completion_text import completion_texts
 from online_dpo.rollout.params import RolloutKey, SamplingParams
 from online_dpo.types import Completion, Group, Prompt
 
@@ -99,7 +98,7 @@ class TransformersEngine:
             stack.enter_context(self._fast_linears())
             while waiting:
                 chosen = waiting[: max(1, self.batch_size // num_completions)]
-                batch = _Batch([prompts[i] for i in chosen], num_completions, params, key, self._device)
+                batch = Batch([prompts[i] for i in chosen], num_completions, params, key, self._device)
                 path, fits = GENERATE if params.extra else self._path, False
                 with suppress(torch.OutOfMemoryError):
                     self._sample(batch, path, self._buffers)
@@ -129,7 +128,7 @@ class TransformersEngine:
         A few tokens are sampled, and their log-probabilities compared with those of a plain forward pass.
         """
         short = replace(params, max_new_tokens=min(TRIAL_TOKENS, params.max_new_tokens), end_token_ids=())
-        batch = _Batch(prompts, 2, short, key, self._device)
+        batch = Batch(prompts, 2, short, key, self._device)
         try:
             with self._fast_linears():
                 self._sample(batch, path, StaticBuffers())
@@ -197,7 +196,7 @@ class TransformersEngine:
         logps_M = token_logprobs(logits_MV, ids_1T[0, len(prompt.token_ids) :])
         return float((logps_M - torch.tensor(completion.logprobs, device=self._device)).abs().mean())
 
-    def _sample(self, batch: _Batch, path: str | None, buffers: StaticBuffers) -> None:
+    def _sample(self, batch: Batch, path: str | None, buffers: StaticBuffers) -> None:
         """Samples the batch along one path, into the batch."""
         if path == GENERATE:
             return self._generate(batch)
@@ -208,7 +207,7 @@ class TransformersEngine:
         with buffers.linears.in_use(self.model):
             self._decode(batch, decoder)
 
-    def _decode(self, batch: _Batch, decoder: StepwiseDecoder) -> None:
+    def _decode(self, batch: Batch, decoder: StepwiseDecoder) -> None:
         """Samples with a decoder, one token of each running sequence in a step.
 
         Finished sequences are dropped only when that saves a quarter of a step's work, since it copies the cache.
@@ -236,22 +235,21 @@ class TransformersEngine:
                     decoder.keep_only(keep_GK)
             token_B, logps_B = decoder.sample(token_B, *batch.draw_arguments(step + 1, rows_B))
 
-    def _generate(self, batch: _Batch) -> None:
+    def _generate(self, batch: Batch) -> None:
         """Samples with `model.generate`.
 
         Tokens are drawn by our own functions in a logits processor, which leaves the drawn token as the only possible
         one; greedy search then takes it. So the samples are those of the other paths.
         """
-        params = batch.params
         prompts = [prompt.token_ids for prompt in batch.prompts for _ in range(batch.num_completions)]
         ids_BT, mask_BT = _left_padded(prompts, batch.pad_token_id, self._device)
         prompt_length = ids_BT.shape[1]
         rows_B = torch.arange(len(ids_BT), device=ids_BT.device)
-        stop_strings = self._stop_strings(params)
+        stop_strings = self._stop_strings(batch.params)
         raw: dict[str, torch.Tensor] = {}
 
         def keep_raw_logits(_module: nn.Module, _args: Any, output: Any) -> None:
-            raw["logits_BV"] = output.logits[:, -1]
+            raw["logits_BV"] = output.logits[:, -1]  # before the logits processors
 
         def leave_only_our_draw(so_far_BT: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
             step = so_far_BT.shape[1] - prompt_length
@@ -263,19 +261,11 @@ class TransformersEngine:
         def finished(so_far_BT: torch.Tensor, _scores: Any, **_kwargs: Any) -> torch.Tensor:
             return batch.mark_finished(so_far_BT.shape[1] - prompt_length - 1, rows_B, so_far_BT[:, -1], stop_strings)
 
-        generation_config = GenerationConfig(
-            max_new_tokens=params.max_new_tokens,
-            do_sample=False,
-            use_cache=True,
-            eos_token_id=list(params.end_token_ids),
-            pad_token_id=batch.pad_token_id,
-            **params.extra,
-        )
         with self._generating(keep_raw_logits) as model:
             model.generate(
                 input_ids=ids_BT,
                 attention_mask=mask_BT,
-                generation_config=generation_config,
+                generation_config=_greedy_config(batch.params, batch.pad_token_id),
                 logits_processor=LogitsProcessorList([leave_only_our_draw]),
                 stopping_criteria=StoppingCriteriaList([finished]),
                 **without_router_logits(model),
@@ -300,92 +290,6 @@ class TransformersEngine:
         return StopStringCriteria(self.tokenizer, list(params.stop_strings)) if params.stop_strings else None
 
 
-class _Batch:
-    """The sequences that are decoded together, and the tokens that have been sampled so far.
-
-    Sequence ``p * K + k`` is completion k of prompt p, also after the decoder has dropped others.
-    """
-
-    def __init__(
-        self,
-        prompts: Sequence[Prompt],
-        num_completions: int,
-        params: SamplingParams,
-        key: RolloutKey,
-        device: torch.device,
-    ) -> None:
-        self.prompts, self.num_completions, self.params, self.key = prompts, num_completions, params, key
-        self.pad_token_id = 0  # any id will do: padding is masked out
-        size, steps = len(prompts) * num_completions, params.max_new_tokens
-        uniform = [
-            uniform_numbers(key, prompt.row, sample, steps)
-            for prompt in prompts
-            for sample in key.samples(num_completions)
-        ]
-        self.uniform_BT = torch.stack([torch.from_numpy(numbers) for numbers in uniform]).to(device)
-        self.ids_BT = torch.full((size, steps), self.pad_token_id, dtype=torch.long, device=device)
-        self.logprobs_BT = torch.zeros((size, steps), device=device)
-        self.length_B = torch.full((size,), steps, dtype=torch.long, device=device)
-        self.stopped_B = torch.zeros(size, dtype=torch.bool, device=device)
-        self._end_ids = torch.tensor(params.end_token_ids, dtype=torch.long, device=device)
-        self._seen_BV: torch.Tensor | None = None
-        self._true = torch.ones((), dtype=torch.bool, device=device)
-
-    def note_prompt_tokens(self, vocabulary: int) -> None:
-        """Notes, before the first draw, which tokens occur in the prompts. Only a repetition penalty needs this."""
-        if self.params.repetition_penalty == 1.0 or self._seen_BV is not None:
-            return
-        seen_PV = torch.zeros(len(self.prompts), vocabulary, dtype=torch.bool, device=self.ids_BT.device)
-        for p, prompt in enumerate(self.prompts):
-            seen_PV[p, list(prompt.token_ids)] = True
-        self._seen_BV = seen_PV.repeat_interleave(self.num_completions, dim=0)
-
-    def draw_arguments(
-        self, step: int, rows_B: torch.Tensor
-    ) -> tuple[torch.Tensor, SamplingParams, torch.Tensor | None]:
-        """The last three arguments of `next_tokens` (``uniform_B``, ``params``, ``seen_BV``) for these rows."""
-        return self.uniform_BT[rows_B, step], self.params, None if self._seen_BV is None else self._seen_BV[rows_B]
-
-    def write(self, step: int, rows_B: torch.Tensor, token_B: torch.Tensor, logps_B: torch.Tensor) -> None:
-        """Writes the next token of each of ``rows_B``, and padding where the completion has ended before."""
-        stopped_B = self.stopped_B[rows_B]
-        self.ids_BT[rows_B, step] = token_B.masked_fill(stopped_B, self.pad_token_id)
-        self.logprobs_BT[rows_B, step] = logps_B.masked_fill(stopped_B, 0.0)
-        if self._seen_BV is not None:
-            self._seen_BV.index_put_((rows_B, token_B), self._true)
-
-    def mark_finished(
-        self, step: int, rows_B: torch.Tensor, token_B: torch.Tensor, stop_strings: StopStringCriteria | None
-    ) -> torch.Tensor:
-        """Marks the sequences that end with this token; returns which of ``rows_B`` have ended by now, (B,) bool."""
-        ended_B = (token_B[:, None] == self._end_ids).any(dim=1)
-        if stop_strings is not None:
-            ended_B |= stop_strings(self.ids_BT[rows_B, : step + 1], None)  # pyright: ignore[reportArgumentType, reportOperatorIssue]
-        before_B = self.stopped_B[rows_B]
-        self.length_B[rows_B] = self.length_B[rows_B].masked_fill(ended_B & ~before_B, step + 1)
-        self.stopped_B[rows_B] = before_B | ended_B
-        return before_B | ended_B
-
-    def groups(self, tokenizer: PreTrainedTokenizerBase, version: int) -> list[Group]:
-        """The groups, one for each prompt, with texts decoded by ``tokenizer`` and this policy version."""
-        lengths, stopped = self.length_B.tolist(), self.stopped_B.tolist()
-        ids = [row[:n] for row, n in zip(self.ids_BT.tolist(), lengths, strict=True)]
-        logprobs = [row[:n] for row, n in zip(self.logprobs_BT.tolist(), lengths, strict=True)]
-        texts = completion_texts(tokenizer, self.prompts, ids)
-        completions = [
-            Completion(
-                token_ids=tuple(ids[b]),
-                logprobs=tuple(logprobs[b]),
-                finish_reason="stop" if stopped[b] else "length",
-                policy_version=version,
-                text=texts[b],
-            )
-            for b in range(len(ids))
-        ]
-        k = self.num_completions
-        return [Group(prompt, tuple(completions[p * k : (p + 1) * k])) for p, prompt in enumerate(self.prompts)]
-
-
 def _rows_to_keep(running_GK: torch.Tensor, rows: Callable[[int, int], int]) -> torch.Tensor | None:
     """The sequences to go on with, as indices, (G', K'); ``None`` if dropping the others saves too little.
 
@@ -404,9 +308,22 @@ def _rows_to_keep(running_GK: torch.Tensor, rows: Callable[[int, int], int]) -> 
     return groups * k + order_GK[groups[:, 0]]
 
 
+def _greedy_config(params: SamplingParams, pad_token_id: int) -> GenerationConfig:
+    """The generation config for greedy search with the options that only `generate` has."""
+    return GenerationConfig(
+        max_new_tokens=params.max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=list(params.end_token_ids),
+        pad_token_id=pad_token_id,
+        **params.extra,
+    )
+
+
 def _left_padded(
     sequences: Sequence[Sequence[int]], pad_token_id: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask of sequences that are padded on the left, (B, T) each."""
     length = max(len(ids) for ids in sequences)
     ids = [[pad_token_id] * (length - len(s)) + list(s) for s in sequences]
     mask = [[0] * (length - len(s)) + [1] * len(s) for s in sequences]

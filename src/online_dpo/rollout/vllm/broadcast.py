@@ -225,10 +225,10 @@ def _in_thread(function: Callable[[], Any]) -> Future[Any]:
 
 
 def _check_answer(request: Future[Any]) -> None:
-    """Raises the error in the server's answer, if the answer has come and contains one.
+    """Checks the server's answer, if it has come.
 
     Raises:
-        TransferStopped: a worker stopped the transfer.
+        TransferStopped: the answer says that a worker has stopped the transfer.
     """
     if request.done():
         reasons = [reason for reason in request.result()["results"] if reason]

@@ -98,7 +98,11 @@ class Rendezvous:
             raise
 
     def _check_others(self, what: str) -> None:
-        """Raises if another member has stopped, the store is gone, or the time is over."""
+        """Checks whether another member has stopped, the store is gone, or the time is over.
+
+        Raises:
+            TransferStopped: one of these.
+        """
         if self.check_request is not None:
             self.check_request()
         try:

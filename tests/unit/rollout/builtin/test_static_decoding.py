@@ -14,8 +14,9 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 from online_dpo import OnlineDPOConfig
 from online_dpo.modeling.introspection import forward_state_key
 from online_dpo.rollout.builtin import static_decoding
+from online_dpo.rollout.builtin.batch import Batch
 from online_dpo.rollout.builtin.cuda_graphs import CapturableOnly, NotCapturableError, StepGraphs
-from online_dpo.rollout.builtin.engine import TransformersEngine, _Batch
+from online_dpo.rollout.builtin.engine import TransformersEngine
 from online_dpo.rollout.builtin.sampling import next_tokens
 from online_dpo.rollout.builtin.static_decoding import (
     StaticBuffers,
@@ -311,7 +312,7 @@ def test_under_autocast_weights_are_cast_once_a_call():
 
 def test_what_is_done_with_each_token_waits_for_nothing():
     params = replace(PARAMS, repetition_penalty=1.5, top_p=0.9, stop_strings=("w7", "w20"))
-    batch = _Batch(tiny.prompts(LENGTHS), 2, params, KEY, torch.device("cpu"))
+    batch = Batch(tiny.prompts(LENGTHS), 2, params, KEY, torch.device("cpu"))
     batch.note_prompt_tokens(tiny.VOCABULARY)
     rows_B, logits_BV = torch.arange(10), torch.randn(10, tiny.VOCABULARY)
     stop_strings = StopStringCriteria(tiny.tokenizer(), ["w7", "w20"])
