@@ -12,6 +12,7 @@
 #   make benchmark    time and memory of a step against TRL's
 #   make lint         what CI checks before the tests
 #   make ci           everything that CI checks, two parts at a time: .ci/run
+#   make docs         docs/configuration.md and the schema of run files, from the fields
 #
 # TORCH_INDEX: a package index to take torch from, such as PyTorch's own index of CPU builds. Without it, pip's usual one.
 
@@ -51,12 +52,12 @@ SEAMS := tests/unit/test_versions.py tests/unit/modeling/test_patching.py tests/
 # first needed. What a part prints comes in one piece (-O). When one fails, no other is begun.
 CI_PARTS := lint ci-unit ci-integration ci-vllm-servers ci-vllm ci-seams-oldest ci-seams-newest ci-e2e test-distributed
 # about half of the time of all that use vLLM
-VLLM_SERVERS := $(addprefix tests/vllm_engines/test_,server.py broadcast.py judge.py ranks.py)
+VLLM_SERVERS := $(addprefix tests/vllm/test_,server.py broadcast.py judge.py ranks.py)
 # setuptools writes into src/ when it installs this package: not into two environments at once
 after = $(if $(IN_TURN),| $(1))
 
 .PHONY: venv quickstart smoke test test-slow test-distributed test-e2e test-vllm test-oldest test-newest test-seams test-all \
-	ci $(CI_PARTS) figures benchmark lint format clean
+	ci $(CI_PARTS) figures benchmark lint format docs clean
 .DELETE_ON_ERROR:
 
 venv: $(STAMP)
@@ -105,7 +106,7 @@ ci-vllm-servers: $(VLLM_STAMP)
 	$(VLLM_PYTEST) $(VLLM_SERVERS)
 
 ci-vllm: $(VLLM_STAMP)
-	$(VLLM_PYTEST) tests/vllm_engines $(addprefix --ignore ,$(VLLM_SERVERS))
+	$(VLLM_PYTEST) tests/vllm $(addprefix --ignore ,$(VLLM_SERVERS))
 
 ci-seams-oldest: $(OLDEST_STAMP)
 	$(call in_venv,$(OLDEST_VENV)) $(SEAMS)
@@ -125,7 +126,7 @@ $(VLLM_STAMP): pyproject.toml $(VLLM_PACKAGES) $(call after,$(STAMP))
 	touch $@
 
 test-vllm: $(VLLM_STAMP)
-	$(VLLM_PYTEST) -n 2 --dist loadfile tests/vllm_engines
+	$(VLLM_PYTEST) -n 2 --dist loadfile tests/vllm
 
 # trl for the tests of parity; what checks the code is not needed
 $(OLDEST_STAMP): pyproject.toml constraints-oldest.txt $(call after,$(VLLM_STAMP))
@@ -168,6 +169,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check src tests benchmarks recipes
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+docs: $(STAMP)
+	$(BIN)/python -m online_dpo.cli.runfile.configuration_page > docs/configuration.md
+	$(BIN)/online-dpo schema > src/online_dpo/run.schema.json
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix src tests benchmarks recipes
