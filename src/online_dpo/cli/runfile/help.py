@@ -54,6 +54,7 @@ GROUPS = {
     "loss": "what is minimised",
     "method": "Online DPO, XPO or Nash-MD; an adapting beta",
     "training": "batches, memory and speed",
+    "plugins": "Python that brings losses, strategies, methods, engines, rewards, judges and metrics",
     "guards": "what stops a run",
 }
 """The headings under which fields stand, in the order in which they are shown."""
