@@ -73,14 +73,14 @@ def samples_of_every_rank(accelerator: Any, samples: Sequence[T]) -> list[T]:
 
 
 def raise_first_ranks(error: Exception | None) -> None:
-    """Raises the error of rank 0, if there is one, on all ranks, so that no rank waits for one that has stopped."""
+    """Ends all ranks with the error of rank 0, if there is one, so that no rank waits for one that has stopped."""
     error = from_first_rank(error)
     if error is not None:
         raise error
 
 
 class RankErrors:
-    """Raises an error on all ranks if any rank has one, so that no rank waits for one that has stopped.
+    """Ends all ranks if any of them fails, so that no rank waits for one that has stopped.
 
     ``raised`` tells whether this has happened in this run: then all ranks have stopped, and can save together.
     """
@@ -94,7 +94,7 @@ class RankErrors:
         self.raised = False
 
     def raise_if_any(self, problem: OnlineDPOError | None) -> None:
-        """Raises on all ranks if any rank has a problem.
+        """Ends all ranks if any of them has a problem.
 
         Raises:
             OnlineDPOError: ``problem``; on ranks without one a `FeedbackLostError`.

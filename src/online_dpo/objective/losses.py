@@ -27,7 +27,7 @@ LOSSES: Registry[PairLoss] = Registry("loss")
 
 
 def loss(name: str) -> Callable[[PairLoss], PairLoss]:
-    """Registers a loss: ``loss_type: name`` in a configuration then chooses it.
+    """Registers a loss; ``loss_type: name`` in a configuration then selects it.
 
     >>> @loss("mine")
     ... def mine(pairs, options): return -F.logsigmoid(options.beta * pairs.h_N)

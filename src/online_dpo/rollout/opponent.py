@@ -7,8 +7,8 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Protocol
 
+from online_dpo.modeling.borrowing import ModelContext
 from online_dpo.rollout.builtin.engine import TransformersEngine
-from online_dpo.rollout.builtin.mixture import ModelContext
 from online_dpo.rollout.params import RolloutKey, SamplingParams
 from online_dpo.types import Author, Completion, Group, Prompt
 
@@ -55,11 +55,11 @@ class ModelOpponent:
     completions = 1
 
     def __init__(self, engine: TransformersEngine, author: Author, model_context: ModelContext | None = None) -> None:
-        self._engine, self._author, self._lend = engine, author, model_context or nullcontext
+        self._engine, self._author, self._model_context = engine, author, model_context or nullcontext
 
     def answer(self, prompts: Sequence[Prompt], params: SamplingParams, key: RolloutKey) -> list[Group]:
         """Samples one completion for each prompt, with this opponent as its author."""
-        with self._lend():
+        with self._model_context():
             groups = self._engine.generate(prompts, self.completions, params, key)
         return [replace(group, completions=tuple(map(self._signed, group.completions))) for group in groups]
 
@@ -71,9 +71,9 @@ class ModelOpponent:
         return replace(completion, author=self._author)
 
 
-def joined(own: Sequence[Group], theirs: Sequence[Group]) -> list[Group]:
+def joined(policy_groups: Sequence[Group], opponent_groups: Sequence[Group]) -> list[Group]:
     """Groups that have the completions of both lists of groups, which are of the same prompts: the policy's first."""
     return [
         replace(group, completions=group.completions + other.completions)
-        for group, other in zip(own, theirs, strict=True)
+        for group, other in zip(policy_groups, opponent_groups, strict=True)
     ]
