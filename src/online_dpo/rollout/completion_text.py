@@ -18,7 +18,7 @@ from online_dpo.types import Prompt
 CONTEXT_TOKENS = 32
 """The number of a prompt's last tokens that are decoded with each completion, instead of all of its tokens."""
 
-_BROKEN = "\N{REPLACEMENT CHARACTER}"
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 def completion_texts(
@@ -41,24 +41,24 @@ def completion_texts(
     if not prompts:
         return []
     k = len(completions) // len(prompts)
-    opening = _opening(tokenizer) if any(prompt.is_conversational for prompt in prompts) else ""
+    whitespace = _whitespace_before_answer(tokenizer) if any(prompt.is_conversational for prompt in prompts) else ""
     texts: list[str] = []
     for p, prompt in enumerate(prompts):
-        decoder = _DecoderBehind(tokenizer, prompt.token_ids)
+        decoder = _CompletionDecoder(tokenizer, prompt.token_ids)
         answers = [decoder.text(ids) for ids in completions[p * k : (p + 1) * k]]
-        texts += [answer.removeprefix(opening) for answer in answers] if _opens_message(prompt) else answers
+        texts += [answer.removeprefix(whitespace) for answer in answers] if _is_new_message(prompt) else answers
     return texts
 
 
-class _DecoderBehind:
+class _CompletionDecoder:
     """Decodes completions of one prompt, with that prompt before them."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._prompt_ids = list(prompt_ids)
-        self._whole = self._decode(self._prompt_ids)
+        self._prompt_text = self._decode(self._prompt_ids)
         self._context_ids = self._prompt_ids[-CONTEXT_TOKENS:]
-        self._context = self._decode(self._context_ids)
+        self._context_text = self._decode(self._context_ids)
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of one completion.
@@ -67,32 +67,32 @@ class _DecoderBehind:
         incomplete bytes remain: decoders treat the beginning of a text in a special way, which is then before the
         completion, and otherwise they change neighbouring tokens only.
         """
-        if self._context and self._whole.endswith(self._context):
+        if self._context_text and self._prompt_text.endswith(self._context_text):
             joint = self._decode([*self._context_ids, *ids])
-            if joint.startswith(self._context) and _BROKEN not in joint:
-                return joint[len(self._context) :]
+            if joint.startswith(self._context_text) and _REPLACEMENT not in joint:
+                return joint[len(self._context_text) :]
         joint = self._decode([*self._prompt_ids, *ids])
-        return joint[len(os.path.commonprefix([self._whole, joint])) :]
+        return joint[len(os.path.commonprefix([self._prompt_text, joint])) :]
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-def _opens_message(prompt: Prompt) -> bool:
+def _is_new_message(prompt: Prompt) -> bool:
     """Whether the completion is a new message, and does not continue an unfinished one of the assistant."""
     return not isinstance(prompt.content, str) and prompt.content[-1]["role"] != "assistant"
 
 
-def _opening(tokenizer: PreTrainedTokenizerBase) -> str:
+def _whitespace_before_answer(tokenizer: PreTrainedTokenizerBase) -> str:
     """The white space that the chat template writes between the generation prompt and the content of an answer."""
     if tokenizer.chat_template is None:
         return ""
     chat = [{"role": "user", "content": "question"}]
     try:
         before = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template([*chat, {"role": "assistant", "content": "answer"}], tokenize=False)
+        with_answer = tokenizer.apply_chat_template([*chat, {"role": "assistant", "content": "answer"}], tokenize=False)
     except (TemplateError, ValueError, TypeError):  # the template needs other chats, such as with a system message
         return ""
-    assert isinstance(before, str) and isinstance(whole, str)
-    opening, found, _ = whole.removeprefix(before).partition("answer")
-    return opening if found and whole.startswith(before) and opening.isspace() else ""
+    assert isinstance(before, str) and isinstance(with_answer, str)
+    whitespace, found, _ = with_answer.removeprefix(before).partition("answer")
+    return whitespace if found and with_answer.startswith(before) and whitespace.isspace() else ""
