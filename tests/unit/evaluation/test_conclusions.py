@@ -1,4 +1,4 @@
-"""What is said of a judge and of a comparison, in words."""
+"""Conclusions on a judge and on a comparison, in words."""
 
 import pytest
 
@@ -12,7 +12,7 @@ def of(share, count):
 
 
 @pytest.mark.parametrize(
-    ("share", "count", "said"),
+    ("share", "count", "words"),
     [
         (0.80, 400, "Good enough to train on: right in 80% of the pairs"),
         (0.80, 40, "Good enough to train on: right in 80% of the pairs"),
@@ -23,9 +23,9 @@ def of(share, count):
         (0.30, 100, "Do not train on it: it contradicts the labels more often than chance."),
     ],
 )
-def test_agreement_with_labels(share, count, said):
+def test_agreement_with_labels(share, count, words):
     [sentence] = judge_conclusion(of(share, count), 0.0, 0.5)
-    assert said in sentence and ("Not yet sure" in sentence) == ("Not yet sure" in said)
+    assert words in sentence and ("Not yet sure" in sentence) == ("Not yet sure" in words)
 
 
 def test_no_labels_a_place_that_is_liked_and_answers_that_are_missing():
@@ -43,7 +43,7 @@ def interval(value, low, high):
 
 
 @pytest.mark.parametrize(
-    ("rate", "controlled", "said"),
+    ("rate", "controlled", "words"),
     [
         (interval(0.8, 0.7, 0.9), interval(0.7, 0.6, 0.8), "A is better than B: all of the interval is above 50 %."),
         (interval(0.2, 0.1, 0.3), None, "A is worse than B: all of the interval is below 50 %."),
@@ -62,8 +62,8 @@ def interval(value, low, high):
         (interval(0.5, 0.4, 0.6), None, "No difference can be told with 50 prompts; more of them narrow the interval."),
     ],
 )
-def test_comparisons(rate, controlled, said):
-    assert comparison_conclusion("A", "B", 50, rate, controlled) == said
+def test_comparisons(rate, controlled, words):
+    assert comparison_conclusion("A", "B", 50, rate, controlled) == words
 
 
 def test_so_many_labels_tell_a_share_from_chance():
