@@ -18,10 +18,10 @@ def test_evaluation_numbers_against_an_independent_count(tmp_path):
     )
     metrics = made.evaluate()
     prompts = tiny.prompts(LENGTHS)
-    ours = made.engine.generate(prompts, 3, made.sampling, RolloutKey(42, 0, 1))
+    ours = made.sampler.engine.generate(prompts, 3, made.sampler.params, RolloutKey(42, 0, 1))
     with made.reference.active() as reference:
-        theirs = made.engine.__class__(reference, made.tokenizer).generate(
-            prompts, 1, made.sampling, RolloutKey(42, 0, 2)
+        theirs = made.sampler.engine.__class__(reference, made.tokenizer).generate(
+            prompts, 1, made.sampler.params, RolloutKey(42, 0, 2)
         )
         kls, wins, scores = [], [], []
         for mine, rival in zip(ours, theirs, strict=True):
@@ -45,6 +45,7 @@ def test_evaluation_numbers_against_an_independent_count(tmp_path):
     assert metrics["eval_prompts"] == 12 and metrics["eval_loss"] > 0
 
 
+@pytest.mark.smoke
 def test_evaluation_repeats_exactly_and_leaves_training_alone(tmp_path):
     plain = trainer(tmp_path, max_steps=3)
     plain.train()

@@ -23,7 +23,9 @@ def test_a_judge_picks_the_pairs(tmp_path, as_callable):
         per_device_train_batch_size=12,
         model=tiny.causal_lm(sharpness=1.0, eos_token_id=[1, 5, 6, 7, 8]),
     )
-    made.sampling = made.sampling.__class__(**{**made.sampling.__dict__, "end_token_ids": (1, 5, 6, 7, 8)})
+    made.sampler.params = made.sampler.params.__class__(
+        **{**made.sampler.params.__dict__, "end_token_ids": (1, 5, 6, 7, 8)}
+    )
     made.train()
     [log] = train_logs(made)
     undecided = sum(len(a.split()) == len(b.split()) for a, b in judge.pairs)
@@ -45,7 +47,7 @@ def test_a_judge_finds_best_and_worst_of_several(tmp_path, num_completions):
         per_device_train_batch_size=12,
         model=tiny.causal_lm(sharpness=1.0, eos_token_id=list(ends)),
     )
-    made.sampling = made.sampling.__class__(**{**made.sampling.__dict__, "end_token_ids": ends})
+    made.sampler.params = made.sampler.params.__class__(**{**made.sampler.params.__dict__, "end_token_ids": ends})
     made.train()
     [log] = train_logs(made)
     assert log["judge/duels"] == len(judge.pairs) <= 12 * (math.ceil(3 * num_completions / 2) - 1)
@@ -73,7 +75,9 @@ def test_completions_that_did_not_end_lose_before_a_judge(tmp_path):
         generation_kwargs={"eos_token_id": [1, 2, 5, 6, 7, 8]},
         per_device_train_batch_size=12,
     )
-    groups = made._sample_and_score(0, [p for b in made.get_train_dataloader() for p in prompts_from_batch(b)])()
+    groups = made.collector.sample_and_assess(
+        0, [p for b in made.get_train_dataloader() for p in prompts_from_batch(b)]
+    )()
     ended = [[c.finish_reason == "stop" for c in group.completions] for group in groups.groups]
     chosen = [preference.chosen for preference in groups.said.preferences]
     assert [False, True] in ended and chosen == [int(e == [False, True]) for e in ended]
@@ -89,9 +93,9 @@ def test_they_lose_in_evaluation_as_well(tmp_path):
     )
     metrics = made.evaluate()
     prompts = tiny.prompts(LENGTHS)
-    ours = made.engine.generate(prompts, 2, made.sampling, RolloutKey(42, 0, 1))
+    ours = made.sampler.engine.generate(prompts, 2, made.sampler.params, RolloutKey(42, 0, 1))
     expected = []
-    for group, rival in zip(ours, made._rivals(prompts), strict=True):
+    for group, rival in zip(ours, made.reference_answers.to(prompts), strict=True):
         mine, theirs = (g.completions[0].finish_reason == "stop" for g in (group, rival))
         expected.append(0.0 if theirs and not mine else 1.0)
     assert 0.0 in expected and metrics["eval_win_rate"] == pytest.approx(np.mean(expected), abs=1e-9)

@@ -20,8 +20,8 @@ def test_staleness_is_logged_and_stamped(tmp_path):
             seen.append(({g.policy_version for p in last for g in p.group.completions}, state.global_step))
 
     made = trainer(tmp_path, max_steps=5, max_staleness=2, kwargs={"callbacks": [Watch()]})
-    pack, last = made._pack, []
-    made._pack = lambda pairs, count: (last.clear(), last.extend(pairs), pack(pairs, count))[-1]
+    pack, last = made.objective.pack, []
+    made.objective.pack = lambda model, pairs, count: (last.clear(), last.extend(pairs), pack(model, pairs, count))[-1]
     made.train()
     # Three steps an epoch: at the start of one, all that may be begun is begun with the weights of that time.
     assert seen == [({0}, 0), ({0}, 1), ({0}, 2), ({3}, 3), ({3}, 4)]
@@ -126,8 +126,8 @@ class Copying(TransformersEngine):
 
 def with_copy(tmp_path, forgets_from, **fields):
     made = trainer(tmp_path, max_steps=4, learning_rate=1e-2, **fields)
-    made.engine = Copying(tiny.causal_lm(), tiny.tokenizer())
-    made.engine.forgets_from = forgets_from
+    made.sampler.engine = Copying(tiny.causal_lm(), tiny.tokenizer())
+    made.sampler.engine.forgets_from = forgets_from
     return made
 
 
@@ -148,9 +148,9 @@ def test_an_engine_that_computes_in_half_precision_may_differ_by_its_rounding(tm
 
     def with_half_copy(forgets_from, **fields):
         made = trainer(tmp_path, max_steps=2, learning_rate=1e-1, optim="sgd", **fields)
-        made.engine = Copying(tiny.causal_lm().bfloat16(), tiny.tokenizer())
-        made.engine.own_dtype = torch.bfloat16
-        made.engine.forgets_from = forgets_from
+        made.sampler.engine = Copying(tiny.causal_lm().bfloat16(), tiny.tokenizer())
+        made.sampler.engine.own_dtype = torch.bfloat16
+        made.sampler.engine.forgets_from = forgets_from
         return made
 
     made = with_half_copy(10**9, sync_check_steps=1)

@@ -45,7 +45,7 @@ def test_running_out_of_memory_splits_the_micro_batch_and_keeps_the_gradient(tmp
     model.register_forward_hook(hook)
     small = trainer(tmp_path, model=model, **options)
     small.train()
-    assert small.tokens_that_fit < 100
+    assert small.passes.tokens_that_fit < 100
 
     ours, theirs = (without_times(made.state.log_history[0]) for made in (small, expected_log))
     assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
@@ -61,9 +61,9 @@ def test_memory_that_sampling_keeps_is_taken_back_when_a_pass_does_not_fit(tmp_p
     model = tiny.causal_lm(sharpness=1.0)
     model.register_forward_hook(hook)
     made = trainer(tmp_path, model=model, per_device_train_batch_size=6)
-    made.engine.static_steps = True
+    made.sampler.engine.static_steps = True
     made.train()
-    assert bool(made.engine._buffers.layers) == room
+    assert bool(made.sampler.engine._buffers.layers) == room
 
 
 @pytest.mark.slow

@@ -70,11 +70,11 @@ def test_the_policy_learns_to_say_the_rewarded_words(tmp_path, kind):
     made = trainer(tmp_path, model=model, **options, **LEARNING[kind])
     scores = []
 
-    def watched(groups, assessment, step, form=made._form_pairs):
+    def watched(groups, assessment, step, form=made.collector.form_pairs):
         scores.append(np.mean([word_reward([group.completions[0].text]) for group in groups]))
         return form(groups, assessment, step)
 
-    made._form_pairs = watched
+    made.collector.form_pairs = watched
     made.train()
     assert np.mean(scores[-3:]) > np.mean(scores[:3]) + 0.5
     logs = step_logs(made)
@@ -88,15 +88,15 @@ def test_the_policy_learns_to_say_the_rewarded_words(tmp_path, kind):
 
 def feedback_of(made, step=0):
     prompts = tiny.prompts(LENGTHS)
-    return made._sample_and_score(step, prompts)().groups, prompts
+    return made.collector.sample_and_assess(step, prompts)().groups, prompts
 
 
 def test_xpos_groups_hold_what_the_policy_and_the_reference_would_say_alone(tmp_path):
     made = trainer(tmp_path, kwargs={"ref_model": other_reference()}, **XPO)
     groups, prompts = feedback_of(made, step=3)
-    own = made.engine.generate(prompts, 1, made.sampling, RolloutKey(42, 3, 0))
+    own = made.sampler.engine.generate(prompts, 1, made.sampler.params, RolloutKey(42, 3, 0))
     reference = TransformersEngine(other_reference(), tiny.tokenizer())
-    theirs = reference.generate(prompts, 1, made.sampling, RolloutKey(42, 3, 5))
+    theirs = reference.generate(prompts, 1, made.sampler.params, RolloutKey(42, 3, 5))
     for group, mine, other in zip(groups, own, theirs, strict=True):
         assert group.completions[0] == mine.completions[0]
         assert group.completions[1].token_ids == other.completions[0].token_ids
@@ -110,9 +110,9 @@ def test_xpos_opponent_with_an_adapter_is_the_policy_without(tmp_path):
     assert isinstance(made.reference, AdapterOffReference)
     groups, prompts = feedback_of(made, step=3)
     base = TransformersEngine(tiny.causal_lm(sharpness=1.0), tiny.tokenizer())
-    theirs = base.generate(prompts, 1, made.sampling, RolloutKey(42, 3, 5))
+    theirs = base.generate(prompts, 1, made.sampler.params, RolloutKey(42, 3, 5))
     assert [g.completions[1].token_ids for g in groups] == [g.completions[0].token_ids for g in theirs]
-    own = base.generate(prompts, 1, made.sampling, RolloutKey(42, 3, 0))
+    own = base.generate(prompts, 1, made.sampler.params, RolloutKey(42, 3, 0))
     assert [g.completions[0].token_ids for g in groups] != [g.completions[0].token_ids for g in own]
 
 
@@ -124,7 +124,7 @@ def test_the_share_of_the_reference_goes_by_epochs(tmp_path):
         made.state.epoch = epoch
         groups, prompts = feedback_of(made)
         engine = TransformersEngine(model, tiny.tokenizer())
-        theirs = engine.generate(prompts, 1, made.sampling, RolloutKey(42, 0, 5))
+        theirs = engine.generate(prompts, 1, made.sampler.params, RolloutKey(42, 0, 5))
         assert [g.completions[1].token_ids for g in groups] == [g.completions[0].token_ids for g in theirs]
         assert {g.completions[1].author for g in groups} == {"mixture"}
 
@@ -150,7 +150,7 @@ def test_xpo_with_an_engine_that_samples_beside_training(tmp_path):
         pass
 
     made = trainer(tmp_path, max_steps=3, max_staleness=1, **XPO)
-    made.engine = Beside(tiny.causal_lm(sharpness=1.0), tiny.tokenizer())
+    made.sampler.engine = Beside(tiny.causal_lm(sharpness=1.0), tiny.tokenizer())
     made.opponent._engine.__class__ = Watched
     made.train()
     assert set(threads) == {("Beside", False), ("Watched", True)}
@@ -279,7 +279,7 @@ def test_what_was_begun_before_there_were_authors_is_the_policys(tmp_path):
     made = trainer(tmp_path)
     completion = Completion((5, 1), (-1.0, -2.0), "stop", 0, "w1")
     vars(completion).pop("author")
-    assert completion.by_policy and made._pack([], 1)
+    assert completion.by_policy and made.objective.pack(made.model, [], 1)
 
 
 # target_kl ------------------------------------------------------------------------------------------------------------
@@ -364,7 +364,7 @@ def test_evaluation_is_of_the_policy_alone_and_changes_nothing(tmp_path, method)
     metrics = made.evaluate()
     assert 0 <= metrics["eval_win_rate"] <= 1 and np.isfinite(metrics["eval_loss"])
     prompts = tiny.prompts((4, 5, 6, 7))
-    groups = made.engine.generate(prompts, 2, made.sampling, RolloutKey(42, 0, 1))
+    groups = made.sampler.engine.generate(prompts, 2, made.sampler.params, RolloutKey(42, 0, 1))
     assert metrics["eval_objective/scores"] == pytest.approx(
         np.mean([word_reward([c.text])[0] for g in groups for c in g.completions])
     )

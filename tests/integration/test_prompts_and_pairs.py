@@ -73,7 +73,7 @@ def test_each_completion_was_sampled_from_the_prompt_of_its_group(tmp_path, num_
     """The sampler's log-probabilities fit this prompt, and none of the others."""
     made = trainer(tmp_path, num_completions=num_completions, generation_kwargs=extra)
     prompts = prompts_from_batch(collate_prompts([made.train_dataset[i] for i in range(6)]))
-    groups = made._sample_and_score(0, prompts)().groups
+    groups = made.collector.sample_and_assess(0, prompts)().groups
     assert [group.prompt for group in groups] == prompts
     for group in groups:
         for completion in group.completions:
@@ -182,7 +182,7 @@ def test_random_pairs_depend_on_seed_step_and_row_and_on_nothing_else(tmp_path):
     scores = Scores([[5.0, 0.0, 1.0, 2.0, 3.0, 4.0]] * 40, {})
 
     def rejected(groups, step):
-        pairs = made._form_pairs(groups, Scores(scores.values[: len(groups)], {}), step).pairs
+        pairs = made.collector.form_pairs(groups, Scores(scores.values[: len(groups)], {}), step).pairs
         return {pair.group.prompt.row: pair.rejected for pair in pairs}
 
     first, second = rejected(groups, 0), rejected(groups, 1)

@@ -93,11 +93,11 @@ def test_win_rates_are_against_the_start_and_kl_against_the_reference_as_it_is(t
     metrics = follows.evaluate()
     assert metrics["eval_objective/kl"] == pytest.approx(0, abs=1e-5)  # the reference is the policy now
     start = tiny.causal_lm(sharpness=1.0)
-    rivals = follows.engine.__class__(start, follows.tokenizer).generate(
-        tiny.prompts(LENGTHS), 1, follows.sampling, RolloutKey(42, 0, 2)
+    expected = follows.sampler.engine.__class__(start, follows.tokenizer).generate(
+        tiny.prompts(LENGTHS), 1, follows.sampler.params, RolloutKey(42, 0, 2)
     )
-    kept = [follows.reference_completions[group.prompt.row, group.prompt.token_ids] for group in rivals]
-    assert [c[0].token_ids for c in kept] == [group.completions[0].token_ids for group in rivals]
+    kept = follows.reference_answers.to([group.prompt for group in expected])  # no model is asked again
+    assert [g.completions[0].token_ids for g in kept] == [g.completions[0].token_ids for g in expected]
 
 
 def test_shares_too_small_for_half_precision_add_up():

@@ -23,13 +23,13 @@ def coin(completions, **_):
 
 def watched(made):
     """Prompts and first sample of each call of the engine, as they come."""
-    calls, generate = [], made.engine.generate
+    calls, generate = [], made.sampler.engine.generate
 
     def watching(prompts, num_completions, params, key):
         calls.append(([prompt.row for prompt in prompts], key.step, key.first_sample))
         return generate(prompts, num_completions, params, key)
 
-    made.engine.generate = watching
+    made.sampler.engine.generate = watching
     return calls
 
 
@@ -39,7 +39,7 @@ def tokens(completions):
 
 def by_hand(made, prompts, step, rounds, reward=coin):
     """The rounds of each prompt up to the one that gives a pair, from one call that samples all there may be."""
-    groups = made.engine.generate(prompts, 2 * (rounds + 1), made.sampling, RolloutKey(42, step, 0))
+    groups = made.sampler.engine.generate(prompts, 2 * (rounds + 1), made.sampler.params, RolloutKey(42, step, 0))
     answers = []
     for group in groups:
         texts = [completion.text for completion in group.completions]
@@ -58,7 +58,7 @@ def test_each_prompt_is_answered_until_it_gives_a_pair_with_the_samples_that_com
     made, prompts = trainer(tmp_path, reward_funcs=coin, resample_rounds=rounds), tiny.prompts(LENGTHS)
     answers = by_hand(made, prompts, 5, rounds)
     calls = watched(made)
-    feedback = made._sample_and_score(5, prompts)()
+    feedback = made.collector.sample_and_assess(5, prompts)()
     groups, scores = latest(feedback)
     assert [tokens(group.completions) for group in groups] == [tokens(tries[-1]) for tries, _ in answers]
     assert scores.values == [values[-1] for _, values in answers] == scores.by_scorer["coin"]
@@ -164,8 +164,8 @@ def test_xpos_opponent_keeps_its_answer(tmp_path):
     other = tiny.causal_lm(seed=5, sharpness=1.0)
     options = dict(method="xpo", reward_funcs=coin, resample_rounds=2, kwargs={"ref_model": other})
     made, prompts = trainer(tmp_path, **options), tiny.prompts(LENGTHS)
-    own = made.engine.generate(prompts, 3, made.sampling, RolloutKey(42, 4, 0))
-    feedback = made._sample_and_score(4, prompts)()
+    own = made.sampler.engine.generate(prompts, 3, made.sampler.params, RolloutKey(42, 4, 0))
+    feedback = made.collector.sample_and_assess(4, prompts)()
     rounds = [0] * len(prompts)
     for again in feedback.further:
         for place in again.places:
@@ -181,7 +181,7 @@ def test_xpos_opponent_keeps_its_answer(tmp_path):
 def test_a_step_begun_before_there_were_rounds_has_none(tmp_path):
     """It stands in the checkpoint of an earlier version as an object without the field."""
     made = trainer(tmp_path, reward_funcs=coin)
-    feedback = made._sample_and_score(0, tiny.prompts(LENGTHS))()
+    feedback = made.collector.sample_and_assess(0, tiny.prompts(LENGTHS))()
     vars(feedback).pop("further")
     assert latest(feedback) == (feedback.groups, feedback.said)
 
@@ -294,7 +294,7 @@ def beside(tmp_path, max_staleness, engine, **fields):
     options = dict(max_steps=5, learning_rate=0.02, train_dataset=dataset(lengths=LENGTHS * 2), reward_funcs=coin)
     made = trainer(tmp_path, model=model, max_staleness=max_staleness, **options, **fields)
     made.args.resample_rounds = 3  # what the configuration leaves to vLLM servers
-    made.engine = engine
+    made.sampler.engine = engine
     return made
 
 
@@ -312,7 +312,7 @@ def test_all_rounds_of_a_step_sample_with_the_same_weights(tmp_path, max_stalene
 
     made = beside(tmp_path, max_staleness, Late())
     made.train()
-    versions = made.engine.versions
+    versions = made.sampler.engine.versions
     assert all(versions[step] == [max(0, step - max_staleness)] * len(versions[step]) for step in range(5))
     assert len(versions[2]) > 1
     assert [log["sampling/staleness"] for log in step_logs(made)] == [min(i, max_staleness) for i in range(5)]

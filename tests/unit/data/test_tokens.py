@@ -132,6 +132,7 @@ def test_prompt_limit_comes_from_max_length_too():
     assert row["prompt_ids"] == ids("a", "b", "c", "d", "e")
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("adds", ["$A", "<s> $A </s>"])
 def test_messages_are_rendered_by_the_chat_template_which_writes_the_special_tokens(adds, shape):
     rows = [{"prompt": [user("a"), assistant("b"), user("c d")]}, {"prompt": [user("a")]}]

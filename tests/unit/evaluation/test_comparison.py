@@ -68,6 +68,7 @@ def test_where_all_prompts_end_the_same_a_bootstrap_would_be_sure_of_too_much():
     assert rate["interval"] == "wilson" and (rate["low"], rate["high"]) == wilson_interval(1.0, 20)
 
 
+@pytest.mark.smoke
 def test_missing_scores_are_counted_and_never_numbers():
     rows = [([1.0], [0.0]), ([None], [5.0]), ([3.0], [None]), ([2.0], [2.0])]
     matches = [

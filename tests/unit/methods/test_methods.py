@@ -187,6 +187,7 @@ def against_the_reference():
     return joined(own, [signed(group, "reference") for group in theirs])
 
 
+@pytest.mark.smoke
 def test_groups_are_joined_with_the_policys_completion_first():
     made = against_the_reference()
     assert [[c.author for c in group.completions] for group in made] == [["policy", "reference"]] * 2

@@ -148,6 +148,7 @@ def test_adapters_and_adapter_off_on_the_head_as_well(modules):
     assert (off - row_logprobs(model, rows).logps_S).abs().max() > 0.1
 
 
+@pytest.mark.smoke
 def test_a_copy_predicts_with_its_own_weights():
     model = ready(tiny.causal_lm())
     copy = frozen_copy(model)

@@ -34,12 +34,21 @@ def test_values_that_are_not_finite_do_not_hide_the_others():
     assert store.drain() == {"x": 2.0}
 
 
-def test_a_copy_of_the_store_goes_its_own_way():
+def test_a_store_goes_back_to_a_snapshot_in_place():
     store = MetricStore()
     store.mean("x", [1.0])
-    copy = store.copy()
+    store.total("n", 2.0)
+    store.largest("most", torch.tensor([1.0]))
+    held, before = store, store.snapshot()
     store.mean("x", [3.0])
-    assert copy.drain() == {"x": 1.0} and store.drain() == {"x": 2.0}
+    store.mean("y", [5.0])
+    store.total("n", 1.0)
+    store.largest("most", torch.tensor([7.0]))
+    store.restore(before)
+    assert held.drain() == {"x": 1.0, "n": 2.0, "most": 1.0}
+    store.restore(before)  # as often as wanted: what was collected since has not changed it
+    store.total("n", 1.0)
+    assert held.drain() == {"x": 1.0, "n": 3.0, "most": 1.0}
 
 
 def groups():
@@ -47,6 +56,7 @@ def groups():
     return [tiny.group(first, [[5, 6, 1], [7, 8, 9, 10]]), tiny.group(second, [[11, 1], [12, 13, 14, 15, 1]])]
 
 
+@pytest.mark.smoke
 def test_rollout_and_pair_metrics():
     store, made = MetricStore(), groups()
     values = [[2.0, None], [1.0, 4.0]]

@@ -69,6 +69,7 @@ def rewrite_base(adapter, base):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base}))
 
 
+@pytest.mark.smoke
 def test_the_better_model_wins_and_everything_printed_stands_in_the_json(folder, capsys):
     save("good", forced_model("w7"))
     save("bad", forced_model("w8"))

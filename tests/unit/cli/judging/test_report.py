@@ -47,6 +47,7 @@ ROWS = [
 ]
 
 
+@pytest.mark.smoke
 def test_agreement_and_cost_are_reported_and_labels_written(capsys):
     path = written("pairs.jsonl", ROWS)
     with serving(longer_wins) as endpoint:

@@ -12,6 +12,7 @@ from online_dpo.cli.runfile.run_file import looks_like_path, plan_run
 from support.plans import GOOD, problems_of, write
 
 
+@pytest.mark.smoke
 def test_plan_of_a_good_run(folder: Path) -> None:
     run_file = write(folder / "run.yaml", {**GOOD, "learning_rate": "1e-4", "max_steps": 3})
     plan = plan_run(run_file, ["--max-steps", "5", "--lora_r=4", "--beta", "0.1", "0.2", "--use_cpu"])

@@ -60,6 +60,7 @@ def shown(stream: io.StringIO, *, main: bool = True, notice: str = "") -> str:
     return stream.getvalue()
 
 
+@pytest.mark.smoke
 def test_plain_lines_where_output_is_no_terminal() -> None:
     figures = "kl 0.01235  margin -0.5  tok/s 12346"
     assert shown(io.StringIO()).splitlines() == [

@@ -30,6 +30,7 @@ def test_windows_by_place_in_the_row_are_refused():
     assert "places in the row" in why_not_shared(GPTNeoForCausalLM(config))
 
 
+@pytest.mark.smoke
 @torch.no_grad()
 def test_what_the_other_completions_say_changes_nothing():
     model, made = ready(tiny.causal_lm("gpt2")), groups()

@@ -22,6 +22,7 @@ GROUPS = [group("p", "a", "b"), group("q", "c", "d")]
 # the sum --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_weighted_sum():
     scorers = [Says("f", [1, 2], [3, 4]), Says("g", [0.5, -1], [0, 8])]
     assert score_groups(GROUPS, scorers, [2.0, -0.5]).values == [[1.75, 4.5], [6.0, 4.0]]

@@ -24,6 +24,7 @@ def test_the_preference_is_the_share_of_the_verdict_letters_in_the_probability()
     assert judge.name == "judge" and isinstance(judge, PairwiseScorer)
 
 
+@pytest.mark.smoke
 def test_a_preference_for_a_place_cancels_in_both_orders_and_is_measured():
     with serving(first_wins) as endpoint:
         given = judge_of(endpoint, order="given")
