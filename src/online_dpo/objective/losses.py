@@ -1,6 +1,6 @@
 """Preference losses: pure functions of log-probabilities, one value a pair, and their registry.
 
-A new loss is one function, one line in `LOSSES` and its name in `config_loss.LOSS_TYPES`; a new method, what it
+A new loss is one function, one line in `LOSSES` and its name in `config.loss.LossType`; a new method, what it
 minimises on such pairs, is one function and one line in `METHODS`.
 
 Notation: ``w`` is the chosen completion and ``l`` the rejected one; ``r(y) = beta (log pi(y) - log pi_ref(y))`` is the

@@ -3,11 +3,12 @@
 import dataclasses
 import math
 from math import exp, log
+from typing import get_args
 
 import pytest
 import torch
 
-from online_dpo.config.loss import LOSS_TYPES, LOSSES_WITHOUT_LABELS, LOSSES_WITHOUT_REFERENCE
+from online_dpo.config.loss import LOSSES_WITHOUT_LABELS, LOSSES_WITHOUT_REFERENCE, LossType
 from online_dpo.objective.inputs import LossOptions, PairLogprobs, pair_logprobs
 from online_dpo.objective.losses import LOSSES, pair_losses
 from online_dpo.packing.pack import pack_pairs
@@ -49,7 +50,7 @@ def s(x):
 
 
 def test_every_name_of_the_configuration_is_a_loss():
-    assert tuple(LOSSES) == LOSS_TYPES and set(LOSSES_WITHOUT_LABELS) < set(LOSSES)
+    assert tuple(LOSSES) == get_args(LossType) and set(LOSSES_WITHOUT_LABELS) < set(LOSSES)
 
 
 @pytest.mark.smoke

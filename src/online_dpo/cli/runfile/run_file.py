@@ -15,7 +15,7 @@ from online_dpo.cli.judging.plan import BuiltInJudge, plan_llm, plan_pairwise_mo
 from online_dpo.cli.runfile.entries import COMMAND_LINE, Entry, UsageError, read_overrides, read_run_file, read_values
 from online_dpo.cli.runfile.model_options import ignored_options, model_init_kwargs, model_problems
 from online_dpo.cli.runfile.references import Reference, parse_reference
-from online_dpo.cli.runfile.run_config import RunConfig
+from online_dpo.cli.runfile.run_config import COUNTS, RunConfig
 from online_dpo.cli.runfile.schema import load_fields
 from online_dpo.config import requirements
 from online_dpo.config.hf_ranges import out_of_range
@@ -34,7 +34,6 @@ INPUT_PATHS = (
 )
 JSON_TEXTS = (*MAPPINGS, "gradient_checkpointing_kwargs", "lr_scheduler_kwargs")
 """Mappings that may also be written as JSON text."""
-COUNTS = ("dataset_limit", "eval_limit", "lora_r", "lora_alpha")
 REWARDS = ("reward_funcs", "reward_model_path")
 SCORERS = (*REWARDS, "judge")
 JUDGES = ("judge", "eval_judge")
