@@ -52,6 +52,12 @@ def test_folders_of_unit_tests_are_those_of_packages():
     assert WITH_CODE - folders_of_tests() == set()
 
 
+@pytest.mark.parametrize("name", ["vllm", "ray", "deepspeed", "openai", "peft", "trl"])
+def test_no_folder_of_tests_looks_like_an_optional_package(name):
+    """`tests` is where helpers are imported from: a folder there is found as a package, installed or not."""
+    assert not (UNIT.parent / name).exists()
+
+
 def test_the_root_holds_six_modules_at_most():
     assert len(list(SOURCE.glob("*.py"))) <= 6
 
