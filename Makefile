@@ -46,7 +46,8 @@ SEAMS := tests/unit/test_versions.py tests/unit/modeling/test_patching.py tests/
 	tests/unit/scoring/rewards/test_shared_prefix_rows.py tests/unit/scoring/judges/pairwise/test_classifier.py tests/unit/rollout/weights/test_export.py tests/unit/rollout/weights/test_process_group.py \
 	tests/integration/test_adapters.py tests/integration/test_checkpoints.py tests/integration/test_datasets.py tests/integration/test_evaluation.py tests/integration/test_gradients.py \
 	tests/integration/test_guards.py tests/integration/test_judges.py tests/integration/test_memory.py tests/integration/test_prompts_and_pairs.py \
-	tests/integration/test_references.py tests/integration/test_training.py tests/integration/test_wrong_arguments.py
+	tests/integration/test_references.py tests/integration/test_training.py tests/integration/test_wrong_arguments.py \
+	tests/unit/config/test_feedback.py tests/unit/config/test_loss.py tests/unit/config/test_sampling.py tests/unit/config/test_training_fields.py tests/unit/config/test_vllm.py
 
 # What CI runs: make itself runs two of these at a time (-j 2), each in one process, and installs an environment when it is
 # first needed. What a part prints comes in one piece (-O). When one fails, no other is begun.
