@@ -1,6 +1,6 @@
-"""Scoring: groups in, a number for each completion (or a preference for each pair) out.
+"""Scorers: they turn groups of completions into scores (rewards) or preference probabilities (judges).
 
-Names are loaded when they are asked for, so that importing one scorer does not load them all.
+A name is imported from its module on first access, so that importing one scorer does not load all of them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from online_dpo.scoring.judge_registry import build_judge, check_judge, pairwise_scorer
+    from online_dpo.scoring.judge_registry import build_judge, check_judge, judge, pairwise_scorer
     from online_dpo.scoring.judges.adapters import FunctionJudge, JudgeScorer
     from online_dpo.scoring.judges.base import Judge
     from online_dpo.scoring.judges.llm.judge import LLMJudge, check_share
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         check_reward_columns,
         check_reward_path,
         check_scorers,
+        reward,
     )
     from online_dpo.scoring.rewards.combine import score_groups
     from online_dpo.scoring.rewards.function import FunctionScorer
@@ -55,11 +56,13 @@ __all__ = [
     "check_scorers",
     "check_share",
     "find_preferences",
+    "judge",
     "judge_the_top",
     "load_reward_model",
     "nothing_noted",
     "noting",
     "pairwise_scorer",
+    "reward",
     "score_groups",
 ]
 
@@ -67,31 +70,33 @@ _HOMES = {
     "AsyncPointwiseScorer": "online_dpo.scoring.protocols",
     "CountingScorer": "online_dpo.scoring.protocols",
     "ComparisonCounter": "online_dpo.scoring.judges.tournament",
-    "FunctionJudge": "online_dpo.scoring.judges.base",
+    "FunctionJudge": "online_dpo.scoring.judges.adapters",
     "FunctionScorer": "online_dpo.scoring.rewards.function",
     "HTTPReward": "online_dpo.scoring.rewards.http",
     "Judge": "online_dpo.scoring.judges.base",
-    "JudgeScorer": "online_dpo.scoring.judges.base",
+    "JudgeScorer": "online_dpo.scoring.judges.adapters",
     "LLMJudge": "online_dpo.scoring.judges.llm.judge",
     "PairwiseModelJudge": "online_dpo.scoring.judges.pairwise.judge",
     "PairwiseScorer": "online_dpo.scoring.protocols",
     "Penalties": "online_dpo.scoring.penalties",
     "PointwiseScorer": "online_dpo.scoring.protocols",
-    "RewardFunc": "online_dpo.scoring.rewards.combine",
+    "RewardFunc": "online_dpo.scoring.registry",
     "RewardModelScorer": "online_dpo.scoring.rewards.model",
-    "build_judge": "online_dpo.scoring.judges.pairwise.judge",
-    "build_scorers": "online_dpo.scoring.rewards.combine",
-    "check_judge": "online_dpo.scoring.judges.base",
-    "check_reward_columns": "online_dpo.scoring.rewards.combine",
-    "check_reward_path": "online_dpo.scoring.rewards.combine",
-    "check_scorers": "online_dpo.scoring.rewards.combine",
+    "build_judge": "online_dpo.scoring.judge_registry",
+    "build_scorers": "online_dpo.scoring.registry",
+    "check_judge": "online_dpo.scoring.judge_registry",
+    "check_reward_columns": "online_dpo.scoring.registry",
+    "check_reward_path": "online_dpo.scoring.registry",
+    "check_scorers": "online_dpo.scoring.registry",
     "check_share": "online_dpo.scoring.judges.llm.judge",
     "find_preferences": "online_dpo.scoring.judges.tournament",
+    "judge": "online_dpo.scoring.judge_registry",
     "judge_the_top": "online_dpo.scoring.judges.top_k",
     "load_reward_model": "online_dpo.scoring.rewards.model",
     "nothing_noted": "online_dpo.scoring.notes",
     "noting": "online_dpo.scoring.notes",
-    "pairwise_scorer": "online_dpo.scoring.judges.base",
+    "pairwise_scorer": "online_dpo.scoring.judge_registry",
+    "reward": "online_dpo.scoring.registry",
     "score_groups": "online_dpo.scoring.rewards.combine",
 }
 

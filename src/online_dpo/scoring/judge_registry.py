@@ -1,15 +1,15 @@
-"""What a user gives as a judge, to a judge."""
+"""From what a user passes as ``judge`` (a function, an object, a path) to a pairwise scorer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
-from transformers import (
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedTokenizerBase
 
 from online_dpo.config.llm_judge import LLM
+from online_dpo.config.registry import Registry, RegistryError, made_once, nearest
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.modeling.loading import check_model_path
 from online_dpo.scoring.judges.adapters import FunctionJudge, JudgeScorer, form_of, takes, takes_lists
@@ -17,16 +17,44 @@ from online_dpo.scoring.judges.base import Judge
 from online_dpo.scoring.judges.pairwise.judge import PairwiseModelJudge
 from online_dpo.scoring.protocols import PairwiseScorer
 
+JUDGES: Registry[Callable[[], Any]] = Registry("judge")
+
+Decorated = TypeVar("Decorated")
+
+
+def judge(name: str) -> Callable[[Decorated], Decorated]:
+    """Registers a judge in one of the forms that a trainer takes: ``judge="name"`` then means it, in Python and in a
+    run file. A class is called without arguments, when it is first used.
+
+    >>> @judge("longer")
+    ... def longer(prompt, first, second): return float(len(first) > len(second))
+
+    Raises:
+        RegistryError: the name is taken.
+    """
+    if name == LLM:
+        raise RegistryError(f"a judge cannot be named `{LLM}`: that means a language model. Take another name.")
+    return JUDGES.decorator(name, made_once)
+
+
+def registered_judge(judge: Any) -> Any:
+    """The judge that is registered under this name, if it is one; else what was given."""
+    return JUDGES[judge]() if isinstance(judge, str) and judge in JUDGES else judge
+
 
 def check_judge(judge: Any, argument: str) -> None:
-    """
+    """Check what a user passed as a judge, before any model is loaded. ``argument`` is its name in messages.
+
     Raises:
-        TypeError: ``judge`` has none of the forms that :func:`pairwise_scorer` takes, and is no path.
-        ValueError: it is the path of a folder that is not there, or names a judge that needs settings.
+        TypeError: ``judge`` is neither a path nor of a form that :func:`pairwise_scorer` accepts.
+        ValueError: the folder does not exist, or it is the name of a judge that needs settings.
     """
+    judge = registered_judge(judge)
     if judge == LLM:
         raise ValueError(f"A language model as `{argument}` needs settings: give `LLMJudge(model=..., ...)`.")
     if isinstance(judge, str):
+        if not os.path.exists(os.path.expanduser(judge)) and nearest(judge, JUDGES):
+            raise ValueError(f"`{argument}`: there is no folder {judge!r}, and {JUDGES.unknown(judge)}")
         check_model_path(judge, argument)
         return
     known = isinstance(judge, (Judge, PairwiseScorer))
@@ -41,12 +69,15 @@ def check_judge(judge: Any, argument: str) -> None:
 def pairwise_scorer(
     judge: Any, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any] | None = None
 ) -> PairwiseScorer:
-    """What a user gives as ``judge``, as a scorer: itself if it is one, a :class:`JudgeScorer` of it if it has TRL's
-    form, else a :class:`FunctionJudge`. A function has TRL's form if it takes ``shuffle_order``.
+    """Turn what a user passed as ``judge`` into a pairwise scorer.
+
+    A pairwise scorer is returned as it is. A judge in TRL's form becomes a :class:`JudgeScorer`, any other function a
+    :class:`FunctionJudge`. A function has TRL's form if it accepts ``shuffle_order``.
 
     Raises:
-        TypeError: it has none of these forms.
+        TypeError: ``judge`` has none of these forms.
     """
+    judge = registered_judge(judge)
     check_judge(judge, "judge")
     if isinstance(judge, PairwiseScorer):
         return judge
@@ -56,12 +87,13 @@ def pairwise_scorer(
 
 
 def build_judge(judge: Any, tokenizer: PreTrainedTokenizerBase, args: OnlineDPOConfig) -> PairwiseScorer:
-    """What a user gives as ``judge``, as :func:`pairwise_scorer`; a string is the path or hub name of a pairwise model,
-    which is moved to ``args.device``.
+    """Build the pairwise scorer of a run. A string is the path or hub name of a pairwise model, which is loaded and
+    moved to ``args.device``; everything else is converted by :func:`pairwise_scorer`.
 
     Raises:
-        TypeError, ValueError, OSError: as :func:`check_judge` and :meth:`PairwiseModelJudge.load` say.
+        TypeError, ValueError, OSError: see :func:`check_judge` and :meth:`PairwiseModelJudge.load`.
     """
+    judge = registered_judge(judge)
     check_judge(judge, "judge")
     if isinstance(judge, str):
         return PairwiseModelJudge.load(judge, args.device)

@@ -1,4 +1,4 @@
-"""What a user gives as a reward, to a scorer."""
+"""From what a user passes as ``reward_funcs`` (a path, a model, a function, a scorer) to pointwise scorers."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from online_dpo.config.registry import Registry, made_once, nearest
 from online_dpo.config.requirements import adapter_problem
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.foreign import callable_name
@@ -21,7 +22,25 @@ from online_dpo.scoring.rewards.function import FunctionScorer
 from online_dpo.scoring.rewards.model import RewardModelScorer, check_reward_model, last_part, load_reward_model
 
 RewardFunc = str | nn.Module | Callable[..., Any] | PointwiseScorer
-"""Path or hub name of a reward model, a reward model, a function, or a scorer of one's own."""
+"""Path or hub name of a reward model, a loaded reward model, a function, or the user's own scorer."""
+
+REWARDS: Registry[Callable[[], RewardFunc]] = Registry("reward")
+
+Decorated = TypeVar("Decorated")
+
+
+def reward(name: str) -> Callable[[Decorated], Decorated]:
+    """Registers a reward function or scorer: ``reward_funcs="name"`` then means it, in Python and in a run file. A
+    class is called without arguments, when it is first used.
+
+    >>> @reward("brevity")
+    ... def brevity(completions, **columns): return [-len(text) for text in completions]
+
+    Raises:
+        RegistryError: the name is taken.
+    """
+    return REWARDS.decorator(name, made_once)
+
 
 ProcessingClasses = PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase | None] | None
 
@@ -29,7 +48,7 @@ ProcessingClasses = PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase |
 def check_scorers(
     reward_funcs: RewardFunc | Sequence[RewardFunc], processing_classes: ProcessingClasses, args: OnlineDPOConfig
 ) -> None:
-    """Find what is wrong with the rewards before any model is loaded.
+    """Check the rewards before any model is loaded.
 
     Raises:
         TypeError: a reward or a processing class is of a wrong type.
@@ -66,12 +85,12 @@ def build_scorers(
     *,
     state: Callable[[], Any] | None,
 ) -> list[PointwiseScorer]:
-    """A scorer for each reward, in their order. The same reward given twice is the same scorer, loaded once.
+    """Build one scorer for each reward, in order. A reward that is given twice is loaded once and gives one scorer.
 
-    ``state()`` is what functions receive as ``trainer_state``. Reward models are moved to ``args.device``.
+    Functions receive the result of ``state()`` as ``trainer_state``. Reward models are moved to ``args.device``.
 
     Raises:
-        TypeError, ValueError: as :func:`check_scorers`, :func:`load_reward_model` and the scorers say.
+        TypeError, ValueError: see :func:`check_scorers`, :func:`load_reward_model` and the scorers.
     """
     check_scorers(reward_funcs, processing_classes, args)
     rewards = _as_list(reward_funcs)
@@ -107,11 +126,13 @@ def _build(
 
 
 def check_reward_path(rewards: Any, path: str | None, field: str, argument: str) -> None:
-    """A script may name the reward model in the configuration, load it from there, and hand over the model.
+    """Check that a reward model's path in the configuration and the rewards passed to the trainer agree.
+
+    A script may name the reward model in the configuration, load it from that path, and pass the loaded model.
 
     Raises:
-        ValueError: the path (the configuration's ``field``) is given beside rewards (``argument``) none of which comes
-            from there.
+        ValueError: both the path (the configuration's ``field``) and rewards (``argument``) are given, and none of the
+            rewards was loaded from that path.
     """
     if rewards is None or path is None:
         return
@@ -127,9 +148,10 @@ def check_reward_path(rewards: Any, path: str | None, field: str, argument: str)
 def check_reward_columns(
     reward_funcs: RewardFunc | Sequence[RewardFunc], columns: Collection[str], dataset: str
 ) -> None:
-    """
+    """Check that the dataset has the columns that the reward functions need. ``dataset`` is its name in messages.
+
     Raises:
-        ScoringError: one of the functions needs a column that is none of ``columns``, those of ``dataset``.
+        ScoringError: a function needs a column that is not among ``columns``.
     """
     for reward in _as_list(reward_funcs):
         if callable(reward) and not isinstance(reward, nn.Module):
@@ -156,6 +178,8 @@ def _check_reward(reward: Any, tokenizer: PreTrainedTokenizerBase | None) -> Non
 def _check_path(path: str) -> None:
     expanded = os.path.expanduser(path)
     if not os.path.exists(expanded):
+        if nearest(path, REWARDS):
+            raise ValueError(f"Reward model `{path}` does not exist, and {REWARDS.unknown(path)}")
         if looks_local(path) or not path:
             raise ValueError(f"Reward model `{path}` does not exist. Give a folder, or a hub name such as `org/model`.")
         return
@@ -168,7 +192,9 @@ def _check_path(path: str) -> None:
 
 
 def _as_list(reward_funcs: RewardFunc | Sequence[RewardFunc]) -> list[RewardFunc]:
-    return list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]  # pyright: ignore[reportReturnType]
+    """The rewards, with what is registered in the place of its name."""
+    rewards: list[Any] = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+    return [REWARDS[one]() if isinstance(one, str) and one in REWARDS else one for one in rewards]
 
 
 def _tokenizers(processing_classes: ProcessingClasses, count: int) -> list[PreTrainedTokenizerBase | None]:

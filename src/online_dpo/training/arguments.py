@@ -19,11 +19,10 @@ from online_dpo.modeling.loading import check_model_path
 from online_dpo.rollout.params import SamplingParams
 from online_dpo.rollout.vllm.client import VLLMClient
 from online_dpo.rollout.vllm.requests import vllm_sampling
-from online_dpo.scoring.judge_registry import check_judge
+from online_dpo.scoring.judge_registry import check_judge, registered_judge
 from online_dpo.scoring.judges.llm.judge import check_share
-from online_dpo.scoring.protocols import PointwiseScorer
+from online_dpo.scoring.protocols import ChatTemplateScorer, PointwiseScorer
 from online_dpo.scoring.registry import check_reward_columns, check_reward_path, check_scorers
-from online_dpo.scoring.rewards.model import RewardModelScorer
 from online_dpo.training.trained import check_trained
 
 REWARD_FIELDS = ("reward_weights", "reward_normalization")
@@ -164,7 +163,7 @@ def choose_scorers(reward_funcs: Any, reward_model: Any, judge: Any, args: Onlin
         ignored = [name for name in REWARD_FIELDS if getattr(args, name) != getattr(type(args), name)]
         if ignored:
             warnings.warn(f"Ignored without a reward: {', '.join(ignored)}.", stacklevel=3)
-    return rewards, judge
+    return rewards, registered_judge(judge)
 
 
 def longest_sequence(args: OnlineDPOConfig) -> int | None:
@@ -253,12 +252,12 @@ def check_columns(reward_funcs: Any, datasets: Mapping[str, Any], not_passed_on:
 
 
 def check_templates(scorers: Sequence[PointwiseScorer], dataset: Any) -> None:
-    """Refuse prompts that are messages where a reward model's tokenizer has no chat template.
+    """Check that scorers with a chat template of their own can render the prompts, if these are messages.
 
     Raises:
         ValueError: the prompts are messages, and a reward model's tokenizer has no chat template for them.
     """
     if isinstance(dataset, Dataset) and not isinstance(dataset[0]["prompt"], str):
         for scorer in scorers:
-            if isinstance(scorer, RewardModelScorer):
+            if isinstance(scorer, ChatTemplateScorer):
                 scorer.check_chat_template()
