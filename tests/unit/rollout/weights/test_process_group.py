@@ -124,7 +124,7 @@ def test_one_that_fails_stops_the_others_at_once(store, threads):
     assert time.monotonic() - started < 5
 
 
-def test_nobody_waits_longer_than_the_time_limit(store, threads):
+def test_no_process_waits_longer_than_the_time_limit(store, threads):
     sender = threads.submit(send, store.port, "one", None, None, 1.0)
     receiver = threads.submit(receive, store.port, "one", 1, None, 1.0)  # the other never comes
     started = time.monotonic()
