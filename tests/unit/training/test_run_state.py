@@ -18,7 +18,7 @@ def beta(tmp_path, value):
 def test_parts_are_saved_and_restored(tmp_path):
     policy, model = tiny.causal_lm(seed=1, sharpness=1.0), tiny.causal_lm(seed=2, sharpness=1.0)
     synced = SyncedReference(model, policy, alpha=0.5, every=1, description="")
-    synced.step_ended(1)
+    synced.update_after_step(1)
     state = RunState()
     state.add(beta(tmp_path, 0.25), synced)
     state.save(tmp_path, rank=0)
