@@ -18,9 +18,10 @@ from online_dpo.rollout.sampler import Sampler
 from online_dpo.rollout.sync_check import SyncCheck
 from online_dpo.scoring.assess import Assessor
 from online_dpo.scoring.rewards.function import FunctionScorer
-from online_dpo.training.collector import FeedbackCollector, Progress
+from online_dpo.training.collector import FeedbackCollector
 from online_dpo.training.metric_store import MetricStore
 from online_dpo.training.pair_former import PairFormer
+from online_dpo.training.run_context import RunContext
 from online_dpo.training.stopwatch import PhaseTimer
 from support import tiny
 from support.training import config, dataset, word_reward
@@ -52,6 +53,11 @@ def batches(args, size=4, **columns):
     return iter([collate_prompts([prepared[i + k] for k in range(size)]) for i in range(0, len(prepared), size)])
 
 
+def context(metrics, state):
+    """What the stages know of a run in one process on a CPU."""
+    return RunContext(Accelerator(cpu=True), RankErrors(CPU), metrics, PhaseTimer(metrics, CPU), state, lambda: False)
+
+
 class Run:
     """A collector and what it works with; ``state`` stands where the test says."""
 
@@ -61,15 +67,6 @@ class Run:
         self.metrics = MetricStore()
         self.sampler = sampler(self.args)
         self.assessor = Assessor.from_config([words()] if scorers is None else scorers, None, self.args)
-        self.collector = FeedbackCollector(
-            self.args,
-            self.sampler,
-            SelfPlay(),
-            self.assessor,
-            pair_former(self.args),
-            Accelerator(cpu=True),
-            RankErrors(CPU),
-            self.metrics,
-            PhaseTimer(self.metrics, CPU),
-            Progress(lambda: self.state, lambda: False),
-        )
+        run = context(self.metrics, lambda: self.state)
+        former = pair_former(self.args)
+        self.collector = FeedbackCollector(self.args, self.sampler, SelfPlay(), self.assessor, former, run)

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from threading import Event
 from typing import Any
 
-from accelerate import Accelerator
-from transformers import TrainerState
-
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.data.collate import prompts_from_batch
 from online_dpo.data.cut import CUT
-from online_dpo.distributed.collectives import RankErrors
 from online_dpo.errors import ForeignCodeError
 from online_dpo.evaluation.evaluator import FormPairs
 from online_dpo.foreign import foreign
@@ -27,24 +23,11 @@ from online_dpo.rollout.sampler import Sampler
 from online_dpo.scoring.assess import Assessor
 from online_dpo.scoring.notes import noting
 from online_dpo.training.metric_registry import METRICS, record_registered
-from online_dpo.training.metric_store import MetricStore
 from online_dpo.training.metrics import record_counts, record_notes, record_pairs, record_resampling, record_rollout
-from online_dpo.training.stopwatch import PhaseTimer
+from online_dpo.training.run_context import RunContext
 from online_dpo.types import Feedback, Group, Pairing, Prompt, Round
 
 Batches = Iterator[dict[str, list[Any]]]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands, as the collector asks for it.
-
-    ``state`` returns the trainer's state. ``holds_evaluation_weights`` says whether the policy has the weights that its
-    optimizer evaluates, where these are others than it trains.
-    """
-
-    state: Callable[[], TrainerState]
-    holds_evaluation_weights: Callable[[], bool]
 
 
 class FeedbackCollector:
@@ -59,11 +42,7 @@ class FeedbackCollector:
         opponent: adds completions of another model to each group.
         assessor: scores or judges the groups.
         form_pairs: groups and their assessment to pairs.
-        accelerator: knows the ranks and the data loader.
-        errors: ends the run on all ranks where one of them fails.
-        metrics: where what happened is recorded.
-        phase: measures seconds.
-        progress: where the run stands.
+        run: the run around it.
     """
 
     def __init__(
@@ -73,24 +52,15 @@ class FeedbackCollector:
         opponent: Opponent,
         assessor: Assessor,
         form_pairs: FormPairs,
-        accelerator: Accelerator,
-        errors: RankErrors,
-        metrics: MetricStore,
-        phase: PhaseTimer,
-        progress: Progress,
+        run: RunContext,
     ) -> None:
         self.args, self.sampler, self.opponent, self.assessor = args, sampler, opponent, assessor
-        self.form_pairs, self.accelerator, self.errors = form_pairs, accelerator, errors
-        self.metrics, self.phase, self._progress = metrics, phase, progress
+        self.form_pairs, self.run = form_pairs, run
         self.lookahead = Lookahead(args.max_staleness)
         self._sampler_is_free = Event()
         self._sampler_is_free.set()
         self.last: Feedback | None = None
         """The feedback of the step that is trained on, on this process."""
-
-    @property
-    def _step(self) -> int:
-        return self._progress.state().global_step
 
     def collect(self, batches: Batches, num_batches: int) -> tuple[Pairing, int]:
         """Returns the pairs of this step, and the number of batches that it fetched.
@@ -102,24 +72,24 @@ class FeedbackCollector:
             OnlineDPOError: as it was raised.
             FeedbackLostError: on the other ranks.
         """
-        fetched, feedback, waited = self.errors.run(
+        fetched, feedback, waited = self.run.errors.run(
             lambda: self.lookahead.take(
-                self._step, batches, lambda step: self._fetch(step, batches, num_batches), self.sample_and_assess
+                self.run.step, batches, lambda step: self._fetch(step, batches, num_batches), self.sample_and_assess
             )
         )
         if feedback.pairing is None:
-            feedback = self._paired(feedback, self._step)
+            feedback = self._paired(feedback, self.run.step)
         assert feedback.pairing is not None
         self.last = feedback
         self._record(fetched, feedback, waited)
         if len(METRICS):
-            pairing, step = feedback.pairing, self._step
-            self.errors.run(lambda: record_registered(self.metrics, feedback, pairing, step))
+            pairing, step = feedback.pairing, self.run.step
+            self.run.errors.run(lambda: record_registered(self.run.metrics, feedback, pairing, step))
         return feedback.pairing, fetched.num_batches
 
     def _fetch(self, step: int, batches: Batches, num_batches: int) -> Fetched | None:
         """Returns the prompts of a step; ``None`` for a later step that there will not be."""
-        state = self._progress.state()
+        state = self.run.state()
         later = step > state.global_step
         if later:
             num_batches = self.args.gradient_accumulation_steps if step < state.max_steps else 0
@@ -139,10 +109,15 @@ class FeedbackCollector:
         In the last batch of an epoch, rank r holds the places from r times the batch size on; places beyond the end of
         the dataset hold rows of its beginning, which have been trained on.
         """
-        loader = self.accelerator.gradient_state
-        if self.accelerator.num_processes == 1 or not batches or not loader.end_of_dataloader or loader.remainder <= 0:
+        loader = self.run.accelerator.gradient_state
+        if (
+            self.run.accelerator.num_processes == 1
+            or not batches
+            or not loader.end_of_dataloader
+            or loader.remainder <= 0
+        ):
             return batches
-        first_place = self.accelerator.process_index * self.args.per_device_train_batch_size
+        first_place = self.run.accelerator.process_index * self.args.per_device_train_batch_size
         own = max(0, loader.remainder - first_place)
         return [*batches[:-1], {name: values[:own] for name, values in batches[-1].items()}]
 
@@ -154,10 +129,12 @@ class FeedbackCollector:
         """
         self._sampler_is_free.wait()
         if self.args.resample_rounds:
-            with self.phase("waiting"):  # steps begun before sample again until they are paired, with their own weights
+            with self.run.phase(
+                "waiting"
+            ):  # steps begun before sample again until they are paired, with their own weights
                 self.lookahead.wait()
         self.sync(prompts)
-        with self.phase.stopwatch() as watch, self.sampler.autocast():
+        with self.run.phase.stopwatch() as watch, self.sampler.autocast():
             key = RolloutKey(self.args.seed, step, Stream.OPPONENT)
             opponent_groups = self.opponent.answer(prompts, self.sampler.params, key)
         opponent_seconds = watch.seconds
@@ -175,7 +152,7 @@ class FeedbackCollector:
 
         def assess() -> Feedback:
             groups, seconds = sampled or sample()
-            with self.phase.stopwatch() as watch, noting() as notes:
+            with self.run.phase.stopwatch() as watch, noting() as notes:
                 assessment = self.assessor.assess(groups)
             first = Feedback(groups, assessment, {"rollout": seconds, "scoring": watch.seconds}, notes=notes)
             return self._paired(self._answered_again(first, opponent_groups, step), step)
@@ -184,10 +161,10 @@ class FeedbackCollector:
 
     def sync(self, prompts: Sequence[Prompt]) -> None:
         """Hands the policy's weights to the engine; a collective operation."""
-        step = self._step
-        with self.phase("sync"):
+        step = self.run.step
+        with self.run.phase("sync"):
             # weights that an optimizer evaluates are none of those that a step samples from
-            self.sampler.sync(prompts, step, -1 - step if self._progress.holds_evaluation_weights() else step)
+            self.sampler.sync(prompts, step, -1 - step if self.run.holds_evaluation_weights() else step)
 
     def _sample(self, opponent_groups: Sequence[Group], step: int, number: int = 0) -> tuple[list[Group], float]:
         """Returns the policy's completions joined with its opponent's, and the seconds that they took.
@@ -196,7 +173,7 @@ class FeedbackCollector:
         """
         own = self.args.num_completions - self.opponent.completions
         key = RolloutKey(self.args.seed, step, Stream.TRAINING, first_sample=number * own)
-        with self.phase.stopwatch() as watch:
+        with self.run.phase.stopwatch() as watch:
             groups = self.sampler.sample([group.prompt for group in opponent_groups], own, key)
         groups = joined(groups, opponent_groups)
         self.sampler.vocabulary.check_groups(groups)
@@ -208,11 +185,11 @@ class FeedbackCollector:
         seconds, further = {**first.seconds}, first.further
         for number in range(1, self.args.resample_rounds + 1):
             places = [places[i] for i in without_pair(groups, self.form_pairs(groups, assessment, step))]
-            if not places and self.accelerator.num_processes == 1:
+            if not places and self.run.accelerator.num_processes == 1:
                 break
             again = [opponent_groups[place] for place in places]
             groups, sampling = self._sample(again, step, number)  # on every rank equally often
-            with self.phase.stopwatch() as watch:
+            with self.run.phase.stopwatch() as watch:
                 assessment = self.assessor.assess(groups)
             seconds = {"rollout": seconds["rollout"] + sampling, "scoring": seconds["scoring"] + watch.seconds}
             if places:
@@ -225,13 +202,13 @@ class FeedbackCollector:
 
     def _record(self, fetched: Fetched, feedback: Feedback, waited: float) -> None:
         assert feedback.pairing is not None
-        metrics = self.metrics
+        metrics = self.run.metrics
         metrics.total("prompts", fetched.num_prompts)
         metrics.total("dropped/invalid_prompt", fetched.num_prompts - len(fetched.prompts))
         metrics.total(CUT, sum(prompt.cut for prompt in fetched.prompts))
         for name, seconds in {**feedback.seconds, "waiting": waited}.items():
-            self.phase.add(name, seconds)
-        record_rollout(metrics, feedback.groups, feedback.said, self._step)
+            self.run.phase.add(name, seconds)
+        record_rollout(metrics, feedback.groups, feedback.said, self.run.step)
         record_notes(metrics, feedback.notes)
         record_counts(metrics, self.assessor.drain_counts())
         record_pairs(metrics, len(feedback.groups), feedback.pairing)
@@ -240,7 +217,7 @@ class FeedbackCollector:
 
     def save(self, folder: Path, rank: int) -> None:
         """Writes the steps that have been begun ahead of training."""
-        self.lookahead.save(folder, rank, self._step)
+        self.lookahead.save(folder, rank, self.run.step)
 
     def restore(self, folder: Path, rank: int) -> None:
         """Takes the steps that `save` wrote for those that have been begun."""

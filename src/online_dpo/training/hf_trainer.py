@@ -32,6 +32,7 @@ from online_dpo.training.failures import NamedCallbacks, StepsDone
 from online_dpo.training.interrupt import Interrupt
 from online_dpo.training.metric_store import MetricStore
 from online_dpo.training.passes import PassRunner
+from online_dpo.training.run_context import RunContext
 from online_dpo.training.run_state import RunState
 from online_dpo.training.step_guard import StepGuard
 from online_dpo.training.stopwatch import PhaseTimer
@@ -79,6 +80,14 @@ class GuardedTrainer(Trainer):
         self.add_callback(self.updates)
         self.steps_done = StepsDone(self.raise_callback_failure)
         self.add_callback(self.steps_done)
+        self.context = RunContext(
+            self.accelerator,
+            self.errors,
+            self.metrics,
+            self.phase,
+            state=lambda: self.state,
+            holds_evaluation_weights=lambda: self.holds_evaluation_weights,
+        )
         self.run_state = RunState()
         self.run_state.add(self.guard)
         self._last_log = time.perf_counter()

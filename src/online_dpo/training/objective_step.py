@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import nn
-from transformers import TrainerState
 
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.distributed.collectives import max_over_ranks, sum_over_ranks
@@ -24,9 +22,8 @@ from online_dpo.objective.beta import Beta
 from online_dpo.objective.inputs import LossOptions, pair_logprobs
 from online_dpo.packing.microbatches import passes_needed, split_pairs
 from online_dpo.packing.pack import as_inputs, by_group, pack_groups, pack_pairs, stand_in
-from online_dpo.training.metric_store import MetricStore
 from online_dpo.training.metrics import STEP_KL, record_loss, trained_kl
-from online_dpo.training.stopwatch import PhaseTimer
+from online_dpo.training.run_context import RunContext
 from online_dpo.types import Group, PackedRows, Pair, RowLogprobs
 
 
@@ -56,10 +53,7 @@ class ObjectiveStep:
         method: what is minimised on the pairs.
         reference: lends the reference model.
         beta: beta as it is now.
-        accelerator: mixed precision and ranks.
-        metrics: where what the passes gave is recorded.
-        phase: measures seconds.
-        state: returns the trainer's state.
+        run: the run around it.
     """
 
     def __init__(
@@ -68,15 +62,11 @@ class ObjectiveStep:
         method: Method,
         reference: Reference,
         beta: Beta,
-        accelerator: Accelerator,
-        metrics: MetricStore,
-        phase: PhaseTimer,
-        state: Callable[[], TrainerState],
+        run: RunContext,
     ) -> None:
-        self.args, self.method, self.reference, self.beta = args, method, reference, beta
-        self.accelerator, self.metrics, self.phase, self._state = accelerator, metrics, phase, state
+        self.args, self.method, self.reference, self.beta, self.run = args, method, reference, beta, run
         self.options = LossOptions.from_config(args)
-        self.choice = PathChoice(accelerator.device, args.share_prompts)
+        self.choice = PathChoice(run.accelerator.device, args.share_prompts)
 
     def pack(self, model: nn.Module, pairs: list[Pair], num_batches: int) -> list[dict[str, Any]]:
         """Packs pairs into exactly as many micro-batches as were fetched, each with the rows of its passes.
@@ -88,7 +78,7 @@ class ObjectiveStep:
         shared, capacity = self.choice.path.shared, self.args.row_capacity
         parts = split_pairs(pairs, num_batches)
         needed = torch.tensor(
-            [passes_needed(part, self.args.tokens_per_pass) for part in parts], device=self.accelerator.device
+            [passes_needed(part, self.args.tokens_per_pass) for part in parts], device=self.run.accelerator.device
         )
         packed = [
             [pack_pairs(piece, shared, capacity) if piece else stand_in(shared) for piece in split_pairs(part, count)]
@@ -98,7 +88,7 @@ class ObjectiveStep:
 
     def pack_for_evaluation(self, model: nn.Module, groups: Sequence[Group], pairs: Sequence[Pair]) -> dict[str, Any]:
         """Packs all completions of the groups, so that metrics cover those without a pair as well."""
-        if self.accelerator.num_processes == 1:  # otherwise a step of training finds out, on all ranks together
+        if self.run.accelerator.num_processes == 1:  # otherwise a step of training finds out, on all ranks together
             self.settle_path(model, groups)
         return {"rows": pack_groups(groups, pairs, self.choice.path.shared, self.args.row_capacity)}
 
@@ -107,7 +97,7 @@ class ObjectiveStep:
         models: dict[str, ModelContext] = {"the policy": lambda: eval_mode(model)}
         if not self.args.reference_free:
             models["the reference"] = self.reference.active
-        with self.accelerator.autocast():
+        with self.run.accelerator.autocast():
             self.choice.settle(models, groups)
 
     def totals(self, pairs: Sequence[Pair]) -> tuple[int, torch.Tensor]:
@@ -115,7 +105,7 @@ class ObjectiveStep:
 
         A collective operation.
         """
-        own = torch.tensor([float(len(pairs)), sum(pair.weight for pair in pairs)], device=self.accelerator.device)
+        own = torch.tensor([float(len(pairs)), sum(pair.weight for pair in pairs)], device=self.run.accelerator.device)
         count, weight = sum_over_ranks(own)
         return int(count), _or_one(weight)
 
@@ -132,7 +122,7 @@ class ObjectiveStep:
             rows: on the device of the models.
             num_items_in_batch: the sum of weights from `totals`; when not given, that of these rows.
         """
-        with self.phase("reference") if model.training else nullcontext():
+        with self.run.phase("reference") if model.training else nullcontext():
             reference = self._reference_logprobs(rows)  # first: no activations of the policy are held meanwhile
         policy = row_logprobs(model, rows, chunked=self.choice.path.chunked)
         options = self._options_now()
@@ -141,22 +131,26 @@ class ObjectiveStep:
         if num_items_in_batch is None:
             loss = total / _or_one(rows.weight_N.sum())
         else:
-            loss = total / num_items_in_batch * self.accelerator.num_processes
+            loss = total / num_items_in_batch * self.run.accelerator.num_processes
         if model.training:
-            record_loss(self.metrics, rows, policy, reference, loss_N, options.beta)
+            record_loss(self.run.metrics, rows, policy, reference, loss_N, options.beta)
             if self.beta.adapts and reference is not None:
-                self.metrics.mean(STEP_KL, trained_kl(rows, policy, reference))
+                self.run.metrics.mean(STEP_KL, trained_kl(rows, policy, reference))
         return PairLosses(loss, loss_N, policy, reference)
 
     @torch.no_grad()
     def _reference_logprobs(self, rows: PackedRows) -> RowLogprobs | None:
         if self.args.reference_free:
             return None
-        with self.accelerator.autocast(), self.reference.active() as reference, onednn_linears(reference, pack=False):
+        with (
+            self.run.accelerator.autocast(),
+            self.reference.active() as reference,
+            onednn_linears(reference, pack=False),
+        ):
             return row_logprobs(reference, rows, entropy=False, chunked=self.choice.path.chunked)
 
     def _options_now(self) -> LossOptions:
-        epoch = self._state().epoch or 0.0
+        epoch = self.run.state().epoch or 0.0
         return self.options.now(self.beta.at(epoch), self.method.epoch_options(self.args, epoch))
 
 

@@ -64,7 +64,7 @@ from online_dpo.training.build import (
     build_vocabulary,
     train_on_one_device_per_process,
 )
-from online_dpo.training.collector import FeedbackCollector, Progress
+from online_dpo.training.collector import FeedbackCollector
 from online_dpo.training.datasets import DatasetPreparer, check_reward_functions
 from online_dpo.training.display.figures import in_order
 from online_dpo.training.hf_trainer import GuardedTrainer
@@ -226,28 +226,8 @@ class OnlineDPOTrainer(GuardedTrainer):
         assessor = Assessor.from_config(self.scorers, self.judge, args)
         self.adaptive_beta = Beta(args, lambda: self.metrics.take_mean(STEP_KL))
         self.add_callback(self.adaptive_beta)
-        self.collector = FeedbackCollector(
-            args,
-            self.sampler,
-            self.opponent,
-            assessor,
-            form_pairs,
-            self.accelerator,
-            self.errors,
-            self.metrics,
-            self.phase,
-            Progress(lambda: self.state, lambda: self.holds_evaluation_weights),
-        )
-        self.objective = ObjectiveStep(
-            args,
-            self.method,
-            self.reference,
-            self.adaptive_beta,
-            self.accelerator,
-            self.metrics,
-            self.phase,
-            lambda: self.state,
-        )
+        self.collector = FeedbackCollector(args, self.sampler, self.opponent, assessor, form_pairs, self.context)
+        self.objective = ObjectiveStep(args, self.method, self.reference, self.adaptive_beta, self.context)
         self.evaluator = Evaluator(
             args.num_completions,
             self.sampler,

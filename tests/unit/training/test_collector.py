@@ -96,4 +96,4 @@ def test_a_reward_that_fails_ends_the_step_with_its_name(tmp_path):
     run = Run(tmp_path, scorers=[words("broken", broken)])
     with pytest.raises(ScoringError, match="broken.*ConnectionError: away"):
         run.collector.collect(batches(run.args), 1)
-    assert run.collector.errors.raised
+    assert run.collector.run.errors.raised

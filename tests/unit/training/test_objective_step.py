@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from accelerate import Accelerator
 from transformers import TrainerState
 
 from online_dpo.methods import METHODS
@@ -11,26 +10,18 @@ from online_dpo.modeling.reference import FrozenReference, NoReference
 from online_dpo.objective.beta import Beta
 from online_dpo.training.metric_store import MetricStore
 from online_dpo.training.objective_step import ObjectiveStep
-from online_dpo.training.stopwatch import PhaseTimer
 from online_dpo.types import Pair
 from support import tiny
+from support.stages import context
 from support.training import config
 
 
 def step(tmp_path, reference=None, **fields):
     args = config(tmp_path, **fields)
-    metrics, accelerator = MetricStore(), Accelerator(cpu=True)
+    metrics = MetricStore()
     reference = reference or FrozenReference(ready(seed=1), "another model")
-    made = ObjectiveStep(
-        args,
-        METHODS[args.method],
-        reference,
-        Beta(args, lambda: None),
-        accelerator,
-        metrics,
-        PhaseTimer(metrics, accelerator.device),
-        lambda: TrainerState(),
-    )
+    run = context(metrics, TrainerState)
+    made = ObjectiveStep(args, METHODS[args.method], reference, Beta(args, lambda: None), run)
     return made, metrics
 
 

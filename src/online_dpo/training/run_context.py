@@ -1,0 +1,36 @@
+"""What the stages know of the run around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from accelerate import Accelerator
+from transformers import TrainerState
+
+from online_dpo.distributed.collectives import RankErrors
+from online_dpo.training.metric_store import MetricStore
+from online_dpo.training.stopwatch import PhaseTimer
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """The parts of a trainer that its stages share.
+
+    ``accelerator`` knows ranks, device and mixed precision; ``errors`` ends the run on all ranks where one fails;
+    ``metrics`` records and ``phase`` measures seconds. ``state`` returns the trainer's state, which is another object
+    after a checkpoint has been loaded. ``holds_evaluation_weights`` says whether the policy has the weights that its
+    optimizer evaluates, where these are others than it trains.
+    """
+
+    accelerator: Accelerator
+    errors: RankErrors
+    metrics: MetricStore
+    phase: PhaseTimer
+    state: Callable[[], TrainerState]
+    holds_evaluation_weights: Callable[[], bool]
+
+    @property
+    def step(self) -> int:
+        """The number of optimizer steps that are done."""
+        return self.state().global_step
