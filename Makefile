@@ -1,6 +1,7 @@
 # Everything from a fresh clone: python3.11 or later, gcc, make and node are all that has to be there.
 #
 #   make quickstart   train a tiny model on embedded data
+#   make smoke        one test of each package, in less than a minute
 #   make test         unit and integration tests
 #   make test-slow    those of them that take long
 #   make test-vllm    engines of vLLM on a CPU, in an environment of their own
@@ -10,6 +11,7 @@
 #   make figures      what other feedback and methods are worth on the quickstart
 #   make benchmark    time and memory of a step against TRL's
 #   make lint         what CI checks before the tests
+#   make ci           everything that CI checks, two parts at a time: .ci/run
 #
 # TORCH_INDEX: a package index to take torch from, such as PyTorch's own index of CPU builds. Without it, pip's usual one.
 
@@ -17,28 +19,44 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PIP := $(BIN)/python -m pip
+# Python compiles what it imports, once; pip would compile all of every package first, which takes longer than the rest
+INSTALL := -m pip install --no-compile
+PIP_INSTALL := $(BIN)/python $(INSTALL)
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q
 TORCH := $(shell grep '^torch==' constraints.txt)
 VLLM_VENV := .venv-vllm
+VLLM_PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VLLM_VENV)/bin/python -m pytest -q
+VLLM_PACKAGES := $(VLLM_VENV)/.packages
 VLLM_STAMP := $(VLLM_VENV)/.installed
-VLLM_PIP := $(VLLM_VENV)/bin/python -m pip
+VLLM_INSTALL := $(VLLM_VENV)/bin/python $(INSTALL)
 OLDEST_VENV := .venv-oldest
 OLDEST_STAMP := $(OLDEST_VENV)/.installed
-OLDEST_PIP := $(OLDEST_VENV)/bin/python -m pip
+OLDEST_INSTALL := $(OLDEST_VENV)/bin/python $(INSTALL)
 NEWEST_VENV := .venv-newest
 NEWEST_STAMP := $(NEWEST_VENV)/.installed
-NEWEST_PIP := $(NEWEST_VENV)/bin/python -m pip
+NEWEST_INSTALL := $(NEWEST_VENV)/bin/python $(INSTALL)
 TEST_TOOLS := hypothesis jsonschema pytest pytest-xdist
 
 # every forward that is patched, every method of Trainer that is overridden, and all that is private elsewhere
 SEAMS := tests/unit/test_versions.py tests/unit/modeling/test_patching.py tests/unit/modeling/test_last_layer.py tests/unit/modeling/test_logprobs.py \
+	tests/unit/modeling/attention/test_masks.py tests/unit/modeling/attention/test_segments.py \
 	tests/unit/modeling/test_onednn.py tests/unit/modeling/test_forward_path.py tests/unit/rollout/builtin/test_decoding.py tests/unit/rollout/builtin/test_static_decoding.py \
 	tests/unit/rollout/builtin/test_engine.py tests/unit/rollout/builtin/test_mixture.py tests/unit/scoring/rewards/test_shared_prefix.py \
-	tests/unit/scoring/judges/test_pairwise.py tests/unit/rollout/weights/test_export.py tests/unit/rollout/weights/test_process_group.py \
-	tests/integration/test_invariants.py tests/integration/test_trainer.py
+	tests/unit/scoring/rewards/test_shared_prefix_rows.py tests/unit/scoring/judges/pairwise/test_classifier.py tests/unit/rollout/weights/test_export.py tests/unit/rollout/weights/test_process_group.py \
+	tests/integration/test_adapters.py tests/integration/test_checkpoints.py tests/integration/test_datasets.py tests/integration/test_evaluation.py tests/integration/test_gradients.py \
+	tests/integration/test_guards.py tests/integration/test_judges.py tests/integration/test_memory.py tests/integration/test_prompts_and_pairs.py \
+	tests/integration/test_references.py tests/integration/test_training.py tests/integration/test_wrong_arguments.py
 
-.PHONY: venv quickstart test test-slow test-distributed test-e2e test-vllm test-oldest test-newest test-seams test-all figures benchmark lint format clean
+# What CI runs: make itself runs two of these at a time (-j 2), each in one process, and installs an environment when it is
+# first needed. What a part prints comes in one piece (-O). When one fails, no other is begun.
+CI_PARTS := lint ci-unit ci-integration ci-vllm-servers ci-vllm ci-seams-oldest ci-seams-newest ci-e2e test-distributed
+# about half of the time of all that use vLLM
+VLLM_SERVERS := $(addprefix tests/vllm/test_,server.py broadcast.py judge.py ranks.py)
+# setuptools writes into src/ when it installs this package: not into two environments at once
+after = $(if $(IN_TURN),| $(1))
+
+.PHONY: venv quickstart smoke test test-slow test-distributed test-e2e test-vllm test-oldest test-newest test-seams test-all \
+	ci $(CI_PARTS) figures benchmark lint format clean
 .DELETE_ON_ERROR:
 
 venv: $(STAMP)
@@ -46,12 +64,15 @@ venv: $(STAMP)
 # torch first: once its build is chosen, nothing after it replaces it
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install $(TORCH) -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-	PIP_CONSTRAINT=constraints.txt $(PIP) install -e '.[peft,dev]'
+	$(PIP_INSTALL) $(TORCH) -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	PIP_CONSTRAINT=constraints.txt $(PIP_INSTALL) -e '.[peft,dev]'
 	touch $@
 
 quickstart: $(STAMP)
 	$(BIN)/online-dpo quickstart
+
+smoke: $(STAMP)
+	$(PYTEST) -m smoke tests/unit tests/integration
 
 test: $(STAMP)
 	$(PYTEST) -n 2 -m "not slow" tests/unit tests/integration
@@ -62,53 +83,81 @@ test-distributed: $(STAMP)
 test-slow: $(STAMP)
 	$(PYTEST) -n 2 -m slow tests/unit tests/integration
 
-# the quickstart takes both cores, as its users run it
 test-e2e: $(STAMP)
 	$(PYTEST) -n 2 tests/e2e --ignore tests/e2e/test_quickstart.py
 	$(PYTEST) tests/e2e/test_quickstart.py
 
+# the quickstart takes both cores, as its users run it: it comes alone, at the end
+ci:
+	$(MAKE) --no-print-directory -j 2 -O IN_TURN=1 $(CI_PARTS)
+	$(PYTEST) tests/e2e/test_quickstart.py
+
+ci-unit: $(STAMP)
+	$(PYTEST) tests/unit
+
+ci-integration: $(STAMP)
+	$(PYTEST) tests/integration
+
+ci-e2e: $(STAMP)
+	$(PYTEST) tests/e2e --ignore tests/e2e/test_quickstart.py
+
+ci-vllm-servers: $(VLLM_STAMP)
+	$(VLLM_PYTEST) $(VLLM_SERVERS)
+
+ci-vllm: $(VLLM_STAMP)
+	$(VLLM_PYTEST) tests/vllm $(addprefix --ignore ,$(VLLM_SERVERS))
+
+ci-seams-oldest: $(OLDEST_STAMP)
+	$(call in_venv,$(OLDEST_VENV)) $(SEAMS)
+
+ci-seams-newest: $(NEWEST_STAMP)
+	$(call in_venv,$(NEWEST_VENV)) $(SEAMS)
+
 # without dependencies: the file names all of them, and leaves out some that vLLM asks for
-$(VLLM_STAMP): pyproject.toml constraints-vllm.txt
+$(VLLM_PACKAGES): constraints-vllm.txt
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_PIP) install $(TORCH) -c constraints-vllm.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-	$(VLLM_PIP) install --no-deps -r constraints-vllm.txt
-	$(VLLM_PIP) install --no-deps -e .
+	$(VLLM_INSTALL) $(TORCH) -c constraints-vllm.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(VLLM_INSTALL) --no-deps -r constraints-vllm.txt
+	touch $@
+
+$(VLLM_STAMP): pyproject.toml $(VLLM_PACKAGES) $(call after,$(STAMP))
+	$(VLLM_INSTALL) --no-deps -e .
 	touch $@
 
 test-vllm: $(VLLM_STAMP)
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VLLM_VENV)/bin/python -m pytest -q -n 2 --dist loadfile tests/vllm_engines
+	$(VLLM_PYTEST) -n 2 --dist loadfile tests/vllm
 
 # trl for the tests of parity; what checks the code is not needed
-$(OLDEST_STAMP): pyproject.toml constraints-oldest.txt
+$(OLDEST_STAMP): pyproject.toml constraints-oldest.txt $(call after,$(VLLM_STAMP))
 	test -x $(OLDEST_VENV)/bin/python || $(PYTHON) -m venv $(OLDEST_VENV)
-	$(OLDEST_PIP) install "$$(grep '^torch==' constraints-oldest.txt)" -c constraints-oldest.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-	PIP_CONSTRAINT=constraints-oldest.txt $(OLDEST_PIP) install -e '.[bench,judge,peft]' $(TEST_TOOLS)
+	$(OLDEST_INSTALL) "$$(grep '^torch==' constraints-oldest.txt)" -c constraints-oldest.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	PIP_CONSTRAINT=constraints-oldest.txt $(OLDEST_INSTALL) -e '.[bench,judge,peft]' $(TEST_TOOLS)
 	touch $@
 
 # without constraints: make clean, and it takes what is new since then
-$(NEWEST_STAMP): pyproject.toml
+$(NEWEST_STAMP): pyproject.toml $(call after,$(OLDEST_STAMP))
 	test -x $(NEWEST_VENV)/bin/python || $(PYTHON) -m venv $(NEWEST_VENV)
-	$(NEWEST_PIP) install "$$(grep -o 'torch>=[^"]*' pyproject.toml)" $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-	$(NEWEST_PIP) install --upgrade --upgrade-strategy eager -e '.[bench,judge,peft]' $(TEST_TOOLS)
+	$(NEWEST_INSTALL) "$$(grep -o 'torch>=[^"]*' pyproject.toml)" $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(NEWEST_INSTALL) --upgrade --upgrade-strategy eager -e '.[bench,judge,peft]' $(TEST_TOOLS)
 	touch $@
 
 test-oldest: $(OLDEST_STAMP)
-	$(call in_venv,$(OLDEST_VENV)) tests/unit tests/integration
+	$(call in_venv,$(OLDEST_VENV)) -n 2 tests/unit tests/integration
 
 test-newest: $(NEWEST_STAMP)
-	$(call in_venv,$(NEWEST_VENV)) tests/unit tests/integration
+	$(call in_venv,$(NEWEST_VENV)) -n 2 tests/unit tests/integration
 
 test-seams: $(OLDEST_STAMP) $(NEWEST_STAMP)
-	$(call in_venv,$(OLDEST_VENV)) $(SEAMS)
-	$(call in_venv,$(NEWEST_VENV)) $(SEAMS)
+	$(call in_venv,$(OLDEST_VENV)) -n 2 $(SEAMS)
+	$(call in_venv,$(NEWEST_VENV)) -n 2 $(SEAMS)
 
-in_venv = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(1)/bin/python -m pytest -q -n 2 -m "not slow" -p no:cacheprovider
+in_venv = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(1)/bin/python -m pytest -q -m "not slow" -p no:cacheprovider
 
 test-all: test test-slow test-distributed test-vllm test-oldest test-newest test-e2e
 
 # the table of "Try it on the quickstart" in docs/feedback.md: 15 minutes on an idle machine of 2 cores
 figures: $(STAMP)
-	$(PYTEST) -s tests/figures
+	$(BIN)/python benchmarks/quickstart_figures.py --json benchmarks/results/quickstart.json
 
 # TRL and this library on the same work, in turn: 20 minutes on an idle machine of 2 cores
 benchmark: $(STAMP)

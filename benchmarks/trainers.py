@@ -164,13 +164,17 @@ def _build_ours(job: Job, workload: Workload, output_dir: str, parts: dict[str, 
     )
     trainer: Any = OnlineDPOTrainer(**parts, args=args, peft_config=_adapter() if job.lora else None)
     force_our_lengths(workload)
-    generate, score, compute_loss = trainer.engine.generate, trainer._assess, trainer.compute_loss
+    generate, score, compute_loss = (
+        trainer.sampler.engine.generate,
+        trainer.collector.assessor.assess,
+        trainer.compute_loss,
+    )
 
     def generate_and_check(*args: Any, **kwargs: Any) -> Any:
-        at_once = trainer.engine.batch_size
+        at_once = trainer.sampler.engine.batch_size
         with probe.phase("generate"):
             groups = generate(*args, **kwargs)
-        assert trainer.engine.batch_size == at_once, "sampling ran out of memory and was cut into parts"
+        assert trainer.sampler.engine.batch_size == at_once, "sampling ran out of memory and was cut into parts"
         rows = [workload.row_of(group.prompt.token_ids[-1]) for group in groups]
         lengths = [[len(completion.token_ids) for completion in group.completions] for group in groups]
         probe.saw_completions(workload, rows, lengths)
@@ -188,9 +192,9 @@ def _build_ours(job: Job, workload: Workload, output_dir: str, parts: dict[str, 
         with probe.phase("policy_forward"):
             return compute_loss(model, inputs, *args, num_items_in_batch=num_items_in_batch, **kwargs)
 
-    trainer.engine.generate = generate_and_check
-    trainer._assess = score_and_remember
-    trainer._reference_logprobs = probe.timed("reference", trainer._reference_logprobs)
+    trainer.sampler.engine.generate = generate_and_check
+    trainer.collector.assessor.assess = score_and_remember
+    trainer.objective._reference_logprobs = probe.timed("reference", trainer.objective._reference_logprobs)
     trainer.compute_loss = loss_of_whole_step
     return trainer
 

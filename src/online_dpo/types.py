@@ -160,7 +160,8 @@ class Feedback:
     """What became of the prompts of a step: its groups, and what is said of them, by scorers or by a judge.
 
     ``seconds`` has an entry for "rollout" and one for "scoring". ``further`` are the rounds in which groups without a
-    pair were replaced; ``groups``, ``said`` and ``notes`` are of the first answers all the same.
+    pair were replaced; ``groups``, ``said`` and ``notes`` are of the first answers all the same. ``pairing`` is what
+    was made of all rounds in the end; ``None`` until pairs have been formed, and in checkpoints of version 0.1.
 
     >>> Feedback(groups=[group], said=Scores([[0.7, 0.1]], {}), seconds={"rollout": 1.5, "scoring": 0.2})
     """
@@ -170,6 +171,7 @@ class Feedback:
     seconds: Mapping[str, float]
     further: tuple[Round, ...] = ()
     notes: Notes | None = None
+    pairing: Pairing | None = None
 
 
 @dataclass(frozen=True)

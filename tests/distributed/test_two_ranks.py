@@ -1,7 +1,6 @@
 """Two real processes against one: same gradient, metrics and decisions (docs/architecture.md, invariants 2 and 11)."""
 
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 
 from support import tiny
 from support.endpoint import says, serving, shown
+from support.processes import environment
 from support.run_files import fill_folder, write_run_file
 from support.training import assert_same
 
@@ -31,19 +31,14 @@ def shown_to(request):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("ranks")
-    paths = [str(WORKER.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "PYTHONPATH": os.pathsep.join(paths),
-    }
+    own = environment(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
     asked = {}
     for command, processes in ((torchrun, 2), ([sys.executable], 1)):
         with serving(slowly_more_w1) as endpoint:
             done = subprocess.run(
                 [*command, str(WORKER), str(out), str(processes), endpoint.url],
-                env=environment,
+                env=own,
                 capture_output=True,
                 text=True,
                 timeout=280,
@@ -146,10 +141,10 @@ def test_processes_that_would_train_alone_are_refused(tmp_path):
     folder = fill_folder(tmp_path, "def words(completions):\n    return [float(len(c.split())) for c in completions]\n")
     path = write_run_file(folder, reward_funcs="feedback.py:words", use_cpu=None, max_steps=1)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29519"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+    own = environment(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", CUDA_VISIBLE_DEVICES="")
     done = subprocess.run(
         [*torchrun, "-m", "online_dpo", "train", str(path)],
-        env=environment,
+        env=own,
         capture_output=True,
         text=True,
         timeout=200,

@@ -49,8 +49,8 @@ def run(out, case, processes, **options):
     )
     assert made.accelerator.num_processes == processes
     made.callback_handler.callbacks.insert(0, keep)
-    calls, generate = [], made.engine.generate
-    made.engine.generate = lambda prompts, *args: (calls.append(len(prompts)), generate(prompts, *args))[1]
+    calls, generate = [], made.sampler.engine.generate
+    made.sampler.engine.generate = lambda prompts, *args: (calls.append(len(prompts)), generate(prompts, *args))[1]
     with suppress(NothingTrainedError):  # where every step is skipped
         made.train()
     log = {

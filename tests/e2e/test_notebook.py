@@ -2,11 +2,10 @@
 
 import os
 import sys
-from pathlib import Path
 
 import pytest
 
-import online_dpo
+from support.processes import PATHS
 
 pytest.importorskip("ipykernel")
 nbformat = pytest.importorskip("nbformat")
@@ -45,8 +44,8 @@ def headings(html):
 @pytest.mark.e2e
 @pytest.mark.slow
 def test_a_notebook_sees_reward_kl_evaluations_and_where_it_was_stopped(tmp_path):
-    paths = [str(Path(online_dpo.__file__).parents[1]), str(Path(__file__).parents[1])]
-    cells = [cell.format(paths=paths, folder=str(tmp_path / "run")) if cell is CELLS[0] else cell for cell in CELLS]
+    first = CELLS[0].format(paths=list(PATHS), folder=str(tmp_path / "run"))
+    cells = [first, *CELLS[1:]]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     notebook.metadata.kernelspec = {"name": "python3", "language": "python", "display_name": sys.executable}
     # with this variable a kernel keeps what processes write to its files for itself

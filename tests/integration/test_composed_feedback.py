@@ -41,7 +41,7 @@ class Asked:
 def run(tmp_path, kwargs=None, **fields):
     defaults = dict(num_completions=5, per_device_train_batch_size=12)
     made = trainer(tmp_path, kwargs={"eval_dataset": dataset(), **(kwargs or {})}, **{**defaults, **fields})
-    made.sampling = made.sampling.__class__(**{**made.sampling.__dict__, "end_token_ids": ENDS})
+    made.sampler.params = made.sampler.params.__class__(**{**made.sampler.params.__dict__, "end_token_ids": ENDS})
     return made
 
 
@@ -51,15 +51,15 @@ def step_log(made):
 
 def watched(made):
     """What becomes of the groups of each step."""
-    formed, form = [], made._form_pairs
-    made._form_pairs = lambda *args, **kwargs: formed.append(form(*args, **kwargs)) or formed[-1]
+    formed, form = [], made.collector.form_pairs
+    made.collector.form_pairs = lambda *args, **kwargs: formed.append(form(*args, **kwargs)) or formed[-1]
     return formed
 
 
 def sampled(made, stream=0, step=0):
     """What a fresh trainer samples: in its first step of training, or in an evaluation."""
-    return made.engine.generate(
-        tiny.prompts(LENGTHS), made.args.num_completions, made.sampling, RolloutKey(42, step, stream)
+    return made.sampler.engine.generate(
+        tiny.prompts(LENGTHS), made.args.num_completions, made.sampler.params, RolloutKey(42, step, stream)
     )
 
 
@@ -68,7 +68,7 @@ def judged(made):
     the better one, where it can tell, and by how many tokens ours is longer.
     """
     said = []
-    for group, rival in zip(sampled(made, stream=1), made._rivals(tiny.prompts(LENGTHS)), strict=True):
+    for group, rival in zip(sampled(made, stream=1), made.reference_answers.to(tiny.prompts(LENGTHS)), strict=True):
         ours, theirs = group.completions[0], rival.completions[0]
         [rank] = [None] if ours.text == theirs.text else longer([], [(ours.text, theirs.text)])
         if rank != -1:
@@ -119,7 +119,7 @@ def test_evaluation_compares_raw_scores(tmp_path):
     made = run(tmp_path, {"ref_model": reference}, reward_funcs=[huge, word_reward], reward_normalization="group")
     metrics = made.evaluate()
     scores, wins = [], []
-    for group, rival in zip(sampled(made, stream=1), made._rivals(tiny.prompts(LENGTHS)), strict=True):
+    for group, rival in zip(sampled(made, stream=1), made.reference_answers.to(tiny.prompts(LENGTHS)), strict=True):
         mine, theirs = (
             [a + b for a, b in zip(huge(texts), word_reward(texts), strict=True)]
             for texts in ([c.text for c in g.completions] for g in (group, rival))
@@ -144,7 +144,7 @@ def test_the_gradient_with_normalised_rewards_does_not_depend_on_the_cut(tmp_pat
 def test_a_price_on_tokens_is_in_the_scores_and_makes_the_short_ones_win(tmp_path):
     made = run(tmp_path, reward_funcs=lambda completions, **_: [0.0] * len(completions), length_penalty=0.25)
     expected = [-0.25 * len(c.token_ids) for g in sampled(made, stream=1) for c in g.completions]
-    rivals = [-0.25 * len(g.completions[0].token_ids) for g in made._rivals(tiny.prompts(LENGTHS))]
+    rivals = [-0.25 * len(g.completions[0].token_ids) for g in made.reference_answers.to(tiny.prompts(LENGTHS))]
     metrics = made.evaluate()
     assert metrics["eval_objective/scores"] == pytest.approx(np.mean(expected))
     assert metrics["eval_objective/reference_scores"] == pytest.approx(np.mean(rivals))
@@ -203,7 +203,7 @@ def test_evaluation_takes_the_win_rate_from_the_judge_and_scores_from_the_reward
     metrics = made.evaluate()
     wins = [answer for answer, _ in judged(made)]
     assert metrics["eval_win_rate"] == pytest.approx(np.mean(wins)) and 0 < np.mean(wins) < 1
-    mine, theirs = sampled(made, stream=1), made._rivals(tiny.prompts(LENGTHS))
+    mine, theirs = sampled(made, stream=1), made.reference_answers.to(tiny.prompts(LENGTHS))
     for name, groups in (("scores", mine), ("reference_scores", theirs)):
         expected = np.mean([s for g in groups for s in word_reward([c.text for c in g.completions])])
         assert metrics[f"eval_objective/{name}"] == pytest.approx(expected)

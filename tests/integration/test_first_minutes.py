@@ -2,6 +2,7 @@
 
 import logging
 
+import pytest
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
@@ -11,6 +12,7 @@ from online_dpo.training.interrupt import Interrupt
 from support import tiny, training
 
 
+@pytest.mark.smoke
 def test_the_display_of_a_user_takes_the_place_of_transformers_own(tmp_path, capsys):
     class Own(TrainerCallback):
         pass

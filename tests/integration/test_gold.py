@@ -16,7 +16,7 @@ from online_dpo import OnlineDPOTrainer
 from online_dpo.rollout.builtin.engine import TransformersEngine
 from online_dpo.rollout.params import RolloutKey
 from support import tiny
-from support.training import LENGTHS, config, dataset, trainer, word_reward
+from support.training import LENGTHS, config, dataset, step_logs, trainer, word_reward
 
 PROMPTS = LENGTHS * 2
 
@@ -86,7 +86,7 @@ def test_a_conflict_stops_the_run_with_a_checkpoint(tmp_path, caplog):
         assert [log["eval_gold_score"] for log in evaluations(made)] == [
             log["eval_gold_score"] for log in evaluations(free)[: step + 1]
         ]
-        assert [log["step"] for log in made.state.log_history if "pairs/count" in log] == list(range(1, step + 1))
+        assert [log["step"] for log in step_logs(made)] == list(range(1, step + 1))
 
 
 def test_where_only_the_best_is_saved_the_last_is_saved_as_well(tmp_path, caplog):
@@ -115,7 +115,7 @@ def test_a_resumed_run_remembers_the_best(tmp_path):
     first = run(tmp_path, overoptimisation="stop", logging_steps=4)
     first.train()
     step = first.state.global_step
-    assert [log["step"] for log in first.state.log_history if "pairs/count" in log][-1] == step  # nothing is lost
+    assert [log["step"] for log in step_logs(first)][-1] == step  # nothing is lost
     second = run(tmp_path, overoptimisation="stop", overoptimisation_patience=2, eval_on_start=False)
     second.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
     assert second.state.global_step == first_over(evaluations(second), 2) == step + 1

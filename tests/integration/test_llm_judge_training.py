@@ -12,7 +12,7 @@ from online_dpo.cli.train import load_judge
 from online_dpo.errors import FeedbackStopped, NothingTrainedError
 from online_dpo.scoring.judges.llm.judge import LLMJudge
 from support.endpoint import Answer, error, says, serving, shown
-from support.training import LENGTHS, config, dataset, trainer, word_reward
+from support.training import LENGTHS, config, dataset, step_logs, trainer, word_reward
 
 
 def judged(tmp_path, endpoint, cache="cache.sqlite3", settings=None, kwargs=None, **fields):
@@ -88,13 +88,13 @@ def test_a_judge_that_likes_the_first_place_is_told_by_the_log(tmp_path):
         both = judged(tmp_path, endpoint, num_completions=4, logging_steps=3)
         with pytest.raises(NothingTrainedError, match="tie 12"):
             both.train()
-        [log] = [entry for entry in both.state.log_history if "pairs/count" in entry]
+        [log] = step_logs(both)
         assert log["judge/position_bias"] == pytest.approx(0.7, abs=1e-6)
         assert log["judge/disagreement_rate"] == 1.0 and log["judge/requests"] == 2 * log["judge/duels"]
         assert log["pairs/count"] == 0 and log["dropped/tie"] == 12
         once = judged(tmp_path, endpoint, settings={"order": "given"}, logging_steps=3)
         once.train()
-        [log] = [entry for entry in once.state.log_history if "pairs/count" in entry]
+        [log] = step_logs(once)
         assert log["judge/position_bias"] == pytest.approx(0.7, abs=1e-6)
         assert log["pairs/probability"] == pytest.approx(0.7, abs=1e-6) and log["pairs/count"] >= 10
 
@@ -136,7 +136,7 @@ def test_an_endpoint_in_trouble_ends_where_a_healthy_one_does(tmp_path):
             settings = {"request_timeout": 1.0, "max_failure_share": 0.5}
             made = judged(tmp_path / name, endpoint, f"{name}.sqlite3", settings, **fields)
             made.train()
-            [log] = [entry for entry in made.state.log_history if "pairs/count" in entry]
+            [log] = step_logs(made)
             logs.append(log)
             weights.append(list(made.model.parameters()))
     healthy, troubled = logs
@@ -170,7 +170,7 @@ def test_both_orders_learn_from_a_judge_that_one_order_learns_nothing_from(tmp_p
         for order, settings in {"both": {}, "given": {"order": "given", "logprobs": False}}.items():
             made = judged(tmp_path / order, endpoint, settings=settings, kwargs=held_out, **fields)
             made.train()
-            [log[order]] = [entry for entry in made.state.log_history if "pairs/count" in entry]
+            [log[order]] = step_logs(made)
             gold[order] = made.evaluate()
     assert gold["both"]["eval_gold_win_rate_ci95_low"] > 0.65
     assert gold["given"]["eval_gold_win_rate"] < 0.55

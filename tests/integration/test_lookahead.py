@@ -9,11 +9,7 @@ from transformers import TrainerCallback
 from online_dpo.errors import OutOfSyncError
 from online_dpo.rollout.builtin.engine import TransformersEngine
 from support import tiny
-from support.training import dataset, trainer, weights, word_reward
-
-
-def logs(made):
-    return [entry for entry in made.state.log_history if "pairs/count" in entry]
+from support.training import dataset, step_logs, trainer, weights, word_reward
 
 
 def test_staleness_is_logged_and_stamped(tmp_path):
@@ -24,23 +20,23 @@ def test_staleness_is_logged_and_stamped(tmp_path):
             seen.append(({g.policy_version for p in last for g in p.group.completions}, state.global_step))
 
     made = trainer(tmp_path, max_steps=5, max_staleness=2, kwargs={"callbacks": [Watch()]})
-    pack, last = made._pack, []
-    made._pack = lambda pairs, count: (last.clear(), last.extend(pairs), pack(pairs, count))[-1]
+    pack, last = made.objective.pack, []
+    made.objective.pack = lambda model, pairs, count: (last.clear(), last.extend(pairs), pack(model, pairs, count))[-1]
     made.train()
     # Three steps an epoch: at the start of one, all that may be begun is begun with the weights of that time.
     assert seen == [({0}, 0), ({0}, 1), ({0}, 2), ({3}, 3), ({3}, 4)]
-    assert [entry["sampling/staleness"] for entry in logs(made)] == [0, 1, 2, 0, 1]
+    assert [entry["sampling/staleness"] for entry in step_logs(made)] == [0, 1, 2, 0, 1]
     on_policy = trainer(tmp_path, max_steps=5)
     on_policy.train()
-    assert [entry["sampling/staleness"] for entry in logs(on_policy)] == [0] * 5
-    assert max(entry["sampling/sampling_logp_difference/max"] for entry in logs(on_policy)) < 2e-5
-    assert logs(made)[1]["sampling/sampling_logp_difference/mean"] > 1e-4
+    assert [entry["sampling/staleness"] for entry in step_logs(on_policy)] == [0] * 5
+    assert max(entry["sampling/sampling_logp_difference/max"] for entry in step_logs(on_policy)) < 2e-5
+    assert step_logs(made)[1]["sampling/sampling_logp_difference/mean"] > 1e-4
 
 
 def test_in_the_middle_of_an_epoch_completions_are_one_step_behind(tmp_path):
     made = trainer(tmp_path, max_steps=6, max_staleness=1, per_device_train_batch_size=2)
     made.train()
-    assert [entry["sampling/staleness"] for entry in logs(made)] == [0, 1, 1, 1, 1, 1]
+    assert [entry["sampling/staleness"] for entry in step_logs(made)] == [0, 1, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("max_staleness", [1, 3])
@@ -55,8 +51,8 @@ def test_no_prompt_is_lost_or_counted_at_the_wrong_step(tmp_path, max_staleness)
     made = trainer(tmp_path, reward_funcs=reward, train_dataset=rows, max_staleness=max_staleness, **options)
     made.train()
     assert sorted(names) == sorted(2 * list(rows["name"]))
-    assert [entry["prompts"] for entry in logs(made)] == [9, 3, 9, 3]
-    for entry in logs(made):
+    assert [entry["prompts"] for entry in step_logs(made)] == [9, 3, 9, 3]
+    for entry in step_logs(made):
         assert entry["prompts"] == entry["pairs/count"] + sum(v for k, v in entry.items() if k.startswith("dropped/"))
 
 
@@ -76,7 +72,7 @@ def seconds_of(tmp_path, max_staleness):
     made = trainer(tmp_path, reward_funcs=reward, kwargs={"callbacks": [SlowStep()]}, **options)
     start = time.perf_counter()
     made.train()
-    return time.perf_counter() - start, logs(made)
+    return time.perf_counter() - start, step_logs(made)
 
 
 @pytest.mark.slow
@@ -130,8 +126,8 @@ class Copying(TransformersEngine):
 
 def with_copy(tmp_path, forgets_from, **fields):
     made = trainer(tmp_path, max_steps=4, learning_rate=1e-2, **fields)
-    made.engine = Copying(tiny.causal_lm(), tiny.tokenizer())
-    made.engine.forgets_from = forgets_from
+    made.sampler.engine = Copying(tiny.causal_lm(), tiny.tokenizer())
+    made.sampler.engine.forgets_from = forgets_from
     return made
 
 
@@ -144,7 +140,7 @@ def test_an_engine_that_samples_from_stale_weights_is_found(tmp_path):
         with_copy(tmp_path, 2, sync_check_steps=3).train()
     made = with_copy(tmp_path, 2, sync_check_steps=0)
     made.train()
-    assert logs(made)[3]["sampling/sampling_logp_difference/mean"] > 1e-3
+    assert step_logs(made)[3]["sampling/sampling_logp_difference/mean"] > 1e-3
 
 
 def test_an_engine_that_computes_in_half_precision_may_differ_by_its_rounding(tmp_path, caplog):
@@ -152,14 +148,14 @@ def test_an_engine_that_computes_in_half_precision_may_differ_by_its_rounding(tm
 
     def with_half_copy(forgets_from, **fields):
         made = trainer(tmp_path, max_steps=2, learning_rate=1e-1, optim="sgd", **fields)
-        made.engine = Copying(tiny.causal_lm().bfloat16(), tiny.tokenizer())
-        made.engine.own_dtype = torch.bfloat16
-        made.engine.forgets_from = forgets_from
+        made.sampler.engine = Copying(tiny.causal_lm().bfloat16(), tiny.tokenizer())
+        made.sampler.engine.own_dtype = torch.bfloat16
+        made.sampler.engine.forgets_from = forgets_from
         return made
 
     made = with_half_copy(10**9, sync_check_steps=1)
     made.train()
-    assert 1e-4 < logs(made)[0]["sampling/sampling_logp_difference/mean"] < 3e-2
+    assert 1e-4 < step_logs(made)[0]["sampling/sampling_logp_difference/mean"] < 3e-2
     said = [r.getMessage() for r in caplog.records if "The sampler computes in" in r.getMessage()]
     assert len(said) == 1 and said[0].startswith("The sampler computes in bfloat16, the trainer in float32")
     with pytest.raises(OutOfSyncError, match="After the weights of step 0"):

@@ -13,20 +13,23 @@ from online_dpo.rollout.builtin.engine import TransformersEngine
 from online_dpo.rollout.params import RolloutKey
 from online_dpo.types import Completion
 from support import tiny
-from support.training import LENGTHS, assert_same, config, dataset, gradient, trainer, weights, word_reward
+from support.training import (
+    LENGTHS,
+    LORA,
+    assert_same,
+    config,
+    dataset,
+    gradient,
+    step_logs,
+    trainer,
+    weights,
+    without_times,
+    word_reward,
+)
 
-LORA = dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 XPO = dict(method="xpo", xpo_alpha=0.01)
 NASH = dict(method="nash_md", mixture_coef=0.25, temperature=1.0)
 METHODS = {"xpo": XPO, "nash_md": NASH}
-
-
-def train_logs(made):
-    return [log for log in made.state.log_history if "pairs/count" in log]
-
-
-def comparable(log):
-    return {name: value for name, value in log.items() if not name.startswith(("time/", "perf/"))}
 
 
 def other_reference():
@@ -67,14 +70,14 @@ def test_the_policy_learns_to_say_the_rewarded_words(tmp_path, kind):
     made = trainer(tmp_path, model=model, **options, **LEARNING[kind])
     scores = []
 
-    def watched(groups, said, step, form=made._form_pairs):
+    def watched(groups, said, step, form=made.collector.form_pairs):
         scores.append(np.mean([word_reward([group.completions[0].text]) for group in groups]))
         return form(groups, said, step)
 
-    made._form_pairs = watched
+    made.collector.form_pairs = watched
     made.train()
     assert np.mean(scores[-3:]) > np.mean(scores[:3]) + 0.5
-    logs = train_logs(made)
+    logs = step_logs(made)
     if "alone" not in kind:
         assert logs[-1]["opponent/win_rate"] > logs[0]["opponent/win_rate"] + 0.05
     assert logs[-1]["objective/kl"] > 0.1
@@ -85,15 +88,15 @@ def test_the_policy_learns_to_say_the_rewarded_words(tmp_path, kind):
 
 def feedback_of(made, step=0):
     prompts = tiny.prompts(LENGTHS)
-    return made._sample_and_score(step, prompts)().groups, prompts
+    return made.collector.sample_and_assess(step, prompts)().groups, prompts
 
 
 def test_xpos_groups_hold_what_the_policy_and_the_reference_would_say_alone(tmp_path):
     made = trainer(tmp_path, kwargs={"ref_model": other_reference()}, **XPO)
     groups, prompts = feedback_of(made, step=3)
-    own = made.engine.generate(prompts, 1, made.sampling, RolloutKey(42, 3, 0))
+    own = made.sampler.engine.generate(prompts, 1, made.sampler.params, RolloutKey(42, 3, 0))
     reference = TransformersEngine(other_reference(), tiny.tokenizer())
-    theirs = reference.generate(prompts, 1, made.sampling, RolloutKey(42, 3, 5))
+    theirs = reference.generate(prompts, 1, made.sampler.params, RolloutKey(42, 3, 5))
     for group, mine, other in zip(groups, own, theirs, strict=True):
         assert group.completions[0] == mine.completions[0]
         assert group.completions[1].token_ids == other.completions[0].token_ids
@@ -107,9 +110,9 @@ def test_xpos_opponent_with_an_adapter_is_the_policy_without(tmp_path):
     assert isinstance(made.reference, AdapterOffReference)
     groups, prompts = feedback_of(made, step=3)
     base = TransformersEngine(tiny.causal_lm(sharpness=1.0), tiny.tokenizer())
-    theirs = base.generate(prompts, 1, made.sampling, RolloutKey(42, 3, 5))
+    theirs = base.generate(prompts, 1, made.sampler.params, RolloutKey(42, 3, 5))
     assert [g.completions[1].token_ids for g in groups] == [g.completions[0].token_ids for g in theirs]
-    own = base.generate(prompts, 1, made.sampling, RolloutKey(42, 3, 0))
+    own = base.generate(prompts, 1, made.sampler.params, RolloutKey(42, 3, 0))
     assert [g.completions[0].token_ids for g in groups] != [g.completions[0].token_ids for g in own]
 
 
@@ -121,7 +124,7 @@ def test_the_share_of_the_reference_goes_by_epochs(tmp_path):
         made.state.epoch = epoch
         groups, prompts = feedback_of(made)
         engine = TransformersEngine(model, tiny.tokenizer())
-        theirs = engine.generate(prompts, 1, made.sampling, RolloutKey(42, 0, 5))
+        theirs = engine.generate(prompts, 1, made.sampler.params, RolloutKey(42, 0, 5))
         assert [g.completions[1].token_ids for g in groups] == [g.completions[0].token_ids for g in theirs]
         assert {g.completions[1].author for g in groups} == {"mixture"}
 
@@ -147,11 +150,11 @@ def test_xpo_with_an_engine_that_samples_beside_training(tmp_path):
         pass
 
     made = trainer(tmp_path, max_steps=3, max_staleness=1, **XPO)
-    made.engine = Beside(tiny.causal_lm(sharpness=1.0), tiny.tokenizer())
+    made.sampler.engine = Beside(tiny.causal_lm(sharpness=1.0), tiny.tokenizer())
     made.opponent._engine.__class__ = Watched
     made.train()
     assert set(threads) == {("Beside", False), ("Watched", True)}
-    assert [log["prompts"] for log in train_logs(made)] == [4, 4, 4]
+    assert [log["prompts"] for log in step_logs(made)] == [4, 4, 4]
 
 
 # the gradient ---------------------------------------------------------------------------------------------------------
@@ -228,7 +231,7 @@ def test_no_metric_depends_on_padding_or_on_the_cut(tmp_path, method):
             **METHODS[method],
         )
         made.train()
-        logs.append([comparable(log) for log in train_logs(made)])
+        logs.append([without_times(log) for log in step_logs(made)])
     for ours, theirs in zip(*logs, strict=True):
         assert ours.keys() == theirs.keys() and ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
     assert logs[0][1]["objective/kl"] != 0 and "opponent/win_rate" in logs[0][1]
@@ -265,7 +268,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, kind, 
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
     for name, expected in weights(whole.model).items():
         assert torch.equal(resumed.model.get_parameter(name), expected), name
-    ours, theirs = ([comparable(log) for log in train_logs(made)] for made in (resumed, whole))
+    ours, theirs = ([without_times(log) for log in step_logs(made)] for made in (resumed, whole))
     assert ours == theirs
     if "target_kl" in kind:
         assert len({log["beta"] for log in theirs}) == 5
@@ -276,7 +279,7 @@ def test_what_was_begun_before_there_were_authors_is_the_policys(tmp_path):
     made = trainer(tmp_path)
     completion = Completion((5, 1), (-1.0, -2.0), "stop", 0, "w1")
     vars(completion).pop("author")
-    assert completion.by_policy and made._pack([], 1)
+    assert completion.by_policy and made.objective.pack(made.model, [], 1)
 
 
 # target_kl ------------------------------------------------------------------------------------------------------------
@@ -285,7 +288,7 @@ def test_what_was_begun_before_there_were_authors_is_the_policys(tmp_path):
 def test_beta_follows_the_kl_of_each_step_by_hand(tmp_path):
     made = trainer(tmp_path, max_steps=8, learning_rate=0.02, beta=0.3, target_kl=0.5, beta_gain=2.0)
     made.train()
-    logs = train_logs(made)
+    logs = step_logs(made)
     expected = 0.3
     for log in logs:
         assert log["beta"] == pytest.approx(expected, rel=1e-12)
@@ -316,7 +319,7 @@ def test_kl_is_held_where_it_is_wanted(tmp_path):
             **fields,
         )
         made.train()
-        logs = train_logs(made)[-30:]
+        logs = step_logs(made)[-30:]
         return np.mean([log["objective/kl"] for log in logs]), np.mean([log["beta"] for log in logs])
 
     free, _ = kl_and_beta(beta=0.1)
@@ -330,7 +333,7 @@ def test_a_run_begins_to_adapt_where_it_is_resumed_with_a_target(tmp_path):
     assert not (tmp_path / "checkpoint-2" / "beta.json").exists()
     resumed = trainer(tmp_path, target_kl=0.5, beta=0.3, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    betas = [log["beta"] for log in train_logs(resumed)][-2:]
+    betas = [log["beta"] for log in step_logs(resumed)][-2:]
     assert betas[0] == 0.3 and betas[1] != 0.3
     saved = json.loads((tmp_path / "checkpoint-3" / "beta.json").read_text())
     assert saved == {"beta": betas[1]}
@@ -361,7 +364,7 @@ def test_evaluation_is_of_the_policy_alone_and_changes_nothing(tmp_path, method)
     metrics = made.evaluate()
     assert 0 <= metrics["eval_win_rate"] <= 1 and np.isfinite(metrics["eval_loss"])
     prompts = tiny.prompts((4, 5, 6, 7))
-    groups = made.engine.generate(prompts, 2, made.sampling, RolloutKey(42, 0, 1))
+    groups = made.sampler.engine.generate(prompts, 2, made.sampler.params, RolloutKey(42, 0, 1))
     assert metrics["eval_objective/scores"] == pytest.approx(
         np.mean([word_reward([c.text])[0] for g in groups for c in g.completions])
     )
@@ -377,7 +380,7 @@ def test_every_prompt_ends_as_a_pair_or_in_a_counted_reason(tmp_path, method):
 
     made = trainer(tmp_path, reward_funcs=moody, max_steps=-1, num_train_epochs=1, **METHODS[method])
     made.train()
-    logs = train_logs(made)
+    logs = step_logs(made)
     totals = {name: sum(log.get(name, 0) for log in logs) for log in logs for name in log}
     dropped = {name: value for name, value in totals.items() if name.startswith("dropped/") and value}
     assert totals["prompts"] == 12 == totals["pairs/count"] + sum(dropped.values())

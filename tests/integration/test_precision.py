@@ -11,10 +11,9 @@ from torch import nn
 
 from online_dpo.modeling.precision import check_precision, hold_linears
 from support import tiny
-from support.training import config, trainer, weights
+from support.training import LORA, config, train_logs, trainer, weights
 
 DEFAULT_RATE = 5e-7
-LORA = dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 TRAINED_BESIDE_LORA = [
     {},
     {"modules_to_save": ["lm_head"]},
@@ -37,10 +36,6 @@ def save(model, folder):
 
 def dtypes(model, trained):
     return {p.dtype for p in model.parameters() if p.requires_grad == trained}
-
-
-def first_log(made):
-    return next(log for log in made.state.log_history if "loss" in log)
 
 
 def warned(caplog):
@@ -132,7 +127,7 @@ def test_an_adapter_is_trained_in_fp32_over_a_base_as_saved(tmp_path, caplog, be
     assert dtypes(made.model, trained=False) == {torch.bfloat16 if mixes else torch.float32}
     before = weights(made.model)
     made.train()
-    assert first_log(made)["objective/kl"] == 0 and first_log(made)["rewards/margins"] == 0
+    assert train_logs(made)[0]["objective/kl"] == 0 and train_logs(made)[0]["rewards/margins"] == 0
     after = weights(made.model)
     changed = {name for name in after if not torch.equal(before[name], after[name])}
     frozen = {name for name, p in made.model.named_parameters() if not p.requires_grad}
@@ -172,7 +167,7 @@ def test_the_reference_equals_the_policy_at_the_start_bit_for_bit(tmp_path, bf16
         assert {p.dtype for m in others for p in m.parameters(recurse=False)} == {torch.float32}
     assert dtypes(made.model, trained=True) == {torch.float32}
     made.train()
-    first, last = (log for log in made.state.log_history if "loss" in log)
+    first, last = train_logs(made)
     assert first["objective/kl"] == 0 and first["rewards/margins"] == 0 and last["objective/kl"] != 0
 
 

@@ -1,9 +1,6 @@
 """The quickstart's recipe and its judge, from the command line, with models that know next to nothing."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +8,7 @@ import pytest
 from online_dpo.quickstart.artifacts import build
 from online_dpo.quickstart.models import TINY
 from online_dpo.quickstart.run import write_run_file
+from support.processes import run_python
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -23,7 +21,7 @@ def test_the_quickstart_with_a_pairwise_judge(tmp_path):
     run_file = write_run_file(folder)
 
     def python(*words):
-        done = subprocess.run([sys.executable, *map(str, words)], cwd=tmp_path, capture_output=True, text=True)
+        done = run_python(*words, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 
@@ -47,5 +45,5 @@ def test_the_quickstart_with_a_pairwise_judge(tmp_path):
 @pytest.mark.slow
 def test_a_judge_of_nothing_is_refused(tmp_path):
     script = RECIPES / "judges" / "quickstart.py"
-    done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, env={**os.environ})
+    done = run_python(script, tmp_path)
     assert done.returncode == 2 and "`online-dpo quickstart` makes one" in done.stderr

@@ -13,7 +13,7 @@ from online_dpo.pairing.rounds import latest
 from online_dpo.rollout.builtin.engine import TransformersEngine
 from online_dpo.rollout.params import RolloutKey
 from support import tiny
-from support.training import LENGTHS, assert_same, config, dataset, gradient, trainer, weights
+from support.training import LENGTHS, assert_same, config, dataset, gradient, step_logs, trainer, weights, without_times
 
 
 def coin(completions, **_):
@@ -21,23 +21,15 @@ def coin(completions, **_):
     return [float(zlib.crc32(text.strip().encode()) % 2) for text in completions]
 
 
-def logs(made):
-    return [log for log in made.state.log_history if "pairs/count" in log]
-
-
-def comparable(log):
-    return {name: value for name, value in log.items() if not name.startswith(("time/", "perf/"))}
-
-
 def watched(made):
     """Prompts and first sample of each call of the engine, as they come."""
-    calls, generate = [], made.engine.generate
+    calls, generate = [], made.sampler.engine.generate
 
     def watching(prompts, num_completions, params, key):
         calls.append(([prompt.row for prompt in prompts], key.step, key.first_sample))
         return generate(prompts, num_completions, params, key)
 
-    made.engine.generate = watching
+    made.sampler.engine.generate = watching
     return calls
 
 
@@ -47,7 +39,7 @@ def tokens(completions):
 
 def by_hand(made, prompts, step, rounds, reward=coin):
     """The rounds of each prompt up to the one that gives a pair, from one call that samples all there may be."""
-    groups = made.engine.generate(prompts, 2 * (rounds + 1), made.sampling, RolloutKey(42, step, 0))
+    groups = made.sampler.engine.generate(prompts, 2 * (rounds + 1), made.sampler.params, RolloutKey(42, step, 0))
     answers = []
     for group in groups:
         texts = [completion.text for completion in group.completions]
@@ -66,7 +58,7 @@ def test_each_prompt_is_answered_until_it_gives_a_pair_with_the_samples_that_com
     made, prompts = trainer(tmp_path, reward_funcs=coin, resample_rounds=rounds), tiny.prompts(LENGTHS)
     answers = by_hand(made, prompts, 5, rounds)
     calls = watched(made)
-    feedback = made._sample_and_score(5, prompts)()
+    feedback = made.collector.sample_and_assess(5, prompts)()
     groups, said = latest(feedback)
     assert [tokens(group.completions) for group in groups] == [tokens(tries[-1]) for tries, _ in answers]
     assert said.values == [scores[-1] for _, scores in answers] == said.by_scorer["coin"]
@@ -88,7 +80,7 @@ def test_the_log_counts_groups_once_and_scores_of_first_answers(tmp_path):
     made = trainer(tmp_path, reward_funcs=rarely, resample_rounds=2, per_device_train_batch_size=12)
     answers = by_hand(made, tiny.prompts(LENGTHS), 0, 2, rarely)
     made.train()
-    [log] = logs(made)
+    [log] = step_logs(made)
     pairs = sum(scores[-1][0] != scores[-1][1] for _, scores in answers)
     again = sum(len(scores) > 1 for _, scores in answers)
     assert 12 - again < pairs < 12
@@ -121,7 +113,7 @@ def test_a_group_that_never_gives_a_pair_ends_after_the_rounds_and_counts_once(t
     before = weights(made.model)
     with pytest.raises(NothingTrainedError, match=f"{reason} 4"):
         made.train()
-    [log] = logs(made)
+    [log] = step_logs(made)
     assert scored == [8] * 4
     assert log["prompts"] == log[f"dropped/{reason}"] == log["resample/groups"] == 4
     assert log["resample/rescued"] == log["pairs/count"] == 0
@@ -139,7 +131,7 @@ def test_where_every_group_gives_a_pair_rounds_change_nothing(tmp_path):
         made.train()
     assert [first for _, _, first in calls] == [0, 0, 0]
     assert all(torch.equal(p, runs[1].model.get_parameter(name)) for name, p in runs[0].model.named_parameters())
-    off, on = ([comparable(log) for log in logs(made)] for made in runs)
+    off, on = ([without_times(log) for log in step_logs(made)] for made in runs)
     assert [{"resample/groups": 0, "resample/rescued": 0} | log for log in off] == on
 
 
@@ -158,7 +150,7 @@ def test_a_judge_is_asked_about_the_further_answers_and_its_duels_are_counted(tm
     made = trainer(tmp_path, resample_rounds=2, **options)
     answers = by_hand(made, tiny.prompts(LENGTHS), 0, 2)
     made.train()
-    [log] = logs(made)
+    [log] = step_logs(made)
     again = sum(len(scores) > 1 for _, scores in answers)
     assert asked == [12, again, sum(len(scores) > 2 for _, scores in answers)]
     assert log["judge/duels"] == sum(asked)
@@ -172,8 +164,8 @@ def test_xpos_opponent_keeps_its_answer(tmp_path):
     other = tiny.causal_lm(seed=5, sharpness=1.0)
     options = dict(method="xpo", reward_funcs=coin, resample_rounds=2, kwargs={"ref_model": other})
     made, prompts = trainer(tmp_path, **options), tiny.prompts(LENGTHS)
-    own = made.engine.generate(prompts, 3, made.sampling, RolloutKey(42, 4, 0))
-    feedback = made._sample_and_score(4, prompts)()
+    own = made.sampler.engine.generate(prompts, 3, made.sampler.params, RolloutKey(42, 4, 0))
+    feedback = made.collector.sample_and_assess(4, prompts)()
     rounds = [0] * len(prompts)
     for again in feedback.further:
         for place in again.places:
@@ -189,7 +181,7 @@ def test_xpos_opponent_keeps_its_answer(tmp_path):
 def test_a_step_begun_before_there_were_rounds_has_none(tmp_path):
     """It stands in the checkpoint of an earlier version as an object without the field."""
     made = trainer(tmp_path, reward_funcs=coin)
-    feedback = made._sample_and_score(0, tiny.prompts(LENGTHS))()
+    feedback = made.collector.sample_and_assess(0, tiny.prompts(LENGTHS))()
     vars(feedback).pop("further")
     assert latest(feedback) == (feedback.groups, feedback.said)
 
@@ -247,7 +239,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, kind):
     torch.rand(17)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert all(torch.equal(p, resumed.model.get_parameter(name)) for name, p in whole.model.named_parameters())
-    ours, theirs = ([comparable(log) for log in logs(made)] for made in (resumed, whole))
+    ours, theirs = ([without_times(log) for log in step_logs(made)] for made in (resumed, whole))
     assert ours == theirs and sum(log["resample/rescued"] for log in theirs[2:]) > 0
 
 
@@ -271,7 +263,7 @@ def test_a_run_that_failed_in_a_further_round_goes_on_from_where_it_was(tmp_path
     resumed = trainer(tmp_path / "failed", model=with_dropout(), reward_funcs=coin, **options)
     resumed.train(resume_from_checkpoint=True)
     assert all(torch.equal(p, resumed.model.get_parameter(name)) for name, p in whole.model.named_parameters())
-    ours, theirs = ([log["resample/groups"] for log in logs(made)] for made in (resumed, whole))
+    ours, theirs = ([log["resample/groups"] for log in step_logs(made)] for made in (resumed, whole))
     assert ours == theirs
 
 
@@ -302,7 +294,7 @@ def beside(tmp_path, max_staleness, engine, **fields):
     options = dict(max_steps=5, learning_rate=0.02, train_dataset=dataset(lengths=LENGTHS * 2), reward_funcs=coin)
     made = trainer(tmp_path, model=model, max_staleness=max_staleness, **options, **fields)
     made.args.resample_rounds = 3  # what the configuration leaves to vLLM servers
-    made.engine = engine
+    made.sampler.engine = engine
     return made
 
 
@@ -320,11 +312,11 @@ def test_all_rounds_of_a_step_sample_with_the_same_weights(tmp_path, max_stalene
 
     made = beside(tmp_path, max_staleness, Late())
     made.train()
-    versions = made.engine.versions
+    versions = made.sampler.engine.versions
     assert all(versions[step] == [max(0, step - max_staleness)] * len(versions[step]) for step in range(5))
     assert len(versions[2]) > 1
-    assert [log["sampling/staleness"] for log in logs(made)] == [min(i, max_staleness) for i in range(5)]
-    assert logs(made)[3 - max_staleness]["time/waiting"] > 0.2
+    assert [log["sampling/staleness"] for log in step_logs(made)] == [min(i, max_staleness) for i in range(5)]
+    assert step_logs(made)[3 - max_staleness]["time/waiting"] > 0.2
 
 
 @pytest.mark.slow
@@ -335,7 +327,7 @@ def test_rounds_of_a_step_that_has_begun_are_part_of_a_checkpoint(tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert min(resumed.engine.versions) == 3
     assert all(torch.equal(p, resumed.model.get_parameter(name)) for name, p in whole.model.named_parameters())
-    ours, theirs = ([comparable(log) for log in logs(made)] for made in (resumed, whole))
+    ours, theirs = ([without_times(log) for log in step_logs(made)] for made in (resumed, whole))
     assert ours == theirs and all(log["resample/rescued"] > 0 for log in theirs[2:])
 
 

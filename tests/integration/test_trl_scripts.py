@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
-import online_dpo
 from support import tiny
+from support.processes import environment, run_python
 from support.training import config, dataset, trainer, word_reward
 
 ONLINE_DPO = """
@@ -127,15 +124,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, script: str, *words: str) -> list:
     """What the script printed last."""
     (folder / "script.py").write_text(script)
-    source = str(Path(online_dpo.__file__).parent.parent)
-    done = subprocess.run(
-        [sys.executable, "script.py", *words],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": source, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "cache")},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    own = environment(HF_HUB_OFFLINE="1", HF_HOME=str(folder / "cache"))
+    done = run_python("script.py", *words, cwd=folder, env=own)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

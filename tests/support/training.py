@@ -10,11 +10,35 @@ from online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 from support import tiny
 
 LENGTHS = (5, 9, 3, 7, 12, 4, 6, 8, 10, 5, 2, 11)
+LORA = dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 
 
 def word_reward(completions, **_):
     """Counts words w0 to w9: a score with both ties and differences."""
     return [float(sum(len(word) == 2 for word in text.split())) for text in completions]
+
+
+def recording(calls):
+    """`word_reward`, which adds to ``calls`` what it sees of each completion: prompt, text, token ids and name."""
+
+    def reward(prompts, completions, completion_ids, name, **_):
+        calls.append(list(zip(prompts, completions, completion_ids, name, strict=True)))
+        return word_reward(completions)
+
+    return reward
+
+
+class LongerIsBetter:
+    """A judge that counts words and keeps what it was asked; texts of equal length have no preference."""
+
+    def __init__(self):
+        self.prompts, self.pairs = [], []
+
+    def judge(self, prompts, completion_pairs, shuffle_order=True):
+        self.prompts += prompts
+        self.pairs += completion_pairs
+        lengths = [(len(a.split()), len(b.split())) for a, b in completion_pairs]
+        return [-1 if a == b else int(b > a) for a, b in lengths]
 
 
 def dataset(lengths=LENGTHS, **columns):
@@ -76,6 +100,21 @@ def assert_same(got, expected, rtol):
         error = (got[name] - expected[name]).norm()
         assert error <= rtol * size + 1e-9, f"{name}: error {error / size:.2e} of its norm {size:.2e}"
     assert sum(e.norm() for e in expected.values()) > 1e-3
+
+
+def step_logs(made):
+    """The log entries of optimizer steps, also of those that had no pair to train on."""
+    return [log for log in made.state.log_history if "pairs/count" in log]
+
+
+def without_times(log):
+    """A log entry without what differs from run to run."""
+    return {name: value for name, value in log.items() if not name.startswith(("time/", "perf/"))}
+
+
+def train_logs(made):
+    """The log entries of optimizer steps that trained, not those of evaluations or of the end of the run."""
+    return [log for log in made.state.log_history if "loss" in log]
 
 
 def weights(model) -> dict[str, torch.Tensor]:

@@ -4,8 +4,6 @@ import ast
 import importlib
 import inspect
 import re
-import subprocess
-import sys
 import tomllib
 import warnings
 from argparse import ArgumentParser
@@ -22,10 +20,10 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from online_dpo import versions
-from online_dpo.training.feedback_trainer import FeedbackTrainer
 from online_dpo.training.hf_trainer import GuardedTrainer
 from online_dpo.training.trainer import OnlineDPOTrainer
 from support import tiny, training
+from support.processes import run_python
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src/online_dpo"
@@ -80,9 +78,9 @@ def test_what_is_private_elsewhere_is_there(name):
 
 OVERRIDDEN = sorted(
     (cls.__name__, name)
-    for cls in (GuardedTrainer, FeedbackTrainer, OnlineDPOTrainer)
+    for cls in (GuardedTrainer, OnlineDPOTrainer)
     for name, value in vars(cls).items()
-    if inspect.isfunction(value) and hasattr(Trainer, name) and name != "__init__"
+    if inspect.isfunction(value) and hasattr(Trainer, name) and not name.startswith("__")
 )
 REFUSED = {"create_model_card": {"tasks", "dataset", "dataset_args"}}
 """Arguments that ours do not take."""
@@ -96,10 +94,20 @@ INSTEAD = {"compute_loss", "create_model_card", "evaluation_loop", "get_batch_sa
 
 
 def test_what_overrides_is_still_there_to_be_overridden():
-    for cls in (GuardedTrainer, FeedbackTrainer, OnlineDPOTrainer):
+    for cls in (GuardedTrainer, OnlineDPOTrainer):
         names_of_parent = re.findall(r"super\(\)\.(\w+)\(", inspect.getsource(cls))
         assert names_of_parent and [n for n in names_of_parent if not any(n in vars(c) for c in cls.__mro__[1:])] == []
     assert {name for _, name in OVERRIDDEN} >= INSTEAD
+
+
+def test_private_methods_of_trainer_are_overridden_in_one_file():
+    private = {owner for owner, name in OVERRIDDEN if name.startswith("_")}
+    assert private == {"GuardedTrainer"} and GuardedTrainer.__module__ == "online_dpo.training.hf_trainer"
+
+
+def test_one_class_of_ours_stands_between_trainer_and_the_stages():
+    ours = [cls for cls in OnlineDPOTrainer.__mro__ if cls.__module__.startswith("online_dpo.")]
+    assert ours == [OnlineDPOTrainer, GuardedTrainer]
 
 
 @pytest.mark.parametrize("owner,name", OVERRIDDEN)
@@ -170,7 +178,7 @@ def test_it_is_said_before_anything_is_imported_that_may_break(tmp_path):
     (tmp_path / "torch/__init__.py").write_text("raise ImportError('too new')")
     path = installed(tmp_path, transformers="5.99.0")
     code = f"import sys; sys.path[:0] = [{path!r}]; from online_dpo import OnlineDPOTrainer"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr
+    said = run_python("-c", code).stderr
     assert SAYS in said and said.index(SAYS) < said.index("too new")
 
 

@@ -1,4 +1,4 @@
-"""Real engines, each set up once: pytest orders the tests so that only one of them runs at a time."""
+"""Real engines and servers, each set up once: pytest orders the tests so that only one engine samples at a time."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ os.environ.update(vllm_tools.ENVIRONMENT)
 
 from online_dpo.rollout.builtin.engine import TransformersEngine
 from online_dpo.rollout.engine import Engine
+from online_dpo.rollout.vllm import client
 from online_dpo.rollout.vllm.colocated_engine import VLLMColocateEngine
 from online_dpo.rollout.vllm.server_engine import VLLMServerEngine
 from support import tiny
@@ -41,15 +42,36 @@ class Setting:
         return engine
 
 
+@pytest.fixture(scope="session", autouse=True)
+def short_pauses():
+    """A server on one machine is soon there: to look for it every 5 seconds would cost some at each start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(client, "LONGEST_PAUSE", 0.5)
+        yield
+
+
 @pytest.fixture(scope="session")
-def server(tmp_path_factory):
-    process = vllm_tools.ServerProcess("qwen2-tied", tmp_path_factory.mktemp("server"))
-    yield process
-    process.kill()
+def server_of(tmp_path_factory):
+    """The one server with a policy of this family, for all tests that leave it running."""
+    processes = {}
+
+    def get(family):
+        if family not in processes:
+            processes[family] = vllm_tools.ServerProcess(family, tmp_path_factory.mktemp("server"))
+        return processes[family]
+
+    yield get
+    for process in processes.values():
+        process.kill()
+
+
+@pytest.fixture(scope="session")
+def server(server_of):
+    return server_of("qwen2-tied")
 
 
 @pytest.fixture(scope="session", params=[f"{kind}-{family}" for family in vllm_tools.FAMILIES for kind in KINDS])
-def setting(request, tmp_path_factory):
+def setting(request, server_of):
     kind, _, family = request.param.partition("-")
     if kind == "transformers":
         yield Setting(kind, family, None)
@@ -58,8 +80,7 @@ def setting(request, tmp_path_factory):
         yield Setting(kind, family, engine)
         engine.close()
     else:
-        process = vllm_tools.ServerProcess(family, tmp_path_factory.mktemp("server"))
+        process = server_of(family)
         engine = VLLMServerEngine([process.url], tiny.tokenizer(), vllm_tools.arguments())
         yield Setting(kind, family, engine, process)
         engine.close()
-        process.kill()

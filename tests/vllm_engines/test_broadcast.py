@@ -23,13 +23,11 @@ FIELDS = dict(vllm_weight_transfer="broadcast", vllm_group_port=0)
 
 
 @pytest.fixture(scope="module")
-def others(tmp_path_factory):
-    """Two servers beside the session's, started at the same time: another family, and a second one of the first."""
-    families = {"llama-untied": "llama-untied", "second": FAMILY}
-    processes = {name: vllm_tools.ServerProcess(f, tmp_path_factory.mktemp(name)) for name, f in families.items()}
-    yield processes
-    for process in processes.values():
-        process.kill()
+def others(server_of, tmp_path_factory):
+    """Two servers beside the first, started at the same time: of another family, and a second one of its own."""
+    second = vllm_tools.ServerProcess(FAMILY, tmp_path_factory.mktemp("second"))
+    yield {"llama-untied": server_of("llama-untied"), "second": second}
+    second.kill()
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,5 @@
 """Two training processes with a sharded model: one engine each, in process or over a server."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,20 +8,18 @@ import pytest
 import torch
 
 from support import vllm_tools
+from support.processes import environment
 
 WORKER = Path(__file__).with_name("ranks_worker.py")
 
 
 def run(out, where, transfer):
-    environment = os.environ | vllm_tools.ENVIRONMENT
-    paths = [str(WORKER.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment |= {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(paths)}
-    environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    own = vllm_tools.ENVIRONMENT | {"GLOO_SOCKET_IFNAME": "lo", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     port = str(vllm_tools.free_port())
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
     done = subprocess.run(
         [*torchrun, str(WORKER), str(out), where, transfer],
-        env=environment,
+        env=environment(**own),
         capture_output=True,
         text=True,
         timeout=240,

@@ -59,14 +59,14 @@ def test_a_server_that_stays_away_ends_the_run_with_its_address(tmp_path, server
 
 def test_a_server_that_forgets_to_load_is_found(tmp_path, served):
     def forget(made):
-        sync = made.engine.sync
+        sync = made.sampler.engine.sync
 
         def only_once(model, version):
             if version == 0:
                 sync(model, version)
-            made.engine._version = version
+            made.sampler.engine._version = version
 
-        made.engine.sync = only_once
+        made.sampler.engine.sync = only_once
 
     with pytest.raises(OutOfSyncError, match="After the weights of step 2"):
         train(tmp_path, prepare=forget, sync_check_steps=2, **served)
@@ -80,5 +80,5 @@ def test_in_process(tmp_path, monkeypatch):
         colocated_engine, "engine_options", lambda *given: {**options(*given), "enforce_eager": True, "block_size": 32}
     )
     engines = []
-    check(train(tmp_path, prepare=lambda made: engines.append(made.engine), sync_check_steps=1))
+    check(train(tmp_path, prepare=lambda made: engines.append(made.sampler.engine), sync_check_steps=1))
     engines[0].close()

@@ -3,24 +3,48 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection
-from typing import Any, Self
+from collections.abc import Callable, Collection
+from typing import Any, Self, TypeVar
+
+Class = TypeVar("Class", bound=type)
+Hint = Callable[[str, Collection[str]], str]
+"""From an unknown argument and the known ones to a sentence with a space before it, or to nothing."""
+
+
+def names_unknown_arguments(hint: Hint) -> Callable[[Class], Class]:
+    """Returns a class decorator: the constructor's error for an unknown keyword argument says what to do."""
+
+    def decorate(cls: Class) -> Class:
+        def new(made: type, *args: Any, **kwargs: Any) -> Any:
+            check_keywords(made, kwargs, hint)
+            return object.__new__(made)
+
+        cls.__new__ = new  # pyright: ignore[reportAttributeAccessIssue]
+        return cls
+
+    return decorate
+
+
+def check_keywords(cls: type, given: Collection[str], hint: Hint) -> None:
+    """Checks the keyword arguments of a constructor.
+
+    Raises:
+        TypeError: one of them is none of the constructor's.
+    """
+    parameters = inspect.signature(cls.__init__).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    for name in given:
+        if name not in parameters:
+            raise TypeError(f"`{cls.__name__}` has no argument `{name}`.{hint(name, parameters)}")
 
 
 class NamedArguments:
     """Base of a class whose constructor names all its arguments."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """
-        Raises:
-            TypeError: a keyword argument is none of the constructor's.
-        """
-        parameters = inspect.signature(cls.__init__).parameters
-        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
-            for name in kwargs:
-                if name not in parameters:
-                    hint = cls._hint_for_argument(name, parameters)
-                    raise TypeError(f"`{cls.__name__}` has no argument `{name}`.{hint}")
+        """Makes an object after its keyword arguments have been checked (see `check_keywords`)."""
+        check_keywords(cls, kwargs, cls._hint_for_argument)
         return super().__new__(cls)
 
     @classmethod

@@ -11,54 +11,55 @@ from transformers import PreTrainedTokenizerBase
 
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.evaluation.records import EvalRecord, GoldRecord, judged_wins, win_share
+from online_dpo.scoring.assess import Assessor
 from online_dpo.scoring.judge_registry import build_judge, check_judge, registered_judge
 from online_dpo.scoring.judges.llm.judge import check_share
-from online_dpo.scoring.judges.tournament import ComparisonCounter
 from online_dpo.scoring.notes import nothing_noted
 from online_dpo.scoring.protocols import PairwiseScorer, PointwiseScorer
 from online_dpo.scoring.registry import build_scorers, check_reward_path, check_scorers
-from online_dpo.scoring.rewards.combine import score_groups
 from online_dpo.types import Group
 
 
 class Gold:
-    """Scorers, whose sum is the gold score, or a judge.
+    """Assesses the completions of an evaluation by scorers or a judge that training never sees.
 
     ``reward_weights``, ``reward_normalization`` and the penalties are part of what is trained on, and have no effect
     here.
     """
 
     def __init__(self, scorers: Sequence[PointwiseScorer], judge: PairwiseScorer | None) -> None:
-        self.scorers, self._judge = scorers, judge
+        self.scorers = scorers
+        self._assessor = Assessor(scorers, judge)
 
     def assess(
-        self, records: Sequence[EvalRecord], groups: Sequence[Group], rivals: Sequence[Group] | None
+        self, records: Sequence[EvalRecord], groups: Sequence[Group], reference_groups: Sequence[Group] | None
     ) -> list[EvalRecord]:
-        """The records with what gold says of their groups. ``rivals`` has one completion of the reference for each;
-        without a reference there are none, and no win rate.
+        """Returns the records with the gold scores and wins of their groups.
+
+        Args:
+            reference_groups: one completion of the reference for each prompt; without a reference ``None``, and there
+                is no win rate.
 
         Raises:
             ScoringError: a scorer or the judge failed.
         """
-        if self._judge is not None:
-            assert rivals is not None
-            wins = judged_wins(groups, rivals, ComparisonCounter(self._judge))
+        if self._assessor.judge is not None:
+            assert reference_groups is not None
+            wins = judged_wins(groups, reference_groups, self._assessor.preferences)
             gold = [GoldRecord((), win) for win in wins]
         else:
-            scores, wins = self._scores(groups), [None] * len(groups)
-            if rivals is not None:
+            scores, wins = self._assessor.scores(groups).values, [None] * len(groups)
+            if reference_groups is not None:
                 with nothing_noted():
-                    theirs = [values[0] for values in self._scores(rivals)]
-                wins = [win_share(a, b) for a, b in zip(scores, theirs, strict=True)]
+                    reference_scores = [values[0] for values in self._assessor.scores(reference_groups).values]
+                wins = [win_share(own, other) for own, other in zip(scores, reference_scores, strict=True)]
             gold = [GoldRecord(tuple(values), win) for values, win in zip(scores, wins, strict=True)]
-        return [replace(record, gold=assessment) for record, assessment in zip(records, gold, strict=True)]
-
-    def _scores(self, groups: Sequence[Group]) -> list[list[float | None]]:
-        return score_groups(groups, self.scorers).values
+        return [replace(record, gold=one) for record, one in zip(records, gold, strict=True)]
 
 
 def check_gold(reward_funcs: Any, judge: Any, args: OnlineDPOConfig) -> None:
-    """
+    """Checks the gold rewards and the gold judge of an evaluation.
+
     Raises:
         ValueError, TypeError: gold is given twice, or cannot be used; raised before any model is loaded.
     """
@@ -86,7 +87,7 @@ def build_gold(
     tokenizer: PreTrainedTokenizerBase,
     state: Callable[[], Any],
 ) -> Gold | None:
-    """``None`` where neither rewards nor a judge are given."""
+    """Returns what assesses evaluations, or ``None`` where neither rewards nor a judge are given."""
     if judge is not None:
         return Gold([], build_judge(judge, tokenizer, args))
     rewards = _gold_rewards(reward_funcs, args)
@@ -94,7 +95,8 @@ def build_gold(
 
 
 def _gold_rewards(reward_funcs: Any, args: OnlineDPOConfig) -> Any:
-    """
+    """Returns the gold rewards, given as an argument or as a path in the configuration.
+
     Raises:
         ValueError: they are given in two places, and are not the same.
     """

@@ -10,7 +10,9 @@ from transformers import EvalPrediction
 from transformers.trainer_utils import denumpify_detensorize
 
 from online_dpo.config.trainer_config import OnlineDPOConfig
+from online_dpo.errors import ForeignCodeError
 from online_dpo.evaluation.records import EvalRecord
+from online_dpo.foreign import callable_name, foreign
 
 FILL = -100  # as transformers fills up inputs
 
@@ -71,6 +73,28 @@ class Predictions:
         if self._args.eval_do_concat_batches:
             return of(self.records)
         return [of(batch) for batch in self._batches]
+
+
+def named_metrics(
+    compute_metrics: Callable[..., dict[str, Any]] | None, step: Callable[[], int]
+) -> Callable[..., dict[str, Any]] | None:
+    """Returns the user's `compute_metrics`, whose errors then say whose they are; ``None`` where there is none.
+
+    Of a batch before the last one (``compute_result=False``) it returns nothing.
+
+    Raises:
+        ForeignCodeError: (when called) it failed.
+    """
+    if compute_metrics is None:
+        return None
+
+    def compute(*prediction: EvalPrediction, **options: bool) -> dict[str, Any]:
+        who = f"`compute_metrics` (`{callable_name(compute_metrics)}`)"
+        with foreign(who, f"(step {step()})", raises=ForeignCodeError):
+            metrics = compute_metrics(*prediction, **options)
+            return dict(metrics) if options.get("compute_result", True) else {}
+
+    return compute
 
 
 def _scores(records: Sequence[EvalRecord]) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -136,6 +136,16 @@ def mean_notes(notes: Sequence[Notes]) -> dict[str, float]:
     """The means of what reward functions noted on all ranks, under the names that they gave."""
     names = sorted({name for one in notes for name in one.metrics})
     return {name: float(np.mean([value for one in notes for value in one.metrics.get(name, [])])) for name in names}
+
+
+def prefixed(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
+    """Returns the metrics with ``prefix_`` before each name that does not begin with it.
+
+    >>> prefixed({"loss": 0.6, "eval_accuracy": 0.5}, "eval")
+    {'eval_loss': 0.6, 'eval_accuracy': 0.5}
+    """
+    start = f"{prefix}_"
+    return {name if name.startswith(start) else start + name: value for name, value in metrics.items()}
 
 
 def gold_metrics(records: Sequence[tuple[EvalRecord, GoldRecord]]) -> dict[str, float]:

@@ -8,9 +8,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 
+from online_dpo.distributed.collectives import any_rank
 from online_dpo.errors import named_error
 from online_dpo.modeling.attention.masks import why_not_shared
 from online_dpo.modeling.introspection import computing_dtype
@@ -74,29 +74,26 @@ def choose_path(
 class PathChoice:
     """The path of a run: plain at first, and settled once, on all ranks alike."""
 
-    def __init__(self, accelerator: Accelerator, share: bool) -> None:
+    def __init__(self, device: torch.device, share: bool) -> None:
         self.path = ForwardPath()
-        self._accelerator, self._share, self._settled = accelerator, share, False
+        self._device, self._share, self._settled = device, share, False
 
     def settle(self, models: Mapping[str, ModelContext], groups: Sequence[Group]) -> None:
         """Choose with the first groups there are on any rank, unless nothing can be told from them. A collective
         operation.
         """
-        if self._settled or not self._any_rank(bool(groups)):
+        device = self._device
+        if self._settled or not any_rank(bool(groups), device):
             return
         # A rank without groups has no objection.
         found = choose_path(models, groups, self._share) if groups else (ForwardPath(self._share, chunked=True), [])
-        if self._any_rank(found is None) or found is None:
+        if any_rank(found is None, device) or found is None:
             return
         path, reasons = found
-        self.path = ForwardPath(not self._any_rank(not path.shared), not self._any_rank(not path.chunked))
+        self.path = ForwardPath(not any_rank(not path.shared, device), not any_rank(not path.chunked, device))
         self._settled = True
         for reason in reasons:
             logger.warning("Training takes a slower path: %s.", reason)
-
-    def _any_rank(self, holds: bool) -> bool:
-        ranks = self._accelerator.reduce(torch.tensor(float(holds), device=self._accelerator.device), reduction="sum")
-        return bool(ranks)  # pyright: ignore[reportArgumentType]
 
 
 class _Check:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
 import torch
@@ -13,7 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
     """The model under the wrappers of data parallelism, `torch.compile` and PEFT."""
-    wrapped: Any = extract_model_from_parallel(model, keep_torch_compile=False)
+    wrapped: Any = model
+    if "_orig_mod" not in vars(model):  # accelerate takes milliseconds to see these two, in each forward pass
+        if isinstance(model, PreTrainedModel):
+            return model
+        peft = sys.modules.get("peft")  # not imported: this is none of its models
+        if peft is not None and isinstance(model, peft.PeftModel):
+            return wrapped.get_base_model()
+    wrapped = extract_model_from_parallel(model, keep_torch_compile=False)
     return wrapped.get_base_model() if is_peft_model(wrapped) else wrapped
 
 

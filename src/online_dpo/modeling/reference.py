@@ -34,11 +34,11 @@ class Reference:
     def step_ended(self, step: int) -> None:
         """``step`` optimizer steps have been taken."""
 
-    def save(self, folder: Path) -> None:
-        """Write down what `restore` needs."""
+    def save(self, folder: Path, rank: int) -> None:
+        """Writes what `restore` needs, on rank 0."""
 
-    def restore(self, folder: Path) -> None:
-        """Go on from what `save` wrote."""
+    def restore(self, folder: Path, rank: int) -> None:
+        """Goes on from what `save` wrote."""
 
 
 class FrozenReference(Reference):
@@ -120,10 +120,11 @@ class SyncedReference(Reference):
             weight = self._weights[name].lerp_(policy[name].float(), self._alpha)
             parameter.copy_(weight)
 
-    def save(self, folder: Path) -> None:
-        torch.save(self._copies(), folder / self.FILE)
+    def save(self, folder: Path, rank: int) -> None:
+        if rank == 0:
+            torch.save(self._copies(), folder / self.FILE)
 
-    def restore(self, folder: Path) -> None:
+    def restore(self, folder: Path, rank: int) -> None:
         self._set(torch.load(folder / self.FILE, map_location="cpu"))
 
     def _copies(self) -> dict[str, torch.Tensor]:

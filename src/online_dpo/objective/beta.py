@@ -53,13 +53,13 @@ class Beta(TrainerCallback):
             beta = adapted(self._value, kl, target, self._args.beta_gain)
             self._value = min(max(beta, start / factor), start * factor)
 
-    def save(self, folder: Path) -> None:
-        """Write down what `restore` needs: nothing unless it adapts."""
-        if self.adapts:
+    def save(self, folder: Path, rank: int) -> None:
+        """Writes what `restore` needs, on rank 0: nothing unless beta adapts."""
+        if self.adapts and rank == 0:
             (folder / self.FILE).write_text(json.dumps({"beta": self._value}) + "\n", encoding="utf-8")
 
-    def restore(self, folder: Path) -> None:
-        """Go on from what `save` wrote. A run that did not adapt so far begins with the configured beta."""
+    def restore(self, folder: Path, rank: int) -> None:
+        """Goes on from what `save` wrote. A run that did not adapt so far begins with the configured beta."""
         path = folder / self.FILE
         if self.adapts and path.is_file():
             self._value = json.loads(path.read_text(encoding="utf-8"))["beta"]

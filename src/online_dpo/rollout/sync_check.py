@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 
+from online_dpo.distributed.collectives import is_first_rank, max_over_ranks
 from online_dpo.errors import OutOfSyncError
 from online_dpo.modeling.borrowing import eval_mode
 from online_dpo.modeling.introspection import computing_dtype
@@ -37,8 +37,8 @@ class SyncCheck:
         every: steps between two checks; 0 checks the first sync only.
     """
 
-    def __init__(self, accelerator: Accelerator, every: int) -> None:
-        self._accelerator, self._every = accelerator, every
+    def __init__(self, device: torch.device, every: int) -> None:
+        self._device, self._every = device, every
         self._last: int | None = None
 
     def due(self, step: int) -> bool:
@@ -64,8 +64,7 @@ class SyncCheck:
         ours = computing_dtype(model)
         theirs = engine.own_dtype or ours
         allowed = max(ALLOWED.get(dtype, MOST_ROUNDING * ROUNDING[dtype]) for dtype in (ours, theirs))
-        gaps = self._accelerator.gather(torch.tensor([gap], device=self._accelerator.device))
-        worst = float(gaps.max())  # pyright: ignore[reportAttributeAccessIssue]
+        worst = float(max_over_ranks(torch.tensor(gap, device=self._device)))
         if not worst <= allowed:
             raise OutOfSyncError(
                 f"After the weights of step {step} were given to it, the sampler's log-probabilities differ from the "
@@ -73,7 +72,7 @@ class SyncCheck:
                 "model, another dtype or quantisation, or a stale cache. Start it anew with the policy's own folder "
                 "and dtype."
             )
-        if self._last is None and allowed > ALLOWED.get(ours, math.inf) and self._accelerator.is_main_process:
+        if self._last is None and allowed > ALLOWED.get(ours, math.inf) and is_first_rank():
             logger.warning(
                 "The sampler computes in %s, the trainer in %s: log-probabilities differ by %.1e nats a token, and "
                 "completions are not quite the policy's own. Start vLLM with `--dtype float32`, or train with `bf16`.",

@@ -62,17 +62,7 @@ def check_arguments(
         ValueError, TypeError: an argument is missing, of the wrong kind, or contradicts another; the message says
             which.
     """
-    if train_dataset is None:
-        raise ValueError("`train_dataset` must be given: a dataset with a `prompt` column.")
-    if processing_class is None:
-        raise ValueError("`processing_class` must be given: the policy's tokenizer.")
-    if not isinstance(processing_class, (PreTrainedTokenizerBase, ProcessorMixin)):
-        raise TypeError(
-            "`processing_class` must be a tokenizer or a processor with one; it is a "
-            f"{type(processing_class).__name__}."
-        )
-    if model is None:
-        raise ValueError("`model` must be given: a causal language model, its folder or its hub name.")
+    _check_given(model, train_dataset, processing_class)
     if ref_model is model and not isinstance(model, str):
         raise ValueError(
             "`model` and `ref_model` are the same object, so the reference would move with the policy. Leave "
@@ -106,6 +96,25 @@ def check_arguments(
         raise ValueError("`model` is a PEFT model already; leave `peft_config` out, or give the base model.")
     if reward_funcs is not None:
         check_scorers(reward_funcs, reward_processing_classes, args)
+
+
+def _check_given(model: Any, train_dataset: Any, processing_class: Any) -> None:
+    if train_dataset is None:
+        raise ValueError("`train_dataset` must be given: a dataset with a `prompt` column.")
+    if processing_class is None:
+        raise ValueError("`processing_class` must be given: the policy's tokenizer.")
+    if not isinstance(processing_class, (PreTrainedTokenizerBase, ProcessorMixin)):
+        raise TypeError(
+            "`processing_class` must be a tokenizer or a processor with one; it is a "
+            f"{type(processing_class).__name__}."
+        )
+    if model is None:
+        raise ValueError("`model` must be given: a causal language model, its folder or its hub name.")
+
+
+def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer: ``processing_class`` itself, or that of a processor."""
+    return getattr(processing_class, "tokenizer", processing_class)
 
 
 def check_judged_pairs(args: OnlineDPOConfig) -> None:

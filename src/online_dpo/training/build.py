@@ -1,20 +1,24 @@
-"""From the trainer's arguments to the parts that it composes: policy and reference."""
+"""From the trainer's arguments to the parts that it composes: policy, reference, sampler."""
 
 from __future__ import annotations
 
 import copy
 import logging
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from online_dpo.config.trainer_config import OnlineDPOConfig
+from online_dpo.evaluation.evaluator import ReferenceAnswers
 from online_dpo.foreign import loading
 from online_dpo.modeling.attention.masks import use_flex_attention, use_segments
-from online_dpo.modeling.introspection import unwrapped
-from online_dpo.modeling.known_tokens import check_room
+from online_dpo.modeling.introspection import end_token_ids, unwrapped
+from online_dpo.modeling.known_tokens import Readers, check_reference, check_room, embedding_rows
 from online_dpo.modeling.loading import adapting, disable_dropout, is_adapter, load_causal_lm, to_device
 from online_dpo.modeling.logprobs import enable_logprobs
 from online_dpo.modeling.malloc import keep_freed_memory
@@ -36,6 +40,10 @@ from online_dpo.modeling.reference import (
     frozen_copy,
     trains_base_weights,
 )
+from online_dpo.rollout.params import SamplingParams
+from online_dpo.rollout.registry import build_engine, built_in_engine
+from online_dpo.rollout.sampler import Sampler
+from online_dpo.rollout.sync_check import SyncCheck
 from online_dpo.training.arguments import is_peft_model_object, longest_sequence
 from online_dpo.training.policy_checks import check_unmerged, warn_of_auxiliary_loss
 from online_dpo.training.trained import check_trained
@@ -182,3 +190,53 @@ def train_on_one_device_per_process(args: OnlineDPOConfig) -> None:
     if accelerator_config.dispatch_batches is None:
         # A streamed batch holds text, which accelerate cannot broadcast from the first process.
         accelerator_config.dispatch_batches = False
+
+
+def build_vocabulary(
+    policy: nn.Module,
+    reference: Reference | None,
+    tokenizer: PreTrainedTokenizerBase,
+    datasets: Mapping[str, Any],
+) -> Readers:
+    """Returns the check that every model knows the tokens which it reads.
+
+    Args:
+        reference: a reference that was given separately and may know other tokens than the policy.
+
+    Raises:
+        UnknownTokenError: the reference does not know tokens of the prompts, or that the policy can write.
+    """
+    if reference is None:
+        return Readers({"the policy": embedding_rows(policy)})
+    with reference.active() as model:
+        check_reference(model, policy, tokenizer, datasets)
+        return Readers({"the policy": embedding_rows(policy), "the reference": embedding_rows(model)})
+
+
+def build_sampler(
+    policy: nn.Module,
+    vocabulary: Readers,
+    tokenizer: PreTrainedTokenizerBase,
+    args: OnlineDPOConfig,
+    accelerator: Accelerator,
+) -> Sampler:
+    """Returns what samples the policy's completions."""
+    return Sampler(
+        policy,
+        build_engine(policy, tokenizer, args),
+        SamplingParams.from_config(args, end_token_ids(policy, tokenizer)),
+        vocabulary,
+        SyncCheck(accelerator.device, args.sync_check_steps),
+        args.seed,
+        lambda: accelerator.autocast(),
+    )
+
+
+def build_reference_answers(
+    reference: Reference, sampler: Sampler, tokenizer: PreTrainedTokenizerBase, args: OnlineDPOConfig
+) -> ReferenceAnswers | None:
+    """Returns what the policy is compared with in evaluations; ``None`` without a reference."""
+    if args.reference_free:
+        return None
+    with reference.active() as model:
+        return ReferenceAnswers(reference, built_in_engine(model, tokenizer, args), sampler)

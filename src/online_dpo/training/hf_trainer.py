@@ -6,39 +6,39 @@ It knows nothing of preferences; :class:`online_dpo.training.trainer.OnlineDPOTr
 from __future__ import annotations
 
 import logging
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from transformers import Trainer
-from transformers.trainer_utils import PredictionOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput
 
 from online_dpo.config.trainer_config import OnlineDPOConfig
+from online_dpo.distributed.collectives import RankErrors
 from online_dpo.distributed.process_state import kept_random_state
-from online_dpo.errors import FeedbackLostError, ForeignCodeError, OnlineDPOError, named_error
+from online_dpo.errors import ForeignCodeError, OnlineDPOError, named_error
 from online_dpo.modeling.borrowing import kept_flags
 from online_dpo.modeling.loading import ConfigKeeper, empty_device_cache
 from online_dpo.modeling.precision import keeps_small_steps
-from online_dpo.packing.microbatches import halve, token_count
 from online_dpo.packing.prefix_tree import PADDING
 from online_dpo.training.display.choose import choose_displays
 from online_dpo.training.display.figures import in_order
 from online_dpo.training.failures import NamedCallbacks, StepsDone
 from online_dpo.training.interrupt import Interrupt
 from online_dpo.training.metric_store import MetricStore
-from online_dpo.training.step_guard import StepGuard, refuse_to_split
-from online_dpo.training.stopwatch import Stopwatch
+from online_dpo.training.passes import PassRunner
+from online_dpo.training.run_state import RunState
+from online_dpo.training.step_guard import StepGuard
+from online_dpo.training.stopwatch import PhaseTimer
 from online_dpo.training.update_ratio import UpdatedRatio
 from online_dpo.types import PackedRows
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 class GuardedTrainer(Trainer):
@@ -61,16 +61,26 @@ class GuardedTrainer(Trainer):
         self.add_callback(self.configs)
         self.model_accepts_loss_kwargs = True
         self.metrics = MetricStore()
+        self.phase = PhaseTimer(self.metrics, self.accelerator.device)
+        self.errors = RankErrors(self.accelerator.device)
+        self.passes = PassRunner(
+            self.metrics,
+            self.phase,
+            args.row_capacity,
+            self.accelerator.num_processes,
+            drop_gradients=lambda: self.model.zero_grad(),  # pyright: ignore[reportOptionalMemberAccess]
+            free_memory=self.free_memory,
+        )
         self.interrupt = Interrupt()
         self.add_callback(self.interrupt)  # before the guard, which has a last log written
         self.guard = StepGuard(self.accelerator, args.max_skipped_steps, self._count_skipped_pairs)
         self.add_callback(self.guard)
         self.updates = UpdatedRatio(lambda: self.guard.trained_steps, warns=not keeps_small_steps(args))
         self.add_callback(self.updates)
-        self.steps_done = StepsDone(lambda: self.raise_on_every_rank(self.callback_handler.failure))
+        self.steps_done = StepsDone(self.raise_callback_failure)
         self.add_callback(self.steps_done)
-        self.done_in_step: list[PackedRows] = []
-        self.tokens_that_fit = sys.maxsize
+        self.run_state = RunState()
+        self.run_state.add(self.guard)
         self._last_log = time.perf_counter()
         self._beside_training = False
         self.holds_evaluation_weights = False
@@ -89,13 +99,13 @@ class GuardedTrainer(Trainer):
         self._last_log = time.perf_counter()
         self.guard.begin_run()
         self.steps_done.begin_run()
-        self._all_failed = False
+        self.errors.begin_run()
         self.configs.remember(self.model)  # pyright: ignore[reportArgumentType]
         displays = choose_displays(self)
         try:
             with self.interrupt.handled(displays), self.callback_handler.deferred():
                 result = super().train(resume_from_checkpoint, *args, **kwargs)
-                self.raise_on_every_rank(self.callback_handler.failure)
+                self.raise_callback_failure()
         except Exception as error:
             self._leave_checkpoint(error)
             self._blame_optimizer(error)
@@ -110,28 +120,9 @@ class GuardedTrainer(Trainer):
         self.guard.raise_if_nothing_trained(self.state, self.args.output_dir)  # pyright: ignore[reportArgumentType]
         return result
 
-    def raise_on_every_rank(self, problem: OnlineDPOError | None) -> None:
-        """A collective operation.
-
-        Raises:
-            OnlineDPOError: ``problem``, or on ranks without one `FeedbackLostError`, where any rank has one.
-        """
-        failed = torch.tensor([problem is not None], device=self.accelerator.device)
-        if self.accelerator.gather(failed).any():  # pyright: ignore[reportAttributeAccessIssue]
-            self._all_failed = True
-            raise problem or FeedbackLostError("Another process of this run failed; its error says why.")
-
-    def together(self, action: Callable[[], T]) -> T:
-        """What ``action`` returns; where it fails with an error of ours on one rank, all ranks raise. A collective
-        operation.
-        """
-        problem, result = None, None
-        try:
-            result = action()
-        except OnlineDPOError as error:
-            problem = error
-        self.raise_on_every_rank(problem)
-        return result  # pyright: ignore[reportReturnType]
+    def raise_callback_failure(self) -> None:
+        """Raises on every rank what a callback of the user's has raised on any; a collective operation."""
+        self.errors.raise_if_any(self.callback_handler.failure)
 
     def _leave_checkpoint(self, error: Exception) -> None:
         """Saves the steps that are done, if there is anything new in them. One rank that failed alone cannot: the
@@ -139,7 +130,7 @@ class GuardedTrainer(Trainer):
         """
         done = self.steps_done
         over = self.state.global_step >= self.state.max_steps and self.args.load_best_model_at_end  # other weights now
-        alone = self.accelerator.num_processes > 1 and not self._all_failed
+        alone = self.accelerator.num_processes > 1 and not self.errors.raised
         if alone or over or not done.wants_checkpoint(self.state):
             return
         assert done.rng_state is not None
@@ -172,19 +163,6 @@ class GuardedTrainer(Trainer):
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
-
-    def without_fill(self, batches: list[dict[str, list]]) -> list[dict[str, list]]:
-        """The batches of a step without the rows that a data loader repeats so that all ranks have equally many.
-
-        In the last batch of an epoch, rank r holds the places from r times the batch size on; places beyond the end of
-        the dataset hold rows of its beginning, which have been trained on.
-        """
-        loader = self.accelerator.gradient_state
-        if self.accelerator.num_processes == 1 or not batches or not loader.end_of_dataloader or loader.remainder <= 0:
-            return batches
-        first_place = self.accelerator.process_index * self.args.per_device_train_batch_size
-        own = max(0, loader.remainder - first_place)
-        return [*batches[:-1], {name: values[:own] for name, values in batches[-1].items()}]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As the parent's, beside training (see `beside_training`)."""
@@ -238,14 +216,19 @@ class GuardedTrainer(Trainer):
         with self.evaluation_weights():
             super().save_model(*args, **kwargs)
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """The parent's, with the model card and the state of every part of the run."""
+        self.create_model_card()
         with self.evaluation_weights():
-            super()._save_checkpoint(*args, **kwargs)
+            super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self.run_state.save(folder, self.accelerator.process_index)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self._evaluating_weights(False)  # the first step samples before it trains
+            self.run_state.restore(Path(checkpoint), self.accelerator.process_index)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """The parent's, after which what was frozen is frozen, and the same adapters are active."""
@@ -261,43 +244,17 @@ class GuardedTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """The parent's, once for each pass of the micro-batch; gradients add up; ranks exchange them in the last."""
+
+        def one_pass(rows: PackedRows) -> torch.Tensor:
+            return super(GuardedTrainer, self).training_step(model, {"rows": rows}, num_items_in_batch)
+
         *others, last = inputs["passes"]
         losses = []
         for rows in others:
             with self.accelerator.no_sync(model):
-                losses.append(self._run(model, rows, num_items_in_batch))
-        losses.append(self._run(model, last, num_items_in_batch))
+                losses.append(self.passes.run(rows, one_pass))
+        losses.append(self.passes.run(last, one_pass))
         return torch.stack(losses).sum()
-
-    def _run(self, model: nn.Module, rows: PackedRows, num_items: Any) -> torch.Tensor:
-        """One forward and backward pass; if it does not fit in memory, two, with the same gradient in the end."""
-        if len(rows.pairs) > 1 and token_count(rows.pairs) > self.tokens_that_fit:
-            halves = halve(rows, self.args.row_capacity)  # pyright: ignore[reportAttributeAccessIssue]
-            return torch.stack([self._run(model, half, num_items) for half in halves]).sum()
-        before = self.metrics.copy()
-        loss = None
-        with self.phase("training"), suppress(torch.OutOfMemoryError):
-            loss = super().training_step(model, {"rows": rows}, num_items)
-        if loss is None:  # outside the handler, whose traceback would keep the activations alive
-            self.metrics = before
-            self._begin_step_anew(model, rows, num_items)
-            return self._run(model, rows, num_items)
-        self.done_in_step.append(rows)
-        return loss
-
-    def _begin_step_anew(self, model: nn.Module, rows: PackedRows, num_items: Any) -> None:
-        """A backward pass that broke off has left part of its gradient behind, so all of the step's is made again.
-
-        From now on no pass has more than half of the tokens that did not fit, unless it is a single pair.
-        """
-        refuse_to_split(rows, self.accelerator.num_processes)
-        self.tokens_that_fit = token_count(rows.pairs) // 2
-        model.zero_grad()
-        self.free_memory()
-        before = self.metrics.copy()
-        for done in self.done_in_step:
-            super().training_step(model, {"rows": done}, num_items)
-        self.metrics = before  # those were recorded the first time
 
     def free_memory(self) -> None:
         """Gives back memory of the device that can be had again; called after a pass that did not fit."""
@@ -353,10 +310,3 @@ class GuardedTrainer(Trainer):
         super().log(logs, start_time)
         last = self.state.log_history[-1]
         self.state.log_history[-1] = {"step": last["step"], **last}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Adds the seconds spent inside to ``time/name``, summed over micro-batches and averaged over ranks."""
-        with Stopwatch(self.accelerator.device) as watch:
-            yield
-        self.metrics.total(f"time/{name}", watch.seconds / self.accelerator.num_processes)

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
+from online_dpo.distributed.collectives import any_rank
 from online_dpo.errors import TrainingInterrupted
 from online_dpo.training.display.protocol import RunDisplay
 
@@ -117,8 +117,4 @@ class Interrupt(TrainerCallback):
 
     def _requested_anywhere(self, args: TrainingArguments) -> bool:
         """Whether any rank was interrupted: all have to stop at the same step, or the others wait for it for ever."""
-        if args.world_size == 1:
-            return self._requested
-        requested = torch.tensor(int(self._requested), device=args.device)
-        torch.distributed.all_reduce(requested, op=torch.distributed.ReduceOp.MAX)
-        return bool(requested.item())
+        return any_rank(self._requested, args.device)

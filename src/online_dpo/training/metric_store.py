@@ -5,12 +5,24 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+
+from online_dpo.distributed.collectives import from_every_rank
 
 Value = torch.Tensor | Iterable[float] | float
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a `MetricStore` had collected at one moment; its values are never changed in place."""
+
+    sums: dict[str, Any]
+    counts: dict[str, Any]
+    totals: dict[str, float]
+    largest: dict[str, torch.Tensor]
 
 
 class MetricStore:
@@ -54,7 +66,7 @@ class MetricStore:
         nothing. A collective operation.
         """
         mine = float(self._sums.pop(name, 0.0)), float(self._counts.pop(name, 0.0))
-        parts = gather_object([mine])
+        parts = from_every_rank(mine)
         count = sum(part[1] for part in parts)
         return sum(part[0] for part in parts) / count if count else None
 
@@ -64,14 +76,16 @@ class MetricStore:
             name: float(total) / float(self._counts[name]) for name, total in self._sums.items() if self._counts[name]
         }
 
-    def copy(self) -> MetricStore:
-        """The store as it is now, to go back to when a forward pass has to be repeated."""
-        other = MetricStore()
-        other._sums.update(self._sums)
-        other._counts.update(self._counts)
-        other._totals.update(self._totals)
-        other._largest.update(self._largest)
-        return other
+    def snapshot(self) -> Snapshot:
+        """Returns what is collected now, to go back to when a forward pass has to be repeated."""
+        return Snapshot(dict(self._sums), dict(self._counts), dict(self._totals), dict(self._largest))
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Goes back, in place: whoever holds this store collects into the same one as before."""
+        self._sums = defaultdict(float, snapshot.sums)
+        self._counts = defaultdict(float, snapshot.counts)
+        self._totals = defaultdict(float, snapshot.totals)
+        self._largest = dict(snapshot.largest)
 
     def drain(self) -> dict[str, float]:
         """Every metric over all ranks. A collective operation: every rank calls it at the same time."""
@@ -86,7 +100,7 @@ class MetricStore:
         counts: dict[str, float] = defaultdict(float)
         totals: dict[str, float] = defaultdict(float)
         largest: dict[str, float] = {}
-        for rank_means, rank_totals, rank_largest in gather_object([mine]):
+        for rank_means, rank_totals, rank_largest in from_every_rank(mine):
             for name, (value, count) in rank_means.items():
                 sums[name] += value
                 counts[name] += count

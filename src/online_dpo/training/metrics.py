@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from online_dpo.scoring.protocols import Counts
 from online_dpo.training.metric_store import MetricStore
 from online_dpo.types import Completion, Group, Notes, PackedRows, Pair, Pairing, Round, RowLogprobs, Scores, Verdicts
 
@@ -43,6 +44,14 @@ def record_notes(store: MetricStore, notes: Notes | None) -> None:
     """What reward functions noted through ``log_metric``, under the names that they gave."""
     for name, values in ({} if notes is None else notes.metrics).items():
         store.mean(name, values)
+
+
+def record_counts(store: MetricStore, counts: Counts) -> None:
+    """Records what a judge has counted, such as requests and failures."""
+    for name, amount in counts.sums.items():
+        store.total(name, amount)
+    for name, (part, whole) in counts.rates.items():
+        store.ratio(name, part, whole)
 
 
 def record_pairs(store: MetricStore, num_groups: int, pairing: Pairing) -> None:

@@ -1,6 +1,4 @@
-"""What keeps a run alive and honest: steps that are not finite are skipped, batches that do not fit are split, and a
-run that trains nothing says so.
-"""
+"""Steps whose loss or gradient is not finite are skipped on all ranks, and a run that trains nothing says so."""
 
 from __future__ import annotations
 
@@ -17,10 +15,11 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
+from online_dpo.distributed.collectives import any_rank
 from online_dpo.errors import NothingTrainedError, TrainingDivergedError
 from online_dpo.training.trained import check_trained, warn_of_untrained
-from online_dpo.types import PackedRows
 
 logger = logging.getLogger(__name__)
 
@@ -105,8 +104,7 @@ class StepGuard(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         assert model is not None
-        ranks_in_trouble = self.accelerator.reduce((~self._finite).float(), reduction="sum")
-        finite = not bool(ranks_in_trouble)  # pyright: ignore[reportArgumentType]
+        finite = not any_rank(not bool(self._finite), self.accelerator.device)
         if not finite or self._num_pairs == 0:
             for parameter in model.parameters():
                 parameter.grad = None
@@ -214,30 +212,19 @@ class StepGuard(TrainerCallback):
             )
         raise NothingTrainedError(message)
 
-    def save(self, folder: Path) -> None:
-        """Write down what `restore` needs."""
-        (folder / self.FILE).write_text(json.dumps({"trained_steps": self.trained_steps}) + "\n", encoding="utf-8")
+    def save(self, folder: Path, rank: int) -> None:
+        """Writes what `restore` needs, on rank 0."""
+        if rank == 0:
+            (folder / self.FILE).write_text(json.dumps({"trained_steps": self.trained_steps}) + "\n", encoding="utf-8")
 
-    def restore(self, folder: Path, steps: int) -> None:
-        """Go on from what `save` wrote; in a checkpoint without it, all of its ``steps`` are taken for trained."""
+    def restore(self, folder: Path, rank: int) -> None:
+        """Goes on from what `save` wrote; in a checkpoint without it, all of its steps are taken for trained."""
         path = folder / self.FILE
-        self.trained_steps = json.loads(path.read_text(encoding="utf-8"))["trained_steps"] if path.is_file() else steps
+        if path.is_file():
+            self.trained_steps = json.loads(path.read_text(encoding="utf-8"))["trained_steps"]
+        else:
+            self.trained_steps = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
 
 
 def _counts(of: Counter[str]) -> str:
     return ", ".join(f"{reason} {count}" for reason, count in of.most_common() if count) or "none"
-
-
-def refuse_to_split(rows: PackedRows, num_processes: int) -> None:
-    """
-    Raises:
-        torch.OutOfMemoryError: the pass is a single pair, or other ranks wait in the same backward pass.
-    """
-    pairs = len(rows.pairs)
-    if pairs < 2 or num_processes > 1:
-        raise torch.OutOfMemoryError(
-            f"A pass of {pairs} pair(s), in rows of {rows.tokens.ids_RT.shape[1]} tokens, does not fit in memory "
-            "and cannot be split here. Lower `max_tokens_per_pass` (which splits micro-batches of several pairs), "
-            "`max_length` or `max_new_tokens`."
-        )
-    logger.warning("A pass of %d pairs ran out of memory; it is split in two.", pairs)

@@ -8,13 +8,11 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager
 from functools import partial
-from threading import Event
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.utils.data import DataLoader
@@ -29,62 +27,66 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from online_dpo.config.keyword_arguments import NamedArguments
+from online_dpo.config.keyword_arguments import names_unknown_arguments
 from online_dpo.config.names_elsewhere import ARGUMENTS, hint_for
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.data.collate import UsersCollator, collate_prompts, prompts_from_batch
-from online_dpo.data.cut import CutPromptsCallback
-from online_dpo.data.prompts import PREPARED_COLUMNS, prepare_prompts
-from online_dpo.data.stream import EndlessStream
+from online_dpo.distributed.collectives import from_every_rank, samples_of_every_rank
 from online_dpo.errors import ForeignCodeError
-from online_dpo.evaluation.gold import check_gold
-from online_dpo.evaluation.predictions import Predictions
-from online_dpo.evaluation.records import EvalRecord, eval_records, mean_notes, summarise
-from online_dpo.foreign import callable_name, foreign
+from online_dpo.evaluation.evaluator import Evaluator
+from online_dpo.evaluation.gold import build_gold, check_gold
+from online_dpo.evaluation.overoptimization import OveroptimisationGuard
+from online_dpo.evaluation.predictions import Predictions, named_metrics
+from online_dpo.evaluation.records import mean_notes, prefixed, summarise
+from online_dpo.foreign import foreign
 from online_dpo.methods import METHODS
 from online_dpo.modeling.borrowing import eval_mode, restores_models_on_error
-from online_dpo.modeling.forward_path import ModelContext, PathChoice
-from online_dpo.modeling.introspection import end_token_ids
-from online_dpo.modeling.known_tokens import Readers, check_options, check_policy, check_reference, embedding_rows
-from online_dpo.modeling.logprobs import RowLogprobs, row_logprobs
-from online_dpo.modeling.onednn import onednn_linears
+from online_dpo.modeling.known_tokens import check_options, check_policy
 from online_dpo.modeling.reference import ReferenceSteps
 from online_dpo.objective.beta import Beta
-from online_dpo.objective.inputs import LossOptions, pair_logprobs
-from online_dpo.packing.microbatches import passes_needed, split_pairs
-from online_dpo.packing.pack import as_inputs, by_group, pack_groups, pack_pairs, stand_in
-from online_dpo.pairing.rounds import latest
-from online_dpo.pairing.select import Selection
-from online_dpo.rollout.lookahead import Lookahead
-from online_dpo.rollout.params import RolloutKey, SamplingParams, Stream
-from online_dpo.rollout.registry import build_engine, built_in_engine
-from online_dpo.rollout.sync_check import SyncCheck
+from online_dpo.scoring.assess import Assessor
 from online_dpo.scoring.judge_registry import build_judge
 from online_dpo.scoring.notes import noting
 from online_dpo.scoring.registry import build_scorers
 from online_dpo.training.arguments import (
     check_arguments,
-    check_batches,
-    check_columns,
-    check_stream,
     check_templates,
     checked_config,
     choose_scorers,
     named_datasets,
+    tokenizer_of,
 )
-from online_dpo.training.build import build_policy, build_reference, train_on_one_device_per_process
+from online_dpo.training.build import (
+    build_policy,
+    build_reference,
+    build_reference_answers,
+    build_sampler,
+    build_vocabulary,
+    train_on_one_device_per_process,
+)
+from online_dpo.training.collector import FeedbackCollector, Progress
+from online_dpo.training.datasets import DatasetPreparer, check_reward_functions
 from online_dpo.training.display.figures import in_order
-from online_dpo.training.feedback_trainer import FeedbackTrainer
-from online_dpo.training.metric_registry import METRICS, record_registered
-from online_dpo.training.metrics import STEP_KL, record_loss, record_pairs, record_resampling, trained_kl
+from online_dpo.training.hf_trainer import GuardedTrainer
+from online_dpo.training.metrics import STEP_KL
 from online_dpo.training.model_card import as_list, write_model_card
-from online_dpo.training.trl_attributes import TRLAttributes
-from online_dpo.types import Completion, Group, PackedRows, Pair, Prompt
+from online_dpo.training.objective_step import ObjectiveStep
+from online_dpo.training.pair_former import PairFormer
+from online_dpo.training.trl_attributes import with_trl_attributes
+from online_dpo.types import Feedback, Group, PackedRows, Pair
 
 logger = logging.getLogger(__name__)
 
 
-class OnlineDPOTrainer(NamedArguments, TRLAttributes, FeedbackTrainer):
+def _hint_for_argument(name: str, known: Collection[str]) -> str:
+    if name in OnlineDPOConfig.__dataclass_fields__:
+        return f" `{name}` is a field of `OnlineDPOConfig`, which is given as `args`."
+    return hint_for(name, known, ARGUMENTS)
+
+
+@with_trl_attributes
+@names_unknown_arguments(_hint_for_argument)
+class OnlineDPOTrainer(GuardedTrainer):
     """Aligns a language model with preferences collected while it trains (Guo et al. 2024, arXiv 2402.04792).
 
     Args:
@@ -115,6 +117,9 @@ class OnlineDPOTrainer(NamedArguments, TRLAttributes, FeedbackTrainer):
             possible.
         InvalidPromptError: a dataset row is no usable prompt (see ``invalid_prompts``).
     """
+
+    is_encoder_decoder = False
+    is_vision_model = False
 
     @restores_models_on_error
     def __init__(
@@ -152,106 +157,117 @@ class OnlineDPOTrainer(NamedArguments, TRLAttributes, FeedbackTrainer):
             peft_config=peft_config,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        assert processing_class is not None
         check_gold(eval_reward_funcs, eval_judge, args)
-        self.tokenizer: PreTrainedTokenizerBase = getattr(processing_class, "tokenizer", processing_class)  # pyright: ignore
-        self.args = args
-        self.dropped_rows: Counter[str] = Counter()
-        train_dataset = self._prepared(train_dataset, "train_dataset")
-        if isinstance(train_dataset, IterableDataset):
-            check_stream(args)
-            callbacks = [*(callbacks or []), CutPromptsCallback("train_dataset")]
-            train_dataset = EndlessStream(train_dataset)  # pyright: ignore[reportAssignmentType]
-        check_batches(train_dataset, args)
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {
-                name: self._prepared(data, f"eval_dataset[{name!r}]") for name, data in eval_dataset.items()
-            }
-        elif eval_dataset is not None:
-            eval_dataset = self._prepared(eval_dataset, "eval_dataset")
+        self.args, self.tokenizer = args, tokenizer_of(processing_class)
+        self.data = DatasetPreparer(self.tokenizer, args)
+        train_dataset = self.data.prepare_training(train_dataset)
+        eval_dataset = self.data.prepare_evaluation(eval_dataset)
         if data_collator is None:  # one's own may add columns
-            looked_at = named_datasets(eval_dataset) if args.eval_strategy != "no" else {}
-            check_columns(reward_funcs, {"train_dataset": train_dataset, **looked_at}, PREPARED_COLUMNS)
-            check_columns(eval_reward_funcs, looked_at, PREPARED_COLUMNS)
-        train_on_one_device_per_process(args)
-
-        set_seed(args.seed)  # an adapter's first weights are random
-        policy = build_policy(model, peft_config, args, optimizers[0])
-        prepared = {"train_dataset": train_dataset, **named_datasets(eval_dataset)}
-        check_policy(policy, self.tokenizer, prepared)
-        check_options(policy, args.generation_kwargs or {})  # pyright: ignore[reportArgumentType]
+            check_reward_functions(reward_funcs, eval_reward_funcs, train_dataset, eval_dataset, args)
+        datasets = {"train_dataset": train_dataset, **named_datasets(eval_dataset)}
+        self.policy = self._build_policy(model, peft_config, optimizers[0], datasets)
         super().__init__(
-            model=policy,
+            model=self.policy,
             args=args,
             data_collator=collate_prompts if data_collator is None else UsersCollator(data_collator),
-            train_dataset=train_dataset,  # pyright: ignore[reportArgumentType]
-            eval_dataset=eval_dataset,  # pyright: ignore[reportArgumentType]
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             processing_class=processing_class,
             compute_metrics=compute_metrics,
-            callbacks=callbacks,
+            callbacks=[*(callbacks or []), *self.data.callbacks],
             optimizers=optimizers,
         )
+        self._build_models(ref_model, datasets)
+        self._build_feedback(reward_funcs, reward_processing_classes, judge, eval_reward_funcs, eval_judge)
+        self._compose()
+
+    def _build_policy(self, model: Any, peft_config: Any, optimizer: Any, datasets: dict[str, Any]) -> nn.Module:
+        train_on_one_device_per_process(self.args)
+        set_seed(self.args.seed)  # an adapter's first weights are random
+        policy = build_policy(model, peft_config, self.args, optimizer)
+        check_policy(policy, self.tokenizer, datasets)
+        check_options(policy, self.args.generation_kwargs or {})  # pyright: ignore[reportArgumentType]
+        return policy
+
+    def _build_models(self, ref_model: Any, datasets: dict[str, Any]) -> None:
+        """Builds the reference, and what samples from policy, reference and opponent."""
+        args, policy, tokenizer = self.args, self.policy, self.tokenizer
         self.reference = build_reference(ref_model, policy, args)
-        self.readers = Readers({"the policy": embedding_rows(policy)})
-        if ref_model is not None:
-            with self.reference.active() as reference:
-                check_reference(reference, policy, self.tokenizer, prepared)
-                self.readers = Readers({**self.readers.rows, "the reference": embedding_rows(reference)})
+        vocabulary = build_vocabulary(policy, None if ref_model is None else self.reference, tokenizer, datasets)
         self.add_callback(ReferenceSteps(self.reference))
-        self.policy = policy
-        self.engine = build_engine(policy, self.tokenizer, args)
-        if not args.reference_free:
-            with self.reference.active() as reference:
-                self.reference_engine = built_in_engine(reference, self.tokenizer, args)
+        self.sampler = build_sampler(policy, vocabulary, tokenizer, args, self.accelerator)
+        self.reference_answers = build_reference_answers(self.reference, self.sampler, tokenizer, args)
         self.method = METHODS[args.method]
         self.opponent = self.method.build_opponent(
-            policy, self.reference, self.tokenizer, args, epoch=lambda: self.state.epoch or 0.0
+            policy, self.reference, tokenizer, args, epoch=lambda: self.state.epoch or 0.0
         )
-        self.adaptive_beta = Beta(args, lambda: self.metrics.take_mean(STEP_KL))
-        self.add_callback(self.adaptive_beta)
-        self.selection = Selection.from_config(args)
-        self.loss_options = LossOptions.from_config(args)
-        self.sampling = SamplingParams.from_config(args, end_token_ids(policy, self.tokenizer))
+
+    def _build_feedback(
+        self, reward_funcs: Any, processing_classes: Any, judge: Any, eval_reward_funcs: Any, eval_judge: Any
+    ) -> None:
+        """Builds what assesses completions: the one that is trained on, and gold."""
+        args, state = self.args, lambda: self.state
         self.judge = None if judge is None else build_judge(judge, self.tokenizer, args)
         self.scorers = (
-            []
-            if reward_funcs is None
-            else build_scorers(reward_funcs, reward_processing_classes, args, state=lambda: self.state)
+            [] if reward_funcs is None else build_scorers(reward_funcs, processing_classes, args, state=state)
         )
-        check_templates(self.scorers, train_dataset)
-        self.watch_gold(eval_reward_funcs, eval_judge)
-        self.lookahead = Lookahead(args.max_staleness)
-        self.nobody_samples = Event()
-        self.nobody_samples.set()
-        self.sync_check = SyncCheck(self.accelerator, args.sync_check_steps)
-        self.choice = PathChoice(self.accelerator, args.share_prompts)
-        self.reference_completions: dict[tuple[int, tuple[int, ...]], tuple[Completion, ...]] = {}
+        check_templates(self.scorers, self.train_dataset)
+        self.gold = build_gold(eval_reward_funcs, eval_judge, args, self.tokenizer, state=state)
+        if self.gold is not None:
+            check_templates(self.gold.scorers, self.train_dataset)
+            if args.overoptimisation != "off":
+                self.add_callback(
+                    OveroptimisationGuard(args.overoptimisation == "stop", args.overoptimisation_patience)
+                )
 
-    @classmethod
-    def _hint_for_argument(cls, name: str, known: Collection[str]) -> str:
-        if name in OnlineDPOConfig.__dataclass_fields__:
-            return f" `{name}` is a field of `OnlineDPOConfig`, which is given as `args`."
-        return hint_for(name, known, ARGUMENTS)
+    def _compose(self) -> None:
+        """Puts the stages together."""
+        args, form_pairs = self.args, PairFormer(self.args)
+        assessor = Assessor.from_config(self.scorers, self.judge, args)
+        self.adaptive_beta = Beta(args, lambda: self.metrics.take_mean(STEP_KL))
+        self.add_callback(self.adaptive_beta)
+        self.collector = FeedbackCollector(
+            args,
+            self.sampler,
+            self.opponent,
+            assessor,
+            form_pairs,
+            self.accelerator,
+            self.errors,
+            self.metrics,
+            self.phase,
+            Progress(lambda: self.state, lambda: self.holds_evaluation_weights),
+        )
+        self.objective = ObjectiveStep(
+            args, self.reference, self.adaptive_beta, self.accelerator, self.metrics, self.phase, lambda: self.state
+        )
+        self.evaluator = Evaluator(
+            args.num_completions,
+            self.sampler,
+            assessor,
+            form_pairs,
+            self._losses_of,
+            self.reference_answers,
+            self.gold,
+        )
+        self.run_state.add(self.collector, self.reference, self.adaptive_beta)
 
     # --- one optimizer step -----------------------------------------------------------------------------------------
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], torch.Tensor]:
-        """The first five stages, for all micro-batches of a step at once: fetch, sample, score, pair, pack.
+        """The first five stages, for all micro-batches of a step at once: fetch, sample, assess, pair, pack.
 
-        With ``max_staleness``, the first three of the next steps begin here as well.
+        With ``max_staleness``, the first four of the next steps begin here as well.
         """
-        fetched, feedback, waited = self._take(epoch_iterator, num_batches)
-        self._record(fetched, feedback, waited)
-        pairing = self._form_pairs(*latest(feedback), self.state.global_step)
-        record_pairs(self.metrics, len(feedback.groups), pairing)
-        if self.args.resample_rounds:
-            record_resampling(self.metrics, feedback.further, pairing)
-        if len(METRICS):
-            self.together(lambda: record_registered(self.metrics, feedback, pairing, self.state.global_step))
-        micro_batches = self._pack(pairing.pairs, fetched.num_batches)
-        return micro_batches, self._weight_over_ranks(pairing.pairs)
+        self.raise_callback_failure()
+        pairing, num_fetched = self.collector.collect(epoch_iterator, num_batches)
+        self.passes.begin_step()
+        micro_batches = self.objective.pack(self.model, pairing.pairs, num_fetched)  # pyright: ignore[reportArgumentType]
+        num_pairs, weight = self.objective.totals(pairing.pairs)
+        self.guard.expect(num_pairs)
+        return micro_batches, weight
 
     def compute_loss(
         self,
@@ -260,75 +276,22 @@ class OnlineDPOTrainer(NamedArguments, TRLAttributes, FeedbackTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The last two stages: log-probabilities of policy and reference, and the loss.
-
-        The sum of the pairs' losses over the number of pairs in the whole step (their mean by weight, if they have
-        weights), over all ranks and micro-batches; times the number of ranks, because data parallelism averages
-        gradients over them.
-        """
+        """The last two stages: log-probabilities of policy and reference, and the loss (see `ObjectiveStep.losses`)."""
         rows: PackedRows = inputs["rows"].to(self.accelerator.device)
-        with self.phase("reference") if model.training else nullcontext():
-            reference = self._reference_logprobs(rows)  # first: no activations of the policy are held meanwhile
-        policy = row_logprobs(model, rows, chunked=self.choice.path.chunked)
-
-        options = self._loss_options_now()
-        loss_N = self.method.losses(pair_logprobs(rows, policy, reference), options)
-        if num_items_in_batch is None:
-            loss = (loss_N * rows.weight_N).sum() / _or_one(rows.weight_N.sum())
-        else:
-            loss = (loss_N * rows.weight_N).sum() / num_items_in_batch * self.accelerator.num_processes
+        losses = self.objective.losses(model, rows, num_items_in_batch)
         if model.training:
-            self.guard.saw_loss(loss)
-            record_loss(self.metrics, rows, policy, reference, loss_N, options.beta)
-            if self.adaptive_beta.adapts and reference is not None:
-                self.metrics.mean(STEP_KL, trained_kl(rows, policy, reference))
-        return (loss, {"loss_N": loss_N, "policy": policy, "reference": reference}) if return_outputs else loss
+            self.guard.saw_loss(losses.loss)
+        return (losses.loss, losses.outputs()) if return_outputs else losses.loss
 
-    # --- the stages -------------------------------------------------------------------------------------------------
+    @property
+    def dropped_rows(self) -> Counter[str]:
+        """How many rows of the datasets were left out, by reason."""
+        return self.data.dropped
 
-    def _pack(self, pairs: list[Pair], num_batches: int) -> list[dict[str, Any]]:
-        """Exactly as many micro-batches as were fetched: `Trainer` counts them to find the optimizer step."""
-        self.done_in_step = []
-        self._settle_path([members[0].group for members in by_group(pairs)])
-        shared, capacity = self.choice.path.shared, self.args.row_capacity
-        parts = split_pairs(pairs, num_batches)
-        passes = self._most_over_ranks([passes_needed(part, self.args.tokens_per_pass) for part in parts])
-        packed = [
-            [pack_pairs(piece, shared, capacity) if piece else stand_in(shared) for piece in split_pairs(part, count)]
-            for part, count in zip(parts, passes, strict=True)
-        ]
-        return [as_inputs(rows) for rows in packed]
-
-    def _most_over_ranks(self, counts: list[int]) -> list[int]:
-        """Each count's maximum over ranks: passes are collective operations, so every rank makes equally many."""
-        mine = torch.tensor([counts], device=self.accelerator.device)
-        return self.accelerator.gather(mine).amax(dim=0).tolist()  # pyright: ignore[reportAttributeAccessIssue]
-
-    def _settle_path(self, groups: Sequence[Group]) -> None:
-        policy: Any = self.model
-        models: dict[str, ModelContext] = {"the policy": lambda: eval_mode(policy)}
-        if not self.args.reference_free:
-            models["the reference"] = self.reference.active
-        with self.accelerator.autocast():
-            self.choice.settle(models, groups)
-
-    def _weight_over_ranks(self, pairs: list[Pair]) -> torch.Tensor:
-        """What all pairs of the step count together; 1 where there are none."""
-        mine = torch.tensor([float(len(pairs)), sum(pair.weight for pair in pairs)], device=self.accelerator.device)
-        count, weight = self.accelerator.reduce(mine, reduction="sum")
-        self.guard.expect(int(count))
-        return _or_one(weight)
-
-    @torch.no_grad()
-    def _reference_logprobs(self, rows: PackedRows) -> RowLogprobs | None:
-        if self.args.reference_free:
-            return None
-        with self.accelerator.autocast(), self.reference.active() as reference, onednn_linears(reference, pack=False):
-            return row_logprobs(reference, rows, entropy=False, chunked=self.choice.path.chunked)
-
-    def _loss_options_now(self) -> LossOptions:
-        epoch = self.state.epoch or 0.0
-        return self.loss_options.now(self.adaptive_beta.at(epoch), self.method.epoch_options(self.args, epoch))
+    @property
+    def last_feedback(self) -> Feedback | None:
+        """What became of the prompts of the step that is trained on, on this process."""
+        return self.collector.last
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
@@ -341,11 +304,11 @@ class OnlineDPOTrainer(NamedArguments, TRLAttributes, FeedbackTrainer):
         The same random numbers are used every time, so that two evaluations differ by the weights alone.
         """
         if eval_dataset is not None and not isinstance(eval_dataset, (str, dict)):
-            eval_dataset = self._prepared(eval_dataset, "eval_dataset")
+            eval_dataset = self.data.prepare(eval_dataset, "eval_dataset")
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # pyright: ignore[reportArgumentType]
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        return super().get_test_dataloader(self._prepared(test_dataset, "test_dataset"))
+        return super().get_test_dataloader(self.data.prepare(test_dataset, "test_dataset"))
 
     def evaluation_loop(
         self,
@@ -355,68 +318,49 @@ class OnlineDPOTrainer(NamedArguments, TRLAttributes, FeedbackTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
+        """Evaluates the prompts of a data loader; a collective operation."""
         logger.info("***** Running %s: batch size %d *****", description, self.args.eval_batch_size)
         model = self._wrap_model(self.model, training=False)  # pyright: ignore[reportArgumentType]
         loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
-        own_metrics = None if self.compute_metrics is None else self._own_metrics
+        own_metrics = named_metrics(self.compute_metrics, lambda: self.state.global_step)
         found = Predictions(self.args, own_metrics, loss_only)
         self.callback_handler.eval_dataloader = dataloader  # pyright: ignore[reportAttributeAccessIssue]
         with eval_mode(model), self.evaluation_weights(), noting() as notes:
             batches = iter(dataloader)
-            while (batch := self.together(partial(_next_batch, batches))) is not None:
+            while (batch := self.errors.run(partial(_next_batch, batches))) is not None:
                 prompts = [prompt for prompt in prompts_from_batch(batch) if prompt.invalid is None]
-                mine = self.together(partial(self._evaluate_prompts, model, prompts))
-                records: Any = self.accelerator.gather_for_metrics(mine, use_gather_object=True)
+                own = self.errors.run(partial(self.evaluator.evaluate, model, prompts, self.collector.sync))
+                records = samples_of_every_rank(self.accelerator, own)
                 is_last = self.accelerator.gradient_state.end_of_dataloader
-                self.together(partial(found.add, records, is_last))
+                self.errors.run(partial(found.add, records, is_last))
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        records = found.records
-        own = self.together(found.metrics)
-        metrics = in_order({**mean_notes(gather_object([notes])), **summarise(records), **own})
-        start = f"{metric_key_prefix}_"
-        metrics = {name if name.startswith(start) else start + name: value for name, value in metrics.items()}
-        predictions, label_ids = found.arrays()
-        return EvalLoopOutput(predictions, label_ids, metrics, num_samples=len(records))
+        records, own_values = found.records, self.errors.run(found.metrics)
+        metrics = in_order({**mean_notes(from_every_rank(notes)), **summarise(records), **own_values})
+        return EvalLoopOutput(*found.arrays(), prefixed(metrics, metric_key_prefix), num_samples=len(records))
 
-    def _own_metrics(self, *prediction: EvalPrediction, **options: bool) -> dict[str, Any]:
-        """What the user's `compute_metrics` returns; of a batch before the last one, nothing is wanted."""
-        assert self.compute_metrics is not None
-        who = f"`compute_metrics` (`{callable_name(self.compute_metrics)}`)"
-        with foreign(who, f"(step {self.state.global_step})", raises=ForeignCodeError):
-            found = self.compute_metrics(*prediction, **options)
-            return dict(found) if options.get("compute_result", True) else {}
-
-    @torch.no_grad()
-    def _evaluate_prompts(self, model: nn.Module, prompts: list[Prompt]) -> list[EvalRecord]:
-        if not prompts:
-            return []
-        key = RolloutKey(self.args.seed, 0, Stream.EVALUATION)
-        self.readers.check_prompts(prompts)
-        self._sync_engine(prompts)
+    def _losses_of(
+        self, model: nn.Module, groups: Sequence[Group], pairs: Sequence[Pair]
+    ) -> tuple[PackedRows, dict[str, Any]]:
+        """Returns the packed completions of all groups, and what `compute_loss` says of them."""
+        inputs = self.objective.pack_for_evaluation(model, groups, pairs)
         with self.accelerator.autocast():
-            groups = self.engine.generate(prompts, self.args.num_completions, self.sampling, key)
-        self.readers.check_groups(groups)
-        assessment = self._assess(groups)
-        pairs = self._form_pairs(groups, assessment, step=0).pairs
-        if self.accelerator.num_processes == 1:  # otherwise a step of training finds out, on all ranks together
-            self._settle_path(groups)
-        with self.accelerator.autocast():
-            inputs = {"rows": pack_groups(groups, pairs, self.choice.path.shared, self.args.row_capacity)}
             _, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        reference_scores, wins = self._against_reference(groups, assessment)
-        records = eval_records(groups, pairs, assessment, reference_scores, wins, inputs["rows"], **outputs)
-        return self._with_gold(records, groups)
+        return inputs["rows"], outputs
+
+    @contextmanager
+    def beside_training(self) -> Iterator[None]:
+        """As the parent's, once nothing else asks the engine and the scorers."""
+        self.collector.wait()
+        with super().beside_training():
+            yield
+
+    def free_memory(self) -> None:
+        """The parent's, and what engines keep between calls."""
+        self.collector.release()
+        self.evaluator.release()
+        super().free_memory()
 
     # --- data and files ---------------------------------------------------------------------------------------------
-
-    def _prepared(self, dataset: Any, name: str) -> Any:
-        columns = getattr(dataset, "column_names", None) or []
-        if set(PREPARED_COLUMNS) <= set(columns) or isinstance(dataset, EndlessStream):
-            return dataset
-        with self.args.main_process_first(desc=f"preparing {name}"):
-            dataset, dropped = prepare_prompts(dataset, self.tokenizer, self.args, name=name)  # pyright: ignore
-        self.dropped_rows += dropped
-        return dataset
 
     def create_model_card(
         self,
@@ -445,15 +389,7 @@ class OnlineDPOTrainer(NamedArguments, TRLAttributes, FeedbackTrainer):
                 datasets=as_list(dataset_tags),
             )
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.create_model_card()
-        super()._save_checkpoint(model, trial)
-
 
 def _next_batch(batches: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
     with foreign("Reading the prompts to evaluate on", raises=ForeignCodeError):
         return next(batches, None)
-
-
-def _or_one(total: torch.Tensor) -> torch.Tensor:
-    return torch.where(total > 0, total, 1.0)

@@ -5,157 +5,165 @@ They are for reading: what samples and scores is made once, from the configurati
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from online_dpo.modeling.reference import FrozenReference, Reference, SyncedReference
-from online_dpo.objective.beta import Beta
-from online_dpo.rollout.params import SamplingParams
+from online_dpo.modeling.reference import FrozenReference, SyncedReference
 from online_dpo.scoring.protocols import PointwiseScorer
 from online_dpo.scoring.rewards.combine import unique_names
 from online_dpo.scoring.rewards.function import FunctionScorer
 from online_dpo.scoring.rewards.model import RewardModelScorer
-from online_dpo.training.metric_store import MetricStore
-from online_dpo.types import Feedback, Verdicts
+from online_dpo.types import Verdicts
+
+if TYPE_CHECKING:
+    from online_dpo.training.trainer import OnlineDPOTrainer
+
+FIELDS = {
+    "num_generations": "num_completions",
+    "max_length": "max_length",
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "use_vllm": "use_vllm",
+    "vllm_gpu_memory_utilization": "vllm_gpu_memory_utilization",
+    "vllm_tensor_parallel_size": "vllm_tensor_parallel_size",
+    "vllm_model_impl": "vllm_model_impl",
+}
+"""Attributes that are fields of the configuration."""
+
+Class = TypeVar("Class", bound=type)
+Read = Callable[["OnlineDPOTrainer"], Any]
+
+ATTRIBUTES: dict[str, Read] = {}
 
 
-class FromConfig:
-    """An attribute that is a field of the configuration."""
-
-    def __init__(self, name: str | None = None) -> None:
-        self._name = name
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = self._name or name
-
-    def __get__(self, trainer: Any, owner: type) -> Any:
-        if trainer is None:
-            return self
-        assert self._name is not None
-        return getattr(trainer.args, self._name)
+def attribute(read: Read) -> Read:
+    """Registers a function that reads an attribute of its own name from a trainer."""
+    ATTRIBUTES[read.__name__] = read
+    return read
 
 
-class TRLAttributes:
-    """The attributes; those of `FeedbackTrainer` that they are made of are declared first."""
+def with_trl_attributes(cls: Class) -> Class:
+    """Gives a trainer class the attributes of TRL's, as properties."""
+    for name, field in FIELDS.items():
+        setattr(cls, name, property(_reader(field)))
+    for name, read in ATTRIBUTES.items():
+        setattr(cls, name, property(read))
+    return cls
 
-    args: Any
-    state: Any
-    tokenizer: PreTrainedTokenizerBase
-    scorers: list[PointwiseScorer]
-    reference: Reference
-    sampling: SamplingParams
-    adaptive_beta: Beta
-    metrics: MetricStore
-    last_feedback: Feedback | None
 
-    num_generations = FromConfig("num_completions")
-    max_length = FromConfig()
-    temperature = FromConfig()
-    top_p = FromConfig()
-    top_k = FromConfig()
-    min_p = FromConfig()
-    repetition_penalty = FromConfig()
-    use_vllm = FromConfig()
-    vllm_gpu_memory_utilization = FromConfig()
-    vllm_tensor_parallel_size = FromConfig()
-    vllm_model_impl = FromConfig()
-    is_encoder_decoder = False
-    is_vision_model = False
+def _reader(field: str) -> Read:
+    return lambda trainer: getattr(trainer.args, field)
 
-    @property
-    def vllm_mode(self) -> str | None:
-        """``None`` where vLLM does not sample."""
-        return self.args.vllm_mode if self.args.use_vllm else None
 
-    @property
-    def reward_funcs(self) -> list[Any]:
-        """The functions and the loaded models, in their order; none where a judge compares."""
-        return [_reward(scorer) for scorer in self.scorers]
+@attribute
+def vllm_mode(trainer: OnlineDPOTrainer) -> str | None:
+    """``None`` where vLLM does not sample."""
+    return trainer.args.vllm_mode if trainer.args.use_vllm else None
 
-    @property
-    def reward_func_names(self) -> list[str]:
-        """Their names in metrics."""
-        return unique_names(self.scorers)
 
-    @property
-    def reward_processing_classes(self) -> list[PreTrainedTokenizerBase | None]:
-        """The tokenizers of the models among them, ``None`` for the others."""
-        return [scorer.tokenizer if isinstance(scorer, RewardModelScorer) else None for scorer in self.scorers]
+@attribute
+def reward_funcs(trainer: OnlineDPOTrainer) -> list[Any]:
+    """The functions and the loaded models, in their order; none where a judge compares."""
+    return [_reward(scorer) for scorer in trainer.scorers]
 
-    @property
-    def reward_weights(self) -> torch.Tensor:
-        """One number for each reward."""
-        weights = self.args.reward_weights
-        return torch.ones(len(self.scorers)) if weights is None else torch.tensor(weights, dtype=torch.float32)
 
-    @property
-    def ref_model(self) -> nn.Module | None:
-        """The reference; ``None`` where it is the policy with its adapter off, or where there is none."""
-        reference = self.reference
-        return reference.model if isinstance(reference, (FrozenReference, SyncedReference)) else None
+@attribute
+def reward_func_names(trainer: OnlineDPOTrainer) -> list[str]:
+    """Their names in metrics."""
+    return unique_names(trainer.scorers)
 
-    @property
-    def beta(self) -> float:
-        """Beta as it is now."""
-        return self.adaptive_beta.at(self.state.epoch or 0.0)
 
-    @property
-    def eos_token_ids(self) -> list[int]:
-        """Every token that ends a completion."""
-        return list(self.sampling.end_token_ids)
+@attribute
+def reward_processing_classes(trainer: OnlineDPOTrainer) -> list[PreTrainedTokenizerBase | None]:
+    """The tokenizers of the models among them, ``None`` for the others."""
+    return [scorer.tokenizer if isinstance(scorer, RewardModelScorer) else None for scorer in trainer.scorers]
 
-    @property
-    def generation_kwargs(self) -> dict[str, Any]:
-        """How completions are sampled, as arguments of `transformers.GenerationConfig`."""
-        sampling = self.sampling
-        given = {
-            "max_new_tokens": sampling.max_new_tokens,
-            "do_sample": True,
-            "pad_token_id": self.tokenizer.pad_token_id,
-            "bos_token_id": self.tokenizer.bos_token_id,
-            "eos_token_id": list(sampling.end_token_ids),
-            "temperature": sampling.temperature,
-            "top_k": sampling.top_k,
-            "top_p": sampling.top_p,
-            "min_p": sampling.min_p,
-            "repetition_penalty": sampling.repetition_penalty,
-            "use_cache": True,
-            "stop_strings": list(sampling.stop_strings) or None,
-            **sampling.extra,
-        }
-        return {name: value for name, value in given.items() if value is not None}
 
-    @property
-    def generation_config(self) -> GenerationConfig:
-        """How completions are sampled; to be handed to ``generate``, or to TRL's callbacks."""
-        return GenerationConfig(**self.generation_kwargs)
+@attribute
+def reward_weights(trainer: OnlineDPOTrainer) -> torch.Tensor:
+    """One number for each reward."""
+    weights = trainer.args.reward_weights
+    return torch.ones(len(trainer.scorers)) if weights is None else torch.tensor(weights, dtype=torch.float32)
 
-    @property
-    def stats(self) -> dict[str, list[float]]:
-        """For each metric collected since the last log, a list of its mean on this process so far."""
-        return {name: [value] for name, value in self.metrics.means().items()}
 
-    @property
-    def completions(self) -> dict[str, list[Any]]:
-        """The step's completions on this process as a table, one row each: what TRL's GRPO calls its completions.
+@attribute
+def ref_model(trainer: OnlineDPOTrainer) -> nn.Module | None:
+    """The reference; ``None`` where it is the policy with its adapter off, or where there is none."""
+    reference = trainer.reference
+    return reference.model if isinstance(reference, (FrozenReference, SyncedReference)) else None
 
-        ``prompt``, ``completion``, a column for each reward, and those that reward functions gave to ``log_extra``.
-        """
-        feedback = self.last_feedback
-        if feedback is None:
-            return {}
-        rows = [(group.prompt, completion) for group in feedback.groups for completion in group.completions]
-        scores = feedback.said.scores if isinstance(feedback.said, Verdicts) else feedback.said
-        said = {} if scores is None else scores.by_scorer
-        return {
-            "prompt": [prompt.content for prompt, _ in rows],
-            "completion": [completion.text for _, completion in rows],
-            **{name: [value for row in values for value in row] for name, values in said.items()},
-            **({} if feedback.notes is None else feedback.notes.columns),
-        }
+
+@attribute
+def beta(trainer: OnlineDPOTrainer) -> float:
+    """Beta as it is now."""
+    return trainer.adaptive_beta.at(trainer.state.epoch or 0.0)
+
+
+@attribute
+def eos_token_ids(trainer: OnlineDPOTrainer) -> list[int]:
+    """Every token that ends a completion."""
+    return list(trainer.sampler.params.end_token_ids)
+
+
+@attribute
+def generation_kwargs(trainer: OnlineDPOTrainer) -> dict[str, Any]:
+    """How completions are sampled, as arguments of `transformers.GenerationConfig`."""
+    sampling = trainer.sampler.params
+    given = {
+        "max_new_tokens": sampling.max_new_tokens,
+        "do_sample": True,
+        "pad_token_id": trainer.tokenizer.pad_token_id,
+        "bos_token_id": trainer.tokenizer.bos_token_id,
+        "eos_token_id": list(sampling.end_token_ids),
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+        "min_p": sampling.min_p,
+        "repetition_penalty": sampling.repetition_penalty,
+        "use_cache": True,
+        "stop_strings": list(sampling.stop_strings) or None,
+        **sampling.extra,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+@attribute
+def generation_config(trainer: OnlineDPOTrainer) -> GenerationConfig:
+    """How completions are sampled; to be handed to ``generate``, or to TRL's callbacks."""
+    return GenerationConfig(**generation_kwargs(trainer))
+
+
+@attribute
+def stats(trainer: OnlineDPOTrainer) -> dict[str, list[float]]:
+    """For each metric collected since the last log, a list of its mean on this process so far."""
+    return {name: [value] for name, value in trainer.metrics.means().items()}
+
+
+@attribute
+def completions(trainer: OnlineDPOTrainer) -> dict[str, list[Any]]:
+    """The step's completions on this process as a table, one row each: what TRL's GRPO calls its completions.
+
+    ``prompt``, ``completion``, a column for each reward, and those that reward functions gave to ``log_extra``.
+    """
+    feedback = trainer.last_feedback
+    if feedback is None:
+        return {}
+    rows = [(group.prompt, completion) for group in feedback.groups for completion in group.completions]
+    scores = feedback.said.scores if isinstance(feedback.said, Verdicts) else feedback.said
+    said = {} if scores is None else scores.by_scorer
+    return {
+        "prompt": [prompt.content for prompt, _ in rows],
+        "completion": [completion.text for _, completion in rows],
+        **{name: [value for row in values for value in row] for name, values in said.items()},
+        **({} if feedback.notes is None else feedback.notes.columns),
+    }
 
 
 def _reward(scorer: PointwiseScorer) -> Any:

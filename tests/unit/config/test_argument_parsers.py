@@ -210,6 +210,7 @@ def test_fields_of_transformers_stay_as_they_are() -> None:
             assert field.metadata is theirs[field.name]
 
 
+@pytest.mark.smoke
 def test_configurations_are_copied_and_pickled() -> None:
     args = made(loss_type=["sigmoid", "sft"])
     for other in (copy.deepcopy(args), pickle.loads(pickle.dumps(args))):

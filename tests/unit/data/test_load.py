@@ -136,6 +136,7 @@ def test_glob_reads_files_in_order_and_fills_missing_columns(tmp_path, streaming
     assert list(dataset) == [*ROWS, {"prompt": "z", "label": None}]
 
 
+@pytest.mark.smoke
 def test_mixed_values_come_back_as_they_were(tmp_path, streaming):
     rows = [{"prompt": "a"}, {"prompt": [{"role": "user", "content": "b"}]}, {"prompt": 3}]
     assert list(load_prompts(str(write(tmp_path / "x.jsonl", lines(rows))), streaming=streaming)) == rows

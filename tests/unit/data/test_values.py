@@ -6,9 +6,6 @@ import datetime
 import gzip
 import json
 import math
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -26,6 +23,7 @@ from online_dpo.data.prompts import prepare_prompts
 from online_dpo.scoring.rewards.function import FunctionScorer
 from online_dpo.types import Completion, Group
 from support import tiny
+from support.processes import environment, run_python
 
 
 @pytest.fixture(autouse=True)
@@ -287,16 +285,10 @@ def test_mapped_rows_stay_on_the_disk_and_a_file_that_has_changed_is_read_anew(t
 def test_another_process_finds_the_prepared_rows_again(tmp_path):
     path = write(tmp_path / "x.jsonl", LINES)
     files = cache_files(path)
-    code = (
-        "import sys; sys.path[:0] = sys.argv[1:3]\nfrom test_values import cache_files; print(cache_files(sys.argv[3]))"
-    )
-    again = subprocess.run(
-        [sys.executable, "-c", code, str(Path(__file__).parent), str(Path(__file__).parents[2]), str(path)],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "HF_DATASETS_CACHE": datasets.config.HF_DATASETS_CACHE},
-    )
+    load = "from test_values import cache_files; print(cache_files(sys.argv[2]))"
+    code = f"import sys; sys.path.insert(0, sys.argv[1]); {load}"
+    own = environment(HF_DATASETS_CACHE=str(datasets.config.HF_DATASETS_CACHE))
+    again = run_python("-c", code, Path(__file__).parent, path, env=own, check=True)
     assert again.stdout.splitlines()[-1] == str(files)
 
 

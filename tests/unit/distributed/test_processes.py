@@ -16,6 +16,7 @@ def alone(monkeypatch):
         monkeypatch.delenv(variable, raising=False)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("variable", SIZES)
 def test_whatever_started_them(tmp_path, monkeypatch, variable):
     """No process group is made for MPI's and SLURM's own variables without those of torchrun."""

@@ -1,4 +1,4 @@
-"""What XPO and Nash-MD minimise and which pairs they take, by hand from the papers; and the beta that adapts."""
+"""What XPO and Nash-MD minimise and which pairs they take, by hand from the papers."""
 
 from math import exp, log
 
@@ -8,7 +8,6 @@ import torch
 from online_dpo.config.method import METHODS as NAMES
 from online_dpo.methods import METHODS
 from online_dpo.methods.nash_md import pairs_of_two
-from online_dpo.objective.beta import Beta, adapted
 from online_dpo.objective.inputs import LossOptions, PairLogprobs, pair_logprobs
 from online_dpo.objective.losses import pair_losses
 from online_dpo.packing.pack import pack_pairs
@@ -189,6 +188,7 @@ def against_the_reference():
     return joined(own, [signed(group, "reference") for group in theirs])
 
 
+@pytest.mark.smoke
 def test_groups_are_joined_with_the_policys_completion_first():
     made = against_the_reference()
     assert [[c.author for c in group.completions] for group in made] == [["policy", "reference"]] * 2
@@ -232,54 +232,3 @@ def test_metrics_are_of_what_the_policy_wrote_and_the_opponents_stand_apart():
     assert metrics["objective/rlhf_reward"] == pytest.approx(3.0 - 0.2 * metrics["objective/kl"])
     assert metrics["logps/chosen"] == -4.5  # of the pair, whoever wrote it
     assert trained_kl(rows, policy, reference).tolist() == [1.5, 2.5]
-
-
-# beta -----------------------------------------------------------------------------------------------------------------
-
-
-def test_first_steps_of_the_controller_by_hand():
-    """Target 6: 12 is clipped to an error of 0.2, 6.6 is 0.1, 6 nothing, 0 and what is below are clipped to -0.2."""
-    betas = [0.1]
-    for kl in (12.0, 6.6, 6.0, 0.0, -3.0):
-        betas.append(adapted(betas[-1], kl, target=6.0, gain=0.1))
-    assert betas[1:] == pytest.approx(
-        [0.1 * 1.02, 0.1 * 1.02 * 1.01, 0.1 * 1.02 * 1.01] + [0.1 * 1.02 * 1.01 * 0.98**n for n in (1, 2)]
-    )
-
-
-@pytest.mark.parametrize("start", [0.001, 10.0])
-def test_the_controller_finds_the_beta_of_a_policy_whose_kl_falls_with_beta(start):
-    """The best policy of a reward with KL ``1 / beta^2``: 4 nats at a beta of 1/2."""
-    beta = start
-    for _ in range(1000):
-        beta = adapted(beta, 1 / beta**2, target=4.0, gain=0.1)
-    assert beta == pytest.approx(0.5, rel=1e-3)
-
-
-def test_only_this_steps_kl_counts_and_a_step_without_pairs_changes_nothing(tmp_path):
-    from support.training import config
-
-    store = MetricStore()
-    beta = Beta(config(tmp_path, target_kl=2.0, beta=0.3, beta_gain=0.5, beta_range=4.0), lambda: store.take_mean("kl"))
-    store.mean("kl", [4.0, 8.0])
-    beta.on_step_end(None, None, None)
-    assert beta.at(0.0) == pytest.approx(0.3 * 1.1)
-    beta.on_step_end(None, None, None)
-    assert beta.at(0.0) == pytest.approx(0.3 * 1.1)
-    store.mean("kl", [2.0, 2.2])
-    beta.on_step_end(None, None, None)
-    assert beta.at(5.0) == pytest.approx(0.3 * 1.1 * 1.025) and store.drain() == {}
-
-    for kl, limit in ((0.0, 0.3 / 4), (99.0, 0.3 * 4)):
-        for _ in range(40):
-            store.mean("kl", [kl])
-            beta.on_step_end(None, None, None)
-        assert beta.at(0.0) == limit
-
-    beta.save(tmp_path)
-    other = Beta(config(tmp_path, target_kl=2.0), lambda: None)
-    other.restore(tmp_path)
-    assert other.at(0.0) == beta.at(0.0)
-    fixed = Beta(config(tmp_path, beta=[0.1, 0.4]), lambda: None)
-    fixed.restore(tmp_path)
-    assert [fixed.at(epoch) for epoch in (0.5, 1.0, 7.0)] == [0.1, 0.4, 0.4]

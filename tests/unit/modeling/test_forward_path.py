@@ -156,5 +156,5 @@ def test_recurrent_policies_train_in_padded_rows(tmp_path):
     model = small(MambaForCausalLM, MambaConfig, state_size=4, eos_token_id=tiny.EOS, pad_token_id=tiny.PAD)
     made = trainer(tmp_path, model=model, max_steps=2)
     made.train()
-    assert made.choice.path == ForwardPath(shared=False, chunked=True)
+    assert made.objective.choice.path == ForwardPath(shared=False, chunked=True)
     assert made.state.log_history[0]["grad_norm"] > 0

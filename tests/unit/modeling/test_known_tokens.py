@@ -149,10 +149,10 @@ def test_a_reference_with_fewer_embeddings(tmp_path):
 def test_models_of_one_family_that_are_padded_otherwise_go_together(tmp_path):
     """Rows without a token are hardly ever sampled; where one is, the error says so."""
     trainer = made(tmp_path, model=resized(ROWS + 20), ref_model=tiny.causal_lm(), seed=1)
-    assert trainer.readers.rows == {"the policy": ROWS + 20, "the reference": ROWS}
+    assert trainer.sampler.vocabulary.rows == {"the policy": ROWS + 20, "the reference": ROWS}
     rare = Completion((6, ROWS + 3), (-1.0, -9.0), "length", 0, "w2")
     with pytest.raises(UnknownTokenError, match=f"A completion of the prompt .row 0: .* has token {ROWS + 3}. The ref"):
-        trainer.readers.check_groups([Group(tiny.prompts([3])[0], (rare, rare))])
+        trainer.sampler.vocabulary.check_groups([Group(tiny.prompts([3])[0], (rare, rare))])
 
 
 def test_a_reference_with_less_room(tmp_path):

@@ -1,20 +1,16 @@
 """Log-probabilities of rows, in every layout and along every path, against one sequence at a time."""
 
 import inspect
-from dataclasses import replace
 
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model
-from torch.nn.attention.flex_attention import BlockMask
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
     CohereConfig,
     CohereForCausalLM,
-    GPTNeoConfig,
-    GPTNeoForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     MambaConfig,
@@ -23,14 +19,8 @@ from transformers import (
     PhiForCausalLM,
 )
 
-from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.modeling import logprobs
-from online_dpo.modeling.attention import segments
 from online_dpo.modeling.attention.masks import (
-    attention_inputs,
-    use_flex_attention,
-    use_segments,
-    visible,
     why_not_shared,
 )
 from online_dpo.modeling.introspection import accepts_argument
@@ -40,45 +30,13 @@ from online_dpo.modeling.reference import frozen_copy
 from online_dpo.packing.pack import pack_groups, pack_pairs, stand_in
 from online_dpo.types import Pair
 from support import tiny
+from support.single_sequences import assert_equals_oracle, gradients, groups, oracle, ready, weighted
 
-COMPLETIONS = [[[5, 6, 7, 1], [8, 9], [8, 9, 30]], [[10, 11, 12, 13, 14, 1], [15, 1], [16]], [[1], [20, 21, 22], [23]]]
-LENGTHS = (9, 2, 14)
 LAYOUTS = [(False, 0), (True, 0), (True, 200)]
-
-
-def groups():
-    return [tiny.group(p, c) for p, c in zip(tiny.prompts(LENGTHS), COMPLETIONS, strict=True)]
 
 
 def make_pairs():
     return [Pair(g, i % 2, 1 - i % 2, chosen_score=2.0 + i, rejected_score=0.5) for i, g in enumerate(groups())]
-
-
-def ready(model):
-    enable_logprobs(model)
-    return model
-
-
-def alone(model, prompt, completion):
-    """The oracle: one sequence, no padding, no mask, no positions, whole log-softmax in double."""
-    ids = torch.tensor([[*prompt, *completion]])
-    logps = model(input_ids=ids).logits.double().log_softmax(-1)[0, len(prompt) - 1 : -1]
-    entropy = -(logps.exp() * logps).sum(-1)
-    return logps.gather(-1, torch.tensor(completion)[:, None])[:, 0], entropy
-
-
-def oracle(model, made):
-    both = [alone(model, g.prompt.token_ids, c.token_ids) for g in made for c in g.completions]
-    return torch.cat([logps for logps, _ in both]).float(), torch.cat([entropy for _, entropy in both]).float()
-
-
-def assert_equals_oracle(model, rows, made, chunked):
-    got = row_logprobs(model, rows, chunked=chunked)
-    logps, entropy = oracle(model, made)
-    torch.testing.assert_close(got.token_logps_M, logps, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(got.entropy_M, entropy, atol=1e-5, rtol=1e-5)
-    sums = torch.stack([part.sum() for part in logps.split(rows.length_S.tolist())])
-    torch.testing.assert_close(got.logps_S, sums, atol=1e-4, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -136,17 +94,6 @@ def test_models_without_positions_are_right_in_padded_rows(chunked):
         assert_equals_oracle(ready(model), pack_groups(made, [], False), made, chunked)
 
 
-def gradients(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def weighted(token_logps_M):
-    """A different factor for each token, so that no error cancels."""
-    return (token_logps_M * torch.linspace(-1.0, 2.0, len(token_logps_M))).sum()
-
-
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("shared,capacity", LAYOUTS)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -201,6 +148,7 @@ def test_adapters_and_adapter_off_on_the_head_as_well(modules):
     assert (off - row_logprobs(model, rows).logps_S).abs().max() > 0.1
 
 
+@pytest.mark.smoke
 def test_a_copy_predicts_with_its_own_weights():
     model = ready(tiny.causal_lm())
     copy = frozen_copy(model)
@@ -269,13 +217,6 @@ def test_what_is_no_model_of_transformers_is_left_as_it_is():
     assert_equals_oracle(model.inner, pack_groups(made, [], False), made, chunked=False)
 
 
-def test_windows_by_place_in_the_row_are_refused():
-    config = GPTNeoConfig(
-        vocab_size=44, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
-    )
-    assert "places in the row" in why_not_shared(GPTNeoForCausalLM(config))
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("shared,capacity", LAYOUTS)
 def test_bf16_errs_no_more_than_padded_rows_do(shared, capacity):
@@ -287,30 +228,6 @@ def test_bf16_errs_no_more_than_padded_rows_do(shared, capacity):
     got = row_logprobs(model, pack_groups(made, [], shared, capacity))
     assert got.token_logps_M.dtype == torch.float32 and got.entropy_M.dtype == torch.float32
     assert (got.token_logps_M - exact).abs().mean() <= 1.5 * (padded - exact).abs().mean()
-
-
-@torch.no_grad()
-def test_what_the_other_completions_say_changes_nothing():
-    model, made = ready(tiny.causal_lm("gpt2")), groups()
-    rows = pack_groups(made, [], True, 200)
-    before = row_logprobs(model, rows).token_logps_M
-    mine = (rows.tokens.tree_RT == 0) & (rows.tokens.branch_RT <= 1)
-    changed = torch.where(mine, rows.tokens.ids_RT, 40)
-    after = row_logprobs(model, replace(rows, tokens=replace(rows.tokens, ids_RT=changed))).token_logps_M
-    assert torch.equal(after[:4], before[:4]) and not torch.allclose(after[4:], before[4:])
-
-
-def test_visible_by_hand():
-    rows = pack_groups([tiny.group(tiny.prompts([2])[0], [[5, 6], [7]])], [], True).tokens
-    assert visible(rows)[0].int().tolist() == [
-        [1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0],
-        [1, 1, 1, 0, 0],
-        [1, 1, 1, 1, 0],
-        [1, 1, 0, 0, 1],
-    ]
-    assert visible(rows, window=2)[0].int().tolist()[3:] == [[0, 0, 1, 1, 0], [0, 1, 0, 0, 1]]
-    assert visible(rows, chunk=2)[0].int().tolist()[2:] == [[0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]]
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -332,79 +249,3 @@ def test_dropout_is_switched_off_in_modules_and_in_numbers():
     assert not torch.equal(model(ids).logits, model(ids).logits)
     disable_dropout(model)
     assert torch.equal(model(ids).logits, model(ids).logits) and model.config.hidden_dropout == 0.5
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("family", [family for family in tiny.FAMILIES if family not in ("gpt2", "gemma2")])
-def test_flex_attention_equals_single_sequences(family):
-    model, made = ready(tiny.causal_lm(family)), groups()
-    expected, _ = oracle(model, made)
-    use_flex_attention(model)
-    rows = pack_groups(made, [], True, 200)
-    kinds = attention_inputs(model, rows.tokens)["attention_mask"]
-    assert all(isinstance(mask, BlockMask) for mask in (kinds.values() if isinstance(kinds, dict) else [kinds]))
-    torch.testing.assert_close(row_logprobs(model, rows).token_logps_M, expected, atol=1e-5, rtol=1e-5)
-    padded = row_logprobs(model, pack_groups(made, [], False)).token_logps_M  # everything else goes through SDPA
-    torch.testing.assert_close(padded, expected, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("capacity", [0, 200])
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_rows_in_segments_equal_single_sequences(family, capacity, checkpointing, monkeypatch):
-    monkeypatch.setattr(segments, "SHORTEST", 1)
-    calls = []
-    segment = segments._row
-    monkeypatch.setattr(segments, "_row", lambda *given: calls.append(given[3]) or segment(*given))
-    model, plain, made = ready(tiny.causal_lm(family)), tiny.causal_lm(family), groups()
-    use_segments(model)
-    if checkpointing:
-        disable_dropout(model)
-        model.train()
-        tiny.checkpoint_layers(model)
-    got = row_logprobs(model, pack_groups(made, [], True, capacity)).token_logps_M
-    expected, _ = oracle(plain, made)
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
-    weight_M = torch.linspace(-1, 1, len(expected))
-    (got * weight_M).sum().backward()
-    (expected * weight_M).sum().backward()
-    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
-        assert (ours.grad - theirs.grad).norm() <= 1e-4 * theirs.grad.norm(), name
-    windows = family in ("gemma2", "mistral")  # they are read with a mask
-    assert bool(calls) != windows
-    if capacity and calls:
-        assert max(map(len, calls)) > 4  # several trees in a row
-
-
-@torch.no_grad()
-def test_segments_begin_with_long_rows():
-    for length, expected in ((300, 0), (400, 2)):
-        model, group = (
-            tiny.causal_lm(max_position_embeddings=512),
-            tiny.group(tiny.prompts((length,))[0], [[5, 6], [7]]),
-        )
-        use_segments(ready(model))
-        rows = pack_groups([group], [], True)
-        found = attention_inputs(model, rows.tokens)["segments"]
-        assert (found is None) == (expected == 0)
-        if found is not None:
-            assert found == [[(0, 0, 0, 400, 0), (0, 400, 400, 402, 400), (0, 400, 402, 403, 402)]]
-        torch.testing.assert_close(row_logprobs(model, rows).token_logps_M, oracle(model, [group])[0])
-
-
-def test_flex_attention_is_not_saved_with_the_model_and_generation_stays_the_same(tmp_path):
-    model, ids = tiny.causal_lm(), torch.tensor([[5, 6, 7]])
-    before = model.generate(ids, max_new_tokens=5, do_sample=False)
-    use_flex_attention(model)
-    assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), before)
-    model.save_pretrained(tmp_path)
-    assert "flex" not in (tmp_path / "config.json").read_text()
-
-
-def test_flex_attention_wants_sdpa_and_a_gpu(tmp_path):
-    with pytest.raises(ValueError, match="soft cap"):
-        use_flex_attention(tiny.causal_lm("gemma2"))
-    with pytest.raises(ValueError, match="attn_implementation='sdpa'"):
-        use_flex_attention(tiny.causal_lm(attn_implementation="eager"))
-    with pytest.raises(ValueError, match="needs a GPU"):
-        OnlineDPOConfig(output_dir=str(tmp_path), use_cpu=True, flex_attention=True)

@@ -52,6 +52,7 @@ def test_every_name_of_the_configuration_is_a_loss():
     assert tuple(LOSSES) == LOSS_TYPES and set(LOSSES_WITHOUT_LABELS) < set(LOSSES)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "name, given, expected",
     [

@@ -113,6 +113,7 @@ def test_halves_hold_the_same_pairs(pairs, shared):
     assert all(half.tokens.shares_prompts is shared for half in halves)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("shared", [False, True])
 def test_groups_and_pairs_point_at_the_same_completions(shared):
     groups = [tiny.group(p, [[4, 5], [6], [7, 8, 9]]) for p in tiny.prompts([3, 5])]

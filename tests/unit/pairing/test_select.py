@@ -129,6 +129,7 @@ def test_lengths_that_differ_too_much():
     assert [p.group.prompt.row for p in made.pairs] == [0, 2] and made.dropped == {"length_ratio": 1}
 
 
+@pytest.mark.smoke
 def test_soft_labels_and_weights_from_margins():
     [pair] = pairing([THREE], [[2.0, 1.0, 0.5]], label_temperature=0.5, margin_weighting=True).pairs
     assert pair.probability == pytest.approx(1 / (1 + math.exp(-3.0))) and pair.weight == 1.5

@@ -13,6 +13,7 @@ from online_dpo.quickstart.run import Judged, run_quickstart, summarise
 from online_dpo.stats.intervals import wilson_interval
 
 
+@pytest.mark.smoke
 def test_tiny_artifacts_load_and_their_prompts_are_held_out(tmp_path):
     made = build(tmp_path, seed=3, size=TINY)
     AutoModelForCausalLM.from_pretrained(made.policy_dir)

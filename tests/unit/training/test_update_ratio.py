@@ -14,6 +14,7 @@ def begun(model):
     return ratio
 
 
+@pytest.mark.smoke
 def test_changed_numbers_are_counted_once():
     model = nn.Linear(4, 8)
     model.bias.requires_grad_(False)

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from online_dpo.config.trainer_config import OnlineDPOConfig
+from online_dpo.distributed.collectives import world_size
 from online_dpo.distributed.process_state import environment, kept_random_state
 from online_dpo.errors import error_text
 from online_dpo.modeling.introspection import context_length, unwrapped
@@ -177,7 +178,7 @@ def _check_options(args: OnlineDPOConfig) -> None:
 
 
 def _several_ranks() -> bool:
-    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    return world_size() > 1
 
 
 def _start_vllm(folder: str, options: dict[str, Any]) -> Any:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from threading import Condition
 
 
-class _Gate:
+class Gate:
     """Either weights change, or completions are sampled, by any number of threads. Who came first goes first."""
 
     def __init__(self) -> None:

@@ -16,19 +16,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from online_dpo.config.trainer_config import OnlineDPOConfig
+from online_dpo.distributed.collectives import from_first_rank, is_first_rank, raise_first_ranks
 from online_dpo.errors import RolloutServerError
 from online_dpo.modeling.introspection import unwrapped
 from online_dpo.rollout.params import RolloutKey, SamplingParams
 from online_dpo.rollout.vllm.broadcast import BroadcastTransfer, choose_transfer, help_to_take
 from online_dpo.rollout.vllm.client import VLLMClient
-from online_dpo.rollout.vllm.gate import _Gate
+from online_dpo.rollout.vllm.gate import Gate
 from online_dpo.rollout.vllm.requests import (
     Request,
     Sampled,
@@ -47,8 +48,6 @@ REQUESTS_AT_ONCE = 256  # to one server; vLLM decodes about as many together
 MOST_ROUNDS = 5
 NOT_YET = "it has lost the weights, and the process that can send them has not done so yet"
 LOST = "it restarts again and again, or another run sends its own weights to it"
-
-T = TypeVar("T")
 
 
 class VLLMServerEngine:
@@ -88,7 +87,7 @@ class VLLMServerEngine:
         self.tokenizer = copy.deepcopy(tokenizer)  # for another thread: a fast tokenizer cannot be used by two at once
         self._clients = [VLLMClient(url, args.vllm_server_timeout) for url in urls]
         self._pool = ThreadPoolExecutor(REQUESTS_AT_ONCE * len(self._clients), thread_name_prefix="rollout")
-        self._gate = _Gate()
+        self._gate = Gate()
         self._push_locks = {client.url: Lock() for client in self._clients}
         self._sender = uuid.uuid4().hex
         self._version: int | None = None
@@ -107,8 +106,8 @@ class VLLMServerEngine:
             raise ValueError("Some servers take adapters and others do not. Give all of them `--lora-rank`, or none.")
         self._broadcast: BroadcastTransfer | None = None
         self.transfer = args.vllm_weight_transfer
-        _raise_on_every_rank(self._set_up_transfer(args) if _is_first() else None)
-        self.transfer = _from_first_rank(self.transfer)
+        raise_first_ranks(self._set_up_transfer(args) if is_first_rank() else None)
+        self.transfer = from_first_rank(self.transfer)
 
     def sync(self, model: nn.Module, version: int) -> None:
         """Sends the weights to every server, unless those of this version were the last sent. Until the next `sync`
@@ -121,7 +120,7 @@ class VLLMServerEngine:
         """
         if version == self._version:
             return
-        first = _is_first()
+        first = is_first_rank()
         if self._lora_rank:
             check_adapter(model, self._lora_rank)
         by_file = self.transfer != "broadcast"
@@ -129,7 +128,7 @@ class VLLMServerEngine:
         if by_file:
             write = write_adapter if self._lora_rank else write_weights
             write(model, Path(files.name) if files else None)
-        _raise_on_every_rank(self._check_shapes(model) if first else None)
+        raise_first_ranks(self._check_shapes(model) if first else None)
         with self._gate.changing():
             self._close_files()
             self._owned, self._version = files, version
@@ -138,8 +137,8 @@ class VLLMServerEngine:
             elif not by_file:
                 help_to_take(model)
             folder = Path(files.name) if files else None
-            self._folder, self._label = _from_first_rank((folder, f"{self._sender}-{version}"))
-            _raise_on_every_rank(self._send_all() if first else None)
+            self._folder, self._label = from_first_rank((folder, f"{self._sender}-{version}"))
+            raise_first_ranks(self._send_all() if first else None)
 
     def generate(
         self, prompts: Sequence[Prompt], num_completions: int, params: SamplingParams, key: RolloutKey
@@ -304,25 +303,6 @@ class VLLMServerEngine:
         else:
             sizes = {file.name: file.stat().st_size for file in files}
             client.rpc("online_dpo_load_received", self._sender, json.dumps(sizes), self._label)
-
-
-def _is_first() -> bool:
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-
-
-def _from_first_rank(value: T) -> T:
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return value
-    box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def _raise_on_every_rank(error: Exception | None) -> None:
-    """Raises the first rank's error on all of them, so that none waits for one that has stopped."""
-    error = _from_first_rank(error)
-    if error is not None:
-        raise error
 
 
 def _models(client: VLLMClient) -> set[str]:

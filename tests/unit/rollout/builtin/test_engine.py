@@ -54,6 +54,7 @@ def test_sampler_logprobs_equal_those_of_the_training_forward(family):
     assert logps.tolist() == pytest.approx([x for g in groups for c in g.completions for x in c.logprobs], abs=2e-5)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("batch_size", [1, 4, 6, 100])
 def test_what_is_sampled_does_not_depend_on_the_batching_or_order(batch_size):
     model, prompts = tiny.causal_lm(), tiny.prompts(LENGTHS)

@@ -99,6 +99,7 @@ def test_an_answer_that_is_no_finished_completion_is_refused(reason):
         from_response({"choices": [choice]})
 
 
+@pytest.mark.smoke
 def test_groups_hold_k_completions_with_text_and_version():
     prompts = tiny.prompts([3, 4])
     word = tiny.VOCABULARY - 40  # "w0"

@@ -46,6 +46,7 @@ def test_weights_that_a_checkpoint_holds_in_another_shape_are_converted(tmp_path
     assert_same(dict(named_weights(MixtralForCausalLM.from_pretrained(tmp_path))), expected)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "fields",
     [

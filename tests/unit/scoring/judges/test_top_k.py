@@ -135,7 +135,7 @@ def test_an_even_duel_is_won_by_the_higher_score_and_an_even_last_one_is_even():
 
 
 @pytest.mark.parametrize(
-    "silent, expected, duels",
+    "silent, expected, comparisons",
     [
         ([("a", "b")], about(2, 3, 0.9), 2),  # neither goes on; the third has no opponent
         ([("a", "c")], None, 2),

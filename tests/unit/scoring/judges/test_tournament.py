@@ -72,6 +72,7 @@ def test_two_completions_are_one_duel():
     assert judge.calls == [[("1", "2"), ("4", "3")]] and said.duels == 2
 
 
+@pytest.mark.smoke
 def test_each_round_of_all_groups_is_one_call():
     said, judge = find(group(1, 2, 3, 4), group(1, 2), group(3, 1, 2))
     assert [len(call) for call in judge.calls] == [4, 3, 2]

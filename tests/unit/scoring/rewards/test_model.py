@@ -157,6 +157,7 @@ def test_conversation_goes_through_the_chat_template():
     assert talk[0] == {"role": "system", "content": "s", "name": None} and began[1]["content"] == "we"
 
 
+@pytest.mark.smoke
 def test_text_and_conversation_in_one_call():
     tok = tokenizer("<s> $A")
     tok.chat_template = TEMPLATE

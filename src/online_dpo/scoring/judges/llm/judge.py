@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
-import torch.distributed as dist
-
 from online_dpo.config.llm_judge import JudgeSettings
+from online_dpo.distributed.collectives import world_size
 from online_dpo.errors import FeedbackStopped
 from online_dpo.scoring.accounting import FailureWindow, Tally
 from online_dpo.scoring.event_loop import submit, wait_for
@@ -222,7 +221,7 @@ class LLMJudge(PreferenceJudge):
         """The endpoint, with limits and connections that belong to the running loop: a forked process has another."""
         loop = asyncio.get_running_loop()
         if self._endpoint is None or self._loop is not loop:
-            share = self.settings.share_of(dist.get_world_size() if dist.is_initialized() else 1)
+            share = self.settings.share_of(world_size())
             limiter = RateLimiter(share.requests_per_minute, share.tokens_per_minute)
             self._endpoint = ChatEndpoint(share, limiter, Budget(share.max_cost), self._tally)
             self._loop = loop

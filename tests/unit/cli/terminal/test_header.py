@@ -1,12 +1,10 @@
 """What a run says it is, before anything is loaded."""
 
-import subprocess
-import sys
-
 import pytest
 
 from online_dpo.cli.runfile.run_file import plan_run
 from online_dpo.cli.terminal.header import describe_plan, is_first_process
+from support.processes import run_python
 from support.run_files import fill_folder, write_run_file
 
 REWARD = "def words(completions, **_):\n    return [float(len(text)) for text in completions]\n"
@@ -65,6 +63,6 @@ def test_it_stands_there_before_torch_is_loaded(folder):
         "from online_dpo.cli.runfile.run_file import plan_run\nfrom online_dpo.cli.terminal.screen import say\n"
         f"say(describe_plan(plan_run(Path({str(path)!r}), [])))\nprint('torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = run_python("-c", code, check=True)
     lines = done.stdout.splitlines()
     assert lines[0].startswith("online-dpo ") and lines[-1] == "False" and len(lines) == 10

@@ -11,7 +11,6 @@ from transformers import TrainerControl, TrainerState
 
 from online_dpo.cli.terminal.progress import ProgressDisplay
 from online_dpo.cli.terminal.screen import fitted
-from online_dpo.training.display.figures import count, duration, evaluation_prefix, number
 
 LOGS = {
     "loss": 0.693147,
@@ -22,6 +21,7 @@ LOGS = {
     "learning_rate": 1e-4,
     "prompts": 8.0,
 }
+
 EVALUATION = {"eval_loss": 0.5, "eval_objective/kl": 2, "eval_win_rate": 0.75, "eval_runtime": 1.0}
 
 
@@ -60,6 +60,7 @@ def shown(stream: io.StringIO, *, main: bool = True, notice: str = "") -> str:
     return stream.getvalue()
 
 
+@pytest.mark.smoke
 def test_plain_lines_where_output_is_no_terminal() -> None:
     figures = "kl 0.01235  margin -0.5  tok/s 12346"
     assert shown(io.StringIO()).splitlines() == [
@@ -126,31 +127,6 @@ def test_closing_gives_the_screen_back_and_may_be_done_twice() -> None:
     display.close()
     display.close()
     assert stream.getvalue().endswith("\x1b[?25h"), "the cursor is shown again"
-
-
-def test_numbers_durations_and_counts() -> None:
-    assert [number(x) for x in (0.00001234, 1.0, 999.96, 1000.4, float("nan"), float("inf"))] == [
-        "1.234e-05",
-        "1",
-        "1000",
-        "1000",
-        "nan",
-        "inf",
-    ]
-    assert (duration(3723.4), duration(-1), duration(100_000)) == ("1:02:03", "0:00:00", "27:46:40")
-    assert [count(n) for n in (0, 16_928, 1_235_000_000, 7e6, 1.5e12)] == [
-        "0",
-        "16,928",
-        "1.24 billion",
-        "7 million",
-        "1.5 trillion",
-    ]
-
-
-def test_which_logs_are_evaluations() -> None:
-    assert evaluation_prefix(EVALUATION) == "eval_" and evaluation_prefix(LOGS) == ""
-    assert evaluation_prefix({"test_loss": 1.0, "test_runtime": 1.0}) == "test_"
-    assert evaluation_prefix({"train_loss": 1.0, "train_runtime": 1.0}) == ""
 
 
 def test_long_lines_break_between_words_and_paths_stay_whole() -> None:

@@ -6,7 +6,6 @@ import ast
 import importlib.metadata
 import json
 import math
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -25,8 +24,9 @@ from online_dpo.config.hf_ranges import RANGES, out_of_range
 from online_dpo.config.input import mapping_from_text
 from online_dpo.config.requirements import TRACKERS
 from online_dpo.quickstart.run import write_run_file
+from support.processes import run_python
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 PACKAGE = ROOT / "src" / "online_dpo"
 SHIPPED = PACKAGE / "run.schema.json"
 FIELDS = load_fields()
@@ -34,7 +34,6 @@ SCHEMA = run_file_schema(FIELDS)
 VALIDATOR = Draft202012Validator(SCHEMA)
 RUN_FILES = [*sorted((ROOT / "recipes").glob("*.yaml")), PACKAGE / "quickstart" / "run.yaml"]
 GOOD = {"model_name_or_path": "owner/model", "dataset_name": "owner/data", "reward_funcs": "rewards.py:brevity"}
-
 VALUES = (
     *(None, True, False, 0, 1, -1, 7, 10**12, 0.5, 2.0, -0.25, 1e-7, math.inf),
     *("", "text", "true", "No", "off", "yes", "None", "5", " 5 ", "-3", "1e3", "1.0", "1_000", ".5", "5.", "5e-7"),
@@ -206,7 +205,7 @@ def test_the_command_prints_it_without_torch():
         "import sys; from online_dpo.cli.main import main; code = main(['schema'])\n"
         "assert not {'torch', 'transformers', 'datasets', 'accelerate'} & sys.modules.keys(); sys.exit(code)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = run_python("-c", code)
     assert (done.returncode, done.stdout, done.stderr) == (0, schema_text(), "")
 
 

@@ -1,0 +1,138 @@
+"""What an evaluation does with a batch of held-out prompts: sample, assess, compare with the reference, record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from online_dpo.evaluation.gold import Gold
+from online_dpo.evaluation.records import EvalRecord, eval_records, judged_wins, win_share
+from online_dpo.modeling.reference import Reference
+from online_dpo.rollout.engine import Engine
+from online_dpo.rollout.params import RolloutKey, Stream
+from online_dpo.rollout.sampler import Sampler
+from online_dpo.scoring.assess import Assessor
+from online_dpo.scoring.notes import nothing_noted
+from online_dpo.types import Completion, Group, PackedRows, Pair, Pairing, Prompt, Scores, Verdicts
+
+FormPairs = Callable[[Sequence[Group], Scores | Verdicts, int], Pairing]
+"""Groups and their assessment to pairs; the number is the optimizer step, which seeds random choices."""
+
+Losses = Callable[[nn.Module, Sequence[Group], Sequence[Pair]], tuple[PackedRows, dict[str, Any]]]
+"""The rows of all groups, and `compute_loss`'s outputs for them: ``loss_N``, ``policy`` and ``reference``."""
+
+
+class ReferenceAnswers:
+    """One completion of each prompt by the reference as it was before training, sampled once and kept.
+
+    Args:
+        reference: lends the model with the weights of the start.
+        engine: samples from that model.
+        sampler: how the policy's completions are sampled; the reference's are sampled in the same way.
+    """
+
+    def __init__(self, reference: Reference, engine: Engine, sampler: Sampler) -> None:
+        self._reference, self.engine, self._sampler = reference, engine, sampler
+        self._kept: dict[tuple[int, tuple[int, ...]], tuple[Completion, ...]] = {}
+
+    def to(self, prompts: Sequence[Prompt]) -> list[Group]:
+        """Returns a group with one completion for each prompt."""
+        new = [prompt for prompt in prompts if (prompt.row, prompt.token_ids) not in self._kept]
+        if new:
+            key = RolloutKey(self._sampler.seed, 0, Stream.REFERENCE)
+            with self._reference.at_start(), self._sampler.autocast():
+                for group in self.engine.generate(new, 1, self._sampler.params, key):
+                    self._kept[group.prompt.row, group.prompt.token_ids] = group.completions
+        return [Group(prompt, self._kept[prompt.row, prompt.token_ids]) for prompt in prompts]
+
+    def release(self) -> None:
+        """Gives back memory that the engine keeps between calls."""
+        self.engine.release()
+
+
+class Evaluator:
+    """Evaluates the policy on batches of held-out prompts, always with the same random numbers.
+
+    So two evaluations differ by the weights alone.
+
+    Args:
+        num_completions: completions of each prompt.
+        sampler: samples them.
+        assessor: the one that training uses.
+        form_pairs: forms pairs as training does.
+        losses: computes the losses of these pairs.
+        reference_answers: what the policy is compared with; ``None`` without a reference.
+        gold: a second assessment that training never sees.
+    """
+
+    def __init__(
+        self,
+        num_completions: int,
+        sampler: Sampler,
+        assessor: Assessor,
+        form_pairs: FormPairs,
+        losses: Losses,
+        reference_answers: ReferenceAnswers | None,
+        gold: Gold | None,
+    ) -> None:
+        self._num_completions = num_completions
+        self._sampler, self._assessor, self._form_pairs, self._losses = sampler, assessor, form_pairs, losses
+        self.reference_answers, self.gold = reference_answers, gold
+
+    @torch.no_grad()
+    def evaluate(
+        self, model: nn.Module, prompts: Sequence[Prompt], sync: Callable[[Sequence[Prompt]], None]
+    ) -> list[EvalRecord]:
+        """Returns one record for each prompt.
+
+        Args:
+            model: the policy, ready for a forward pass and in eval mode.
+            prompts: usable ones.
+            sync: hands the policy's weights to the engine.
+
+        Raises:
+            UnknownTokenError: a prompt or completion has a token that a model does not know.
+            ScoringError: a scorer or the judge failed.
+        """
+        if not prompts:
+            return []
+        self._sampler.vocabulary.check_prompts(prompts)
+        sync(prompts)
+        key = RolloutKey(self._sampler.seed, 0, Stream.EVALUATION)
+        groups = self._sampler.sample(prompts, self._num_completions, key)
+        self._sampler.vocabulary.check_groups(groups)
+        assessment = self._assessor.assess(groups)
+        pairs = self._form_pairs(groups, assessment, 0).pairs
+        rows, outputs = self._losses(model, groups, pairs)
+        reference_scores, wins = self._against_reference(groups, assessment)
+        records = eval_records(groups, pairs, assessment, reference_scores, wins, rows, **outputs)
+        if self.gold is None:
+            return records
+        reference_groups = None if self.reference_answers is None else self.reference_answers.to(prompts)
+        return self.gold.assess(records, groups, reference_groups)
+
+    def _against_reference(
+        self, groups: Sequence[Group], assessment: Scores | Verdicts
+    ) -> tuple[Sequence[float | None], Sequence[float | None]]:
+        """Returns for each group the score of the reference's completion, and the policy's share of wins against it, by
+        the judge if there is one.
+        """
+        nothing = [None] * len(groups)
+        if self.reference_answers is None:
+            return nothing, nothing
+        reference_groups = self.reference_answers.to([group.prompt for group in groups])
+        scores: Sequence[float | None] = nothing
+        if self._assessor.scorers:
+            with nothing_noted():
+                scores = [values[0] for values in self._assessor.scores(reference_groups).values]
+        if isinstance(assessment, Scores):
+            return scores, [win_share(own, other) for own, other in zip(assessment.values, scores, strict=True)]
+        return scores, judged_wins(groups, reference_groups, self._assessor.preferences)
+
+    def release(self) -> None:
+        """Gives back memory that engines keep between calls."""
+        if self.reference_answers is not None:
+            self.reference_answers.release()

@@ -1,0 +1,66 @@
+"""Sampling completions with the policy's latest weights: what training and evaluation have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+from torch import nn
+
+from online_dpo.modeling.known_tokens import Readers
+from online_dpo.rollout.engine import Engine
+from online_dpo.rollout.params import RolloutKey, SamplingParams
+from online_dpo.rollout.sync_check import SyncCheck
+from online_dpo.types import Group, Prompt
+
+
+class Sampler:
+    """Samples the policy's completions through an engine, after the weights have been synchronised.
+
+    Args:
+        policy: the model whose weights the engine takes.
+        engine: what samples.
+        params: how completions are sampled.
+        vocabulary: checks that every model which reads the tokens knows them.
+        sync_check: compares the engine's log-probabilities with the policy's.
+        seed: of the run.
+        autocast: the mixed precision that models compute in.
+    """
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        engine: Engine,
+        params: SamplingParams,
+        vocabulary: Readers,
+        sync_check: SyncCheck,
+        seed: int,
+        autocast: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self.policy, self.engine, self.params = policy, engine, params
+        self.vocabulary, self.sync_check = vocabulary, sync_check
+        self.seed, self.autocast = seed, autocast
+
+    def sync(self, prompts: Sequence[Prompt], step: int, version: int) -> None:
+        """Hands the policy's weights to the engine, and checks now and then that it computes with them.
+
+        Args:
+            prompts: of this step, for the check. step: optimizer steps behind the weights. version: of the weights;
+            another one than ``step`` where an optimizer evaluates other weights than it trains.
+
+        Raises:
+            OutOfSyncError: the engine's log-probabilities differ from the policy's by more than rounding.
+        """
+        with self.autocast():
+            self.engine.sync(self.policy, version)
+            if self.engine.has_own_weights and self.sync_check.due(step):
+                self.sync_check.check(self.engine, self.policy, prompts, self.params, self.seed, step)
+
+    def sample(self, prompts: Sequence[Prompt], count: int, key: RolloutKey) -> list[Group]:
+        """Returns ``count`` completions of each prompt, sampled with the weights of the last `sync`."""
+        with self.autocast():
+            return self.engine.generate(prompts, count, self.params, key)
+
+    def release(self) -> None:
+        """Gives back memory that the engine keeps between calls."""
+        self.engine.release()

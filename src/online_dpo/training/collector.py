@@ -1,0 +1,256 @@
+"""`FeedbackCollector`: the prompts of an optimizer step to completions, their assessment, and pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from accelerate import Accelerator
+from transformers import TrainerState
+
+from online_dpo.config.trainer_config import OnlineDPOConfig
+from online_dpo.data.collate import prompts_from_batch
+from online_dpo.data.cut import CUT
+from online_dpo.distributed.collectives import RankErrors
+from online_dpo.errors import ForeignCodeError
+from online_dpo.evaluation.evaluator import FormPairs
+from online_dpo.foreign import foreign
+from online_dpo.pairing.rounds import latest, without_pair
+from online_dpo.rollout.lookahead import Fetched, Lookahead
+from online_dpo.rollout.opponent import Opponent, joined
+from online_dpo.rollout.params import RolloutKey, Stream
+from online_dpo.rollout.sampler import Sampler
+from online_dpo.scoring.assess import Assessor
+from online_dpo.scoring.notes import noting
+from online_dpo.training.metric_registry import METRICS, record_registered
+from online_dpo.training.metric_store import MetricStore
+from online_dpo.training.metrics import record_counts, record_notes, record_pairs, record_resampling, record_rollout
+from online_dpo.training.stopwatch import PhaseTimer
+from online_dpo.types import Feedback, Group, Pairing, Prompt, Round
+
+Batches = Iterator[dict[str, list[Any]]]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands, as the collector asks for it.
+
+    ``state`` returns the trainer's state. ``holds_evaluation_weights`` says whether the policy has the weights that its
+    optimizer evaluates, where these are others than it trains.
+    """
+
+    state: Callable[[], TrainerState]
+    holds_evaluation_weights: Callable[[], bool]
+
+
+class FeedbackCollector:
+    """Collects what a step learns from: fetches prompts, has them answered and the answers assessed, and forms pairs.
+
+    With ``max_staleness`` the next steps are begun before this one is trained on. What was begun is part of a
+    checkpoint.
+
+    Args:
+        args: the run's configuration.
+        sampler: samples the policy's completions.
+        opponent: adds completions of another model to each group.
+        assessor: scores or judges the groups.
+        form_pairs: groups and their assessment to pairs.
+        accelerator: knows the ranks and the data loader.
+        errors: ends the run on all ranks where one of them fails.
+        metrics: where what happened is recorded.
+        phase: measures seconds.
+        progress: where the run stands.
+    """
+
+    def __init__(
+        self,
+        args: OnlineDPOConfig,
+        sampler: Sampler,
+        opponent: Opponent,
+        assessor: Assessor,
+        form_pairs: FormPairs,
+        accelerator: Accelerator,
+        errors: RankErrors,
+        metrics: MetricStore,
+        phase: PhaseTimer,
+        progress: Progress,
+    ) -> None:
+        self.args, self.sampler, self.opponent, self.assessor = args, sampler, opponent, assessor
+        self.form_pairs, self.accelerator, self.errors = form_pairs, accelerator, errors
+        self.metrics, self.phase, self._progress = metrics, phase, progress
+        self.lookahead = Lookahead(args.max_staleness)
+        self._sampler_is_free = Event()
+        self._sampler_is_free.set()
+        self.last: Feedback | None = None
+        """The feedback of the step that is trained on, on this process."""
+
+    @property
+    def _step(self) -> int:
+        return self._progress.state().global_step
+
+    def collect(self, batches: Batches, num_batches: int) -> tuple[Pairing, int]:
+        """Returns the pairs of this step, and the number of batches that it fetched.
+
+        What fails outside of the trainer (a server, a reward function, a judge, a dataset) ends the run on every rank.
+        A collective operation.
+
+        Raises:
+            OnlineDPOError: as it was raised.
+            FeedbackLostError: on the other ranks.
+        """
+        fetched, feedback, waited = self.errors.run(
+            lambda: self.lookahead.take(
+                self._step, batches, lambda step: self._fetch(step, batches, num_batches), self.sample_and_assess
+            )
+        )
+        if feedback.pairing is None:
+            feedback = self._paired(feedback, self._step)
+        assert feedback.pairing is not None
+        self.last = feedback
+        self._record(fetched, feedback, waited)
+        return feedback.pairing, fetched.num_batches
+
+    def _fetch(self, step: int, batches: Batches, num_batches: int) -> Fetched | None:
+        """Returns the prompts of a step; ``None`` for a later step that there will not be."""
+        state = self._progress.state()
+        later = step > state.global_step
+        if later:
+            num_batches = self.args.gradient_accumulation_steps if step < state.max_steps else 0
+        with foreign("Reading the training prompts", raises=ForeignCodeError):
+            fetched = list(islice(batches, num_batches))
+        if later and not fetched:
+            return None
+        prompts = [prompt for batch in self.without_fill(fetched) for prompt in prompts_from_batch(batch)]
+        usable = [prompt for prompt in prompts if prompt.invalid is None]
+        self.sampler.vocabulary.check_prompts(usable)  # of a stream, or of a collator, nothing is known before
+        return Fetched(usable, len(prompts), len(fetched))
+
+    def without_fill(self, batches: list[dict[str, list[Any]]]) -> list[dict[str, list[Any]]]:
+        """Returns the batches of a step without the rows that a data loader repeats so that all ranks have equally
+        many.
+
+        In the last batch of an epoch, rank r holds the places from r times the batch size on; places beyond the end of
+        the dataset hold rows of its beginning, which have been trained on.
+        """
+        loader = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not batches or not loader.end_of_dataloader or loader.remainder <= 0:
+            return batches
+        first_place = self.accelerator.process_index * self.args.per_device_train_batch_size
+        own = max(0, loader.remainder - first_place)
+        return [*batches[:-1], {name: values[:own] for name, values in batches[-1].items()}]
+
+    def sample_and_assess(self, step: int, prompts: list[Prompt]) -> Callable[[], Feedback]:
+        """Samples with the present weights, and returns what may run beside training.
+
+        That is the assessment, and sampling as well if the engine has a device of its own. The policy's opponent
+        answers at once: it may be a model that is trained.
+        """
+        self._sampler_is_free.wait()
+        if self.args.resample_rounds:
+            with self.phase("waiting"):  # steps begun before sample again until they are paired, with their own weights
+                self.lookahead.wait()
+        self.sync(prompts)
+        with self.phase.stopwatch() as watch, self.sampler.autocast():
+            key = RolloutKey(self.args.seed, step, Stream.OPPONENT)
+            opponent_groups = self.opponent.answer(prompts, self.sampler.params, key)
+        opponent_seconds = watch.seconds
+
+        self._sampler_is_free = done = Event()
+
+        def sample() -> tuple[list[Group], float]:
+            try:
+                groups, seconds = self._sample(opponent_groups, step)
+            finally:
+                done.set()
+            return groups, opponent_seconds + seconds
+
+        sampled = None if self.sampler.engine.overlaps else sample()
+
+        def assess() -> Feedback:
+            groups, seconds = sampled or sample()
+            with self.phase.stopwatch() as watch, noting() as notes:
+                assessment = self.assessor.assess(groups)
+            first = Feedback(groups, assessment, {"rollout": seconds, "scoring": watch.seconds}, notes=notes)
+            return self._paired(self._answered_again(first, opponent_groups, step), step)
+
+        return assess
+
+    def sync(self, prompts: Sequence[Prompt]) -> None:
+        """Hands the policy's weights to the engine; a collective operation."""
+        step = self._step
+        with self.phase("sync"):
+            # weights that an optimizer evaluates are none of those that a step samples from
+            self.sampler.sync(prompts, step, -1 - step if self._progress.holds_evaluation_weights() else step)
+
+    def _sample(self, opponent_groups: Sequence[Group], step: int, number: int = 0) -> tuple[list[Group], float]:
+        """Returns the policy's completions joined with its opponent's, and the seconds that they took.
+
+        Each round (``number``) draws other completions.
+        """
+        own = self.args.num_completions - self.opponent.completions
+        key = RolloutKey(self.args.seed, step, Stream.TRAINING, first_sample=number * own)
+        with self.phase.stopwatch() as watch:
+            groups = self.sampler.sample([group.prompt for group in opponent_groups], own, key)
+        groups = joined(groups, opponent_groups)
+        self.sampler.vocabulary.check_groups(groups)
+        return groups, watch.seconds
+
+    def _answered_again(self, first: Feedback, opponent_groups: Sequence[Group], step: int) -> Feedback:
+        """Has prompts without a pair answered again, up to ``resample_rounds`` times; the opponent's answers stay."""
+        groups, assessment, places = first.groups, first.said, list(range(len(first.groups)))
+        seconds, further = {**first.seconds}, first.further
+        for number in range(1, self.args.resample_rounds + 1):
+            places = [places[i] for i in without_pair(groups, self.form_pairs(groups, assessment, step))]
+            if not places and self.accelerator.num_processes == 1:
+                break
+            again = [opponent_groups[place] for place in places]
+            groups, sampling = self._sample(again, step, number)  # on every rank equally often
+            with self.phase.stopwatch() as watch:
+                assessment = self.assessor.assess(groups)
+            seconds = {"rollout": seconds["rollout"] + sampling, "scoring": seconds["scoring"] + watch.seconds}
+            if places:
+                further += (Round(places, groups, assessment),)
+        return replace(first, seconds=seconds, further=further)
+
+    def _paired(self, feedback: Feedback, step: int) -> Feedback:
+        groups, assessment = latest(feedback)
+        return replace(feedback, pairing=self.form_pairs(groups, assessment, step))
+
+    def _record(self, fetched: Fetched, feedback: Feedback, waited: float) -> None:
+        assert feedback.pairing is not None
+        metrics = self.metrics
+        metrics.total("prompts", fetched.num_prompts)
+        metrics.total("dropped/invalid_prompt", fetched.num_prompts - len(fetched.prompts))
+        metrics.total(CUT, sum(prompt.cut for prompt in fetched.prompts))
+        for name, seconds in {**feedback.seconds, "waiting": waited}.items():
+            self.phase.add(name, seconds)
+        record_rollout(metrics, feedback.groups, feedback.said, self._step)
+        record_notes(metrics, feedback.notes)
+        record_counts(metrics, self.assessor.drain_counts())
+        record_pairs(metrics, len(feedback.groups), feedback.pairing)
+        if self.args.resample_rounds:
+            record_resampling(metrics, feedback.further, feedback.pairing)
+        if len(METRICS):  # the same ones on every rank, since all run the same code
+            self.errors.run(partial(record_registered, metrics, feedback, feedback.pairing, self._step))
+
+    def save(self, folder: Path, rank: int) -> None:
+        """Writes the steps that have been begun ahead of training."""
+        self.lookahead.save(folder, rank, self._step)
+
+    def restore(self, folder: Path, rank: int) -> None:
+        """Takes the steps that `save` wrote for those that have been begun."""
+        self.lookahead.restore(folder, rank)
+
+    def wait(self) -> None:
+        """Waits until nothing that was begun asks the engine or the scorers any more."""
+        self.lookahead.wait()
+
+    def release(self) -> None:
+        """Gives back memory that engines keep between calls."""
+        self.sampler.release()
+        self.opponent.release()
