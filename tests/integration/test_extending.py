@@ -34,7 +34,7 @@ VALUES = {
     "A pair strategy": lambda made, log: (log["pairs/count"] + log.get("dropped/tie", 0), log["prompts"]),
     "A reward": lambda made, log: (log["scores/vowels"], log["objective/scores"]),
     "A judge": lambda made, log: (log["pairs/probability"], 0.9),
-    "An engine": lambda made, log: (type(made.engine).__name__, "Timed"),
+    "An engine": lambda made, log: (type(made.sampler.engine).__name__, "Timed"),
     "A method": lambda made, log: (log["loss"], math.log(2) * (1 - log["opponent/win_rate"])),
     "A metric": lambda made, log: (log["mine/longest"] >= log["completions/mean_length"], True),
 }

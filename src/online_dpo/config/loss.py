@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from online_dpo.config.checking import check_numbers
 from online_dpo.config.field_specs import documented
+from online_dpo.config.registry import names_having
 
 LOSS_TYPES = (
     "sigmoid",
@@ -87,6 +88,17 @@ class LossFields:
 
 LOSSES_WITHOUT_LABELS = ("sft",)
 LOSSES_WITHOUT_REFERENCE = ("simpo", "sft")
+"""Losses of this package that do not read the one or the other; those of plugins say so where they are registered."""
+
+
+def without_labels() -> set[str]:
+    """Losses that do not read which completion is the better one with what probability."""
+    return names_having("loss", "without labels", LOSSES_WITHOUT_LABELS)
+
+
+def without_reference() -> set[str]:
+    """Losses that do not read the reference."""
+    return names_having("loss", "without reference", LOSSES_WITHOUT_REFERENCE)
 
 
 def check_losses(args: OnlineDPOConfig) -> None:
@@ -111,7 +123,7 @@ def check_losses(args: OnlineDPOConfig) -> None:
     check_numbers(args, checks)
     if "exo_pair" in names and args.label_smoothing == 0:
         raise ValueError("`exo_pair` is infinite for certain labels: set `label_smoothing`, for example to 1e-3.")
-    if set(names) <= set(LOSSES_WITHOUT_LABELS):
+    if set(names) <= without_labels():
         for name in ("label_smoothing", "label_temperature"):
             if getattr(args, name):
                 raise ValueError(f"`{name}` has no meaning for `loss_type={args.loss_type!r}`, which reads no labels.")
@@ -123,7 +135,7 @@ def check_reference(args: OnlineDPOConfig) -> None:
         ValueError: how the reference follows the policy is out of range, or there is to be none and something needs it.
             Options of `sync_ref_model` give a warning without it.
     """
-    needing = [name for name in args.loss_types if name not in LOSSES_WITHOUT_REFERENCE]
+    needing = [name for name in args.loss_types if name not in without_reference()]
     if args.reference_free and (needing or args.sync_ref_model):
         needs = "`sync_ref_model`" if args.sync_ref_model else f"The loss `{needing[0]}`"
         raise ValueError(f"{needs} needs a reference; leave `reference_free` off.")
