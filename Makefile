@@ -12,6 +12,7 @@
 #   make benchmark    time and memory of a step against TRL's
 #   make lint         what CI checks before the tests
 #   make ci           everything that CI checks, two parts at a time: .ci/run
+#   make docs         docs/configuration.md and the schema of run files, from the fields
 #
 # TORCH_INDEX: a package index to take torch from, such as PyTorch's own index of CPU builds. Without it, pip's usual one.
 
@@ -56,7 +57,7 @@ VLLM_SERVERS := $(addprefix tests/vllm/test_,server.py broadcast.py judge.py ran
 after = $(if $(IN_TURN),| $(1))
 
 .PHONY: venv quickstart smoke test test-slow test-distributed test-e2e test-vllm test-oldest test-newest test-seams test-all \
-	ci $(CI_PARTS) figures benchmark lint format clean
+	ci $(CI_PARTS) figures benchmark lint format docs clean
 .DELETE_ON_ERROR:
 
 venv: $(STAMP)
@@ -168,6 +169,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check src tests benchmarks recipes
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+docs: $(STAMP)
+	$(BIN)/python -m online_dpo.cli.runfile.configuration_page > docs/configuration.md
+	$(BIN)/online-dpo schema > src/online_dpo/run.schema.json
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix src tests benchmarks recipes

@@ -402,6 +402,7 @@ def test_every_prompt_ends_as_a_pair_or_in_a_counted_reason(tmp_path, method):
         (dict(NASH, loss_type="ipo"), "needs `loss_type` to be 'sigmoid': its loss is a policy gradient"),
         (dict(NASH, max_staleness=1), "needs completions of the present policy"),
         (dict(NASH, use_vllm=True), "vLLM cannot sample from a mixture"),
+        (dict(NASH, resample_rounds=1), "picked by their scores would be biased"),
         (dict(NASH, tie_policy="first"), "a tie is a probability of one half"),
         (dict(NASH, min_margin=0.5), "would be biased"),
         (dict(NASH, generation_kwargs={"no_repeat_ngram_size": 2}), "must not hold `no_repeat_ngram_size`"),

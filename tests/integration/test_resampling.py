@@ -13,7 +13,7 @@ from online_dpo.pairing.rounds import latest
 from online_dpo.rollout.builtin.engine import TransformersEngine
 from online_dpo.rollout.params import RolloutKey
 from support import tiny
-from support.training import LENGTHS, assert_same, config, dataset, gradient, step_logs, trainer, weights, without_times
+from support.training import LENGTHS, assert_same, dataset, gradient, step_logs, trainer, weights, without_times
 
 
 def coin(completions, **_):
@@ -329,21 +329,3 @@ def test_rounds_of_a_step_that_has_begun_are_part_of_a_checkpoint(tmp_path):
     assert all(torch.equal(p, resumed.model.get_parameter(name)) for name, p in whole.model.named_parameters())
     ours, theirs = ([without_times(log) for log in step_logs(made)] for made in (resumed, whole))
     assert ours == theirs and all(log["resample/rescued"] > 0 for log in theirs[2:])
-
-
-# what cannot be -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "fields, message",
-    [
-        (dict(resample_rounds=-1), "`resample_rounds` must be 0 or more; it is -1"),
-        (dict(resample_rounds=1, max_staleness=1), "`resample_rounds` with `max_staleness` samples while"),
-        (dict(resample_rounds=1, max_staleness=1, use_vllm=True), "Set one of the two to 0"),
-        (dict(resample_rounds=1, method="nash_md", temperature=1.0), "picked by their scores would be biased"),
-    ],
-)
-def test_wrong_configurations_say_what_to_do(tmp_path, fields, message):
-    with pytest.raises(ValueError, match=message):
-        config(tmp_path, **fields)
-    config(tmp_path, resample_rounds=1, max_staleness=1, use_vllm=True, vllm_mode="server")

@@ -17,10 +17,9 @@ from online_dpo.cli.parser import OneLineParser, with_hyphens
 from online_dpo.cli.runfile.entries import UsageError
 from online_dpo.cli.runfile.run_file import judge_of_run
 from online_dpo.cli.runfile.schema import FieldSpec, read_fields_of
-from online_dpo.config.llm_judge import INCONSISTENT, ORDERS, JudgeSettings
+from online_dpo.config.llm_judge import JudgeSettings
 
 KINDS = {"str": str, "int": int, "float": float}
-CHOICES = {"order": ORDERS, "inconsistent": INCONSISTENT}
 CALLED_HERE = {
     "url": "base_url",
     "api_base": "base_url",
@@ -176,5 +175,5 @@ def _add_option(parser: argparse.ArgumentParser, spec: FieldSpec) -> None:
     default = "" if value is None else f" (default: {value})"
     text = " ".join(spec.doc.replace("`", "").split()).replace("%", "%%")
     parser.add_argument(
-        f"--{spec.name.replace('_', '-')}", type=kind, choices=CHOICES.get(spec.name), help=f"{text}{default}"
+        f"--{spec.name.replace('_', '-')}", type=kind, choices=spec.choices or None, help=f"{text}{default}"
     )

@@ -15,7 +15,7 @@ __all__ = ["OnlineDPOConfig"]
 
 def __getattr__(name: str) -> Any:
     if name != "OnlineDPOConfig":
-        raise AttributeError(f"module 'online_dpo.config.trainer_config' has no attribute {name!r}")
+        raise AttributeError(f"module 'online_dpo.config' has no attribute {name!r}")
     from online_dpo.config.trainer_config import OnlineDPOConfig
 
     return OnlineDPOConfig

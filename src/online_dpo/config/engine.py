@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from online_dpo.config.field_specs import documented
 
 if TYPE_CHECKING:
     from online_dpo.config.trainer_config import OnlineDPOConfig
 
-ENGINES = ("transformers", "vllm_colocate", "vllm_server")
-CHOICES = (("engine", ENGINES),)
+EngineName = Literal["transformers", "vllm_colocate", "vllm_server"]
 
-OF_VLLM = {"vllm_colocate": "colocate", "vllm_server": "server"}
+OF_VLLM: dict[str, Literal["colocate", "server"]] = {"vllm_colocate": "colocate", "vllm_server": "server"}
 """Engines of vLLM, and the ``vllm_mode`` that each of them is."""
 
 
@@ -24,7 +23,7 @@ class EngineFields:
 
     # --- sampling -----------------------------------------------------------------------------------------------------
 
-    engine: str | None = None
+    engine: EngineName | None = None
     """What samples completions: `transformers` (the policy itself), `vllm_colocate`, `vllm_server`, or one that a
     plugin brings. When not set: what `use_vllm` and `vllm_mode` say, which it stands for.
     """

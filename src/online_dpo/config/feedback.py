@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from online_dpo.config.trainer_config import OnlineDPOConfig
-
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 from online_dpo.config.checking import check_numbers
 from online_dpo.config.field_specs import documented
 
-PAIR_SELECTIONS = ("best_worst", "best_random", "best_mean_minus_two_sigma", "all_pairs", "widest_allowed")
-REWARD_NORMALIZATIONS = ("none", "group")
-TIE_POLICIES = ("skip", "first")
-OVEROPTIMISATION_POLICIES = ("off", "warn", "stop")
-CHOICES = (
-    ("pair_selection", PAIR_SELECTIONS),
-    ("reward_normalization", REWARD_NORMALIZATIONS),
-    ("tie_policy", TIE_POLICIES),
-    ("overoptimisation", OVEROPTIMISATION_POLICIES),
-)
+if TYPE_CHECKING:
+    from online_dpo.config.trainer_config import OnlineDPOConfig
+
+RewardNormalization = Literal["none", "group"]
+PairSelection = Literal["best_worst", "best_random", "best_mean_minus_two_sigma", "all_pairs", "widest_allowed"]
 
 
 @documented
@@ -38,7 +29,7 @@ class FeedbackFields:
     reward_weights: list[float] | None = None
     """Weight of each reward function, in their order; when not set, each counts 1."""
 
-    reward_normalization: str | list[str] = "none"
+    reward_normalization: RewardNormalization | list[RewardNormalization] = "none"
     """What reward functions are brought to before they are weighted, so that their scale does not count: `none`, or
     `group`, their distance from the mean of the prompt's completions, in standard deviations. A list says it for each
     of them. It decides which completions become pairs and with what margin; logged scores, evaluations and win rates
@@ -66,7 +57,7 @@ class FeedbackFields:
 
     # --- pairs ------------------------------------------------------------------------------------------------------
 
-    pair_selection: str = "best_worst"
+    pair_selection: PairSelection = "best_worst"
     """Which completions of a group become pairs. `best_worst`: the highest against the lowest score. `best_random`:
     the highest against a random lower one. `best_mean_minus_two_sigma`: the highest against the one closest to the
     group's mean minus two standard deviations (arXiv 2502.16825). `all_pairs`: each against each lower one.
@@ -92,7 +83,7 @@ class FeedbackFields:
     of its own.
     """
 
-    tie_policy: str = "skip"
+    tie_policy: Literal["skip", "first"] = "skip"
     """When the best and the worst score are equal: `skip` drops the group and counts it, `first` trains the first
     completion as the chosen one (what TRL does)."""
 
@@ -108,7 +99,7 @@ class FeedbackFields:
     """Folder or hub name of a gold reward model: evaluations report its score as `eval_gold_score`, and training never
     sees it. In a run file it counts beside `eval_reward_funcs`."""
 
-    overoptimisation: str = "warn"
+    overoptimisation: Literal["off", "warn", "stop"] = "warn"
     """What to do when an evaluation shows that the training score has risen and the gold score has fallen since the
     evaluation with the best gold score, both by more than two standard errors (arXiv 2210.10760): `off`, `warn`, or
     `stop` after a checkpoint. Nothing happens without a gold scorer."""
@@ -117,15 +108,17 @@ class FeedbackFields:
     """Evaluations in a row that have to show it."""
 
 
-def check_pairs(args: OnlineDPOConfig) -> None:
-    """
+def check_feedback(args: OnlineDPOConfig) -> None:
+    """Check how completions are scored and how pairs are formed.
+
     Raises:
-        ValueError: an option of pair selection is out of range, or two contradict each other.
+        ValueError: a number is out of range, or two options contradict each other.
     """
     low, high, longest = args.min_margin, args.max_margin, args.max_length_ratio
     temperature, top = args.label_temperature, args.judge_top
     unfinished, token = args.missing_eos_penalty, args.length_penalty
     checks = [
+        (args.reward_batch_size >= 1, "reward_batch_size", "at least 1"),
         (unfinished is None or 0 < unfinished < math.inf, "missing_eos_penalty", "above 0"),
         (token is None or 0 < token < math.inf, "length_penalty", "above 0"),
         (top is None or 2 <= top <= args.num_completions, "judge_top", f"from 2 to {args.num_completions} completions"),
@@ -133,6 +126,8 @@ def check_pairs(args: OnlineDPOConfig) -> None:
         (high is None or 0 < high < math.inf, "max_margin", "above 0"),
         (longest is None or longest >= 1, "max_length_ratio", "1 or more"),
         (temperature is None or 0 < temperature < math.inf, "label_temperature", "above 0"),
+        (args.resample_rounds >= 0, "resample_rounds", "0 or more"),
+        (args.overoptimisation_patience >= 1, "overoptimisation_patience", "at least 1"),
     ]
     check_numbers(args, checks)
     if low is not None and high is not None and low > high:
@@ -141,16 +136,3 @@ def check_pairs(args: OnlineDPOConfig) -> None:
         for name in ("min_margin", "margin_weighting", "label_temperature"):
             if getattr(args, name):
                 raise ValueError(f"`tie_policy='first'` trains pairs without a margin, which `{name}` needs.")
-
-
-def check_resampling(args: OnlineDPOConfig) -> None:
-    """
-    Raises:
-        ValueError: prompts are to be answered again once scores are there, while the policy that answers is trained.
-    """
-    beside = args.use_vllm and args.vllm_mode == "server"
-    if args.resample_rounds and args.max_staleness and not beside:
-        raise ValueError(
-            "`resample_rounds` with `max_staleness` samples while the policy is trained, which needs "
-            '`vllm_mode="server"`. Set one of the two to 0, or sample with a vLLM server.'
-        )

@@ -10,7 +10,7 @@ import ast
 import dataclasses
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -26,8 +26,9 @@ class FieldSpec:
 
     >>> FieldSpec("beta", "list[float]", "[0.1]", "Strength of ...", group="Online DPO", choices=(), required=False)
 
-    ``annotation`` and ``default`` are source text; ``default`` is ``None`` where it is no plain value. ``section`` is
-    the heading comment, ``# --- sampling ---``, under which it stands.
+    ``annotation`` and ``default`` are source text; ``default`` is ``None`` where it is no plain value. A ``Literal`` of
+    texts is ``str`` in the annotation, and its texts are the ``choices``. ``section`` is the heading comment,
+    ``# --- sampling ---``, under which the field stands.
     """
 
     name: str
@@ -43,14 +44,14 @@ class FieldSpec:
 def read_class(path: Path, class_name: str, group: str) -> dict[str, FieldSpec]:
     """The dataclass fields of a class, in order, by parsing the file that defines it.
 
-    Documentation is the string beneath a field, or ``metadata["help"]`` as transformers writes it. Choices are
-    ``metadata["choices"]``, or a module constant that the file pairs with the field's name, as in
-    ``("loss_type", LOSS_TYPES)``.
+    Documentation is the string beneath a field, or ``metadata["help"]`` as transformers writes it. Choices are those of
+    a ``Literal`` in its type, which may have a name in the same file (``LossType = Literal["sigmoid", "ipo"]``), or
+    ``metadata["choices"]``.
     """
     text = path.read_text(encoding="utf-8")
     module = ast.parse(text)
     body = next(node for node in module.body if isinstance(node, ast.ClassDef) and node.name == class_name).body
-    paired, headings = _paired_choices(module), _headings(text)
+    named, headings = _named_literals(module), _headings(text)
     found = {}
     for node, below in zip(body, [*body[1:], None], strict=True):
         if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
@@ -58,13 +59,14 @@ def read_class(path: Path, class_name: str, group: str) -> dict[str, FieldSpec]:
         name, options = node.target.id, _field_options(node.value)
         metadata = options.get("metadata")
         help_text, listed = _metadata(metadata) if isinstance(metadata, ast.Dict) else ("", ())
+        annotation, choices = _without_literals(node.annotation, named)
         found[name] = FieldSpec(
             name=name,
-            annotation=ast.unparse(node.annotation),
+            annotation=annotation,
             default=_default_text(options),
             doc=_string_beneath(below) or help_text,
             group=group,
-            choices=listed or paired.get(name, ()),
+            choices=choices or listed,
             required=node.value is None,
             section=next((heading for line, heading in reversed(headings) if line < node.lineno), ""),
         )
@@ -72,16 +74,26 @@ def read_class(path: Path, class_name: str, group: str) -> dict[str, FieldSpec]:
 
 
 def documented(cls: type[T]) -> type[T]:
-    """Decorates a dataclass: what is written about its own fields enters their metadata, for ``HfArgumentParser``.
+    """Decorate a dataclass: put the documentation and the choices of its own fields into their metadata.
 
-    A parser is made of type, default and metadata. Two kinds of default it does not see by itself: that of a field
-    which may be a list but is none, and that a switch which may also be unset can stand without a value.
+    ``HfArgumentParser`` makes a parser from types, defaults and metadata. It does not understand three things: a list
+    with items of a ``Literal`` type, the default of a field that may be a list but is not one by default, and a switch
+    that may be unset and is given without a value. Therefore the types that it reads have ``str`` for each ``Literal``.
     """
-    specs = read_class(Path(inspect.getfile(cls)), cls.__name__, group="")
+    specs = _SPECS[cls] = read_class(Path(inspect.getfile(cls)), cls.__name__, group="")
     for field in dataclasses.fields(cls):  # pyright: ignore[reportArgumentType]
         if field.name in specs:  # inherited fields have been documented where they stand
             field.metadata = MappingProxyType({**_parser_options(specs[field.name], field), **field.metadata})
+            cls.__annotations__[field.name] = specs[field.name].annotation  # choices are in the metadata
     return cls
+
+
+_SPECS: dict[type, dict[str, FieldSpec]] = {}
+
+
+def specs_of(cls: type) -> dict[str, FieldSpec]:
+    """The fields of a class and of the classes above it, by name, as far as these are `documented`."""
+    return {name: spec for base in reversed(cls.__mro__) for name, spec in _SPECS.get(base, {}).items()}
 
 
 def _parser_options(spec: FieldSpec, field: dataclasses.Field[Any]) -> dict[str, Any]:
@@ -129,24 +141,42 @@ def _metadata(node: ast.Dict) -> tuple[str, tuple[str, ...]]:
     return entries.get("help", ""), tuple(entries.get("choices", ()))
 
 
-def _paired_choices(module: ast.Module) -> dict[str, tuple[str, ...]]:
-    constants = dict(_string_tuples(module))
-    pairs = (node.elts for node in ast.walk(module) if isinstance(node, ast.Tuple) and len(node.elts) == 2)
+def _named_literals(module: ast.Module) -> dict[str, ast.expr]:
+    """Types with a name, such as ``LossType = Literal["sigmoid", "ipo"]``."""
     return {
-        name.value: constants[values.id]
-        for name, values in pairs
-        if isinstance(name, ast.Constant) and isinstance(name.value, str)
-        if isinstance(values, ast.Name) and values.id in constants
+        node.targets[0].id: node.value
+        for node in module.body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and _texts_of(node.value)
     }
 
 
-def _string_tuples(module: ast.Module) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Module constants such as ``LOSS_TYPES = ("sigmoid", "ipo")``."""
-    for node in module.body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and isinstance(node.value, ast.Tuple):
-            items = [item.value for item in node.value.elts if isinstance(item, ast.Constant)]
-            if items and all(isinstance(item, str) for item in items):
-                yield node.targets[0].id, tuple(map(str, items))
+def _without_literals(annotation: ast.expr, named: Mapping[str, ast.expr]) -> tuple[str, tuple[str, ...]]:
+    """A type with ``str`` for each ``Literal`` of texts, and these texts."""
+    replace = _LiteralsToStr(named)
+    return ast.unparse(replace.visit(annotation)), tuple(replace.texts)
+
+
+class _LiteralsToStr(ast.NodeTransformer):
+    """Puts ``str`` in place of each ``Literal`` of texts, or of its name, and keeps the texts, each once."""
+
+    def __init__(self, named: Mapping[str, ast.expr]) -> None:
+        self.named = named
+        self.texts: dict[str, None] = {}
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        """The node, changed."""
+        found = _texts_of(self.named.get(node.id, node) if isinstance(node, ast.Name) else node)
+        self.texts |= dict.fromkeys(found)
+        return ast.Name("str") if found else self.generic_visit(node)
+
+
+def _texts_of(node: ast.AST) -> tuple[str, ...]:
+    """``("a", "b")`` of ``Literal["a", "b"]``; nothing of another node, or where not all of them are texts."""
+    if not (isinstance(node, ast.Subscript) and ast.unparse(node.value) == "Literal"):
+        return ()
+    items = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+    texts = [item.value for item in items if isinstance(item, ast.Constant) and isinstance(item.value, str)]
+    return tuple(texts) if len(texts) == len(items) else ()
 
 
 def _string_beneath(node: ast.stmt | None) -> str:

@@ -1,4 +1,7 @@
-"""Checks of fields of transformers that it looks at late: when a model is loaded already, or in mid-run."""
+"""Checks of fields of transformers that it would check late: after a model has been loaded, or while training.
+
+Ranges of numbers are in `hf_ranges`; what is refused is in `unsupported`.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,10 @@ from accelerate.utils import DynamoBackend
 from torch import nn
 from transformers import GenerationConfig, Trainer, get_scheduler
 
-from online_dpo.config.checking import check_choices, check_numbers
+from online_dpo.config.checking import check_choice, check_numbers
+from online_dpo.config.hf_ranges import out_of_range
 from online_dpo.config.requirements import problems
+from online_dpo.distributed.processes import SLURM, start_alone, started_together
 from online_dpo.foreign import foreign
 
 if TYPE_CHECKING:
@@ -20,15 +25,16 @@ if TYPE_CHECKING:
 
 OPTIMIZERS_OF_A_MODEL = ("galore", "apollo")
 """What the names of optimizers begin with that cannot be made without the model's layers."""
-STEPS = 100  # of a run that is only thought of; schedules go by shares of it
+STEPS = 100
+"""Steps of the run that a schedule is tried with; schedules go by shares of it."""
 
 
 def check_names(args: OnlineDPOConfig) -> None:
-    """Before transformers reads the fields.
+    """Check fields of transformers before it reads them: names, the packages that they need, and numbers.
 
     Raises:
-        ValueError: a field has a name that nothing has, needs a package that is not installed, or asks for what this
-            version does not do.
+        ValueError: a field has a name that nothing has, needs a package that is not installed, is out of range, or asks
+            for what this version does not do.
     """
     if args.deepspeed is not None:
         raise ValueError("`deepspeed` is not in this version. Use several processes without it (torchrun).")
@@ -37,28 +43,20 @@ def check_names(args: OnlineDPOConfig) -> None:
         raise ValueError(problem)
     backends = tuple(backend.value.lower() for backend in DynamoBackend)
     if args.torch_compile_backend is not None:
-        check_choices(args, [("torch_compile_backend", backends)])
+        check_choice("torch_compile_backend", args.torch_compile_backend, backends)
+    for name, problem in out_of_range(vars(args)):
+        raise ValueError(f"`{name}` {problem}")
 
 
-def check_training(args: OnlineDPOConfig) -> None:
-    """Once transformers has read them.
+def check_hf_fields(args: OnlineDPOConfig) -> None:
+    """Check fields of transformers once it has read them: whether things can be made as they ask.
 
     Raises:
-        ValueError: a number is out of range, or optimizer, schedule or options of sampling cannot be made as asked.
+        ValueError: nothing is to be trained, or optimizer, schedule or options of sampling cannot be made as asked.
     """
-    check_numbers(
-        args,
-        [
-            (args.per_device_train_batch_size >= 1, "per_device_train_batch_size", "at least 1"),
-            (args.per_device_eval_batch_size >= 1, "per_device_eval_batch_size", "at least 1"),
-            (args.gradient_accumulation_steps >= 1, "gradient_accumulation_steps", "at least 1"),
-            (args.dataloader_num_workers >= 0, "dataloader_num_workers", "0 or more"),
-            (args.max_grad_norm >= 0, "max_grad_norm", "0 (off) or more"),
-        ],
-    )
+    check_numbers(args, [(args.max_steps > 0 or args.num_train_epochs > 0, "num_train_epochs", "above 0")])
     if args.torch_compile and args.torch_compile_mode is not None:
-        modes = tuple(torch._inductor.list_mode_options())
-        check_choices(args, [("torch_compile_mode", modes)])
+        check_choice("torch_compile_mode", args.torch_compile_mode, tuple(torch._inductor.list_mode_options()))
     for _, problem in problems({"model_init_kwargs": args.model_init_kwargs}):
         raise ValueError(problem)
     _check_optimizer(args)
@@ -70,8 +68,28 @@ def check_training(args: OnlineDPOConfig) -> None:
         raise ValueError(f"`generation_kwargs`: `stop_strings` must be a text or a list of texts; it is {stops!r}.")
 
 
+def check_processes(args: OnlineDPOConfig) -> None:
+    """Check that processes which were started together also train together, and not each alone, into one folder.
+
+    Raises:
+        ValueError: they do not.
+    """
+    started = started_together()
+    if started is None or args.world_size == started.count:
+        return
+    if args.device.type == "cpu" and not args.use_cpu and started.variable != SLURM:
+        remedy = "On a CPU they work together with `use_cpu: true` (`--use_cpu`, `use_cpu=True`)."
+    else:
+        remedy = f"To train together, start them with `torchrun --nproc_per_node {started.count}`."
+    raise ValueError(
+        f"{started.count} processes were started ({started.variable}), but this one trains as one of "
+        f"{args.world_size}, into the same folder as the others. {remedy} If each is a run of its own: "
+        f"{start_alone(started)[0].lower()}{start_alone(started)[1:]}"
+    )
+
+
 def _check_optimizer(args: OnlineDPOConfig) -> None:
-    """Makes the optimizer and the schedule, of a single number."""
+    """Make the optimizer and the schedule, of a single number."""
     if args.optim.startswith(OPTIMIZERS_OF_A_MODEL):
         return
     name = getattr(args.optim, "value", args.optim)
@@ -90,9 +108,10 @@ def _check_optimizer(args: OnlineDPOConfig) -> None:
 
 
 def check_output_dir(args: OnlineDPOConfig) -> None:
-    """
+    """Check that `output_dir` can be written.
+
     Raises:
-        ValueError: nothing can be written there.
+        ValueError: it cannot.
     """
     folder = Path(str(args.output_dir)).absolute()
     existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))

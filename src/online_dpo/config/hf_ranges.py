@@ -1,7 +1,7 @@
-"""Numbers that `transformers.TrainingArguments` takes as they come, and what they must be for a run to work.
+"""Ranges of number fields that `transformers.TrainingArguments` does not check, and of LoRA's.
 
-Without these checks, torch refuses them after the models have been loaded, or a run does nothing. Nothing heavy may be
-imported here.
+Without these checks, torch raises after the models have been loaded, or a run does nothing. They need no transformers,
+so that the command line makes them first. What needs it is in `hf_fields`. Nothing heavy may be imported here.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ RANGES = {
     "per_device_eval_batch_size": AT_LEAST_1,
     "gradient_accumulation_steps": AT_LEAST_1,
     "max_steps": Range(at_least=1, also=(-1,), wanted="1 or more, or -1 to go by epochs"),
+    "max_grad_norm": Range(at_least=0, wanted="0 (off) or more"),
     "weight_decay": AT_LEAST_0,
     "adam_beta1": SHARE,
     "adam_beta2": SHARE,

@@ -1,4 +1,4 @@
-"""What command lines and YAML files hand over, brought to what Python hands over.
+"""Brings values from command lines and YAML files to what the same values are in Python.
 
 ``HfArgumentParser`` and TRL's parser know one type for each field: a field that may be one word or several comes as a
 list of one, a mapping as text. YAML reads ``1e-6`` as text and ``off`` as false.
@@ -7,20 +7,21 @@ list of one, a mapping as text. YAML reads ``1e-6`` as text and ``off`` as false
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from online_dpo.config.field_specs import FieldSpec, specs_of
 
 if TYPE_CHECKING:
     from online_dpo.config.trainer_config import OnlineDPOConfig
 
-ONE_OR_SEVERAL = ("beta", "xpo_alpha", "mixture_coef", "loss_type", "reward_normalization")
-NUMBERS = ("beta", "xpo_alpha", "mixture_coef", "loss_weights", "reward_weights")
 MAPPINGS = ("model_init_kwargs", "generation_kwargs", "chat_template_kwargs")
+"""Fields that hold a mapping, or JSON text of one."""
 FALSE_WORDS = ("off", "no")
 
 
-def settle_input(args: OnlineDPOConfig, choices: Sequence[tuple[str, Sequence[str]]]) -> None:
-    """
+def normalize_input(args: OnlineDPOConfig) -> None:
+    """Bring the values of all groups of fields to what Python would give.
+
     Raises:
         ValueError: a mapping is no JSON object, or what should be a number is none.
     """
@@ -28,24 +29,27 @@ def settle_input(args: OnlineDPOConfig, choices: Sequence[tuple[str, Sequence[st
         value = getattr(args, name)
         if isinstance(value, str):
             setattr(args, name, mapping_from_text(name, value))
-    for name in NUMBERS:
-        value = getattr(args, name)
-        several = isinstance(value, (list, tuple))
-        if any(isinstance(item, str) for item in (value if several else [value])):
-            numbers = [_number(name, item) for item in (value if several else [value])]
-            setattr(args, name, numbers if several else numbers[0])
-    for name in ONE_OR_SEVERAL:
-        value = getattr(args, name)
-        if isinstance(value, (list, tuple)) and len(value) == 1:
-            setattr(args, name, value[0])
-    for name, allowed in choices:
-        words = [word for word in allowed if word in FALSE_WORDS]
-        if words and getattr(args, name) is False:
-            setattr(args, name, words[0])
+    for spec in specs_of(type(args)).values():
+        setattr(args, spec.name, _normalized(spec, getattr(args, spec.name)))
+
+
+def _normalized(spec: FieldSpec, value: Any) -> Any:
+    several = isinstance(value, (list, tuple))
+    if "list[float]" in spec.annotation:
+        items = value if several else [value]
+        if any(isinstance(item, str) for item in items):
+            numbers = [_number(spec.name, item) for item in items]
+            value = numbers if several else numbers[0]
+    may_be_one = "list[" in spec.annotation and "None" not in spec.annotation
+    if may_be_one and several and len(value) == 1:
+        value = value[0]
+    words = [word for word in spec.choices if word in FALSE_WORDS]
+    return words[0] if words and value is False else value
 
 
 def mapping_from_text(name: str, text: str) -> dict[str, Any]:
-    """
+    """Read a JSON object.
+
     Raises:
         ValueError: the text is no JSON object; the message begins with the field's ``name``.
     """

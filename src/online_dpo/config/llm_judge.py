@@ -8,14 +8,14 @@ import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
 LLM = "llm"  # how run files name such a judge
 OPENAI = "https://api.openai.com/v1"
 
-ORDERS = ("both", "random", "given")
-INCONSISTENT = ("soften", "skip", "revote")
+Order = Literal["both", "random", "given"]
+Inconsistent = Literal["soften", "skip", "revote"]
 TEMPLATES = ("direct", "reasoned")
 
 AT_LEAST_ONE = (
@@ -63,11 +63,11 @@ class JudgeSettings:
     rubric_file: str | None = None
     """A file to read the rubric from."""
 
-    order: str = "both"
+    order: Order = "both"
     """`both` asks with each completion first once and takes the mean, so that a judge's preference for a place cancels;
     `random` asks once, in an order that a hash of the texts decides; `given` asks once, in the order that they have."""
 
-    inconsistent: str = "soften"
+    inconsistent: Inconsistent = "soften"
     """What to do where the two orders have different winners: `soften` keeps their mean, `skip` gives no preference,
     `revote` asks again, up to `revotes` times in both orders, until they agree, and softens if they never do."""
 
@@ -138,7 +138,7 @@ class JudgeSettings:
     def __post_init__(self) -> None:
         if not self.model:
             raise ValueError("`model` is empty: name the judging model as the endpoint knows it.")
-        for name, choices in (("order", ORDERS), ("inconsistent", INCONSISTENT)):
+        for name, choices in (("order", get_args(Order)), ("inconsistent", get_args(Inconsistent))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {', '.join(choices)}; it is {getattr(self, name)!r}.")
         self._check_numbers()
@@ -182,7 +182,8 @@ class JudgeSettings:
             raise ValueError(f"`base_url` must begin with http:// or https://; it is {self.base_url!r}.")
 
     def check_environment(self) -> None:
-        """
+        """Check that the judge can be asked from here.
+
         Raises:
             ValueError: there is no API key for an endpoint outside one's own network, or a package is missing.
         """

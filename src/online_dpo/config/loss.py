@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-import warnings
-from dataclasses import fields
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Literal
+
+from online_dpo.config.checking import check_numbers, epoch_values, nonempty_and_all, warn_ignored
+from online_dpo.config.field_specs import documented
+from online_dpo.config.registry import names_having
 
 if TYPE_CHECKING:
     from online_dpo.config.trainer_config import OnlineDPOConfig
 
-from dataclasses import dataclass, field
-
-from online_dpo.config.checking import check_numbers
-from online_dpo.config.field_specs import documented
-from online_dpo.config.registry import names_having
-
-LOSS_TYPES = (
+LossType = Literal[
     "sigmoid",
     "ipo",
     "hinge",
@@ -27,8 +24,10 @@ LOSS_TYPES = (
     "apo_zero",
     "apo_down",
     "dpop",
-)
-CHOICES = (("loss_type", LOSS_TYPES),)
+]
+LOSSES_WITHOUT_LABELS = ("sft",)
+LOSSES_WITHOUT_REFERENCE = ("simpo", "sft")
+"""Losses of this package that do not read the one or the other; those of plugins say so where they are registered."""
 
 
 @documented
@@ -43,7 +42,7 @@ class LossFields:
     stays).
     """
 
-    loss_type: str | list[str] = "sigmoid"
+    loss_type: LossType | list[LossType] = "sigmoid"
     """The loss, or a list of losses that are added up (see `loss_weights`): `sigmoid` (DPO, arXiv 2305.18290), `ipo`
     (2310.12036), `hinge` (SLiC, 2305.10425), `robust` (2403.00409), `exo_pair` (2402.00856), `simpo` (2405.14734),
     `sft` (likelihood of the chosen), `apo_zero` and `apo_down` (2408.06266), `dpop` (2402.13228).
@@ -86,11 +85,6 @@ class LossFields:
     """Switch dropout off in the policy and the reference."""
 
 
-LOSSES_WITHOUT_LABELS = ("sft",)
-LOSSES_WITHOUT_REFERENCE = ("simpo", "sft")
-"""Losses of this package that do not read the one or the other; those of plugins say so where they are registered."""
-
-
 def without_labels() -> set[str]:
     """Losses that do not read which completion is the better one with what probability."""
     return names_having("loss", "without labels", LOSSES_WITHOUT_LABELS)
@@ -101,11 +95,32 @@ def without_reference() -> set[str]:
     return names_having("loss", "without reference", LOSSES_WITHOUT_REFERENCE)
 
 
-def check_losses(args: OnlineDPOConfig) -> None:
-    """
+def check_loss(args: OnlineDPOConfig) -> None:
+    """Check the losses and the reference. Options of `sync_ref_model` give a warning without it.
+
     Raises:
-        ValueError: an option of a loss is out of range, or asks for what the losses cannot do.
+        ValueError: a number is out of range, or an option asks for what the losses or the reference cannot do.
     """
+    positive = args.loss_weights is None or all(0 < weight < math.inf for weight in args.loss_weights)
+    betas = epoch_values(args.beta)
+    checks = [
+        (nonempty_and_all(beta > 0 for beta in betas), "beta", "above 0, or a list of such numbers"),
+        (positive, "loss_weights", "finite numbers above 0"),
+        (0 <= args.label_smoothing < 0.5, "label_smoothing", "in [0, 0.5)"),
+        (0 <= args.simpo_gamma < math.inf, "simpo_gamma", "0 or more"),
+        (0 <= args.dpop_lambda < math.inf, "dpop_lambda", "0 or more"),
+        (0 < args.ref_model_mixup_alpha <= 1, "ref_model_mixup_alpha", "in (0, 1]"),
+        (args.ref_model_sync_steps >= 1, "ref_model_sync_steps", "at least 1"),
+    ]
+    check_numbers(args, checks)
+    _check_losses(args)
+    if not args.sync_ref_model:
+        names = [f.name for f in fields(LossFields) if f.name.startswith("ref_model_")]
+        changed = [name for name in names if getattr(args, name) != getattr(LossFields, name)]
+        warn_ignored(changed, "without `sync_ref_model`")
+
+
+def _check_losses(args: OnlineDPOConfig) -> None:
     names, weights = args.loss_types, args.loss_weights
     if not names or len(set(names)) < len(names):
         raise ValueError(f"`loss_type` must name at least one loss, and each once; it is {args.loss_type!r}.")
@@ -113,37 +128,13 @@ def check_losses(args: OnlineDPOConfig) -> None:
         raise ValueError(
             f"`loss_weights` has {len(weights)} numbers, but `loss_type` names {len(names)} losses. Give one for each."
         )
-    positive = weights is None or all(0 < weight < math.inf for weight in weights)
-    checks = [
-        (positive, "loss_weights", "finite numbers above 0"),
-        (0 <= args.label_smoothing < 0.5, "label_smoothing", "in [0, 0.5)"),
-        (0 <= args.simpo_gamma < math.inf, "simpo_gamma", "0 or more"),
-        (0 <= args.dpop_lambda < math.inf, "dpop_lambda", "0 or more"),
-    ]
-    check_numbers(args, checks)
     if "exo_pair" in names and args.label_smoothing == 0:
         raise ValueError("`exo_pair` is infinite for certain labels: set `label_smoothing`, for example to 1e-3.")
     if set(names) <= without_labels():
         for name in ("label_smoothing", "label_temperature"):
             if getattr(args, name):
                 raise ValueError(f"`{name}` has no meaning for `loss_type={args.loss_type!r}`, which reads no labels.")
-
-
-def check_reference(args: OnlineDPOConfig) -> None:
-    """
-    Raises:
-        ValueError: how the reference follows the policy is out of range, or there is to be none and something needs it.
-            Options of `sync_ref_model` give a warning without it.
-    """
-    needing = [name for name in args.loss_types if name not in without_reference()]
+    needing = [name for name in names if name not in without_reference()]
     if args.reference_free and (needing or args.sync_ref_model):
         needs = "`sync_ref_model`" if args.sync_ref_model else f"The loss `{needing[0]}`"
         raise ValueError(f"{needs} needs a reference; leave `reference_free` off.")
-    checks = [
-        (0 < args.ref_model_mixup_alpha <= 1, "ref_model_mixup_alpha", "in (0, 1]"),
-        (args.ref_model_sync_steps >= 1, "ref_model_sync_steps", "at least 1"),
-    ]
-    check_numbers(args, checks)
-    ignored = [f.name for f in fields(args) if f.name.startswith("ref_model_") and getattr(args, f.name) != f.default]
-    if ignored and not args.sync_ref_model:
-        warnings.warn(f"Ignored without `sync_ref_model`: {', '.join(ignored)}.", stacklevel=4)

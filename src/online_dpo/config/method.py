@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import math
 import warnings
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from online_dpo.config.checking import epoch_values
+from online_dpo.config.checking import check_numbers, epoch_values, nonempty_and_all
+from online_dpo.config.field_specs import documented
 from online_dpo.config.loss import without_reference
 
 if TYPE_CHECKING:
     from online_dpo.config.trainer_config import OnlineDPOConfig
 
-from dataclasses import dataclass, field
+MethodName = Literal["online_dpo", "xpo", "nash_md"]
 
-from online_dpo.config.field_specs import documented
-
-METHODS = ("online_dpo", "xpo", "nash_md")
-CHOICES = (("method", METHODS),)
 HOME = "online_dpo.methods"
 """Where methods are looked for. The name is a string and imported late: methods stand on the stages, which stand on the
 configuration, so that an import at the top would be a circle.
@@ -32,7 +30,7 @@ class MethodFields:
 
     # --- method -------------------------------------------------------------------------------------------------------
 
-    method: str = "online_dpo"
+    method: MethodName = "online_dpo"
     """`online_dpo`: all completions of a prompt are the policy's. `xpo` (arXiv 2405.21046): one is the policy's and one
     the reference's, and what the reference says becomes less likely on top of the loss. `nash_md` (arXiv 2312.00886):
     one is the policy's and one that of a mixture of policy and reference, and a policy gradient raises the chance to be
@@ -65,6 +63,27 @@ class MethodFields:
     """
 
 
+def check_method_numbers(args: OnlineDPOConfig) -> None:
+    """Check the numbers of the methods and of an adapting beta.
+
+    Raises:
+        ValueError: one is out of range.
+    """
+    alphas, shares = epoch_values(args.xpo_alpha), epoch_values(args.mixture_coef)
+    checks = [
+        (
+            nonempty_and_all(0 <= alpha < math.inf for alpha in alphas),
+            "xpo_alpha",
+            "0 or more, or a list of such numbers",
+        ),
+        (nonempty_and_all(0 <= share <= 1 for share in shares), "mixture_coef", "in [0, 1], or a list of such numbers"),
+        (args.target_kl is None or 0 < args.target_kl < math.inf, "target_kl", "above 0"),
+        (1 < args.beta_range < math.inf, "beta_range", "above 1"),
+        (0 < args.beta_gain < 5, "beta_gain", "above 0 and below 5, so that beta stays above 0"),
+    ]
+    check_numbers(args, checks)
+
+
 def check_method(args: OnlineDPOConfig) -> None:
     """Ask the method what it demands of the configuration.
 
@@ -74,7 +93,7 @@ def check_method(args: OnlineDPOConfig) -> None:
     methods = importlib.import_module(HOME).METHODS
     defaults: dict[str, Any] = {field.name: field.default_factory for field in fields(args)}
     chosen = methods[args.method]
-    for method in map(methods.__getitem__, METHODS):
+    for method in map(methods.__getitem__, get_args(MethodName)):
         for name in method.epoch_fields:
             if name not in chosen.epoch_fields and epoch_values(getattr(args, name)) != defaults[name]():
                 warnings.warn(f"Ignored without `method={method.name!r}`: {name}.", stacklevel=4)
@@ -82,9 +101,10 @@ def check_method(args: OnlineDPOConfig) -> None:
 
 
 def check_target_kl(args: OnlineDPOConfig) -> None:
-    """
+    """Check that beta can adapt, if it is to.
+
     Raises:
-        ValueError: beta is to adapt, and cannot.
+        ValueError: it cannot.
     """
     if args.target_kl is None:
         ignored = [name for name in ("beta_gain", "beta_range") if getattr(args, name) != getattr(type(args), name)]

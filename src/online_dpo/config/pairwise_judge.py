@@ -43,7 +43,8 @@ def kind_of_class(name: str) -> str:
 
 
 def check_options(kind: str, options: Mapping[str, Any]) -> None:
-    """
+    """Check the options of a kind of pairwise model.
+
     Raises:
         ValueError: this kind of model does not take an option, or not that value.
     """

@@ -193,6 +193,7 @@ def adapter_problem(folder: str) -> str | None:
 
 
 def as_list(value: Any) -> list[Any]:
+    """A list as it is, one value as a list of one."""
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 

@@ -1,5 +1,5 @@
-"""Fields of `transformers.TrainingArguments` that mean nothing here, or would break what a run promises: they are
-refused, and not ignored.
+"""Fields of `transformers.TrainingArguments` that have no meaning here, or would break a promise of a run: they are
+refused, not ignored.
 """
 
 from __future__ import annotations
@@ -13,19 +13,13 @@ from transformers import GenerationConfig
 if TYPE_CHECKING:
     from online_dpo.config.trainer_config import OnlineDPOConfig
 
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from online_dpo.config.trainer_config import OnlineDPOConfig
-
 FUSED_OPTIMIZERS = ("lomo", "adalomo", "galore_adamw_layerwise", "galore_adamw_8bit_layerwise")
 FUSED_OPTIMIZERS += ("galore_adafactor_layerwise", "apollo_adamw_layerwise")
 LENGTH_STRATEGIES = ("group_by_length", "batch_rebalance")
 
 
 def check_refused(args: OnlineDPOConfig) -> None:
-    """Before transformers reads the fields.
+    """Check fields that are refused, before transformers reads them.
 
     Raises:
         ValueError: one of them is set; the message says why not, and what there is instead.
@@ -78,7 +72,7 @@ def check_refused(args: OnlineDPOConfig) -> None:
 
 
 def check_accelerator(args: OnlineDPOConfig) -> None:
-    """Once transformers has read ``accelerator_config``.
+    """Check how batches are shared out among processes, once transformers has read ``accelerator_config``.
 
     Raises:
         ValueError: batches are to be shared out among processes in a way that this version does not know.
@@ -121,7 +115,8 @@ REFUSED_GENERATION_KWARGS = {
 
 
 def check_unsupported(args: OnlineDPOConfig) -> None:
-    """
+    """Check arguments of transformers that are not supported, once it has read them.
+
     Raises:
         ValueError: an argument of transformers asks for something that this version does not do.
     """
@@ -147,7 +142,8 @@ def check_unsupported(args: OnlineDPOConfig) -> None:
 
 
 def check_generation_kwargs(given: Mapping[str, Any] | str | None) -> None:
-    """
+    """Check the names of `generation_kwargs`.
+
     Raises:
         ValueError: an option is none of `transformers.GenerationConfig`, or one that the trainer sets itself.
     """

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import MISSING, fields
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Literal
+
+from online_dpo.config.checking import check_numbers, warn_ignored
+from online_dpo.config.field_specs import documented
 
 if TYPE_CHECKING:
     from online_dpo.config.trainer_config import OnlineDPOConfig
-
-from dataclasses import dataclass
-
-from online_dpo.config.checking import check_numbers
-from online_dpo.config.field_specs import documented
 
 
 @documented
@@ -25,7 +22,7 @@ class VLLMFields:
     use_vllm: bool = False
     """Sample with vLLM, which gets the latest weights before each step. Needs `online-dpo[vllm]`."""
 
-    vllm_mode: str = "colocate"
+    vllm_mode: Literal["colocate", "server"] = "colocate"
     """`colocate`: in this process, on its device. `server`: servers started with `online-dpo serve`."""
 
     vllm_model_impl: str = "vllm"
@@ -53,7 +50,7 @@ class VLLMFields:
     vllm_server_timeout: float = 240.0
     """With `server`: seconds that it may fail or be away before the run stops."""
 
-    vllm_weight_transfer: str = "auto"
+    vllm_weight_transfer: Literal["auto", "broadcast", "file", "http"] = "auto"
     """With `server`: how it gets the weights. `broadcast`: in a process group with the trainer, by NCCL between GPUs
     and by gloo otherwise. `file`: it reads files in the trainer's temporary folder, which both have to see. `http`: as
     bytes. `auto`: `broadcast` where trainer and servers have GPUs of their own, else `file` where a server sees the
@@ -67,7 +64,7 @@ class VLLMFields:
     """Not in this version: has to stay unset."""
 
 
-VLLM_MODES = {
+READ_BY = {
     "colocate": (
         "vllm_gpu_memory_utilization",
         "vllm_tensor_parallel_size",
@@ -83,32 +80,24 @@ VLLM_MODES = {
         "vllm_group_port",
     ),
 }
-"""The modes, and the fields that only they read."""
-VLLM_WEIGHT_TRANSFERS = ("auto", "broadcast", "file", "http")
+"""Fields that only one of the modes reads."""
 
 
 def check_vllm(args: OnlineDPOConfig) -> None:
-    """
+    """Check how vLLM samples. Fields that are not read give a warning.
+
     Raises:
-        ValueError: a field of vLLM has a value that cannot be used. One that is not read gives a warning.
+        ValueError: vLLM is used, and a field has a value that cannot be used.
     """
-    changed = [
-        f.name
-        for f in fields(args)
-        if f.name.startswith("vllm_") and f.default is not MISSING and getattr(args, f.name) != f.default
-    ]
+    names = [field.name for field in fields(VLLMFields) if field.name.startswith("vllm_")]
+    changed = [name for name in names if getattr(args, name) != getattr(VLLMFields, name)]
     if not args.use_vllm:
-        if changed:
-            warnings.warn(f"Ignored without `use_vllm`: {', '.join(changed)}.", stacklevel=4)
+        warn_ignored(changed, "without `use_vllm`")
         return
-    if args.vllm_mode not in VLLM_MODES:
-        raise ValueError(f"`vllm_mode` must be one of {', '.join(VLLM_MODES)}; it is {args.vllm_mode!r}.")
     if args.vllm_structured_outputs_regex is not None:
         raise ValueError("`vllm_structured_outputs_regex` is not in this version; leave it unset.")
     share = args.vllm_gpu_memory_utilization
-    transfers = ", ".join(VLLM_WEIGHT_TRANSFERS)
     checks = [
-        (args.vllm_weight_transfer in VLLM_WEIGHT_TRANSFERS, "vllm_weight_transfer", f"one of {transfers}"),
         (0 <= args.vllm_group_port < 65536, "vllm_group_port", "a port: 0 to 65535"),
         (args.vllm_server_timeout > 0, "vllm_server_timeout", "above 0"),
         (0 < args.vllm_server_port < 65536, "vllm_server_port", "a port: 1 to 65535"),
@@ -118,6 +107,5 @@ def check_vllm(args: OnlineDPOConfig) -> None:
     ]
     check_numbers(args, checks)
     other = "server" if args.vllm_mode == "colocate" else "colocate"
-    ignored = [name for name in changed if name in VLLM_MODES[other]]
-    if ignored:
-        warnings.warn(f"Ignored with `vllm_mode={args.vllm_mode!r}`: {', '.join(ignored)}.", stacklevel=4)
+    ignored = [name for name in changed if name in READ_BY[other]]
+    warn_ignored(ignored, f"with `vllm_mode={args.vllm_mode!r}`")

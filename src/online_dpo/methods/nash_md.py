@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from online_dpo.config.checking import SAMPLING_FIELDS
+from online_dpo.config.sampling import SAMPLING_FIELDS
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.methods.base import Method, check_one_opponent, method
 from online_dpo.modeling.reference import Reference

@@ -1,7 +1,6 @@
 """Preference losses: pure functions of log-probabilities, one value a pair, and their registry.
 
-A new loss is one function with ``@loss`` above it; one of this package has its name in `config.loss.LOSS_TYPES` as
-well.
+A new loss is one function with ``@loss`` above it; one of this package has its name in `config.loss.LossType` as well.
 
 Notation: ``w`` is the chosen completion and ``l`` the rejected one; ``r(y) = beta (log pi(y) - log pi_ref(y))`` is the
 implicit reward; ``h = (log pi(w) - log pi(l)) - (log pi_ref(w) - log pi_ref(l))``; ``s`` is the sigmoid; ``|y|`` is a

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any
 
-from online_dpo.config.checking import SAMPLING_FIELDS
+from online_dpo.config.sampling import SAMPLING_FIELDS
 from online_dpo.config.trainer_config import OnlineDPOConfig
 
 

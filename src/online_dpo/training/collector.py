@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from threading import Event
@@ -113,6 +112,9 @@ class FeedbackCollector:
         assert feedback.pairing is not None
         self.last = feedback
         self._record(fetched, feedback, waited)
+        if len(METRICS):
+            pairing, step = feedback.pairing, self._step
+            self.errors.run(lambda: record_registered(self.metrics, feedback, pairing, step))
         return feedback.pairing, fetched.num_batches
 
     def _fetch(self, step: int, batches: Batches, num_batches: int) -> Fetched | None:
@@ -235,8 +237,6 @@ class FeedbackCollector:
         record_pairs(metrics, len(feedback.groups), feedback.pairing)
         if self.args.resample_rounds:
             record_resampling(metrics, feedback.further, feedback.pairing)
-        if len(METRICS):  # the same ones on every rank, since all run the same code
-            self.errors.run(partial(record_registered, metrics, feedback, feedback.pairing, self._step))
 
     def save(self, folder: Path, rank: int) -> None:
         """Writes the steps that have been begun ahead of training."""

@@ -14,7 +14,7 @@ from transformers import TrainerState
 
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.distributed.collectives import max_over_ranks, sum_over_ranks
-from online_dpo.methods import METHODS
+from online_dpo.methods.base import Method
 from online_dpo.modeling.borrowing import eval_mode
 from online_dpo.modeling.forward_path import ModelContext, PathChoice
 from online_dpo.modeling.logprobs import row_logprobs
@@ -53,6 +53,7 @@ class ObjectiveStep:
 
     Args:
         args: the run's configuration.
+        method: what is minimised on the pairs.
         reference: lends the reference model.
         beta: beta as it is now.
         accelerator: mixed precision and ranks.
@@ -64,6 +65,7 @@ class ObjectiveStep:
     def __init__(
         self,
         args: OnlineDPOConfig,
+        method: Method,
         reference: Reference,
         beta: Beta,
         accelerator: Accelerator,
@@ -71,9 +73,8 @@ class ObjectiveStep:
         phase: PhaseTimer,
         state: Callable[[], TrainerState],
     ) -> None:
-        self.args, self.reference, self.beta = args, reference, beta
+        self.args, self.method, self.reference, self.beta = args, method, reference, beta
         self.accelerator, self.metrics, self.phase, self._state = accelerator, metrics, phase, state
-        self.method = METHODS[args.method]
         self.options = LossOptions.from_config(args)
         self.choice = PathChoice(accelerator.device, args.share_prompts)
 

@@ -222,7 +222,7 @@ class OnlineDPOTrainer(GuardedTrainer):
 
     def _compose(self) -> None:
         """Puts the stages together."""
-        args, form_pairs = self.args, PairFormer(self.args)
+        args, form_pairs = self.args, PairFormer(self.method, self.args)
         assessor = Assessor.from_config(self.scorers, self.judge, args)
         self.adaptive_beta = Beta(args, lambda: self.metrics.take_mean(STEP_KL))
         self.add_callback(self.adaptive_beta)
@@ -239,7 +239,14 @@ class OnlineDPOTrainer(GuardedTrainer):
             Progress(lambda: self.state, lambda: self.holds_evaluation_weights),
         )
         self.objective = ObjectiveStep(
-            args, self.reference, self.adaptive_beta, self.accelerator, self.metrics, self.phase, lambda: self.state
+            args,
+            self.method,
+            self.reference,
+            self.adaptive_beta,
+            self.accelerator,
+            self.metrics,
+            self.phase,
+            lambda: self.state,
         )
         self.evaluator = Evaluator(
             args.num_completions,

@@ -15,7 +15,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 from online_dpo import OnlineDPOConfig
-from online_dpo.cli.runfile.schema import CONFIG_CLASSES, read_fields_of
+from online_dpo.cli.runfile.schema import config_classes, read_fields_of
 
 SAMPLES: dict[str, tuple[list[str], Any]] = {
     "learning_rate": (["1e-6"], 1e-6),
@@ -113,7 +113,7 @@ BASE = {"output_dir": "out", "use_cpu": True}
 
 
 def own_fields() -> list[dataclasses.Field[Any]]:
-    ours = {name for module, cls in CONFIG_CLASSES for name in read_fields_of(module, cls)}
+    ours = {name for module, cls in config_classes() for name in read_fields_of(module, cls)}
     return [field for field in dataclasses.fields(OnlineDPOConfig) if field.name in ours]
 
 

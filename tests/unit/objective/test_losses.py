@@ -3,14 +3,15 @@
 import dataclasses
 import math
 from math import exp, log
+from typing import get_args
 
 import pytest
 import torch
 
 from online_dpo.config.loss import (
-    LOSS_TYPES,
     LOSSES_WITHOUT_LABELS,
     LOSSES_WITHOUT_REFERENCE,
+    LossType,
     without_labels,
     without_reference,
 )
@@ -55,7 +56,7 @@ def s(x):
 
 
 def test_every_name_of_the_configuration_is_a_loss():
-    assert tuple(LOSSES) == LOSS_TYPES and set(LOSSES_WITHOUT_LABELS) < set(LOSSES)
+    assert tuple(LOSSES) == get_args(LossType) and set(LOSSES_WITHOUT_LABELS) < set(LOSSES)
     assert set(LOSSES.having("without labels")) == without_labels() == set(LOSSES_WITHOUT_LABELS)
     assert set(LOSSES.having("without reference")) == without_reference() == set(LOSSES_WITHOUT_REFERENCE)
 

@@ -2,10 +2,11 @@
 
 import math
 import statistics
+from typing import get_args
 
 import pytest
 
-from online_dpo.config.feedback import PAIR_SELECTIONS
+from online_dpo.config.feedback import PairSelection
 from online_dpo.pairing.rounds import latest, without_pair
 from online_dpo.pairing.select import Selection, pairs_from_preferences, pairs_from_scores
 from online_dpo.pairing.strategies import STRATEGIES
@@ -32,7 +33,7 @@ def indices(made):
 
 
 def test_every_name_of_the_configuration_is_a_strategy():
-    assert tuple(STRATEGIES) == PAIR_SELECTIONS
+    assert tuple(STRATEGIES) == get_args(PairSelection)
 
 
 def test_best_against_worst():

@@ -17,7 +17,8 @@ from typing import Any
 from online_dpo.cli.judging.plan import PAIRWISE_OPTIONS
 from online_dpo.cli.parser import OneLineParser, with_hyphens
 from online_dpo.cli.runfile.plugins import FIELD
-from online_dpo.cli.runfile.run_file import COUNTS, JSON_TEXTS, JUDGES, SCORERS
+from online_dpo.cli.runfile.run_config import COUNTS
+from online_dpo.cli.runfile.run_file import JSON_TEXTS, JUDGES, SCORERS
 from online_dpo.cli.runfile.schema import FieldSpec, load_fields, read_fields_of
 from online_dpo.cli.runfile.values import FALSE_WORDS, TRUE_WORDS, alternatives, type_name
 from online_dpo.config.hf_ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, RANGES, Range

@@ -7,16 +7,11 @@ Nothing heavy may be imported here.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-QUANT_TYPES = ("nf4", "fp4")
-COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
-CHOICES = (
-    ("dtype", DTYPES),
-    ("bnb_4bit_quant_type", QUANT_TYPES),
-    ("bnb_4bit_compute_dtype", COMPUTE_DTYPES),
-)
+COUNTS = ("dataset_limit", "eval_limit", "lora_r", "lora_alpha")
+"""Fields that are 1 or more."""
+DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +26,7 @@ class RunConfig:
     ref_model_name_or_path: str | None = None
     """Folder or hub name of the reference model; when not set, the policy as it was before training."""
 
-    dtype: str | None = None
+    dtype: DType | None = None
     """Type of the policy's weights as they are loaded. When not set, see `model_init_kwargs`; to compute in bfloat16
     with weights in float32, set `bf16` instead."""
 
@@ -47,10 +42,10 @@ class RunConfig:
     load_in_8bit: bool = False
     """Load the policy's weights in 8 bits and train an adapter over them. Needs `use_peft` and bitsandbytes."""
 
-    bnb_4bit_quant_type: str = "nf4"
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
     """With `load_in_4bit`: the kind of 4-bit numbers."""
 
-    bnb_4bit_compute_dtype: str | None = None
+    bnb_4bit_compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """With `load_in_4bit`: what products are computed in. When not set, `dtype`, or else bfloat16."""
 
     use_bnb_nested_quant: bool = False

@@ -16,7 +16,7 @@ from online_dpo.cli.runfile.entries import COMMAND_LINE, Entry, UsageError, read
 from online_dpo.cli.runfile.model_options import ignored_options, model_init_kwargs, model_problems
 from online_dpo.cli.runfile.plugins import FIELD, Plugin, Plugins, RegisteredName, are_given, checked_later
 from online_dpo.cli.runfile.references import Reference, parse_module, parse_reference
-from online_dpo.cli.runfile.run_config import RunConfig
+from online_dpo.cli.runfile.run_config import COUNTS, RunConfig
 from online_dpo.cli.runfile.schema import load_fields
 from online_dpo.config import requirements
 from online_dpo.config.hf_ranges import out_of_range
@@ -36,7 +36,6 @@ INPUT_PATHS = (
 )
 JSON_TEXTS = (*MAPPINGS, "gradient_checkpointing_kwargs", "lr_scheduler_kwargs")
 """Mappings that may also be written as JSON text."""
-COUNTS = ("dataset_limit", "eval_limit", "lora_r", "lora_alpha")
 REWARDS = ("reward_funcs", "reward_model_path")
 SCORERS = (*REWARDS, "judge")
 JUDGES = ("judge", "eval_judge")

@@ -15,15 +15,8 @@ from pathlib import Path
 
 from online_dpo.config.field_specs import FieldSpec, read_class
 
-CONFIG_CLASSES = (
-    ("online_dpo.config.trainer_config", "OnlineDPOConfig"),
-    ("online_dpo.config.engine", "EngineFields"),
-    ("online_dpo.config.feedback", "FeedbackFields"),
-    ("online_dpo.config.loss", "LossFields"),
-    ("online_dpo.config.method", "MethodFields"),
-    ("online_dpo.config.vllm", "VLLMFields"),
-)
-"""Where the fields of Online DPO stand: the configuration and the parts that it inherits."""
+CONFIG = ("online_dpo.config.trainer_config", "OnlineDPOConfig")
+"""Where the configuration stands: module and class. Its base classes hold its fields."""
 
 PARENT = "transformers.TrainingArguments"
 """The group of the fields that transformers defines."""
@@ -39,7 +32,7 @@ def load_fields() -> dict[str, FieldSpec]:
     """All fields by name: those of the run itself first, then Online DPO's, then the rest of ``TrainingArguments``."""
     run = read_fields_of("online_dpo.cli.runfile.run_config", "RunConfig", group="Run")
     ours = {}
-    for module, class_name in CONFIG_CLASSES:
+    for module, class_name in config_classes():
         ours |= read_fields_of(module, class_name, group="Online DPO")
     enums = _training_enums()
     parents = {
@@ -52,13 +45,27 @@ def load_fields() -> dict[str, FieldSpec]:
     return {**run, **ours, **{name: spec for name, spec in parents.items() if name not in ours}}
 
 
+def config_classes() -> list[tuple[str, str]]:
+    """Module and name of the classes that hold the fields of Online DPO, in the order of the fields: the base classes
+    of the configuration that this package defines, as its source names and imports them, and the configuration itself.
+    """
+    module = ast.parse(_file_of(CONFIG[0]).read_text(encoding="utf-8"))
+    imported = {
+        name.name: node.module
+        for node in module.body
+        if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.startswith("online_dpo.")
+        for name in node.names
+    }
+    [bases] = [node.bases for node in module.body if isinstance(node, ast.ClassDef) and node.name == CONFIG[1]]
+    names = [base.id for base in reversed(bases) if isinstance(base, ast.Name)]
+    return [*((imported[name], name) for name in names if name in imported), CONFIG]
+
+
 def read_fields_of(module: str, class_name: str, group: str = "") -> dict[str, FieldSpec]:
     """The fields of a dataclass of this package, whose module is not imported (the packages around it are: they load
     nothing).
     """
-    spec = importlib.util.find_spec(module)
-    assert spec is not None and spec.origin is not None, module
-    return read_class(Path(spec.origin), class_name, group=group)
+    return read_class(_file_of(module), class_name, group=group)
 
 
 def read_enums(path: Path) -> dict[str, tuple[str, ...]]:
@@ -69,6 +76,12 @@ def read_enums(path: Path) -> dict[str, tuple[str, ...]]:
             members = (item.value for item in node.body if isinstance(item, ast.Assign))
             enums[node.name] = tuple(str(ast.literal_eval(value)) for value in members)
     return enums
+
+
+def _file_of(module: str) -> Path:
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None, module
+    return Path(spec.origin)
 
 
 def _transformers_file(name: str) -> Path:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import get_args
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
 from online_dpo.cli.runfile.run_config import RunConfig
 from online_dpo.cli.runfile.schema import WIDER_TYPES, load_fields
-from online_dpo.config.feedback import OVEROPTIMISATION_POLICIES, PAIR_SELECTIONS, TIE_POLICIES
-from online_dpo.config.loss import LOSS_TYPES
-from online_dpo.config.trainer_config import INVALID_PROMPT_POLICIES, OnlineDPOConfig
+from online_dpo.config.feedback import PairSelection
+from online_dpo.config.loss import LossType
+from online_dpo.config.trainer_config import OnlineDPOConfig
 
 FIELDS = load_fields()
 
@@ -47,11 +48,11 @@ def test_every_field_of_ours_is_documented_and_has_a_type_that_is_understood() -
 
 
 def test_choices_come_from_the_classes() -> None:
-    assert FIELDS["loss_type"].choices == LOSS_TYPES
-    assert FIELDS["pair_selection"].choices == PAIR_SELECTIONS
-    assert FIELDS["tie_policy"].choices == TIE_POLICIES
-    assert FIELDS["overoptimisation"].choices == OVEROPTIMISATION_POLICIES
-    assert FIELDS["invalid_prompts"].choices == INVALID_PROMPT_POLICIES
+    assert FIELDS["loss_type"].choices == get_args(LossType)
+    assert FIELDS["pair_selection"].choices == get_args(PairSelection)
+    assert FIELDS["tie_policy"].choices == ("skip", "first")
+    assert FIELDS["overoptimisation"].choices == ("off", "warn", "stop")
+    assert FIELDS["invalid_prompts"].choices == ("error", "filter")
     assert FIELDS["eval_strategy"].choices == tuple(item.value for item in IntervalStrategy)
     assert FIELDS["lr_scheduler_type"].choices == tuple(item.value for item in SchedulerType)
     assert FIELDS["train_sampling_strategy"].choices == ("random", "sequential", "group_by_length", "batch_rebalance")

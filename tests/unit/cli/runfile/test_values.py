@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 
 from online_dpo.cli.runfile.schema import FieldSpec, load_fields
 from online_dpo.cli.runfile.values import BadValue, convert, convert_words
-from online_dpo.config.loss import LOSS_TYPES
+from online_dpo.config.loss import LossType
 
 FIELDS = load_fields()
 
@@ -55,7 +57,8 @@ def test_values_that_are_taken(name: str, given: object, meant: object) -> None:
         (
             "loss_type",
             ["sigmoid", "stf"],
-            f"is ['sigmoid', 'stf']; wanted: one of {', '.join(LOSS_TYPES)} or a list of these. Did you mean `sft`?",
+            f"is ['sigmoid', 'stf']; wanted: one of {', '.join(get_args(LossType))} or a list of these. "
+            "Did you mean `sft`?",
         ),
         ("generation_kwargs", [1], "is [1]; wanted: a mapping or text or null."),
         ("parallelism_config", {}, "is {}; wanted: null."),

@@ -1,0 +1,92 @@
+"""Fields of the configuration that say how the policy is loaded and trained, and what stops a run.
+
+Some are fields of :class:`transformers.TrainingArguments` with another default or another meaning here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from online_dpo.config.checking import check_numbers
+from online_dpo.config.field_specs import documented
+
+if TYPE_CHECKING:
+    from online_dpo.config.trainer_config import OnlineDPOConfig
+
+
+@documented
+@dataclass
+class TrainingFields:
+    """Part of :class:`online_dpo.OnlineDPOConfig`."""
+
+    # --- training -----------------------------------------------------------------------------------------------------
+
+    learning_rate: float = 5e-7
+    """The initial learning rate of the optimizer."""
+
+    logging_steps: float = 10
+    """Log every this many optimizer steps; below 1, a share of the whole run."""
+
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass instead of keeping them. The KV cache of generation is not touched by
+    it. `activation_checkpointing`, as transformers calls it from 5.23 on, says the same and comes first where given.
+    """
+
+    bf16: bool | None = None
+    """Compute in bfloat16 (mixed precision). When not set: on if the device supports it and `fp16` is off, never on a
+    CPU.
+    """
+
+    share_prompts: bool = True
+    """Compute each prompt once for all its completions, in the policy, the reference and the reward models, where a
+    check at the start shows that it changes nothing. Off: one completion a row.
+    """
+
+    flex_attention: bool = False
+    """Read rows that share prompts through FlexAttention, with as many prompts in a row as `max_tokens_per_pass`
+    allows. Needs a GPU and models loaded with SDPA. Tested by value on CPU; its speed has not been measured yet.
+    """
+
+    max_tokens_per_pass: int | None = None
+    """Most tokens in one forward and backward pass, each prompt counted once and padding not at all. A micro-batch with
+    more is computed in several passes, with the same gradient. When not set: 1024 on a CPU, where more are no faster,
+    and 16384 on a GPU.
+    """
+
+    remove_unused_columns: bool = False
+    """Has to stay off: reward functions receive the dataset's other columns."""
+
+    # --- guards -----------------------------------------------------------------------------------------------------
+
+    max_skipped_steps: int = 10
+    """A step whose loss or gradient is not finite is skipped; after this many in a row the run saves a checkpoint and
+    stops.
+    """
+
+    # --- models -----------------------------------------------------------------------------------------------------
+
+    model_init_kwargs: dict[str, Any] | str | None = None
+    """Passed to `AutoModelForCausalLM.from_pretrained` when the policy (or the reference) is given by name, for example
+    `{"attn_implementation": "sdpa"}`. Without a `dtype`, trained weights are loaded in fp32 and a base under an adapter
+    as it was saved; trained weights in half precision lose most of their updates."""
+
+    trust_remote_code: bool = False
+    """Allow models and tokenizers that bring their own Python code."""
+
+    ds3_gather_for_generation: bool = True
+    """Gather ZeRO-3 shards for sampling. This version does not run under DeepSpeed, see `deepspeed`."""
+
+
+def check_training(args: OnlineDPOConfig) -> None:
+    """Check passes and guards. Fields that transformers has as well are checked with the rest of its fields.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+    tokens = args.max_tokens_per_pass
+    checks = [
+        (tokens is None or tokens >= 1, "max_tokens_per_pass", "at least 1"),
+        (args.max_skipped_steps >= 1, "max_skipped_steps", "at least 1"),
+    ]
+    check_numbers(args, checks)
