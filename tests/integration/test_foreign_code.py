@@ -126,7 +126,7 @@ SCORERS = [
 JUDGES = [
     (Judge(boom), r"Judge `court` raised KeyError: 'answer' \(among rows "),
     (Judge(lambda values: values[:-1]), r"Judge `court` gave \d preferences for \d pairs"),
-    (Judge(lambda values: ["first" for _ in values]), "Judge `court` says str 'first' of a pair"),
+    (Judge(lambda values: ["first" for _ in values]), "Judge `court` returned str 'first' for a pair"),
     (OldJudge(boom), r"Judge `OldJudge` raised KeyError: 'answer' \(among rows "),
 ]
 

@@ -183,10 +183,10 @@ def test_it_is_said_before_anything_is_imported_that_may_break(tmp_path):
 
 
 def test_the_command_says_it_too(tmp_path, capsys, monkeypatch):
-    from online_dpo.cli.runfile.planning import planned
+    from online_dpo.cli.runfile.planning import run_checked
 
     monkeypatch.syspath_prepend(installed(tmp_path, transformers="5.99.0"))
-    assert planned(["--x"], usage="", help=str, plan=lambda file, words: None, run=lambda *given: 0) == 0
+    assert run_checked(["--x"], usage="", help=str, plan=lambda file, words: None, run=lambda *given: 0) == 0
     assert f"warning: {SAYS}" in capsys.readouterr().err
 
 

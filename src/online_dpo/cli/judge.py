@@ -1,4 +1,4 @@
-"""``online-dpo judge``: what a judge says of pairs in a file. Here the arguments are checked."""
+"""``online-dpo judge``: ask a judge about the pairs in a file. This module checks the arguments."""
 
 from __future__ import annotations
 
@@ -51,12 +51,13 @@ CALLED_HERE = {
     "output_file": "output",
     "out": "output",
 }
-"""What options of a judge are called elsewhere."""
-NO_OPTION = ("extra", "logprobs", "cache")  # these are written by hand
+"""Names of a judge's options in other tools, and the names of the same options here."""
+WRITTEN_BY_HAND = ("extra", "logprobs", "cache")
+"""Settings of a judge whose options `_parser` defines itself; the other options are made from the fields."""
 
 
 def judge(words: Sequence[str]) -> int:
-    """Label the file and print a report. Returns the exit code: 0, 1 (the judge failed) or 2 (wrong input)."""
+    """Label the pairs of a file and print a report. Returns the exit code: 0, 1 (judging failed) or 2 (wrong input)."""
     arguments = vars(_parser().parse_args(with_hyphens(list(words))))
     try:
         chosen = chosen_judge(arguments)
@@ -81,10 +82,10 @@ def judge(words: Sequence[str]) -> int:
 
 
 def chosen_judge(arguments: dict[str, Any]) -> BuiltInJudge:
-    """The judge and its settings that were given, checked.
+    """Choose the judge from the options and the run file, and check its settings.
 
     Raises:
-        ValueError: they contradict each other, or something that they need is not there.
+        ValueError: options contradict each other, or something they need does not exist.
     """
     given = {f.name: arguments[f.name] for f in fields(JudgeSettings) if arguments.get(f.name) is not None}
     if arguments["no_cache"]:
@@ -132,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
         called_here=CALLED_HERE,
         prog="online-dpo judge",
         description="Ask a judge about pairs of answers, and report how far it agrees with labels and with itself.",
-        epilog="Answers are kept in the cache: what was asked before is not asked again.",
+        epilog="Answers are stored in the cache: the same question is not asked again.",
     )
     parser.add_argument(
         "file",
@@ -144,27 +145,31 @@ def _parser() -> argparse.ArgumentParser:
         "--config",
         type=Path,
         metavar="RUN_FILE",
-        help="take the judge of a run file; options here win",
+        help="use the judge of a run file; options on the command line win",
     )
-    parser.add_argument("--output", type=Path, help="jsonl to write: the rows and their `preference`, from 0 to 1")
-    parser.add_argument("--limit", type=int, help="judge so many pairs at most")
-    parser.add_argument("--pairwise-model", type=Path, metavar="FOLDER", help="a model here, not an endpoint")
+    parser.add_argument("--output", type=Path, help="jsonl to write: the rows with their `preference`, from 0 to 1")
+    parser.add_argument("--limit", type=int, help="judge at most this many pairs")
     parser.add_argument(
-        "--pairwise-kwargs", metavar="OPTIONS", help="its options as in `judge_kwargs` of a run: '{template: ...}'"
+        "--pairwise-model", type=Path, metavar="FOLDER", help="a pairwise model on this machine, not an endpoint"
+    )
+    parser.add_argument(
+        "--pairwise-kwargs",
+        metavar="OPTIONS",
+        help="options of the pairwise model, as in `judge_kwargs` of a run file: '{template: ...}'",
     )
     parser.add_argument("--cache", type=Path, help=f"file of the cache (default: {JudgeSettings.cache})")
-    parser.add_argument("--no-cache", action="store_true", help="keep no answers")
+    parser.add_argument("--no-cache", action="store_true", help="do not store answers")
     parser.add_argument(
-        "--no-logprobs", action="store_true", help="ask for no log-probabilities: each answer is a vote"
+        "--no-logprobs", action="store_true", help="do not ask for log-probabilities: each answer is a vote"
     )
     parser.add_argument(
         "--extra",
         metavar="FIELDS",
-        help="further fields of each request: '{seed: 0}'; null leaves one out: '{max_tokens: null, "
+        help="more fields of each request: '{seed: 0}'; null removes one: '{max_tokens: null, "
         "max_completion_tokens: 2000}' for models that know only the other name",
     )
     for spec in read_fields_of("online_dpo.config.llm_judge", "JudgeSettings").values():
-        if spec.name not in NO_OPTION:
+        if spec.name not in WRITTEN_BY_HAND:
             _add_option(parser, spec)
     return parser
 

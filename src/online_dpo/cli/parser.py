@@ -1,4 +1,4 @@
-"""An argument parser that says what is wrong in one line."""
+"""An argument parser that reports an error in one line."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from online_dpo.config.names_elsewhere import hint_for
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Prints no usage above an error, knows the nearest name, and takes no abbreviations.
+    """An argument parser that prints errors without the usage, suggests the nearest name, and accepts no abbreviations.
 
     Args:
-        called_here: what options of other tools are called here.
-        unknown: what to do with an option that nobody knows, as a sentence with a blank before it.
+        called_here: names of options in other tools, and the names of the same options here.
+        unknown: hint for an option without a similar name, as a sentence with a leading space.
     """
 
     def __init__(self, *, called_here: Mapping[str, str] | None = None, unknown: str = "", **options: object) -> None:
@@ -23,6 +23,7 @@ class OneLineParser(argparse.ArgumentParser):
         self._unknown = unknown
 
     def error(self, message: str) -> NoReturn:
+        """Print an error with a hint, and exit with code 2."""
         unknown = message.removeprefix("unrecognized arguments: ").split()[0]
         hint = ""
         if message.startswith("unrecognized arguments") and unknown.startswith("--"):
@@ -33,7 +34,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def with_hyphens(words: list[str]) -> list[str]:
-    """The words, with options written as ``train`` and ``eval`` also take them: ``--base_url``."""
+    """Replace underscores in the names of options, which ``train`` and ``eval`` also accept: ``--base_url``."""
 
     def hyphenated(word: str) -> str:
         name, equals, value = word.partition("=")

@@ -1,4 +1,4 @@
-"""``online-dpo train``, once its arguments are known to be good: build the trainer, train, save."""
+"""``online-dpo train`` after its arguments have been checked: build the trainer, train, save."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from online_dpo.cli.runfile.run_config import RunConfig
 from online_dpo.cli.runfile.run_file import RunPlan
 from online_dpo.cli.terminal.header import INDENT
 from online_dpo.cli.terminal.progress import ProgressDisplay, no_progress_bars, plain_warnings
-from online_dpo.cli.terminal.screen import say
+from online_dpo.cli.terminal.screen import print_lines
 from online_dpo.cli.terminal.summary import describe_trainer, places
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.data.load import load_prompts
@@ -30,18 +30,21 @@ from online_dpo.scoring.judges.pairwise.judge import PairwiseModelJudge
 from online_dpo.training.trainer import OnlineDPOTrainer
 
 SETUP_ERRORS = (Exception,)
-"""What wrong input ends in. Libraries have kinds of their own for a file that cannot be read, a hub that cannot be
-reached, or a tracker that lacks its key: here all are told in one line."""
+"""What setting up a run may raise for wrong input. Libraries have their own exceptions for a file that cannot be read,
+a hub that cannot be reached, or a tracker without its key; all are reported in one line."""
 
 
 EXPLAINED = (ValueError, TypeError, OSError, ImportError, OnlineDPOError)
-"""Kinds whose message stands for itself."""
+"""Exceptions whose message is clear without the name of their type."""
 
 
 @no_progress_bars()
 @plain_warnings()
 def train(plan: RunPlan, words: Sequence[str], *, show_traceback: bool) -> int:
-    """Run a checked plan and return the exit code. ``words`` are the command's own, to say how to resume."""
+    """Run a checked plan and return the exit code: 0, 1, 2, 3 (nothing was trained) or 130 (Ctrl-C).
+
+    ``words`` are the words of the command, to print the command that resumes it.
+    """
     resume = plan.training.get("resume_from_checkpoint") or None
     try:
         trainer = build_trainer(plan, ProgressDisplay())
@@ -49,32 +52,32 @@ def train(plan: RunPlan, words: Sequence[str], *, show_traceback: bool) -> int:
         return report_error(error, 2, show_traceback)
     is_main = trainer.is_world_process_zero()
     if is_main:
-        say(describe_trainer(trainer), INDENT)
+        print_lines(describe_trainer(trainer), INDENT)
     try:
         trainer.train(resume_from_checkpoint=resume)
     except TrainingInterrupted as stop:
         if is_main:
-            _say_stopped(str(stop).partition(". ")[0] + ":", stop.checkpoint, words)
+            _print_how_to_resume(str(stop).partition(". ")[0] + ":", stop.checkpoint, words)
         return 130
     except NothingTrainedError as error:
         return report_error(error, 3, show_traceback)
-    except Exception as error:  # every end of a run is told in one line; --traceback shows the rest
-        # before the first step, transformers and torch look at settings, too
-        of_settings = trainer.state.global_step == 0 and not isinstance(error, OnlineDPOError)
-        code = report_error(error, 2 if of_settings else 1, show_traceback)
+    except Exception as error:  # every end of a run is reported in one line; --traceback shows the rest
+        # transformers and torch check some settings only when training starts
+        is_wrong_setting = trainer.state.global_step == 0 and not isinstance(error, OnlineDPOError)
+        code = report_error(error, 2 if is_wrong_setting else 1, show_traceback)
         if trainer.interrupt.checkpoint is not None:
-            _say_stopped("Before that:", trainer.interrupt.checkpoint, words)
+            _print_how_to_resume("Before that:", trainer.interrupt.checkpoint, words)
         return code
     trainer.save_model()
     trainer.save_state()
     trainer.create_model_card()
     if is_main:
-        say(places(str(trainer.args.output_dir)))
+        print_lines(places(str(trainer.args.output_dir)))
     return 0
 
 
 def build_trainer(plan: RunPlan, display: ProgressDisplay) -> OnlineDPOTrainer:
-    """The trainer of a plan.
+    """Build the trainer of a plan. ``display`` shows its progress.
 
     Raises:
         ValueError, TypeError, OSError, ImportError, OnlineDPOError: the run cannot be set up as asked.
@@ -122,6 +125,7 @@ def _eval_dataset(run: RunConfig) -> Any:
 
 
 def load_tokenizer(model: str, args: OnlineDPOConfig) -> Any:
+    """Load the tokenizer of a model, at the revision in ``model_init_kwargs`` if there is one."""
     options = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
     with loading(model):
         return AutoTokenizer.from_pretrained(
@@ -140,7 +144,7 @@ def _peft_config(run: RunConfig) -> Any:
         r=run.lora_r,
         lora_alpha=run.lora_alpha,
         lora_dropout=run.lora_dropout,
-        # peft knows `all-linear` only as a text, not as a list of one
+        # peft accepts `all-linear` only as a text, not as a list with one entry
         target_modules="all-linear" if modules == ["all-linear"] else modules,
         target_parameters=run.lora_target_parameters,
         modules_to_save=run.lora_modules_to_save,
@@ -150,18 +154,19 @@ def _peft_config(run: RunConfig) -> Any:
 
 
 def load_rewards(functions: Sequence[Reference | RegisteredName], reward_model: str | None) -> list[Any]:
-    """The functions and the model: all of them count."""
+    """Load the reward functions and add the path of the reward model; all of them are summed."""
     rewards: list[Any] = [load_reward(function) for function in functions]
     return rewards if reward_model is None else [*rewards, reward_model]
 
 
 def load_reward(function: Reference | RegisteredName) -> Any:
-    """The function, or the name by which the trainer finds it."""
+    """Load a reward function; a registered name is left for the trainer to find."""
     return function.text if isinstance(function, RegisteredName) else load_reference(function)
 
 
 def load_judge(judge: Reference | RegisteredName | BuiltInJudge, args: OnlineDPOConfig) -> Any:
-    """The judge, or the name by which the trainer finds it.
+    """Load a judge of this package, or the user's own; a class is instantiated without arguments. A registered name is
+    left for the trainer to find.
 
     Raises:
         ValueError, TypeError, OSError, ImportError: it cannot be loaded.
@@ -177,6 +182,7 @@ def load_judge(judge: Reference | RegisteredName | BuiltInJudge, args: OnlineDPO
 
 
 def report_error(error: BaseException, code: int, show_traceback: bool) -> int:
+    """Print an error in one line, or its traceback, and return the exit code."""
     if isinstance(error, UsageError):
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
@@ -188,16 +194,16 @@ def report_error(error: BaseException, code: int, show_traceback: bool) -> int:
     return code
 
 
-def _say_stopped(what: str, checkpoint: str | None, words: Sequence[str]) -> None:
+def _print_how_to_resume(beginning: str, checkpoint: str | None, words: Sequence[str]) -> None:
     if checkpoint is None:
-        print(f"{what} No checkpoint was saved.", file=sys.stderr)
+        print(f"{beginning} No checkpoint was saved.", file=sys.stderr)
         return
     command = shlex.join(["online-dpo", "train", *resume_words(words, checkpoint)])
-    print(f"{what} checkpoint saved in {checkpoint}. Resume with: {command}", file=sys.stderr)
+    print(f"{beginning} checkpoint saved in {checkpoint}. Resume with: {command}", file=sys.stderr)
 
 
 def resume_words(words: Sequence[str], checkpoint: str) -> list[str]:
-    """The words of a command, resuming from a checkpoint instead of from wherever they said before."""
+    """The words of a command that resumes from a checkpoint; an earlier ``resume_from_checkpoint`` is removed."""
     kept, skipping = [], False
     for word in words:
         if word.startswith("--"):

@@ -1,13 +1,15 @@
-"""What settings of other trainers are called here, or what to do where there is no such setting.
+"""Names of settings in other trainers, and the names of the same settings here.
 
 Names come from TRL (Online DPO, GRPO, RLOO, DPO, SFT, ``ModelConfig``, ``ScriptArguments``), OpenRLHF, verl, axolotl
-and LLaMA-Factory, and from what people type. Nothing heavy may be imported here.
+and LLaMA-Factory, and from what people type. Heavy packages must not be imported here.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Mapping
+
+from online_dpo.config.absent_settings import NOT_HERE
 
 CALLED_HERE = {
     # models
@@ -239,131 +241,7 @@ CALLED_HERE = {
     "max_tokens_per_batch": "max_tokens_per_pass",
     "ppo_max_token_len_per_gpu": "max_tokens_per_pass",
 }
-"""Names that settings have elsewhere, and what the same setting, or the one that does its work, is called here."""
-
-_PAIRS_NOT_ADVANTAGES = (
-    "Online DPO learns from pairs, not from advantages: there is nothing to clip or to weigh. Leave it out"
-)
-_ONE_PASS = "Each completion is trained on once, so there is nothing to correct. Leave it out"
-_LABELS = "Tokens are not labels here: completions are sampled. Leave it out"
-_TABLE = "To see answers, read `trainer.completions` in a callback, or run `online-dpo eval --output answers.jsonl`"
-_TEMPLATE = "The tokenizer's own chat template is used; its arguments are `chat_template_kwargs`"
-_NOT_NEEDED = "Nothing has to be set for it. Leave it out"
-_ENTROPY = "The loss has no entropy term. To keep the policy close to the reference, raise `beta`"
-
-NOT_HERE = {
-    "config": "The run file is the first word behind the command, or `--config FILE`",
-    "config_file": "The run file is the first word behind the command, or `--config FILE`",
-    "env": "Set environment variables in front of the command: NAME=value online-dpo ...",
-    "algorithm": "`method` says it: online_dpo, xpo or nash_md",
-    "rlhf": "`method` says it: online_dpo, xpo or nash_md",
-    "stage": "`method` says it: online_dpo, xpo or nash_md",
-    "advantage_estimator": _PAIRS_NOT_ADVANTAGES,
-    "log_completions": _TABLE,
-    "num_completions_to_print": _TABLE,
-    "log_unique_prompts": _TABLE,
-    "log_multimodal": _TABLE,
-    "log_completions_hub_repo": _TABLE,
-    "num_generations_eval": "Evaluations sample `num_completions` too; `online-dpo eval --samples N` samples others",
-    "shuffle_dataset": "Prompts are shuffled; `train_sampling_strategy: sequential` keeps their order",
-    "shuffle": "Prompts are shuffled; `train_sampling_strategy: sequential` keeps their order",
-    "steps_per_generation": "A step samples for all its micro-batches at once. Leave it out",
-    "num_iterations": _ONE_PASS,
-    "ppo_epochs": _ONE_PASS,
-    "num_ppo_epochs": _ONE_PASS,
-    "num_mini_batches": _ONE_PASS,
-    "epsilon": _PAIRS_NOT_ADVANTAGES,
-    "epsilon_high": _PAIRS_NOT_ADVANTAGES,
-    "delta": _PAIRS_NOT_ADVANTAGES,
-    "cliprange": _PAIRS_NOT_ADVANTAGES,
-    "clip_ratio": _PAIRS_NOT_ADVANTAGES,
-    "eps_clip": _PAIRS_NOT_ADVANTAGES,
-    "vf_coef": "There is no value model. Leave it out",
-    "critic_model": "There is no value model. Leave it out",
-    "critic_learning_rate": "There is no value model. Leave it out",
-    "critic_pretrain": "There is no value model. Leave it out",
-    "gae_lambda": "There is no value model. Leave it out",
-    "lam": "There is no value model. Leave it out",
-    "sapo_temperature_neg": _PAIRS_NOT_ADVANTAGES,
-    "sapo_temperature_pos": _PAIRS_NOT_ADVANTAGES,
-    "vespo_k_pos": _PAIRS_NOT_ADVANTAGES,
-    "vespo_lambda_pos": _PAIRS_NOT_ADVANTAGES,
-    "vespo_k_neg": _PAIRS_NOT_ADVANTAGES,
-    "vespo_lambda_neg": _PAIRS_NOT_ADVANTAGES,
-    "importance_sampling_level": _ONE_PASS,
-    "reward_clip_range": "Pairs compare scores, however large. Clip in the reward function itself, or use "
-    "`reward_normalization`",
-    "reward_scale": "Pairs compare scores, whatever their scale. To weigh several rewards, use `reward_weights`",
-    "mask_truncated_completions": "To count an answer that did not end as worse, use `missing_eos_penalty`",
-    "top_entropy_quantile": _ENTROPY,
-    "entropy_coef": _ENTROPY,
-    "use_adaptive_entropy": _ENTROPY,
-    "entropy_coef_min": _ENTROPY,
-    "entropy_coef_max": _ENTROPY,
-    "entropy_coef_delta": _ENTROPY,
-    "entropy_target": _ENTROPY,
-    "max_tool_calling_iterations": "There are no tools and turns: a completion is one answer. Leave it out",
-    "environment_factory": "There are no tools and turns: a completion is one answer. Leave it out",
-    "rollout_func": "Completions are sampled by the trainer (`use_vllm` and the sampling fields). Leave it out",
-    "tools": "There are no tools and turns: a completion is one answer. Leave it out",
-    "vllm_importance_sampling_correction": _ONE_PASS,
-    "vllm_importance_sampling_mode": _ONE_PASS,
-    "vllm_importance_sampling_clip_max": _ONE_PASS,
-    "vllm_importance_sampling_clip_min": _ONE_PASS,
-    "vllm_importance_sampling_cap": _ONE_PASS,
-    "off_policy_mask_threshold": "What may be how far off-policy says `max_staleness`",
-    "use_bias_correction_kl": "The KL is part of the loss by `beta`. Leave it out",
-    "kl_estimator": "The KL is part of the loss by `beta`. Leave it out",
-    "use_kl_loss": "The KL is part of the loss by `beta`. Leave it out",
-    "vllm_max_model_length": "vLLM is started for `max_length`",
-    "vllm_sync_steps": "vLLM gets the weights before each step. Leave it out",
-    "use_transformers_continuous_batching": "Rows that have ended leave the batch anyway; `use_vllm` is faster",
-    "transformers_continuous_batching_config": "Rows that have ended leave the batch anyway; `use_vllm` is faster",
-    "use_transformers_paged": "Rows that have ended leave the batch anyway; `use_vllm` is faster",
-    "cast_lm_head_to_fp32": "Log-probabilities are computed in float32 already. Leave it out",
-    "router_aux_loss_coef": "It stands in the model's own config: `model_init_kwargs: {router_aux_loss_coef: ...}`",
-    "pad_to_multiple_of": _NOT_NEEDED,
-    "pad_token": _NOT_NEEDED,
-    "padding_side": _NOT_NEEDED,
-    "eos_token": "Set it in the tokenizer's folder; further end tokens: `generation_kwargs: {eos_token_id: [...]}`",
-    "special_tokens": "Set them in the tokenizer's folder",
-    "tokenizer": "It is loaded from the policy's folder (in Python: `processing_class`)",
-    "tokenizer_name_or_path": "It is loaded from the policy's folder (in Python: `processing_class`)",
-    "truncation_mode": "Prompts are cut on the left; `truncate_prompts: false` refuses long ones instead",
-    "activation_offloading": "Use `gradient_checkpointing`, or lower `max_tokens_per_pass`",
-    "precompute_ref_log_probs": "Completions are new in every step, so nothing can be computed before. Leave it out",
-    "precompute_ref_batch_size": "Completions are new in every step, so nothing can be computed before. Leave it out",
-    "ld_alpha": "Lengths are held by `length_penalty` and `max_length_ratio`",
-    "f_divergence_type": "The reverse KL is the only divergence here. Leave it out",
-    "f_alpha_divergence_coef": "The reverse KL is the only divergence here. Leave it out",
-    "discopop_tau": "DiscoPOP is none of the losses (`loss_type`). Leave it out",
-    "desirable_weight": "KTO is none of the losses (`loss_type`). Leave it out",
-    "undesirable_weight": "KTO is none of the losses (`loss_type`). Leave it out",
-    "center_rewards_coefficient": "Reward models are not trained here. Leave it out",
-    "dataset_kwargs": _LABELS,
-    "packing_strategy": "Prompts are shared among their completions already (`share_prompts`). Leave it out",
-    "eval_packing": "Prompts are shared among their completions already (`share_prompts`). Leave it out",
-    "completion_only_loss": _LABELS,
-    "assistant_only_loss": _LABELS,
-    "train_on_inputs": _LABELS,
-    "chat_template_path": _TEMPLATE,
-    "chat_template": _TEMPLATE,
-    "apply_chat_template": "Prompts that are messages get it, prompts that are text do not",
-    "lora_task_type": "It is always CAUSAL_LM. Leave it out",
-    "peft_config": "In a run file: `use_peft: true` and the fields `lora_*`",
-    "quantization_config": "In a run file: `load_in_4bit` or `load_in_8bit`; in Python a key of `model_init_kwargs`",
-    "device_map": "Each process has one device. Start several with torchrun",
-    "num_gpus": "Start one process for each GPU: torchrun --nproc_per_node N -m online_dpo train ...",
-    "n_gpus_per_node": "Start one process for each GPU: torchrun --nproc_per_node N -m online_dpo train ...",
-    "num_processes": "Start one process for each GPU: torchrun --nproc_per_node N -m online_dpo train ...",
-    "zero_stage": "`deepspeed` is not in this version. Start several processes with torchrun",
-    "ignore_bias_buffers": _NOT_NEEDED,
-    "test_split_size": "Name a split or a file of its own: `dataset_test_split` or `eval_dataset_name`",
-    "val_set_size": "Name a split or a file of its own: `dataset_test_split` or `eval_dataset_name`",
-    "val_size": "Name a split or a file of its own: `dataset_test_split` or `eval_dataset_name`",
-}
-"""Names of settings that do not exist here, and what to do."""
-
+"""Names of settings in other trainers, and the field here that is the same setting or serves the same purpose."""
 
 IN_PYTHON = {
     **CALLED_HERE,
@@ -376,7 +254,7 @@ IN_PYTHON = {
     "load_in_8bit": "model_init_kwargs",
     "quantization_config": "model_init_kwargs",
 }
-"""The same for the fields of `OnlineDPOConfig`, which are fewer than those of a run file."""
+"""The same for the fields of `OnlineDPOConfig`. It has fewer fields than a run file."""
 
 ARGUMENTS = {
     "tokenizer": "processing_class",
@@ -407,11 +285,11 @@ ARGUMENTS = {
     "collator": "data_collator",
     "callback": "callbacks",
 }
-"""What arguments of other trainers' constructors are called in ours."""
+"""Names of arguments of other trainers' constructors, and the names of the same arguments here."""
 
 
 def hint_for(name: str, known: Collection[str], called_here: Mapping[str, str] = CALLED_HERE) -> str:
-    """What to write in place of a name that is not ``known``, as a sentence with a blank before it; "" if nobody knows.
+    """Suggest what to write instead of an unknown name: a sentence with a leading space, or "" without a suggestion.
 
     >>> hint_for("num_generations", ["num_completions"])
     ' Here it is `num_completions`.'
@@ -419,9 +297,9 @@ def hint_for(name: str, known: Collection[str], called_here: Mapping[str, str] =
     name = name.rpartition(".")[2].replace("-", "_")  # `actor_rollout_ref.rollout.n`
     if name.startswith("no_") and name[3:] in known:
         return f" Write `{name[3:]}: false`, or --{name[3:]} false."
-    here = called_here.get(name)
-    if here is not None and here in known:
-        return f" Here it is `{here}`."
+    own_name = called_here.get(name)
+    if own_name is not None and own_name in known:
+        return f" Here it is `{own_name}`."
     if name in NOT_HERE:
         return f" {NOT_HERE[name]}."
     close = difflib.get_close_matches(name, list(known), n=1)

@@ -1,1 +1,1 @@
-"""Prompts: from a file or a hub dataset to rows that are checked, converted and tokenised once."""
+"""Prompts: loaded from a file or the hub, checked, converted and tokenised once."""

@@ -1,4 +1,4 @@
-"""Rows of a prepared dataset to a batch, and the batch to prompts."""
+"""Collation: rows of a prepared dataset to a batch, and a batch to prompts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from online_dpo.types import Prompt
 
 
 def collate_prompts(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """A list of rows as a dict of lists, one for each column; a row without a column gets ``None`` there.
+    """Collate rows into a dict with one list for each column. A row without a column has ``None`` there.
 
     >>> collate_prompts([{"prompt": "a", "label": 1}, {"prompt": "b"}])
     {'prompt': ['a', 'b'], 'label': [1, None]}
@@ -25,23 +25,29 @@ def collate_prompts(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
 
 @dataclass(frozen=True)
 class UsersCollator:
-    """A data collator of the user's, whose errors name it and the rows."""
+    """Wraps a user's data collator, so that its errors name it and the rows."""
 
     collate: Callable[[list[dict[str, Any]]], dict[str, list[Any]]]
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-        places = ", ".join(str(row.get("prompt_row")) for row in rows)
-        with foreign(f"Data collator `{callable_name(self.collate)}`", f"(rows {places})", raises=ForeignCodeError):
+        """Collate rows into a batch.
+
+        Raises:
+            ForeignCodeError: the user's collator raised an error.
+        """
+        numbers = ", ".join(str(row.get("prompt_row")) for row in rows)
+        with foreign(f"Data collator `{callable_name(self.collate)}`", f"(rows {numbers})", raises=ForeignCodeError):
             return self.collate(rows)
 
 
 def prompts_from_batch(batch: dict[str, list[Any]]) -> list[Prompt]:
-    """The prompts of a batch of prepared rows, in order. ``columns`` are those that ``prepare_prompts`` did not add.
+    """Convert a batch of prepared rows to prompts, in order.
 
-    Keys of messages that are ``None`` (filled in by the dataset) are left out.
+    ``columns`` of a prompt are those that ``prepare_prompts`` did not add. Keys of messages whose value is ``None``,
+    which datasets fill in, are removed.
 
     Raises:
-        ValueError: a collator dropped a column that is needed here, or made something else than lists of one length.
+        ValueError: a collator dropped a column that is needed here, or the columns are not lists of equal length.
     """
     missing = [column for column in PREPARED_COLUMNS if column not in batch]
     if missing:
@@ -52,11 +58,11 @@ def prompts_from_batch(batch: dict[str, list[Any]]) -> list[Prompt]:
     wrong = {column: type(values).__name__ for column, values in batch.items() if not isinstance(values, (list, tuple))}
     if wrong:
         raise ValueError(
-            f"A data_collator has to return a list for each column, one entry a row; these are none: {wrong}."
+            f"A data_collator has to return a list for each column, with one entry a row; these are no lists: {wrong}."
         )
     lengths = {column: len(values) for column, values in batch.items()}
     if len(set(lengths.values())) > 1:
-        raise ValueError(f"A data_collator has to return lists of one length; it returned {lengths}.")
+        raise ValueError(f"A data_collator has to return lists of the same length; it returned {lengths}.")
     others = [column for column in batch if column not in PREPARED_COLUMNS]
     return [
         Prompt(

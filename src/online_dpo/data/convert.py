@@ -1,9 +1,9 @@
-"""From a dataset row to the prompt's content: text, or a list of messages.
+"""Conversion of a dataset row to the content of a prompt: text, or a list of messages.
 
-Where the prompt stands (:func:`find_source`) is decided once for a dataset; :meth:`PromptSource.read` then reads every
-row the same way. The column's name decides the conversion: ``messages`` loses its trailing assistant turns; ``chosen``
+:func:`find_source` decides once for a dataset where the prompt is; :meth:`PromptSource.read` then reads every row in
+the same way. The name of the column decides the conversion: ``messages`` loses its trailing assistant turns; ``chosen``
 and ``rejected`` hold a whole conversation (a transcript or a list of messages) and lose their last answer; every other
-column is taken as it is.
+column is used unchanged.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 class UnusablePrompt(Exception):
-    """Why one row is no prompt. Stays inside the data stage: the row function turns it into an error or a count."""
+    """A row is not a usable prompt; the message is the reason. The row function turns it into an error or a count."""
 
 
 @dataclass(frozen=True)
 class PromptSource:
-    """Where the prompt of a row stands: a column, or a template over columns.
+    """Where the prompt of a row comes from: a column, or a template over columns.
 
-    ``transcript_as_text`` keeps an HH transcript as text instead of making messages of it.
+    ``transcript_as_text`` keeps an HH transcript as text instead of converting it to messages.
 
     >>> PromptSource(column="question").read({"question": "1 + 1?"})
     '1 + 1?'
@@ -45,11 +45,11 @@ class PromptSource:
 
     @property
     def holds_transcripts(self) -> bool:
-        """Whether text in this source is read as an HH transcript."""
+        """Whether text from this source is read as an HH transcript."""
         return self.column in CONVERSATION_COLUMNS
 
     def read(self, row: Mapping[str, Any]) -> str | list[Message]:
-        """The prompt of a row, checked.
+        """Read and check the prompt of a row.
 
         Raises:
             UnusablePrompt: the row has no prompt that a model could answer.
@@ -74,16 +74,17 @@ class PromptSource:
         try:
             messages = transcript_to_messages(transcript)
         except ValueError as error:
-            raise UnusablePrompt(f"{error}; if the prompt stands elsewhere, set `prompt_column`") from None
+            raise UnusablePrompt(f"{error}; if the prompt is in another column, set `prompt_column`") from None
         _ready_to_answer(messages)
         return transcript_to_text(transcript) if self.transcript_as_text else messages
 
 
 def find_source(columns: Collection[str], prompt_column: str | None, prompt_template: str | None) -> PromptSource:
-    """Choose the prompt of a dataset: the template, the named column, else ``prompt``, ``messages`` or ``chosen``.
+    """Choose where a dataset's prompts are: the template, the named column, else ``prompt``, ``messages`` or
+    ``chosen``.
 
     Raises:
-        ValueError: a named column does not exist, the template is malformed, or no column is known to hold prompts.
+        ValueError: a named column does not exist, the template is malformed, or no column has one of these names.
     """
     existing = ", ".join(columns)
     if prompt_template is not None:
@@ -105,7 +106,7 @@ def find_source(columns: Collection[str], prompt_column: str | None, prompt_temp
 
 
 def template_columns(template: str) -> list[str]:
-    """The columns that a ``str.format`` template uses, in order: ``"{a}: {b[0]}"`` uses ``["a", "b"]``.
+    """List the columns that a ``str.format`` template uses, in order: ``"{a}: {b[0]}"`` uses ``["a", "b"]``.
 
     Raises:
         ValueError: the braces do not match, a field has no name, or there is no field at all.
@@ -114,7 +115,7 @@ def template_columns(template: str) -> list[str]:
         fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
     except ValueError as error:
         raise ValueError(
-            f"`prompt_template` {template!r} is malformed ({error}). Write a brace of the text twice."
+            f"`prompt_template` {template!r} is malformed ({error}). To write a brace as text, double it."
         ) from None
     names = [re.split(r"[.\[]", field)[0] for field in fields]
     if not names or any(not name or name.isdigit() for name in names):
@@ -123,12 +124,12 @@ def template_columns(template: str) -> list[str]:
 
 
 def transcript_to_messages(transcript: str) -> list[Message]:
-    r"""The prompt in an HH-RLHF transcript, as messages: everything before the assistant's last answer.
+    r"""Convert the prompt in an HH-RLHF transcript to messages: everything before the assistant's last answer.
 
-    A turn begins with ``"\n\nHuman:"`` or ``"\n\nAssistant:"`` (a lone ``Human:`` inside a line does not count) and
-    becomes a ``user`` or ``assistant`` message, stripped of white space at its ends. Neighbouring turns of one speaker
-    become one message, joined by an empty line, so roles alternate. A transcript that ends with the human keeps that
-    turn. The format is that of the dataset ``Anthropic/hh-rlhf`` (arXiv 2204.05862).
+    A turn begins with ``"\n\nHuman:"`` or ``"\n\nAssistant:"`` (``Human:`` inside a line does not count) and becomes a
+    ``user`` or ``assistant`` message without white space at its ends. Consecutive turns of one speaker are joined by an
+    empty line, so that roles alternate. A transcript that ends with a human turn keeps that turn. The format is that of
+    the dataset ``Anthropic/hh-rlhf`` (arXiv 2204.05862).
 
     >>> transcript_to_messages("\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Bye\n\nAssistant: Bye.")[-1]
     {'role': 'user', 'content': 'Bye'}
@@ -140,7 +141,7 @@ def transcript_to_messages(transcript: str) -> list[Message]:
 
 
 def transcript_to_text(transcript: str) -> str:
-    r"""The prompt in an HH-RLHF transcript, as text in its own format: it ends with ``"\n\nAssistant:"``.
+    r"""Convert the prompt in an HH-RLHF transcript to text in the same format, which ends with ``"\n\nAssistant:"``.
 
     >>> transcript_to_text("\n\nHuman: Hi\n\nAssistant: Hello!")
     '\n\nHuman: Hi\n\nAssistant:'
@@ -154,10 +155,10 @@ def transcript_to_text(transcript: str) -> str:
 
 
 def without_nulls(value: Any) -> Any:
-    """A copy without the keys whose value is ``None``, at every depth.
+    """Copy a value without dict keys whose value is ``None``, at every depth.
 
-    Datasets give all dicts of a column the same keys and fill the missing ones with ``None``; chat templates take a key
-    that is there for one that was meant.
+    Datasets give all dicts of a column the same keys and fill missing ones with ``None``, but chat templates treat a
+    key that exists as given.
 
     >>> without_nulls([{"role": "user", "content": "Hi", "tool_calls": None}])
     [{'role': 'user', 'content': 'Hi'}]
@@ -174,7 +175,8 @@ def _normalised(transcript: str) -> str:
 
 
 def _prompt_turns(text: str) -> list[tuple[str, str, int]]:
-    """(role, content, end in the text) of every turn but a last one of the assistant; neighbours of one role joined."""
+    """(role, content, end in the text) of every turn except a last assistant turn; consecutive turns of one role are
+    joined."""
     marks = list(_TURN.finditer(text))
     if not marks or marks[0].start() != 0:
         raise ValueError(r"the text is no transcript: it does not begin with '\n\nHuman:'")
@@ -189,6 +191,7 @@ def _prompt_turns(text: str) -> list[tuple[str, str, int]]:
 
 
 def _fill(template: str, row: Mapping[str, Any]) -> str:
+    """Fill a template with the columns of a row."""
     for name in template_columns(template):
         if row.get(name) is None:
             raise UnusablePrompt(f"column `{name}` of the template is missing (null)")
@@ -221,6 +224,7 @@ def _checked_messages(values: list[Any]) -> list[Message]:
 
 
 def _without_answer(messages: list[Message]) -> list[Message]:
+    """The messages without the assistant's turns at the end."""
     end = len(messages)
     while end and messages[end - 1]["role"] == "assistant":
         end -= 1
@@ -228,6 +232,7 @@ def _without_answer(messages: list[Message]) -> list[Message]:
 
 
 def _ready_to_answer(messages: list[Message]) -> list[Message]:
+    """The messages, after a check that the last one has content."""
     if not messages:
         raise UnusablePrompt("no message is left before the assistant's answer")
     content = messages[-1].get("content", "")
@@ -238,7 +243,7 @@ def _ready_to_answer(messages: list[Message]) -> list[Message]:
 
 
 def _part_text(part: Any) -> str:
-    """The text of one part of a message; for a part that is no text, its type, so that it counts as content."""
+    """The text of one part of a message; for a part that is not text, its type, so that it counts as content."""
     if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
         raise UnusablePrompt("a part of a message is no dict with a `type`")
     return str(part.get("text", "")) if part["type"] == "text" else part["type"]

@@ -1,4 +1,4 @@
-"""Prompts that were too long and were cut: said of a dataset when it is prepared, of a stream when it is read."""
+"""Warnings about truncated prompts: for a dataset when it is prepared, for a stream while it is read."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from online_dpo.config.trainer_config import OnlineDPOConfig
 logger = logging.getLogger(__name__)
 
 CUT = "prompts/cut"
-"""Metric: prompts since the last log that had been cut."""
+"""Metric: the number of truncated prompts since the last log."""
 
 
 def cut_message(name: str, cut: int, total: int, args: OnlineDPOConfig) -> str:
-    """That prompts were cut, to how many tokens, and what to set so that they are not."""
+    """The warning that prompts are truncated: how many, to how many tokens, and which option avoids it."""
     if args.max_prompt_length is not None and args.prompt_limit == args.max_prompt_length:
         rule, remedy = "`max_prompt_length`", "Raise it"
     else:
@@ -30,11 +30,11 @@ def cut_message(name: str, cut: int, total: int, args: OnlineDPOConfig) -> str:
 
 
 class CutPromptsCallback(TrainerCallback):
-    """Says once, of a stream, that some of its prompts are cut."""
+    """Warns once that a stream has truncated prompts."""
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._said = False
+        self._has_warned = False
 
     def on_log(
         self,
@@ -44,8 +44,9 @@ class CutPromptsCallback(TrainerCallback):
         logs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        """Warn at the first log that counts truncated prompts."""
         cut = int((logs or {}).get(CUT, 0))
-        if cut and not self._said and state.is_world_process_zero:
+        if cut and not self._has_warned and state.is_world_process_zero:
             assert logs is not None and isinstance(args, OnlineDPOConfig)
             logger.warning(cut_message(f"{self._name}, since the last log", cut, int(logs["prompts"]), args))
-            self._said = True
+            self._has_warned = True

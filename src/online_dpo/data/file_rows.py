@@ -1,8 +1,8 @@
-"""Rows of local JSON and CSV files, with values as they stand there.
+"""Reads rows of local JSON and CSV files without changing their values.
 
-Readers of tables give each column one type that they guess: dates become times, 18 beside 2.5 becomes 18.0, ``007``
-becomes 7, ``NA`` becomes nothing, and dicts get each other's keys. Here a value of a JSON file is what Python's `json`
-makes of it, and a value of a CSV file is its text, unless a type is asked for.
+Table readers guess one type for each column: dates become timestamps, 18 next to 2.5 becomes 18.0, ``007`` becomes 7,
+``NA`` becomes a missing value, and dicts get each other's keys. Here a value in a JSON file is what Python's `json`
+reads, and a value in a CSV file is its text unless a type is given.
 """
 
 from __future__ import annotations
@@ -19,31 +19,32 @@ import pyarrow as pa
 from datasets import Value
 
 CSV_SUFFIXES = {".csv": ",", ".csv.gz": ",", ".tsv": "\t", ".tsv.gz": "\t"}
-"""What ends the name of a CSV file, and what stands between its values."""
+"""File name endings of CSV files, and their separators."""
 
-_CSV_ROWS_AT_ONCE = 1000
+_CSV_CHUNK_ROWS = 1000
 
 
 class Malformed(Exception):
-    """Where and how a file is malformed."""
+    """A file is malformed; the message says where and how."""
 
 
 def suffix_of(path: Path) -> str:
-    """``.jsonl.gz`` for ``a.b.jsonl.gz``, ``.csv`` for ``a.b.csv``; in lower case."""
+    """The ending that tells a file's format, in lower case: ``.jsonl.gz`` for ``a.b.jsonl.gz``, ``.csv`` for
+    ``a.b.csv``."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     return "".join(suffixes[-2:]) if suffixes[-1:] == [".gz"] else "".join(suffixes[-1:])
 
 
 def file_rows(files: list[Path], types: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    """Rows of JSON files (one object a line, or one array of objects) and of CSV files.
+    """Read the rows of JSON files (one object a line, or one array of objects) and of CSV files.
 
     Args:
-        files: read one after the other.
-        types: of columns of CSV files that are no text: Arrow's names, such as ``int64``, ``float64``, ``bool``. An
-            empty field of such a column is ``None``.
+        files: files to read, one after the other.
+        types: types of CSV columns that are not text, as Arrow names: ``int64``, ``float64``, ``bool`` ... An empty
+            field of such a column is ``None``.
 
     Raises:
-        ValueError: a file is malformed, or a value is not of its type. Names the file and the line.
+        ValueError: a file is malformed, or a value does not have its type. The message names the file and the line.
     """
     for file in files:
         try:
@@ -53,17 +54,18 @@ def file_rows(files: list[Path], types: Mapping[str, str]) -> Iterator[dict[str,
 
 
 def check_types(types: Mapping[str, str]) -> None:
-    """
+    """Check that the types of columns are names of Arrow types.
+
     Raises:
-        ValueError: a type has no such name.
+        ValueError: a name is unknown.
     """
     for column, name in types.items():
         try:
             Value(name)
         except ValueError as error:
             raise ValueError(
-                f"Column `{column}` has the type {name!r}, which there is not ({error}). Common ones: int64, float64, "
-                "bool, string, date32, timestamp[s]."
+                f"Column `{column}` has the type {name!r}, which does not exist ({error}). Common types: int64, "
+                "float64, bool, string, date32, timestamp[s]."
             ) from None
 
 
@@ -101,8 +103,12 @@ def _objects(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
 
 
 def _csv_rows(file: Path, types: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    """The header is read as a row, since pandas would rename equal names in it and take surplus values for an index."""
-    # `utf-8-sig` also where there is no byte order mark; with it, pandas would keep the mark in a quoted first name.
+    """Read the rows of a CSV file, with its header as an ordinary row.
+
+    As a header, pandas would rename equal names and treat additional values as an index.
+    """
+    # `utf-8-sig` also reads files without a byte order mark. With `utf-8`, pandas would keep the mark as part of a
+    # quoted first name.
     chunks = pd.read_csv(
         file,
         sep=CSV_SUFFIXES[suffix_of(file)],
@@ -110,7 +116,7 @@ def _csv_rows(file: Path, types: Mapping[str, str]) -> Iterator[dict[str, Any]]:
         dtype=str,
         na_filter=False,
         encoding="utf-8-sig",
-        chunksize=_CSV_ROWS_AT_ONCE,
+        chunksize=_CSV_CHUNK_ROWS,
     )
     header: list[str] | None = None
     number = 0
@@ -133,12 +139,13 @@ def _csv_rows(file: Path, types: Mapping[str, str]) -> Iterator[dict[str, Any]]:
 
 
 def _checked_header(names: list[str]) -> list[str]:
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise Malformed(f"its header has {', '.join(map(repr, twice))} more than once; rename the columns")
+    duplicates = sorted({name for name in names if names.count(name) > 1})
+    if duplicates:
+        raise Malformed(f"its header has {', '.join(map(repr, duplicates))} more than once; rename the columns")
     return names
 
 
 def _reader(type_name: str) -> Callable[[str], Any]:
+    """A function from the text of a field to its value; an empty text gives ``None``."""
     dtype = Value(type_name).pa_type
     return lambda text: None if text == "" else pa.scalar(text).cast(dtype).as_py()

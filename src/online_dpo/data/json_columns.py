@@ -1,7 +1,8 @@
-"""Columns that a table would change are kept as JSON text in it, and read back where a row is looked at.
+"""Dataset columns that are stored as JSON text, because an Arrow table would change their values.
 
-A column of one plain type is stored as that. Mixed types, numbers beyond 64 bits, lists and dicts would be converted:
-Arrow gives all values of a column, and all dicts at one place, the same type and keys.
+A column of one plain type is stored in that type. Mixed types, integers beyond 64 bits, lists and dicts would be
+converted: Arrow gives all values of a column the same type, and all its dicts the same keys. They are parsed again when
+a row is read.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from typing import Any
 from datasets import Dataset, Features, IterableDataset, Value
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_NOTHING, _JSON, _OTHER = "null", "json", "other"
+_NULL, _JSON, _OTHER = "null", "json", "other"
 
 
 @dataclass(frozen=True)
 class FromJson:
-    """A transform of a `datasets.Dataset`: values of the columns ``names`` out of their JSON text.
+    """A transform of a `datasets.Dataset` that parses the JSON text of the columns ``names``.
 
     >>> FromJson(("label",))({"label": ["18", "2.5", None], "prompt": ["a", "b", "c"]})
     {'label': [18, 2.5, None], 'prompt': ['a', 'b', 'c']}
@@ -29,41 +30,45 @@ class FromJson:
     names: tuple[str, ...]
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        read = {name: [text if text is None else json.loads(text) for text in batch[name]] for name in self._in(batch)}
-        return {**batch, **read}
-
-    def _in(self, batch: Mapping[str, Any]) -> list[str]:
-        return [name for name in self.names if name in batch]
+        """Parse the columns of a batch that are stored as JSON text."""
+        parsed = {
+            name: [text if text is None else json.loads(text) for text in batch[name]]
+            for name in self.names
+            if name in batch
+        }
+        return {**batch, **parsed}
 
 
 def column_types(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """How to store each column: as ``string``, ``bool``, ``int64`` or ``float64`` where all values are of that type (or
-    ``None``); as ``json`` where they can be that; else ``other``.
+    """Decide how to store each column.
+
+    As ``string``, ``bool``, ``int64`` or ``float64`` if all values have that type (or are ``None``), as ``json`` if all
+    can be written as JSON, else ``other``.
 
     >>> column_types([{"a": 1, "b": 18, "c": None}, {"a": 2, "b": 2.5}])
     {'a': 'int64', 'b': 'json', 'c': 'string'}
     """
-    found: dict[str, set[str]] = {}
+    kinds_of: dict[str, set[str]] = {}
     for row in rows:
         for name, value in row.items():
-            found.setdefault(name, set()).add(_kind(value))
-    return {name: _joined(kinds - {_NOTHING}) for name, kinds in found.items()}
+            kinds_of.setdefault(name, set()).add(_kind(value))
+    return {name: _common_kind(kinds - {_NULL}) for name, kinds in kinds_of.items()}
 
 
 def stored_features(types: Mapping[str, str]) -> Features:
-    """The features of a table of such columns, without ``other`` ones."""
+    """The features of a table with columns of these types; there must be no ``other`` column."""
     return Features({name: Value("string" if kind == _JSON else kind) for name, kind in types.items()})
 
 
 def stored_row(row: Mapping[str, Any], types: Mapping[str, str]) -> dict[str, Any]:
-    """A row as it is stored; columns that it lacks are ``None``."""
+    """Convert a row to the form in which it is stored; missing columns become ``None``."""
     return {name: _stored(row.get(name), kind) for name, kind in types.items()}
 
 
 def dataset_from_rows(rows: list[dict[str, Any]]) -> Dataset:
-    """A dataset whose rows read back as they are given, but that a missing column is ``None``.
+    """Build a dataset whose rows read back unchanged, except that a missing column is ``None``.
 
-    Columns with objects that JSON does not have, such as dates, are left to `datasets`.
+    Columns with values that cannot be written as JSON, such as dates, are converted by `datasets`.
     """
     types = column_types(rows)
     columns = {name: [_stored(row.get(name), kind) for row in rows] for name, kind in types.items()}
@@ -71,13 +76,13 @@ def dataset_from_rows(rows: list[dict[str, Any]]) -> Dataset:
 
 
 def reading_json(dataset: Dataset, names: Iterable[str]) -> Dataset:
-    """The dataset, which from now on gives these of its columns out of their JSON text."""
+    """Return the dataset with a transform that parses these columns from JSON text."""
     names = tuple(names)
     return dataset.with_transform(FromJson(names)) if names else dataset.with_format(None)
 
 
 def json_columns_of(dataset: Dataset | IterableDataset) -> tuple[str, ...]:
-    """The columns that are kept as JSON text."""
+    """The columns of a dataset that are stored as JSON text."""
     if isinstance(dataset, IterableDataset):
         return ()
     transform = dataset.format["format_kwargs"].get("transform")
@@ -85,11 +90,11 @@ def json_columns_of(dataset: Dataset | IterableDataset) -> tuple[str, ...]:
 
 
 def json_names(types: Mapping[str, str]) -> tuple[str, ...]:
-    """The columns of these types that are kept as JSON text."""
+    """The columns that are stored as JSON text, given the types of all columns."""
     return tuple(name for name, kind in types.items() if kind == _JSON)
 
 
-def _joined(kinds: set[str]) -> str:
+def _common_kind(kinds: set[str]) -> str:
     if not kinds:
         return "string"
     if _OTHER in kinds:
@@ -102,9 +107,10 @@ def _stored(value: Any, kind: str) -> Any:
 
 
 def _kind(value: Any) -> str:
-    """By the type itself: a subclass, such as a number of numpy, would not read back as what it is."""
+    """How one value could be stored. Subclasses, such as numpy's numbers, do not count as the plain type: they would
+    not read back unchanged."""
     if value is None:
-        return _NOTHING
+        return _NULL
     if type(value) is str:
         return _JSON if _SURROGATE.search(value) else "string"
     if type(value) is bool:

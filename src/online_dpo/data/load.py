@@ -1,7 +1,7 @@
-"""Read prompts from local files, a folder, a saved dataset or the hub.
+"""Loads prompts from local files, a folder, a saved dataset or the hub.
 
-Rows of JSON and CSV files are read by `file_rows`, the same way whether they are streamed or not; all else is read by
-`datasets`, which knows the types of Parquet files and saved datasets. This file finds the files and turns failures into
+`file_rows` reads JSON and CSV files, in the same way for streams and for stored datasets. `datasets` reads everything
+else: Parquet files and saved datasets have types of their own. This module finds the files and turns failures into
 messages that name them.
 """
 
@@ -42,13 +42,14 @@ FORMATS = {
     ".parquet": "parquet",
 }
 _HEAD_ROWS = 1000
-"""Rows, of all files together, that tell the columns of a stream."""
+"""Rows of all files together from which the columns of a stream are determined."""
 
 _STORED_VERSION = 1
-"""Raise it when rows are stored differently: what an older version of this code has stored is then not reused."""
+"""Increase it when rows are stored in another form, so that tables cached by older versions are not reused."""
 
 _READ_ERRORS = (ValueError, OSError, DatasetsError, StopIteration)
-"""What `datasets` raises for unreadable data. pyarrow's and pandas' errors are ValueErrors; StopIteration: no rows."""
+"""What `datasets` raises for unreadable data. The errors of pyarrow and pandas are ValueErrors; StopIteration means no
+rows."""
 
 
 def load_prompts(
@@ -64,20 +65,20 @@ def load_prompts(
 
     Args:
         source: a file (.json, .jsonl, .ndjson, .csv, .tsv, also with .gz; .parquet), a glob of such files, a folder of
-            them, a folder written by ``save_to_disk``, or else the name of a dataset on the hub. A file, a glob, and a
-            saved dataset without splits are the split that is asked for, whatever its name. The splits of a folder
-            follow its files' names (``train-0.jsonl``, ``test.jsonl``), as in `datasets.load_dataset`.
+            them, a folder written by ``save_to_disk``, or else the name of a dataset on the hub. A file, a glob, or a
+            saved dataset without splits is used as the requested split, whatever the split's name. The splits of a
+            folder follow the names of its files (``train-0.jsonl``, ``test.jsonl``), as in `datasets.load_dataset`.
         split: the split to load. ``train[:10%]`` works for files and hub datasets that are not streamed.
         config: configuration of a hub dataset or a folder.
         streaming: read rows when they are needed, instead of converting the whole dataset first.
         limit: keep only this many rows from the start.
-        types: types of columns of CSV files, such as ``{"year": "int64"}``; the others are text.
+        types: types of columns of CSV files, such as ``{"year": "int64"}``; other columns are text.
 
-    Values of JSON files come out as `json` reads them, and those of Parquet files with their own types.
+    Values of JSON files are those that `json` reads; values of Parquet files have the types of the file.
 
     Raises:
-        ValueError: the source or split does not exist (what exists is named), cannot be read (a malformed JSON line is
-            named by file and line; when streaming, at the latest when it is reached), or is empty.
+        ValueError: the source or split does not exist (the message lists what exists), cannot be read (the message
+            names file and line of malformed JSON; a stream may raise it only when it reaches the line), or is empty.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"`limit` must be at least 1; it is {limit}.")
@@ -104,6 +105,7 @@ def load_prompts(
 
 
 def _is_saved(path: Path) -> bool:
+    """Whether a folder was written by ``save_to_disk``."""
     return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
@@ -128,9 +130,9 @@ def _looks_like_files(source: str) -> bool:
 
 
 def _matching_files(path: Path) -> list[Path]:
-    """The file, or the files that the glob matches, sorted; all of a known format."""
-    found = [path] if path.is_file() else [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
-    files = [match for match in found if match.is_file()]
+    """The file, or the sorted files that match the glob, after a check that their formats are known."""
+    matches = [path] if path.is_file() else [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+    files = [match for match in matches if match.is_file()]
     if not files:
         raise ValueError(f"No file {path}. {_what_exists(path.parent)}")
     unknown = [str(file) for file in files if suffix_of(file) not in FORMATS]
@@ -148,22 +150,22 @@ def _what_exists(folder: Path) -> str:
 
 
 def _files_of_folder(folder: Path, config: str | None) -> dict[str, list[Path]]:
-    """Files of every split, as `datasets` assigns them by their names."""
+    """The files of each split, assigned by name in the way of `datasets`."""
     known = sorted(file for file in folder.rglob("*") if file.is_file() and suffix_of(file) in FORMATS)
     formats = sorted({FORMATS[suffix_of(file)] for file in known})
     if not known:
         raise ValueError(f"{folder} holds no file ending in {', '.join(FORMATS)}. {_what_exists(folder)}")
     if len(formats) > 1:
-        # `datasets` would take the most frequent format and drop the other files without a word.
+        # `datasets` would silently use the most frequent format and ignore the other files.
         raise ValueError(
             f"{folder} mixes {' and '.join(formats)} files; only one format can be read at a time. Give a glob, such "
             f"as {folder / ('*' + suffix_of(known[0]))}."
         )
     try:
-        found: Mapping[Any, Any] = load_dataset_builder(str(folder), config).config.data_files or {}
+        data_files: Mapping[Any, Any] = load_dataset_builder(str(folder), config).config.data_files or {}
     except _READ_ERRORS as error:
         raise ValueError(f"Cannot read the folder {folder}: {error}") from error
-    splits = {str(split): [Path(file) for file in files] for split, files in found.items()}
+    splits = {str(split): [Path(file) for file in files] for split, files in data_files.items()}
     used = {file.resolve() for files in splits.values() for file in files}
     unused = [str(file) for file in known if file.resolve() not in used]
     if unused:
@@ -174,6 +176,7 @@ def _files_of_folder(folder: Path, config: str | None) -> dict[str, list[Path]]:
 def _load_files(
     source: str, files: dict[str, list[Path]], split: str, streaming: bool, types: Mapping[str, str]
 ) -> Dataset | IterableDataset:
+    """Load one split of local files; ``files`` has the files of each split."""
     every_file = [file for split_files in files.values() for file in split_files]
     formats = sorted({FORMATS[suffix_of(file)] for file in every_file})
     if len(formats) > 1:
@@ -189,7 +192,7 @@ def _load_files(
     if formats != ["parquet"]:
         types = types if formats == ["csv"] else {}
         return _stream_rows(source, files[split], types) if streaming else _map_rows(source, files, split, types)
-    # Brackets in a folder's name are no pattern.
+    # Brackets in the name of a folder must not be read as a glob pattern.
     data_files = {name: [glob.escape(str(file.absolute())) for file in group] for name, group in files.items()}
     try:
         dataset = load_dataset("parquet", data_files=data_files, split=split, streaming=streaming)
@@ -204,13 +207,13 @@ def _load_files(
 
 
 def _stream_rows(source: str, files: list[Path], types: Mapping[str, str]) -> IterableDataset:
-    """A stream of rows; each file is a shard.
+    """A stream of rows in which each file is a shard.
 
-    The streams of `datasets` cannot be wrapped: inside a worker of a data loader, a stream within a stream would be
-    divided among the workers twice and lose rows.
+    It is built directly, since a stream of `datasets` cannot be wrapped: in a worker of a data loader, a stream inside
+    a stream would be divided among the workers twice and lose rows.
     """
-    of_each = max(1, _HEAD_ROWS // len(files))
-    head = [row for file in files for row in itertools.islice(file_rows([file], types), of_each)]
+    rows_per_file = max(1, _HEAD_ROWS // len(files))
+    head = [row for file in files for row in itertools.islice(file_rows([file], types), rows_per_file)]
     if not head:
         raise ValueError(f"Cannot read {source}: it holds no rows.")
     columns = tuple(dict.fromkeys(column for row in head for column in row))
@@ -221,24 +224,24 @@ def _stream_rows(source: str, files: list[Path], types: Mapping[str, str]) -> It
 
 
 def _complete_rows(files: list[Path], columns: tuple[str, ...], types: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    """Rows in which columns that they lack are ``None``."""
+    """Read rows and add missing columns as ``None``."""
     for row in file_rows(files, types):
         yield dict.fromkeys(columns) | row
 
 
 def _map_rows(source: str, files: dict[str, list[Path]], split: str, types: Mapping[str, str]) -> Dataset:
-    """The rows, stored in the cache of `datasets` in a form from which they read back as they are."""
+    """The rows of a split, stored in the cache of `datasets` so that they read back unchanged."""
     try:
         instruction = ReadInstruction.from_spec(split)
-        asked = sorted({part.splitname for part in instruction.to_absolute(dict.fromkeys(files, 0))})
+        split_names = sorted({part.splitname for part in instruction.to_absolute(dict.fromkeys(files, 0))})
     except ValueError as error:
         raise ValueError(f"Cannot read {source}: {error}") from error
-    kinds = column_types(file_rows([file for name in asked for file in files[name]], types))
+    kinds = column_types(file_rows([file for name in split_names for file in files[name]], types))
     if not kinds:
         raise ValueError(f"Cannot read {source}: it holds no rows.")
     _check_typed(source, kinds, types)
     kinds |= types
-    stored = {name: _store(files[name], kinds, types) for name in asked}
+    stored = {name: _store(files[name], kinds, types) for name in split_names}
     parts = [
         stored[part.splitname].select(range(part.from_, part.to))
         for part in instruction.to_absolute({name: len(rows) for name, rows in stored.items()})
@@ -250,24 +253,26 @@ def _map_rows(source: str, files: dict[str, list[Path]], split: str, types: Mapp
 
 
 def _check_typed(source: str, columns: Collection[str], types: Mapping[str, str]) -> None:
+    """Check that each column with a given type exists."""
     unknown = [name for name in types if name not in columns]
     if unknown:
         raise ValueError(
-            f"{source} has no column {', '.join(unknown)}, which a type is given for. Its columns are: "
+            f"{source} has no column {', '.join(unknown)}, for which a type is given. Its columns are: "
             f"{', '.join(columns)}."
         )
 
 
 def _warn_ignored(source: str) -> None:
     logger.warning(
-        "%s: the given types of columns are ignored; they are for CSV files, and these data have types.", source
+        "%s: the given types of columns are ignored; they are for CSV files, and this data has types of its own.",
+        source,
     )
 
 
 def _store(files: list[Path], kinds: Mapping[str, str], types: Mapping[str, str]) -> Dataset:
-    """The table of these rows, made anew when a file has changed."""
+    """The cached table of the rows of some files. It is built again if a file has changed."""
     files = [file.absolute() for file in files]
-    stamps = tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+    sizes_and_times = tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files)
     return Dataset.from_generator(
         _stored_rows,
         features=stored_features(kinds),
@@ -275,15 +280,16 @@ def _store(files: list[Path], kinds: Mapping[str, str], types: Mapping[str, str]
             "files": files,
             "kinds": dict(kinds),
             "types": dict(types),
-            "made_of": (stamps, _STORED_VERSION),
+            "version": (sizes_and_times, _STORED_VERSION),
         },
     )  # pyright: ignore[reportReturnType]
 
 
 def _stored_rows(
-    files: list[Path], kinds: Mapping[str, str], types: Mapping[str, str], made_of: Any
+    files: list[Path], kinds: Mapping[str, str], types: Mapping[str, str], version: Any
 ) -> Iterator[dict[str, Any]]:
-    """``made_of`` is part of the cache's key."""
+    """Read rows and convert them to the form in which they are stored. ``version`` only makes a cache key of its own
+    for each version of the files and of this code."""
     for row in file_rows(files, types):
         yield stored_row(row, kinds)
 

@@ -1,6 +1,6 @@
-"""A dataset of any shape to a dataset of prompts: found, checked, converted, tokenised and truncated once.
+"""Prepares a dataset: prompts are found, checked, converted, tokenised and truncated once.
 
-Map-style and streaming datasets go through one row function, :class:`PromptRow`.
+Map-style and streaming datasets use the same row function, :class:`PromptRow`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 ADDED_COLUMNS = ("prompt_ids", "prompt_row", "prompt_invalid", "prompt_cut")
 PREPARED_COLUMNS = ("prompt", *ADDED_COLUMNS)
-_OWN_TEMPLATE_ARGUMENTS = ("conversation", "tokenize", "add_generation_prompt", "continue_final_message")
+_RESERVED_TEMPLATE_ARGUMENTS = ("conversation", "tokenize", "add_generation_prompt", "continue_final_message")
 _PROBED_STREAM_ROWS = 100
 
 PromptKind = Literal["text", "messages"]
@@ -46,27 +46,28 @@ def prepare_prompts(
 
     The prompt is ``args.prompt_template`` over columns, else ``args.prompt_column``, else the column ``prompt``,
     ``messages`` or ``chosen`` (see :mod:`online_dpo.data.convert` for the conversions). HH transcripts become messages
-    when the tokenizer has a chat template, and stay text in their own format when it has none.
+    if the tokenizer has a chat template, else they stay text in their own format.
 
     Args:
-        dataset: map-style, streaming, or a list of dicts. ``name`` is what messages call it.
+        dataset: a map-style dataset, a stream, or a list of dicts.
         tokenizer: the policy's tokenizer.
-        args: reads ``prompt_*``, ``chat_template_kwargs``, ``invalid_prompts``, ``truncate_prompts``, the prompt limit
-            and ``dataset_num_proc``.
+        args: the fields ``prompt_*``, ``chat_template_kwargs``, ``invalid_prompts``, ``truncate_prompts``,
+            ``prompt_limit`` and ``dataset_num_proc`` are used.
+        name: name of the dataset in messages.
 
     Returns:
-        The dataset with all its columns and ``prompt`` (text or messages, cut like its tokens), ``prompt_ids`` (token
-        ids, at most ``args.prompt_limit``), ``prompt_row`` (place in the source dataset; of a stream: in the order it
-        is read, counted by each worker of a data loader for itself), ``prompt_invalid`` and ``prompt_cut`` (whether it
-        was longer); and how many rows were left out, by reason. With ``invalid_prompts="filter"`` a map-style dataset
-        loses its invalid rows (``prompt_invalid`` is ``None`` in the rest); a stream keeps them with the reason in
-        ``prompt_invalid`` and no ``prompt_ids``, and its counter is empty.
+        The dataset and the number of rows that were left out, by reason. The dataset has all its columns, and
+        ``prompt`` (text or messages, truncated like its tokens), ``prompt_ids`` (at most ``args.prompt_limit`` token
+        ids), ``prompt_row`` (index in the source dataset; for a stream, the order of reading, which each worker of a
+        data loader counts separately), ``prompt_invalid`` (a reason or ``None``) and ``prompt_cut`` (whether it was
+        truncated). With ``invalid_prompts="filter"``, a map-style dataset loses its invalid rows; a stream keeps them,
+        with the reason and without ``prompt_ids``, and its counter is empty.
 
     Raises:
         TypeError: the dataset is of another type.
-        ValueError: it is empty, has no prompt column or one of the names above, holds messages for a tokenizer without
-            chat template, or no row is usable.
-        InvalidPromptError: a row is unusable and ``args.invalid_prompts`` is ``error``; from a stream, when it is read.
+        ValueError: the dataset is empty, has no prompt column, already has one of the columns above, holds messages
+            although the tokenizer has no chat template, or has no usable row.
+        InvalidPromptError: a row is unusable and ``args.invalid_prompts`` is "error"; for a stream, when it is read.
     """
     rows = _as_dataset(dataset, name)
     first = next(iter(rows), None)
@@ -101,8 +102,8 @@ def prepare_prompts(
             num_proc=args.dataset_num_proc,
             desc=f"Preparing {name}",
         )
-    of_prompt = ("prompt",) if keeps_json else ()
-    prepared = reading_json(prepared, [*(column for column in as_json if column != "prompt"), *of_prompt])
+    json_prompt = ("prompt",) if keeps_json else ()
+    prepared = reading_json(prepared, [*(column for column in as_json if column != "prompt"), *json_prompt])
     usable, left_out = _leave_out_invalid(prepared, name)
     cut = sum(usable["prompt_cut"][:])
     if cut and args.process_index == 0:
@@ -112,10 +113,10 @@ def prepare_prompts(
 
 @dataclass(frozen=True)
 class PromptRow:
-    """The row function: a row and its index to the five prepared columns. Picklable; its state is the cache key.
+    """The function that maps a row and its index to the five prepared columns. Picklable; its state is the cache key.
 
     ``raise_invalid``: an unusable row raises ``InvalidPromptError``; otherwise it gets a reason and no tokens.
-    ``prompt_as_json``: the prompt comes as JSON text (see `json_columns`).
+    ``prompt_as_json``: the prompt is stored as JSON text (see `json_columns`).
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -128,9 +129,14 @@ class PromptRow:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     prompt_as_json: bool = False
     version: int = 3
-    """Raise it when rows come out differently: a cached dataset of an older version of this code is then not reused."""
+    """Increase it when results change, so that datasets cached by older versions of this code are not reused."""
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
+        """Prepare one row.
+
+        Raises:
+            InvalidPromptError: the row is unusable and ``raise_invalid`` is set.
+        """
         try:
             content = self.source.read(row)
             if isinstance(content, str) != (self.kind == "text"):
@@ -143,12 +149,12 @@ class PromptRow:
         except UnusablePrompt as why:
             if self.raise_invalid:
                 raise InvalidPromptError(
-                    f"Row {index} of {self.name} cannot be used as a prompt ({self.source}): {why}. Mend the row, or "
-                    'set `invalid_prompts="filter"` to leave such rows out; they are then counted.'
+                    f"Row {index} of {self.name} cannot be used as a prompt ({self.source}): {why}. Correct the row, "
+                    'or set `invalid_prompts="filter"` to leave such rows out; they are then counted.'
                 ) from None
             empty = "" if self.kind == "text" else []
             return self._columns(empty, [], index, invalid=str(why))
-        return self._columns(fitted, ids, index, cut=fitted is not content)  # what fits comes back as it is
+        return self._columns(fitted, ids, index, cut=fitted is not content)  # a prompt that fits is returned unchanged
 
     def _columns(
         self, prompt: Any, ids: list[int], row: int, *, invalid: str | None = None, cut: bool = False
@@ -157,7 +163,7 @@ class PromptRow:
         return dict(zip(PREPARED_COLUMNS, values, strict=True))
 
     def _template_arguments(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The configuration's arguments, the row's own ones over them, and the row's tools."""
+        """The arguments of the chat template: the configuration's, overridden by the row's, and the row's tools."""
         own = row.get("chat_template_kwargs") or {}
         if not isinstance(own, Mapping):
             raise UnusablePrompt(f"its `chat_template_kwargs` are of type {type(own).__name__}, not a dict")
@@ -172,6 +178,7 @@ class PromptRow:
 
 
 def _as_dataset(dataset: Any, name: str) -> Dataset | IterableDataset:
+    """The dataset without a format of its own; a list of dicts as a dataset."""
     if isinstance(dataset, Dataset):
         return reading_json(dataset, json_columns_of(dataset))
     if isinstance(dataset, IterableDataset):
@@ -180,7 +187,7 @@ def _as_dataset(dataset: Any, name: str) -> Dataset | IterableDataset:
         wrong = [index for index, row in enumerate(dataset) if not isinstance(row, dict)]
         if wrong:
             raise TypeError(f"{name} is a list, so its rows must be dicts; row {wrong[0]} is {dataset[wrong[0]]!r}.")
-        return dataset_from_rows(dataset)  # rows may differ in type; the row function names those that are no prompt
+        return dataset_from_rows(dataset)  # types may differ between rows; the row function reports unusable ones
     hint = f" Choose a split: {', '.join(map(str, dataset))}." if isinstance(dataset, Mapping) else ""
     raise TypeError(
         f"{name} must be a datasets.Dataset, a datasets.IterableDataset or a list of dicts, "
@@ -191,10 +198,12 @@ def _as_dataset(dataset: Any, name: str) -> Dataset | IterableDataset:
 def _check_arguments(columns: list[str], args: OnlineDPOConfig, name: str) -> None:
     taken = [column for column in ADDED_COLUMNS if column in columns]
     if taken:
-        raise ValueError(f"{name} already has the columns {', '.join(taken)}, which are added here. Rename them.")
-    reserved = [key for key in _template_kwargs(args) if key in _OWN_TEMPLATE_ARGUMENTS]
+        raise ValueError(f"{name} already has the columns {', '.join(taken)}, which preparation adds. Rename them.")
+    reserved = [key for key in _template_kwargs(args) if key in _RESERVED_TEMPLATE_ARGUMENTS]
     if reserved:
-        raise ValueError(f"`chat_template_kwargs` must not hold {', '.join(reserved)}: set for each prompt by itself.")
+        raise ValueError(
+            f"`chat_template_kwargs` must not hold {', '.join(reserved)}: set for each prompt here. Leave it out."
+        )
     if args.prompt_template is not None and args.prompt_column is not None:
         logger.warning("`prompt_column` is ignored: `prompt_template` is set.")
 
@@ -211,7 +220,7 @@ def _settle_kind(
     args: OnlineDPOConfig,
     name: str,
 ) -> tuple[PromptSource, PromptKind]:
-    """Whether the prompts are text or messages: what the first usable row holds. Rows of the other kind are invalid."""
+    """Decide whether prompts are text or messages, as in the first usable row. Rows of the other kind are invalid."""
     streaming = isinstance(rows, IterableDataset)
     kind: PromptKind | None = None
     from_transcript = False
@@ -244,7 +253,10 @@ def _kind_of(content: str | list[Message]) -> PromptKind:
 
 
 def _prepared_features(features: Features, source: PromptSource, kind: PromptKind) -> Features:
-    """Explicit types: left to be inferred, a batch without invalid rows would give ``prompt_invalid`` the null type."""
+    """The types of a prepared dataset's columns.
+
+    They are explicit, because inferred from a batch without invalid rows, ``prompt_invalid`` would get the null type.
+    """
     if kind == "text":
         prompt = Value("string")
     elif source.holds_transcripts and isinstance(features[source.column], Value):
@@ -264,6 +276,7 @@ def _prepared_features(features: Features, source: PromptSource, kind: PromptKin
 
 
 def _leave_out_invalid(prepared: Dataset, name: str) -> tuple[Dataset, Counter[str]]:
+    """The usable rows, and the number of the others by reason."""
     reasons: list[str | None] = prepared["prompt_invalid"][:]
     left_out = Counter(reason for reason in reasons if reason is not None)
     if not left_out:

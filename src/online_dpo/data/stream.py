@@ -1,4 +1,4 @@
-"""A stream for training: read again and again, in an order that a resumed run finds again."""
+"""A stream for training that repeats, in an order that a resumed run reproduces."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from torch.utils.data import IterableDataset as TorchIterableDataset
 class EndlessStream(TorchIterableDataset):
     """Repeats a prepared stream for as long as training lasts.
 
-    A stream that ended in the middle of an optimizer step would leave a part of the step's gradient behind, and a
-    resumed run, which skips what has been read, would begin it anew at the wrong row. Shuffled streams are shuffled
-    anew each time. Every process reads all of it and takes its own rows, so that all have equally many.
+    If a stream ended in the middle of an optimizer step, part of that step's gradient would be lost, and a resumed run,
+    which skips the rows already read, would restart the stream at the wrong row. A shuffled stream gets a new order in
+    each pass. Every process reads the whole stream and takes its own rows, so that all have the same number.
     """
 
     def __init__(self, stream: IterableDataset) -> None:
         self.stream = stream
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yield rows, pass after pass."""
         passes = 0
         while True:
             self.stream.set_epoch(passes)
@@ -28,6 +29,6 @@ class EndlessStream(TorchIterableDataset):
             for row in self.stream:
                 empty = False
                 yield row
-            if empty:  # such as a worker that has no part of the stream
+            if empty:  # for example a worker that has no shard of the stream
                 return
             passes += 1

@@ -1,7 +1,7 @@
-"""A prompt to its token ids, cut on the left where it is too long.
+"""Tokenises prompts, and truncates on the left those that are too long.
 
-A prompt is cut once, here, and what it says is cut with it: the text or messages that come back are the ones that the
-tokens stand for, so that scorers judge what the policy has seen.
+A prompt is truncated once, here, and its content with it: the returned text or messages are those of the tokens, so
+that scorers see what the policy has seen.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from online_dpo.types import Message
 
 
 def fit_text(tokenizer: PreTrainedTokenizerBase, text: str, limit: int | None, truncate: bool) -> tuple[str, list[int]]:
-    """A text and its token ids, both without the left part that goes beyond ``limit`` tokens.
+    """Tokenise a text and truncate both text and ids on the left to ``limit`` tokens.
 
     Raises:
-        UnusablePrompt: no token comes from the text, or it is too long and must not be cut.
+        UnusablePrompt: the text gives no token, or it is too long and truncation is off.
     """
     ids, kept_first = tokenize_text(tokenizer, text)
     if limit is None or len(ids) <= limit:
         return text, ids
     _check_may_cut(truncate, limit)
     ids = truncate_left(ids, limit, kept_first)
-    own = ids[kept_first:] if kept_first < limit else ids
-    return _as_written(tokenizer, own), ids
+    text_ids = ids[kept_first:] if kept_first < limit else ids
+    return _decoded(tokenizer, text_ids), ids
 
 
 def fit_messages(
@@ -38,14 +38,14 @@ def fit_messages(
     limit: int | None,
     truncate: bool,
 ) -> tuple[list[Message], list[int]]:
-    """Messages and their token ids in the chat template, without the oldest turns that go beyond ``limit`` tokens.
+    """Tokenise messages with the chat template and remove the oldest content until they fit in ``limit`` tokens.
 
-    Whole turns leave first, up to the next message of the user; then the first message that is left loses its
-    beginning. A system message stays: cutting tokens blindly would tear the template's own marks apart.
+    Whole turns are removed first, up to the next user message; then the first remaining message loses its beginning. A
+    system message stays. Tokens are not simply cut off, since that would destroy the template's own marks.
 
     Raises:
-        UnusablePrompt: the template refuses the messages or renders nothing, or they are too long and must not or
-            cannot be cut.
+        UnusablePrompt: the template rejects the messages or renders nothing, or they are too long and truncation is off
+            or not possible.
     """
     ids = tokenize_messages(tokenizer, messages, template_arguments)
     if limit is None or len(ids) <= limit:
@@ -66,14 +66,14 @@ def fit_messages(
 
 
 def _without_beginning(tokenizer: PreTrainedTokenizerBase, message: Message, count: int) -> Message:
-    """The message without the first ``count`` tokens of its content."""
+    """A message without the first ``count`` tokens of its content."""
     content = message["content"]
     if not isinstance(content, str):
         raise UnusablePrompt("the prompt is too long, and only messages whose content is text can be cut")
-    ids = _own_tokens(tokenizer, content)
+    ids = _token_ids(tokenizer, content)
     if len(ids) <= count:
         raise UnusablePrompt("the prompt leaves no room for a completion, even with its first message cut away")
-    return {**message, "content": _as_written(tokenizer, ids[count:])}
+    return {**message, "content": _decoded(tokenizer, ids[count:])}
 
 
 def _check_may_cut(truncate: bool, limit: int) -> None:
@@ -84,25 +84,27 @@ def _check_may_cut(truncate: bool, limit: int) -> None:
         )
 
 
-def _as_written(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """The text of ids, with special tokens and without any clean-up."""
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def _own_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The ids of a text, without special tokens around it."""
     return list(tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
 
 
 def tokenize_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], int]:
-    """Token ids of a plain text prompt, and how many at its start survive truncation (0, or the BOS).
+    """Tokenise a plain text prompt; returns its ids, and how many at its start truncation keeps (0, or the BOS).
 
-    What the tokenizer itself puts before a text (BOS) stays, once: a text that begins with the BOS gets no second one.
-    What it puts after a text (EOS, SEP) is left out, since the completion follows there.
+    Tokens that the tokenizer adds before a text (BOS) are kept; a text that begins with the BOS gets no second one.
+    Tokens that it adds after a text (EOS, SEP) are removed, since the completion follows.
 
     Raises:
-        UnusablePrompt: no token comes from the text.
+        UnusablePrompt: the text gives no token.
     """
     encoded = tokenizer(text, return_special_tokens_mask=True, return_attention_mask=False, verbose=False)
-    # The mask marks what the tokenizer added; a special token written in the text has 0 there.
+    # The mask is 1 for tokens that the tokenizer added; a special token written in the text has 0.
     ids, added = list(encoded["input_ids"]), encoded["special_tokens_mask"]
     if all(added):
         raise UnusablePrompt("the prompt has no tokens")
@@ -116,13 +118,13 @@ def tokenize_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[i
 def tokenize_messages(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], template_arguments: Mapping[str, Any]
 ) -> list[int]:
-    """Token ids of messages in the tokenizer's chat template.
+    """Tokenise messages with the tokenizer's chat template, which also writes the special tokens.
 
-    The template writes the special tokens. After a last message of the assistant that message goes on; after any
-    other, the generation prompt opens a new one.
+    If the last message is the assistant's, it is left open to be continued; otherwise the generation prompt starts a
+    new message.
 
     Raises:
-        UnusablePrompt: the template refuses the messages, or renders nothing.
+        UnusablePrompt: the template rejects the messages, or renders nothing.
     """
     continues = messages[-1]["role"] == "assistant"
     own: dict[str, Any] = {
@@ -132,17 +134,17 @@ def tokenize_messages(
     }
     try:
         text = tokenizer.apply_chat_template(messages, **{**template_arguments, **own})
-    except Exception as error:  # a template is a program of the tokenizer's makers
+    except Exception as error:  # a template is a program, and may raise anything
         raise UnusablePrompt(f"the chat template refuses the messages ({error_text(error)})") from None
     assert isinstance(text, str)
-    ids = _own_tokens(tokenizer, text)
+    ids = _token_ids(tokenizer, text)
     if not ids:
         raise UnusablePrompt("the prompt has no tokens")
     return ids
 
 
 def truncate_left(ids: list[int], limit: int, kept_first: int) -> list[int]:
-    """The last ``limit`` tokens; the first ``kept_first`` (the BOS) stay in front if that leaves room for others.
+    """Keep the last ``limit`` tokens, including the first ``kept_first`` (the BOS) if that leaves room for others.
 
     >>> truncate_left([1, 20, 21, 22, 23], limit=3, kept_first=1)
     [1, 22, 23]

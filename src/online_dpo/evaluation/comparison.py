@@ -1,6 +1,7 @@
-"""Two models' answers to the same prompts, scored, and the numbers made of them: win rates, scores, lengths, KL.
+"""Statistics of two models' scored answers to the same prompts: win rates, scores, lengths, KL.
 
-Shapes: ``P`` prompts, ``K`` answers of each model to a prompt. Answer k of the one meets answer k of the other.
+Shapes: ``P`` prompts, ``K`` answers of each model to a prompt. Answer k of one model is compared with answer k of the
+other.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ from online_dpo.stats.preference import preference_by_score
 from online_dpo.types import Group
 
 REFITS = 1000
-"""Resamples of the length-controlled win rate: each is a regression."""
+"""Bootstrap resamples of the length-controlled win rate. Fewer than for a mean, since each fits a regression."""
 
 Values = Sequence[float | None]
 
 
 @dataclass(frozen=True)
-class Match:
-    """One prompt: what both models answered, and what was said of it.
+class PromptResult:
+    """One prompt with the answers of both models and their assessment.
 
-    ``preferences`` are the probabilities that the model's answer is better than that of the other, ``None`` where
-    nothing can be told. The scores are ``None`` with a judge, an entry of theirs where it is missing. ``log_ratios``
-    are of completions sampled at temperature 1, log-probability under the model minus that under the other, in nats;
-    none where no KL is wanted.
+    ``preferences`` has for each answer the probability that the model's answer is better than the other model's,
+    ``None`` if undecidable. The scores are ``None`` with a judge; an entry is ``None`` if the score is missing.
+    ``log_ratios`` belong to completions sampled at temperature 1: the log-probability under the model minus that under
+    the other model, in nats; empty if no KL is estimated.
     """
 
     model: Group
@@ -42,42 +43,42 @@ class Match:
 
 
 def preferences_by_score(model: Values, against: Values) -> tuple[float | None, ...]:
-    """1 for the higher score, one half for equal ones, ``None`` where one is missing.
+    """Turn scores into preferences: 1 if the model's score is higher, 0.5 if equal, 0 if lower, ``None`` if missing.
 
     >>> preferences_by_score([2.0, 1.0, None], [1.0, 1.0, 1.0])
     (1.0, 0.5, None)
     """
     return tuple(
-        None if mine is None or theirs is None else preference_by_score(mine, theirs)
-        for mine, theirs in zip(model, against, strict=True)
+        None if score is None or other is None else preference_by_score(score, other)
+        for score, other in zip(model, against, strict=True)
     )
 
 
-def compare(matches: Sequence[Match], seed: int) -> dict[str, Any]:
-    """Everything that is reported, ready for JSON. What cannot be told is ``None``.
+def compare(results: Sequence[PromptResult], seed: int) -> dict[str, Any]:
+    """Compute all reported figures, ready for JSON. A figure without data is ``None``.
 
-    ``win_rate`` is the mean preference: a tie, or an undecided judge, counts half. Its interval is Wilson's where each
-    prompt is one comparison with a clear end, or where all prompts have ended the same, which leaves a bootstrap
-    nothing to vary; else the percentile bootstrap over prompts. ``kl`` is the mean log-ratio with its standard error
-    over prompts.
+    ``win_rate`` is the mean preference: a tie, or an undecided judge, counts half. Its interval is Wilson's if each
+    prompt is one comparison that ended in a win, tie or loss, or if all prompts ended the same, which leaves a
+    bootstrap without variation; else the percentile bootstrap over prompts. ``kl`` is the mean log-ratio with its
+    standard error over prompts.
     """
-    preferences_PK = _array([match.preferences for match in matches])
-    told_PK = ~np.isnan(preferences_PK)
-    told = preferences_PK[told_PK]
+    preferences_PK = _array([result.preferences for result in results])
+    is_decided_PK = ~np.isnan(preferences_PK)
+    decided = preferences_PK[is_decided_PK]
     return {
-        "prompts": len(matches),
+        "prompts": len(results),
         "duels": int(preferences_PK.size),
-        "undecidable": int((~told_PK).sum()),
-        "wins": int((told > 0.5).sum()),
-        "ties": int((told == 0.5).sum()),
-        "losses": int((told < 0.5).sum()),
+        "undecidable": int((~is_decided_PK).sum()),
+        "wins": int((decided > 0.5).sum()),
+        "ties": int((decided == 0.5).sum()),
+        "losses": int((decided < 0.5).sum()),
         "win_rate": _win_rate(preferences_PK, seed),
-        "length_controlled_win_rate": _length_controlled(matches, preferences_PK, seed),
-        "score": _scores(matches, seed),
-        "kl": _kl(matches),
-        "tokens": _both(matches, lambda group: [len(c.token_ids) for c in group.completions]),
-        "characters": _both(matches, _characters),
-        "ended": _both(matches, lambda group: [c.finish_reason == "stop" for c in group.completions]),
+        "length_controlled_win_rate": _length_controlled(results, preferences_PK, seed),
+        "score": _scores(results, seed),
+        "kl": _kl(results),
+        "tokens": _both(results, lambda group: [len(c.token_ids) for c in group.completions]),
+        "characters": _both(results, _characters),
+        "ended": _both(results, lambda group: [c.finish_reason == "stop" for c in group.completions]),
     }
 
 
@@ -92,43 +93,46 @@ def _win_rate(preferences_PK: np.ndarray, seed: int) -> dict[str, Any] | None:
     return _interval(value, _mean_interval(values_P, seed), "bootstrap")
 
 
-def _length_controlled(matches: Sequence[Match], preferences_PK: np.ndarray, seed: int) -> dict[str, Any] | None:
-    differences_PK = np.array([np.subtract(_characters(m.model), _characters(m.against)) for m in matches], dtype=float)
+def _length_controlled(results: Sequence[PromptResult], preferences_PK: np.ndarray, seed: int) -> dict[str, Any] | None:
+    differences_PK = np.array([np.subtract(_characters(m.model), _characters(m.against)) for m in results], dtype=float)
 
     def of_prompts(indices: np.ndarray) -> float | None:
-        told_PK = ~np.isnan(preferences_PK[indices])
-        return length_controlled_win_rate(preferences_PK[indices][told_PK], differences_PK[indices][told_PK])
+        is_decided_PK = ~np.isnan(preferences_PK[indices])
+        return length_controlled_win_rate(
+            preferences_PK[indices][is_decided_PK], differences_PK[indices][is_decided_PK]
+        )
 
-    value = of_prompts(np.arange(len(matches)))
+    value = of_prompts(np.arange(len(results)))
     if value is None:
         return None
-    return _interval(value, bootstrap_interval(len(matches), of_prompts, seed, REFITS), "bootstrap")
+    return _interval(value, bootstrap_interval(len(results), of_prompts, seed, REFITS), "bootstrap")
 
 
-def _scores(matches: Sequence[Match], seed: int) -> dict[str, Any] | None:
-    """Means over prompts; the difference is that of prompts in which both have a score."""
-    if any(match.model_scores is None for match in matches):
+def _scores(results: Sequence[PromptResult], seed: int) -> dict[str, Any] | None:
+    """Mean scores over prompts. The difference is over the answers for which both models have a score."""
+    if any(result.model_scores is None for result in results):
         return None
-    mine_PK, theirs_PK = (
-        _array([getattr(match, name) for match in matches]) for name in ("model_scores", "against_scores")
+    model_PK, against_PK = (
+        _array([getattr(result, name) for result in results]) for name in ("model_scores", "against_scores")
     )
     return {
-        "model": _mean(mine_PK, seed) | {"missing": int(np.isnan(mine_PK).sum())},
-        "against": _mean(theirs_PK, seed) | {"missing": int(np.isnan(theirs_PK).sum())},
-        "difference": _mean(mine_PK - theirs_PK, seed),
+        "model": _mean(model_PK, seed) | {"missing": int(np.isnan(model_PK).sum())},
+        "against": _mean(against_PK, seed) | {"missing": int(np.isnan(against_PK).sum())},
+        "difference": _mean(model_PK - against_PK, seed),
     }
 
 
-def _kl(matches: Sequence[Match]) -> dict[str, Any] | None:
-    means_P = np.array([np.mean(match.log_ratios) for match in matches if match.log_ratios])
+def _kl(results: Sequence[PromptResult]) -> dict[str, Any] | None:
+    means_P = np.array([np.mean(result.log_ratios) for result in results if result.log_ratios])
     if len(means_P) == 0:
         return None
     return {"value": float(means_P.mean()), "standard_error": standard_error(means_P)}
 
 
-def _both(matches: Sequence[Match], values: Callable[[Group], Sequence[float]]) -> dict[str, float]:
+def _both(results: Sequence[PromptResult], values: Callable[[Group], Sequence[float]]) -> dict[str, float]:
+    """The mean of some values over all answers of each model."""
     return {
-        side: float(np.mean([value for match in matches for value in values(getattr(match, side))]))
+        side: float(np.mean([value for result in results for value in values(getattr(result, side))]))
         for side in ("model", "against")
     }
 
@@ -152,9 +156,9 @@ def _interval(value: float | None, bounds: tuple[float, float] | None, method: s
 
 
 def _row_means(values_PK: np.ndarray) -> np.ndarray:
-    """The mean of what each row has; rows without anything are left out."""
-    some_PK = values_PK[~np.isnan(values_PK).all(axis=1)]
-    return np.nanmean(some_PK, axis=1) if len(some_PK) else np.empty(0)
+    """The mean of each row without its nans; rows with nothing but nan are left out."""
+    present_PK = values_PK[~np.isnan(values_PK).all(axis=1)]
+    return np.nanmean(present_PK, axis=1) if len(present_PK) else np.empty(0)
 
 
 def _array(rows: Sequence[Values]) -> np.ndarray:

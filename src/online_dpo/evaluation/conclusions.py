@@ -1,4 +1,4 @@
-"""What figures mean, in words: is a judge good enough to train on, and is one model better than another."""
+"""Conclusions from figures, in words: is a judge good enough to train on, and is one model better than another."""
 
 from __future__ import annotations
 
@@ -7,36 +7,36 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 PEOPLE = 0.73
-"""With what share of each other's comparisons people agree who label for a living (Ouyang et al. 2022,
-arXiv 2203.02155, section 3.4).
-"""
+"""Agreement of professional labellers with each other (Ouyang et al. 2022, arXiv 2203.02155, section 3.4)."""
 WEAK = 0.65
-"""A judge that may well agree with fewer labels than that is said to be weak."""
+"""A judge is called weak if its agreement with labels may be below this share."""
 BIASED = 0.1
-"""Distance of the preference for the first place from 0.5 that is worth a word."""
+"""Smallest distance of the position bias from 0.5 that is mentioned."""
 UNANSWERED = 0.05
-"""Share of pairs without an answer that is worth a word."""
+"""Smallest share of pairs without an answer that is mentioned."""
 Z = 1.959964
+"""The normal distribution's quantile for a 95 % interval."""
 
 
 def judge_conclusion(
     agreement: Mapping[str, float] | None, unanswered: float, first_place: float | None
 ) -> Iterator[str]:
-    """Whether a judge is good enough to train on, in sentences.
+    """State in sentences whether a judge is good enough to train on.
 
     Args:
-        agreement: with labels: ``share``, its 95 % interval ``low`` to ``high``, and ``count`` labels; ``None`` without
-            labels.
+        agreement: agreement with labels: the ``share``, its 95 % interval ``low`` to ``high``, and the ``count`` of
+            labels; ``None`` without labels.
         unanswered: share of the pairs without an answer.
-        first_place: how often the first place was preferred, over pairs asked in both orders; ``None`` if none was.
+        first_place: mean probability given to the answer that was shown first, over pairs asked in both orders;
+            ``None`` if there are none.
     """
     if agreement is None:
-        yield "Whether it is right cannot be told: no pair with a label has an answer."
+        yield "How often it is right is unknown: no pair with a label has an answer."
     else:
         yield _agreement(**agreement)
     if first_place is not None and abs(first_place - 0.5) > BIASED:
         place = "first" if first_place > 0.5 else "second"
-        yield f"It likes the {place} place: keep `order: both`, the default, which cancels that."
+        yield f"It prefers the answer that is shown {place}: keep `order: both`, the default, which cancels this bias."
     if unanswered > UNANSWERED:
         yield f"It leaves {unanswered:.0%} of the pairs unanswered; prompts without an answer are not trained on."
 
@@ -46,8 +46,11 @@ def _agreement(share: float, low: float, high: float, count: float) -> str:
         return "Do not train on it: it contradicts the labels more often than chance. Are they the wrong way round?"
     if low <= 0.5:
         more = labels_needed(share)
-        how_many = "" if more is None else f" (about {more} if it goes on like this)"
-        return f"Do not train on it yet: {count:.0f} labels do not tell it from chance. Ask about more pairs{how_many}."
+        how_many = "" if more is None else f" (about {more} if the agreement stays the same)"
+        return (
+            f"Do not train on it yet: {count:.0f} labels are too few to tell it from chance. Ask about more "
+            f"pairs{how_many}."
+        )
     if high < PEOPLE and low < WEAK:
         return (
             f"Better than chance, but weak: right in {share:.0%} of the pairs, where people agree with each other in "
@@ -61,7 +64,7 @@ def _agreement(share: float, low: float, high: float, count: float) -> str:
 
 
 def labels_needed(share: float) -> int | None:
-    """So many that a share like this one would be told from one half; ``None`` for one half itself.
+    """The number of labels with which this share would differ significantly from 0.5; ``None`` for 0.5 itself.
 
     >>> labels_needed(0.6)
     97
@@ -73,16 +76,16 @@ def labels_needed(share: float) -> int | None:
 def comparison_conclusion(
     model: str, against: str, prompts: int, win_rate: Mapping[str, Any], length_controlled: Mapping[str, Any] | None
 ) -> str:
-    """Whether the first model's answers are better than those of the second, in a sentence or two.
+    """State in one or two sentences whether the first model's answers are better than the second model's.
 
     Args:
-        win_rate, length_controlled: ``value``, and the 95 % interval ``low`` to ``high``.
+        win_rate, length_controlled: the ``value`` and its 95 % interval ``low`` to ``high``.
     """
     low, high = win_rate["low"], win_rate["high"]
     if low <= 0.5 <= high:
         more = labels_needed(win_rate["value"])
-        how_many = "" if more is None or more <= prompts else f" (about {more} if it goes on like this)"
-        return f"No difference can be told with {prompts} prompts; more of them narrow the interval{how_many}."
+        how_many = "" if more is None or more <= prompts else f" (about {more} if the win rate stays the same)"
+        return f"No significant difference with {prompts} prompts; more prompts narrow the interval{how_many}."
     better = low > 0.5
     text = f"{model} is {'better' if better else 'worse'} than {against}: all of the interval is "
     text += f"{'above' if better else 'below'} 50 %."
@@ -90,5 +93,5 @@ def comparison_conclusion(
         better,
         not better,
     ):
-        text += " At equal length that cannot be said: the length of the answers may be why."
+        text += " At equal length this does not hold: the length of the answers may be the reason."
     return text

@@ -1,6 +1,6 @@
-"""Two models answer the same prompts with the same random numbers; scorers or a judge say which answers are better.
+"""Head-to-head evaluation: two models answer the same prompts, and scorers or a judge compare the answers.
 
-One model is in memory at a time.
+Both models sample with the same random numbers. Only one model is in memory at a time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.data.collate import prompts_from_batch
 from online_dpo.data.prompts import prepare_prompts
-from online_dpo.evaluation.comparison import Match, preferences_by_score
+from online_dpo.evaluation.comparison import PromptResult, preferences_by_score
 from online_dpo.foreign import loading
 from online_dpo.modeling.forward_path import ForwardPath, choose_path
 from online_dpo.modeling.introspection import end_token_ids
@@ -39,20 +39,16 @@ from online_dpo.packing.prefix_tree import cut
 from online_dpo.rollout.builtin.engine import TransformersEngine
 from online_dpo.rollout.builtin.sampling import reshapes
 from online_dpo.rollout.params import RolloutKey, SamplingParams, Stream
-from online_dpo.scoring.judges.llm.judge import LLMJudge
-from online_dpo.scoring.judges.pairwise.judge import PairwiseModelJudge
 from online_dpo.scoring.judges.tournament import ComparisonCounter
 from online_dpo.scoring.penalties import Penalties
-from online_dpo.scoring.protocols import PairwiseScorer, PointwiseScorer
+from online_dpo.scoring.protocols import PairwiseScorer, PointwiseScorer, is_fair
 from online_dpo.scoring.rewards.combine import score_groups
 from online_dpo.types import Group, Prompt
 
 
 @dataclass(frozen=True)
-class Player:
-    """A model that has not been loaded yet, and the prompts as its tokenizer reads them: as a prepared dataset, and by
-    their row.
-    """
+class ComparedModel:
+    """A model to compare, which is not loaded yet, with the prompts tokenised for it: as a dataset, and by row."""
 
     path: str
     tokenizer: PreTrainedTokenizerBase
@@ -62,8 +58,8 @@ class Player:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the models answer: ``samples`` answers to each prompt, the most probable token each time if ``greedy``; and
-    whether the KL of the one to the other is estimated.
+    """How the models answer: the number of ``samples`` for each prompt, whether decoding is ``greedy``, and whether the
+    KL divergence is estimated.
     """
 
     samples: int = 1
@@ -71,85 +67,95 @@ class Sampling:
     kl: bool = True
 
     def params(self, args: OnlineDPOConfig, end_ids: tuple[int, ...]) -> SamplingParams:
+        """The engine's sampling parameters: those of the configuration, or greedy ones."""
         params = SamplingParams.from_config(args, end_ids)
         return replace(params, temperature=1.0, top_p=1.0, top_k=1, min_p=None) if self.greedy else params
 
 
 @dataclass(frozen=True)
 class Answers:
-    """The answers of two players to the prompts that both can read, and the log-ratios of the first one's samples."""
+    """The answers of both models to the prompts that both can read, and the log-ratios of the first model's samples."""
 
     model: list[Group]
     against: list[Group]
     log_ratios: list[tuple[float, ...]]
 
 
-def prepare_player(path: str, tokenizer: PreTrainedTokenizerBase, dataset: Any, args: OnlineDPOConfig) -> Player:
-    """
+def prepare_model(path: str, tokenizer: PreTrainedTokenizerBase, dataset: Any, args: OnlineDPOConfig) -> ComparedModel:
+    """Check a model's path and prepare the prompts for it, without loading the model.
+
     Raises:
-        ValueError: the folder or a usable prompt is missing, or the model has no room for the prompts.
-        InvalidPromptError: a row is no usable prompt, and ``args.invalid_prompts`` is "error".
+        ValueError: the folder does not exist, there is no usable prompt, or a prompt is too long for the model.
+        InvalidPromptError: a row is not a usable prompt, and ``args.invalid_prompts`` is "error".
     """
     check_model_path(path, "model")
     prepared, _ = prepare_prompts(dataset, tokenizer, args, name=f"prompts for {path}")
     assert isinstance(prepared, Dataset)
     prompts = prompts_from_batch(prepared[:])
-    player = Player(path, tokenizer, prepared, {prompt.row: prompt for prompt in prompts})
-    _check_room(player, args)
-    return player
+    model = ComparedModel(path, tokenizer, prepared, {prompt.row: prompt for prompt in prompts})
+    _check_context_length(model, args)
+    return model
 
 
 def same_vocabulary(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
-    """Whether a token id means the same to both, so that one model can read the other's tokens."""
+    """Whether two tokenizers have the same ids, so that one model can read the other's tokens."""
     return one.get_vocab() == other.get_vocab()
 
 
-def answer(model: Player, against: Player, args: OnlineDPOConfig, sampling: Sampling) -> Answers:
-    """Both players' answers; the log-ratios are empty without ``sampling.kl``.
+def answer(model: ComparedModel, against: ComparedModel, args: OnlineDPOConfig, sampling: Sampling) -> Answers:
+    """Load both models, one after the other, and sample their answers. Without ``sampling.kl``, log-ratios are empty.
 
-    The KL is estimated from completions at temperature 1, which are sampled apart where answers are drawn otherwise:
-    only those come from the distribution whose KL it is. It is the KL of completions of up to ``max_new_tokens``.
+    The KL is that of completions of up to ``max_new_tokens`` at temperature 1. If the answers are sampled with other
+    settings, separate completions are sampled for it: an estimate needs samples of the distribution itself.
+
+    Raises:
+        ValueError: there is no prompt that both models can read, or a model cannot read the other's tokens.
     """
     rows = sorted(model.prompts.keys() & against.prompts.keys())
     if not rows:
-        raise ValueError("There is no prompt that both models can read.")
+        raise ValueError("There is no prompt that both models can read. Give other prompts, or raise `max_length`.")
     dtype = _common_dtype(model, against, args)
-    mine, plain, own = _play(model, rows, args, sampling, dtype)
+    model_answers, kl_samples, model_logps = _answer_and_sample_for_kl(model, rows, args, sampling, dtype)
     empty_device_cache()
-    theirs, others = _answer_and_read(against, rows, plain, args, sampling, dtype)
+    against_answers, against_logps = _answer_and_read(against, rows, kl_samples, args, sampling, dtype)
     empty_device_cache()
-    ratios = [tuple(a - b for a, b in zip(one, two, strict=True)) for one, two in zip(own, others, strict=True)]
-    return Answers(mine, theirs, ratios or [()] * len(rows))
+    log_ratios = [
+        tuple(a - b for a, b in zip(ours, others, strict=True))
+        for ours, others in zip(model_logps, against_logps, strict=True)
+    ]
+    return Answers(model_answers, against_answers, log_ratios or [()] * len(rows))
 
 
-def unscored(answers: Answers) -> list[Match]:
-    """The matches before anything is said of them."""
+def unscored_results(answers: Answers) -> list[PromptResult]:
+    """The results without scores and preferences, to be written before scoring, which may fail."""
     return [
-        Match(group, rival, (None,) * len(group.completions), log_ratios=ratios)
-        for group, rival, ratios in zip(answers.model, answers.against, answers.log_ratios, strict=True)
+        PromptResult(group, opponent, (None,) * len(group.completions), log_ratios=log_ratios)
+        for group, opponent, log_ratios in zip(answers.model, answers.against, answers.log_ratios, strict=True)
     ]
 
 
 def score_answers(
     answers: Answers, scorers: Sequence[PointwiseScorer], weights: Sequence[float] | None, penalties: Penalties
-) -> list[Match]:
-    """The matches as the scorers see them, less the penalties.
+) -> list[PromptResult]:
+    """Score the answers, minus penalties; the higher score wins.
 
     Raises:
         ScoringError: a scorer failed.
     """
-    both = score_groups([*answers.model, *answers.against], scorers, weights, penalties).values
-    mine, theirs = both[: len(answers.model)], both[len(answers.model) :]
+    scores = score_groups([*answers.model, *answers.against], scorers, weights, penalties).values
+    model_scores, against_scores = scores[: len(answers.model)], scores[len(answers.model) :]
     return [
-        Match(group, rival, preferences_by_score(a, b), tuple(a), tuple(b), ratios)
-        for group, rival, a, b, ratios in zip(
-            answers.model, answers.against, mine, theirs, answers.log_ratios, strict=True
+        PromptResult(group, opponent, preferences_by_score(a, b), tuple(a), tuple(b), log_ratios)
+        for group, opponent, a, b, log_ratios in zip(
+            answers.model, answers.against, model_scores, against_scores, answers.log_ratios, strict=True
         )
     ]
 
 
-def judge_answers(answers: Answers, judge: PairwiseScorer, penalties: Penalties) -> list[Match]:
-    """The matches as a judge sees them, less the penalties, asked in both orders unless it sees to its order itself.
+def judge_answers(answers: Answers, judge: PairwiseScorer, penalties: Penalties) -> list[PromptResult]:
+    """Compare the answers with a judge, minus penalties.
+
+    A judge that is not free of position bias is asked in both orders.
 
     Raises:
         ScoringError: the judge failed.
@@ -157,96 +163,104 @@ def judge_answers(answers: Answers, judge: PairwiseScorer, penalties: Penalties)
     pairs = list(zip(answers.model, answers.against, strict=True))
     comparisons = [
         Group(group.prompt, both)
-        for group, rival in pairs
-        for both in zip(group.completions, rival.completions, strict=True)
+        for group, opponent in pairs
+        for both in zip(group.completions, opponent.completions, strict=True)
     ]
-    told = iter(ComparisonCounter(judge if is_fair(judge) else BothOrders(judge), penalties)(comparisons))
+    compare = ComparisonCounter(judge if is_fair(judge) else BothOrders(judge), penalties)
+    preferences = iter(compare(comparisons))
     return [
-        Match(group, rival, tuple(next(told) for _ in group.completions), log_ratios=ratios)
-        for (group, rival), ratios in zip(pairs, answers.log_ratios, strict=True)
+        PromptResult(group, opponent, tuple(next(preferences) for _ in group.completions), log_ratios=log_ratios)
+        for (group, opponent), log_ratios in zip(pairs, answers.log_ratios, strict=True)
     ]
-
-
-def is_fair(judge: PairwiseScorer) -> bool:
-    """Whether a liking for the first place cancels in what this judge says."""
-    return isinstance(judge, PairwiseModelJudge) or (isinstance(judge, LLMJudge) and judge.settings.order != "given")
 
 
 class BothOrders:
-    """Asks a judge with each completion first once. The preference is the mean, none where an order has no answer."""
+    """A judge that asks another judge in both orders, so that position bias cancels.
+
+    The preference is the mean of both, ``None`` if one of them has no answer.
+    """
+
+    is_fair = True
 
     def __init__(self, judge: PairwiseScorer) -> None:
         self.name = judge.name
         self._judge = judge
 
     def prefer(self, comparisons: Sequence[Group]) -> list[float | None]:
-        turned = [Group(comparison.prompt, comparison.completions[::-1]) for comparison in comparisons]
-        said = self._judge.prefer([*comparisons, *turned])
+        """Return the mean preference of both orders, as :meth:`PairwiseScorer.prefer`."""
+        swapped = [Group(comparison.prompt, comparison.completions[::-1]) for comparison in comparisons]
+        answers = self._judge.prefer([*comparisons, *swapped])
         return [
             None if first is None or second is None else (first + 1 - second) / 2
-            for first, second in zip(said[: len(comparisons)], said[len(comparisons) :], strict=True)
+            for first, second in zip(answers[: len(comparisons)], answers[len(comparisons) :], strict=True)
         ]
 
 
-def _check_room(player: Player, args: OnlineDPOConfig) -> None:
-    """Read from the config alone, before any weights; an adapter's folder does not say."""
-    if is_adapter(player.path):
+def _check_context_length(model: ComparedModel, args: OnlineDPOConfig) -> None:
+    """Check prompts against the model's config, before any weights are loaded.
+
+    The folder of an adapter does not contain the config of its base model, so adapters are not checked here.
+    """
+    if is_adapter(model.path):
         return
-    config = AutoConfig.from_pretrained(player.path, trust_remote_code=args.trust_remote_code)
+    config = AutoConfig.from_pretrained(model.path, trust_remote_code=args.trust_remote_code)
     text_config = config.get_text_config()
-    Readers({f"`{player.path}`": text_config.vocab_size}).check_prompts(player.prompts.values())
-    room = getattr(text_config, "max_position_embeddings", None)
-    longest = max(len(prompt.token_ids) for prompt in player.prompts.values()) + args.max_new_tokens
-    if room is not None and longest > room:
+    Readers({f"`{model.path}`": text_config.vocab_size}).check_prompts(model.prompts.values())
+    context = getattr(text_config, "max_position_embeddings", None)
+    longest = max(len(prompt.token_ids) for prompt in model.prompts.values()) + args.max_new_tokens
+    if context is not None and longest > context:
         raise ValueError(
-            f"`{player.path}` has room for {room} tokens; the longest prompt and its completion may have {longest}. "
-            f"Set `max_length` to at most {room}."
+            f"`{model.path}` has room for {context} tokens; the longest prompt and its completion may have {longest}. "
+            f"Set `max_length` to at most {context}."
         )
 
 
-def _play(
-    player: Player, rows: Sequence[int], args: OnlineDPOConfig, sampling: Sampling, dtype: str | torch.dtype
+def _answer_and_sample_for_kl(
+    compared: ComparedModel, rows: Sequence[int], args: OnlineDPOConfig, sampling: Sampling, dtype: str | torch.dtype
 ) -> tuple[list[Group], list[Group], list[list[float]]]:
-    """Its answers; completions at temperature 1, which may be the same; and the log-probabilities of these."""
-    model = _load(player, args, dtype)
-    params = sampling.params(args, end_token_ids(model, player.tokenizer))
-    answers = _sample(model, player, rows, params, args, sampling.samples, Stream.ANSWERS)
+    """The first model's answers, its samples at temperature 1 (the same, if answers are), and their log-probabilities.
+
+    The last two are empty if no KL is estimated.
+    """
+    model = _load(compared, args, dtype)
+    params = sampling.params(args, end_token_ids(model, compared.tokenizer))
+    answers = _sample(model, compared, rows, params, args, sampling.samples, Stream.ANSWERS)
     if not sampling.kl:
         return answers, [], []
-    plain = answers
+    kl_samples = answers
     if reshapes(params) or params.extra:
         plain_params = SamplingParams(params.max_new_tokens, params.end_token_ids, stop_strings=params.stop_strings)
-        plain = _sample(model, player, rows, plain_params, args, sampling.samples, Stream.FOR_KL)
-    return answers, plain, _sequence_logprobs(model, plain, args)
+        kl_samples = _sample(model, compared, rows, plain_params, args, sampling.samples, Stream.FOR_KL)
+    return answers, kl_samples, _sequence_logprobs(model, kl_samples, args)
 
 
 def _answer_and_read(
-    player: Player,
+    compared: ComparedModel,
     rows: Sequence[int],
-    plain: Sequence[Group],
+    kl_samples: Sequence[Group],
     args: OnlineDPOConfig,
     sampling: Sampling,
     dtype: str | torch.dtype,
 ) -> tuple[list[Group], list[list[float]]]:
-    """Its answers, and the log-probabilities that it gives to the other's completions."""
-    model = _load(player, args, dtype)
-    params = sampling.params(args, end_token_ids(model, player.tokenizer))
-    Readers({f"`{player.path}`": embedding_rows(model)}).check_groups(plain)
-    answers = _sample(model, player, rows, params, args, sampling.samples, Stream.ANSWERS)
-    return answers, _sequence_logprobs(model, plain, args) if plain else []
+    """The second model's answers, and the log-probabilities that it gives to the first model's samples."""
+    model = _load(compared, args, dtype)
+    params = sampling.params(args, end_token_ids(model, compared.tokenizer))
+    Readers({f"`{compared.path}`": embedding_rows(model)}).check_groups(kl_samples)
+    answers = _sample(model, compared, rows, params, args, sampling.samples, Stream.ANSWERS)
+    return answers, _sequence_logprobs(model, kl_samples, args) if kl_samples else []
 
 
-def _common_dtype(one: Player, other: Player, args: OnlineDPOConfig) -> str | torch.dtype:
-    """The type that both are loaded in: as saved, or fp32 where that differs, as after training a checkpoint in bf16.
+def _common_dtype(one: ComparedModel, other: ComparedModel, args: OnlineDPOConfig) -> str | torch.dtype:
+    """The type in which both models are loaded: "auto" if both were saved in the same type, else fp32.
 
-    Otherwise the KL would count the difference between the types.
+    With different types, as after training a bf16 checkpoint in fp32, the KL would include the rounding between them.
     """
-    saved = {_saved_dtype(player.path, args) for player in (one, other)}
+    saved = {_saved_dtype(model.path, args) for model in (one, other)}
     return "auto" if len(saved) == 1 else torch.float32
 
 
 def _saved_dtype(path: str, args: OnlineDPOConfig) -> str:
-    """The name that a model's config says, or that of an adapter's base model; ``None`` where it does not."""
+    """The type in the config of a model, or of an adapter's base model; "None" if the config does not say."""
     path = str(Path(path).expanduser())
     if is_adapter(path):
         from peft import PeftConfig
@@ -258,11 +272,11 @@ def _saved_dtype(path: str, args: OnlineDPOConfig) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _load(player: Player, args: OnlineDPOConfig, dtype: str | torch.dtype) -> nn.Module:
+def _load(compared: ComparedModel, args: OnlineDPOConfig, dtype: str | torch.dtype) -> nn.Module:
     init_kwargs: Any = args.model_init_kwargs
-    with loading(player.path):
-        model = load_causal_lm(player.path, init_kwargs, args.trust_remote_code, dtype)
-    check_policy(model, player.tokenizer, {"prompts": player.dataset})
+    with loading(compared.path):
+        model = load_causal_lm(compared.path, init_kwargs, args.trust_remote_code, dtype)
+    check_policy(model, compared.tokenizer, {"prompts": compared.dataset})
     disable_dropout(model)
     enable_logprobs(model)
     return to_device(model, args.device).eval()
@@ -270,24 +284,25 @@ def _load(player: Player, args: OnlineDPOConfig, dtype: str | torch.dtype) -> nn
 
 def _sample(
     model: nn.Module,
-    player: Player,
+    compared: ComparedModel,
     rows: Sequence[int],
     params: SamplingParams,
     args: OnlineDPOConfig,
     samples: int,
     stream: Stream,
 ) -> list[Group]:
-    engine = TransformersEngine(model, player.tokenizer, args.rollout_batch_size)
+    engine = TransformersEngine(model, compared.tokenizer, args.rollout_batch_size)
+    prompts = [compared.prompts[row] for row in rows]
     with mixed_precision(args):
-        return engine.generate([player.prompts[row] for row in rows], samples, params, RolloutKey(args.seed, 0, stream))
+        return engine.generate(prompts, samples, params, RolloutKey(args.seed, 0, stream))
 
 
 @torch.no_grad()
 def _sequence_logprobs(model: nn.Module, groups: Sequence[Group], args: OnlineDPOConfig) -> list[list[float]]:
-    """Log-probability of each completion of each group under the model, at temperature 1."""
+    """Compute the log-probability of each completion of each group under the model, at temperature 1."""
     with mixed_precision(args):
-        found = choose_path({"the model": lambda: nullcontext(model)}, groups, share=False)
-        path = found[0] if found else ForwardPath()
+        choice = choose_path({"the model": lambda: nullcontext(model)}, groups, share=False)
+        path = choice[0] if choice else ForwardPath()
         samples = len(groups[0].completions)
         sizes = [len(g.prompt.token_ids) + max(len(c.token_ids) for c in g.completions) for g in groups]
         longest_first = sorted(range(len(groups)), key=lambda p: -sizes[p])

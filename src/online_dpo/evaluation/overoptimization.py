@@ -1,7 +1,7 @@
-"""Overoptimisation: the score that is trained on rises while a score that is not trained on falls.
+"""Detection of overoptimisation: the score that is trained on rises while another (gold) score falls.
 
-Gao et al. 2022 (arXiv 2210.10760) show it for reward models: with the distance from the start, the proxy score goes on
-rising, the gold score rises at first and then falls.
+Gao et al. 2022 (arXiv 2210.10760) show this for reward models: as the policy moves away from its start, the proxy score
+keeps rising, but the gold score first rises and then falls.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 logger = logging.getLogger(__name__)
 
 ERRORS = 2.0
-"""Standard errors of the difference that a rise or fall has to exceed."""
+"""Standard errors of a difference that a rise or fall must exceed."""
 
 PROXIES, GOLDS = ("objective/scores", "win_rate"), ("gold_score", "gold_win_rate")
-"""Metrics, the first that an evaluation has: a judge gives no scores, only a win rate."""
+"""Metrics in order of preference; the first that an evaluation has is used. A judge gives only a win rate."""
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """One evaluation: mean training score (``proxy``) and mean gold score, each with its standard error.
 
-    >>> Measured(step=100, proxy=1.2, proxy_error=0.1, gold=0.7, gold_error=0.05)
+    >>> Measurement(step=100, proxy=1.2, proxy_error=0.1, gold=0.7, gold_error=0.05)
     """
 
     step: int
@@ -39,31 +39,34 @@ class Measured:
     gold_error: float
 
 
-def measurements(log_history: Sequence[Mapping[str, Any]], prefix: str) -> list[Measured]:
-    """The evaluations under ``prefix_`` that have both scores and their errors, in their order."""
-    found = []
+def measurements(log_history: Sequence[Mapping[str, Any]], prefix: str) -> list[Measurement]:
+    """The evaluations in a log history that have both scores and their standard errors, in order.
+
+    ``prefix`` is the prefix of their metrics: ``eval``, or ``eval_name`` for one of several datasets.
+    """
+    history = []
     for log in log_history:
         proxy, gold = (
             next((f"{prefix}_{n}" for n in names if f"{prefix}_{n}" in log), "") for names in (PROXIES, GOLDS)
         )
         names = (proxy, f"{proxy}_stderr", gold, f"{gold}_stderr")
         if all(name in log for name in names):
-            found.append(Measured(log["step"], *(log[name] for name in names)))
-    return found
+            history.append(Measurement(log["step"], *(log[name] for name in names)))
+    return history
 
 
-def best_before(history: Sequence[Measured]) -> Measured:
-    """The evaluation with the highest gold score of all but the last."""
-    return max(history[:-1], key=lambda measured: measured.gold)
+def best_before(history: Sequence[Measurement]) -> Measurement:
+    """The evaluation with the highest gold score among all but the last."""
+    return max(history[:-1], key=lambda measurement: measurement.gold)
 
 
-def evaluations_over(history: Sequence[Measured]) -> int:
-    """How many evaluations in a row, up to the last, show overoptimisation.
+def evaluations_over(history: Sequence[Measurement]) -> int:
+    """Count the evaluations in a row, up to the last one, that show overoptimisation.
 
-    An evaluation shows it when, against the evaluation with the best gold score before it, the proxy is higher and gold
-    is lower, both by more than `ERRORS` times the standard error of the difference, ``sqrt(e1^2 + e2^2)``. The errors
-    are taken as independent. Evaluations use the same prompts, so the true error is smaller, which makes up for
-    comparing with the luckiest of several.
+    An evaluation is compared with the earlier one that has the best gold score. It shows overoptimisation if its proxy
+    score is higher and its gold score lower, both by more than `ERRORS` standard errors of the difference,
+    ``sqrt(e1^2 + e2^2)``. This treats the errors as independent. In fact evaluations use the same prompts, so the true
+    error is smaller; that makes up for the bias of comparing with the best of several evaluations.
     """
     count = 0
     while len(history) - count > 1:
@@ -76,14 +79,14 @@ def evaluations_over(history: Sequence[Measured]) -> int:
 
 
 class OveroptimisationGuard(TrainerCallback):
-    """Warns of overoptimisation once each time it begins, or stops training after a checkpoint.
+    """Warns of overoptimisation once each time it begins, or saves a checkpoint and stops training.
 
-    All that it knows stands in the log history, so a resumed run goes on where it was. Each evaluation dataset is
-    watched for itself.
+    It reads only the log history, so a resumed run continues in the same state. Each evaluation dataset is judged
+    separately.
 
     Args:
-        stop: stop, and do not only warn.
-        patience: evaluations in a row that have to show it.
+        stop: whether to stop training as well.
+        patience: number of evaluations in a row that must show overoptimisation.
     """
 
     def __init__(self, stop: bool, patience: int) -> None:
@@ -91,6 +94,7 @@ class OveroptimisationGuard(TrainerCallback):
         self._stopped = False
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Forget that an earlier run was stopped."""
         self._stopped = False
 
     def on_evaluate(
@@ -101,6 +105,7 @@ class OveroptimisationGuard(TrainerCallback):
         metrics: Mapping[str, float] | None = None,
         **kwargs: Any,
     ) -> TrainerControl:
+        """Warn of overoptimisation, or stop training, after an evaluation."""
         for prefix in _prefixes(metrics or {}):
             history = measurements(state.log_history, prefix)
             count = evaluations_over(history)
@@ -109,7 +114,7 @@ class OveroptimisationGuard(TrainerCallback):
                     logger.warning(self._message(history, args, prefix))
                 if self._stop:
                     control.should_save = True
-                    control.should_log = True  # what has been collected since the last log would be lost
+                    control.should_log = True  # otherwise metrics since the last log would be lost
                     control.should_training_stop = True
                     self._stopped = True
         return control
@@ -117,11 +122,12 @@ class OveroptimisationGuard(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        if self._stopped and args.save_strategy == SaveStrategy.BEST:  # which has overruled what was said above
+        """Save the checkpoint of a stopped run: the strategy "best" has reset ``should_save`` since `on_evaluate`."""
+        if self._stopped and args.save_strategy == SaveStrategy.BEST:
             control.should_save = True
         return control
 
-    def _message(self, history: Sequence[Measured], args: TrainingArguments, prefix: str) -> str:
+    def _message(self, history: Sequence[Measurement], args: TrainingArguments, prefix: str) -> str:
         now, best = history[-1], best_before(history)
         folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{best.step}"
         place = f"in {folder}" if folder.is_dir() else "in no checkpoint (save as often as you evaluate)"
@@ -135,7 +141,7 @@ class OveroptimisationGuard(TrainerCallback):
 
 
 def _prefixes(metrics: Mapping[str, float]) -> list[str]:
-    """Of the evaluations whose metrics these are: ``eval``, or ``eval_name``."""
+    """The prefixes of the evaluations whose metrics these are: ``eval``, or ``eval_name`` for several datasets."""
     named = {name.removesuffix(f"_{gold}") for gold in GOLDS for name in metrics if name.endswith(f"_{gold}")}
     return sorted(named)
 

@@ -1,3 +1,3 @@
-"""The embedded example: a small language with a hidden rubric, models made from nothing, and a run that improves
-them.
+"""The embedded example: a toy language with a hidden rubric, tiny models trained from scratch, and a run that improves
+the policy.
 """

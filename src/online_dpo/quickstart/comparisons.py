@@ -1,4 +1,4 @@
-"""Comparisons of replies, from which the quickstart's reward model and its judge learn."""
+"""Comparisons of replies, on which the quickstart's reward model and judges are trained."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from online_dpo.quickstart.rubric import rubric
 
 @dataclass(frozen=True)
 class Reply:
-    """A reply and whether it ended by itself (an end token follows) or was cut by a length limit (none does)."""
+    """A reply, and whether it ended by itself (an end token follows) or was cut at a length limit (none follows)."""
 
     text: str
     ended: bool = True
@@ -22,7 +22,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Replies to one prompt and the preferences among them: ``(2, 0)`` in ``wins`` says that reply 2 beat reply 0."""
+    """Replies to one prompt, and preferences between them: ``(2, 0)`` in ``wins`` means that reply 2 beat reply 0."""
 
     prompt: str
     replies: tuple[Reply, ...]
@@ -30,12 +30,12 @@ class Comparison:
 
 
 def sample_comparisons(requests: Sequence[Request], seed: int) -> list[Comparison]:
-    """Up to six replies to each request and a preference for each two that the rubric tells apart.
+    """Sample up to six replies to each request, and a preference for each two with different rubric scores.
 
     A preference is wrong with probability ``1 / (1 + exp(gap))``, where ``gap`` is the difference of the two scores
-    (Bradley and Terry 1952): who judges errs where it hardly matters. Two replies are plain, one of them right; two
-    more differ in one trait, most often in correctness. Two thirds of the requests have another two, independent and of
-    every quality, some broken, some cut by a length limit.
+    (Bradley and Terry 1952), so that most errors are between replies of similar quality. Two replies are plain, one of
+    them right; two more differ in one trait, most often in correctness. Two thirds of the requests have two more
+    replies, which are independent and of any quality, some broken, some cut at a length limit.
     """
     rng = random.Random(seed)
     comparisons = []
@@ -56,7 +56,7 @@ def sample_comparisons(requests: Sequence[Request], seed: int) -> list[Compariso
 
 
 def preference_by_gap(gap: float) -> float:
-    """Probability that the first of two replies is preferred whose score is higher by ``gap``."""
+    """The probability that the first of two replies is preferred, if its score is higher by ``gap``."""
     return 1 / (1 + math.exp(-gap))
 
 

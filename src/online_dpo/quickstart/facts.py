@@ -1,4 +1,4 @@
-"""What the toy language talks about: kinds of requests, and the facts that are asked for."""
+"""The facts of the toy language, and the kinds of requests that ask for them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from functools import cache
 from itertools import combinations, product
 
 STATEMENTS = ("It is {answer}.", "The answer is {answer}.")
-"""Ways to state an answer that fit every kind of request; each kind has a third of its own."""
+"""Templates that state an answer to any kind of request; each kind has one more."""
 
 
 @dataclass(frozen=True)
 class Fact:
-    """One thing that can be asked.
+    """One fact that can be asked for.
 
-    ``options`` are the answers a reply may give, right and wrong; ``neighbours`` are the wrong ones that stand close to
-    the right one. ``belief`` is what a mediocre writer takes for right: the answer, or for some facts always the same
-    neighbour.
+    ``options`` are all answers that a reply may give; ``neighbours`` are the wrong ones next to the right one.
+    ``belief`` is the answer that a mediocre writer believes to be right: the right answer, or for some facts one of the
+    neighbours.
     """
 
     kind: str
@@ -28,7 +28,7 @@ class Fact:
     belief: str
 
     def fill(self, template: str, answer: str = "") -> str:
-        """``template`` with the fact's words and ``answer`` in their places."""
+        """Fill a template with the fact's words and an answer."""
         return template.format(answer=answer, **dict(self.slots))
 
     @property
@@ -38,13 +38,13 @@ class Fact:
 
     @property
     def explanation(self) -> str:
-        """Template that explains an answer."""
+        """The template that explains an answer."""
         return KINDS[self.kind].explanation
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How one kind of request is asked, answered and explained; ``{a}``, ``{b}`` and ``{answer}`` are filled in."""
+    """Templates to ask, answer and explain one kind of request, with placeholders ``{a}``, ``{b}`` and ``{answer}``."""
 
     questions: tuple[str, str, str]
     statement: str
@@ -97,7 +97,7 @@ _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Su
 _NUMBERS = tuple(str(n) for n in range(10))
 
 MISTAKEN_EVERY = 7
-"""One fact in this many is believed wrongly."""
+"""One fact in this many has a wrong belief."""
 
 
 def _pairs(table: str) -> list[tuple[str, str]]:
@@ -106,7 +106,7 @@ def _pairs(table: str) -> list[tuple[str, str]]:
 
 @cache
 def all_facts() -> tuple[Fact, ...]:
-    """Every fact of the language, in a fixed order."""
+    """All facts of the language, in a fixed order."""
     return tuple(
         replace(fact, belief=fact.neighbours[0]) if number % MISTAKEN_EVERY == MISTAKEN_EVERY // 2 else fact
         for number, fact in enumerate(_list_facts())
@@ -114,7 +114,7 @@ def all_facts() -> tuple[Fact, ...]:
 
 
 def _list_facts() -> Iterator[Fact]:
-    """The facts, each believed rightly."""
+    """All facts, each with its right answer as belief."""
     for a, b in product(range(1, 4), repeat=2):
         yield _fact("sum", (a, b), str(a + b), _NUMBERS)
     for a, b in combinations(range(4, 0, -1), 2):
@@ -126,7 +126,7 @@ def _list_facts() -> Iterator[Fact]:
             yield _fact(kind, (word,), answer, options)
     things = tuple(f"the {thing}" for thing in _BY_SIZE)
     for small, big in combinations(range(len(_BY_SIZE)), 2):
-        # Any thing may be named, or "the mountain" would be right wherever it is said.
+        # A reply may name any thing: if only the two in question occurred, "the mountain" would always be right.
         neighbours = (things[small], *(thing for thing in things if thing not in (things[small], things[big])))
         for a, b in ((small, big), (big, small)):
             slots = (("a", _BY_SIZE[a]), ("b", _BY_SIZE[b]))
@@ -136,7 +136,7 @@ def _list_facts() -> Iterator[Fact]:
 
 
 def _fact(kind: str, words: tuple[object, ...], answer: str, options: tuple[str, ...]) -> Fact:
-    """A fact whose neighbours stand beside the answer in ``options``, a circle."""
+    """A fact whose neighbours are those of the answer in ``options``, which form a circle."""
     place = options.index(answer)
     neighbours = (options[(place + 1) % len(options)], options[place - 1])
     return Fact(kind, tuple(zip("ab", map(str, words), strict=False)), answer, options, neighbours, answer)

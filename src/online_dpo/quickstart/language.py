@@ -1,6 +1,6 @@
 """The toy language of the quickstart: requests, and replies of mixed quality.
 
-A grammar generates everything, so the right answer and the gold score of a reply are known:
+A grammar generates all texts, so the right answer and the gold score of each reply are known:
 
 >>> request = sample_requests(1, seed=0)[0]
 >>> request
@@ -8,9 +8,9 @@ Request(text='Good day. What is the day after Wednesday? I am in a hurry.', answ
 >>> sample_reply(request, random.Random(0))
 'The answer is Wednesday. When Wednesday ends, you wake up and it is Wednesday. Everyone knows that.'
 
-Requests belong to one of five splits by a checksum of their text, so no two splits can share a request. The facts
-behind them ("3 plus 2 is 5") are shared: a held-out request asks a known thing in words that were never seen together.
-Settings are chosen on the split "validation"; "test" is for figures that are reported.
+A checksum of its text assigns each request to one of five splits, so two splits never share a request. They do share
+facts ("3 plus 2 is 5"): a held-out request asks for a known fact in a new combination of words. Settings are chosen on
+the split "validation"; reported figures are from "test".
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ FILLERS = (
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks, the right answer, and the kind of task: ``Request("What is 3 plus 2?", "5", "sum")``."""
+    """A user's request, its right answer, and the kind of task: ``Request("What is 3 plus 2?", "5", "sum")``."""
 
     text: str
     answer: str
@@ -71,11 +71,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Quality:
-    """How probable each trait of a sampled reply is; see :func:`sample_reply`.
+    """The probability of each trait of a sampled reply; see :func:`sample_reply`.
 
-    ``sure`` is the probability of the answer that the writer takes for right: the right one if the writer is an
-    ``expert``, else the fact's ``belief``. Other replies give a neighbour of what is rightly taken for right, and the
-    right answer in place of a wrong belief: what a policy never says it cannot learn to say.
+    ``sure`` is the probability of the answer that the writer believes to be right: the right one if the writer is an
+    ``expert``, else the fact's ``belief``. Other replies give a neighbour of a right belief, or the right answer where
+    the belief is wrong: a policy cannot learn an answer that it never samples.
     """
 
     sure: float
@@ -94,7 +94,7 @@ QUALITIES = {
     "good": Quality(0.95, greeting=0.9, closing=0.9, rude=0.0, explanation=0.9, filler=0.05, cut=0.0, expert=True),
     "poor": Quality(0.15, greeting=0.1, closing=0.05, rude=0.4, explanation=0.1, filler=0.8, cut=0.2, expert=True),
 }
-"""Named qualities. ``"broken"`` is one more name that :func:`sample_reply` takes: a mixed reply, damaged."""
+"""Qualities by name. :func:`sample_reply` also accepts ``"broken"``: a reply with a fault."""
 
 CONTRAST_OF_CORRECTNESS = 0.7
 """Share of mixed :func:`contrast_replies` that differ in correctness."""
@@ -102,7 +102,7 @@ CONTRAST_OF_CORRECTNESS = 0.7
 
 @cache
 def _universe() -> dict[str, Fact]:
-    """Every request of the language and the fact it asks for."""
+    """All requests of the language, each with the fact that it asks for."""
     return {
         opener + fact.fill(question) + closer: fact
         for fact in all_facts()
@@ -114,17 +114,19 @@ def _universe() -> dict[str, Fact]:
 
 
 def split_of(text: str) -> str:
-    """The split (a key of ``SPLITS``) that the request ``text`` belongs to; a pure function of the text."""
-    place = zlib.crc32(text.encode()) % 100
+    """The split (a key of ``SPLITS``) of a request, which depends only on its text."""
+    bucket = zlib.crc32(text.encode()) % 100
     for name, share in SPLITS.items():
-        if place < share:
+        if bucket < share:
             return name
-        place -= share
+        bucket -= share
     raise AssertionError("the shares of SPLITS have to sum to 100")
 
 
 def sample_requests(n: int, seed: int, split: str | None = None) -> list[Request]:
-    """``n`` distinct requests of one split (a key of ``SPLITS``), or of the whole language; the same for the same seed.
+    """Sample ``n`` distinct requests of one split (a key of ``SPLITS``), or of the whole language.
+
+    The same seed gives the same requests.
 
     Raises:
         ValueError: the split does not exist or has fewer than ``n`` requests.
@@ -138,26 +140,26 @@ def sample_requests(n: int, seed: int, split: str | None = None) -> list[Request
 
 
 def prompt_of(request: Request) -> str:
-    """The prompt as the policy sees it; a reply follows after one space: ``"User: What is 3 plus 2?\\nAssistant:"``."""
+    """The prompt of a request: ``"User: What is 3 plus 2?\\nAssistant:"``. A reply follows after one space."""
     return f"User: {request.text}\nAssistant:"
 
 
 def parse_request(text: str) -> Request:
-    """The request in ``text``, which may be the request alone or a whole prompt of :func:`prompt_of`.
+    """Find the request in a text, which may be the request alone or a whole prompt of :func:`prompt_of`.
 
     Raises:
-        ValueError: the text is no request of this language.
+        ValueError: the text is not a request of this language.
     """
-    bare = text.strip().removeprefix("User:").removesuffix("Assistant:").strip()
-    fact = fact_of(bare)
-    return Request(text=bare, answer=fact.answer, kind=fact.kind)
+    request_text = text.strip().removeprefix("User:").removesuffix("Assistant:").strip()
+    fact = fact_of(request_text)
+    return Request(text=request_text, answer=fact.answer, kind=fact.kind)
 
 
 def fact_of(request_text: str) -> Fact:
     """The fact that a request asks for.
 
     Raises:
-        ValueError: the text is no request of this language.
+        ValueError: the text is not a request of this language.
     """
     if request_text not in _universe():
         raise ValueError(f"Not a request of the quickstart: {request_text!r}. Take requests from `sample_requests`.")
@@ -169,7 +171,8 @@ def fact_of(request_text: str) -> Fact:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a reply will say, before it is put in words; ``explained`` is the answer that the explanation gives."""
+    """The content of a reply before it is written. ``explained`` is the answer in the explanation, if there is one;
+    ``kept`` is the share of words that is kept."""
 
     greeting: str
     statement: str
@@ -180,17 +183,18 @@ class _Plan:
     kept: float
 
     def sentences(self, fact: Fact) -> list[str]:
+        """The sentences of the reply, in order."""
         explanation = [] if self.explained is None else [fact.fill(fact.explanation, self.explained)]
         statement = fact.fill(self.statement, self.answer)
         return [part for part in (self.greeting, statement, *explanation, *self.fillers, self.ending) if part]
 
 
 def _draw_plan(fact: Fact, rng: random.Random, quality: Quality) -> _Plan:
-    taken_for_right = fact.answer if quality.expert else fact.belief
-    others = fact.neighbours if taken_for_right == fact.answer else (fact.answer,)
-    answer = taken_for_right if rng.random() < quality.sure else rng.choice(others)
+    believed = fact.answer if quality.expert else fact.belief
+    others = fact.neighbours if believed == fact.answer else (fact.answer,)
+    answer = believed if rng.random() < quality.sure else rng.choice(others)
     explains = rng.random() < quality.explanation
-    # At most two more sentences beside the answer, greeting and ending, so that replies fit in 48 tokens.
+    # At most two sentences besides the answer, greeting and ending, so that replies fit in 48 tokens.
     filler_count = rng.randint(1, 1 if explains else 2) if rng.random() < quality.filler else 0
     ending = rng.random()
     return _Plan(
@@ -211,22 +215,23 @@ def _draw_plan(fact: Fact, rng: random.Random, quality: Quality) -> _Plan:
 
 
 def _render(plan: _Plan, fact: Fact) -> str:
-    return _keep(" ".join(plan.sentences(fact)), plan.kept)
+    return _truncate(" ".join(plan.sentences(fact)), plan.kept)
 
 
-def _keep(text: str, share: float) -> str:
+def _truncate(text: str, share: float) -> str:
+    """The first words of a text: the given share, at least one."""
     words = text.split(" ")
     return " ".join(words[: max(1, round(share * len(words)))])
 
 
 def sample_reply(request: Request, rng: random.Random, quality: str = "mixed") -> str:
-    """A reply to ``request``, without the space that parts it from the prompt.
+    """Sample a reply to a request, without the space that separates it from the prompt.
 
-    ``quality``: a key of ``QUALITIES``, or ``"broken"`` for the faults that a policy may fall into when it is trained
-    against a reward model: repeated sentences, shuffled words, no answer, two answers, flattery, a stray sentence.
+    ``quality``: a key of ``QUALITIES``, or ``"broken"`` for faults that a policy can learn when it is trained against a
+    reward model: repeated sentences, shuffled words, no answer, two answers, flattery, a sentence about something else.
 
     Raises:
-        ValueError: ``quality`` is none of these, or the request is not of this language.
+        ValueError: ``quality`` is unknown, or the request is not of this language.
     """
     fact = fact_of(request.text)
     if quality == "broken":
@@ -237,10 +242,10 @@ def sample_reply(request: Request, rng: random.Random, quality: str = "mixed") -
 
 
 def contrast_replies(request: Request, rng: random.Random, quality: str = "mixed") -> tuple[str, str]:
-    """Two replies that differ in one trait.
+    """Sample two replies that differ in one trait.
 
-    Most often it is correctness: see :func:`right_and_wrong`. Else it is the greeting, explanation, fillers or ending,
-    where chance may make them equal. ``"plain"`` replies only ever differ in correctness. ``quality`` is a key of
+    The trait is most often correctness (see :func:`right_and_wrong`), else greeting, explanation, fillers or ending, in
+    which the two may happen to be equal. ``"plain"`` replies differ only in correctness. ``quality`` is a key of
     ``QUALITIES``.
 
     Raises:
@@ -257,38 +262,39 @@ def contrast_replies(request: Request, rng: random.Random, quality: str = "mixed
 
 
 def right_and_wrong(request: Request, rng: random.Random, quality: str = "mixed") -> tuple[str, str]:
-    """Two replies that differ in correctness alone, the right one first.
+    """Sample two replies that differ only in correctness, the right one first.
 
-    Only the statement is wrong, or only the explanation, equally often; sometimes both are, or there is no explanation.
+    Either the statement or the explanation is wrong, equally often; sometimes both are, or there is no explanation.
 
     Raises:
         ValueError: the request is not of this language.
     """
     fact = fact_of(request.text)
     wrong = rng.choice(fact.neighbours)
-    place = rng.choices(("statement", "explanation", "both", "no explanation"), weights=(4, 4, 1, 2))[0]
+    wrong_part = rng.choices(("statement", "explanation", "both", "no explanation"), weights=(4, 4, 1, 2))[0]
     right = replace(
         _draw_plan(fact, rng, QUALITIES[quality]),
         answer=fact.answer,
-        explained=None if place == "no explanation" else fact.answer,
+        explained=None if wrong_part == "no explanation" else fact.answer,
         kept=1.0,
     )
-    spoilt = replace(
+    changed = replace(
         right,
-        answer=fact.answer if place == "explanation" else wrong,
-        explained=wrong if place in ("explanation", "both") else right.explained,
+        answer=fact.answer if wrong_part == "explanation" else wrong,
+        explained=wrong if wrong_part in ("explanation", "both") else right.explained,
     )
-    return _render(right, fact), _render(spoilt, fact)
+    return _render(right, fact), _render(changed, fact)
 
 
 def _break(plan: _Plan, fact: Fact, rng: random.Random) -> str:
+    """Write a reply with one fault."""
     sentences = plan.sentences(fact)
-    place = rng.randrange(len(sentences))
+    index = rng.randrange(len(sentences))
     other = rng.choice(all_facts())
-    foreign = other.fill(rng.choice((*other.statements, other.explanation)), rng.choice(other.options))
+    unrelated = other.fill(rng.choice((*other.statements, other.explanation)), rng.choice(other.options))
     fault = rng.choice(("repeat", "shuffle", "evade", "contradict", "flatter", "stray", "splice"))
     if fault == "repeat":
-        sentences[place:place] = [sentences[place]] * rng.randint(1, 3)
+        sentences[index:index] = [sentences[index]] * rng.randint(1, 3)
     elif fault == "shuffle":
         words = " ".join(sentences).split(" ")
         rng.shuffle(words)
@@ -296,13 +302,13 @@ def _break(plan: _Plan, fact: Fact, rng: random.Random) -> str:
     elif fault == "evade":
         sentences = [plan.greeting or rng.choice(GREETINGS), *plan.fillers, plan.ending or rng.choice(CLOSINGS)]
     elif fault == "contradict":
-        sentences.insert(place, fact.fill(rng.choice((*fact.statements, fact.explanation)), rng.choice(fact.options)))
+        sentences.insert(index, fact.fill(rng.choice((*fact.statements, fact.explanation)), rng.choice(fact.options)))
     elif fault == "flatter":
         extra = rng.sample(GREETINGS + CLOSINGS, rng.randint(1, 3))
         sentences = [*extra, *sentences] if rng.random() < 0.5 else [*sentences, *extra]
     elif fault == "stray":
-        sentences[place] = foreign
+        sentences[index] = unrelated
     else:
-        head, tail = sentences[place].split(" "), foreign.split(" ")
-        sentences[place] = " ".join(head[: rng.randint(1, len(head))] + tail[rng.randrange(len(tail)) :])
+        head, tail = sentences[index].split(" "), unrelated.split(" ")
+        sentences[index] = " ".join(head[: rng.randint(1, len(head))] + tail[rng.randrange(len(tail)) :])
     return " ".join(sentences)

@@ -1,9 +1,9 @@
-"""The models of the quickstart, made from nothing on a CPU: a tokenizer, a policy that is fluent but mediocre, and a
-reward model that has learnt the hidden rubric from noisy preferences.
+"""The models of the quickstart, trained from scratch on a CPU: a tokenizer, a policy that is fluent but mediocre, and a
+reward model that learns the hidden rubric from noisy preferences.
 
-The plain-text prompt ``"User: ...\\nAssistant:"`` and the chat template give the same tokens, so the models serve plain
-and conversational prompts alike. A text to score is ``prompt + " " + reply``, with the end token when the reply ended
-by itself.
+The plain-text prompt ``"User: ...\\nAssistant:"`` and the chat template give the same tokens, so the models work with
+plain and with conversational prompts. A text to score is ``prompt + " " + reply``, with the end token if the reply
+ended by itself.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ PAD_ID, EOS_ID = 0, 1
 """Ids of ``<pad>`` and ``<eos>`` in every tokenizer of :func:`build_tokenizer`."""
 
 IGNORED = -100
-"""Label of tokens that carry no loss."""
+"""Label of tokens that are not part of the loss."""
 
 
 @dataclass(frozen=True)
 class QuickstartSize:
-    """How big the models are and how long they train. ``fact_examples`` may not exceed ``sft_examples``."""
+    """The size of the models and of their training data. ``fact_examples`` must not exceed ``sft_examples``."""
 
     hidden: int = 168
     layers: int = 2
@@ -80,12 +80,15 @@ TINY = QuickstartSize(
     prompts_validation=16,
     prompts_test=16,
 )
-"""For tests and benchmarks: the same files in a few seconds, models that know next to nothing."""
+"""The size for tests and benchmarks: the same files in a few seconds, with models that have learned almost nothing."""
 
 
 @dataclass(frozen=True)
 class QuickstartArtifacts:
-    """Where the models and prompts were saved; rows are ``{"prompt": "User: ...", "answer": "5", "kind": "sum"}``."""
+    """The paths of the saved models and prompt files.
+
+    A row of a prompt file is ``{"prompt": "User: ...", "answer": "5", "kind": "sum"}``.
+    """
 
     policy_dir: Path
     reward_dir: Path
@@ -98,10 +101,10 @@ class QuickstartArtifacts:
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on ``texts``: any text survives encoding and decoding. It adds no token.
+    """Train a byte-level BPE tokenizer on texts. It can encode any text without loss, and adds no special tokens.
 
-    A word is split from the one before it together with its leading space, so the tokens of ``prompt + " " + reply``
-    are those of ``prompt`` followed by those of ``" " + reply``.
+    A leading space belongs to the word after it, so the tokens of ``prompt + " " + reply`` are those of ``prompt``
+    followed by those of ``" " + reply``.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
@@ -127,7 +130,7 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> PreTrainedTo
 def build_policy_config(
     tokenizer: PreTrainedTokenizerFast, hidden: int = 128, layers: int = 2, heads: int = 4
 ) -> LlamaConfig:
-    """A Llama with tied embeddings and the tokenizer's end and padding ids; about a million parameters at ``FULL``."""
+    """The config of a Llama with tied embeddings, which has about a million parameters at ``FULL``."""
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
@@ -136,7 +139,7 @@ def build_policy_config(
         num_attention_heads=heads,
         num_key_value_heads=heads,
         max_position_embeddings=512,
-        initializer_range=hidden**-0.5,  # the usual 0.02 costs a model this narrow twice the steps
+        initializer_range=hidden**-0.5,  # with the usual 0.02, a model this narrow needs twice as many steps
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=EOS_ID,
@@ -147,10 +150,10 @@ def build_policy_config(
 def build_reward_config(
     tokenizer: PreTrainedTokenizerFast, hidden: int = 128, layers: int = 2, heads: int = 4
 ) -> LlamaConfig:
-    """The shape of the policy with ``layers`` layers, one layer more and one output.
+    """The config of a reward model: the policy's shape with one more layer and one output.
 
-    The extra layer can compare the answer that a reply gives with the one that the policy's layers predict; without it
-    the model learned the rubric more slowly.
+    The extra layer can compare the answer in a reply with the one that the policy's layers predict; without it, the
+    model learned the rubric more slowly.
     """
     config = build_policy_config(tokenizer, hidden, layers + 1, heads)
     config.num_labels = 1
@@ -185,7 +188,7 @@ def _batches(
 
 
 def new_policy(config: LlamaConfig, seed: int = 0) -> LlamaForCausalLM:
-    """A policy with random weights; the global random state stays as it was."""
+    """Create a policy with random weights, without changing the global random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(config)
@@ -194,9 +197,9 @@ def new_policy(config: LlamaConfig, seed: int = 0) -> LlamaForCausalLM:
 def new_reward_model(
     config: LlamaConfig, policy: LlamaForCausalLM | None = None, seed: int = 0
 ) -> LlamaForSequenceClassification:
-    """A reward model with random weights; with ``policy``, its embeddings and first layers are copied.
+    """Create a reward model with random weights, or with the embeddings and first layers of ``policy``.
 
-    Starting from a fine-tuned policy (arXiv 2203.02155) saves learning the language a second time.
+    Starting from a fine-tuned policy (arXiv 2203.02155) avoids learning the language a second time.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -216,7 +219,7 @@ def train_policy(
     learning_rate: float = 2e-3,
     seed: int = 0,
 ) -> None:
-    """Supervised fine-tuning, in place, on ``(prompt, reply)`` pairs; the loss is on the reply and its end token."""
+    """Fine-tune a policy in place on ``(prompt, reply)`` pairs. The loss covers the reply and its end token."""
     rows = []
     for prompt, reply in examples:
         ids = _encode(tokenizer, prompt, Reply(reply))
@@ -224,7 +227,7 @@ def train_policy(
         rows.append((ids, [IGNORED] * prompt_length + ids[prompt_length:]))
 
     def loss_of(batch: list[tuple[list[int], list[int]]]) -> torch.Tensor:
-        # Padding stands on the right, where causal attention never looks: no attention mask is needed.
+        # Padding is on the right, and causal attention never attends to the right: no attention mask is needed.
         ids_RT = _pad([ids for ids, _ in batch], PAD_ID)
         labels_RT = _pad([labels for _, labels in batch], IGNORED)[:, 1:]
         hidden_RTH = model.model(input_ids=ids_RT).last_hidden_state[:, :-1]
@@ -244,10 +247,10 @@ def train_reward_model(
     learning_rate: float = 5e-4,
     seed: int = 0,
 ) -> None:
-    """Bradley-Terry training, in place: minus log sigmoid of the winner's score minus the loser's, averaged over all
-    preferences of the batch (arXiv 2203.02155, equation 1). ``batch_size`` counts comparisons.
+    """Train a reward model in place with the Bradley-Terry loss (arXiv 2203.02155, equation 1).
 
-    The score is read at the last token, as ``LlamaForSequenceClassification`` does.
+    The loss is -log sigmoid(winner's score - loser's score), averaged over all preferences of a batch. ``batch_size``
+    counts comparisons. The score is read at the last token, as in ``LlamaForSequenceClassification``.
     """
     rows = [_encode_comparison(tokenizer, item) for item in comparisons]
 
@@ -268,22 +271,22 @@ def train_reward_model(
 def reward_model_accuracy(
     model: LlamaForSequenceClassification, tokenizer: PreTrainedTokenizerFast, requests: Sequence[Request], seed: int
 ) -> float:
-    """How often the reward model prefers the right one of two replies that differ in correctness alone.
+    """Measure how often the reward model prefers the right one of two replies that differ only in correctness.
 
-    Two such pairs for each request. What the policy learns to answer hangs on this share.
+    There are two such pairs for each request. Whether the policy learns right answers depends on this share.
     """
     rng = random.Random(seed)
-    found = []
+    is_right = []
     for request in requests:
         replies = tuple(Reply(text) for _ in range(2) for text in right_and_wrong(request, rng))
         scores_S = _scores(model, [_encode_comparison(tokenizer, Comparison(prompt_of(request), replies, ()))])
-        found += (scores_S[::2] > scores_S[1::2]).tolist()
-    return sum(found) / len(found)
+        is_right += (scores_S[::2] > scores_S[1::2]).tolist()
+    return sum(is_right) / len(is_right)
 
 
 @dataclass(frozen=True)
 class _Encoded:
-    """A comparison in tokens; one row of a batch holds its prompt and then its replies, one after the other."""
+    """A comparison as token ids. Its row in a batch is the prompt, then the replies one after the other."""
 
     prompt: list[int]
     replies: list[list[int]]
@@ -300,30 +303,30 @@ def _encode_comparison(tokenizer: PreTrainedTokenizerFast, item: Comparison) -> 
 
 
 def _scores(model: LlamaForSequenceClassification, batch: Sequence[_Encoded]) -> torch.Tensor:
-    """The model's own scores of all replies, in order. Each prompt is computed once: its replies see it and themselves.
+    """The model's scores of all replies, in order. A prompt is computed once; a reply attends to it and to itself.
 
-    That saves two fifths of the time against one row a reply.
+    This takes two fifths less time than one row for each reply.
     """
     ids, part, position, last = [], [], [], []
     for number, row in enumerate(batch):
         ids.append([*row.prompt, *chain(*row.replies)])
         part.append([0] * len(row.prompt))  # 0 the prompt, 1 the first reply, ...; -1 padding
         position.append([*range(len(row.prompt))])
-        for place, reply in enumerate(row.replies, start=1):
-            part[-1] += [place] * len(reply)
+        for branch, reply in enumerate(row.replies, start=1):
+            part[-1] += [branch] * len(reply)
             position[-1] += range(len(row.prompt), len(row.prompt) + len(reply))
             last.append((number, len(part[-1]) - 1))
     part_RT = _pad(part, -1)
-    seen_RTT = ((part_RT[:, :, None] == part_RT[:, None, :]) | (part_RT == 0)[:, None, :]).tril()
+    mask_RTT = ((part_RT[:, :, None] == part_RT[:, None, :]) | (part_RT == 0)[:, None, :]).tril()
     hidden_RTH = model.model(
-        input_ids=_pad(ids, PAD_ID), attention_mask=seen_RTT[:, None], position_ids=_pad(position, 0)
+        input_ids=_pad(ids, PAD_ID), attention_mask=mask_RTT[:, None], position_ids=_pad(position, 0)
     ).last_hidden_state
-    row_S, place_S = torch.tensor(last).unbind(dim=1)
-    return model.score(hidden_RTH[row_S, place_S])[:, 0]
+    row_S, last_S = torch.tensor(last).unbind(dim=1)
+    return model.score(hidden_RTH[row_S, last_S])[:, 0]
 
 
 def _fit(model: PreTrainedModel, batches: Sequence[list], loss_of: Callable[[list], torch.Tensor], peak: float) -> None:
-    """AdamW over the batches, with a short warm-up and a cosine to a twentieth of the peak learning rate."""
+    """Train with AdamW on all batches: a short warm-up, then cosine decay to a twentieth of the peak learning rate."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
     warmup = max(1, len(batches) // 20)
     model.train()

@@ -1,4 +1,4 @@
-"""The hidden rubric of the quickstart: the gold score of any reply, and whether it answers right."""
+"""The hidden rubric of the quickstart: the gold score of a reply, and whether its answer is right."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from online_dpo.quickstart.language import CLOSINGS, FILLERS, GREETINGS, RUDE, f
 RIGHT, EXPLAINED, POLITE = 3.0, 2.0, 1.5
 NO_ANSWER, UNFINISHED, NONSENSE, REPEATED, RUDENESS, USELESS = 4.0, 2.0, 1.5, 1.5, 1.5, 1.0
 UNKNOWN_WORD, LONG_WORD, WORD_LIMIT = 0.25, 0.1, 40
-"""The rubric's gains and costs, see :func:`rubric`. ``LONG_WORD`` is the cost of each word beyond ``WORD_LIMIT``."""
+"""The rubric's bonuses and penalties, see :func:`rubric`. ``LONG_WORD`` is for each word beyond ``WORD_LIMIT``."""
 
 
 def rubric_score(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
-    """The rubric as a reward function: the points of each completion, at most 8."""
+    """The rubric as a reward function: the score of each completion, at most 8."""
     return [rubric(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
 
 
 def rubric(request_text: str, reply_text: str) -> float:
-    """The gold score of any reply text, at most 8.0 and without a lower limit.
+    """Compute the gold score of a reply, at most 8.0 and without a lower limit.
 
-    Gains: the right answer 3, its explanation 2, a greeting as the first sentence 1.5, a closing phrase as the last one
-    1.5. Costs: no answer 4; no full stop at the end 2; a sentence outside the grammar or about something else 1.5, and
-    0.25 for each word that the language does not have; a sentence said before 1.5; a rude sentence 1.5; any other
-    sentence that gains nothing (filler, a second greeting, the answer once more) 1; each word beyond 40 costs 0.1.
-    A reply that gives two different answers has not answered right, and what explains a wrong answer is worth nothing.
+    Bonuses: the right answer 3, its explanation 2, a greeting as the first sentence 1.5, a closing phrase as the last
+    sentence 1.5. Penalties: no answer 4; no full stop at the end 2; a sentence outside the grammar or about something
+    else 1.5, and 0.25 for each word outside the vocabulary; a repeated sentence 1.5; a rude sentence 1.5; any other
+    sentence without a bonus (filler, a second greeting, the answer once more) 1; each word beyond 40 costs 0.1. A reply
+    with two different answers is not right, and the explanation of a wrong answer gives no bonus.
 
     Args:
-        request_text: a request or a whole prompt around it, as :func:`parse_request` takes it.
-        reply_text: anything; spaces around it do not count.
+        request_text: a request, or a whole prompt around it, as for :func:`parse_request`.
+        reply_text: any text; white space around it does not count.
 
     Raises:
-        ValueError: ``request_text`` is no request of this language.
+        ValueError: ``request_text`` is not a request of this language.
     """
     fact = fact_of(parse_request(request_text).text)
     stated, explained = _claims(fact)
@@ -48,43 +48,43 @@ def rubric(request_text: str, reply_text: str) -> float:
     score -= UNKNOWN_WORD * sum(word not in _vocabulary() for word in words)
     score -= LONG_WORD * max(0, len(words) - WORD_LIMIT)
 
-    said: set[str] = set()
-    for place, sentence in enumerate(complete):
-        if sentence in said:
+    earlier: set[str] = set()
+    for index, sentence in enumerate(complete):
+        if sentence in earlier:
             score -= REPEATED
-        elif (sentence in GREETINGS and place == 0) or (sentence in CLOSINGS and place == len(sentences) - 1):
+        elif (sentence in GREETINGS and index == 0) or (sentence in CLOSINGS and index == len(sentences) - 1):
             score += POLITE
         elif sentence in explained:
-            worth = EXPLAINED if answers == {fact.answer} else 0.0
-            score += worth if said.isdisjoint(explained) else -USELESS
+            bonus = EXPLAINED if answers == {fact.answer} else 0.0
+            score += bonus if earlier.isdisjoint(explained) else -USELESS
         elif sentence in stated:
-            score -= 0.0 if said.isdisjoint(stated) else USELESS
+            score -= 0.0 if earlier.isdisjoint(stated) else USELESS
         elif sentence in RUDE:
             score -= RUDENESS
         elif sentence in GREETINGS or sentence in CLOSINGS or sentence in FILLERS:
             score -= USELESS
         else:
             score -= NONSENSE
-        said.add(sentence)
+        earlier.add(sentence)
     return score
 
 
 @cache
 def _claims(fact: Fact) -> tuple[dict[str, str], dict[str, str]]:
-    """The sentences that state an answer to ``fact``, and those that explain one, each with the answer it gives."""
+    """The sentences that state an answer to a fact, and those that explain one, each with its answer."""
     options = sorted({option for other in all_facts() if other.kind == fact.kind for option in other.options})
     stated = {fact.fill(template, option): option for template in fact.statements for option in options}
     return stated, {fact.fill(fact.explanation, option): option for option in options}
 
 
 def is_right(request_text: str, reply_text: str) -> bool:
-    """Whether the complete sentences that answer the request give the right answer, and no other.
+    """Whether the complete sentences of a reply give the right answer and no other.
 
     >>> is_right("What is 3 plus 2?", "It is 5. Have a nice"), is_right("What is 3 plus 2?", "It is 5. It is 6.")
     (True, False)
 
     Raises:
-        ValueError: ``request_text`` is no request of this language.
+        ValueError: ``request_text`` is not a request of this language.
     """
     fact = fact_of(parse_request(request_text).text)
     return _answers(fact, _complete(_sentences(reply_text))) == {fact.answer}
@@ -103,7 +103,7 @@ def _answers(fact: Fact, sentences: list[str]) -> set[str]:
 
 @cache
 def _vocabulary() -> frozenset[str]:
-    """Every word that a reply of the grammar can hold."""
+    """All words that a reply of the grammar can contain."""
     claims = [
         fact.fill(template, option)
         for fact in all_facts()

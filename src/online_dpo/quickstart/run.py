@@ -1,4 +1,4 @@
-"""The quickstart: make the models, train with Online DPO, and say by the hidden rubric what it was worth."""
+"""The quickstart: create the models, train with Online DPO, and measure the improvement with the hidden rubric."""
 
 from __future__ import annotations
 
@@ -40,18 +40,19 @@ RUN_FILE = Path(__file__).with_name("run.yaml")
 SCHEMA = Path(__file__).parents[1] / "run.schema.json"
 DEFAULT_OUTPUT = Path("runs/quickstart")
 PROMPTS_FOR_KL = 200
-PLACES = (
+FIELDS_SET_HERE = (
     *("model_name_or_path", "dataset_name", "eval_dataset_name", "reward_model_path", "eval_reward_funcs"),
     "output_dir",
 )
 
 
 @dataclass(frozen=True)
-class Judged:
-    """What a policy answers to the test prompts.
+class PolicyAnswers:
+    """A policy's answers to the test prompts, with their scores.
 
-    For each prompt one sampled completion was scored by the rubric (``gold``) and by the reward model (``proxy``), and
-    may be ``right``. ``greedy`` has the completions of the most probable tokens, which may be ``greedy_right``.
+    For one sampled completion of each prompt: its score by the rubric (``gold``) and by the reward model (``proxy``),
+    and whether it is ``right``. ``greedy`` has the completions of greedy decoding, ``greedy_right`` whether those are
+    right.
     """
 
     greedy: list[Group]
@@ -70,36 +71,34 @@ def run_quickstart(
     console: Console | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
-    """Runs everything, writes ``summary.json`` and the trained model into ``output_dir``, and returns the summary.
+    """Run everything, write ``summary.json`` and the trained model into ``output_dir``, and return the summary.
 
-    The trained model is judged by the rubric, which nothing was trained on directly: the reward model has only seen its
-    noisy verdicts on other requests. Every figure is of the split "test", on which no setting was chosen.
+    The rubric evaluates the trained model. Nothing was trained on the rubric directly: the reward model has only seen
+    noisy preferences by it, on other requests. All figures are from the split "test", on which no setting was chosen.
     """
     console = console or Console()
     started = time.perf_counter()
     console.print("[bold]1[/] Making a tokenizer, a policy and a reward model (a minute or two)")
-    made = build(output_dir / "start", seed=seed, size=size)
+    start = build(output_dir / "start", seed=seed, size=size)
     run_file = write_run_file(output_dir)
-    reward_model, reward_tokenizer = load_reward_model(str(made.reward_dir))
-    asked = sample_requests(size.prompts_test, seed, "test")
-    tells_right = reward_model_accuracy(reward_model, reward_tokenizer, asked, seed)  # pyright: ignore
-    console.print(f"  Pairs that differ in correctness alone: the reward model is right about {tells_right:.1%}")
+    accuracy = _reward_model_accuracy(start.reward_dir, size, seed)
+    console.print(f"  Pairs that differ only in correctness: the reward model is right about {accuracy:.1%}")
     console.print("[bold]2[/] Online DPO: sample, score with the reward model, train on the better and the worse")
     trainer = build_trainer(
-        output_dir, made.policy_dir, made.reward_dir, made.prompts_train, seed, max_steps, callbacks
+        output_dir, start.policy_dir, start.reward_dir, start.prompts_train, seed, max_steps, callbacks
     )
-    judge = _held_out_judge(made.reward_dir, made.prompts_test, trainer.tokenizer, trainer.args, seed)
-    before = judge(AutoModelForCausalLM.from_pretrained(made.policy_dir))
+    answers_of = _held_out_evaluation(start.reward_dir, start.prompts_test, trainer.tokenizer, trainer.args, seed)
+    before = answers_of(AutoModelForCausalLM.from_pretrained(start.policy_dir))
     training_started = time.perf_counter()
     trainer.train()
     training_seconds = time.perf_counter() - training_started
     trainer.save_model()
     trainer.create_model_card(model_name="quickstart")
-    after = judge(trainer.model)  # pyright: ignore[reportArgumentType]
-    metrics = trainer.evaluate(load_prompts(str(made.prompts_test), limit=PROMPTS_FOR_KL))
+    after = answers_of(trainer.model)  # pyright: ignore[reportArgumentType]
+    metrics = trainer.evaluate(load_prompts(str(start.prompts_test), limit=PROMPTS_FOR_KL))
 
     summary = summarise(before, after) | {
-        "reward_model_accuracy": tells_right,
+        "reward_model_accuracy": accuracy,
         "kl": metrics["eval_objective/kl"],
         "steps": trainer.state.global_step,
         "seconds": time.perf_counter() - started,
@@ -109,8 +108,14 @@ def run_quickstart(
     (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     report(console, before, after, summary)
     console.print(f"The trained model is in [bold]{output_dir}[/], the figures in {output_dir / 'summary.json'}.")
-    console.print(f"The same run, for settings of your own: online-dpo train {run_file}", highlight=False)
+    console.print(f"To run it with your own settings: online-dpo train {run_file}", highlight=False)
     return summary
+
+
+def _reward_model_accuracy(reward_dir: Path, size: QuickstartSize, seed: int) -> float:
+    model, tokenizer = load_reward_model(str(reward_dir))
+    requests = sample_requests(size.prompts_test, seed, "test")
+    return reward_model_accuracy(model, tokenizer, requests, seed)  # pyright: ignore[reportArgumentType]
 
 
 def build_trainer(
@@ -122,7 +127,7 @@ def build_trainer(
     max_steps: int,
     callbacks: Sequence[TrainerCallback],
 ) -> OnlineDPOTrainer:
-    """The trainer of the quickstart, as a user would write it."""
+    """Build the trainer of the quickstart, in the way a user would."""
     args = OnlineDPOConfig(
         **{**training_settings(), "output_dir": str(output_dir), "seed": seed, "max_steps": max_steps},
         use_cpu=True,
@@ -141,16 +146,16 @@ def build_trainer(
 
 
 def training_settings() -> dict[str, Any]:
-    """The fields of the run file that are the trainer's: not where models and prompts are, which start anew here."""
+    """The trainer's fields in the run file, without the paths of models and prompts, which this module sets."""
     fields = yaml.safe_load(RUN_FILE.read_text(encoding="utf-8"))
-    return {name: value for name, value in fields.items() if name not in PLACES}
+    return {name: value for name, value in fields.items() if name not in FIELDS_SET_HERE}
 
 
 def write_run_file(output_dir: Path) -> Path:
-    """``run.yaml`` in the folder of a quickstart: the same run for ``online-dpo train``.
+    """Write ``run.yaml`` into the folder of a quickstart, with which ``online-dpo train`` repeats the run.
 
-    The schema that its first line names for editors is copied beside it: a path into the package would break with the
-    environment, and an address would need the network.
+    Its first line names a schema for editors, which is copied next to it: a path into the package would depend on the
+    environment, and a web address would need the network.
     """
     file = output_dir / "run.yaml"
     text = RUN_FILE.read_text(encoding="utf-8").replace(f"../{SCHEMA.name}", SCHEMA.name)
@@ -159,11 +164,13 @@ def write_run_file(output_dir: Path) -> Path:
     return file
 
 
-def summarise(before: Judged, after: Judged) -> dict[str, Any]:
-    """Shares of right answers, sampled and greedy; win rate of after against before by the rubric, a tie counting half;
-    mean scores. Shares come with their Wilson intervals.
+def summarise(before: PolicyAnswers, after: PolicyAnswers) -> dict[str, Any]:
+    """Compute the figures of both policies.
+
+    They are the shares of right answers, sampled and greedy, the win rate of after against before by the rubric (a tie
+    counts half), and the mean scores. Shares have Wilson intervals.
     """
-    wins = [preference_by_score(*golds) for golds in zip(after.gold, before.gold, strict=True)]
+    wins = [preference_by_score(*gold_scores) for gold_scores in zip(after.gold, before.gold, strict=True)]
     shares = {
         "accuracy_before": before.right,
         "accuracy_after": after.right,
@@ -182,8 +189,8 @@ def summarise(before: Judged, after: Judged) -> dict[str, Any]:
     }
 
 
-def report(console: Console, before: Judged, after: Judged, summary: dict[str, Any]) -> None:
-    """The first three test prompts with both greedy answers and their rubric scores, and the table of figures."""
+def report(console: Console, before: PolicyAnswers, after: PolicyAnswers, summary: dict[str, Any]) -> None:
+    """Print the first three test prompts with both greedy answers and their rubric scores, and the table of figures."""
     console.print("\nThe first three held-out prompts, with the most probable answers and the rubric's points:")
     for old, new in islice(zip(before.greedy, after.greedy, strict=True), 3):
         console.print(f"\n[bold]{old.prompt.content}[/]", highlight=False)
@@ -215,22 +222,22 @@ def _percent(summary: dict[str, Any], name: str) -> str:
     return f"{summary[name]:.1%} ({low:.1%} to {high:.1%})"
 
 
-def _held_out_judge(
+def _held_out_evaluation(
     reward_dir: Path, prompts_file: Path, tokenizer: PreTrainedTokenizerBase, args: OnlineDPOConfig, seed: int
-) -> Callable[[PreTrainedModel], Judged]:
-    """A function from a policy to its judged answers; the same random numbers for every policy."""
+) -> Callable[[PreTrainedModel], PolicyAnswers]:
+    """A function that samples and scores a policy's answers, with the same random numbers for every policy."""
     reward_model, reward_tokenizer = load_reward_model(str(reward_dir))
     scorer = RewardModelScorer(reward_model, reward_tokenizer)
     prompts = _prompts(prompts_file, tokenizer, args)
     params = SamplingParams.from_config(args, (tokenizer.eos_token_id,))  # pyright: ignore[reportArgumentType]
 
-    def judge(policy: PreTrainedModel) -> Judged:
+    def evaluate(policy: PreTrainedModel) -> PolicyAnswers:
         engine = TransformersEngine(policy, tokenizer, batch_size=128)
         key = RolloutKey(seed, 0, Stream.HELD_OUT)
         groups = engine.generate(prompts, 1, params, key)
         greedy = engine.generate(prompts, 1, replace(params, top_k=1), key)
         proxy = [values[0] for values in scorer.score(groups)]
-        return Judged(
+        return PolicyAnswers(
             greedy=greedy,
             gold=[rubric(*texts) for texts in map(_texts, groups)],
             proxy=[float(value) for value in proxy if value is not None],
@@ -238,7 +245,7 @@ def _held_out_judge(
             greedy_right=[is_right(*texts) for texts in map(_texts, greedy)],
         )
 
-    return judge
+    return evaluate
 
 
 def _texts(group: Group) -> tuple[str, str]:

@@ -1,6 +1,6 @@
-"""Scoring: groups in, a number for each completion (or a preference for each pair) out.
+"""Scorers: they turn groups of completions into scores (rewards) or preference probabilities (judges).
 
-Names are loaded when they are asked for, so that importing one scorer does not load them all.
+A name is imported from its module on first access, so that importing one scorer does not load all of them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What a judge counts: how often it was asked, how often it failed, and how far it can be trusted."""
+"""Counting for scorers that may fail: the statistics that a judge reports, and the share of failures that stops a run.
+
+`JudgeStatistics` belongs to judges. `FailureWindow` is shared by judges behind an endpoint and rewards over HTTP.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,21 @@ from collections.abc import Sequence
 from online_dpo.errors import FeedbackStopped
 from online_dpo.scoring.protocols import Counts
 
-WINDOW, ENOUGH = 200, 20  # questions that the share of failures is taken of, and the fewest that say something
+WINDOW = 200
+"""Latest questions over which the share of failures is taken."""
+
+MIN_QUESTIONS = 20
+"""Fewest questions after which a share of failures can stop a run."""
 
 RATES = {"disagreement_rate": ("disagreed", "both_orders"), "position_bias": ("preferred_first", "answered")}
+"""Metric of each rate, and the names of the two counts whose quotient it is."""
 
 
-class Tally:
-    """Counts since they were last drained. May be used by several threads.
+class JudgeStatistics:
+    """Counts what a judge did since the counts were last drained. Several threads may use it at the same time.
 
     Args:
-        names: of the sums to report, those that are 0 as well.
+        names: names of the sums to report. Those that are 0 are reported as well.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -27,16 +35,20 @@ class Tally:
         self._lock = threading.Lock()
 
     def add(self, name: str, amount: float = 1) -> None:
+        """Add ``amount`` to the count ``name``."""
         with self._lock:
             self._counts[name] += amount  # pyright: ignore[reportArgumentType]: a Counter adds any numbers
 
-    def order(self, p_first: float) -> None:
-        """An answered question: the probability that it gave to whichever completion stood first."""
+    def add_answer(self, p_first: float) -> None:
+        """Count an answered question; ``p_first`` is the probability it gave to the completion that was shown first."""
         self.add("answered")
         self.add("preferred_first", p_first)
 
     def drain(self) -> Counts:
-        """Sums and rates by the name of their metric, and start anew. A rate that nothing was counted for is absent."""
+        """Return the sums and rates, named as their metrics, and reset all counts.
+
+        A rate without observations is absent.
+        """
         with self._lock:
             counts, self._counts = self._counts, Counter()
         return Counts(
@@ -46,31 +58,31 @@ class Tally:
 
 
 class FailureWindow:
-    """Stops a judge, or a reward over HTTP, that fails too often.
+    """Stops a run whose judge, or reward over HTTP, fails too often.
 
     Args:
-        who: begins the message, such as "Judge `gpt-4.1-mini`".
-        max_share: of the last ``WINDOW`` questions, once ``ENOUGH`` were asked.
+        scorer: subject of the error message, such as "Judge `gpt-4.1-mini`".
+        max_share: largest share of failures among the last `WINDOW` questions, applied once there are `MIN_QUESTIONS`.
     """
 
-    def __init__(self, who: str, max_share: float) -> None:
-        self._who = who
+    def __init__(self, scorer: str, max_share: float) -> None:
+        self._scorer = scorer
         self._max_share = max_share
         self._failures: deque[bool] = deque(maxlen=WINDOW)
         self.last_cause = ""
 
     def add(self, cause: str | None) -> None:
-        """One question: why it failed, or ``None``.
+        """Count one question: ``cause`` says why it failed, ``None`` that it was answered.
 
         Raises:
-            FeedbackStopped: too many did.
+            FeedbackStopped: the share of failures is above the limit.
         """
         self._failures.append(cause is not None)
         self.last_cause = cause or self.last_cause
         failed, asked = sum(self._failures), len(self._failures)
-        if asked >= ENOUGH and failed > self._max_share * asked:
-            self._failures.clear()  # whoever goes on all the same begins anew
+        if asked >= MIN_QUESTIONS and failed > self._max_share * asked:
+            self._failures.clear()  # a caller that catches the error and continues starts with an empty window
             raise FeedbackStopped(
-                f"{self._who} gave no usable answer to {failed} of the last {asked} questions, more than "
+                f"{self._scorer} gave no usable answer to {failed} of the last {asked} questions, more than "
                 f"`max_failure_share` ({self._max_share:g}) allows. Last cause: {self.last_cause}"
             )

@@ -1,4 +1,4 @@
-"""From groups to what is known of their quality: numbers of scorers, preferences of a judge, or both."""
+"""Assessment of groups: scores by scorers, preferences by a judge, or both."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from online_dpo.types import Group, Scores, Verdicts
 
 
 class Assessor:
-    """Assesses groups by scorers, by a judge, or by a judge that compares the completions with the highest scores.
+    """Assesses groups with scorers, with a judge, or with a judge that compares the completions of the highest scores.
 
     Args:
-        scorers: each gives every completion a number.
+        scorers: pointwise scorers, whose weighted sum is the score.
         judge: compares two completions of a prompt.
-        weights: of the scorers; 1 each when not given.
-        normalization: of the scorers' numbers within a group, as `score_groups` takes it.
-        penalties: what completions lose for their length and for a missing end.
-        judge_top: how many completions the judge compares where there are scorers as well.
+        weights: weights of the scorers; 1 each by default.
+        normalization: normalisation of the scores within a group, as in `score_groups`.
+        penalties: penalties for the length of a completion and for a missing end.
+        judge_top: number of completions that the judge compares if there are scorers as well.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Assessor:
     def from_config(
         cls, scorers: Sequence[PointwiseScorer], judge: PairwiseScorer | None, args: OnlineDPOConfig
     ) -> Assessor:
-        """Returns an assessor with the weights, normalisation and penalties of a configuration."""
+        """Build an assessor with the weights, normalisation and penalties of a configuration."""
         return cls(
             scorers,
             judge,
@@ -54,7 +54,7 @@ class Assessor:
         )
 
     def assess(self, groups: Sequence[Group]) -> Scores | Verdicts:
-        """Returns the scores of the groups, or with a judge its preferences.
+        """Return the scores of the groups, or the judge's preferences if there is a judge.
 
         Raises:
             ScoringError: a scorer or the judge failed.
@@ -67,7 +67,7 @@ class Assessor:
         return judge_the_top(groups, scores, self.judge, self._judge_top, self.penalties)
 
     def scores(self, groups: Sequence[Group]) -> Scores:
-        """Returns the scorers' numbers alone, less the penalties.
+        """Return the scores without the judge, minus the penalties.
 
         Raises:
             ScoringError: a scorer failed.
@@ -77,7 +77,7 @@ class Assessor:
         return score_groups(groups, self.scorers, self._weights, self.penalties, self._normalization)
 
     def preferences(self, comparisons: Sequence[Group]) -> list[float | None]:
-        """Returns the judge's probability that the first of two completions is better, less the penalties.
+        """Return the judge's probability that the first of two completions is better, minus the penalties.
 
         Args:
             comparisons: groups of two completions.
@@ -89,5 +89,5 @@ class Assessor:
         return ComparisonCounter(self.judge, self.penalties)(comparisons)
 
     def drain_counts(self) -> Counts:
-        """Returns what the judge has counted since the last call, such as requests and failures."""
+        """Return the judge's counts since the last call, such as requests and failures, and reset them."""
         return self.judge.drain() if isinstance(self.judge, CountingScorer) else Counts({}, {})

@@ -1,4 +1,4 @@
-"""One event loop in a thread of its own, for everything that is asked over a network."""
+"""One event loop in its own thread, shared by all scorers that wait on a network."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ T = TypeVar("T")
 
 
 def submit(coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-    """Start a coroutine on the shared event loop; ``wait_for`` the future or cancel it."""
+    """Start a coroutine on the shared event loop. The caller passes the future to `wait_for`, or cancels it."""
     return asyncio.run_coroutine_threadsafe(coroutine, _event_loop())
 
 
 def wait_for(future: Future[T]) -> T:
-    """The result of a submitted coroutine. Interrupted, it cancels the coroutine instead of leaving it running."""
+    """Wait for the result of a submitted coroutine. An interruption (Ctrl-C) cancels the coroutine too."""
     try:
         return future.result()
     finally:
@@ -29,6 +29,7 @@ _loop_thread: tuple[asyncio.AbstractEventLoop, threading.Thread] | None = None
 
 
 def _event_loop() -> asyncio.AbstractEventLoop:
+    """The shared event loop, started on first use."""
     global _loop_thread
     with _loop_lock:
         # A forked process inherits the loop but not its thread.

@@ -1,4 +1,4 @@
-"""What a user gives as a judge, to a judge."""
+"""From what a user passes as ``judge`` (a function, an object, a path) to a pairwise scorer."""
 
 from __future__ import annotations
 
@@ -43,10 +43,11 @@ def registered_judge(judge: Any) -> Any:
 
 
 def check_judge(judge: Any, argument: str) -> None:
-    """
+    """Check what a user passed as a judge, before any model is loaded. ``argument`` is its name in messages.
+
     Raises:
-        TypeError: ``judge`` has none of the forms that :func:`pairwise_scorer` takes, and is no path.
-        ValueError: it is the path of a folder that is not there, or names a judge that needs settings.
+        TypeError: ``judge`` is neither a path nor of a form that :func:`pairwise_scorer` accepts.
+        ValueError: the folder does not exist, or it is the name of a judge that needs settings.
     """
     judge = registered_judge(judge)
     if judge == LLM:
@@ -68,11 +69,13 @@ def check_judge(judge: Any, argument: str) -> None:
 def pairwise_scorer(
     judge: Any, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any] | None = None
 ) -> PairwiseScorer:
-    """What a user gives as ``judge``, as a scorer: itself if it is one, a :class:`JudgeScorer` of it if it has TRL's
-    form, else a :class:`FunctionJudge`. A function has TRL's form if it takes ``shuffle_order``.
+    """Turn what a user passed as ``judge`` into a pairwise scorer.
+
+    A pairwise scorer is returned as it is. A judge in TRL's form becomes a :class:`JudgeScorer`, any other function a
+    :class:`FunctionJudge`. A function has TRL's form if it accepts ``shuffle_order``.
 
     Raises:
-        TypeError: it has none of these forms.
+        TypeError: ``judge`` has none of these forms.
     """
     judge = registered_judge(judge)
     check_judge(judge, "judge")
@@ -84,11 +87,11 @@ def pairwise_scorer(
 
 
 def build_judge(judge: Any, tokenizer: PreTrainedTokenizerBase, args: OnlineDPOConfig) -> PairwiseScorer:
-    """What a user gives as ``judge``, as :func:`pairwise_scorer`; a string is the path or hub name of a pairwise model,
-    which is moved to ``args.device``.
+    """Build the pairwise scorer of a run. A string is the path or hub name of a pairwise model, which is loaded and
+    moved to ``args.device``; everything else is converted by :func:`pairwise_scorer`.
 
     Raises:
-        TypeError, ValueError, OSError: as :func:`check_judge` and :meth:`PairwiseModelJudge.load` say.
+        TypeError, ValueError, OSError: see :func:`check_judge` and :meth:`PairwiseModelJudge.load`.
     """
     judge = registered_judge(judge)
     check_judge(judge, "judge")

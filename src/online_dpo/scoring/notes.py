@@ -1,4 +1,5 @@
-"""What reward functions note beside their scores, through the ``log_metric`` and ``log_extra`` of TRL's GRPO."""
+"""Metrics and columns that reward functions log beside their scores, with ``log_metric`` and ``log_extra`` as in TRL's
+GRPO trainer."""
 
 from __future__ import annotations
 
@@ -11,13 +12,13 @@ from online_dpo.scoring.protocols import as_number
 from online_dpo.types import Notes
 
 _current: ContextVar[Notes | None] = ContextVar("notes", default=None)
-"""Where the functions that run now note. A thread that scores has its own, and what it submits to the event loop for
-asynchronous functions takes it along."""
+"""The notes that running functions write to. Each scoring thread has its own, and a coroutine that it submits to the
+event loop inherits them."""
 
 
 @contextmanager
 def noting() -> Iterator[Notes]:
-    """Collects what reward functions note inside."""
+    """Collect what reward functions log inside this context."""
     notes = Notes()
     token = _current.set(notes)
     try:
@@ -28,7 +29,7 @@ def noting() -> Iterator[Notes]:
 
 @contextmanager
 def nothing_noted() -> Iterator[None]:
-    """Forgets what reward functions note inside: they score what the policy has not written."""
+    """Discard what reward functions log inside this context, where they score completions of another model."""
     token = _current.set(None)
     try:
         yield
@@ -37,9 +38,11 @@ def nothing_noted() -> Iterator[None]:
 
 
 def log_functions(count: int) -> tuple[Callable[[str, Sequence[Any]], None], Callable[[str, Any], None]]:
-    """``log_extra(column, values)`` and ``log_metric(name, value)`` for a function that scores ``count`` completions.
+    """Return ``log_extra(column, values)`` and ``log_metric(name, value)`` for a function that scores ``count``
+    completions.
 
-    Called where nobody collects notes, they do nothing.
+    Outside :func:`noting` they have no effect. They raise ``ValueError`` for a wrong number of values, and
+    ``TypeError`` for a metric that is not a number.
     """
     notes = _current.get() or Notes()
 

@@ -1,4 +1,4 @@
-"""What completions lose for how they ended and how long they are: in scores, or in log-odds before a judge."""
+"""Penalties for unfinished and for long completions, subtracted from scores, or from a judge's log-odds."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from online_dpo.stats.preference import sigmoid
 from online_dpo.types import Completion, Group
 
 CERTAIN = 0.99
-"""What a judge's certainty counts where a penalty shifts its answer: certain log-odds are infinite."""
+"""A preference probability is limited to 0.01 to 0.99 before a penalty shifts it: certainty has infinite log-odds."""
 
 
 @dataclass(frozen=True)
 class Penalties:
-    """``missing_eos`` for a completion that did not end by itself, ``per_token`` for each token of any.
+    """``missing_eos`` is subtracted for a completion that did not end by itself, ``per_token`` for each token.
 
     >>> Penalties(missing_eos=1.0, per_token=0.01)
     """
@@ -25,25 +25,28 @@ class Penalties:
 
     @classmethod
     def from_config(cls, args: OnlineDPOConfig) -> Penalties:
+        """The penalties that the configuration asks for."""
         return cls(args.missing_eos_penalty or 0.0, args.length_penalty or 0.0)
 
     def of(self, completion: Completion) -> float:
-        """What the completion's score loses."""
+        """The penalty of one completion."""
         unfinished = completion.finish_reason != "stop"
         return self.missing_eos * unfinished + self.per_token * len(completion.token_ids)
 
-    def shifted(self, answer: float, comparison: Group) -> float:
-        """A judge's answer, the probability that the first of two is the better one, with the penalties taken from both
-        log-odds. Where they are not the same, an answer beyond `CERTAIN` counts as `CERTAIN`.
+    def shifted(self, probability: float, comparison: Group) -> float:
+        """A judge's probability that the first of two completions is better, after the penalties of both.
+
+        The log-odds move by the difference of the penalties. If there is one, a probability above `CERTAIN` (or below
+        1 - `CERTAIN`) is limited to it first.
         """
         first, second = comparison.completions
         unfinished = (second.finish_reason != "stop") - (first.finish_reason != "stop")
         tokens = len(second.token_ids) - len(first.token_ids)
         shift = self.missing_eos * unfinished + self.per_token * tokens
         if shift == 0.0:
-            return answer
-        answer = min(max(answer, 1 - CERTAIN), CERTAIN)
-        return sigmoid(math.log(answer / (1 - answer)) + shift)
+            return probability
+        probability = min(max(probability, 1 - CERTAIN), CERTAIN)
+        return sigmoid(math.log(probability / (1 - probability)) + shift)
 
 
 NO_PENALTIES = Penalties()

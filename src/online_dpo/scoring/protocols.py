@@ -1,4 +1,4 @@
-"""What a scorer is, and the few helpers that every kind of scorer needs."""
+"""Protocols of scorers, with their optional members, and helpers that every kind of scorer needs."""
 
 from __future__ import annotations
 
@@ -18,48 +18,93 @@ from online_dpo.types import Group, Message, Prompt
 T = TypeVar("T")
 
 one_at_a_time = threading.RLock()
-"""Held while a model scores in this process. With `max_staleness`, several steps are scored at the same time, each in a
-thread of its own; a forward pass changes the model's config and modules for a while, which another would run into."""
+"""Lock that a model holds while it scores in this process.
+
+With `max_staleness`, several steps are scored at the same time, each in its own thread. A forward pass changes the
+model's config and modules temporarily, so two passes must not overlap.
+"""
 
 
 @runtime_checkable
 class PointwiseScorer(Protocol):
-    """Gives each completion a number.
-
-    ``score`` returns P lists of K items, in the order of ``groups`` and their completions. ``None`` says that the
-    scorer does not apply; ``nan`` and infinities say that it failed.
-    """
+    """A scorer that gives each completion a number. ``name`` is its name in metrics and messages."""
 
     name: str
 
-    def score(self, groups: Sequence[Group]) -> list[list[float | None]]: ...
+    def score(self, groups: Sequence[Group]) -> list[list[float | None]]:
+        """Return P lists of K scores, in the order of ``groups`` and of their completions.
+
+        ``None`` means that the scorer does not apply; ``nan`` and infinities mean that it failed.
+        """
+        ...
 
 
 @runtime_checkable
 class AsyncPointwiseScorer(PointwiseScorer, Protocol):
-    """A pointwise scorer that may wait on a network: if ``is_async``, ``score_async`` runs beside the other scorers."""
+    """A pointwise scorer that may wait on a network. If ``is_async``, ``score_async`` runs while other scorers work."""
 
     is_async: bool
 
-    async def score_async(self, groups: Sequence[Group]) -> list[list[float | None]]: ...
+    async def score_async(self, groups: Sequence[Group]) -> list[list[float | None]]:
+        """Return the same as ``score``."""
+        ...
 
 
 @runtime_checkable
 class PairwiseScorer(Protocol):
-    """Says which of two completions is better, and how surely.
+    """A judge: a scorer that compares two completions. ``name`` is its name in metrics and messages.
 
-    ``prefer`` returns for each group of two the probability, from 0 to 1, that the first completion is the better one;
-    ``None`` says that there is no preference to be had, and so does nan.
+    A judge may also have the members of `FairScorer`, `DiagnosingScorer` and `CountingScorer`.
     """
 
     name: str
 
-    def prefer(self, comparisons: Sequence[Group]) -> list[float | None]: ...
+    def prefer(self, comparisons: Sequence[Group]) -> list[float | None]:
+        """Return, for each group of two completions, the probability that the first one is better, from 0 to 1.
+
+        ``None`` or nan means that there is no answer.
+        """
+        ...
+
+
+@runtime_checkable
+class FairScorer(Protocol):
+    """Optional member of a judge: whether its preferences are free of position bias.
+
+    ``is_fair`` is true if a bias towards the completion that is shown first cancels, for example because the judge asks
+    in both orders. A judge without this member is treated as biased; see :func:`is_fair`.
+    """
+
+    @property
+    def is_fair(self) -> bool: ...
+
+
+@runtime_checkable
+class DiagnosingScorer(Protocol):
+    """Optional member of a scorer: ``last_failure`` is the latest cause of a missing answer, or empty."""
+
+    @property
+    def last_failure(self) -> str: ...
+
+
+@runtime_checkable
+class ChatTemplateScorer(Protocol):
+    """Optional member of a scorer that renders conversational prompts with a chat template of its own."""
+
+    def check_chat_template(self) -> None:
+        """Check the template before anything is scored.
+
+        Raises:
+            ValueError: the scorer cannot render conversational prompts.
+        """
+        ...
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What a scorer has counted: sums, and rates as part and whole, by the name of their metric.
+    """Counts of a scorer, under the names of their metrics: sums, and rates as (part, whole).
+
+    Sums and rates of several processes are added up before a rate is divided.
 
     >>> Counts(sums={"judge/requests": 12.0}, rates={"judge/position_bias": (6.5, 12.0)}).metrics()
     {'judge/requests': 12.0, 'judge/position_bias': 0.5416666666666666}
@@ -69,20 +114,29 @@ class Counts:
     rates: Mapping[str, tuple[float, float]]
 
     def metrics(self) -> dict[str, float]:
+        """The sums, and each rate as part / whole."""
         return {**self.sums, **{name: part / whole for name, (part, whole) in self.rates.items()}}
 
 
 @runtime_checkable
 class CountingScorer(Protocol):
-    """A scorer that counts what it does; ``drain`` returns what was counted since the last time."""
+    """Optional member of a scorer that counts what it does."""
 
-    def drain(self) -> Counts: ...
+    def drain(self) -> Counts:
+        """Return what was counted since the last call, and reset the counts."""
+        ...
+
+
+def is_fair(judge: PairwiseScorer) -> bool:
+    """Whether the judge says that its preferences are free of position bias."""
+    return isinstance(judge, FairScorer) and judge.is_fair
 
 
 def check_comparisons(comparisons: Sequence[Group]) -> None:
-    """
+    """Check that each group has two completions.
+
     Raises:
-        ValueError: a group has not two completions.
+        ValueError: a group has more or fewer.
     """
     for comparison in comparisons:
         if len(comparison.completions) != 2:
@@ -102,7 +156,7 @@ def flat_list(returned: Any, owner: str) -> list[Any]:
     """The items of a list, tuple, 1-D tensor or 1-D array that a user's function or judge returned.
 
     Raises:
-        ScoringError: it is something else. ``owner`` names who returned it.
+        ScoringError: it is something else. ``owner`` is the subject of the message.
     """
     if isinstance(returned, (torch.Tensor, np.ndarray)):
         if returned.ndim == 1:
@@ -118,21 +172,21 @@ def flat_list(returned: Any, owner: str) -> list[Any]:
 
 
 def as_number(value: Any) -> float | None:
-    """A number of Python, numpy or torch (without dimensions) as a float; ``None`` for anything else."""
+    """Convert a number of Python, numpy or torch (a scalar) to a float; ``None`` for anything else."""
     if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) and value.ndim == 0:
         value = value.item()
     return float(value) if isinstance(value, numbers.Real) else None
 
 
 def describe(value: Any) -> str:
-    """Type and short form of a value, for error messages."""
+    """The type and a shortened form of a value, for error messages."""
     return "None" if value is None else f"{type(value).__name__} {reprlib.repr(value)}"
 
 
 def chat_messages(prompt: Prompt) -> list[Message]:
-    """Copies of a conversational prompt's messages, without the keys whose value is ``None``.
+    """Copies of a conversational prompt's messages, without keys whose value is ``None``.
 
-    Datasets give every message the keys of all messages, and a chat template would print such a key as "None".
+    Datasets give every message the keys of all messages, and a chat template would render such a value as "None".
     """
     assert not isinstance(prompt.content, str), "a text prompt has no messages"
     return [{key: value for key, value in message.items() if value is not None} for message in prompt.content]

@@ -1,4 +1,4 @@
-"""What a user gives as a reward, to a scorer."""
+"""From what a user passes as ``reward_funcs`` (a path, a model, a function, a scorer) to pointwise scorers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from online_dpo.scoring.rewards.function import FunctionScorer
 from online_dpo.scoring.rewards.model import RewardModelScorer, check_reward_model, last_part, load_reward_model
 
 RewardFunc = str | nn.Module | Callable[..., Any] | PointwiseScorer
-"""Path or hub name of a reward model, a reward model, a function, or a scorer of one's own."""
+"""Path or hub name of a reward model, a loaded reward model, a function, or the user's own scorer."""
 
 REWARDS: Registry[Callable[[], RewardFunc]] = Registry("reward")
 
@@ -48,7 +48,7 @@ ProcessingClasses = PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase |
 def check_scorers(
     reward_funcs: RewardFunc | Sequence[RewardFunc], processing_classes: ProcessingClasses, args: OnlineDPOConfig
 ) -> None:
-    """Find what is wrong with the rewards before any model is loaded.
+    """Check the rewards before any model is loaded.
 
     Raises:
         TypeError: a reward or a processing class is of a wrong type.
@@ -85,12 +85,12 @@ def build_scorers(
     *,
     state: Callable[[], Any] | None,
 ) -> list[PointwiseScorer]:
-    """A scorer for each reward, in their order. The same reward given twice is the same scorer, loaded once.
+    """Build one scorer for each reward, in order. A reward that is given twice is loaded once and gives one scorer.
 
-    ``state()`` is what functions receive as ``trainer_state``. Reward models are moved to ``args.device``.
+    Functions receive the result of ``state()`` as ``trainer_state``. Reward models are moved to ``args.device``.
 
     Raises:
-        TypeError, ValueError: as :func:`check_scorers`, :func:`load_reward_model` and the scorers say.
+        TypeError, ValueError: see :func:`check_scorers`, :func:`load_reward_model` and the scorers.
     """
     check_scorers(reward_funcs, processing_classes, args)
     rewards = _as_list(reward_funcs)
@@ -126,11 +126,13 @@ def _build(
 
 
 def check_reward_path(rewards: Any, path: str | None, field: str, argument: str) -> None:
-    """A script may name the reward model in the configuration, load it from there, and hand over the model.
+    """Check that a reward model's path in the configuration and the rewards passed to the trainer agree.
+
+    A script may name the reward model in the configuration, load it from that path, and pass the loaded model.
 
     Raises:
-        ValueError: the path (the configuration's ``field``) is given beside rewards (``argument``) none of which comes
-            from there.
+        ValueError: both the path (the configuration's ``field``) and rewards (``argument``) are given, and none of the
+            rewards was loaded from that path.
     """
     if rewards is None or path is None:
         return
@@ -146,9 +148,10 @@ def check_reward_path(rewards: Any, path: str | None, field: str, argument: str)
 def check_reward_columns(
     reward_funcs: RewardFunc | Sequence[RewardFunc], columns: Collection[str], dataset: str
 ) -> None:
-    """
+    """Check that the dataset has the columns that the reward functions need. ``dataset`` is its name in messages.
+
     Raises:
-        ScoringError: one of the functions needs a column that is none of ``columns``, those of ``dataset``.
+        ScoringError: a function needs a column that is not among ``columns``.
     """
     for reward in _as_list(reward_funcs):
         if callable(reward) and not isinstance(reward, nn.Module):

@@ -21,9 +21,8 @@ from online_dpo.rollout.vllm.client import VLLMClient
 from online_dpo.rollout.vllm.requests import vllm_sampling
 from online_dpo.scoring.judge_registry import check_judge, registered_judge
 from online_dpo.scoring.judges.llm.judge import check_share
-from online_dpo.scoring.protocols import PointwiseScorer
+from online_dpo.scoring.protocols import ChatTemplateScorer, PointwiseScorer
 from online_dpo.scoring.registry import check_reward_columns, check_reward_path, check_scorers
-from online_dpo.scoring.rewards.model import RewardModelScorer
 from online_dpo.training.trained import check_trained
 
 REWARD_FIELDS = ("reward_weights", "reward_normalization")
@@ -253,12 +252,12 @@ def check_columns(reward_funcs: Any, datasets: Mapping[str, Any], not_passed_on:
 
 
 def check_templates(scorers: Sequence[PointwiseScorer], dataset: Any) -> None:
-    """Refuse prompts that are messages where a reward model's tokenizer has no chat template.
+    """Check that scorers with a chat template of their own can render the prompts, if these are messages.
 
     Raises:
         ValueError: the prompts are messages, and a reward model's tokenizer has no chat template for them.
     """
     if isinstance(dataset, Dataset) and not isinstance(dataset[0]["prompt"], str):
         for scorer in scorers:
-            if isinstance(scorer, RewardModelScorer):
+            if isinstance(scorer, ChatTemplateScorer):
                 scorer.check_chat_template()

@@ -1,4 +1,4 @@
-"""What fails in a run ends it on every rank alike, and leaves a checkpoint of the steps that are done."""
+"""Failures during a run: they end it on every rank, and leave a checkpoint of the steps that are done."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ OURS = __name__.partition(".")[0]
 
 
 class NamedCallbacks(CallbackHandler):
-    """The callbacks of a trainer. What one of the user's raises is an error that names it and the event.
+    """The callback handler of a trainer. An error in a user's callback becomes one that names callback and event.
 
-    Inside ``deferred()`` it is kept as ``failure`` (the first one) in place of being raised: where one rank alone
-    broke off, the others would wait for it for ever. The trainer looks at it where all ranks come by.
+    Inside ``deferred()``, the first error is stored as ``failure`` instead of being raised, because if only one rank
+    stopped, the others would wait for it for ever. The trainer checks ``failure`` at a point that all ranks reach.
 
     Args:
-        handler: the trainer's own, whose place this takes.
+        handler: the trainer's own handler, which this one replaces.
     """
 
     def __init__(self, handler: CallbackHandler) -> None:
@@ -33,6 +33,7 @@ class NamedCallbacks(CallbackHandler):
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
+        """Store errors of callbacks inside this context instead of raising them."""
         self.failure, self._defers = None, True
         try:
             yield
@@ -42,7 +43,11 @@ class NamedCallbacks(CallbackHandler):
     def call_event(
         self, event: str, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """As the parent's."""
+        """Call an event of all callbacks, as `transformers.trainer_callback.CallbackHandler.call_event`.
+
+        Raises:
+            ForeignCodeError: a user's callback failed, outside of `deferred`.
+        """
         arguments = {
             "model": self.model,
             "processing_class": self.processing_class,
@@ -73,38 +78,42 @@ class NamedCallbacks(CallbackHandler):
 
 
 class StepsDone(TrainerCallback):
-    """Knows which step was done last, and what a checkpoint of it needs that later work changes.
+    """Records the last complete step, and the random state at its end, so that a failed run can save a checkpoint.
 
-    It has to be the last callback: an update is half done from here on until the step has ended.
+    It must be the last callback: between its `on_pre_optimizer_step` and its `on_step_end`, the update is incomplete.
 
     Args:
-        agree: called just before each update; raises where any rank has failed, so that the update is not made.
+        raise_on_every_rank: called just before each update; raises if any rank has failed, to prevent the update.
     """
 
-    def __init__(self, agree: Callable[[], None]) -> None:
-        self._agree = agree
+    def __init__(self, raise_on_every_rank: Callable[[], None]) -> None:
+        self._raise_on_every_rank = raise_on_every_rank
         self.begin_run()
 
     def begin_run(self) -> None:
+        """Reset the record for a new run."""
         self.step = self._saved = -1
         self.rng_state: torch.Tensor | None = None
-        """Torch's on the CPU at the end of that step: an epoch draws from it before its first prompts are there."""
+        """Torch's random state on the CPU at the end of the step. A new epoch draws from it before its first step."""
         self.updating = False
 
     def wants_checkpoint(self, state: TrainerState) -> bool:
-        """Whether the step that the run is at is done, by this run, and not saved yet."""
+        """Whether this run has completed its current step and not saved it yet."""
         return not self.updating and state.global_step == self.step != self._saved
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._agree()
+        """Mark the update as begun, unless a rank has failed."""
+        self._raise_on_every_rank()
         self.updating = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Record the step as complete."""
         self.updating = False
         self.step = state.global_step
         self.rng_state = torch.get_rng_state()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Record the step as saved."""
         self._saved = state.global_step

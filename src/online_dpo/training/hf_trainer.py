@@ -298,7 +298,7 @@ class GuardedTrainer(Trainer):
         if "loss" in logs:
             elapsed = time.perf_counter() - self._last_log
             self._last_log = time.perf_counter()
-            self.metrics.ratio("train/updated_ratio", *self.updates.since_last())
+            self.metrics.ratio("train/updated_ratio", *self.updates.drain_changed())
             mine = self.metrics.drain()
             mine["perf/tokens_per_second"] = mine.pop("completion_tokens", 0.0) / elapsed
             mine["time/all"] = elapsed

@@ -1,4 +1,4 @@
-"""Ctrl-C while a trainer trains: the first one saves a checkpoint and stops, the second one stops at once."""
+"""Ctrl-C during training: the first one saves a checkpoint and stops, the second one stops at once."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ NOTICE = "Stopping after this step, with a checkpoint. Press Ctrl-C again to sto
 class Interrupt(TrainerCallback):
     """Stops a run at the end of the step, or of the evaluation, in which Ctrl-C was pressed.
 
-    Only where Python's own handler of Ctrl-C is in place, and in the main thread: a handler of the user's own, or none
-    at all as in a process in the background, stays as it is. A run that was in its last step simply ends.
-    ``checkpoint`` is the folder that the run saved last, if any.
+    It works only in the main thread, and only if Ctrl-C has Python's default handler: a user's own handler, or none (as
+    in a background process), is not replaced. A run in its last step ends normally. ``checkpoint`` is the folder that
+    the run saved last, if any.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Interrupt(TrainerCallback):
 
     @contextmanager
     def handled(self, displays: Sequence[RunDisplay]) -> Iterator[None]:
-        """Ctrl-C is handled inside as said above; the handler of before is back afterwards, on errors too.
+        """Handle Ctrl-C inside this context. The previous handler is restored afterwards, also after an error.
 
         Raises:
             TrainingInterrupted: the run was stopped, at the end of a step or at once.
@@ -64,7 +64,7 @@ class Interrupt(TrainerCallback):
             raise self._error(f"A second Ctrl-C stopped the run at once, after step {self._state.global_step}")
         self._requested = True
         if not any([display.on_interrupt(NOTICE) for display in self._displays]):
-            # not print: the signal may have come in the middle of a write to the same stream
+            # Not `print`: the signal may have interrupted a write to the same stream.
             os.write(2, f"\n{NOTICE}\n".encode())
 
     def _error(self, what: str) -> TrainingInterrupted:
@@ -79,42 +79,47 @@ class Interrupt(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
+        """Keep the trainer's state, for messages."""
         self._state = state
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> TrainerControl:
-        if self._requested_anywhere(args) and state.global_step < state.max_steps:
+        """Stop the run if any rank was interrupted."""
+        if self._requested_on_any_rank(args) and state.global_step < state.max_steps:
             self._stop(control)
         return control
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> TrainerControl:
-        """An evaluation comes after its step has ended, so the checkpoint that follows is of that step."""
-        if self._requested_anywhere(args) and state.global_step < state.max_steps:
+        """Stop the run if any rank was interrupted during an evaluation, which belongs to the step before it."""
+        if self._requested_on_any_rank(args) and state.global_step < state.max_steps:
             self._stop(control)
         return control
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> TrainerControl:
-        if self._stopped and args.save_strategy == SaveStrategy.BEST:  # which has overruled what was said above
+        """Save the checkpoint of a stopped run: the strategy "best" has reset ``should_save`` since the step ended."""
+        if self._stopped and args.save_strategy == SaveStrategy.BEST:
             control.should_save = True
         return control
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        """Remember the folder of the checkpoint, and protect that of a stopped run."""
         self.checkpoint = str(Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
         if self._stopped:
-            # At its end, a run loads its best checkpoint and may delete the others; this one is to go on from here.
+            # At its end, a run loads its best checkpoint and may delete the others. A stopped run must keep its latest
+            # weights, so there is no best checkpoint until it has ended.
             self._best, state.best_model_checkpoint = state.best_model_checkpoint, None
 
     def _stop(self, control: TrainerControl) -> None:
         control.should_save = True
-        control.should_log = True  # what has been collected since the last log would be lost
+        control.should_log = True  # otherwise metrics since the last log would be lost
         control.should_training_stop = True
         self._stopped = True
 
-    def _requested_anywhere(self, args: TrainingArguments) -> bool:
-        """Whether any rank was interrupted: all have to stop at the same step, or the others wait for it for ever."""
+    def _requested_on_any_rank(self, args: TrainingArguments) -> bool:
+        """Whether any rank was interrupted. All must stop at the same step, or the others would wait for ever."""
         return any_rank(self._requested, args.device)

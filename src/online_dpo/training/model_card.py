@@ -1,4 +1,4 @@
-"""The model card: what was trained, from what, how, and what came of it."""
+"""The model card: what was trained, from which model, with which settings, and with which results."""
 
 from __future__ import annotations
 
@@ -75,12 +75,23 @@ def write_model_card(
     base_model: str | None = None,
     **metadata: Any,
 ) -> None:
-    """Writes ``README.md`` into the output folder. ``reference`` and ``feedback`` say what they were in words;
-    ``metadata`` is further fields of `huggingface_hub.ModelCardData`.
+    """Write the model card as ``README.md`` into the output folder.
+
+    Args:
+        args: the configuration; `SETTINGS` are listed in the card.
+        state: the trainer's state, with the log history of `RESULTS`.
+        policy: the trained model.
+        name: title of the card; by default the hub name or the name of the folder.
+        reference: description of the reference model, in words.
+        feedback: description of the rewards or the judge, in words.
+        num_processes: number of processes of the run.
+        tags: tags of the model, in addition to the default ones.
+        base_model: hub name of the base model; by default the one that the policy was loaded from.
+        metadata: more fields of `huggingface_hub.ModelCardData`.
     """
     base = unwrapped(policy)
     source = str(base.config._name_or_path)
-    is_folder = Path(source).is_dir()  # of which the card names the last part only, never the path
+    is_folder = Path(source).is_dir()  # the card shows only its name, never the path on this machine
     data = ModelCardData(
         library_name="peft" if base is not policy else "transformers",
         base_model=base_model or (source if source and not is_folder else None),
@@ -106,14 +117,15 @@ def write_model_card(
 
 
 def as_list(value: str | list[str] | None) -> list[str]:
-    """One, several or none, as `transformers.Trainer.create_model_card` takes them."""
+    """Convert one value, several or none to a list, as `transformers.Trainer.create_model_card` accepts them."""
     return [value] if isinstance(value, str) else list(value or ())
 
 
 def _result_rows(log_history: list[dict[str, Any]]) -> list[str]:
+    """The rows of the table of results: the last value of each metric and its step."""
     rows = []
     for name in RESULTS:
-        seen = [entry for entry in log_history if name in entry]
-        if seen:
-            rows.append(f"| `{name}` | {seen[-1][name]:.4g} | {seen[-1]['step']} |")
+        logs = [log for log in log_history if name in log]
+        if logs:
+            rows.append(f"| `{name}` | {logs[-1][name]:.4g} | {logs[-1]['step']} |")
     return rows or ["| none yet | | |"]

@@ -1,4 +1,4 @@
-"""Policies that would not be trained as their owner expects."""
+"""Checks for policies that would not be trained as the user expects."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from online_dpo.modeling.introspection import unwrapped
 
 
 def warn_of_auxiliary_loss(model: nn.Module) -> None:
-    """One warning where the config asks for a loss that balances experts."""
+    """Warn if the model's config asks for a loss that balances experts, which is not added here."""
     config: Any = unwrapped(model).config.get_text_config()
     if getattr(config, "output_router_logits", False):
         warnings.warn(
@@ -22,9 +22,10 @@ def warn_of_auxiliary_loss(model: nn.Module) -> None:
 
 
 def check_unmerged(model: nn.Module) -> None:
-    """
+    """Check that no adapter is merged into the weights, where it gets no gradient.
+
     Raises:
-        ValueError: an adapter is merged into the weights, where no gradient reaches it.
+        ValueError: an adapter is merged.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 

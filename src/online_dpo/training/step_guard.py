@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite are skipped on all ranks, and a run that trains nothing says so."""
+"""Guards of the optimizer steps: steps that are not finite are skipped, and a run that trains nothing is reported."""
 
 from __future__ import annotations
 
@@ -25,15 +25,20 @@ logger = logging.getLogger(__name__)
 
 
 class StepGuard(TrainerCallback):
-    """Lets an optimizer step happen only when there is something to learn from it, on every rank alike.
+    """Prevents optimizer steps that are not finite or have no pair, in the same way on every rank.
 
-    The trainer reports each loss, the gradient norm and the number of pairs; just before the optimizer runs, the guard
-    drops all gradients when any rank saw a loss or gradient that is not finite, or when no rank has a pair. An
-    optimizer leaves parameters without a gradient, and their state, untouched; a zero gradient would still apply weight
-    decay and momentum.
+    The trainer reports the number of pairs, each loss and the gradient norm. Just before the optimizer runs, the guard
+    removes all gradients if a loss or gradient of any rank is not finite, or if no rank has a pair. An optimizer does
+    not change parameters without a gradient, nor their state; a zero gradient would still apply weight decay and
+    momentum.
 
-    ``trained_steps`` counts those that did happen, with a learning rate above 0; ``untrained`` the others of this
-    process, by reason.
+    ``trained_steps`` counts the steps that were made with a learning rate above 0; ``untrained`` counts the others of
+    this process by reason.
+
+    Args:
+        accelerator: the trainer's accelerator.
+        max_skipped_steps: the run stops after this many skipped steps in a row.
+        on_skip: called with the number of pairs when a step is skipped.
     """
 
     FILE = "guard.json"
@@ -49,6 +54,7 @@ class StepGuard(TrainerCallback):
         self.begin_run()
 
     def begin_run(self) -> None:
+        """Reset all counts for a new run."""
         self.trained_steps = 0
         self.untrained: Counter[str] = Counter()
         self.skipped_in_a_row = 0
@@ -63,19 +69,20 @@ class StepGuard(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """
+        """Check that the optimizer trains the model, and warn if the run has no step left.
+
         Raises:
             ValueError: the optimizer trains no weight of the model.
         """
         assert model is not None
         if state.global_step >= state.max_steps and state.is_world_process_zero:
             logger.warning(
-                "This run was over: step %d of %d is done. Nothing more is trained; to go on, raise `max_steps` or "
+                "This run was over: step %d of %d is done. Nothing more is trained; to continue, raise `max_steps` or "
                 "`num_train_epochs`.",
                 state.global_step,
                 state.max_steps,
             )
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:  # it holds flat copies
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:  # its optimizer holds flat copies of weights
             return
         inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
         check_trained(model, inner)
@@ -86,13 +93,15 @@ class StepGuard(TrainerCallback):
         self._finite = torch.ones((), dtype=torch.bool, device=self.accelerator.device)
 
     def expect(self, num_pairs: int) -> None:
-        """A new optimizer step begins, with this many pairs over all ranks."""
+        """Begin a new optimizer step with this number of pairs on all ranks together."""
         self._begin_step(num_pairs)
 
     def saw_loss(self, loss: torch.Tensor) -> None:
+        """Record whether a loss of this step is finite. The result stays on the device until the optimizer runs."""
         self._finite = self._finite & torch.isfinite(loss.detach()).all()
 
     def saw_gradient_norm(self, norm: torch.Tensor | float) -> None:
+        """Record whether the gradient norm of this step is finite."""
         self._finite = self._finite & torch.isfinite(torch.as_tensor(norm, device=self._finite.device)).all()
 
     def on_pre_optimizer_step(
@@ -103,6 +112,7 @@ class StepGuard(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
+        """Remove all gradients if the step is not finite on any rank, or has no pair."""
         assert model is not None
         finite = not any_rank(not bool(self._finite), self.accelerator.device)
         if not finite or self._num_pairs == 0:
@@ -131,6 +141,7 @@ class StepGuard(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
+        """Count the step as trained, or as untrained with its reason."""
         if not self._trains:
             return
         if self.accelerator.optimizer_step_was_skipped:
@@ -143,13 +154,14 @@ class StepGuard(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
+        """Stop a run that has diverged, and save a checkpoint of a run that ends without a trained step."""
         if self.diverged:
             control.should_save = True
             control.should_training_stop = True
         if self.trained_steps == 0 and (control.should_training_stop or state.global_step >= state.max_steps):
             control.should_save = True
         if control.should_training_stop:
-            control.should_log = True  # what has been collected since the last log would be lost
+            control.should_log = True  # otherwise metrics since the last log would be lost
         return control
 
     def on_log(
@@ -160,8 +172,8 @@ class StepGuard(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Says once, until there are pairs again, that nothing is trained."""
-        if not logs or "pairs/count" not in logs:  # an evaluation's, or the last one's
+        """Warn that nothing is trained, once until there are pairs again."""
+        if not logs or "pairs/count" not in logs:  # the log of an evaluation, or the last log of a run
             return
         idle = logs["pairs/count"] == 0
         if idle and not self._idle and state.is_world_process_zero:
@@ -177,12 +189,14 @@ class StepGuard(TrainerCallback):
 
     @property
     def diverged(self) -> bool:
+        """Whether so many steps in a row were skipped that the run must stop."""
         return self.skipped_in_a_row >= self.max_skipped_steps
 
     def raise_if_diverged(self, state: TrainerState, output_dir: str) -> None:
-        """
+        """Raise an error if this guard has stopped the run.
+
         Raises:
-            TrainingDivergedError: the run was stopped by this guard.
+            TrainingDivergedError: too many steps in a row were not finite.
         """
         if self.diverged:
             raise TrainingDivergedError(
@@ -192,9 +206,10 @@ class StepGuard(TrainerCallback):
             )
 
     def raise_if_nothing_trained(self, state: TrainerState, output_dir: str) -> None:
-        """
+        """Raise an error that counts the reasons, if no step was trained.
+
         Raises:
-            NothingTrainedError: neither this run nor the one that it resumes has trained anything.
+            NothingTrainedError: neither this run nor the run that it resumes has trained anything.
         """
         if self.trained_steps:
             return
@@ -213,12 +228,12 @@ class StepGuard(TrainerCallback):
         raise NothingTrainedError(message)
 
     def save(self, folder: Path, rank: int) -> None:
-        """Writes what `restore` needs, on rank 0."""
+        """Save the counts to a checkpoint, on rank 0."""
         if rank == 0:
             (folder / self.FILE).write_text(json.dumps({"trained_steps": self.trained_steps}) + "\n", encoding="utf-8")
 
     def restore(self, folder: Path, rank: int) -> None:
-        """Goes on from what `save` wrote; in a checkpoint without it, all of its steps are taken for trained."""
+        """Restore the counts of a checkpoint; without them, all of its steps count as trained."""
         path = folder / self.FILE
         if path.is_file():
             self.trained_steps = json.loads(path.read_text(encoding="utf-8"))["trained_steps"]

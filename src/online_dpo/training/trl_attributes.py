@@ -1,6 +1,6 @@
-"""What scripts and callbacks written for TRL's ``OnlineDPOTrainer`` read of a trainer, under the names it has there.
+"""Attributes of TRL's ``OnlineDPOTrainer``, for scripts and callbacks that were written for it.
 
-They are for reading: what samples and scores is made once, from the configuration.
+They are read-only: engine and scorers are built once, from the configuration.
 """
 
 from __future__ import annotations
@@ -35,22 +35,23 @@ FIELDS = {
     "vllm_tensor_parallel_size": "vllm_tensor_parallel_size",
     "vllm_model_impl": "vllm_model_impl",
 }
-"""Attributes that are fields of the configuration."""
+"""Attributes of TRL's trainer that are fields of the configuration, and the names of these fields."""
 
 Class = TypeVar("Class", bound=type)
 Read = Callable[["OnlineDPOTrainer"], Any]
 
 ATTRIBUTES: dict[str, Read] = {}
+"""All other attributes, and the functions that read them from a trainer."""
 
 
 def attribute(read: Read) -> Read:
-    """Registers a function that reads an attribute of its own name from a trainer."""
+    """Register a function that reads the attribute with the function's name from a trainer."""
     ATTRIBUTES[read.__name__] = read
     return read
 
 
 def with_trl_attributes(cls: Class) -> Class:
-    """Gives a trainer class the attributes of TRL's, as properties."""
+    """Add the attributes of TRL's trainer to a trainer class, as properties."""
     for name, field in FIELDS.items():
         setattr(cls, name, property(_reader(field)))
     for name, read in ATTRIBUTES.items():
@@ -64,57 +65,57 @@ def _reader(field: str) -> Read:
 
 @attribute
 def vllm_mode(trainer: OnlineDPOTrainer) -> str | None:
-    """``None`` where vLLM does not sample."""
+    """The mode of vLLM, ``None`` if vLLM is not used."""
     return trainer.args.vllm_mode if trainer.args.use_vllm else None
 
 
 @attribute
 def reward_funcs(trainer: OnlineDPOTrainer) -> list[Any]:
-    """The functions and the loaded models, in their order; none where a judge compares."""
+    """The reward functions and loaded reward models, in order; empty if only a judge compares."""
     return [_reward(scorer) for scorer in trainer.scorers]
 
 
 @attribute
 def reward_func_names(trainer: OnlineDPOTrainer) -> list[str]:
-    """Their names in metrics."""
+    """The names of the rewards in metrics."""
     return unique_names(trainer.scorers)
 
 
 @attribute
 def reward_processing_classes(trainer: OnlineDPOTrainer) -> list[PreTrainedTokenizerBase | None]:
-    """The tokenizers of the models among them, ``None`` for the others."""
+    """The tokenizer of each reward model, ``None`` for other rewards."""
     return [scorer.tokenizer if isinstance(scorer, RewardModelScorer) else None for scorer in trainer.scorers]
 
 
 @attribute
 def reward_weights(trainer: OnlineDPOTrainer) -> torch.Tensor:
-    """One number for each reward."""
+    """The weight of each reward, 1 by default."""
     weights = trainer.args.reward_weights
     return torch.ones(len(trainer.scorers)) if weights is None else torch.tensor(weights, dtype=torch.float32)
 
 
 @attribute
 def ref_model(trainer: OnlineDPOTrainer) -> nn.Module | None:
-    """The reference; ``None`` where it is the policy with its adapter off, or where there is none."""
+    """The reference model; ``None`` if it is the policy without its adapter, or if there is none."""
     reference = trainer.reference
     return reference.model if isinstance(reference, (FrozenReference, SyncedReference)) else None
 
 
 @attribute
 def beta(trainer: OnlineDPOTrainer) -> float:
-    """Beta as it is now."""
+    """The current value of beta."""
     return trainer.adaptive_beta.at(trainer.state.epoch or 0.0)
 
 
 @attribute
 def eos_token_ids(trainer: OnlineDPOTrainer) -> list[int]:
-    """Every token that ends a completion."""
+    """The ids of all tokens that end a completion."""
     return list(trainer.sampler.params.end_token_ids)
 
 
 @attribute
 def generation_kwargs(trainer: OnlineDPOTrainer) -> dict[str, Any]:
-    """How completions are sampled, as arguments of `transformers.GenerationConfig`."""
+    """The sampling parameters as arguments of `transformers.GenerationConfig`."""
     sampling = trainer.sampler.params
     given = {
         "max_new_tokens": sampling.max_new_tokens,
@@ -136,32 +137,33 @@ def generation_kwargs(trainer: OnlineDPOTrainer) -> dict[str, Any]:
 
 @attribute
 def generation_config(trainer: OnlineDPOTrainer) -> GenerationConfig:
-    """How completions are sampled; to be handed to ``generate``, or to TRL's callbacks."""
+    """The sampling parameters as a config for ``generate`` or for TRL's callbacks."""
     return GenerationConfig(**generation_kwargs(trainer))
 
 
 @attribute
 def stats(trainer: OnlineDPOTrainer) -> dict[str, list[float]]:
-    """For each metric collected since the last log, a list of its mean on this process so far."""
+    """For each metric since the last log, a list with its mean on this process."""
     return {name: [value] for name, value in trainer.metrics.means().items()}
 
 
 @attribute
 def completions(trainer: OnlineDPOTrainer) -> dict[str, list[Any]]:
-    """The step's completions on this process as a table, one row each: what TRL's GRPO calls its completions.
+    """The latest step's completions on this process as a table with one row each, as TRL's GRPO logs them.
 
-    ``prompt``, ``completion``, a column for each reward, and those that reward functions gave to ``log_extra``.
+    The columns are ``prompt``, ``completion``, one for each reward, and those that reward functions passed to
+    ``log_extra``.
     """
     feedback = trainer.last_feedback
     if feedback is None:
         return {}
     rows = [(group.prompt, completion) for group in feedback.groups for completion in group.completions]
     scores = feedback.said.scores if isinstance(feedback.said, Verdicts) else feedback.said
-    said = {} if scores is None else scores.by_scorer
+    by_scorer = {} if scores is None else scores.by_scorer
     return {
         "prompt": [prompt.content for prompt, _ in rows],
         "completion": [completion.text for _, completion in rows],
-        **{name: [value for row in values for value in row] for name, values in said.items()},
+        **{name: [value for row in values for value in row] for name, values in by_scorer.items()},
         **({} if feedback.notes is None else feedback.notes.columns),
     }
 

@@ -1,5 +1,6 @@
-"""How many weights change: a sample is compared from log to log, since an update may be lost to rounding, or made to
-other tensors, and the loss does not tell.
+"""Measures how many weights change between logs, on a sample of them.
+
+An update may be lost to rounding, or change other tensors than the model's; the loss does not show this.
 """
 
 from __future__ import annotations
@@ -16,29 +17,31 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 logger = logging.getLogger(__name__)
 
 SAMPLE = 1 << 16
-"""Numbers that are looked at, of all trained weights together (about)."""
+"""Approximate number of weights in the sample."""
 FEW = 0.02
-"""A share of changed weights that is as good as none; at the default learning rate, weights in bf16 reach half of it.
-"""
+"""Share of changed weights that counts as none. At the default learning rate, weights in bf16 reach half of it."""
 LOGS = 3
-"""So many in a row, and a warning is due."""
+"""Number of such logs in a row after which a warning is given."""
 FULL_RATE = 0.1
-"""A step counts if its learning rate is at least this share of the highest: others may change nothing and be right."""
+"""A step counts if its learning rate is at least this share of the highest. With a lower rate, it may rightly change
+nothing."""
 
 
 class UpdatedRatio(TrainerCallback):
     """Measures ``train/updated_ratio``: the share of the sampled weights that changed since the last log.
 
     Args:
-        trained_steps: how many steps have trained so far.
-        warns: whether weights that stay as they are have to mean that updates are lost.
+        trained_steps: returns the number of steps that were trained so far.
+        warns: whether to warn if hardly any weights change.
     """
 
     def __init__(self, trained_steps: Callable[[], int], warns: bool = True) -> None:
         self._trained_steps, self._warns = trained_steps, warns
-        self._places: list[tuple[nn.Parameter, slice]] = []
+        self._sample: list[tuple[nn.Parameter, slice]] = []
         self._last: list[torch.Tensor] = []
-        self._seen = self._steps = self._logs = 0
+        self._counted = 0  # trained steps at the last call of `on_optimizer_step`
+        self._steps = 0  # trained steps with a full learning rate since the last log
+        self._logs = 0  # logs in a row with few changed weights
 
     def on_train_begin(
         self,
@@ -48,13 +51,14 @@ class UpdatedRatio(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
+        """Choose the sample and record its values."""
         assert model is not None
         trained = [p for p in model.parameters() if p.requires_grad]
         every = max(1, sum(_local(p).numel() for p in trained) // SAMPLE)
-        # An odd distance, since rows have even lengths: otherwise some columns would never be looked at.
-        self._places = [(p, slice(i % every, None, every | 1)) for i, p in enumerate(trained)]
+        # The stride is odd, because rows have even lengths: otherwise some columns would never be sampled.
+        self._sample = [(p, slice(i % every, None, every | 1)) for i, p in enumerate(trained)]
         self._last = self._values()
-        self._seen, self._steps, self._logs = self._trained_steps(), 0, 0
+        self._counted, self._steps, self._logs = self._trained_steps(), 0, 0
 
     def on_optimizer_step(
         self,
@@ -64,12 +68,17 @@ class UpdatedRatio(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        trained, self._seen = self._trained_steps() > self._seen, self._trained_steps()
-        groups = optimizer.param_groups  # with the rates of this step
+        """Count the step if it was trained with a full learning rate."""
+        trained, self._counted = self._trained_steps() > self._counted, self._trained_steps()
+        groups = optimizer.param_groups  # with the learning rates of this step
         self._steps += trained and any(g["lr"] >= FULL_RATE * g.get("initial_lr", g["lr"]) for g in groups)
 
-    def since_last(self) -> tuple[int, int]:
-        """How many of the sampled weights of this process have changed since the last call, and how many there are."""
+    def drain_changed(self) -> tuple[int, int]:
+        """Count the sampled weights of this process that changed since the last call, and record their new values.
+
+        Returns:
+            The number of changed weights and the size of the sample.
+        """
         now = self._values()
         changed = sum(int((a != b).sum()) for a, b in zip(now, self._last, strict=True))
         self._last = now
@@ -83,9 +92,9 @@ class UpdatedRatio(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Says once that the weights do not change although steps are trained."""
+        """Warn once if hardly any weights change although steps are trained."""
         ratio = (logs or {}).get("train/updated_ratio")
-        if ratio is None or not self._steps:  # nothing was trained since the last log, or with next to no rate
+        if ratio is None or not self._steps:  # no step was trained since the last log, or only with a tiny rate
             return
         self._steps = 0
         self._logs = self._logs + 1 if ratio < FEW else 0
@@ -101,10 +110,10 @@ class UpdatedRatio(TrainerCallback):
             )
 
     def _values(self) -> list[torch.Tensor]:
-        return [_local(parameter).flatten()[places].clone() for parameter, places in self._places]
+        return [_local(parameter).flatten()[part].clone() for parameter, part in self._sample]
 
 
 def _local(parameter: nn.Parameter) -> torch.Tensor:
-    """What this process holds of a parameter that may be sharded."""
+    """The part of a parameter, which may be sharded, that this process holds."""
     tensor = parameter.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -139,7 +139,7 @@ LINES = {
     f"train {GIVEN} --help nosuch": "command line: there is no field or group `nosuch`. Groups: models",
     # other commands
     "tran good.yaml": "there is no command `tran`. Did you mean `train`? See: online-dpo --help",
-    "good.yaml": "a run file stands behind a command: online-dpo train good.yaml",
+    "good.yaml": "a run file comes after a command: online-dpo train good.yaml",
     "--verison": "there is no option `--verison`; a command comes first: train, eval, judge, serve, quickstart, "
     "schema.",
     "schema run.yaml": "unrecognized arguments: run.yaml. See: online-dpo schema --help",
@@ -163,7 +163,7 @@ LINES = {
     "judge pairs.jsonl --config good.yaml": "good.yaml: wanted: `judge: llm`, or `judge` with the folder of a pairwise",
     "serve": "the following arguments are required: MODEL. See: online-dpo serve --help",
     "serve m --port x": "argument --port: invalid int value: 'x'. See: online-dpo serve --help",
-    "serve m --enforce-eager": "unrecognized arguments: --enforce-eager. Options of `vllm serve` go behind `--`",
+    "serve m --enforce-eager": "unrecognized arguments: --enforce-eager. Options of `vllm serve` go after `--`",
     "serve m --max_lora_rank 8": "unrecognized arguments: --max-lora-rank 8. Here it is `lora-rank`.",
 }
 

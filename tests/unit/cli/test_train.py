@@ -68,7 +68,7 @@ def _headed(text: str) -> list[tuple[str, str]]:
     [
         ("beta", "  --beta  (list[float]; default [0.1])", ""),
         ("pairs", "  --pair_selection  (str; default 'best_worst')", "--tie_policy"),
-        ("Reward", "  --reward_funcs", "`reward` also stands in the text of"),
+        ("Reward", "  --reward_funcs", "`reward` is also mentioned in the text of"),
         ("lr-scheduler-type", "  --lr_scheduler_type", ""),
     ],
 )

@@ -18,7 +18,8 @@ from online_dpo.cli.evaluation.options import CALLED_HERE as CALLED_IN_EVAL
 from online_dpo.cli.evaluation.options import RUN_FIELDS
 from online_dpo.cli.evaluation.plan import own_fields
 from online_dpo.cli.runfile.schema import load_fields
-from online_dpo.config.names_elsewhere import ARGUMENTS, CALLED_HERE, IN_PYTHON, NOT_HERE, hint_for
+from online_dpo.config.absent_settings import NOT_HERE
+from online_dpo.config.names_elsewhere import ARGUMENTS, CALLED_HERE, IN_PYTHON, hint_for
 from support import tiny
 from support.training import config, dataset, word_reward
 
@@ -60,7 +61,7 @@ def test_the_tables_name_what_there_is() -> None:
         ("beta1", " Here it is `adam_beta1`."),
         ("batch-size", " Here it is `per_device_train_batch_size`."),
         ("actor_rollout_ref.rollout.n", " Here it is `num_completions`."),
-        ("config", " The run file is the first word behind the command, or `--config FILE`."),
+        ("config", " The run file is the first word after the command, or `--config FILE`."),
         ("epsilon_high", f" {NOT_HERE['epsilon_high']}."),
         ("no_bf16", " Write `bf16: false`, or --bf16 false."),
         ("learning_rat", " Did you mean `learning_rate`?"),

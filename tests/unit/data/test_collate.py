@@ -68,11 +68,12 @@ def test_dropped_column_is_named(column):
 def test_unequal_lengths_are_named():
     batch = collate_prompts([row(0), row(1)])
     batch["label"] = [1]
-    with pytest.raises(ValueError, match=re.escape("lists of one length; it returned {'prompt': 2,") + ".*'label': 1"):
+    message = re.escape("lists of the same length; it returned {'prompt': 2,") + ".*'label': 1"
+    with pytest.raises(ValueError, match=message):
         prompts_from_batch(batch)
 
 
 def test_something_else_than_a_list_is_named():
     batch = {**collate_prompts([row(0)]), "label": 3}
-    with pytest.raises(ValueError, match=re.escape("these are none: {'label': 'int'}")):
+    with pytest.raises(ValueError, match=re.escape("these are no lists: {'label': 'int'}")):
         prompts_from_batch(batch)

@@ -196,8 +196,8 @@ def test_columns_of_csv_files_have_the_types_that_are_asked_for(tmp_path, stream
     ("content", "types", "message"),
     [
         ("prompt,a\nw1,1\nw2,x\n", {"a": "int64"}, r"x\.csv: row 2 has 'x' in column `a`, which is no int64"),
-        ("prompt,a\nw1,1\n", {"b": "int64"}, r"x\.csv has no column b, which a type is given for.*prompt, a"),
-        ("prompt,a\nw1,1\n", {"a": "integer"}, r"Column `a` has the type 'integer', which there is not"),
+        ("prompt,a\nw1,1\n", {"b": "int64"}, r"x\.csv has no column b, for which a type is given.*prompt, a"),
+        ("prompt,a\nw1,1\n", {"a": "integer"}, r"Column `a` has the type 'integer', which does not exist"),
         ("prompt,a,a\nw1,1,2\n", {}, r"x\.csv: its header has 'a' more than once"),
         ("prompt,a\nw1,1,2\n", {}, r"x\.csv.*Expected 2 fields in line 2, saw 3"),
         ("prompt,a\nw1,\xe4\n".encode("latin-1"), {}, r"x\.csv: 'utf-8' codec can't decode byte 0xe4"),

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from online_dpo.evaluation.comparison import Match, compare, preferences_by_score
+from online_dpo.evaluation.comparison import PromptResult, compare, preferences_by_score
 from online_dpo.evaluation.head_to_head import BothOrders
 from online_dpo.stats.intervals import wilson_interval
 from online_dpo.stats.length_control import length_controlled_win_rate
@@ -23,9 +23,9 @@ def answers(row, *texts, finished=True):
     return Group(Prompt("p", (1,), row), tuple(made))
 
 
-def match(row, preferences, model=None, against=None, **fields):
+def prompt_result(row, preferences, model=None, against=None, **fields):
     texts = ["a b c"] * len(preferences)
-    return Match(
+    return PromptResult(
         answers(row, *(model or texts)),
         answers(row, *(against or texts), finished=False),
         tuple(preferences),
@@ -35,8 +35,8 @@ def match(row, preferences, model=None, against=None, **fields):
 
 def test_clear_duels_get_wilsons_interval():
     """70 wins, 10 ties and 20 losses: 75 points of 100; by hand: (0.75 + 0.0192073) / 1.0384146 -+ ..."""
-    matches = [match(row, [1.0 if row < 70 else 0.5 if row < 80 else 0.0]) for row in range(100)]
-    result = compare(matches, seed=0)
+    results = [prompt_result(row, [1.0 if row < 70 else 0.5 if row < 80 else 0.0]) for row in range(100)]
+    result = compare(results, seed=0)
     assert (result["wins"], result["ties"], result["losses"], result["undecidable"]) == (70, 10, 20, 0)
     rate = result["win_rate"]
     assert rate["value"] == 0.75 and rate["interval"] == "wilson"
@@ -52,30 +52,30 @@ def test_clear_duels_get_wilsons_interval():
 
 
 def test_soft_preferences_and_several_answers_get_a_bootstrap_over_prompts():
-    soft = compare([match(row, [0.9 if row % 2 else 0.3]) for row in range(60)], seed=0)
+    soft = compare([prompt_result(row, [0.9 if row % 2 else 0.3]) for row in range(60)], seed=0)
     assert soft["win_rate"]["interval"] == "bootstrap" and soft["win_rate"]["value"] == pytest.approx(0.6)
     half_width = 1.96 * 0.3 / math.sqrt(60)
     assert soft["win_rate"]["high"] - soft["win_rate"]["low"] == pytest.approx(2 * half_width, rel=0.1)
     assert (soft["wins"], soft["losses"]) == (30, 30)
     # answers of one prompt that all end alike are one prompt's worth of evidence, not four
-    several = compare([match(row, [float(row % 2)] * 4) for row in range(60)], seed=0)["win_rate"]
+    several = compare([prompt_result(row, [float(row % 2)] * 4) for row in range(60)], seed=0)["win_rate"]
     assert several["interval"] == "bootstrap" and several["value"] == 0.5
     assert several["high"] - several["low"] == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(60), rel=0.1)
 
 
 def test_where_all_prompts_end_the_same_a_bootstrap_would_be_sure_of_too_much():
-    rate = compare([match(row, [1.0, 1.0]) for row in range(20)], seed=0)["win_rate"]
+    rate = compare([prompt_result(row, [1.0, 1.0]) for row in range(20)], seed=0)["win_rate"]
     assert rate["interval"] == "wilson" and (rate["low"], rate["high"]) == wilson_interval(1.0, 20)
 
 
 @pytest.mark.smoke
 def test_missing_scores_are_counted_and_never_numbers():
     rows = [([1.0], [0.0]), ([None], [5.0]), ([3.0], [None]), ([2.0], [2.0])]
-    matches = [
-        match(row, preferences_by_score(mine, theirs), model_scores=tuple(mine), against_scores=tuple(theirs))
+    results = [
+        prompt_result(row, preferences_by_score(mine, theirs), model_scores=tuple(mine), against_scores=tuple(theirs))
         for row, (mine, theirs) in enumerate(rows)
     ]
-    result = compare(matches, seed=0)
+    result = compare(results, seed=0)
     assert (result["duels"], result["undecidable"], result["wins"], result["ties"]) == (4, 2, 1, 1)
     assert result["win_rate"]["value"] == 0.75
     score = result["score"]
@@ -85,7 +85,7 @@ def test_missing_scores_are_counted_and_never_numbers():
 
 
 def test_nothing_told_gives_no_numbers():
-    result = compare([match(0, [None], model_scores=(None,), against_scores=(None,))], seed=0)
+    result = compare([prompt_result(0, [None], model_scores=(None,), against_scores=(None,))], seed=0)
     assert result["win_rate"] is None and result["length_controlled_win_rate"] is None
     assert result["score"]["difference"] == {"value": None, "low": None, "high": None, "interval": "bootstrap"}
 
@@ -93,37 +93,39 @@ def test_nothing_told_gives_no_numbers():
 def test_a_paired_difference_is_surer_than_the_scores():
     """Prompts differ by far more than the models do."""
     generator = np.random.default_rng(0)
-    matches = []
+    results = []
     for row in range(80):
         base = generator.normal(0, 10)
         mine, theirs = (base + 1 + generator.normal(0, 0.1),), (base,)
-        matches.append(match(row, preferences_by_score(mine, theirs), model_scores=mine, against_scores=theirs))
-    score = compare(matches, seed=0)["score"]
+        results.append(prompt_result(row, preferences_by_score(mine, theirs), model_scores=mine, against_scores=theirs))
+    score = compare(results, seed=0)["score"]
     assert score["model"]["high"] - score["model"]["low"] > 3
     difference = score["difference"]
     assert difference["value"] == pytest.approx(1, abs=0.05) and difference["high"] - difference["low"] < 0.1
 
 
 def test_kl_is_the_mean_log_ratio_with_its_error_over_prompts():
-    kl = compare([match(row, [1.0], log_ratios=(value, value + 2)) for row, value in enumerate((1.0, 3.0))], seed=0)
+    kl = compare(
+        [prompt_result(row, [1.0], log_ratios=(value, value + 2)) for row, value in enumerate((1.0, 3.0))], seed=0
+    )
     assert kl["kl"] == {"value": 3.0, "standard_error": pytest.approx(1.0)}
 
 
 def test_length_control_uses_characters_and_leaves_out_what_was_not_told():
-    matches = [
-        match(row, [float(row % 5 != 0)], model=["long answer " * (1 + row % 7)], against=["short"])
+    results = [
+        prompt_result(row, [float(row % 5 != 0)], model=["long answer " * (1 + row % 7)], against=["short"])
         for row in range(140)
     ]
-    told = compare(matches, seed=0)
+    figures = compare(results, seed=0)
     differences = np.array([12.0 * (1 + row % 7) - 5 for row in range(140)])
     expected = length_controlled_win_rate(np.array([float(row % 5 != 0) for row in range(140)]), differences)
-    assert told["length_controlled_win_rate"]["value"] == pytest.approx(expected)
-    with_gaps = compare([*matches, *(match(row, [None]) for row in range(140, 180))], seed=0)
+    assert figures["length_controlled_win_rate"]["value"] == pytest.approx(expected)
+    with_gaps = compare([*results, *(prompt_result(row, [None]) for row in range(140, 180))], seed=0)
     assert with_gaps["length_controlled_win_rate"]["value"] == pytest.approx(expected)
     assert with_gaps["undecidable"] == 40
 
 
-def test_both_orders_cancel_a_liking_for_the_first_place():
+def test_both_orders_cancel_position_bias():
     class First:
         name = "first"
 

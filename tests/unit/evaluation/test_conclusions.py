@@ -1,4 +1,4 @@
-"""What is said of a judge and of a comparison, in words."""
+"""Conclusions about a judge and about a comparison, in words."""
 
 import pytest
 
@@ -12,29 +12,29 @@ def of(share, count):
 
 
 @pytest.mark.parametrize(
-    ("share", "count", "said"),
+    ("share", "count", "expected"),
     [
         (0.80, 400, "Good enough to train on: right in 80% of the pairs"),
         (0.80, 40, "Good enough to train on: right in 80% of the pairs"),
         (0.75, 60, "Not yet sure: it may be as few as 63%; ask about more pairs."),
         (0.60, 400, "Better than chance, but weak: right in 60% of the pairs"),
-        (0.60, 20, "Do not train on it yet: 20 labels do not tell it from chance. Ask about more pairs (about 97 if"),
-        (0.50, 20, "Do not train on it yet: 20 labels do not tell it from chance. Ask about more pairs."),
+        (0.60, 20, "Do not train on it yet: 20 labels are too few to tell it from chance. Ask about more pairs (about"),
+        (0.50, 20, "Do not train on it yet: 20 labels are too few to tell it from chance. Ask about more pairs."),
         (0.30, 100, "Do not train on it: it contradicts the labels more often than chance."),
     ],
 )
-def test_agreement_with_labels(share, count, said):
+def test_agreement_with_labels(share, count, expected):
     [sentence] = judge_conclusion(of(share, count), 0.0, 0.5)
-    assert said in sentence and ("Not yet sure" in sentence) == ("Not yet sure" in said)
+    assert expected in sentence and ("Not yet sure" in sentence) == ("Not yet sure" in expected)
 
 
-def test_no_labels_a_place_that_is_liked_and_answers_that_are_missing():
+def test_no_labels_position_bias_and_missing_answers():
     assert list(judge_conclusion(None, 0.25, 0.7)) == [
-        "Whether it is right cannot be told: no pair with a label has an answer.",
-        "It likes the first place: keep `order: both`, the default, which cancels that.",
+        "How often it is right is unknown: no pair with a label has an answer.",
+        "It prefers the answer that is shown first: keep `order: both`, the default, which cancels this bias.",
         "It leaves 25% of the pairs unanswered; prompts without an answer are not trained on.",
     ]
-    assert "second place" in list(judge_conclusion(None, 0.0, 0.3))[1]
+    assert "shown second" in list(judge_conclusion(None, 0.0, 0.3))[1]
     assert len(list(judge_conclusion(None, 0.05, 0.6))) == 1
 
 
@@ -50,16 +50,16 @@ def interval(value, low, high):
         (
             interval(0.8, 0.7, 0.9),
             interval(0.5, 0.4, 0.6),
-            "A is better than B: all of the interval is above 50 %. At equal length that cannot be said: the length of "
-            "the answers may be why.",
+            "A is better than B: all of the interval is above 50 %. At equal length this does not hold: the length of "
+            "the answers may be the reason.",
         ),
         (
             interval(0.55, 0.4, 0.7),
             None,
-            "No difference can be told with 50 prompts; more of them narrow the interval (about 385 if it goes on like "
-            "this).",
+            "No significant difference with 50 prompts; more prompts narrow the interval (about 385 if the win rate "
+            "stays the same).",
         ),
-        (interval(0.5, 0.4, 0.6), None, "No difference can be told with 50 prompts; more of them narrow the interval."),
+        (interval(0.5, 0.4, 0.6), None, "No significant difference with 50 prompts; more prompts narrow the interval."),
     ],
 )
 def test_comparisons(rate, controlled, said):

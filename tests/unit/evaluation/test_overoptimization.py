@@ -7,12 +7,12 @@ import logging
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from online_dpo.evaluation.overoptimization import Measured, OveroptimisationGuard, evaluations_over, measurements
+from online_dpo.evaluation.overoptimization import Measurement, OveroptimisationGuard, evaluations_over, measurements
 from online_dpo.evaluation.records import EvalRecord, GoldRecord, summarise
 
 
 def history(*scores, errors=(0.1, 0.1)):
-    return [Measured(10 * i, proxy, errors[0], gold, errors[1]) for i, (proxy, gold) in enumerate(scores)]
+    return [Measurement(10 * i, proxy, errors[0], gold, errors[1]) for i, (proxy, gold) in enumerate(scores)]
 
 
 @pytest.mark.parametrize(
@@ -54,11 +54,11 @@ def log(step, proxy, gold, prefix="eval", **others):
 
 def test_scores_are_found_in_the_log_history_and_win_rates_stand_in_for_them():
     logs = [log(1, 0.5, 0.25), {"loss": 1.0, "step": 1}, log(1, 9.0, 9.0, prefix="eval_b"), {"eval_loss": 1, "step": 2}]
-    assert measurements(logs, "eval") == [Measured(1, 0.5, 0.1, 0.25, 0.1)]
-    assert measurements(logs, "eval_b") == [Measured(1, 9.0, 0.1, 9.0, 0.1)]
+    assert measurements(logs, "eval") == [Measurement(1, 0.5, 0.1, 0.25, 0.1)]
+    assert measurements(logs, "eval_b") == [Measurement(1, 9.0, 0.1, 9.0, 0.1)]
     rates = {"eval_win_rate": 0.6, "eval_win_rate_stderr": 0.05, "step": 3}
     rates |= {"eval_gold_win_rate": 0.4, "eval_gold_win_rate_stderr": 0.02}
-    assert measurements([rates], "eval") == [Measured(3, 0.6, 0.05, 0.4, 0.02)]
+    assert measurements([rates], "eval") == [Measurement(3, 0.6, 0.05, 0.4, 0.02)]
 
 
 def evaluated(guard, logs, tmp_path, prefix="eval"):

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from online_dpo.quickstart.artifacts import build
 from online_dpo.quickstart.language import parse_request, split_of
 from online_dpo.quickstart.models import FULL, TINY, build_policy_config, build_tokenizer, new_policy
-from online_dpo.quickstart.run import Judged, run_quickstart, summarise
+from online_dpo.quickstart.run import PolicyAnswers, run_quickstart, summarise
 from online_dpo.stats.intervals import wilson_interval
 
 
@@ -39,8 +39,12 @@ def test_the_full_policy_has_the_size_that_the_readme_says():
 
 
 def test_summary_counts_ties_half_and_right_answers():
-    before = Judged([], [1.0, 2.0, 3.0, 4.0], [0.0] * 4, right=[True, False, False, False], greedy_right=[True] * 4)
-    after = Judged([], [2.0, 2.0, 2.0, 5.0], [1.0] * 4, right=[True, True, True, False], greedy_right=[False] * 4)
+    before = PolicyAnswers(
+        [], [1.0, 2.0, 3.0, 4.0], [0.0] * 4, right=[True, False, False, False], greedy_right=[True] * 4
+    )
+    after = PolicyAnswers(
+        [], [2.0, 2.0, 2.0, 5.0], [1.0] * 4, right=[True, True, True, False], greedy_right=[False] * 4
+    )
     summary = summarise(before, after)
     assert summary["win_rate"] == 0.625 and summary["win_rate_ci95"] == list(wilson_interval(0.625, 4))
     assert (summary["gold_before"], summary["gold_after"], summary["proxy_after"]) == (2.5, 2.75, 1.0)

@@ -19,12 +19,12 @@ def test_changed_numbers_are_counted_once():
     model = nn.Linear(4, 8)
     model.bias.requires_grad_(False)
     ratio = begun(model)
-    assert ratio.since_last() == (0, 32)
+    assert ratio.drain_changed() == (0, 32)
     with torch.no_grad():
         model.weight[:2] += 1.0
         model.bias += 1.0
-    assert ratio.since_last() == (8, 32)
-    assert ratio.since_last() == (0, 32)
+    assert ratio.drain_changed() == (8, 32)
+    assert ratio.drain_changed() == (0, 32)
 
 
 @pytest.fixture
@@ -41,11 +41,11 @@ def test_sharded_weights_are_read_where_they_lie(mesh):
     ratio = begun(model)
     with torch.no_grad():
         model.weight.to_local()[0] += 1.0
-    assert ratio.since_last() == (4, 40)
+    assert ratio.drain_changed() == (4, 40)
 
 
 def test_a_process_that_holds_nothing_has_no_sample():
     model = nn.Linear(4, 8)
     model.weight.data = torch.empty(0)
     model.bias.data = torch.empty(0)
-    assert begun(model).since_last() == (0, 0)
+    assert begun(model).drain_changed() == (0, 0)

@@ -1,6 +1,6 @@
-"""Options of ``online-dpo eval``, beside the fields of a run file. Each is documented once, beneath it.
+"""The options of ``online-dpo eval`` that are not fields of a run file. Each is documented beneath its definition.
 
-``schema.py`` reads this file's text. Nothing heavy may be imported here.
+``schema.py`` reads the text of this file. Heavy packages must not be imported here.
 """
 
 from __future__ import annotations
@@ -10,41 +10,40 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """What ``online-dpo eval`` needs beside the fields of a run file."""
+    """The options of ``online-dpo eval`` that are not fields of a run file."""
 
     model: str | None = None
     """Folder or hub name of the model to evaluate. When not set, the run's `output_dir`."""
 
     against: str | None = None
-    """Folder or hub name of the model that it is compared with. When not set, the run's reference model, or else the
-    model that the run began with."""
+    """Folder or hub name of the model to compare with. When not set, the run's reference model, or else the model that
+    the run began with."""
 
     prompts: str | None = None
-    """Held-out prompts: a file, folder or hub name, as `dataset_name`. When not set, those that the run evaluates
-    on."""
+    """Held-out prompts: a file, folder or hub name, as `dataset_name`. When not set, the run's evaluation prompts."""
 
     limit: int | None = None
     """Evaluate on this many prompts at most. When not set, the run's `eval_limit`."""
 
     reward: list[str] | None = None
-    """What scores the answers, in place of the run's scorers: folders or hub names of reward models, functions as
-    `file.py:function` or `package.module:function`. Several are added up."""
+    """Scorers of the answers, instead of the run's scorers: folders or hub names of reward models, or functions as
+    `file.py:function` or `package.module:function`. Several are summed."""
 
     samples: int = 1
     """Answers of each model to each prompt."""
 
     greedy: bool = False
-    """Answer with the most probable token each time, in place of sampling."""
+    """Decode greedily, with the most probable token each time, instead of sampling."""
 
     kl: bool | None = None
-    """Estimate the KL of the model to the other. When not set: where both have the same vocabulary."""
+    """Estimate the KL divergence from the other model. When not set: only if both have the same vocabulary."""
 
     json: str | None = None
     """File to write the figures to."""
 
     output: str | None = None
-    """File to write prompts, answers, scores and preferences to, as jsonl with one pair of answers a line. It is
-    written before anything is scored, too: where scoring fails, it holds the answers."""
+    """File to write prompts, answers, scores and preferences to, as jsonl with one pair of answers a line. It is also
+    written before scoring, so that it has the answers if scoring fails."""
 
 
 RUN_FIELDS = (
@@ -94,11 +93,11 @@ CALLED_HERE = {
     "torch_dtype": "dtype",
     "precision": "dtype",
 }
-"""What options of an evaluation are called elsewhere."""
+"""Names of an evaluation's options in other tools, and the names of the same options here."""
 
 FROM_THE_RUN = (
     *("model_name_or_path", "ref_model_name_or_path", "dataset_name", "eval_dataset_name", "eval_limit", "output_dir"),
     *("reward_funcs", "reward_model_path", "eval_reward_funcs", "eval_reward_model_path"),
     *("eval_judge", "eval_judge_kwargs", "model_revision"),
 )
-"""Fields that it takes from the file alone: on the command line, options of its own stand in their place."""
+"""Fields that an evaluation reads only from the run file; on the command line, its own options replace them."""

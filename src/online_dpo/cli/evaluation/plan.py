@@ -1,4 +1,4 @@
-"""What ``online-dpo eval`` is asked to do, from a run file and the options behind it, checked without torch."""
+"""The plan of ``online-dpo eval``, made from a run file and the command line, and checked without importing torch."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ NO_ARGUMENTS = (
     *(*QUANTISATION, *OF_4BIT, "plugins"),
 )
 OF_TRAINING = ("reward_weights", "missing_eos_penalty", "length_penalty")
-"""Part of the training score: they hold for the run's own scorers, or where the command line says so."""
+"""Fields that are part of the training score: used with the run's own scorers, or if the command line gives them."""
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Where the prompts come from, as `load_prompts` takes it."""
+    """Where the prompts come from: arguments of `load_prompts`."""
 
     source: str
     split: str
@@ -41,8 +41,8 @@ class PromptSet:
 class EvalPlan:
     """A checked evaluation.
 
-    ``rewards`` are functions and names of reward models, none with a judge. ``trained_on``: the scorer is the one that
-    the run was trained on. ``training`` has the fields of :class:`online_dpo.OnlineDPOConfig` that were given.
+    ``rewards`` are functions and names of reward models, empty with a judge. ``trained_on``: the scorer is the one that
+    the run was trained on. ``training`` has the given fields of :class:`online_dpo.OnlineDPOConfig`.
     """
 
     model: str
@@ -57,14 +57,15 @@ class EvalPlan:
 
 
 def own_fields() -> dict[str, FieldSpec]:
+    """The fields of `EvalConfig` by name."""
     return read_fields_of("online_dpo.cli.evaluation.options", "EvalConfig", group="Evaluation")
 
 
 def plan_eval(run_file: Path | None, words: Sequence[str]) -> EvalPlan:
-    """Check an evaluation.
+    """Check the arguments of an evaluation and return its plan.
 
     Raises:
-        UsageError: with every problem found.
+        UsageError: something is wrong; it lists every problem.
     """
     problems: list[str] = []
     entries = read_run_file(run_file, problems) if run_file else {}
@@ -84,7 +85,7 @@ def plan_eval(run_file: Path | None, words: Sequence[str]) -> EvalPlan:
 
 
 class EvalChecker(RunChecker):
-    """The checks of an evaluation. Only what it reads of the run file is looked at."""
+    """Checks the arguments of an evaluation. Fields of the run file that it does not read are not checked."""
 
     def __init__(
         self, in_file: dict[str, Entry], given: dict[str, Entry], values: dict[str, Any], run_file: Path | None
@@ -100,10 +101,11 @@ class EvalChecker(RunChecker):
         self.prompts: PromptSet | None = None
 
     def problems(self) -> Iterator[str]:
+        """Check everything and yield one line for each problem."""
         yield from self._mappings()
         yield from self._plugins()
         yield from self._scoring()
-        yield from self._players()
+        yield from self._models()
         yield from self._prompts()
         for name, problem in model_problems(self.values, is_trained=False):
             yield f"{self._where(name)}: `{name}` {problem}"
@@ -122,6 +124,7 @@ class EvalChecker(RunChecker):
                 yield f"{self._where(name)}: `{name}`: {self.values[name]} is a folder. Give the name of a file."
 
     def plan(self) -> EvalPlan:
+        """The plan, once `problems` has found none."""
         assert self.prompts is not None
         own = {field.name for field in fields(EvalConfig)}
         trained_on = self.scored_by in ("reward_funcs", "judge") and self.scored_by not in self.given
@@ -145,11 +148,12 @@ class EvalChecker(RunChecker):
             options=EvalConfig(**{name: value for name, value in self.values.items() if name in own}),
         )
 
-    # --- what scores ------------------------------------------------------------------------------------------------
+    # --- scorers ----------------------------------------------------------------------------------------------------
 
     def _scoring(self) -> Iterator[str]:
-        """On the command line; else the run's gold; else what the run was trained on: the judge, if it chose among the
-        best by a reward.
+        """Choose the scorer: that of the command line, else the run's gold scorer, else the one it was trained on.
+
+        If a judge chose among the completions with the best rewards (`judge_top`), it is the judge.
         """
         if "reward" in self.given and "judge" in self.given:
             yield f"{self._where('judge')}: `judge` is given beside `reward`. Give one of them."
@@ -196,9 +200,10 @@ class EvalChecker(RunChecker):
                 yield from self._model_folder(name, text)
                 self.rewards.append(text)
 
-    # --- who plays --------------------------------------------------------------------------------------------------
+    # --- models -----------------------------------------------------------------------------------------------------
 
-    def _players(self) -> Iterator[str]:
+    def _models(self) -> Iterator[str]:
+        """Choose both models."""
         if self._given("model"):
             self.model = self.values["model"]
             yield from self._model_folder("model", self.model)
@@ -221,8 +226,8 @@ class EvalChecker(RunChecker):
     def _output_folder(self, folder: Path) -> Iterator[str]:
         if not holds_model(folder):
             checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: (len(path.name), path.name))
-            such = f", such as --model {checkpoints[-1]}" if checkpoints else ""
-            yield f"{self.file}: {folder}, the run's `output_dir`, holds no model. Give --model{such}."
+            example = f", such as --model {checkpoints[-1]}" if checkpoints else ""
+            yield f"{self.file}: {folder}, the run's `output_dir`, holds no model. Give --model{example}."
 
     def _model_folder(self, name: str, text: str) -> Iterator[str]:
         path = Path(text).expanduser()
@@ -235,9 +240,10 @@ class EvalChecker(RunChecker):
         elif looks_like_path(text) or path.parent != Path() and path.parent.is_dir():
             yield f"{self._where(name)}: `{name}`: there is no folder {text}."
 
-    # --- on what ----------------------------------------------------------------------------------------------------
+    # --- prompts ----------------------------------------------------------------------------------------------------
 
     def _prompts(self) -> Iterator[str]:
+        """Choose the prompts: those of the command line, else the run's evaluation prompts."""
         split, config = self.values.get("dataset_test_split"), self.values.get("dataset_config")
         if self._given("prompts"):
             name = "prompts"

@@ -1,4 +1,4 @@
-"""``online-dpo eval``, once its arguments are known to be good: answer, score, report, write."""
+"""``online-dpo eval`` after its arguments have been checked: sample answers, score them, print and write a report."""
 
 from __future__ import annotations
 
@@ -19,47 +19,47 @@ from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.data.load import load_prompts
 from online_dpo.data.prompts import PREPARED_COLUMNS
 from online_dpo.errors import OnlineDPOError, ScoringError
-from online_dpo.evaluation.comparison import Match, compare
+from online_dpo.evaluation.comparison import PromptResult, compare
 from online_dpo.evaluation.conclusions import comparison_conclusion
 from online_dpo.evaluation.head_to_head import (
     Answers,
-    Player,
+    ComparedModel,
     Sampling,
     answer,
     judge_answers,
-    prepare_player,
+    prepare_model,
     same_vocabulary,
     score_answers,
-    unscored,
+    unscored_results,
 )
 from online_dpo.scoring.judge_registry import build_judge
-from online_dpo.scoring.judges.llm.judge import LLMJudge
 from online_dpo.scoring.penalties import Penalties
-from online_dpo.scoring.protocols import PairwiseScorer, PointwiseScorer
+from online_dpo.scoring.protocols import DiagnosingScorer, PairwiseScorer, PointwiseScorer
 from online_dpo.scoring.registry import build_scorers
 from online_dpo.training.arguments import check_columns, check_templates
 from online_dpo.training.display.figures import number
 from online_dpo.types import Completion, Group
 
 TRAINED_ON = (
-    "The scorer is the one that the model was trained on. A model learns its weaknesses too: give another one with "
-    "--reward or --judge."
+    "The scorer is the one that the model was trained on. Training also exploits its weaknesses: give another scorer "
+    "with --reward or --judge."
 )
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything but the two models, which are loaded one after the other."""
+    """Everything that an evaluation needs except the weights of the two models, which are loaded one at a time."""
 
     args: OnlineDPOConfig
     scorers: list[PointwiseScorer]
     judge: PairwiseScorer | None
-    model: Player
-    against: Player
+    model: ComparedModel
+    against: ComparedModel
     sampling: Sampling
 
     @property
     def scored_by(self) -> str:
+        """The name of the judge, or of all scorers."""
         return self.judge.name if self.judge is not None else ", ".join(scorer.name for scorer in self.scorers)
 
 
@@ -70,23 +70,24 @@ def run_evaluation(plan: EvalPlan, *, show_traceback: bool) -> int:
     try:
         setup = set_up(plan)
         answers = answer(setup.model, setup.against, setup.args, setup.sampling)
-        _write(plan.options.output, map(_line, _rows(unscored(answers))))  # scoring may fail, and sampling took long
+        # Written before scoring, which may fail: sampling the answers took long.
+        _write(plan.options.output, map(_line, _rows(unscored_results(answers))))
     except SETUP_ERRORS as error:
         return report_error(error, 2, show_traceback)
     try:
-        matches = _matches(setup, answers)
-        result = {**_heading(plan, setup), **compare(matches, setup.args.seed)}
-        if result["undecidable"] == result["duels"]:
-            raise ScoringError(_why_nothing(setup))
+        results = _assess(setup, answers)
+        figures = {**_heading(plan, setup), **compare(results, setup.args.seed)}
+        if figures["undecidable"] == figures["duels"]:
+            raise ScoringError(_no_preference_message(setup))
     except OnlineDPOError as error:
         report_error(error, 1, show_traceback)
         if plan.options.output is not None:
             print(f"The answers, without scores, are in {plan.options.output}", file=sys.stderr)
         return 1
-    report(Console(), result)
-    if _write(plan.options.json, [json.dumps(result, indent=2)]):
+    report(Console(), figures)
+    if _write(plan.options.json, [json.dumps(figures, indent=2)]):
         print(f"Figures written to {plan.options.json}")
-    if _write(plan.options.output, map(_line, _rows(matches))):
+    if _write(plan.options.output, map(_line, _rows(results))):
         print(f"Answers written to {plan.options.output}")
     if plan.trained_on:
         print(f"warning: {TRAINED_ON}", file=sys.stderr)
@@ -94,7 +95,8 @@ def run_evaluation(plan: EvalPlan, *, show_traceback: bool) -> int:
 
 
 def set_up(plan: EvalPlan) -> Setup:
-    """
+    """Load the scorers or the judge and prepare the prompts for both models.
+
     Raises:
         ValueError, TypeError, OSError, ImportError, OnlineDPOError: something cannot be used as asked; raised before
             the models are loaded.
@@ -106,15 +108,15 @@ def set_up(plan: EvalPlan) -> Setup:
     shared = same_vocabulary(*tokenizers)
     if plan.options.kl and not shared:
         raise ValueError(
-            f"`kl`: {plan.model} and {plan.against} have different vocabularies, so there is no KL of the one to the "
-            "other. Leave `kl` out."
+            f"`kl`: {plan.model} and {plan.against} have different vocabularies, so there is no KL between them. Leave "
+            "`kl` out."
         )
     source = plan.prompts
     dataset = load_prompts(
         source.source, split=source.split, config=source.config, limit=source.limit, types=source.types
     )
     model, against = (
-        prepare_player(path, tokenizer, dataset, args)
+        prepare_model(path, tokenizer, dataset, args)
         for path, tokenizer in zip((plan.model, plan.against), tokenizers, strict=True)
     )
     check_columns(rewards, {"prompts": model.dataset}, PREPARED_COLUMNS)
@@ -132,48 +134,49 @@ def set_up(plan: EvalPlan) -> Setup:
     )
 
 
-def report(console: Console, result: dict[str, Any]) -> None:
-    """The figures of `compare` as a table and a few lines."""
-    table = Table(title=f"{result['prompts']} prompts, scored by {result['scored_by']}", title_justify="left")
+def report(console: Console, figures: dict[str, Any]) -> None:
+    """Print the figures of `compare` as a table and a few lines."""
+    table = Table(title=f"{figures['prompts']} prompts, scored by {figures['scored_by']}", title_justify="left")
     table.add_column("")
     for side in ("model", "against"):
-        table.add_column(result[side], justify="right", overflow="fold")
-    if result["score"] is not None:
-        sides = [result["score"][side] for side in ("model", "against")]
+        table.add_column(figures[side], justify="right", overflow="fold")
+    if figures["score"] is not None:
+        sides = [figures["score"][side] for side in ("model", "against")]
         table.add_row("score", *(_with_interval(side) for side in sides))
         table.add_row("scores missing", *(str(side["missing"]) for side in sides))
     for heading, name in (("tokens", "tokens"), ("characters", "characters"), ("ended by themselves", "ended")):
         show = _percent if name == "ended" else number
-        table.add_row(heading, *(show(result[name][side]) for side in ("model", "against")))
+        table.add_row(heading, *(show(figures[name][side]) for side in ("model", "against")))
     console.print(table)
-    for line in _lines(result):
+    for line in _lines(figures):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _lines(result: dict[str, Any]) -> Iterator[str]:
+def _lines(figures: dict[str, Any]) -> Iterator[str]:
     yield (
-        f"Wins {result['wins']}, ties {result['ties']}, losses {result['losses']}"
-        + (f", undecidable {result['undecidable']}" if result["undecidable"] else "")
-        + f" of {result['duels']}"
+        f"Wins {figures['wins']}, ties {figures['ties']}, losses {figures['losses']}"
+        + (f", undecidable {figures['undecidable']}" if figures["undecidable"] else "")
+        + f" of {figures['duels']}"
     )
-    rate = result["win_rate"]
+    rate = figures["win_rate"]
     yield f"Win rate {_percent_with_interval(rate)} ({rate['interval']})"
-    controlled = result["length_controlled_win_rate"]
+    controlled = figures["length_controlled_win_rate"]
     if controlled is None:
-        yield "Length-controlled win rate: none, lengths always differ by the same"
+        yield "Length-controlled win rate: none, the lengths always differ by the same amount"
     else:
         yield f"Length-controlled win rate {_percent_with_interval(controlled)} ({controlled['interval']})"
-    if result["score"] is not None and result["score"]["difference"]["value"] is not None:
-        yield f"Score difference {_with_interval(result['score']['difference'])} (bootstrap, paired)"
-    if result["kl"] is not None:
-        error = result["kl"]["standard_error"]
-        yield f"KL {number(result['kl']['value'])} nats" + (
+    if figures["score"] is not None and figures["score"]["difference"]["value"] is not None:
+        yield f"Score difference {_with_interval(figures['score']['difference'])} (bootstrap, paired)"
+    if figures["kl"] is not None:
+        error = figures["kl"]["standard_error"]
+        yield f"KL {number(figures['kl']['value'])} nats" + (
             "" if error is None else f", standard error {number(error)}"
         )
-    yield comparison_conclusion(result["model"], result["against"], result["prompts"], rate, controlled)
+    yield comparison_conclusion(figures["model"], figures["against"], figures["prompts"], rate, controlled)
 
 
-def _matches(setup: Setup, answers: Answers) -> list[Match]:
+def _assess(setup: Setup, answers: Answers) -> list[PromptResult]:
+    """Score the answers, or compare them with the judge."""
     penalties = Penalties.from_config(setup.args)
     if setup.judge is not None:
         return judge_answers(answers, setup.judge, penalties)
@@ -196,22 +199,23 @@ def _heading(plan: EvalPlan, setup: Setup) -> dict[str, Any]:
     }
 
 
-def _why_nothing(setup: Setup) -> str:
-    cause = f" Last cause: {setup.judge.last_failure}" if isinstance(setup.judge, LLMJudge) else ""
+def _no_preference_message(setup: Setup) -> str:
+    failure = setup.judge.last_failure if isinstance(setup.judge, DiagnosingScorer) else ""
+    cause = f" Last cause: {failure}" if failure else ""
     return (
         f"`{setup.scored_by}` could not tell a single pair of answers apart: every score or answer is missing.{cause}"
     )
 
 
-def _rows(matches: Sequence[Match]) -> Iterator[dict[str, Any]]:
-    for match in matches:
-        for k, preference in enumerate(match.preferences):
+def _rows(results: Sequence[PromptResult]) -> Iterator[dict[str, Any]]:
+    for result in results:
+        for k, preference in enumerate(result.preferences):
             yield {
-                "prompt": match.model.prompt.content,
-                "row": match.model.prompt.row,
+                "prompt": result.model.prompt.content,
+                "row": result.model.prompt.row,
                 "sample": k,
-                "model": _side(match.model, match.model_scores, k),
-                "against": _side(match.against, match.against_scores, k),
+                "model": _side(result.model, result.model_scores, k),
+                "against": _side(result.against, result.against_scores, k),
                 "preference": preference,
             }
 
@@ -227,7 +231,7 @@ def _side(group: Group, scores: Sequence[float | None] | None, k: int) -> dict[s
 
 
 def _write(path: str | None, lines: Iterable[str]) -> bool:
-    """Whether there is such a file to write."""
+    """Write lines to a file, if a path is given; returns whether it is."""
     if path is not None:
         Path(path).expanduser().write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return path is not None

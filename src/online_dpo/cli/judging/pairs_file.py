@@ -1,4 +1,4 @@
-"""Files of pairs that ``online-dpo judge`` reads."""
+"""Reads the files of answer pairs for ``online-dpo judge``."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 LABELS = {"a": 1.0, "response_a": 1.0, "0": 1.0, "b": 0.0, "response_b": 0.0, "1": 0.0, "tie": None}
+"""Labels in a file, and the preference for the first answer that they mean; a tie counts as no label."""
 
 
 @dataclass(frozen=True)
 class LabelledPair:
-    """One line of the file.
+    """One line of the file: a prompt, two answers, and perhaps a label.
 
     >>> LabelledPair({"prompt": "Hi", "chosen": "Hello!", "rejected": "No."}, "Hi", "Hello!", "No.", label=1.0,
-    ... placed=False)
+    ... ordered=False)
 
-    ``label`` is 1 where ``first`` is known to be the better one, 0 where it is the worse one, ``None`` where nothing is
-    known. ``placed``: whether the file says which of the two stands first, as names such as "chosen" do not.
+    ``label`` is 1 if ``first`` is known to be better, 0 if it is known to be worse, ``None`` if unknown. ``ordered``:
+    whether the file defines which answer is shown first; the names "chosen" and "rejected" do not.
     """
 
     row: dict[str, Any]
@@ -26,14 +27,14 @@ class LabelledPair:
     first: str
     second: str
     label: float | None
-    placed: bool
+    ordered: bool
 
 
 def read_pairs(path: Path, limit: int | None) -> list[LabelledPair]:
-    """The pairs of a jsonl file.
+    """Read the pairs of a jsonl file, at most ``limit``.
 
     Raises:
-        ValueError: it is not there, empty, or a line is no pair; the message says which.
+        ValueError: the file does not exist or is empty, or a line is not a pair; the message names the line.
     """
     if path.is_dir():
         raise ValueError(f"{path}: this is a folder. Give a file in it.")
@@ -70,11 +71,11 @@ def _pair(row: Any) -> LabelledPair:
         raise ValueError("`prompt` must be text or a list of messages.")
     first, second = (_answer(name, row[name]) for name in names)
     label = 1.0 if labelled else _label(row.get("label"))
-    return LabelledPair(row, prompt, first, second, label, placed=not labelled)
+    return LabelledPair(row, prompt, first, second, label, ordered=not labelled)
 
 
 def _answer(name: str, value: Any) -> str:
-    """A text, or the last message of a conversation."""
+    """The answer in a field: a text, or the last message of a conversation."""
     if isinstance(value, str):
         return value
     if _is_conversation(value) and isinstance(value[-1]["content"], str):

@@ -1,4 +1,4 @@
-"""The judges that a run file can name without code: ``llm``, and the folder of a pairwise model."""
+"""Plans for the judges that a run file can name without code: ``llm``, and the folder of a pairwise model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class BuiltInJudge:
 
     >>> BuiltInJudge(folder=None, options={"model": "gpt-4.1-mini"})
 
-    ``folder`` is the pairwise model's; without one, the judge is a language model behind an endpoint.
+    ``folder`` is that of a pairwise model; if it is ``None``, the judge is a language model behind an endpoint.
     """
 
     folder: Path | None
@@ -35,16 +35,16 @@ class BuiltInJudge:
 
 
 def plan_llm(given: dict[str, Any], folders: Sequence[Path]) -> BuiltInJudge:
-    """A language model as judge. Relative files are looked for in ``folders``, in their order.
+    """Check the settings of a language model as judge. Relative paths are searched in ``folders``, in order.
 
     Raises:
-        ValueError: a setting is unknown, of the wrong type, or has no sensible value; or there is no API key.
+        ValueError: a setting is unknown, of the wrong type, or out of range; or there is no API key.
     """
     options = _converted(given, read_fields_of("online_dpo.config.llm_judge", "JudgeSettings"))
     for name in FILES:
         if options.get(name) is not None and options[name] not in TEMPLATES:
-            found = (path for folder in folders if (path := folder / Path(options[name]).expanduser()).is_file())
-            options[name] = str(next(found, options[name]))
+            existing = (path for folder in folders if (path := folder / Path(options[name]).expanduser()).is_file())
+            options[name] = str(next(existing, options[name]))
     if "model" not in options:
         raise ValueError("`judge_kwargs` needs at least `model`, the judging model's name at the endpoint.")
     JudgeSettings(**options).check_environment()
@@ -52,10 +52,10 @@ def plan_llm(given: dict[str, Any], folders: Sequence[Path]) -> BuiltInJudge:
 
 
 def plan_pairwise_model(folder: Path, given: dict[str, Any]) -> BuiltInJudge:
-    """A pairwise model as judge.
+    """Check the folder and the options of a pairwise model as judge, without loading it.
 
     Raises:
-        ValueError: the folder holds no model, or an option is unknown, of a wrong type or not for that model.
+        ValueError: the folder holds no model, or an option is unknown, of the wrong type or not for this model.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is no model folder: it holds no config.json.")

@@ -1,4 +1,4 @@
-"""``online-dpo judge``, once its arguments are known to be good: ask, report, write."""
+"""``online-dpo judge`` after its arguments have been checked: ask the judge, print a report, write labels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from online_dpo.cli.judging.pairs_file import LabelledPair
 from online_dpo.cli.judging.plan import BuiltInJudge
 from online_dpo.cli.terminal.progress import no_progress_bars, plain_warnings
-from online_dpo.cli.terminal.screen import say
+from online_dpo.cli.terminal.screen import print_lines
 from online_dpo.errors import ScoringError, error_text
 from online_dpo.evaluation.conclusions import judge_conclusion
 from online_dpo.foreign import foreign
@@ -29,8 +29,9 @@ PAIRS_AT_ONCE = 500
 
 @dataclass(frozen=True)
 class Agreement:
-    """With how many of ``count`` labels a judge agrees, as a share with its 95 % interval; an even preference counts
-    half.
+    """Agreement of a judge with labels: the ``share`` of ``count`` labels and its 95 % interval.
+
+    A preference of exactly 0.5 counts as half an agreement.
     """
 
     share: float
@@ -42,7 +43,7 @@ class Agreement:
 @no_progress_bars()
 @plain_warnings()
 def judge_pairs(pairs: Sequence[LabelledPair], chosen: BuiltInJudge, output: Path | None) -> int:
-    """Label the pairs and print the report. Returns the exit code."""
+    """Label the pairs and print the report. Returns the exit code: 0, 1 (judging failed) or 2 (cannot be loaded)."""
     try:
         judge = _load(chosen)
     except (ValueError, OSError) as problem:
@@ -57,13 +58,12 @@ def judge_pairs(pairs: Sequence[LabelledPair], chosen: BuiltInJudge, output: Pat
     except ScoringError as problem:
         print(f"error: {error_text(problem)}", file=sys.stderr)
         return 1
-    say(report(judge.name, pairs, preferences, judge.metrics()))
+    print_lines(report(judge.name, pairs, preferences, judge.metrics()))
     if output is not None:
         _write(output, judge.name, pairs, preferences)
         print(f"Labels written to {output}")
     if all(preference is None for preference in preferences):
-        cause = judge.last_failure if isinstance(judge, LLMJudge) else "too long for the model, or no number came out"
-        print(f"error: no pair has a preference. Last cause: {cause}", file=sys.stderr)
+        print(f"error: no pair has a preference. Last cause: {judge.last_failure}", file=sys.stderr)
         return 1
     return 0
 
@@ -76,7 +76,7 @@ def _load(chosen: BuiltInJudge) -> LLMJudge | PairwiseModelJudge:
 
 
 def agreement(pairs: Sequence[LabelledPair], preferences: Sequence[float | None]) -> Agreement | None:
-    """Over the pairs that have a label and a preference; ``None`` where there are none."""
+    """Compute the agreement over the pairs with a label and a preference; ``None`` if there are none."""
     points = [
         0.5 if preference == 0.5 else float((preference > 0.5) == (pair.label > 0.5))
         for pair, preference in zip(pairs, preferences, strict=True)
@@ -90,13 +90,14 @@ def agreement(pairs: Sequence[LabelledPair], preferences: Sequence[float | None]
 def report(
     name: str, pairs: Sequence[LabelledPair], preferences: Sequence[float | None], metrics: dict[str, float]
 ) -> list[str]:
-    """The lines that are printed."""
+    """The lines of the report: counts, agreement with labels, position bias, the judge's metrics, conclusions."""
     answered = sum(preference is not None for preference in preferences)
     rows = {"pairs": f"{len(pairs)}, of which {answered} have a preference"}
-    found = agreement(pairs, preferences)
-    if found is not None:
+    with_labels = agreement(pairs, preferences)
+    if with_labels is not None:
         rows["agreement with labels"] = (
-            f"{found.share:.3f}, 95 % interval {found.low:.3f} to {found.high:.3f}, {found.count} labels"
+            f"{with_labels.share:.3f}, 95 % interval {with_labels.low:.3f} to {with_labels.high:.3f}, "
+            f"{with_labels.count} labels"
         )
     if "judge/position_bias" in metrics:
         rows["preference for the first place"] = f"{metrics['judge/position_bias']:.3f} (fair: 0.5)"
@@ -110,25 +111,27 @@ def report(
     if answered == 0:
         return lines
     unanswered, bias = 1 - answered / len(pairs), metrics.get("judge/position_bias")
-    return [*lines, *judge_conclusion(None if found is None else asdict(found), unanswered, bias)]
+    return [*lines, *judge_conclusion(None if with_labels is None else asdict(with_labels), unanswered, bias)]
 
 
 def _prefer(judge: LLMJudge | PairwiseModelJudge, pairs: Sequence[LabelledPair]) -> list[float | None]:
-    """Preferences for the first answers. Where the file places none first, the texts decide, so that a judge who likes
-    a place does not look right or wrong.
+    """Ask the judge for its preference for the first answers.
+
+    If the file does not define which answer is shown first, the order depends on the texts, so that a judge with
+    position bias neither gains nor loses agreement.
     """
-    comparisons, turned = [], []
+    comparisons, swapped = [], []
     for row, pair in enumerate(pairs):
         prompt = Prompt(pair.prompt, (), row)
-        turn = not pair.placed and not stands_first(prompt_text(prompt), pair.first, pair.second)
-        texts = (pair.second, pair.first) if turn else (pair.first, pair.second)
+        swap = not pair.ordered and not stands_first(prompt_text(prompt), pair.first, pair.second)
+        texts = (pair.second, pair.first) if swap else (pair.first, pair.second)
         comparisons.append(Group(prompt, tuple(Completion((), (), "stop", 0, text) for text in texts)))
-        turned.append(turn)
+        swapped.append(swap)
     with foreign(f"Judge `{judge.name}`"):
         preferences = judge.prefer(comparisons)
     return [
-        1 - preference if turn and preference is not None else preference
-        for preference, turn in zip(preferences, turned, strict=True)
+        1 - preference if swap and preference is not None else preference
+        for preference, swap in zip(preferences, swapped, strict=True)
     ]
 
 

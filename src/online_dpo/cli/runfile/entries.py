@@ -1,4 +1,4 @@
-"""The fields that a run file and a command line hold, as they stand there, each with its place for messages."""
+"""Reads the fields of a run file and of a command line, each with its place for messages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COMMAND_LINE = "command line"
 
 
 class UsageError(Exception):
-    """What the user gave cannot be run. ``problems`` holds one line for each thing to mend."""
+    """The user's input is wrong. ``problems`` has one line for each problem."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         super().__init__("\n".join(problems))
@@ -27,7 +27,7 @@ class UsageError(Exception):
 
 @dataclass(frozen=True)
 class Entry:
-    """One field as given: where it stands (``run.yaml:4``), and its value or the words of the command line."""
+    """One given field: its place (``run.yaml:4``), and its value, or its words on the command line."""
 
     where: str
     value: Any = None
@@ -35,10 +35,10 @@ class Entry:
 
 
 def read_run_file(path: Path, problems: list[str]) -> dict[str, Entry]:
-    """The top level of a YAML mapping, with line numbers. Keys that stand twice, at any depth, are problems.
+    """Read the top level of a YAML mapping, with line numbers. Duplicate keys, at any depth, are added to ``problems``.
 
     Raises:
-        UsageError: the file is missing, empty, no YAML, or no mapping: nothing else can be checked then.
+        UsageError: the file is missing, empty, not YAML, or not a mapping, so that nothing else can be checked.
     """
     if path.is_dir():
         raise UsageError([f"{path}: this is a folder. Give the run file in it."])
@@ -73,9 +73,10 @@ def read_run_file(path: Path, problems: list[str]) -> dict[str, Entry]:
 
 
 def read_overrides(words: Sequence[str], problems: list[str]) -> dict[str, Entry]:
-    """Fields on the command line: ``--a value``, ``--a=value``, ``--a b c`` (a list), ``--a`` (switches on).
+    """Read fields on the command line: ``--a value``, ``--a=value``, ``--a b c`` (a list), ``--a`` (true).
 
-    A hyphen in a name is an underscore. A field that is given twice has its last value.
+    A hyphen in a name is an underscore. A field that is given twice has its last value. Words that belong to no field
+    are added to ``problems``.
     """
     entries: dict[str, Entry] = {}
     name = ""
@@ -84,9 +85,9 @@ def read_overrides(words: Sequence[str], problems: list[str]) -> dict[str, Entry
             flag, equals, value = word[2:].partition("=")
             name = flag.replace("-", "_")
             entries[name] = Entry(COMMAND_LINE, words=(value,) if equals else ())
-        elif re.match("-[A-Za-z]", word):  # no number, and taken for a value it would hide what was meant
+        elif re.match("-[A-Za-z]", word):  # not a negative number: taking it for a value would hide a mistake
             problems.append(f"{COMMAND_LINE}: what is `{word}`? Fields have two hyphens: --field value.")
-            name = word  # which takes the values behind it
+            name = word  # the values after it belong to it
         elif name in entries:
             entries[name] = Entry(COMMAND_LINE, words=(*(entries[name].words or ()), word))
         elif not name:
@@ -101,7 +102,7 @@ def read_values(
     help_command: str,
     called_here: Mapping[str, str] = CALLED_HERE,
 ) -> dict[str, Any]:
-    """The values of the entries in their fields' types. What is no field, or no value of its field, is a problem."""
+    """Convert entries to the types of their fields. Unknown fields and wrong values are added to ``problems``."""
     values: dict[str, Any] = {}
     for name, entry in entries.items():
         spec = specs.get(name)
@@ -121,7 +122,7 @@ def read_values(
 
 
 def _keys(value: Any) -> Iterator[str]:
-    """All keys of a mapping and of the mappings in it."""
+    """All keys of a mapping and of the mappings inside it."""
     for key, item in value.items() if isinstance(value, dict) else ():
         yield str(key)
         yield from _keys(item)
@@ -137,8 +138,8 @@ def entry_value(spec: FieldSpec, entry: Entry) -> Any:
 
 
 def _duplicates(node: yaml.Node, inside: list[yaml.Node]) -> Iterator[tuple[str, int]]:
-    """Keys that stand twice in a mapping, and the line of the second; ``inside`` are the nodes around this one."""
-    if node in inside:  # `&a [*a]`
+    """Duplicate keys of a mapping, each with the line of the second one; ``inside`` are the nodes around this one."""
+    if node in inside:  # a node that contains itself: `&a [*a]`
         return
     inside = [*inside, node]
     if isinstance(node, yaml.MappingNode):

@@ -1,4 +1,5 @@
-"""The texts of ``train --help`` and ``eval --help``: fields by group, or with type, default and documentation."""
+"""The texts of ``train --help`` and ``eval --help``: names of fields by group, or fields with type, default and
+documentation."""
 
 from __future__ import annotations
 
@@ -14,9 +15,9 @@ from online_dpo.config.names_elsewhere import hint_for
 USAGE = """\
 usage: online-dpo train [run.yaml] [--field value ...] [--traceback]
 
-Train a model. Fields stand in the YAML file, one `name: value` a line; those on the command line win.
+Train a model. The YAML file has the fields, one `name: value` a line; fields on the command line win.
 
-  --config FILE  the same as the file in front
+  --config FILE  another way to give the run file
   --traceback    show where in the code an error came from
   --help         show this text; `--help beta` (a field), `--help pairs` (a group) or `--help judge` (any word)
   --help-all     every field with its type, default and meaning
@@ -25,20 +26,20 @@ Train a model. Fields stand in the YAML file, one `name: value` a line; those on
 EVAL_USAGE = """\
 usage: online-dpo eval [run.yaml] [--model MODEL] [--against MODEL] [--option value ...]
 
-Compare two models on held-out prompts: which one's answers are better, by how much, and how far apart the models are.
-Both answer the same prompts with the same random numbers. From a run file come the prompts, the sampling and the
-scorer; everything on the command line wins.
+Compare two models on held-out prompts: which model's answers are better, by how much, and how far apart the models are.
+Both answer the same prompts with the same random numbers. The run file gives the prompts, the sampling settings and the
+scorer; options on the command line win.
 
-  online-dpo eval run.yaml                                          the trained model against the one it began as
+  online-dpo eval run.yaml                                          the trained model against the one before training
   online-dpo eval run.yaml --model outputs/checkpoint-100 --judge llm --judge_kwargs '{model: gpt-4.1-mini}'
   online-dpo eval --model A --against B --prompts prompts.jsonl --reward path/to/reward_model
 
-Without --reward or --judge, the run's gold scorer (eval_reward_funcs, eval_reward_model_path, eval_judge) is taken, and
-without one of these what it was trained on, with a warning.
+Without --reward or --judge, the run's gold scorer is used (eval_reward_funcs, eval_reward_model_path, eval_judge). If
+there is none, the scorer that the run was trained on is used, with a warning.
 
-  --config FILE  the same as the file in front
+  --config FILE  another way to give the run file
   --traceback    show where in the code an error came from
-  --help         show this text; `--help samples` (an option, or any word) shows less
+  --help         show this text; `--help samples` (an option, or any word) shows only what matches
 """
 
 
@@ -48,16 +49,16 @@ GROUPS = {
     "data": "prompts to train and to evaluate on",
     "sampling": "how completions are sampled",
     "vllm": "sampling with vLLM",
-    "scoring": "what says how good a completion is",
+    "scoring": "rewards and judges: how completions are scored",
     "pairs": "which completions become chosen and rejected",
-    "gold": "a second opinion that training never sees",
+    "gold": "a second scorer for evaluation, which training never uses",
     "loss": "what is minimised",
     "method": "Online DPO, XPO or Nash-MD; an adapting beta",
     "training": "batches, memory and speed",
     "plugins": "Python that brings losses, strategies, methods, engines, rewards, judges and metrics",
-    "guards": "what stops a run",
+    "guards": "conditions that stop a run",
 }
-"""The headings under which fields stand, in the order in which they are shown."""
+"""Groups of fields and their headings, in the order of the help text."""
 
 USUAL = (
     *("output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
@@ -68,10 +69,10 @@ USUAL = (
 
 
 def train_help(topic: Sequence[str] = ()) -> str:
-    """An overview; with a topic what is known of it; with `HELP_ALL` everything.
+    """The help of ``train``: an overview, the fields that match a topic, or with `HELP_ALL` all fields.
 
     Raises:
-        UsageError: nothing is known of the topic.
+        UsageError: no field matches the topic.
     """
     known = load_fields()
     if list(topic) == [HELP_ALL]:
@@ -81,17 +82,17 @@ def train_help(topic: Sequence[str] = ()) -> str:
 
 
 def eval_help(topic: Sequence[str] = ()) -> str:
-    """All of its options; with a topic what is known of it.
+    """The help of ``eval``: all options, or those that match a topic.
 
     Raises:
-        UsageError: nothing is known of the topic.
+        UsageError: no option matches the topic.
     """
     known = load_fields()
     own = read_fields_of("online_dpo.cli.evaluation.options", "EvalConfig")
     words = [word for word in topic if not word.startswith("-")]
     if words:
         return _about(words[0], {**own, **{name: known[name] for name in RUN_FIELDS}}, "eval")
-    parts = [EVAL_USAGE, "Options:\n", *map(_entry, own.values()), "Fields of the run file that count here:\n"]
+    parts = [EVAL_USAGE, "Options:\n", *map(_entry, own.values()), "Fields of the run file that are used here:\n"]
     return "\n".join([*parts, *(_entry(known[name]) for name in RUN_FIELDS)])
 
 
@@ -117,21 +118,24 @@ def _everything(known: Mapping[str, FieldSpec]) -> Iterator[str]:
 
 
 def _about(word: str, known: Mapping[str, FieldSpec], command: str) -> str:
-    """A field, a group, or all fields in whose name the word stands; those that only mention it are named."""
+    """The help on a word: a field, a group, or all fields with the word in their name.
+
+    Fields that only mention the word in their documentation are listed by name.
+    """
     name = word.lower().replace("-", "_")
     if name in known:
         return _entry(known[name])
-    found = [spec for spec in known.values() if spec.section.lower() == name] or [
+    matching = [spec for spec in known.values() if spec.section.lower() == name] or [
         spec for spec in known.values() if name in spec.name
     ]
-    others = [spec.name for spec in known.values() if spec not in found and name in spec.doc.lower()]
-    if not found and not others:
+    others = [spec.name for spec in known.values() if spec not in matching and name in spec.doc.lower()]
+    if not matching and not others:
         hint = hint_for(word, known) or f" Groups: {', '.join(GROUPS)}."
         raise UsageError(
             [f"{COMMAND_LINE}: there is no field or group `{word}`.{hint} See: online-dpo {command} --help"]
         )
     return "\n".join(
-        [*map(_entry, found), *([_names(f"`{name}` also stands in the text of", others)] if others else [])]
+        [*map(_entry, matching), *([_names(f"`{name}` is also mentioned in the text of", others)] if others else [])]
     )
 
 

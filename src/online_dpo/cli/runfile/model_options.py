@@ -1,7 +1,7 @@
-"""How the policy is loaded, from the fields that TRL's ``ModelConfig`` has for it: checked, and as
+"""Options for loading the policy, with the field names of TRL's ``ModelConfig``: checked, and turned into
 ``model_init_kwargs``.
 
-Nothing heavy may be imported here.
+Heavy packages must not be imported here.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any
 from online_dpo.config import requirements
 
 PLAIN = {"dtype": "dtype", "attn_implementation": "attn_implementation", "model_revision": "revision"}
-"""Fields that are an argument of ``from_pretrained`` as they stand, and its name."""
+"""Fields that are passed to ``from_pretrained`` unchanged, and the name of the argument."""
 QUANTISATION = ("load_in_4bit", "load_in_8bit")
 OF_4BIT = ("bnb_4bit_quant_type", "bnb_4bit_compute_dtype", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
 COMPUTED_IN = "bfloat16"
 
 
 def model_init_kwargs(values: Mapping[str, Any], without: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The run's ``model_init_kwargs`` and what its other fields add to them, except the fields ``without``.
+    """Join the run's ``model_init_kwargs`` with the arguments that other fields give, except the fields ``without``.
 
     >>> model_init_kwargs({"dtype": "bfloat16", "model_init_kwargs": {"revision": "v2"}})
     {'dtype': 'bfloat16', 'revision': 'v2'}
@@ -40,8 +40,8 @@ def model_init_kwargs(values: Mapping[str, Any], without: tuple[str, ...] = ()) 
 
 
 def model_problems(values: Mapping[str, Any], is_trained: bool) -> Iterator[tuple[str, str]]:
-    """What contradicts itself or is missing, each as the field and the text that goes on from it. ``is_trained``:
-    weights of this model are to be trained.
+    """Check the options; yield for each problem the field and the rest of the message. ``is_trained``: weights of this
+    model are to be trained.
     """
     given = values.get("model_init_kwargs") or {}
     for name, argument in PLAIN.items():
@@ -67,12 +67,12 @@ def model_problems(values: Mapping[str, Any], is_trained: bool) -> Iterator[tupl
 
 
 def ignored_options(values: Mapping[str, Any]) -> list[str]:
-    """Fields that are given and not read."""
+    """The given fields that have no effect: options of 4-bit quantisation without it."""
     return [] if values.get("load_in_4bit") else [name for name in OF_4BIT if name in values]
 
 
 def _computed_in(values: Mapping[str, Any]) -> str:
-    """What products with 4-bit weights are computed in."""
+    """The type in which products with 4-bit weights are computed."""
     dtype = values.get("dtype")
     return values.get("bnb_4bit_compute_dtype") or (COMPUTED_IN if dtype in (None, "auto") else dtype)
 

@@ -1,4 +1,4 @@
-"""What ``train`` and ``eval`` have in common: a run file, if any, then fields; they are checked, and only then run."""
+"""The common part of ``train`` and ``eval``: an optional run file and fields are checked, and only then run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HELP_WORDS = ("--help", "-h", HELP_ALL, "--help_all")
 Plan = TypeVar("Plan")
 
 
-def planned(
+def run_checked(
     words: Sequence[str],
     *,
     usage: str,
@@ -26,45 +26,45 @@ def planned(
     plan: Callable[[Path | None, Sequence[str]], Plan],
     run: Callable[[Plan, list[str], bool], int],
 ) -> int:
-    """Carry out a command and return its exit code, `WRONG_INPUT` where the words are no good.
+    """Check the words of a command, run it, and return its exit code, `WRONG_INPUT` if the words are wrong.
 
     Args:
-        usage: what is shown where there are no words.
-        help: what is shown for ``--help``, given the words that follow it, or ``--help-all``.
-        plan: checks the run file and the words behind it.
-        run: what then happens. It gets the plan, the words without ``--traceback``, and whether that was among them.
+        usage: shown if there are no words.
+        help: returns the text for ``--help``, given the words after it, or ``--help-all``.
+        plan: checks the run file and the other words, and returns the plan.
+        run: runs the plan. Its arguments are the plan, the words without ``--traceback``, and whether that was given.
     """
     if not words:
         print(usage, file=sys.stderr)
         return WRONG_INPUT
     kept = [word for word in words if word != "--traceback"]
     try:
-        asked = next((place for place, word in enumerate(words) if word in HELP_WORDS), None)
-        if asked is not None:
-            print(help([HELP_ALL] if words[asked] == HELP_ALL else words[asked + 1 :]))
+        help_index = next((index for index, word in enumerate(words) if word in HELP_WORDS), None)
+        if help_index is not None:
+            print(help([HELP_ALL] if words[help_index] == HELP_ALL else words[help_index + 1 :]))
             return 0
-        made = plan(*split_words(kept))
+        checked_plan = plan(*split_words(kept))
     except UsageError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         return WRONG_INPUT
-    say_untested_versions()
-    return run(made, kept, "--traceback" in words)
+    print_version_warning()
+    return run(checked_plan, kept, "--traceback" in words)
 
 
 def split_words(words: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """The run file, which is the first word or stands behind ``--config``, and the words that are fields.
+    """Split off the run file: the first word, or the word after ``--config``. Returns it and the remaining words.
 
     Raises:
-        UsageError: two files are given, or none behind ``--config``.
+        UsageError: two files are given, or no file follows ``--config``.
     """
     files, rest = [], list(words)
     if rest and not rest[0].startswith("-"):
         files.append(rest.pop(0))
-    while (place := next((i for i, word in enumerate(rest) if word.partition("=")[0] == CONFIG), None)) is not None:
-        _, equals, value = rest.pop(place).partition("=")
+    while (index := next((i for i, word in enumerate(rest) if word.partition("=")[0] == CONFIG), None)) is not None:
+        _, equals, value = rest.pop(index).partition("=")
         if not equals:
-            value = rest.pop(place) if place < len(rest) and not rest[place].startswith("--") else ""
+            value = rest.pop(index) if index < len(rest) and not rest[index].startswith("--") else ""
         if not value:
             raise UsageError([f"{COMMAND_LINE}: `{CONFIG}` needs the name of a run file: {CONFIG} run.yaml"])
         files.append(value)
@@ -73,8 +73,8 @@ def split_words(words: Sequence[str]) -> tuple[Path | None, list[str]]:
     return (Path(files[0]).expanduser() if files else None), rest
 
 
-def say_untested_versions() -> None:
-    """Before the heavy imports, which an untested version may break."""
+def print_version_warning() -> None:
+    """Warn of untested package versions. To be called before heavy imports, which such a version may break."""
     warning = versions.warning()
     if warning is not None:
         print(f"warning: {warning}", file=sys.stderr)

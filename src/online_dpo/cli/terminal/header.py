@@ -1,6 +1,6 @@
-"""What a run is, as its run file says, shown before anything is loaded.
+"""The description of a run from its run file, printed before anything is loaded.
 
-Nothing heavy may be imported here.
+Heavy packages must not be imported here.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from online_dpo.training.display.figures import count
 
 WIDTH = 11
 INDENT = WIDTH + 3
-"""Where the values begin."""
+"""The column in which values begin."""
 
 
 def describe_plan(plan: RunPlan) -> Iterator[str]:
-    """What is known before anything is loaded, one line each."""
+    """The lines that describe a run: model, prompts, feedback, engine, batch, steps, output."""
     run = plan.run
     given = {name: value for name, value in plan.training.items() if value is not None}
     settings = {name: _default(spec.default) for name, spec in load_fields().items()} | given
-    processes = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun says
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
     yield f"online-dpo {__version__}"
     yield line("model", run.model_name_or_path + (f" with a LoRA adapter of rank {run.lora_r}" if run.use_peft else ""))
     yield line("prompts", f"{run.dataset_name} ({run.dataset_train_split})" + _limited(run.dataset_limit))
@@ -46,22 +46,22 @@ def describe_plan(plan: RunPlan) -> Iterator[str]:
         yield line("epochs", f"{settings['num_train_epochs']:g}")
     yield line("output", settings["output_dir"] or "trainer_output")
     if given.get("resume_from_checkpoint"):
-        wish = given["resume_from_checkpoint"]
-        yield line("resumes", "the last checkpoint in the output folder" if wish is True else wish)
+        checkpoint = given["resume_from_checkpoint"]
+        yield line("resumes", "the last checkpoint in the output folder" if checkpoint is True else checkpoint)
 
 
 def is_first_process() -> bool:
-    """Of those that torchrun started, if it did."""
+    """Whether this is the first of the processes that torchrun started, or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def line(name: str, value: str) -> str:
-    """One fact, below the others."""
+    """One line of a description: a name, and its value in the column of values."""
     return f"  {name:<{WIDTH}} {value}"
 
 
 def _default(text: str | None) -> Any:
-    """A default as it stands in the source; ``None`` where it is no plain value."""
+    """The value of a default from its source text; ``None`` if it is not a literal."""
     try:
         return None if text is None else ast.literal_eval(text)
     except ValueError:
@@ -105,7 +105,7 @@ def _engine(settings: dict[str, Any]) -> str:
 
 
 def _batch(settings: dict[str, Any], processes: int) -> str:
-    """``8 prompts x 4 accumulated x 2 processes = 64 prompts, 128 completions a step``"""
+    """The batch of a step: ``8 prompts x 4 accumulated x 2 processes = 64 prompts with 128 completions a step``."""
     device, accumulated = settings["per_device_train_batch_size"], settings["gradient_accumulation_steps"]
     factors = [f"{device} prompts"]
     factors += [f"{accumulated} accumulated"] if accumulated > 1 else []

@@ -1,4 +1,4 @@
-"""What a run shows while it trains: a bar and a table on a terminal, one line for each log elsewhere."""
+"""The progress of a run: on a terminal a bar and a table, elsewhere one line for each log."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from online_dpo.cli.terminal.screen import say
+from online_dpo.cli.terminal.screen import print_lines
 from online_dpo.cli.terminal.summary import summary_of_figures
 from online_dpo.training.display.figures import SHOWN, SUMMARY, duration, evaluation_prefix, shown_figures
 from online_dpo.training.display.protocol import RunDisplay
@@ -26,47 +26,47 @@ from online_dpo.training.display.protocol import RunDisplay
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Without the bars of libraries for loading weights and reading data, which would run through our own output."""
+    """Hide the progress bars of datasets and transformers inside this context, since they would disturb our output."""
     import datasets
     from transformers.utils import logging
 
-    of_datasets, of_transformers = datasets.are_progress_bars_disabled(), logging.is_progress_bar_enabled()
+    datasets_disabled, transformers_enabled = datasets.are_progress_bars_disabled(), logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        if not of_datasets:
+        if not datasets_disabled:
             datasets.enable_progress_bars()
-        if of_transformers:
+        if transformers_enabled:
             logging.enable_progress_bar()
 
 
 @contextmanager
 def plain_warnings() -> Iterator[None]:
-    """Warnings to users in one line, as the commands' own: where in the code they were given tells them nothing."""
-    usual = warnings.formatwarning
+    """Print warnings for users in one line inside this context, like the commands' own, without their place in code."""
+    original = warnings.formatwarning
 
     def formatted(message: Warning | str, category: type[Warning], *place: Any, **line: Any) -> str:
         if category is UserWarning:
             return f"warning: {' '.join(str(message).split())}\n"
-        return usual(message, category, *place, **line)
+        return original(message, category, *place, **line)
 
     warnings.formatwarning = formatted
     try:
         yield
     finally:
-        warnings.formatwarning = usual
+        warnings.formatwarning = original
 
 
 TABLE_ROWS = 8
 
 
 class ProgressDisplay(RunDisplay):
-    """Shows a run's progress, on the first process only: a table and a bar where ``stream`` is a terminal, else lines;
-    at the end, what came of it.
+    """Shows a run's progress and, at the end, a summary. Only the first process prints.
 
-    ``OnlineDPOTrainer(..., callbacks=[ProgressDisplay()])``; it takes the place of transformers' own bar and logs.
+    It prints a table and a bar if ``stream`` is a terminal, else lines. It replaces the progress bar and logs of
+    transformers: ``OnlineDPOTrainer(..., callbacks=[ProgressDisplay()])``.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
@@ -76,6 +76,7 @@ class ProgressDisplay(RunDisplay):
         self._first_step = 0
 
     def on_interrupt(self, notice: str) -> bool:
+        """Show the notice below the table, if there is one."""
         if self._panel is None:
             return False
         self._panel.notice = notice
@@ -84,12 +85,14 @@ class ProgressDisplay(RunDisplay):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Start the clock and, on a terminal, the panel."""
         self._started, self._first_step = time.monotonic(), state.global_step
         console = Console(file=self._stream)
         if state.is_world_process_zero and self._stream.isatty() and not console.is_dumb_terminal:
             self._panel = LivePanel(console, state.max_steps, state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Advance the bar."""
         if self._panel is not None:
             self._panel.advance(state.global_step, self._eta(state))
 
@@ -101,6 +104,7 @@ class ProgressDisplay(RunDisplay):
         logs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        """Show the figures of a log or of an evaluation."""
         logs = logs or {}
         if not state.is_world_process_zero or f"{SUMMARY}_runtime" in logs:
             return
@@ -116,13 +120,15 @@ class ProgressDisplay(RunDisplay):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Close the panel and print the summary."""
         self.close()
         if state.is_world_process_zero:
-            say(
+            print_lines(
                 summary_of_figures(args, state, self._first_step, time.monotonic() - self._started), stream=self._stream
             )
 
     def close(self) -> None:
+        """Stop redrawing. May be called twice."""
         if self._panel is not None:
             self._panel.close()
             self._panel = None
@@ -153,32 +159,36 @@ class LivePanel:
         self._live.start()
 
     def advance(self, step: int, eta: str) -> None:
+        """Set the bar to a step; ``eta`` is the estimated time left."""
         self._progress.update(self._task, completed=step, eta=eta)
 
     def add_row(self, row: dict[str, str]) -> None:
+        """Add a row to the table, which keeps the latest `TABLE_ROWS`."""
         self._rows = [*self._rows, row][-TABLE_ROWS:]
         self._live.refresh()
 
     def close(self) -> None:
+        """Stop redrawing and leave the last picture on the screen."""
         self._live.stop()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Any:
-        rows = self._rows  # another thread redraws
+        rows = self._rows  # read once: another thread redraws while rows are added
         parts: list[Any] = [_table(rows, options.max_width)] if rows else []
-        # Where the terminal writes ^C behind a full line it begins another, of which redrawing knows nothing.
+        # The bar leaves room for the terminal's ^C: on a full line it would start a new line, and redrawing, which does
+        # not know of it, would be off by one.
         bar = Constrain(self._progress, options.max_width - len("^C"))
         yield Group(*parts, bar, *([Text(self.notice, style="bold")] if self.notice else []))
 
 
 def _table(rows: Sequence[Mapping[str, str]], width: int) -> Table:
-    """The figures that any of the rows has, as many as there is room for, from the left."""
+    """A table of the figures in any of the rows, as many columns as fit in the width, from the left."""
     table = Table(box=None, pad_edge=False, padding=(0, 1))
-    room = width
+    free = width
     for heading in ("step", *SHOWN):
-        wanted = max(cell_len(text) for text in (heading, *(row.get(heading, "") for row in rows)))
-        if not any(row.get(heading) for row in rows) or wanted > room:
+        needed = max(cell_len(text) for text in (heading, *(row.get(heading, "") for row in rows)))
+        if not any(row.get(heading) for row in rows) or needed > free:
             continue
-        room -= wanted + 2
+        free -= needed + 2
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*(row.get(str(column.header), "") for column in table.columns))
@@ -186,6 +196,9 @@ def _table(rows: Sequence[Mapping[str, str]], width: int) -> Table:
 
 
 def plain_line(label: str, step: int, total: int, figures: Mapping[str, str], eta: str) -> str:
-    """``step 10/100  loss 0.6931  reward 1.25  kl 0.01  eta 0:01:20``; evaluations start with ``eval``, without eta."""
+    """One log in one line: ``step 10/100  loss 0.6931  reward 1.25  kl 0.01  eta 0:01:20``.
+
+    An evaluation starts with its ``label`` and has no eta.
+    """
     parts = [f"{label} step {step}/{total}".lstrip(), *(f"{name} {value}" for name, value in figures.items())]
     return "  ".join(parts if label else [*parts, f"eta {eta}"])

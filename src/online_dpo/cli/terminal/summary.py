@@ -1,4 +1,4 @@
-"""What a run is once its models are loaded, what came of it, and where that is: a few lines each."""
+"""Summaries of a run in a few lines: the loaded models, the results, and where they are saved."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from online_dpo.training.trainer import OnlineDPOTrainer
 
 BEST_BY = ("gold_score", "gold_win_rate", "win_rate", "objective/scores")
-"""What says which evaluation is the best where the configuration does not: the first that evaluations have."""
+"""Metrics that decide which evaluation is the best if the configuration does not; the first available one is used."""
 
 FROM_TO = {
     "reward": "objective/scores",
@@ -29,22 +29,22 @@ FROM_TO = {
 }
 
 SHARE = 10
-"""The first and the last tenth of the logs make the two numbers of a figure: single logs are too noisy."""
+"""A figure's two numbers are means over the first and the last tenth of the logs, since single logs are too noisy."""
 
 
 def describe_trainer(trainer: OnlineDPOTrainer) -> Iterator[str]:
-    """What the loaded models and prompts are, one line each."""
+    """The lines that describe the loaded models and prompts."""
     args, policy = trainer.args, trainer.policy
     sizes = [(p.numel(), p.requires_grad) for p in policy.parameters()]
-    everything, trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
-    share = "all trained" if trained == everything else f"{count(trained)} ({trained / everything:.2%}) trained"
+    total_size, trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
+    share = "all trained" if trained == total_size else f"{count(trained)} ({trained / total_size:.2%}) trained"
     dtypes = {str(p.dtype).removeprefix("torch."): None for p in policy.parameters()}
     mixed = f", computed in {args.mixed_precision}" if args.mixed_precision != "no" else ""
-    yield line("parameters", f"{count(everything)}, {share}; {' and '.join(dtypes)}{mixed} on {args.device}")
+    yield line("parameters", f"{count(total_size)}, {share}; {' and '.join(dtypes)}{mixed} on {args.device}")
     if isinstance(trainer.train_dataset, Dataset):
         total, steps = len(trainer.train_dataset), args.max_steps
-        a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        epochs = steps * a_step / total if steps > 0 else args.num_train_epochs
+        prompts_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        epochs = steps * prompts_per_step / total if steps > 0 else args.num_train_epochs
         yield line("prompts", f"{count(total)}{_cut(trainer.train_dataset)}, gone through {epochs:.3g} times")
     else:
         yield line("prompts", "a stream")
@@ -61,11 +61,11 @@ def _cut(dataset: Dataset) -> str:
 
 
 def summary_of_figures(args: TrainingArguments, state: TrainerState, first_step: int, seconds: float) -> Iterator[str]:
-    """Steps and time of this process; reward and KL from the run's beginning to its end; its best evaluation."""
+    """The results of a run: steps and time of this process, reward, KL and length at start and end, best evaluation."""
     steps = state.global_step - first_step
     if steps <= 0:
         return
-    before = f", after the {count(first_step)} of before" if first_step else ""
+    before = f", after {count(first_step)} earlier {_plural('step', first_step)}" if first_step else ""
     yield f"Trained {count(steps)} {_plural('step', steps)} in {duration(seconds)}{before}."
     logs = [log for log in state.log_history if "prompts" in log]
     part = max(1, len(logs) // SHARE)
@@ -80,36 +80,38 @@ def summary_of_figures(args: TrainingArguments, state: TrainerState, first_step:
 
 
 def from_to(values: Sequence[float | None], part: int) -> str | None:
-    """The means of the first and of the last ``part`` values that there are; ``None`` without values.
+    """The means of the first and of the last ``part`` values, without missing ones; ``None`` without values.
 
     >>> from_to([1.0, 1.5, None, 3.0], part=1)
     '1 to 3'
     """
-    found = [value for value in values if value is not None]
-    return f"{number(statistics.fmean(found[:part]))} to {number(statistics.fmean(found[-part:]))}" if found else None
+    present = [value for value in values if value is not None]
+    if not present:
+        return None
+    return f"{number(statistics.fmean(present[:part]))} to {number(statistics.fmean(present[-part:]))}"
 
 
 def best_evaluation(args: TrainingArguments, log_history: Sequence[Mapping[str, Any]]) -> str | None:
-    """``at step 40: eval_win_rate 0.81, the highest of 5``; ``None`` where nothing was evaluated.
+    """The best evaluation: ``at step 40: eval_win_rate 0.81, the highest of 5``; ``None`` without evaluations.
 
-    The best by ``metric_for_best_model`` if that is set, else the highest of the first of `BEST_BY`. Of several
-    datasets, each evaluation counts for itself.
+    It is the best by ``metric_for_best_model`` if that is set, else by the first available metric of `BEST_BY`. With
+    several datasets, each evaluation counts separately.
     """
     evaluations = [(evaluation_prefix(log), log) for log in log_history if evaluation_prefix(log)]
-    named, higher = args.metric_for_best_model, args.greater_is_better is not False
-    wanted = BEST_BY if named is None else (named.removeprefix("eval_"),)
-    for name in wanted:
-        having = [(log[prefix + name], log["step"], prefix) for prefix, log in evaluations if prefix + name in log]
-        if having:
-            highest = higher or named is None
-            value, step, prefix = (max if highest else min)(having, key=lambda one: one[0])
-            rank = f", the {'highest' if highest else 'lowest'} of {len(having)}" if len(having) > 1 else ""
+    configured, higher = args.metric_for_best_model, args.greater_is_better is not False
+    candidates = BEST_BY if configured is None else (configured.removeprefix("eval_"),)
+    for name in candidates:
+        measured = [(log[prefix + name], log["step"], prefix) for prefix, log in evaluations if prefix + name in log]
+        if measured:
+            highest = higher or configured is None
+            value, step, prefix = (max if highest else min)(measured, key=lambda entry: entry[0])
+            rank = f", the {'highest' if highest else 'lowest'} of {len(measured)}" if len(measured) > 1 else ""
             return f"at step {step}: {prefix}{name} {number(value)}{rank}"
     return None
 
 
 def places(output_dir: str) -> Iterator[str]:
-    """Where the final model, the log and the checkpoints of a finished run are."""
+    """The lines that say where a finished run's model, log and checkpoints are."""
     folder = Path(output_dir)
     yield f"Model saved in {folder}"
     yield f"  log of every metric: {folder / TRAINER_STATE_NAME}"

@@ -1,4 +1,4 @@
-"""Functions and TRL's judges as judges of this package."""
+"""Adapters that turn a function, or a judge in TRL's form, into a pairwise scorer."""
 
 from __future__ import annotations
 
@@ -25,24 +25,25 @@ from online_dpo.types import Group, Prompt
 
 
 class FunctionJudge(PreferenceJudge):
-    """A Python function, or an object with ``__call__``, that is asked about one pair at a time.
+    """A judge made of a Python function, or of an object with ``__call__``, which is called with one pair at a time.
 
     >>> FunctionJudge(lambda prompt, first, second: len(first) < len(second))
 
-    It is called as ``function(prompt, first, second)`` with the prompt (text, or a list of messages) and two texts, and
-    returns the probability that the first one is better, True or False, or ``None`` where it has no answer (nan is none
-    as well). An ``async`` function is asked about several pairs at the same time. Which of the two stands first is as
-    it comes: a function with a liking for a place should ask for both itself.
+    The call is ``function(prompt, first, second)`` with the prompt (text, or a list of messages) and two texts. It
+    returns the probability that the first text is better, True or False, or ``None`` (or nan) without an answer. An
+    ``async`` function runs for several pairs at the same time. The order of the two texts is arbitrary and each pair is
+    asked about once: a function with a position bias should compare both orders itself.
 
     Args:
-        function: what to call.
-        name: name in metrics; when not given, the function's own.
-        concurrency: pairs that an ``async`` function is asked about at the same time.
+        function: the judge function.
+        name: name in metrics; by default the function's own name.
+        concurrency: pairs that an ``async`` function compares at the same time.
 
     Raises:
         TypeError: ``function`` cannot be called with three arguments.
-        ValueError: ``concurrency`` is not 1 or more, or (when judging) a group has not two completions.
-        ScoringError: (when judging) it raised, or returned no probability. Its own ``FeedbackStopped`` passes through.
+        ValueError: ``concurrency`` is below 1, or (when judging) a group does not have two completions.
+        ScoringError: (when judging) the function raised an error, or did not return a probability. A
+            ``FeedbackStopped`` of its own passes through.
     """
 
     def __init__(self, function: Callable[..., Any], name: str | None = None, concurrency: int = 16) -> None:
@@ -53,55 +54,60 @@ class FunctionJudge(PreferenceJudge):
         self.name = name or callable_name(function)
         self._function = function
         self._is_async = is_async_function(function)
-        self._room = asyncio.Semaphore(concurrency)  # one for all threads: they share the event loop
+        self._slots = asyncio.Semaphore(concurrency)  # one for all threads: they share the event loop
 
     def prefer(self, comparisons: Sequence[Group]) -> list[float | None]:
-        """As :class:`PairwiseScorer` says."""
+        """Return the function's answer for each group of two completions, as :meth:`PairwiseScorer.prefer`."""
         check_comparisons(comparisons)
-        replies = (
-            wait_for(submit(self._ask(comparisons)))
+        returned = (
+            wait_for(submit(self._call_concurrently(comparisons)))
             if self._is_async
-            else [self._reply(comparison) for comparison in comparisons]
+            else [self._call(comparison) for comparison in comparisons]
         )
-        return [self._preference(reply) for reply in replies]
+        return [self._checked_probability(value) for value in returned]
 
-    def _reply(self, comparison: Group) -> Any:
+    def _call(self, comparison: Group) -> Any:
         with self._foreign(comparison):
-            return self._function(*_texts(comparison))
+            return self._function(*_arguments(comparison))
 
     def _foreign(self, comparison: Group) -> AbstractContextManager[None]:
         return foreign(f"Judge `{self.name}`", lambda: at_row(comparison.prompt))
 
-    async def _ask(self, comparisons: Sequence[Group]) -> list[Any]:
-        async def one(comparison: Group) -> Any:
-            async with self._room:
-                with self._foreign(comparison):
-                    return await self._function(*_texts(comparison))
+    async def _call_concurrently(self, comparisons: Sequence[Group]) -> list[Any]:
+        """Call an ``async`` function for all comparisons. An error of one cancels the others."""
 
-        waiting = [asyncio.ensure_future(one(comparison)) for comparison in comparisons]
+        async def call(comparison: Group) -> Any:
+            async with self._slots:
+                with self._foreign(comparison):
+                    return await self._function(*_arguments(comparison))
+
+        tasks = [asyncio.ensure_future(call(comparison)) for comparison in comparisons]
         try:
-            return list(await asyncio.gather(*waiting))
+            return list(await asyncio.gather(*tasks))
         finally:
-            for task in waiting:
+            for task in tasks:
                 task.cancel()
 
-    def _preference(self, reply: Any) -> float | None:
-        value = reply.item() if isinstance(reply, (torch.Tensor, np.ndarray, np.generic)) and reply.ndim == 0 else reply
+    def _checked_probability(self, returned: Any) -> float | None:
+        is_scalar = isinstance(returned, (torch.Tensor, np.ndarray, np.generic)) and returned.ndim == 0
+        value = returned.item() if is_scalar else returned
         if value is None or (isinstance(value, float) and math.isnan(value)):
             return None
         if isinstance(value, numbers.Real) and 0 <= float(value) <= 1:
             return float(value)
         raise ScoringError(
-            f"Judge `{self.name}` returned {describe(reply)}. Return the probability that the first text is better, "
+            f"Judge `{self.name}` returned {describe(returned)}. Return the probability that the first text is better, "
             "from 0 to 1, or None."
         )
 
 
 def takes_lists(function: Callable[..., Any]) -> bool:
+    """Whether a function can be called in TRL's form: ``function(prompts, pairs, shuffle_order=True)``."""
     return takes(function, [], [], shuffle_order=True)
 
 
 def takes(function: Callable[..., Any], *arguments: Any, **named: Any) -> bool:
+    """Whether a function's signature accepts a call with these arguments."""
     try:
         inspect.signature(function).bind(*arguments, **named)
     except TypeError:
@@ -109,27 +115,28 @@ def takes(function: Callable[..., Any], *arguments: Any, **named: Any) -> bool:
     return True
 
 
-def _texts(comparison: Group) -> tuple[Any, str, str]:
+def _arguments(comparison: Group) -> tuple[Any, str, str]:
     first, second = comparison.completions
-    return copy.deepcopy(comparison.prompt.content), first.text, second.text  # a function may change messages in place
+    # A function may change the messages in place: it gets a copy.
+    return copy.deepcopy(comparison.prompt.content), first.text, second.text
 
 
 class JudgeScorer:
-    """Ranks the two completions of each group by a judge of TRL's kind, and turns the ranks into preferences.
+    """A judge in TRL's form as a pairwise scorer: its ranks become preferences of 1 or 0.
 
     Args:
         judge: an object with ``judge(prompts, completion_pairs, shuffle_order=True)``, or a function of that form.
             Prompts are texts, pairs are ``[text 0, text 1]``; it returns 0, 1 or -1 (no answer) for each prompt.
-        tokenizer: the policy's. Its chat template renders conversational prompts.
-        chat_template_kwargs: passed to that template.
-        name: name in metrics; when not given, the judge's class or function name.
+        tokenizer: the policy's tokenizer. Its chat template renders conversational prompts.
+        chat_template_kwargs: arguments of that template.
+        name: name in metrics; by default the name of the judge's class or function.
 
     Raises:
-        TypeError: ``judge`` is neither.
-        ValueError: (when ranking) a group has not two completions, or a prompt is conversational and the tokenizer has
-            no chat template.
-        ScoringError: (when ranking) the judge raised, or returned something that is no list of ranks. Its own
-            ``FeedbackStopped`` passes through.
+        TypeError: ``judge`` is neither such an object nor a function.
+        ValueError: (when ranking) a group does not have two completions, or a prompt is conversational and the
+            tokenizer has no chat template.
+        ScoringError: (when ranking) the judge raised an error, or did not return a list of ranks. A
+            ``FeedbackStopped`` of its own passes through.
     """
 
     def __init__(
@@ -153,11 +160,11 @@ class JudgeScorer:
         self._chat_template_kwargs = dict(chat_template_kwargs or {})
 
     def prefer(self, comparisons: Sequence[Group]) -> list[float | None]:
-        """1 where the first completion is the better one, 0 where the second is, ``None`` without an answer."""
+        """Return for each group 1 if its first completion is better, 0 if the second is, ``None`` without an answer."""
         return [None if rank == NO_ANSWER else float(1 - rank) for rank in self.rank(comparisons)]
 
     def rank(self, groups: Sequence[Group]) -> list[int]:
-        """For each group the index of the better completion, or -1."""
+        """Return for each group the index of the better completion, or -1 without an answer."""
         check_comparisons(groups)
         if not groups:
             return []
@@ -171,9 +178,9 @@ class JudgeScorer:
                 f"Judge `{self.name}` returned {len(ranks)} ranks for {len(groups)} prompts. "
                 "Return one for each prompt."
             )
-        return [self._rank(index, rank) for index, rank in enumerate(ranks)]
+        return [self._checked_rank(index, rank) for index, rank in enumerate(ranks)]
 
-    def _rank(self, index: int, rank: Any) -> int:
+    def _checked_rank(self, index: int, rank: Any) -> int:
         if isinstance(rank, (int, np.integer)) and not isinstance(rank, bool) and rank in (-1, 0, 1):
             return int(rank)
         raise ScoringError(
@@ -181,6 +188,7 @@ class JudgeScorer:
         )
 
     def _text(self, prompt: Prompt) -> str:
+        """The prompt as text; messages are rendered with the chat template."""
         if isinstance(prompt.content, str):
             return prompt.content
         if self._tokenizer.chat_template is None and "chat_template" not in self._chat_template_kwargs:
@@ -189,7 +197,7 @@ class JudgeScorer:
                 f"`{self.name}`. Set `tokenizer.chat_template`, or use text prompts."
             )
         messages = chat_messages(prompt)
-        # A prompt that ends with the assistant's own words is continued, not answered.
+        # If the prompt ends with the beginning of the assistant's answer, the completion continues that message.
         continued = messages[-1]["role"] == "assistant"
         with foreign(f"The chat template that shows prompts to judge `{self.name}`", lambda: at_row(prompt)):
             text = self._tokenizer.apply_chat_template(
@@ -204,7 +212,7 @@ class JudgeScorer:
 
 
 def form_of(judge: Any) -> str:
-    """A function with its arguments, anything else as it shows itself."""
+    """Describe what was given as a judge, for error messages: a function with its signature, else type and value."""
     if inspect.isfunction(judge):
         return f"the function {judge.__name__}{inspect.signature(judge)}"
     return describe(judge)

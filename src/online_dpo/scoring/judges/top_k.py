@@ -1,16 +1,23 @@
-"""A judge for the few completions that have the highest scores: it finds the best, the scores the worst.
+"""Scores and a judge combined: the judge finds the best among the completions with the highest scores.
 
-Scores cost little and are right about what is bad; a judge tells good answers apart. Of a group's K completions only
-the ``top`` highest by score meet each other, in a knock-out of ``top`` - 1 comparisons, and the winner meets the
-completion with the lowest score: ``top`` comparisons at most, whatever K is. Each round of all groups is one call of
-the judge.
+Scores are cheap and reliable about bad completions; a judge is better at telling good ones apart. Of a group's K
+completions, the ``top`` with the highest scores are compared in a knock-out tournament of ``top`` - 1 comparisons, and
+the winner is compared with the completion that has the lowest score: at most ``top`` comparisons for any K. Each round
+of all groups is one call of the judge.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from online_dpo.scoring.judges.tournament import ComparisonCounter, Contest, Rounds, distinct, hold, neighbours
+from online_dpo.scoring.judges.tournament import (
+    ComparisonCounter,
+    Rounds,
+    Tournament,
+    adjacent_pairs,
+    distinct_completions,
+    run_tournaments,
+)
 from online_dpo.scoring.penalties import NO_PENALTIES, Penalties
 from online_dpo.scoring.protocols import PairwiseScorer
 from online_dpo.types import Group, Preference, Scores, Verdicts
@@ -23,39 +30,39 @@ def judge_the_top(
     top: int,
     penalties: Penalties = NO_PENALTIES,
 ) -> Verdicts:
-    """The judge's best of the ``top`` highest scores of each group, preferred to the lowest score of the others.
+    """Find a preference for each group: the judge's best of the ``top`` highest scores over the lowest score.
 
-    A completion without a score takes no part. Of those with the same text that have ended alike, the first stands for
-    all. Between equal scores the earlier is the higher. They meet in the order of their scores: where a comparison ends
-    even, the higher score goes on; where it has no answer, neither does. A group has no preference where fewer than two
-    have a score, where nobody is left, or where the last comparison has no answer. The last comparison is not fought
-    again by two who have met.
+    A completion without a score takes no part. Of completions with the same text and finish reason, only the first
+    takes part. Of two equal scores, the earlier counts as higher. Completions are compared in the order of their
+    scores: if a comparison ends even, the higher score goes on; if it has no answer, neither does. The last comparison
+    is not repeated if the two were compared before. A group has no preference if fewer than two completions have a
+    score, if no completion is left, or if the last comparison has no answer.
     """
-    ask = ComparisonCounter(judge, penalties)
+    compare = ComparisonCounter(judge, penalties)
     preferences: list[Preference | None] = [None] * len(groups)
-    contests: dict[int, Contest] = {}
+    tournaments: dict[int, Tournament] = {}
     for p, (group, row) in enumerate(zip(groups, scores.ranking, strict=True)):
         scored = {k: score for k, score in enumerate(row) if score is not None}
-        entrants = sorted(distinct(group, list(scored)), key=scored.__getitem__, reverse=True)
+        entrants = sorted(distinct_completions(group, list(scored)), key=scored.__getitem__, reverse=True)
         if len(entrants) > 1:
-            contests[p] = _contest(entrants, top)
+            tournaments[p] = _best_of_top_against_worst(entrants, top)
         elif len(scored) > 1:
             first, second, *_ = scored
-            preferences[p] = Preference(first, second, 0.5)  # all texts the same
-    for p, outcome in hold(groups, contests, ask).items():
-        preferences[p] = outcome
-    return Verdicts(preferences, ask.duels, ask.unanswered, scores)
+            preferences[p] = Preference(first, second, 0.5)  # all texts are the same
+    for p, preference in run_tournaments(groups, tournaments, compare).items():
+        preferences[p] = preference
+    return Verdicts(preferences, compare.comparisons, compare.unanswered, scores)
 
 
-def _contest(entrants: list[int], top: int) -> Contest:
-    """``entrants``: from the highest score to the lowest."""
+def _best_of_top_against_worst(entrants: list[int], top: int) -> Tournament:
+    """A knock-out tournament; ``entrants`` are sorted from the highest score to the lowest."""
     rounds = Rounds()
-    left = entrants[:top]
-    while len(left) > 1:
-        yield from rounds.play(neighbours(left))
-        left = rounds.survivors(left, 0)
-    if not left:
+    remaining = entrants[:top]
+    while len(remaining) > 1:
+        yield from rounds.play(adjacent_pairs(remaining))
+        remaining = rounds.winners(remaining)
+    if not remaining:
         return None
-    [best] = left
+    [best] = remaining
     worst = entrants[-1] if entrants[-1] != best else entrants[-2]
-    return (yield from rounds.last(best, worst))
+    return (yield from rounds.final(best, worst))

@@ -1,9 +1,9 @@
-"""From a judge of two completions to the best and the worst of K, with few questions.
+"""A tournament that finds the best and the worst of K completions with few comparisons of two.
 
-All completions meet in pairs; then the winners play each other until one is left, the best, and the losers until one is
-left, the worst. That is ceil(3K/2) - 2 comparisons (Pohl 1972, "A sorting problem and its complexity": no way needs
-fewer), and one more where best and worst have not met, which gives the probability that the one is better than the
-other. Each round of all groups is one call of the judge.
+All completions are compared in pairs. Then the winners are compared until one is left, the best, and the losers until
+one is left, the worst. That takes ceil(3K/2) - 2 comparisons, the minimum (Pohl 1972, "A sorting problem and its
+complexity"). If best and worst have not been compared, one more comparison gives the probability that the best is
+better than the worst. Each round of all groups is one call of the judge.
 """
 
 from __future__ import annotations
@@ -22,28 +22,33 @@ from online_dpo.scoring.protocols import PairwiseScorer, describe, flat_list
 from online_dpo.types import Group, Preference, Verdicts
 
 Comparison = tuple[int, int]
+"""The indices of two completions of a group."""
+
 Answers = list[float | None]
-Contest = Generator[list[Comparison], Answers, Preference | None]
-"""The rounds of one group: yields comparisons, is sent their answers, returns the outcome."""
+"""For each comparison, the probability that its first completion is better; ``None`` without an answer."""
+
+Tournament = Generator[list[Comparison], Answers, Preference | None]
+"""The rounds of one group: yields comparisons, receives their answers, returns the preference."""
 
 
 class ComparisonCounter:
-    """Asks a judge, but not about completions with the same text, and counts.
+    """Compares completions with a judge, checks its answers, and counts comparisons and missing answers.
 
-    ``penalties`` are taken from the judge's log-odds, see `Penalties.shifted`.
+    The judge is not asked about two completions with the same text. ``penalties`` are subtracted from the log-odds of
+    its answers (see `Penalties.shifted`).
     """
 
     def __init__(self, judge: PairwiseScorer, penalties: Penalties = NO_PENALTIES) -> None:
         self._judge = judge
         self._penalties = penalties
-        self.duels = 0
+        self.comparisons = 0
         self.unanswered = 0
 
     def __call__(self, comparisons: Sequence[Group]) -> Answers:
-        """The probability that the first completion of each comparison is the better one; one half for the same text.
+        """Return the probability that the first completion of each comparison is better; 0.5 for the same text.
 
         Raises:
-            ScoringError: the judge failed, or gave a number that is no probability (nan is no answer).
+            ScoringError: the judge failed, or returned a number that is not a probability (nan means no answer).
         """
         asked = [
             i
@@ -52,142 +57,156 @@ class ComparisonCounter:
         ]
         answers: Answers = [0.5] * len(comparisons)
         if asked:
-            fought = [comparisons[i] for i in asked]
-            with foreign(f"Judge `{self._judge.name}`", lambda: among_rows(fought)):
-                replies = self._judge.prefer(fought)
-            for i, reply in zip(asked, self._checked(replies, len(asked)), strict=True):
-                answers[i] = self._probability(reply)
-        self.duels += len(asked)
+            different = [comparisons[i] for i in asked]
+            with foreign(f"Judge `{self._judge.name}`", lambda: among_rows(different)):
+                returned = self._judge.prefer(different)
+            for i, answer in zip(asked, self._checked_list(returned, len(asked)), strict=True):
+                answers[i] = self._checked_probability(answer)
+        self.comparisons += len(asked)
         self.unanswered += sum(answers[i] is None for i in asked)
         return [
             None if answer is None else self._penalties.shifted(answer, comparison)
             for answer, comparison in zip(answers, comparisons, strict=True)
         ]
 
-    def _checked(self, replies: Any, expected: int) -> list[Any]:
-        said = flat_list(replies, f"Judge `{self._judge.name}`")
-        if len(said) != expected:
-            raise ScoringError(f"Judge `{self._judge.name}` gave {len(said)} preferences for {expected} pairs.")
-        return said
-
-    def _probability(self, reply: float | None) -> float | None:
-        if reply is not None and not isinstance(reply, (numbers.Real, torch.Tensor)):
-            raise ScoringError(f"Judge `{self._judge.name}` says {describe(reply)} of a pair; wanted: a probability.")
-        if reply is None or math.isnan(reply):
-            return None
-        if not 0 <= reply <= 1:
+    def _checked_list(self, returned: Any, expected: int) -> list[Any]:
+        answers = flat_list(returned, f"Judge `{self._judge.name}`")
+        if len(answers) != expected:
             raise ScoringError(
-                f"Judge `{self._judge.name}` says {reply:g} of a pair. `prefer` returns the probability that the first "
-                "completion is better, from 0 to 1, or None."
+                f"Judge `{self._judge.name}` gave {len(answers)} preferences for {expected} pairs. Return one for each."
             )
-        return reply
+        return answers
+
+    def _checked_probability(self, answer: float | None) -> float | None:
+        if answer is not None and not isinstance(answer, (numbers.Real, torch.Tensor)):
+            raise ScoringError(
+                f"Judge `{self._judge.name}` returned {describe(answer)} for a pair; wanted: a probability."
+            )
+        if answer is None or math.isnan(answer):
+            return None
+        if not 0 <= answer <= 1:
+            raise ScoringError(
+                f"Judge `{self._judge.name}` returned {answer:g} for a pair. `prefer` returns the probability that the "
+                "first completion is better, from 0 to 1, or None."
+            )
+        return answer
 
 
 def find_preferences(groups: Sequence[Group], judge: PairwiseScorer, penalties: Penalties = NO_PENALTIES) -> Verdicts:
-    """Best and worst completion of each group by the judge's comparisons.
+    """Find the best and the worst completion of each group by a judge's comparisons.
 
-    Of completions with the same text that have ended alike, the first stands for all. Where a comparison ends even, its
-    first completion counts as the winner. Where it has no answer, neither goes on: two winners of earlier comparisons
-    cannot become the best any more, two losers not the worst. A group has no preference where nobody is left, or where
-    the last comparison, best against worst, has no answer.
+    Of completions with the same text and finish reason, only the first takes part. If a comparison ends even, its first
+    completion counts as the winner. If it has no answer, neither completion goes on: two winners of earlier comparisons
+    can no longer become the best, two losers no longer the worst. A group has no preference if no completion is left,
+    or if the last comparison, best against worst, has no answer.
     """
-    ask = ComparisonCounter(judge, penalties)
-    preferences: list[Preference | None] = [Preference(0, 1, 0.5)] * len(groups)  # all texts the same
-    entrants = {p: distinct(group, range(len(group.completions))) for p, group in enumerate(groups)}
-    contests = {p: _contest(found) for p, found in entrants.items() if len(found) > 1}
-    for p, outcome in hold(groups, contests, ask).items():
-        preferences[p] = outcome
-    return Verdicts(preferences, ask.duels, ask.unanswered)
+    compare = ComparisonCounter(judge, penalties)
+    preferences: list[Preference | None] = [Preference(0, 1, 0.5)] * len(groups)  # if all texts are the same
+    entrants = {p: distinct_completions(group, range(len(group.completions))) for p, group in enumerate(groups)}
+    tournaments = {p: _best_against_worst(indices) for p, indices in entrants.items() if len(indices) > 1}
+    for p, preference in run_tournaments(groups, tournaments, compare).items():
+        preferences[p] = preference
+    return Verdicts(preferences, compare.comparisons, compare.unanswered)
 
 
-def hold(
-    groups: Sequence[Group], contests: Mapping[int, Contest], ask: ComparisonCounter
+def run_tournaments(
+    groups: Sequence[Group], tournaments: Mapping[int, Tournament], compare: ComparisonCounter
 ) -> dict[int, Preference | None]:
-    """The outcome of each contest, by the index of its group; a round of all of them is one call of the judge."""
-    ended: dict[int, Preference | None] = {}
-    waiting = {p: next(contest) for p, contest in contests.items()}
+    """Run all tournaments to their end and return their results. The keys are indices of groups.
+
+    The next rounds of all tournaments are one call of the judge.
+    """
+    results: dict[int, Preference | None] = {}
+    waiting = {p: next(tournament) for p, tournament in tournaments.items()}
     while waiting:
-        comparisons = [(p, comparison) for p, wanted in waiting.items() for comparison in wanted]
-        answers = iter(ask([_comparison(groups[p], comparison) for p, comparison in comparisons]))
-        replies = {p: [next(answers) for _ in wanted] for p, wanted in waiting.items()}
+        comparisons = [(p, comparison) for p, requested in waiting.items() for comparison in requested]
+        answers = iter(compare([_comparison_group(groups[p], comparison) for p, comparison in comparisons]))
+        answers_of = {p: [next(answers) for _ in requested] for p, requested in waiting.items()}
         waiting = {}
-        for p, reply in replies.items():
+        for p, answers_of_round in answers_of.items():
             try:
-                waiting[p] = contests[p].send(reply)
+                waiting[p] = tournaments[p].send(answers_of_round)
             except StopIteration as end:
-                ended[p] = end.value
-    return ended
+                results[p] = end.value
+    return results
 
 
 class Rounds:
-    """The comparisons of one group that have been fought, and who goes on."""
+    """The comparisons that one group's tournament has made so far, and which completions go on."""
 
     def __init__(self) -> None:
-        self._known: dict[Comparison, float | None] = {}
+        self._answers: dict[Comparison, float | None] = {}
 
     def play(self, comparisons: list[Comparison]) -> Generator[list[Comparison], Answers, None]:
-        self._known.update(zip(comparisons, (yield comparisons), strict=True))
+        """Request a round of comparisons and record their answers."""
+        self._answers.update(zip(comparisons, (yield comparisons), strict=True))
 
-    def survivors(self, entrants: list[int], place: int) -> list[int]:
-        """Of each comparison the winner (place 0) or the loser (1); an entrant without an opponent goes on."""
-        ended = [self._outcome(comparison) for comparison in neighbours(entrants)]
-        return [end[place] for end in ended if end is not None] + _alone(entrants)
+    def winners(self, entrants: list[int]) -> list[int]:
+        """The winner of each comparison between adjacent entrants, and the entrant without an opponent."""
+        return [winner for winner, _ in self._results(entrants)] + without_opponent(entrants)
 
-    def last(self, best: int, worst: int) -> Contest:
-        """The preference for the best over the worst: they meet unless they have met."""
-        if (worst, best) in self._known:
-            answer = self._known[worst, best]
+    def losers(self, entrants: list[int]) -> list[int]:
+        """The loser of each comparison between adjacent entrants, and the entrant without an opponent."""
+        return [loser for _, loser in self._results(entrants)] + without_opponent(entrants)
+
+    def final(self, best: int, worst: int) -> Tournament:
+        """Return the preference for the best over the worst. They are compared unless they already were."""
+        if (worst, best) in self._answers:
+            answer = self._answers[worst, best]
             return None if answer is None else Preference(best, worst, 1 - answer)
-        if (best, worst) not in self._known:
+        if (best, worst) not in self._answers:
             yield from self.play([(best, worst)])
-        answer = self._known[best, worst]
+        answer = self._answers[best, worst]
         return None if answer is None else Preference(best, worst, answer)
 
-    def _outcome(self, comparison: Comparison) -> Comparison | None:
-        """Winner and loser."""
-        answer = self._known[comparison]
-        if answer is None:
-            return None
-        return comparison if answer >= 0.5 else (comparison[1], comparison[0])
+    def _results(self, entrants: list[int]) -> list[Comparison]:
+        """(winner, loser) of each comparison between adjacent entrants; comparisons without an answer are left out."""
+        answers = {comparison: self._answers[comparison] for comparison in adjacent_pairs(entrants)}
+        return [
+            (first, second) if answer >= 0.5 else (second, first)
+            for (first, second), answer in answers.items()
+            if answer is not None
+        ]
 
 
-def _contest(everybody: list[int]) -> Contest:
+def _best_against_worst(entrants: list[int]) -> Tournament:
     rounds = Rounds()
-    yield from rounds.play(neighbours(everybody))
-    late = _alone(everybody)  # has not played: it may be the best, or else the worst
-    winners = rounds.survivors(everybody, 0)
-    losers = [k for k in rounds.survivors(everybody, 1) if k not in late]
+    yield from rounds.play(adjacent_pairs(entrants))
+    late = without_opponent(entrants)  # not compared yet: it may become the best, or else the worst
+    winners = rounds.winners(entrants)
+    losers = [k for k in rounds.losers(entrants) if k not in late]
     while len(winners) > 1 or len(losers) > 1:
-        yield from rounds.play(neighbours(winners) + neighbours(losers))
-        winners, losers = rounds.survivors(winners, 0), rounds.survivors(losers, 1)
+        yield from rounds.play(adjacent_pairs(winners) + adjacent_pairs(losers))
+        winners, losers = rounds.winners(winners), rounds.losers(losers)
     if late and winners and losers and winners != late:
         losers += late
-        yield from rounds.play(neighbours(losers))
-        losers = rounds.survivors(losers, 1)
+        yield from rounds.play(adjacent_pairs(losers))
+        losers = rounds.losers(losers)
     if not winners or not losers:
         return None
     [best], [worst] = winners, losers
-    return (yield from rounds.last(best, worst))
+    return (yield from rounds.final(best, worst))
 
 
-def neighbours(entrants: Sequence[int]) -> list[Comparison]:
-    """Each comparison of a round: the first meets the second, the third the fourth."""
+def adjacent_pairs(entrants: Sequence[int]) -> list[Comparison]:
+    """The comparisons of a round: the first entrant with the second, the third with the fourth, and so on."""
     return list(zip(entrants[0::2], entrants[1::2], strict=False))
 
 
-def _alone(entrants: list[int]) -> list[int]:
-    """Who has no opponent among an odd number of entrants."""
+def without_opponent(entrants: list[int]) -> list[int]:
+    """The last of an odd number of entrants, which has no opponent in a round; empty for an even number."""
     return entrants[len(entrants) // 2 * 2 :]
 
 
-def distinct(group: Group, taking_part: Sequence[int]) -> list[int]:
-    """Of completions with the same text that have ended alike the first one that takes part."""
+def distinct_completions(group: Group, indices: Sequence[int]) -> list[int]:
+    """Of completions with the same text and finish reason, the first one among ``indices``."""
     first: dict[tuple[str, str], int] = {}
-    for k in taking_part:
+    for k in indices:
         completion = group.completions[k]
         first.setdefault((completion.text, completion.finish_reason), k)
     return list(first.values())
 
 
-def _comparison(group: Group, comparison: Comparison) -> Group:
-    return Group(group.prompt, (group.completions[comparison[0]], group.completions[comparison[1]]))
+def _comparison_group(group: Group, comparison: Comparison) -> Group:
+    first, second = comparison
+    return Group(group.prompt, (group.completions[first], group.completions[second]))

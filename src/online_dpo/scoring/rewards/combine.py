@@ -1,4 +1,4 @@
-"""From what the user passes as rewards to scorers, and from several scorers to one number for each completion."""
+"""From several scorers to one score for each completion: weighted sums, normalisation, penalties."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ def score_groups(
     penalties: Penalties = NO_PENALTIES,
     normalization: str | Sequence[str] = "none",
 ) -> Scores:
-    """The weighted sum of all scorers for each completion, less its penalties.
+    """Score each completion: the weighted sum of all scorers, minus the completion's penalties.
 
-    ``normalization`` is that of all scorers, or one for each: with ``group``, the numbers that pairs are formed by have
-    in place of the scorer's own number its distance from the mean of those that the scorer gave in the group, in their
-    standard deviations. The penalties are taken from that sum as well.
+    ``normalization`` applies to all scorers, or has one entry for each. With "group", pairs are formed by the scorer's
+    z-scores within the group (distance from the group's mean, in its standard deviations) in place of its raw scores.
+    The same weights and penalties apply to that sum. Reported scores stay raw.
 
-    A score is missing (``None``), never a number, where any scorer gave ``nan`` or an infinity. A scorer that gave
-    ``None`` for every completion of a group does not apply to that prompt and is left out there; ``None`` for only some
-    means that those are missing. Where no scorer applies, all are missing. ``by_scorer`` keeps what each scorer said,
-    numbers that are not finite as ``None``, under its name (``f``, ``f_2`` where names repeat).
+    A score is missing (``None``) if any scorer gave ``nan`` or an infinity. A scorer that gave ``None`` for every
+    completion of a group does not apply to that prompt and is left out of the sum; ``None`` for only some completions
+    means that their scores are missing. If no scorer applies, all scores are missing. ``by_scorer`` has each scorer's
+    raw scores, with ``None`` for numbers that are not finite, under the scorer's name (``f``, ``f_2`` if names repeat).
 
-    ``async`` scorers wait beside each other and beside the others.
+    ``async`` scorers run at the same time as each other and as the other scorers.
 
     Raises:
         ValueError: the numbers of weights and scorers differ.
-        ScoringError: a scorer failed, or returned another shape than its groups have.
+        ScoringError: a scorer failed, or returned scores whose shape is not that of the groups.
     """
     if weights is None:
         weights = [1.0] * len(scorers)
@@ -54,8 +54,8 @@ def score_groups(
     normalized = None
     if any(kind == "group" for kind in kinds):
         relative = [
-            [_in_deviations(row) for row in said] if kind == "group" else said
-            for said, kind in zip(raw, kinds, strict=True)
+            [_z_scores(row) for row in scores] if kind == "group" else scores
+            for scores, kind in zip(raw, kinds, strict=True)
         ]
         normalized = [
             [None if value is None else score for value, score in zip(reported, row, strict=True)]
@@ -68,22 +68,24 @@ def score_groups(
     return Scores(values, by_scorer, normalized)
 
 
-def _sums(groups: Sequence[Group], said: Sequence[Values], weights: Sequence[float], penalties: Penalties) -> Values:
-    """``said`` is what each scorer says of all groups."""
+def _sums(
+    groups: Sequence[Group], by_scorer: Sequence[Values], weights: Sequence[float], penalties: Penalties
+) -> Values:
+    """The weighted sums minus penalties; ``by_scorer`` has each scorer's scores of all groups."""
     return [
         [
-            _total([values[p] for values in said], k, weights, penalties.of(completion))
+            _total([scores[p] for scores in by_scorer], k, weights, penalties.of(completion))
             for k, completion in enumerate(group.completions)
         ]
         for p, group in enumerate(groups)
     ]
 
 
-def _in_deviations(row: list[float | None]) -> list[float | None]:
-    """The finite numbers of a group as their distance from their mean in standard deviations; 0 where all are equal.
+def _z_scores(row: list[float | None]) -> list[float | None]:
+    """The distance of each finite score of a group from their mean, in standard deviations; 0 if all are equal.
 
-    Scorers that contradict each other cancel: of two numbers the one is 1 and the other -1, exactly, however far from 0
-    both are. So the mean is a fraction, and the result is rounded.
+    The mean is an exact fraction and the result is rounded, so that two scorers that contradict each other cancel
+    exactly: of two scores one becomes 1 and the other -1, however large both are.
     """
     finite = [_finite(value) for value in row]
     numbers = [number for number in finite if number is not None]
@@ -98,7 +100,7 @@ def _in_deviations(row: list[float | None]) -> list[float | None]:
 
 
 def _total(rows: list[list[float | None]], k: int, weights: Sequence[float], penalty: float) -> float | None:
-    """Completion ``k`` of one group; ``rows`` is what each scorer said about the group."""
+    """The score of completion ``k`` of one group; ``rows`` has each scorer's scores of the group."""
     applying = [(row[k], weight) for row, weight in zip(rows, weights, strict=True) if any(v is not None for v in row)]
     numbers = [(value, weight) for value, weight in applying if value is not None]
     if not applying or len(numbers) < len(applying):
@@ -109,7 +111,7 @@ def _total(rows: list[list[float | None]], k: int, weights: Sequence[float], pen
 
 
 def _run(groups: Sequence[Group], scorers: Sequence[PointwiseScorer]) -> list[Values]:
-    """What each scorer says; one that is listed twice is run once."""
+    """The scores of each scorer; a scorer that is listed twice runs once."""
     distinct = {id(scorer): scorer for scorer in scorers}
     waiting = {
         key: submit(scorer.score_async(groups))
@@ -118,10 +120,11 @@ def _run(groups: Sequence[Group], scorers: Sequence[PointwiseScorer]) -> list[Va
     }
     results: dict[int, Values] = {}
     try:
-        for key, scorer in sorted(distinct.items(), key=lambda item: item[0] in waiting):  # those that wait last
+        # Asynchronous scorers come last: they wait on a network while the others compute.
+        for key, scorer in sorted(distinct.items(), key=lambda item: item[0] in waiting):
             with foreign(f"Scorer `{scorer.name}`", lambda: among_rows(groups)):
-                said = wait_for(waiting[key]) if key in waiting else scorer.score(groups)
-                results[key] = [list(row) for row in said]
+                scores = wait_for(waiting[key]) if key in waiting else scorer.score(groups)
+                results[key] = [list(row) for row in scores]
             _check_scores(scorer.name, results[key], groups)
     finally:
         for future in waiting.values():
@@ -147,7 +150,7 @@ def _finite(value: float | None) -> float | None:
 
 
 def unique_names(scorers: Sequence[PointwiseScorer]) -> list[str]:
-    """Their names in metrics: ``f``, ``f_2`` where names repeat."""
+    """The names of the scorers in metrics: ``f``, then ``f_2`` if the name repeats."""
     names: list[str] = []
     for scorer in scorers:
         name, count = scorer.name, 1

@@ -1,7 +1,7 @@
 """Python functions as scorers, called in TRL's convention.
 
-Asynchronous functions run on one event loop in a thread of its own. It lives as long as the process, so clients that a
-function keeps between calls stay usable, and it works where this thread already runs a loop (notebooks).
+Asynchronous functions run on one event loop in its own thread. The loop lives as long as the process, so a client that
+a function keeps between calls stays usable. It also works where the calling thread already runs a loop (notebooks).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from online_dpo.scoring.notes import log_functions
 from online_dpo.scoring.protocols import as_number, describe, flat_list, regroup
 from online_dpo.types import Completion, Group, Prompt
 
-ALWAYS_THERE = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+BUILT_IN_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
 
 class FunctionScorer:
@@ -32,22 +32,22 @@ class FunctionScorer:
     - ``prompts``: text, or the list of messages of a conversational prompt;
     - ``completions``: text, or ``[{"role": "assistant", "content": text}]`` for a conversational prompt;
     - ``completion_ids``: list of token ids;
-    - every other column of the dataset (``None`` where a prompt does not have it; a column with one of the names above
-      or below is not passed on);
+    - every other column of the dataset (``None`` for a prompt without that column; a column named like one of the
+      arguments above or below is not passed);
 
-    and ``trainer_state``, what ``state()`` returns; ``log_metric(name, value)``, which adds a number to the metrics;
-    and ``log_extra(column, values)``, which adds a column to the trainer's ``completions``, one value for each. A
-    function without ``**kwargs`` gets only the arguments that it names. It returns one number for each completion
-    (list, tuple, 1-D tensor or array), or ``None`` where it does not apply.
+    and these: ``trainer_state``, the result of ``state()``; ``log_metric(name, value)``, which adds a number to the
+    metrics; and ``log_extra(column, values)``, which adds a column with one value for each completion to the trainer's
+    ``completions``. A function without ``**kwargs`` gets only the arguments that it names. It returns one number for
+    each completion (list, tuple, 1-D tensor or array), with ``None`` where it does not apply.
 
     Args:
-        function: what to call.
-        name: name in metrics; when not given, the function's own.
-        state: called before each scoring for ``trainer_state``.
+        function: the reward function.
+        name: name in metrics; by default the function's own name.
+        state: returns the ``trainer_state``; called each time before the function.
 
     Raises:
         TypeError: ``function`` cannot be called.
-        ValueError: it has a positional-only parameter, or (when scoring) needs an argument that there is none for.
+        ValueError: it has a positional-only parameter, or (when scoring) needs an argument that does not exist.
         ScoringError: (when scoring) it raised, or returned something that is not one number for each completion.
     """
 
@@ -73,7 +73,7 @@ class FunctionScorer:
         return f"Reward function `{self.name}`"
 
     def score(self, groups: Sequence[Group]) -> list[list[float | None]]:
-        """P x K scores. An ``async`` function runs on the shared event loop, and this thread waits for it."""
+        """Return P x K scores. An ``async`` function runs on the shared event loop while this thread waits for it."""
         if self.is_async:
             return wait_for(submit(self.score_async(groups)))
         if not groups:
@@ -84,7 +84,7 @@ class FunctionScorer:
         return self._checked(returned, groups)
 
     async def score_async(self, groups: Sequence[Group]) -> list[list[float | None]]:
-        """P x K scores of an ``async`` function."""
+        """Return P x K scores of an ``async`` function."""
         if not groups:
             return []
         arguments = self._arguments(groups)
@@ -96,7 +96,7 @@ class FunctionScorer:
         samples = [(group.prompt, completion) for group in groups for completion in group.completions]
         column_names = dict.fromkeys(name for group in groups for name in group.prompt.columns)
         available: dict[str, Any] = {name: [prompt.columns.get(name) for prompt, _ in samples] for name in column_names}
-        # A copy of the messages for each completion: functions that change them in place must not change the prompt.
+        # Each completion gets its own copy of the messages: a function that changes them must not change the prompt.
         available["prompts"] = [copy.deepcopy(prompt.content) for prompt, _ in samples]
         available["completions"] = [_completion_argument(prompt, completion) for prompt, completion in samples]
         available["completion_ids"] = [list(completion.token_ids) for _, completion in samples]
@@ -112,20 +112,21 @@ class FunctionScorer:
         return wanted
 
     def check_columns(self, names: Collection[str], dataset: str = "the dataset") -> None:
-        """
+        """Check that each argument the function needs is a column or a built-in argument.
+
         Raises:
-            ScoringError: the function needs an argument that is none of these columns, nor what is always there.
+            ScoringError: the function needs an argument that is neither.
         """
         for parameter in self._parameters:
             required = parameter.default is parameter.empty and parameter.kind in (
                 parameter.POSITIONAL_OR_KEYWORD,
                 parameter.KEYWORD_ONLY,
             )
-            if required and parameter.name not in names and parameter.name not in ALWAYS_THERE:
+            if required and parameter.name not in names and parameter.name not in BUILT_IN_ARGUMENTS:
                 raise ScoringError(
                     f"{self._label} needs the argument `{parameter.name}`, but {dataset} has no such column. "
-                    f"Available columns: {', '.join(names) or 'none'}. Available besides: {', '.join(ALWAYS_THERE)}. "
-                    "Rename the argument or give it a default."
+                    f"Available columns: {', '.join(names) or 'none'}. Always available: "
+                    f"{', '.join(BUILT_IN_ARGUMENTS)}. Rename the argument or give it a default."
                 )
 
     def _foreign(self, groups: Sequence[Group]) -> AbstractContextManager[None]:
@@ -154,7 +155,7 @@ class FunctionScorer:
 
 
 def is_async_function(function: Any) -> bool:
-    """Also inside a ``functools.partial``, and of an object with ``__call__``."""
+    """Whether a function is ``async``, also inside a ``functools.partial`` or as an object's ``__call__``."""
     while isinstance(function, functools.partial):
         function = function.func
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)

@@ -1,6 +1,6 @@
 """Sequence-classification reward models as scorers.
 
-R is the texts of one forward pass, T their tokens.
+Shapes: ``R`` texts of one forward pass, ``T`` tokens of a text, ``P`` prompts, ``K`` completions.
 """
 
 from __future__ import annotations
@@ -31,38 +31,39 @@ from online_dpo.scoring.protocols import chat_messages, one_at_a_time, regroup
 from online_dpo.scoring.rewards.shared_prefix import Text, group_trees, may_share, passes, score_trees
 from online_dpo.types import Completion, Group, Prompt
 
-MOST_TOKENS = {"cpu": 1024}  # of one forward pass over shared rows: more are slower there
+MOST_TOKENS = {"cpu": 1024}
+"""Tokens of one forward pass over shared rows, by device type. On a CPU, larger passes are slower."""
 
 
 class RewardModelScorer:
-    """The logit of a sequence-classification model with one label, for each prompt and completion together.
+    """A reward model: the score is the logit of a sequence-classification model with one label.
 
-    Texts are written anew for the reward model. A conversational prompt and its completion go through the reward
-    tokenizer's chat template. A text prompt and its completion are tokenised with that tokenizer's own special tokens,
-    and end with its EOS exactly when the completion ended by itself. Texts longer than the model can read lose tokens
-    on the left (a leading BOS or CLS stays); ``truncated`` counts them since construction.
+    The prompt and completion are tokenised for the reward model. A conversational prompt and its completion are
+    rendered with the reward tokenizer's chat template. A text prompt and its completion are tokenised with that
+    tokenizer's own special tokens, and end with its EOS only if the completion ended by itself. Texts that are too long
+    for the model lose tokens on the left (a leading BOS or CLS stays); ``truncated`` counts them since construction.
 
-    Equal texts are computed once, so that they tie. Neither tokenizer nor config is left changed, and each module of
-    the model is left in the mode it was in. It runs where its parameters are: moving it is the caller's business (or
-    ``prepare``'s).
+    Equal texts are computed once, so that their scores tie. Tokenizer, config and the training mode of each module are
+    the same after scoring as before. The model runs on the device of its parameters; the caller (or ``prepare``) moves
+    it there.
 
-    What the texts of a group begin with alike is computed once, if the first texts of which this can be said get the
-    scores that they get alone. Otherwise, and where nothing would be saved, each text is a padded row.
+    The common prefix of a group's texts is computed once, provided that this gives the first such texts the scores
+    that they get alone. Otherwise, or if nothing would be saved, each text is a padded row.
 
     Args:
-        model: an ``nn.Module`` with a ``config``: a model of transformers or PEFT.
-        tokenizer: of the reward model; when not given, loaded from where the model was loaded.
-        name: name in metrics; when not given, the last part of the model's path.
+        model: a model of transformers or PEFT: an ``nn.Module`` with a ``config``.
+        tokenizer: the reward model's tokenizer; by default loaded from the model's path.
+        name: name in metrics; by default the last part of the model's path.
         batch_size: texts in one forward pass.
-        prepare: called once with the model; what it returns is run (``Accelerator.prepare_model``, for example).
-        share_prompts: whether common beginnings may be computed once.
+        prepare: called once with the model; its result is used (``Accelerator.prepare_model``, for example).
+        share_prompts: whether common prefixes may be computed once.
 
     Raises:
         TypeError: the model has no config of transformers.
-        ValueError: it has more than one label, no tokenizer is to be had, the tokenizer has tokens that the model does
-            not know, or (when scoring) a prompt is conversational and the tokenizer has no chat template.
-        ScoringError: (when scoring) the model's logits have not the shape ``(R, 1)``, or it, its tokenizer or its chat
-            template failed.
+        ValueError: the model has more than one label, no tokenizer was found, the tokenizer has tokens that the model
+            does not know, or (when scoring) a prompt is conversational and the tokenizer has no chat template.
+        ScoringError: (when scoring) the shape of the logits is not ``(R, 1)``, or the model, its tokenizer or its chat
+            template raised an error.
     """
 
     def __init__(
@@ -89,14 +90,15 @@ class RewardModelScorer:
         self.batch_size = batch_size
         self._most_tokens = MOST_TOKENS.get(next(self.model.parameters()).device.type, math.inf)
         self.truncated = 0
-        self._shares: bool | None = None if share_prompts else False  # None: not known yet
+        self._shares: bool | None = None if share_prompts else False  # None: not checked yet
         self._config = config.get_text_config()
-        self._hidden_size = getattr(self._config, "hidden_size", 1024)  # some name it otherwise; it only tells costs
+        # Some configs use another name for it. It only serves to estimate costs, so a typical size will do.
+        self._hidden_size = getattr(self._config, "hidden_size", 1024)
         self._known_tokens = embedding_rows(model)
         self._max_tokens = longest_text(model, tokenizer)
 
     def check_chat_template(self) -> None:
-        """Call this early when prompts are conversational.
+        """Check that conversational prompts can be scored. To be called before sampling, so that a run fails early.
 
         Raises:
             ValueError: the reward tokenizer has no chat template, or one with tokens that the model does not know.
@@ -112,7 +114,7 @@ class RewardModelScorer:
             )
 
     def score(self, groups: Sequence[Group]) -> list[list[float | None]]:
-        """P x K logits in fp32, as they come: not-finite ones as well. Several threads take turns."""
+        """Return P x K logits in fp32, including any that are not finite. Several threads take turns."""
         with one_at_a_time, foreign(f"Reward model `{self.name}`", lambda: among_rows(groups)):
             texts = self._token_ids([(group.prompt, answer) for group in groups for answer in group.completions])
             with eval_mode(self.model), onednn_linears(self.model, pack=False):
@@ -120,6 +122,7 @@ class RewardModelScorer:
         return regroup([values[text] for text in texts], groups)
 
     def _values(self, texts_PK: list[list[Text]]) -> dict[Text, float]:
+        """The score of each text, from shared rows where the model allows them and they save work."""
         read = {text: self._read_part(text) for texts in texts_PK for text in texts}
         read_PK = [[read[text] for text in texts] for texts in texts_PK]
         trees = group_trees(read_PK, self.batch_size, self._hidden_size)
@@ -128,11 +131,13 @@ class RewardModelScorer:
         values: dict[Text, float] = {}
         for batch in passes(trees, self.batch_size, self._most_tokens):
             values |= score_trees(self.model, batch)
-        # One text's nan reaches those behind it in its row, and texts of a single token are in no row.
+        # A text's nan spreads to the texts after it in the row, and texts of a single token are in no row: both are
+        # computed again as padded rows.
         values |= self._plain_values(part for part in read.values() if not math.isfinite(values.get(part, math.nan)))
         return {text: values[part] for text, part in read.items()}
 
     def _plain_values(self, texts: Iterable[Text]) -> dict[Text, float]:
+        """The score of each text, from padded rows of similar length."""
         longest_first = sorted(dict.fromkeys(texts), key=len, reverse=True)
         values: dict[Text, float] = {}
         for start in range(0, len(longest_first), self.batch_size):
@@ -141,7 +146,7 @@ class RewardModelScorer:
         return values
 
     def _may_share(self, trees: list[Tree], read: dict[Text, Text]) -> bool:
-        """Settled with the first trees there are, and then the same for the whole run."""
+        """Whether shared rows give the right scores. Checked on the first trees, then kept for the whole run."""
         if self._shares is None:
             whole = {part: text for text, part in read.items()}
             self._shares = may_share(
@@ -150,6 +155,7 @@ class RewardModelScorer:
         return self._shares
 
     def _token_ids(self, samples: list[tuple[Prompt, Completion]]) -> list[Text]:
+        """The token ids of each prompt with its completion, truncated and checked."""
         token_ids: list[Text] = [()] * len(samples)
         for conversational in (False, True):
             chosen = [i for i, (prompt, _) in enumerate(samples) if prompt.is_conversational is conversational]
@@ -163,7 +169,7 @@ class RewardModelScorer:
             for i, ids in zip(chosen, encoded["input_ids"], strict=True):
                 if not conversational:
                     ids = self._with_own_ends(ids, ended=samples[i][1].finish_reason == "stop")
-                token_ids[i] = tuple(self._truncate(ids))
+                token_ids[i] = tuple(self._truncate_and_count(ids))
                 check_known(token_ids[i], self._known_tokens, f"Reward model `{self.name}`", samples[i][0])
         return token_ids
 
@@ -180,7 +186,8 @@ class RewardModelScorer:
         return text
 
     def _with_own_ends(self, ids: list[int], ended: bool) -> list[int]:
-        """BOS not twice (the prompt's text may begin with it); EOS once if the completion ended, else not at all."""
+        """The ids with one BOS, even if the prompt's text begins with it, and one EOS if the completion ended, else
+        none."""
         bos: Any = self.tokenizer.bos_token_id
         eos: Any = self.tokenizer.eos_token_id
         if bos is not None and ids[:2] == [bos, bos]:
@@ -192,7 +199,8 @@ class RewardModelScorer:
             ids = ids[:-1]
         return [*ids, eos] if ended else ids
 
-    def _truncate(self, ids: list[int]) -> list[int]:
+    def _truncate_and_count(self, ids: list[int]) -> list[int]:
+        """Cut ids on the left to what the model can read, and count the text in ``truncated``."""
         if len(ids) <= self._max_tokens:
             return ids
         self.truncated += 1
@@ -200,6 +208,7 @@ class RewardModelScorer:
         return ids[:kept] + ids[len(ids) - self._max_tokens + kept :]
 
     def _forward(self, batch: Sequence[Text]) -> list[float]:
+        """The scores of one batch of padded rows."""
         fill = self._fill_token(batch)
         length = max(len(ids) for ids in batch)
         device = next(self.model.parameters()).device
@@ -215,12 +224,12 @@ class RewardModelScorer:
         return logits_R1[:, 0].float().tolist()
 
     def _fill_token(self, batch: Sequence[Text]) -> int:
-        """The token to pad with, such that every row scores as it would alone and without padding.
+        """The padding token with which each row gets the score that its text gets alone and without padding.
 
-        Heads on decoders score the last token that is not ``config.pad_token_id``, and skip real tokens at the end of a
-        text as well where they are the padding token: so padding with the config's token changes nothing. Where the
-        config has none, a single text is scored at its very last token; the head finds that in a batch when the
-        padding token ends no text of it.
+        The head of a decoder scores the last token that is not ``config.pad_token_id``. It also skips real tokens at
+        the end of a text if they equal the padding token, so padding with the config's token changes nothing. If the
+        config has no padding token, a text alone is scored at its very last token; in a batch the head finds the same
+        token if no text ends with the token used for padding.
         """
         pad = self._padding_token()
         if pad is not None:
@@ -229,14 +238,14 @@ class RewardModelScorer:
         return next(token for token in range(self._known_tokens) if token not in last_tokens)
 
     def _padding_token(self) -> int | None:
-        """The config's, if it is a token that the model knows."""
+        """The config's padding token, ``None`` if it has none or the model has no embedding for it."""
         pad = self._config.pad_token_id
         return pad if pad is not None and 0 <= pad < self._known_tokens else None
 
     def _read_part(self, text: Text) -> Text:
-        """The text up to the token that a decoder's head scores, which sees nothing behind it (see `_fill_token`).
+        """The text up to the token that a decoder's head scores (see `_fill_token`); later tokens have no effect.
 
-        Where there are only padding tokens, that is the first.
+        If the text has only padding tokens, the head scores the first of them.
         """
         pad = self._padding_token()
         end = next((i for i in range(len(text), 0, -1) if text[i - 1] != pad), 1)
@@ -250,13 +259,13 @@ def load_reward_model(
     revision: str | None = None,
     dtype: str | torch.dtype = "auto",
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """A reward model and its tokenizer, from a folder or the hub; of a PEFT adapter, with the base model under it.
+    """Load a reward model and its tokenizer from a folder or the hub. A PEFT adapter is loaded with its base model.
 
-    ``dtype="auto"`` keeps the one that the weights were saved in. An adapter's tokenizer is its own if it was saved
-    with one, else the base model's.
+    ``dtype="auto"`` keeps the type that the weights were saved in. The tokenizer of an adapter is the one saved with
+    it, else the base model's.
 
     Raises:
-        ValueError: the model's head has not one label, it has no trained head, or no tokenizer comes with it.
+        ValueError: the model's head has more than one label, the head was not trained, or there is no tokenizer.
     """
     path = os.path.expanduser(path)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -270,10 +279,10 @@ def load_reward_model(
 
 
 def check_reward_model(model: nn.Module) -> PreTrainedConfig:
-    """The config of a model that can be a reward model.
+    """Check that a model can be a reward model, and return its config.
 
     Raises:
-        TypeError: it has none.
+        TypeError: the model has no config.
         ValueError: its head has more than one label.
     """
     config = getattr(model, "config", None)
@@ -288,17 +297,17 @@ def check_reward_model(model: nn.Module) -> PreTrainedConfig:
 
 
 def longest_text(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
-    """As many tokens as both can take."""
+    """The longest text, in tokens, that both the model and its tokenizer accept."""
     return min(tokenizer.model_max_length, context_length(model) or tokenizer.model_max_length)
 
 
 def last_part(path: str) -> str:
-    """``model`` of ``org/model`` and of ``/some/folder/model/``."""
+    """The last part of a path or hub name: ``model`` for ``org/model`` and for ``/some/folder/model/``."""
     return path.rstrip("/").split("/")[-1]
 
 
 def _load_model(path: str, **options: Any) -> nn.Module:
-    # Mismatched sizes are let through here, only to be refused below with words of ours.
+    # Accept mismatched sizes here, to raise an error below that says what to do.
     with loading(path):
         model, info = AutoModelForSequenceClassification.from_pretrained(
             path, num_labels=1, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -323,7 +332,7 @@ def _load_adapter(path: str, **options: Any) -> tuple[nn.Module, str, str | None
     try:
         with adapting():
             model = AutoPeftModelForSequenceClassification.from_pretrained(path, num_labels=1, **options)
-    except RuntimeError as error:  # how torch and transformers say that shapes differ
+    except RuntimeError as error:  # what torch and transformers raise if shapes differ
         raise ValueError(
             f"{_not_one_label(path, 'other shapes')} Loading it failed with: {error_text(error)}"
         ) from error
@@ -335,7 +344,7 @@ def _load_tokenizer(path: str, **options: Any) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except (OSError, ValueError) as error:
         raise ValueError(f"{_no_tokenizer(path)} Loading one failed with: {error_text(error)}") from error
-    # For some model types transformers makes up an empty tokenizer where no files are.
+    # For some model types, transformers creates an empty tokenizer if there are no tokenizer files.
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise ValueError(_no_tokenizer(path))
     return tokenizer
@@ -356,7 +365,10 @@ def _text(prompt: Prompt, completion: Completion) -> str:
 
 @contextmanager
 def overridden(config: PreTrainedConfig, **values: Any) -> Iterator[None]:
-    """Set config fields for one forward pass: transformers reads them from there and from nowhere else."""
+    """Set fields of a model's config for one forward pass, because transformers reads them only from the config.
+
+    Fields that the config does not have are left out. The old values are restored, also after an error.
+    """
     before = {name: getattr(config, name) for name in values if hasattr(config, name)}
     try:
         for name in before:

@@ -1,6 +1,6 @@
-"""Texts that begin alike, scored from rows in which their common beginning stands, and is computed, once.
+"""Scores of texts with a common prefix, from rows in which the prefix is stored and computed once.
 
-Shapes: ``R`` rows, ``T`` tokens of a row, ``S`` texts, ``H`` hidden size.
+Shapes: ``R`` rows, ``T`` tokens of a row, ``S`` texts, ``X`` scored positions, ``H`` hidden size.
 """
 
 from __future__ import annotations
@@ -26,19 +26,22 @@ logger = logging.getLogger(__name__)
 Text = tuple[int, ...]
 PlainScores = Callable[[Sequence[Text]], list[float]]
 
-SHORTEST_BEGINNING = 8
-"""Tokens. What begins alike in all texts (a BOS, the header of a chat template) saves less than the mask costs."""
+SHORTEST_PREFIX = 8
+"""Fewest tokens worth sharing. A shorter prefix (a BOS, the header of a chat template) saves less than the mask
+costs."""
 
-GROUPS, TEXTS = 2, 4
+CHECKED_TREES, CHECKED_TEXTS = 2, 4
+"""Trees, and texts of each, on which `may_share` compares shared with separate scores."""
+
 ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-"""Mean difference, as a part of the mean size of the scores, that rounding alone may make."""
+"""Mean difference, relative to the mean absolute score, that rounding alone may cause."""
 
 
 def group_trees(groups: Iterable[Iterable[Text]], batch_size: int, hidden_size: int) -> list[Tree]:
-    """Trees of the texts of each group, at most ``batch_size`` texts in a tree.
+    """Group the texts of each group into prefix trees of at most ``batch_size`` texts.
 
-    Equal texts stand in one tree only. Texts of less than two tokens stand in none. Where sharing would not be faster,
-    each text is a tree.
+    Equal texts are in one tree only. Texts of fewer than two tokens are in none. If sharing would not be faster, each
+    text is a tree of its own.
 
     >>> group_trees([[(1, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 3, 4, 5, 6, 7, 8, 10)]], batch_size=16, hidden_size=512)
     [Tree(prompt=(1, 2, 3, 4, 5, 6, 7, 8), branches=((9,), (10,)))]
@@ -54,30 +57,31 @@ def group_trees(groups: Iterable[Iterable[Text]], batch_size: int, hidden_size: 
 
 
 def passes(trees: Sequence[Tree], batch_size: int, most_tokens: float = math.inf) -> list[list[Tree]]:
-    """The trees in lists of at most ``batch_size`` texts and ``most_tokens`` padded tokens (or a single tree), trees
-    of similar size together.
+    """Split the trees into forward passes of at most ``batch_size`` texts and ``most_tokens`` padded tokens.
+
+    Trees of similar size are in one pass. A tree that is larger than the limits is a pass of its own.
     """
     batches: list[list[Tree]] = []
-    room, longest = 0, 0
+    free, longest = 0, 0
     for tree in sorted(trees, key=lambda tree: tree.size, reverse=True):
-        if len(tree.branches) > room or longest * (len(batches[-1]) + 1) > most_tokens:
+        if len(tree.branches) > free or longest * (len(batches[-1]) + 1) > most_tokens:
             batches.append([])
-            room, longest = batch_size, tree.size
+            free, longest = batch_size, tree.size
         batches[-1].append(tree)
-        room -= len(tree.branches)
+        free -= len(tree.branches)
     return batches
 
 
 @torch.no_grad()
 def score_trees(model: nn.Module, trees: Sequence[Tree], capacity: int = 0) -> dict[Text, float]:
-    """The score at the last token of each text, from one forward pass over rows of ``capacity`` tokens or more."""
-    tokens, places = lay_out(trees, shared=True, capacity=capacity)
+    """Score each text at its last token, in one forward pass over rows of at least ``capacity`` tokens."""
+    tokens, spans = lay_out(trees, shared=True, capacity=capacity)
     tokens = tokens.to(next(model.parameters()).device)
     texts, last_tokens = [], []
-    for tree, tree_places in zip(trees, places, strict=True):
-        for branch, place in zip(tree.branches, tree_places, strict=True):
+    for tree, tree_spans in zip(trees, spans, strict=True):
+        for branch, span in zip(tree.branches, tree_spans, strict=True):
             texts.append(tree.prompt + branch)
-            last_tokens.append(place.start + len(branch) - 1)
+            last_tokens.append(span.start + len(branch) - 1)
     base: Any = unwrapped(model)
     read_X = torch.tensor(sorted(last_tokens)).to(tokens.ids_RT.device)
     inputs = attention_inputs(model, tokens) | reading(base, read_X)
@@ -87,35 +91,37 @@ def score_trees(model: nn.Module, trees: Sequence[Tree], capacity: int = 0) -> d
 
 
 def may_share(model: nn.Module, name: str, trees: Sequence[Tree], plain: PlainScores) -> bool:
-    """Whether trees give this model's texts the scores that they get alone, found on the largest few trees.
+    """Check, on the largest few trees, whether shared rows give texts the scores that they get alone.
 
     Args:
-        name: the model's, for the warning that says why not.
-        trees: of texts to score; those that share a beginning are used.
-        plain: scores of texts that are padded and computed in one forward pass.
+        name: name of the model in the warning that says why not.
+        trees: trees of the texts to score; those with a shared prefix are used.
+        plain: computes scores of texts in padded rows, in one forward pass.
     """
     if not hasattr(unwrapped(model), "score"):
-        # Decoders of transformers name so the head that reads one token. Encoders, whose tokens see those behind them,
-        # have another: that is how they are, and nothing to warn of.
-        logger.debug("Reward model `%s` has no head called `score`; common beginnings are not shared.", name)
+        # `score` is what transformers calls the head of a decoder, which reads one token. Encoders have another head,
+        # and their tokens attend to later ones: sharing cannot work there, and there is nothing to warn about.
+        logger.debug("Reward model `%s` has no head called `score`; common prefixes are not shared.", name)
         return False
-    reason = _why_not(model, trees, plain)
+    reason = _why_not_shareable(model, trees, plain)
     if reason is not None:
-        logger.warning("Reward model `%s` computes common beginnings for each text anew: %s.", name, reason)
+        logger.warning("Reward model `%s` computes the common prefix again for each text: %s.", name, reason)
     return reason is None
 
 
-def _why_not(model: nn.Module, trees: Sequence[Tree], plain: PlainScores) -> str | None:
-    """The yardstick is each text alone. Wrong scores are as far from it as scores are from each other, right ones by
-    rounding: by a small part of their size, or by a few times what padding changes.
+def _why_not_shareable(model: nn.Module, trees: Sequence[Tree], plain: PlainScores) -> str | None:
+    """The reason why shared rows are wrong for this model, ``None`` if they are right.
+
+    Shared scores are compared with those of each text alone. Wrong ones differ as much as scores differ from each
+    other; right ones differ by rounding: a small part of their size, or a few times the effect of padding.
     """
     shared = sorted((tree for tree in trees if len(tree.branches) > 1), key=lambda tree: tree.size, reverse=True)
-    sample = [replace(tree, branches=tree.branches[:TEXTS]) for tree in shared[:GROUPS]]
+    sample = [replace(tree, branches=tree.branches[:CHECKED_TEXTS]) for tree in shared[:CHECKED_TREES]]
     try:
         if reason := why_not_shared(model):
             return reason
         scores = score_trees(model, sample, capacity=sum(tree.size for tree in sample))  # in one row
-    except Exception as error:  # whatever an unknown model does with such inputs
+    except Exception as error:  # an unknown model may fail in any way on such inputs
         return f"it fails with {named_error(error, first_line=True)}"
     texts = list(scores)
     alone_S = torch.tensor([plain([text])[0] for text in texts])
@@ -124,34 +130,34 @@ def _why_not(model: nn.Module, trees: Sequence[Tree], plain: PlainScores) -> str
     allowed = min(max(4 * padding, rounding), MOST_ROUNDING * rounding)
     exact = ROUNDING[torch.float32] * float(alone_S.abs().mean())
     allowed = min(allowed, max(exact, float(alone_S.std()) / 10))  # scores far from 0 may still be close to each other
-    found = float((torch.tensor(list(scores.values())) - alone_S).abs().mean())
-    if found <= allowed:
+    difference = float((torch.tensor(list(scores.values())) - alone_S).abs().mean())
+    if difference <= allowed:
         return None
-    return f"scores differ by {found:.1e}, where {allowed:.1e} could be rounding"
+    return f"scores differ by {difference:.1e}, where {allowed:.1e} could be rounding"
 
 
 def _trees(texts: list[Text], hidden_size: int) -> list[Tree]:
-    """One tree of the texts, or one for each where they have no beginning in common that is worth sharing."""
-    common = _common_beginning(texts)
+    """One tree of all texts, or one tree for each text if they have no common prefix that is worth sharing."""
+    common = _common_prefix(texts)
     together = Tree(texts[0][:common], tuple(text[common:] for text in texts))
     if len(texts) == 1:
         return [together]
     apart = sum(_cost(len(text), hidden_size) for text in texts)
-    if common < SHORTEST_BEGINNING or _cost(together.size, hidden_size) >= apart:
+    if common < SHORTEST_PREFIX or _cost(together.size, hidden_size) >= apart:
         return [Tree(text[:-1], (text[-1:],)) for text in texts]
     return [together]
 
 
 def _cost(tokens: int, hidden_size: int) -> float:
-    """What a row costs: its tokens, and its attention, which counts the texts that do not see each other as well.
+    """The relative cost of a row: its tokens, plus attention between all of them, also between separate branches.
 
-    In a transformer layer, the matrices take about 24 H^2 operations a token and attention 4 T H. Measured, rows of
-    long answers to short prompts are as much slower than padded ones as this says.
+    In a transformer layer, the matrices take about 24 H^2 operations for each token and attention 4 T H. Measured times
+    of long answers to short prompts agree with this estimate.
     """
     return tokens * (1 + tokens / (6 * hidden_size))
 
 
-def _common_beginning(texts: list[Text]) -> int:
-    """Tokens that all texts begin with; each keeps its last token, the scored one, for itself."""
-    room = min(len(text) for text in texts) - 1
-    return next((i for i in range(room) if len({text[i] for text in texts}) > 1), room)
+def _common_prefix(texts: list[Text]) -> int:
+    """The number of tokens that all texts begin with, without the last token of each text, which is scored."""
+    longest = min(len(text) for text in texts) - 1
+    return next((i for i in range(longest) if len({text[i] for text in texts}) > 1), longest)

@@ -1,4 +1,4 @@
-"""Which displays a trainer has: those of its user, else in a notebook one of ours."""
+"""Chooses the displays of a trainer: those that the user gave, else in a notebook a table."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from online_dpo.training.display.protocol import RunDisplay
 
 
 def choose_displays(trainer: Trainer) -> list[RunDisplay]:
-    """The displays of a trainer: those that its user gave, or in a notebook a table of ours in place of transformers'
-    own, which shows nothing but the loss. Where there is one, transformers' bar and printed logs are removed.
+    """Return the displays of a trainer, and remove transformers' progress bar and printed logs if there are any.
+
+    The displays are those that the user gave, or else, in a notebook, a table that replaces transformers' own, which
+    shows only the loss.
     """
     callbacks = trainer.callback_handler.callbacks
     displays: list[RunDisplay] = [callback for callback in callbacks if isinstance(callback, RunDisplay)]

@@ -1,4 +1,4 @@
-"""The figures of a log as a person reads them: in which order, which are shown, and how they are written."""
+"""How the metrics of a log are shown to people: their order, which of them, and their format."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ ORDER = (
     *("rewards/accuracies", "rewards/margins", "rewards/", "objective/scores_margin", "objective/", "logps/"),
     *("completions/mean_length", "completions/", "val/"),
     *("prompts", "pairs/count", "pairs/", "dropped/", "resample/", "opponent/", "judge/", "scores/", "beta"),
-    "",  # what a user's own code reports
+    "",  # metrics of the user's own code
     *("learning_rate", "grad_norm", "train/", "guard/", "sampling/", "perf/", "time/"),
     *("runtime", "samples_per_second", "steps_per_second", "model_preparation_time"),
 )
-"""Names of metrics, and beginnings of names, in the order of a log; under one beginning the alphabet decides."""
+"""Names of metrics and prefixes of names, in the order of a log. Names with the same prefix are sorted."""
 
 SHOWN = {
     "loss": "loss",
@@ -29,15 +29,15 @@ SHOWN = {
     "gold win rate": "gold_win_rate",
     "tok/s": "perf/tokens_per_second",
 }
-"""Heading of each shown figure, and the metric behind it; evaluations have some of them, and training others."""
+"""Headings of the shown figures, and their metrics. Training logs have some of them, evaluations others."""
 
 _RUNTIME = "_runtime"
 SUMMARY = "train"
-"""Prefix of the last log of a run, which sums it up."""
+"""Prefix of the metrics in a run's last log, which summarises it."""
 
 
 def in_order(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics of a log, the main ones first and times last, equally on every rank.
+    """Sort the metrics of a log: the main ones first and times last, in the same order on every rank.
 
     >>> list(in_order({"time/rollout": 1.0, "objective/kl": 0.1, "own": 3, "loss": 0.7}))
     ['loss', 'objective/kl', 'own', 'time/rollout']
@@ -46,12 +46,14 @@ def in_order(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _place(name: str) -> tuple[int, str]:
-    fitting = [part for part in ORDER if name.startswith(part)]
-    return ORDER.index(max(fitting, key=len)), name
+    """The sort key of a metric: the index of the longest prefix in `ORDER`, then the name."""
+    prefixes = [prefix for prefix in ORDER if name.startswith(prefix)]
+    return ORDER.index(max(prefixes, key=len)), name
 
 
 def evaluation_prefix(logs: Mapping[str, Any]) -> str:
-    """``eval_``, or ``eval_NAME_`` of one of several datasets; empty for a log of training.
+    """The prefix of an evaluation's metrics: ``eval_``, or ``eval_NAME_`` for one of several datasets; empty for a
+    training log.
 
     >>> evaluation_prefix({"eval_maths_loss": 0.5, "eval_maths_runtime": 1.0})
     'eval_maths_'
@@ -61,7 +63,7 @@ def evaluation_prefix(logs: Mapping[str, Any]) -> str:
 
 
 def shown_figures(logs: Mapping[str, Any], prefix: str) -> dict[str, str]:
-    """The figures of a log that are shown, formatted, by heading. ``prefix`` is `evaluation_prefix`."""
+    """The shown figures of a log by heading, formatted. ``prefix`` is that of `evaluation_prefix`."""
     return {
         heading: number(logs[prefix + metric])
         for heading, metric in SHOWN.items()
@@ -70,19 +72,19 @@ def shown_figures(logs: Mapping[str, Any], prefix: str) -> dict[str, str]:
 
 
 def number(value: float) -> str:
-    """Four significant digits, whole numbers in full from a thousand on."""
+    """Format a number with four significant digits, or as a whole number from 1000 on."""
     value = float(value)
     return f"{value:.0f}" if math.isfinite(value) and abs(value) >= 1000 else f"{value:.4g}"
 
 
 def duration(seconds: float) -> str:
-    """``1:02:03``; days are hours."""
+    """Format seconds as ``1:02:03``. Days are counted as hours."""
     minutes, rest = divmod(round(max(seconds, 0.0)), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 def count(amount: float) -> str:
-    """``21,344``, and from a million on ``1.24 billion``.
+    """Format a count: ``21,344``, and from a million on ``1.24 billion``.
 
     >>> [count(amount) for amount in (21_344, 1_235_000_000)]
     ['21,344', '1.24 billion']

@@ -1,6 +1,6 @@
-"""What a run shows in a notebook: a bar, a table of its logs, and a table of its evaluations.
+"""The display of a run in a notebook: a progress bar, a table of logs, and a table of evaluations.
 
-Only to be imported in a notebook: it needs IPython.
+Import it only in a notebook, since it needs IPython.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-import IPython.display as ipython  # pyright: ignore[reportMissingImports]  (where there is a notebook, there it is)
+import IPython.display as ipython  # pyright: ignore[reportMissingImports]  (every notebook has it)
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 from transformers.utils.notebook import NotebookProgressBar, NotebookTrainingTracker, text_to_html_table
@@ -21,7 +21,7 @@ Row = dict[str, str]
 
 
 class Tracker(NotebookTrainingTracker):
-    """The bar of training with the two tables below it."""
+    """The progress bar of training, with the tables of logs and evaluations below it."""
 
     def __init__(self, num_steps: int) -> None:
         super().__init__(num_steps)
@@ -29,6 +29,7 @@ class Tracker(NotebookTrainingTracker):
         self.evaluations: list[Row] = []
 
     def display(self) -> None:
+        """Draw the bar and the tables."""
         self.inner_table = None
         if self.logs:
             self.inner_table = _cells(self.logs)
@@ -40,7 +41,7 @@ class Tracker(NotebookTrainingTracker):
 
 
 class NotebookDisplay(RunDisplay):
-    """Shows a run's progress in a notebook: every log with reward and KL, every evaluation with its win rate."""
+    """Shows a run's progress in a notebook: each log with reward and KL, each evaluation with its win rate."""
 
     def __init__(self) -> None:
         self._tracker: Tracker | None = None
@@ -48,18 +49,21 @@ class NotebookDisplay(RunDisplay):
         self._notice = ""
 
     def on_interrupt(self, notice: str) -> bool:
-        self._notice = notice  # to stay in the cell's output; where a process's own errors go, it stands at once
+        """Show the notice in the cell's output at the next step. Returns False, so that it is also printed at once."""
+        self._notice = notice
         return False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Draw the bar at the first step."""
         self._notice = ""
         if state.is_world_process_zero:
             self._tracker = Tracker(state.max_steps)
             self._tracker.update(state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Advance the bar."""
         if self._tracker is not None:
             self._tracker.update(state.global_step, comment=self._comment(state), force_update=bool(self._notice))
 
@@ -71,6 +75,7 @@ class NotebookDisplay(RunDisplay):
         logs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        """Add a row for a log or an evaluation."""
         logs = logs or {}
         if not state.is_world_process_zero or f"{SUMMARY}_runtime" in logs:
             return
@@ -91,6 +96,7 @@ class NotebookDisplay(RunDisplay):
         eval_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
+        """Advance the bar of an evaluation."""
         if not state.is_world_process_zero or not has_length(eval_dataloader):
             return
         if self._bar is None:
@@ -101,18 +107,22 @@ class NotebookDisplay(RunDisplay):
             self._bar.update(int(self._bar.value or 0) + 1)
 
     def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Remove the bar of an evaluation."""
         self._end_bar()
 
     def on_predict(self, *args: Any, **kwargs: Any) -> None:
+        """Remove the bar of a prediction."""
         self._end_bar()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Draw the bar a last time."""
         if self._tracker is not None:
             self._tracker.update(state.global_step, comment=self._comment(state), force_update=True)
 
     def close(self) -> None:
+        """Forget the bars, which stay in the cell's output."""
         self._tracker = self._bar = None
 
     def _comment(self, state: TrainerState) -> str:
@@ -135,7 +145,7 @@ class NotebookDisplay(RunDisplay):
 
 
 def evaluation_cells(logs: Mapping[str, Any], prefix: str) -> Row:
-    """The shown figures of an evaluation, win rates with their 95 % intervals, and what completions were like."""
+    """The cells of an evaluation: its figures, win rates with 95 % intervals, mean length and number of prompts."""
     cells = shown_figures(logs, prefix)
     for heading, metric in (("win rate", "win_rate"), ("gold win rate", "gold_win_rate")):
         if heading in cells:
@@ -149,7 +159,7 @@ def evaluation_cells(logs: Mapping[str, Any], prefix: str) -> Row:
 
 
 def _cells(rows: list[Row]) -> list[list[str]]:
-    """The headings and the rows of a table; a row has an empty cell for what it has not."""
+    """The headings and rows of a table. A row without a figure has an empty cell there."""
     headings = list(dict.fromkeys(heading for row in rows for heading in row))
     return [headings, *([row.get(heading, "") for heading in headings] for row in rows)]
 

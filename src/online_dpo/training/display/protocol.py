@@ -1,4 +1,4 @@
-"""What shows a run while it trains, as the trainer knows it."""
+"""The interface between the trainer and a display of its progress."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from transformers import TrainerCallback
 
 
 class RunDisplay(TrainerCallback):
-    """A callback that shows a run. The trainer leaves transformers' own output out where it has one of these."""
+    """A callback that shows a run. It replaces transformers' own output."""
 
     def on_interrupt(self, notice: str) -> bool:
-        """Ctrl-C was pressed, and the run stops after this step. Returns whether this display shows ``notice``.
+        """Handle Ctrl-C, after which the run stops at the end of the step. Returns whether ``notice`` is displayed.
 
-        Called inside a signal handler, which may have come in the middle of anything: it may only set attributes.
+        It is called inside a signal handler, which may interrupt any code, so it may only set attributes.
         """
         return False
 
     def close(self) -> None:
-        """Give the screen back. Called when training is over, however it ended; may be called twice."""
+        """Release the screen. It is called when training ends for any reason, and may be called twice."""

@@ -163,7 +163,7 @@ def test_columns_reach_the_reward_as_they_stand_in_the_file(folder, capsys):
     rows = [{"id": "007", "day": "NA", "n": 18}, {"id": "1e5", "day": "2024-01-31", "n": None}]
     assert set(Path("seen.txt").read_text().splitlines()) == {repr(row) for row in rows}
     assert run(*words, "--dataset_types", "{m: int64}") == 2
-    assert "x.csv has no column m, which a type is given for" in capsys.readouterr().err
+    assert "x.csv has no column m, for which a type is given" in capsys.readouterr().err
 
 
 def test_missing_scores_are_counted(folder, capsys):

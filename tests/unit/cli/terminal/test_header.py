@@ -60,8 +60,8 @@ def test_it_stands_there_before_torch_is_loaded(folder):
     path = write_run_file(folder, reward_funcs="feedback.py:words")
     code = (
         "import sys\nfrom pathlib import Path\nfrom online_dpo.cli.terminal.header import describe_plan\n"
-        "from online_dpo.cli.runfile.run_file import plan_run\nfrom online_dpo.cli.terminal.screen import say\n"
-        f"say(describe_plan(plan_run(Path({str(path)!r}), [])))\nprint('torch' in sys.modules)"
+        "from online_dpo.cli.runfile.run_file import plan_run\nfrom online_dpo.cli.terminal.screen import print_lines\n"
+        f"print_lines(describe_plan(plan_run(Path({str(path)!r}), [])))\nprint('torch' in sys.modules)"
     )
     done = run_python("-c", code, check=True)
     lines = done.stdout.splitlines()

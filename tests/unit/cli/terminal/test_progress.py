@@ -10,7 +10,7 @@ import pytest
 from transformers import TrainerControl, TrainerState
 
 from online_dpo.cli.terminal.progress import ProgressDisplay
-from online_dpo.cli.terminal.screen import fitted
+from online_dpo.cli.terminal.screen import wrapped
 
 LOGS = {
     "loss": 0.693147,
@@ -131,7 +131,7 @@ def test_closing_gives_the_screen_back_and_may_be_done_twice() -> None:
 
 def test_long_lines_break_between_words_and_paths_stay_whole() -> None:
     path = "/a/long/path/that-is/never/broken/anywhere"
-    lines = fitted(f"  output      {path} and some words behind it", 14, width=40).splitlines()
+    lines = wrapped(f"  output      {path} and some words behind it", 14, width=40).splitlines()
     assert lines == ["  output      ", f"              {path}", "              and some words behind it"] or lines == [
         "  output",
         f"              {path}",

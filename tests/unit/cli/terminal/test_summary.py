@@ -37,7 +37,7 @@ def test_a_judge_alone_gives_no_reward_and_one_log_has_no_course():
 
 
 def test_a_resumed_run_says_what_was_there_before_and_a_finished_one_nothing():
-    assert summary([], first_step=1000, steps=1001) == ["Trained 1 step in 0:01:15, after the 1,000 of before."]
+    assert summary([], first_step=1000, steps=1001) == ["Trained 1 step in 0:01:15, after 1,000 earlier steps."]
     assert summary([], first_step=40) == []
 
 

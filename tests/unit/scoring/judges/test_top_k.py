@@ -144,7 +144,7 @@ def test_an_even_duel_is_won_by_the_higher_score_and_an_even_last_one_is_even():
         ([("b", "c")], about(0, 3, 0.9), 3),  # never asked
     ],
 )
-def test_duels_without_an_answer(silent, expected, comparisons):
+def test_comparisons_without_an_answer(silent, expected, comparisons):
     found, said = find("abcd", [4.0, 3.0, 2.0, 1.0], Taste("abcd", silent=silent))
     assert found == expected and said.duels == comparisons
     assert said.unanswered == (0 if silent == [("b", "c")] else len(silent))

@@ -201,5 +201,5 @@ def test_an_answer_that_is_no_number_is_none():
 
 @pytest.mark.parametrize("number", [-0.1, 1.5, math.inf])
 def test_a_number_that_is_no_probability_is_told_and_not_trained_on(number):
-    with pytest.raises(ScoringError, match=f"Judge `strengths` says {number:g} of a pair.*from 0 to 1, or None"):
+    with pytest.raises(ScoringError, match=f"Judge `strengths` returned {number:g} for a pair.*from 0 to 1, or None"):
         find_preferences([group(1, 2)], Says(number))

@@ -194,7 +194,7 @@ def test_a_body_that_fails_is_found(warnings):
     agree(scorer.score(MIXED), expected)
     agree(scorer.score(MIXED), expected)
     assert warnings == [
-        "Reward model `strict` computes common beginnings for each text anew: it fails with RuntimeError: masks have "
+        "Reward model `strict` computes the common prefix again for each text: it fails with RuntimeError: masks have "
         "two dimensions."
     ]
 

@@ -1,4 +1,4 @@
-"""A language model as a judge, asked over HTTP: both orders, votes, and one probability for each comparison."""
+"""A language model as a judge, asked over HTTP: it combines both orders and several votes into one probability."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 from online_dpo.config.llm_judge import JudgeSettings
 from online_dpo.distributed.collectives import world_size
 from online_dpo.errors import FeedbackStopped
-from online_dpo.scoring.accounting import FailureWindow, Tally
+from online_dpo.scoring.accounting import FailureWindow, JudgeStatistics
 from online_dpo.scoring.event_loop import submit, wait_for
 from online_dpo.scoring.judges.base import PreferenceJudge
 from online_dpo.scoring.judges.llm.cache import Answer, AnswerCache, cache_key
@@ -29,22 +29,22 @@ COUNTS = ("requests", "cached", "failed", "unparsable", "input_tokens", "output_
 
 
 class LLMJudge(PreferenceJudge):
-    """Asks a model behind an OpenAI-compatible endpoint which of two completions is better.
+    """A judge that asks a language model behind an OpenAI-compatible endpoint which of two completions is better.
 
     >>> LLMJudge(model="Qwen/Qwen3-8B", base_url="http://localhost:8000/v1", rubric="Prefer the shorter answer.")
 
-    Usable from any thread, and by several at once: they share the limits, and nothing is asked twice at the same time.
-    Answers are kept in a cache, those without a verdict as well; failures are not.
+    Several threads may use it at the same time. They share the limits, and the same question is never asked twice at
+    the same time. Replies are cached, also those without a verdict; failures are not.
 
     Args:
-        settings: those of :class:`JudgeSettings`.
+        settings: the fields of :class:`JudgeSettings`.
 
     Raises:
         ValueError: a setting is wrong, a template or rubric cannot be used, the cache cannot be opened, there is no
-            API key for an endpoint outside one's own network, or a package is missing.
-        TypeError: there is no such setting.
+            API key for an endpoint outside the user's own network, or a package is missing.
+        TypeError: a setting does not exist.
         FeedbackStopped: (when judging) too many questions fail, the endpoint refuses the key or the model, or the next
-            question could cost more than is left.
+            question could cost more than is left of the budget.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -55,18 +55,18 @@ class LLMJudge(PreferenceJudge):
         self._template = load_template(self.settings.template, has_rubric=self._rubric != GENERAL_RUBRIC)
         self._max_tokens = self.settings.max_tokens or self._template.max_tokens
         self._cache = AnswerCache(self.settings.cache)
-        self._tally = Tally(COUNTS)
+        self._statistics = JudgeStatistics(COUNTS)
         self._failures = FailureWindow(f"Judge `{self.name}`", self.settings.max_failure_share)
         self._endpoint: ChatEndpoint | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._asking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._begun: set[asyncio.Future[Answer | None]] = set()
+        self._question_locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._in_flight: set[asyncio.Future[Answer | None]] = set()
 
     def prefer(self, comparisons: Sequence[Group]) -> list[float | None]:
-        """For each group of two, the probability that its first completion is the better one.
+        """Return for each group of two completions the probability that the first one is better.
 
-        ``None`` where an order has no usable answer, or where the orders contradict each other and
-        ``inconsistent`` is "skip". Equal texts give 0.5 and are not asked about.
+        ``None`` if one of the orders has no usable answer, or if the orders contradict each other and ``inconsistent``
+        is "skip". Equal texts give 0.5 without a question.
         """
         check_comparisons(comparisons)
         texts = [
@@ -76,49 +76,56 @@ class LLMJudge(PreferenceJudge):
         distinct = list(dict.fromkeys(texts))
         started = time.perf_counter()
         try:
-            answers = wait_for(submit(_together(self._comparison(*text) for text in distinct)))
+            answers = wait_for(submit(_gather(self._compare(*text) for text in distinct)))
         except FeedbackStopped:
-            wait_for(submit(self._let_finish()))
+            wait_for(submit(self._finish_in_flight()))
             raise
         finally:
-            self._tally.add("seconds", time.perf_counter() - started)
+            self._statistics.add("seconds", time.perf_counter() - started)
         preferences = dict(zip(distinct, answers, strict=True))
         return [preferences[text] for text in texts]
 
     @property
+    def is_fair(self) -> bool:
+        """Whether position bias cancels: the texts are shown in both orders, or in an order that looks random."""
+        return self.settings.order != "given"
+
+    @property
     def last_failure(self) -> str:
-        """Why a question had no usable answer, the last time that one had none; empty if all had one."""
+        """The latest cause of a missing answer, empty if there was none."""
         return self._failures.last_cause
 
     def metrics(self) -> dict[str, float]:
-        """What was counted since the last call. ``judge/position_bias`` is the mean probability that the completion
-        which stood first was given, 0.5 for a fair judge asked in both orders; ``judge/disagreement_rate`` the share of
-        comparisons whose orders had different winners. Both count cached answers as well; requests, tokens and cost do
-        not.
+        """Return the metrics since the last call, and reset them.
+
+        ``judge/position_bias`` is the mean probability given to the completion that was shown first, 0.5 for a fair
+        judge asked in both orders. ``judge/disagreement_rate`` is the share of comparisons in which the two orders had
+        different winners. Both include cached answers; requests, tokens and cost do not.
         """
         return self.drain().metrics()
 
     def drain(self) -> Counts:
-        """The same, with rates as part and whole, so that they can be added up."""
-        return self._tally.drain()
+        """Return the same counts with each rate as (part, whole), so that processes can add them up."""
+        return self._statistics.drain()
 
-    async def _comparison(self, prompt: str, first: str, second: str) -> float | None:
+    async def _compare(self, prompt: str, first: str, second: str) -> float | None:
+        """The probability that ``first`` is better: the mean over all orders of the mean over votes."""
         if first == second:
             return 0.5
-        turned = self._orders(prompt, first, second)
+        swapped = self._orders(prompt, first, second)
         temperature = self.settings.temperature if self.settings.votes == 1 else self.settings.vote_temperature
-        numbers = range(self.settings.votes)
-        votes = await _together(
-            self._votes(prompt, *_presented(first, second, turn), numbers, temperature) for turn in turned
+        vote_numbers = range(self.settings.votes)
+        votes = await _gather(
+            self._collect_votes(prompt, *_presented(first, second, swap), vote_numbers, temperature) for swap in swapped
         )
         if not all(votes):
             return None
         for order in votes:
-            self._tally.order(_mean(order))
-        preferences = _preferences(votes, turned)
-        if len(turned) == 2:
-            self._tally.add("both_orders")
-            self._tally.add("disagreed", _contradict(preferences))
+            self._statistics.add_answer(_mean(order))
+        preferences = _preferences(votes, swapped)
+        if len(swapped) == 2:
+            self._statistics.add("both_orders")
+            self._statistics.add("disagreed", _contradict(preferences))
         if _contradict(preferences) and self.settings.inconsistent == "skip":
             return None
         if _contradict(preferences) and self.settings.inconsistent == "revote":
@@ -126,40 +133,41 @@ class LLMJudge(PreferenceJudge):
         return sum(preferences) / len(preferences)
 
     async def _revote(self, prompt: str, first: str, second: str, votes: list[list[Verdict]]) -> list[float]:
-        """Preferences by order, after further votes until the orders agree. ``votes`` gets longer."""
-        turned = [False, True]
-        if all(vote.final for order in votes for vote in order):  # further votes would be the same
-            return _preferences(votes, turned)
+        """The preferences of both orders after more votes, which are added to ``votes`` until the orders agree."""
+        swapped = [False, True]
+        if all(vote.final for order in votes for vote in order):  # more votes would be the same
+            return _preferences(votes, swapped)
         for number in range(self.settings.votes, self.settings.votes + self.settings.revotes):
-            if _agree(_preferences(votes, turned)):
+            if _agree(_preferences(votes, swapped)):
                 break
-            further = await _together(
-                self._votes(
-                    prompt, *_presented(first, second, turn), range(number, number + 1), self.settings.vote_temperature
+            new_votes = await _gather(
+                self._collect_votes(
+                    prompt, *_presented(first, second, swap), range(number, number + 1), self.settings.vote_temperature
                 )
-                for turn in turned
+                for swap in swapped
             )
-            for order, new in zip(votes, further, strict=True):
+            for order, new in zip(votes, new_votes, strict=True):
                 order += new
-        return _preferences(votes, turned)
+        return _preferences(votes, swapped)
 
     def _orders(self, prompt: str, first: str, second: str) -> list[bool]:
-        """Whether the second completion is presented first, for each time that the comparison is judged."""
+        """The orders in which the texts are shown, as whether the second text comes first."""
         if self.settings.order == "both":
             return [False, True]
         return [self.settings.order == "random" and not stands_first(prompt, first, second)]
 
-    async def _votes(
+    async def _collect_votes(
         self, prompt: str, first: str, second: str, numbers: Sequence[int], temperature: float
     ) -> list[Verdict]:
-        """What comes of asking once for each number, in this order; answers that are missing are left out."""
-        verdict = await self._ask(prompt, first, second, numbers[0], temperature)
+        """Ask once for each vote number, with the texts in this order. Missing answers are left out."""
+        verdict = await self._vote(prompt, first, second, numbers[0], temperature)
         if verdict is not None and verdict.final:
             return [verdict]
-        others = await _together(self._ask(prompt, first, second, number, temperature) for number in numbers[1:])
-        return [one for one in (verdict, *others) if one is not None]
+        others = await _gather(self._vote(prompt, first, second, number, temperature) for number in numbers[1:])
+        return [vote for vote in (verdict, *others) if vote is not None]
 
-    async def _ask(self, prompt: str, first: str, second: str, number: int, temperature: float) -> Verdict | None:
+    async def _vote(self, prompt: str, first: str, second: str, number: int, temperature: float) -> Verdict | None:
+        """One verdict, from the cache or from the endpoint; ``None`` without a usable answer."""
         settings = self.settings
         sampling = {
             "temperature": temperature,
@@ -169,42 +177,43 @@ class LLMJudge(PreferenceJudge):
         }
         template, rubric = self._template, self._rubric
         key = cache_key(template.text, rubric, settings.model, sampling, prompt, first, second, number)
-        async with self._asking.setdefault(key, asyncio.Lock()):
+        async with self._question_locks.setdefault(key, asyncio.Lock()):
             answer = await asyncio.to_thread(self._cache.get, key)
             if answer is not None:
-                self._tally.add("cached")
+                self._statistics.add("cached")
             else:
                 async with self._connected().slots:
-                    asking = asyncio.ensure_future(
-                        self._ask_and_keep(key, template.fill(rubric, prompt, first, second), temperature)
+                    task = asyncio.ensure_future(
+                        self._ask_and_cache(key, template.fill(rubric, prompt, first, second), temperature)
                     )
-                    self._begun.add(asking)
-                    asking.add_done_callback(self._begun.discard)
-                    answer = await asyncio.shield(asking)
+                    self._in_flight.add(task)
+                    task.add_done_callback(self._in_flight.discard)
+                    answer = await asyncio.shield(task)
         if answer is None:
             return None
         if answer.p_first is None:
-            self._tally.add("unparsable")
+            self._statistics.add("unparsable")
             return None
         return Verdict(answer.p_first, answer.final)
 
-    async def _ask_and_keep(self, key: str, question: str, temperature: float) -> Answer | None:
-        answer = await self._fresh(question, temperature)
+    async def _ask_and_cache(self, key: str, question: str, temperature: float) -> Answer | None:
+        answer = await self._ask(question, temperature)
         if answer is not None:
             await asyncio.to_thread(self._cache.put, key, self.settings.model, answer)
             self._failures.add(f"no verdict in {answer.reply[:80]!r}" if answer.p_first is None else None)
         return answer
 
-    async def _let_finish(self) -> None:
-        """Questions that were on their way when another one stopped the judge are paid for: keep their answers."""
-        if not self._begun:
+    async def _finish_in_flight(self) -> None:
+        """Wait for questions that were already sent when another one stopped the judge: their answers are paid for."""
+        if not self._in_flight:
             return
-        done, late = await asyncio.wait(self._begun, timeout=self.settings.request_timeout)
+        done, late = await asyncio.wait(self._in_flight, timeout=self.settings.request_timeout)
         for task in late:
             task.cancel()
         await asyncio.gather(*done, *late, return_exceptions=True)
 
-    async def _fresh(self, question: str, temperature: float) -> Answer | None:
+    async def _ask(self, question: str, temperature: float) -> Answer | None:
+        """Ask the endpoint and read the verdict; ``None`` (and a counted failure) without a reply."""
         try:
             reply = await self._connected().ask(question, self._max_tokens, temperature)
         except QuestionFailed as error:
@@ -213,34 +222,36 @@ class LLMJudge(PreferenceJudge):
             verdict = read_verdict(reply.text, reply.choices if self.settings.logprobs else [])
             p_first, final = (None, False) if verdict is None else (verdict.p_first, verdict.final)
             return Answer(p_first, final, reply.text, reply.input_tokens, reply.output_tokens)
-        self._tally.add("failed")
+        self._statistics.add("failed")
         self._failures.add(cause)
         return None
 
     def _connected(self) -> ChatEndpoint:
-        """The endpoint, with limits and connections that belong to the running loop: a forked process has another."""
+        """The endpoint of the running event loop, created on first use: a forked process has another loop, and limits
+        and connections belong to one loop."""
         loop = asyncio.get_running_loop()
         if self._endpoint is None or self._loop is not loop:
             share = self.settings.share_of(world_size())
             limiter = RateLimiter(share.requests_per_minute, share.tokens_per_minute)
-            self._endpoint = ChatEndpoint(share, limiter, Budget(share.max_cost), self._tally)
+            self._endpoint = ChatEndpoint(share, limiter, Budget(share.max_cost), self._statistics)
             self._loop = loop
         return self._endpoint
 
 
 def check_share(judge: Any, processes: int) -> None:
-    """
+    """Check that each process of a run gets a share of a judge's limits. Only language models have limits.
+
     Raises:
-        ValueError: ``judge`` is a language model, and so many processes cannot share its limits.
+        ValueError: the limits are too small for so many processes.
     """
     if isinstance(judge, LLMJudge):
         judge.settings.share_of(processes)
 
 
 def stands_first(prompt: str, one: str, other: str) -> bool:
-    """Whether ``one`` goes before ``other`` in an order that looks random, but depends on the texts only.
+    """Whether ``one`` is shown before ``other``, in an order that looks random but depends only on the texts.
 
-    ``stands_first(p, a, b)`` is never ``stands_first(p, b, a)`` for two texts.
+    For two different texts, ``stands_first(p, a, b)`` is the opposite of ``stands_first(p, b, a)``.
     """
     return _digest(prompt, one) <= _digest(prompt, other)
 
@@ -249,17 +260,17 @@ def _digest(prompt: str, text: str) -> bytes:
     return hashlib.sha256(f"{len(prompt)}:{prompt}{text}".encode()).digest()
 
 
-def _presented(first: str, second: str, turned: bool) -> tuple[str, str]:
-    return (second, first) if turned else (first, second)
+def _presented(first: str, second: str, swapped: bool) -> tuple[str, str]:
+    return (second, first) if swapped else (first, second)
 
 
 def _mean(votes: Sequence[Verdict]) -> float:
     return sum(vote.p_first for vote in votes) / len(votes)
 
 
-def _preferences(votes: Sequence[Sequence[Verdict]], turned: Sequence[bool]) -> list[float]:
-    """The probability that the duel's first completion is better, by order."""
-    return [1 - _mean(order) if turn else _mean(order) for order, turn in zip(votes, turned, strict=True)]
+def _preferences(votes: Sequence[Sequence[Verdict]], swapped: Sequence[bool]) -> list[float]:
+    """For each order, the probability that the comparison's first completion is better."""
+    return [1 - _mean(order) if swap else _mean(order) for order, swap in zip(votes, swapped, strict=True)]
 
 
 def _contradict(preferences: Sequence[float]) -> bool:
@@ -270,8 +281,8 @@ def _agree(preferences: Sequence[float]) -> bool:
     return min(preferences) > 0.5 or max(preferences) < 0.5
 
 
-async def _together(coroutines: Iterable[Awaitable[T]]) -> list[T]:
-    """All results. The first failure, or an interruption, ends the others too."""
+async def _gather(coroutines: Iterable[Awaitable[T]]) -> list[T]:
+    """Run coroutines at the same time and return all results. The first error, or an interruption, cancels them."""
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:
         return await asyncio.gather(*tasks)

@@ -1,4 +1,4 @@
-"""What a language model is asked as a judge, and what its answer says."""
+"""The questions that a language model gets as a judge, and how a verdict is read from its answer."""
 
 from __future__ import annotations
 
@@ -44,21 +44,23 @@ TEMPLATE_TEXTS = {
 }
 ANSWER_TOKENS = {"direct": 8}
 LONG_ANSWER = 1024
+"""Tokens for the answer, by template; `LONG_ANSWER` for all others."""
 
-UNSEEN = 0.01  # part of the seen letter's probability that the other one may have without being seen
+UNSEEN = 0.01
+"""A letter that is not among the listed tokens counts as 0 if it has at most this share of the other's probability."""
 
-_PLACE = re.compile(r"\{(prompt|first|second|rubric)\}")
+_PLACEHOLDER = re.compile(r"\{(prompt|first|second|rubric)\}")
 _VERDICT_LINE = re.compile(r"^\W*(?i:(?:final\s+)?verdict)\W*(?:(?i:answer|response)\W*)?([AB])\W*$", re.MULTILINE)
 _ONE_LETTER = re.compile(r"\W*(?:(?i:the\s+)?(?i:better\s+)?(?i:answer|response)(?:\s+(?i:is))?\W*)*([AB])\W*")
 
 
 @dataclass(frozen=True)
 class Template:
-    """A question with places for the texts.
+    """A question with placeholders for the rubric, the prompt and both answers.
 
     >>> Template("short", text="{rubric} {prompt} A: {first} B: {second} Which one?", max_tokens=8)
 
-    ``max_tokens`` is the room that its answers need.
+    ``max_tokens`` is the number of tokens that the judge's reply needs.
     """
 
     name: str
@@ -66,30 +68,31 @@ class Template:
     max_tokens: int
 
     def fill(self, rubric: str, prompt: str, first: str, second: str) -> str:
-        """The question. Braces in the texts stay what they are."""
+        """Fill in the placeholders and return the question. Braces inside the texts are left unchanged."""
         texts = {"rubric": rubric, "prompt": prompt, "first": first, "second": second}
-        return _PLACE.sub(lambda place: texts[place[1]], self.text)
+        return _PLACEHOLDER.sub(lambda placeholder: texts[placeholder[1]], self.text)
 
 
 def load_template(name: str, has_rubric: bool) -> Template:
-    """A template by its name, or from a file.
+    """Load a template by its name, or from a file.
 
     Raises:
-        ValueError: the file lacks a place for a text, or for the rubric that is given.
-        OSError: it cannot be read.
+        ValueError: the file has no placeholder for one of the texts, or for the given rubric.
+        OSError: the file cannot be read.
     """
     if name in TEMPLATE_TEXTS:
         return Template(name, TEMPLATE_TEXTS[name], ANSWER_TOKENS.get(name, LONG_ANSWER))
     text = Path(name).expanduser().read_text(encoding="utf-8")
-    places = set(_PLACE.findall(text))
+    placeholders = set(_PLACEHOLDER.findall(text))
     needed = {"prompt", "first", "second"} | ({"rubric"} if has_rubric else set())
-    if missing := sorted(needed - places):
-        raise ValueError(f"Template {name} has no place for {', '.join(f'{{{place}}}' for place in missing)}.")
+    if missing := sorted(needed - placeholders):
+        listed = ", ".join(f"{{{placeholder}}}" for placeholder in missing)
+        raise ValueError(f"Template {name} has no place for {listed}. Write it where the text belongs.")
     return Template(Path(name).stem, text, LONG_ANSWER)
 
 
 def prompt_text(prompt: Prompt) -> str:
-    """The prompt as a judge reads it: a single message of a user as its text, a longer conversation with its roles.
+    """The prompt as text for a judge: a single message as its content, a longer conversation with roles.
 
     >>> prompt_text(Prompt([{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}], (1,), row=0))
     'system: Be kind.\\n\\nuser: Hi'
@@ -104,7 +107,7 @@ def prompt_text(prompt: Prompt) -> str:
 
 @dataclass(frozen=True)
 class TokenChoice:
-    """One token of an answer: what was picked, and the log-probabilities of what could have been.
+    """One token of an answer: the sampled token, and the log-probabilities of the most probable tokens.
 
     >>> TokenChoice(b"A", {"A": -0.1, "B": -2.4})
     """
@@ -115,8 +118,10 @@ class TokenChoice:
 
 @dataclass(frozen=True)
 class Verdict:
-    """``p_first`` is the probability that the first answer is the better one. With ``final``, asking again would give
-    the same, because it was read from the log-probabilities of the very first token.
+    """A judge's verdict on two answers: ``p_first`` is the probability that the first one is better.
+
+    ``final``: asking again would give the same verdict, because it was read from the log-probabilities of the reply's
+    first token.
     """
 
     p_first: float
@@ -124,43 +129,45 @@ class Verdict:
 
 
 def read_verdict(text: str, choices: Sequence[TokenChoice]) -> Verdict | None:
-    """What an answer says: 1 or 0, or the share of A in the probability of A and B where ``choices`` has it.
+    """Read the verdict of an answer: 1 for A, 0 for B, or P(A) / (P(A) + P(B)) if ``choices`` has the probabilities.
 
-    The verdict is the last line of the form ``Verdict: A``, or the one letter that is the whole answer. ``None`` where
-    there is neither.
+    The verdict is the last line of the form ``Verdict: A``, or an answer that is only one letter. ``None`` if there is
+    neither.
 
     >>> read_verdict("Verdict: B", [])
     Verdict(p_first=0.0, final=False)
     """
-    found = next(reversed(list(_VERDICT_LINE.finditer(text))), None) or _ONE_LETTER.fullmatch(text)
-    if found is None:
+    match = next(reversed(list(_VERDICT_LINE.finditer(text))), None) or _ONE_LETTER.fullmatch(text)
+    if match is None:
         return None
-    place = _token_at(text, found.start(1), choices)
-    if place is not None:
-        share = _share_of_first(choices[place].logprobs)
+    index = _token_at(text, match.start(1), choices)
+    if index is not None:
+        share = _share_of_first(choices[index].logprobs)
         if share is not None:
-            before = b"".join(choice.token for choice in choices[:place])
+            before = b"".join(choice.token for choice in choices[:index])
             return Verdict(share, final=not before.strip())
-    return Verdict(1.0 if found[1] == "A" else 0.0, final=False)
+    return Verdict(1.0 if match[1] == "A" else 0.0, final=False)
 
 
 def _token_at(text: str, position: int, choices: Sequence[TokenChoice]) -> int | None:
-    """The token that wrote a character of the answer. Endpoints may strip the answer, but not its tokens."""
+    """The index of the token that contains a character of the answer, ``None`` if there is none.
+
+    Endpoints may strip white space from the answer but not from its tokens, so the answer is searched in them.
+    """
     start = b"".join(choice.token for choice in choices).find(text.encode())
     if start < 0:
         return None
-    wanted, end = start + len(text[:position].encode()), 0
-    for place, choice in enumerate(choices):
+    target, end = start + len(text[:position].encode()), 0
+    for index, choice in enumerate(choices):
         end += len(choice.token)
-        if end > wanted:
-            return place
+        if end > target:
+            return index
     return None
 
 
 def _share_of_first(logprobs: Mapping[str, float]) -> float | None:
-    """The share of A in the probability of A and B; ``None`` where it cannot be told: a letter is not listed, but
-    may have more than ``UNSEEN`` of the other one's probability.
-    """
+    """P(A) / (P(A) + P(B)); ``None`` if a letter is not listed but may have more than `UNSEEN` of the other's
+    probability."""
     mass = {"A": 0.0, "B": 0.0}
     listed = {token: math.exp(logprob) for token, logprob in logprobs.items()}
     for token, probability in listed.items():

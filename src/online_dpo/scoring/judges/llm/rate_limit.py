@@ -1,4 +1,4 @@
-"""Limits of an endpoint that many coroutines of one event loop share: requests and tokens in a time, and money."""
+"""Limits of an endpoint that the coroutines of one event loop share: requests and tokens per minute, and cost."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ MINUTE = 60.0
 
 @dataclass
 class Entry:
-    """A request that counts against the limits: when it began, and its tokens, estimated until they are known."""
+    """A request that counts against the limits: its start time, and its tokens (an estimate until they are known)."""
 
     time: float
     tokens: int
 
 
 class RateLimiter:
-    """No more than so many requests and tokens in any ``period`` seconds. Who comes first goes first.
+    """Allows at most ``requests`` requests and ``tokens`` tokens in any ``period`` seconds, first come, first served.
 
-    Tokens are known only afterwards: ``acquire`` takes an estimate, and the entry's ``tokens`` are to be corrected. A
-    request that is larger than the whole limit goes alone.
+    ``acquire`` takes an estimate of the tokens; the caller corrects ``tokens`` of the returned entry when the response
+    is there. A request that is larger than the whole limit runs alone.
     """
 
     def __init__(self, requests: int | None, tokens: int | None, period: float = MINUTE) -> None:
@@ -36,7 +36,7 @@ class RateLimiter:
         self._turn = asyncio.Lock()
 
     async def acquire(self, tokens: int) -> Entry:
-        """Wait until a request of about so many tokens may begin."""
+        """Wait until a request of about ``tokens`` tokens may start, and count it."""
         async with self._turn:
             loop = asyncio.get_running_loop()
             while (pause := self._pause(loop.time(), tokens)) > 0:
@@ -47,7 +47,7 @@ class RateLimiter:
             return entry
 
     def _pause(self, now: float, tokens: int) -> float:
-        """Seconds until the oldest entry leaves, if there is no room beside it."""
+        """Seconds until the oldest entry expires, or 0 if the request fits within the limits now."""
         while self._entries and self._entries[0].time + self._period <= now:
             self._entries.popleft()
         if not self._entries:
@@ -59,41 +59,41 @@ class RateLimiter:
 
 
 class Budget:
-    """Money that requests may cost together. Used within one event loop.
+    """The cost that all requests together may have. Used within one event loop.
 
     Args:
-        cap: most that may be spent; ``None`` is no limit.
+        cap: the limit; ``None`` for no limit.
     """
 
     def __init__(self, cap: float | None) -> None:
         self.spent = 0.0
         self._cap = cap
-        self._held: list[float] = []
-        self._given_back = asyncio.Event()
+        self._reserved: list[float] = []
+        self._released = asyncio.Event()
 
     @asynccontextmanager
     async def reserve(self, estimate: float) -> AsyncIterator[None]:
-        """Holds the estimated cost of a request while it runs; what it did cost is to be added to ``spent``.
+        """Reserve the estimated cost of a request while it runs. The caller adds the actual cost to ``spent``.
 
-        Near the cap a request waits for those before it, which usually cost less than was held for them.
+        Near the limit, a request waits until earlier ones have ended, since they usually cost less than was reserved.
 
         Raises:
-            FeedbackStopped: it could spend more than is left.
+            FeedbackStopped: the request could cost more than is left.
         """
-        while self._held and not self._fits(estimate):
-            self._given_back.clear()
-            await self._given_back.wait()
+        while self._reserved and not self._fits(estimate):
+            self._released.clear()
+            await self._released.wait()
         if not self._fits(estimate):
             raise FeedbackStopped(
                 f"The judge has spent {self.spent:.4g}, and the next question may cost {estimate:.2g}: more than "
                 f"`max_cost`, {self._cap:g}. The answers so far are in the cache; raise `max_cost` to go on."
             )
-        self._held.append(estimate)
+        self._reserved.append(estimate)
         try:
             yield
         finally:
-            self._held.remove(estimate)
-            self._given_back.set()
+            self._reserved.remove(estimate)
+            self._released.set()
 
     def _fits(self, estimate: float) -> bool:
-        return self._cap is None or self.spent + sum(self._held) + estimate <= self._cap
+        return self._cap is None or self.spent + sum(self._reserved) + estimate <= self._cap

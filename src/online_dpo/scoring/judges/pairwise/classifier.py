@@ -1,6 +1,6 @@
-"""Sequence classifiers that read two answers at once.
+"""Sequence classifiers that read two answers in one text.
 
-R is the texts of one forward pass, T their tokens, L the labels of the head (1 or 2).
+Shapes: ``R`` texts of one forward pass, ``T`` tokens of a text, ``L`` labels of the head (1 or 2).
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ TEMPLATE = "Request: {prompt}\n\nFirst answer: {first}\n\nSecond answer: {second
 
 
 class PairwiseClassifier:
-    """A head with one label gives the log-odds of the first answer, one with two the logits of "first" and "second".
+    """The reader of a sequence classifier. See :class:`PairwiseReader` for its members.
+
+    A head with one label gives the log-odds that the first answer is better. A head with two labels gives the logits of
+    "first" and "second".
 
     Raises:
         ValueError: the head has more than two labels.
-        ScoringError: (when reading) the model's logits have not the shape ``(R, L)``.
+        ScoringError: (when reading) the shape of the logits is not ``(R, L)``.
     """
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, template: str = TEMPLATE) -> None:
@@ -45,6 +48,7 @@ class PairwiseClassifier:
         self.pads = self._pad is not None
 
     def token_ids(self, comparisons: Sequence[Group]) -> list[Text]:
+        """The token ids of each comparison in the template."""
         texts = [
             self._template.fill(
                 "", prompt_text(comparison.prompt), *(completion.text for completion in comparison.completions)
@@ -55,8 +59,9 @@ class PairwiseClassifier:
 
     @torch.no_grad()
     def log_odds(self, texts: Sequence[Text]) -> list[float]:
+        """The log-odds that the first answer of each text is better."""
         fill = self._pad
-        if fill is None:  # nothing is padded, but heads on decoders want a token, which must then end no text
+        if fill is None:  # nothing is padded, but the head of a decoder needs a padding token that ends no text
             fill = next(token for token in range(self._known_tokens) if token not in {ids[-1] for ids in texts})
         ids_RT, mask_RT = padded(texts, fill, device_of(self.model))
         with overridden(self._config, pad_token_id=fill, use_cache=False):

@@ -1,6 +1,6 @@
-"""Models that read two answers at once, as judges.
+"""Judges that are models of their own: they read two answers in one text and give the probability of the first.
 
-R is the texts of one forward pass.
+Shapes: ``R`` texts of one forward pass.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from online_dpo.config.pairwise_judge import LETTERS, PAIRRM, check_options, kin
 from online_dpo.foreign import among_rows, at_row, foreign, loading
 from online_dpo.modeling.borrowing import eval_mode
 from online_dpo.modeling.known_tokens import check_known, check_tokenizer, embedding_rows
-from online_dpo.scoring.accounting import Tally
+from online_dpo.scoring.accounting import JudgeStatistics
 from online_dpo.scoring.judges.base import PreferenceJudge
 from online_dpo.scoring.judges.pairwise.classifier import PairwiseClassifier
 from online_dpo.scoring.judges.pairwise.letters import LetterReader
@@ -36,32 +36,37 @@ from online_dpo.types import Group
 
 
 class PairwiseModelJudge(PreferenceJudge):
-    """A model that says how likely the first of two answers is the better one: a sequence classifier with one label or
-    two (:class:`DuelClassifier`), PairRM (:class:`PairRMReader`), or a causal language model that answers with a letter
-    (:class:`LetterReader`). Its class tells which.
+    """A judge that is a pairwise model: it gives the probability that the first of two answers is better.
 
-    Each comparison is read in both orders: the preference is the mean of what one order says and one minus what the
-    other says, so that equal texts, and a model that looks at the place only, give 0.5.
+    The model is a sequence classifier with one or two labels (:class:`PairwiseClassifier`), PairRM
+    (:class:`PairRMReader`), or a causal language model that answers with a letter (:class:`LetterReader`). The class of
+    the model decides which.
 
-    Nothing is cut off: a comparison that is longer than the model reads has no preference, and is counted in
+    Each comparison is read in both orders. The preference is the mean of p in one order and 1 - p in the other, so that
+    equal texts give 0.5, and so does a model that only looks at the position.
+
+    Nothing is truncated: a comparison that is too long for the model has no preference, and is counted in
     ``judge/too_long``.
 
     Args:
-        model: of transformers. It runs where its parameters are, in evaluation mode, and is left in the mode it was in.
-        tokenizer: the model's.
-        name: name in metrics; when not given, the last part of the model's path.
-        template: the text to read, with ``{prompt}``, ``{first}`` and ``{second}``, as the model was trained with. Not
-            for PairRM, which has its own.
-        batch_size: texts in one forward pass, similar lengths together.
-        options: ``letters`` of a causal language model, for the first answer and the second (``["A", "B"]``);
-            ``max_tokens`` of PairRM, for prompt and answers together (2048).
+        model: a model of transformers. It runs on the device of its parameters, in evaluation mode, and returns to its
+            former mode afterwards.
+        tokenizer: the model's tokenizer.
+        name: name in metrics; by default the last part of the model's path.
+        template: the text that the model was trained to read, with ``{prompt}``, ``{first}`` and ``{second}``. Not for
+            PairRM, which has its own format.
+        batch_size: texts in one forward pass; texts of similar length are in one batch.
+        options: ``letters`` of a causal language model for the first and second answer (``["A", "B"]``);
+            ``max_tokens`` of PairRM for prompt and answers together (2048).
 
     Raises:
-        ValueError: an option does not go with the model or has no such value, the model is no pairwise model, or its
+        ValueError: an option does not fit the model or has a wrong value, the model is not a pairwise model, or its
             tokenizer has tokens that it does not know.
-        ScoringError: (when judging) the model's logits are not of the shape that they should have, or it, its
-            tokenizer or its chat template failed.
+        ScoringError: (when judging) the logits have the wrong shape, or the model, its tokenizer or its chat template
+            raised an error.
     """
+
+    is_fair = True  # each comparison is read in both orders
 
     def __init__(
         self,
@@ -85,14 +90,17 @@ class PairwiseModelJudge(PreferenceJudge):
         self.batch_size = batch_size
         self.reader: PairwiseReader = _classes(kind)[1](model, tokenizer, **options)
         self._known_tokens = embedding_rows(model)
-        self._tally = Tally(("too_long", "failed", "seconds"))
+        self.last_failure = ""
+        self._statistics = JudgeStatistics(("too_long", "failed", "seconds"))
 
     @classmethod
     def load(cls, path: str, device: str | torch.device = "cpu", **options: Any) -> PairwiseModelJudge:
-        """A judge from a folder or the hub, in the dtype that it was saved in; ``options`` are those of the class.
+        """Load a judge from a folder or the hub, in the type that its weights were saved in.
+
+        ``options`` are the arguments of the class.
 
         Raises:
-            ValueError: the model has no trained head, or what the class says.
+            ValueError: the model has no trained head, or the class rejects the model or an option.
             OSError: there is no such model or tokenizer.
         """
         path = os.path.expanduser(path)
@@ -112,59 +120,73 @@ class PairwiseModelJudge(PreferenceJudge):
         return cls(model.to(device), tokenizer, **options)
 
     def prefer(self, comparisons: Sequence[Group]) -> list[float | None]:
-        """For each group of two, the probability that its first completion is the better one; ``None`` if they are too
-        long, or the model's output is not finite.
+        """Return for each group of two completions the probability that the first one is better.
+
+        ``None`` if the comparison is too long for the model, or if the model's output is not finite.
         """
         check_comparisons(comparisons)
         started = time.perf_counter()
         longest = self.reader.max_tokens
-        named = foreign(f"Judge `{self.name}`", lambda: among_rows(comparisons))
-        with one_at_a_time, named, eval_mode(self.model):
-            ids = [text for comparison in comparisons for text in self._both_orders(comparison)]
-            p_first = self._probabilities([text for text in dict.fromkeys(ids) if len(text) <= longest])
-        read = [p_first.get(text) for text in ids]
-        preferences = [self._combined(*pair) for pair in zip(read[::2], read[1::2], strict=True)]
-        self._tally.add("too_long", sum(None in pair for pair in zip(read[::2], read[1::2], strict=True)))
-        self._tally.add("failed", sum(value is not None and math.isnan(value) for value in read))
-        self._tally.add("seconds", time.perf_counter() - started)
+        errors_named = foreign(f"Judge `{self.name}`", lambda: among_rows(comparisons))
+        with one_at_a_time, errors_named, eval_mode(self.model):
+            texts = [text for comparison in comparisons for text in self._both_orders(comparison)]
+            p_first = self._probabilities([text for text in dict.fromkeys(texts) if len(text) <= longest])
+        by_order = [p_first.get(text) for text in texts]
+        pairs = list(zip(by_order[::2], by_order[1::2], strict=True))
+        self._count_failures(
+            too_long=sum(None in pair for pair in pairs),
+            failed=sum(p is not None and math.isnan(p) for p in by_order),
+        )
+        preferences = [self._combine_and_count(*pair) for pair in pairs]
+        self._statistics.add("seconds", time.perf_counter() - started)
         return preferences
 
+    def _count_failures(self, too_long: int, failed: int) -> None:
+        self._statistics.add("too_long", too_long)
+        self._statistics.add("failed", failed)
+        if failed:
+            self.last_failure = "the model's output is not finite"
+        elif too_long:
+            self.last_failure = f"too long for the model, which reads {self.reader.max_tokens} tokens"
+
     def _both_orders(self, comparison: Group) -> list[Text]:
-        who = f"Judge `{self.name}`"
-        with foreign(who, lambda: at_row(comparison.prompt)):  # its chat template may refuse this one
+        """The token ids of a comparison in both orders."""
+        judge = f"Judge `{self.name}`"
+        with foreign(judge, lambda: at_row(comparison.prompt)):  # the chat template may reject this prompt
             texts = self.reader.token_ids([comparison, Group(comparison.prompt, comparison.completions[::-1])])
         for text in texts:
-            check_known(text, self._known_tokens, who, comparison.prompt)
+            check_known(text, self._known_tokens, judge, comparison.prompt)
         return texts
 
     def metrics(self) -> dict[str, float]:
-        """What was counted since the last call, as :meth:`LLMJudge.metrics`."""
+        """Return the metrics since the last call, and reset them. See :meth:`LLMJudge.metrics`."""
         return self.drain().metrics()
 
     def drain(self) -> Counts:
-        """The same, with rates as part and whole, so that they can be added up."""
-        return self._tally.drain()
+        """Return the same counts with each rate as (part, whole), so that processes can add them up."""
+        return self._statistics.drain()
 
-    def _combined(self, given: float | None, turned: float | None) -> float | None:
-        if given is None or turned is None or math.isnan(given) or math.isnan(turned):
+    def _combine_and_count(self, given: float | None, swapped: float | None) -> float | None:
+        """The mean preference of both orders, ``None`` if one is missing."""
+        if given is None or swapped is None or math.isnan(given) or math.isnan(swapped):
             return None
-        self._tally.order(given)
-        self._tally.order(turned)
-        self._tally.add("both_orders")
-        self._tally.add("disagreed", (given - 0.5) * (turned - 0.5) > 0)
-        return (1 + (given - turned)) / 2  # exactly one half where both orders read the same
+        self._statistics.add_answer(given)
+        self._statistics.add_answer(swapped)
+        self._statistics.add("both_orders")
+        self._statistics.add("disagreed", (given - 0.5) * (swapped - 0.5) > 0)
+        return (1 + (given - swapped)) / 2  # exactly one half if both orders give the same
 
     def _probabilities(self, texts: list[Text]) -> dict[Text, float]:
-        """The probability of "first" for each text, nan where the model gives none."""
-        found: dict[Text, float] = {}
+        """The probability that the first answer of each text is better, nan if the model gives none."""
+        probabilities: dict[Text, float] = {}
         for batch in self._batches(sorted(texts, key=len, reverse=True)):
             log_odds_R = torch.tensor(self.reader.log_odds(batch), dtype=torch.float64)
             log_odds_R[~log_odds_R.isfinite()] = torch.nan
-            found.update(zip(batch, log_odds_R.sigmoid().tolist(), strict=True))
-        return found
+            probabilities.update(zip(batch, log_odds_R.sigmoid().tolist(), strict=True))
+        return probabilities
 
     def _batches(self, longest_first: list[Text]) -> Iterator[list[Text]]:
-        """Where nothing can be padded, only texts of one length are read together."""
+        """Split texts into batches. If the model cannot pad, a batch has only texts of the same length."""
         batch: list[Text] = []
         for text in longest_first:
             full = len(batch) == self.batch_size
@@ -177,7 +199,7 @@ class PairwiseModelJudge(PreferenceJudge):
 
 
 def _classes(kind: str) -> tuple[Any, Any]:
-    """What loads a model of this kind, and what reads with it."""
+    """The class that loads a model of this kind, and the class of its reader."""
     if kind == PAIRRM:
         from online_dpo.scoring.judges.pairwise.pairrm import (  # importing DeBERTa takes a while
             DebertaV2PairRM,

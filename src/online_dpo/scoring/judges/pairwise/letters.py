@@ -1,7 +1,8 @@
-"""Causal language models that answer with a letter which of two answers is better, as RLHFlow's preference models
-(Dong et al. 2024, "RLHF Workflow", arXiv 2405.07863).
+"""Causal language models that name the better of two answers with a letter, such as RLHFlow's preference models (Dong
+et al. 2024, "RLHF Workflow", arXiv 2405.07863).
 
-R is the texts of one forward pass, T their tokens, U the places of their last tokens, V the vocabulary.
+Shapes: ``R`` texts of one forward pass, ``T`` tokens of a text, ``U`` distinct positions of last tokens, ``V``
+vocabulary.
 """
 
 from __future__ import annotations
@@ -22,16 +23,17 @@ RLHFLOW = "[CONTEXT] {prompt} [RESPONSE A] {first} [RESPONSE B] {second} \n"
 
 
 class LetterReader:
-    """The log-odds are the difference of the two letters' logits for the next token.
+    """The reader of a causal language model: log-odds are the difference of two letters' logits for the next token.
 
-    The question is one message of a user in the tokenizer's chat template; without one, it is read as it is. With no
-    ``template`` it is RLHFlow's as published: with turns marked its own way, and no BOS.
+    The question is one user message in the tokenizer's chat template, or plain text if there is none. Without a
+    ``template`` it is RLHFlow's question as published, with its own marks for turns and without a BOS. See
+    :class:`PairwiseReader` for the members.
 
     Raises:
-        ValueError: a letter is not one token, or RLHFlow's question finds no chat template.
+        ValueError: a letter is not one token, or there is no chat template for RLHFlow's question.
     """
 
-    pads = True  # on the right, where a causal model's earlier tokens do not see it
+    pads = True  # on the right: in a causal model, earlier tokens do not attend to padding
 
     def __init__(
         self,
@@ -53,6 +55,7 @@ class LetterReader:
         self._first, self._second = (self._letter_id(letter) for letter in letters)
 
     def token_ids(self, comparisons: Sequence[Group]) -> list[Text]:
+        """The token ids of each comparison as a question."""
         chat = self.tokenizer.chat_template is not None
         texts = [
             self._in_chat(self._question(comparison)) if chat else self._question(comparison)
@@ -63,11 +66,12 @@ class LetterReader:
 
     @torch.no_grad()
     def log_odds(self, texts: Sequence[Text]) -> list[float]:
+        """The difference of the first and second letter's logits after each text."""
         ids_RT, mask_RT = padded(texts, fill=0, device=device_of(self.model))
-        places_U, place_R = (mask_RT.sum(1) - 1).unique(return_inverse=True)
-        output = self.model(input_ids=ids_RT, attention_mask=mask_RT, logits_to_keep=places_U, use_cache=False)
+        positions_U, index_R = (mask_RT.sum(1) - 1).unique(return_inverse=True)
+        output = self.model(input_ids=ids_RT, attention_mask=mask_RT, logits_to_keep=positions_U, use_cache=False)
         rows_R = torch.arange(len(texts), device=ids_RT.device)
-        logits_RV = output.logits[rows_R, place_R].float()
+        logits_RV = output.logits[rows_R, index_R].float()
         return (logits_RV[:, self._first] - logits_RV[:, self._second]).tolist()
 
     def _question(self, comparison: Group) -> str:
@@ -90,7 +94,7 @@ class LetterReader:
 
 
 def _turns(prompt: Prompt) -> str:
-    """A conversation in RLHFlow's marks."""
+    """A prompt as a conversation with RLHFlow's marks for turns."""
     messages = (
         [{"role": "user", "content": prompt.content}] if isinstance(prompt.content, str) else chat_messages(prompt)
     )

@@ -1,6 +1,7 @@
 """PairRM (Jiang et al. 2023, "LLM-Blender", arXiv 2306.02561) in the form of transformers, as in llm-blender/PairRM-hf.
 
-R is the texts of one forward pass, T their tokens, H the hidden size, N the tasks of the head (1 as published).
+Shapes: ``R`` texts of one forward pass, ``T`` tokens of a text, ``H`` hidden size, ``N`` tasks of the head (1 as
+published).
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ from online_dpo.types import Group
 
 MARKS = {"source_prefix_id": "<|source|>", "cand1_prefix_id": "<|candidate1|>", "cand2_prefix_id": "<|candidate2|>"}
 MAX_TOKENS = 2048
-"""Of the prompt and both answers in training. Positions are relative, so the config does not say it."""
+"""Length of prompt and both answers that the published model was trained with. The config does not say it, because
+positions are relative."""
 
 
 class DebertaV2PairRM(DebertaV2PreTrainedModel):
-    """An encoder of the prompt and both answers, each behind its mark. A head rates an answer from the last states at
-    the prompt's mark and at the answer's; the difference of both ratings is the log-odds of the first answer.
+    """The PairRM model: an encoder reads the prompt and both answers, each after a marker token.
 
-    The names of the class and of its parts are those of the published weights.
+    A head rates an answer from the last hidden states at the prompt's marker and at the answer's marker. The difference
+    of the two ratings is the log-odds that the first answer is better. The class and its parts have the names that are
+    in the published weights.
     """
 
     base_model_prefix = "pretrained_model"
@@ -44,27 +47,30 @@ class DebertaV2PairRM(DebertaV2PreTrainedModel):
         self.post_init()
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """The log-odds of each text; nan where a mark does not stand exactly once, as in an answer that writes one."""
+        """Compute log-odds of shape (R,); nan for a text in which a marker does not occur exactly once, for example
+        because an answer contains one."""
         states_RTH = self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         rows_R = torch.arange(len(input_ids), device=input_ids.device)
-        states, unclear_R = [], torch.zeros_like(rows_R, dtype=torch.bool)
+        states, ambiguous_R = [], torch.zeros_like(rows_R, dtype=torch.bool)
         for mark_id in self.mark_ids:
-            found_RT = input_ids == mark_id
-            unclear_R |= found_RT.sum(1) != 1
-            states.append(states_RTH[rows_R, found_RT.int().argmax(1)])
+            is_mark_RT = input_ids == mark_id
+            ambiguous_R |= is_mark_RT.sum(1) != 1
+            states.append(states_RTH[rows_R, is_mark_RT.int().argmax(1)])
         source_RH, first_RH, second_RH = states
         first_RN = self.head_layer(torch.cat([source_RH, first_RH], dim=-1))
         second_RN = self.head_layer(torch.cat([source_RH, second_RH], dim=-1))
-        return (first_RN - second_RN).mean(-1).float().masked_fill(unclear_R, torch.nan)
+        return (first_RN - second_RN).mean(-1).float().masked_fill(ambiguous_R, torch.nan)
 
 
 class PairRMReader:
-    """Prompt and answers are tokenised apart, each with the tokenizer's own ends: ``[CLS] <|source|> ... [SEP] [CLS]
-    <|candidate1|> ... [SEP] [CLS] <|candidate2|> ... [SEP]``. The published code cuts them to ``max_tokens``
-    altogether; here a longer comparison is not read.
+    """The reader of PairRM. See :class:`PairwiseReader` for its members.
+
+    Prompt and answers are tokenised separately, each with the tokenizer's special tokens: ``[CLS] <|source|> ... [SEP]
+    [CLS] <|candidate1|> ... [SEP] [CLS] <|candidate2|> ... [SEP]``. The published code truncates them to ``max_tokens``
+    in total; here a longer comparison is not read.
 
     Raises:
-        ValueError: the tokenizer does not know the marks by the ids that the config says.
+        ValueError: the tokenizer's ids of the marker tokens are not those of the config.
     """
 
     pads = True
@@ -83,6 +89,7 @@ class PairRMReader:
         self.max_tokens = max_tokens
 
     def token_ids(self, comparisons: Sequence[Group]) -> list[Text]:
+        """The token ids of each comparison, its three parts one after the other."""
         parts = [
             mark + text
             for comparison in comparisons
@@ -95,5 +102,6 @@ class PairRMReader:
 
     @torch.no_grad()
     def log_odds(self, texts: Sequence[Text]) -> list[float]:
+        """The log-odds that the first answer of each text is better, nan if a marker is ambiguous."""
         fill: Any = self.model.config.pad_token_id
         return self.model(*padded(texts, fill, device_of(self.model))).tolist()

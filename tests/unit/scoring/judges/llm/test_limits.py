@@ -13,7 +13,7 @@ import pytest
 
 from online_dpo.config.llm_judge import JudgeSettings
 from online_dpo.errors import FeedbackStopped
-from online_dpo.scoring.accounting import Tally
+from online_dpo.scoring.accounting import JudgeStatistics
 from online_dpo.scoring.event_loop import submit, wait_for
 from online_dpo.scoring.judges.llm import cache as judge_cache
 from online_dpo.scoring.judges.llm.client import ChatEndpoint
@@ -101,7 +101,7 @@ def test_rate_limits_hold_in_any_period(requests, tokens, most):
         settings = judge_of(endpoint).settings
 
         async def ask():
-            chat = ChatEndpoint(settings, RateLimiter(requests, tokens, period), Budget(None), Tally(()))
+            chat = ChatEndpoint(settings, RateLimiter(requests, tokens, period), Budget(None), JudgeStatistics(()))
             for _ in range(2 * most + 1):
                 await chat.ask("x" * 300, 4, 0.0)
 
@@ -116,7 +116,7 @@ def test_a_question_that_waits_for_a_limit_is_not_late():
         settings = judge_of(endpoint, question_timeout=0.2).settings
 
         async def ask():
-            chat = ChatEndpoint(settings, RateLimiter(1, None, 0.4), Budget(None), Tally(()))
+            chat = ChatEndpoint(settings, RateLimiter(1, None, 0.4), Budget(None), JudgeStatistics(()))
             return [(await chat.ask("x", 4, 0.0)).text for _ in range(3)]
 
         assert wait_for(submit(ask())) == ["A", "A", "A"]
