@@ -7,6 +7,7 @@ import math
 import pytest
 
 from online_dpo.cli.main import main
+from online_dpo.objective.losses import loss
 from online_dpo.rollout.engine import Engine
 from online_dpo.training.metric_registry import METRICS, metric, record_registered
 from online_dpo.training.metric_store import MetricStore
@@ -171,6 +172,21 @@ def test_a_loss(folder, tmp_path):
     also.train()
     log = next(log for log in also.state.log_history if "prompts" in log)
     assert log["loss"] == pytest.approx(0.2 * (0.25 * log["logps/chosen"] - log["logps/rejected"]), rel=1e-3)
+
+
+def test_a_loss_without_a_reference_or_labels(tmp_path):
+    @loss("likelihood", reads_reference=False, reads_labels=False)
+    def likelihood(pairs, options):
+        return -pairs.chosen_N
+
+    made = trainer(tmp_path, loss_type="likelihood", reference_free=True)
+    made.train()
+    log = next(log for log in made.state.log_history if "prompts" in log)
+    assert log["loss"] == pytest.approx(-log["logps/chosen"], rel=1e-5) and "objective/kl" not in log
+    with pytest.raises(ValueError, match="`label_smoothing` has no meaning for `loss_type='likelihood'`"):
+        config(tmp_path, loss_type="likelihood", label_smoothing=0.1)
+    with pytest.raises(ValueError, match="'likelihood' reads no reference"):
+        config(tmp_path, loss_type="likelihood", target_kl=1.0)
 
 
 def test_a_strategy_and_a_metric(folder):

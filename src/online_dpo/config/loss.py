@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from online_dpo.config.checking import check_numbers, epoch_values, nonempty_and_all, warn_ignored
 from online_dpo.config.field_specs import documented
+from online_dpo.config.registry import names_having
 
 if TYPE_CHECKING:
     from online_dpo.config.trainer_config import OnlineDPOConfig
@@ -26,6 +27,7 @@ LossType = Literal[
 ]
 LOSSES_WITHOUT_LABELS = ("sft",)
 LOSSES_WITHOUT_REFERENCE = ("simpo", "sft")
+"""Losses of this package that do not read the one or the other; those of plugins say so where they are registered."""
 
 
 @documented
@@ -83,6 +85,16 @@ class LossFields:
     """Switch dropout off in the policy and the reference."""
 
 
+def without_labels() -> set[str]:
+    """Losses that do not read which completion is the better one with what probability."""
+    return names_having("loss", "without labels", LOSSES_WITHOUT_LABELS)
+
+
+def without_reference() -> set[str]:
+    """Losses that do not read the reference."""
+    return names_having("loss", "without reference", LOSSES_WITHOUT_REFERENCE)
+
+
 def check_loss(args: OnlineDPOConfig) -> None:
     """Check the losses and the reference. Options of `sync_ref_model` give a warning without it.
 
@@ -118,11 +130,11 @@ def _check_losses(args: OnlineDPOConfig) -> None:
         )
     if "exo_pair" in names and args.label_smoothing == 0:
         raise ValueError("`exo_pair` is infinite for certain labels: set `label_smoothing`, for example to 1e-3.")
-    if set(names) <= set(LOSSES_WITHOUT_LABELS):
+    if set(names) <= without_labels():
         for name in ("label_smoothing", "label_temperature"):
             if getattr(args, name):
                 raise ValueError(f"`{name}` has no meaning for `loss_type={args.loss_type!r}`, which reads no labels.")
-    needing = [name for name in names if name not in LOSSES_WITHOUT_REFERENCE]
+    needing = [name for name in names if name not in without_reference()]
     if args.reference_free and (needing or args.sync_ref_model):
         needs = "`sync_ref_model`" if args.sync_ref_model else f"The loss `{needing[0]}`"
         raise ValueError(f"{needs} needs a reference; leave `reference_free` off.")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from online_dpo.config.checking import check_numbers, epoch_values, nonempty_and_all
 from online_dpo.config.field_specs import documented
-from online_dpo.config.loss import LOSSES_WITHOUT_REFERENCE
+from online_dpo.config.loss import without_reference
 
 if TYPE_CHECKING:
     from online_dpo.config.trainer_config import OnlineDPOConfig
@@ -114,7 +114,7 @@ def check_target_kl(args: OnlineDPOConfig) -> None:
     if isinstance(args.beta, (list, tuple)):
         raise ValueError("`target_kl` adapts `beta`, so that it cannot be a list by epochs; give one number.")
     needs_reference = importlib.import_module(HOME).METHODS[args.method].needs_reference
-    if not needs_reference and set(args.loss_types) <= set(LOSSES_WITHOUT_REFERENCE):
+    if not needs_reference and set(args.loss_types) <= without_reference():
         raise ValueError(
             f"`target_kl` needs a loss whose beta pulls towards the reference; {args.loss_type!r} reads no reference."
         )

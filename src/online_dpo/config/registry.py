@@ -28,11 +28,14 @@ class RegistryError(ValueError):
 
 @dataclass(frozen=True)
 class _Entry(Generic[T]):
-    """What is registered, the line that did it, and what is defined there, as ``module.name``."""
+    """What is registered, the line that did it, and what is defined there, as ``module.name``; and what the
+    configuration has to know of it.
+    """
 
     thing: T
     place: str
     definition: str | None
+    traits: frozenset[str]
 
 
 class Registry(Collection[str], Generic[T]):
@@ -52,7 +55,9 @@ class Registry(Collection[str], Generic[T]):
         self._entries: dict[str, _Entry[T]] = {}
         _REGISTRIES[kind] = self
 
-    def decorator(self, name: str, keep: Callable[[Any], T]) -> Callable[[Decorated], Decorated]:
+    def decorator(
+        self, name: str, keep: Callable[[Any], T], traits: Collection[str] = ()
+    ) -> Callable[[Decorated], Decorated]:
         """Decorates what is registered under ``name`` and leaves it as it is; ``keep(it)`` is what the registry holds.
 
         To be called by the function that a user calls, whose line is the place that messages name.
@@ -64,7 +69,7 @@ class Registry(Collection[str], Generic[T]):
             named = inspect.isclass(decorated) or inspect.isroutine(decorated)
             definition = f"{module}.{decorated.__qualname__}" if named else None  # pyright: ignore[reportAttributeAccessIssue]
             self._check_free(name, definition)
-            self._entries[name] = _Entry(keep(decorated), place, definition)
+            self._entries[name] = _Entry(keep(decorated), place, definition, frozenset(traits))
             return decorated
 
         return register
@@ -92,6 +97,10 @@ class Registry(Collection[str], Generic[T]):
 
     def __len__(self) -> int:
         return len({**self._modules, **self._entries})
+
+    def having(self, trait: str) -> list[str]:
+        """The registered names with this trait."""
+        return [name for name, entry in self._entries.items() if trait in entry.traits]
 
     def unknown(self, name: str) -> str:
         """What a message says of a name that nothing has."""
@@ -127,6 +136,12 @@ def known_names(field: str, built_in: Collection[str]) -> tuple[str, ...]:
     """The names that a field takes: those of this package, and for some fields what has been registered as well."""
     registered = _REGISTRIES.get(KINDS.get(field, ""), ())
     return tuple({**dict.fromkeys(built_in), **dict.fromkeys(registered)})
+
+
+def names_having(kind: str, trait: str, built_in: Collection[str]) -> set[str]:
+    """The names of this package that have a trait, and those that have been registered with it."""
+    registry = _REGISTRIES.get(kind)
+    return {*built_in, *(() if registry is None else registry.having(trait))}
 
 
 def unknown_name(kind: str, name: str) -> str | None:

@@ -26,16 +26,23 @@ PairLoss = Callable[[PairLogprobs, LossOptions], torch.Tensor]
 LOSSES: Registry[PairLoss] = Registry("loss")
 
 
-def loss(name: str) -> Callable[[PairLoss], PairLoss]:
+def loss(name: str, *, reads_reference: bool = True, reads_labels: bool = True) -> Callable[[PairLoss], PairLoss]:
     """Registers a loss; ``loss_type: name`` in a configuration then selects it.
 
     >>> @loss("mine")
     ... def mine(pairs, options): return -F.logsigmoid(options.beta * pairs.h_N)
 
+    Args:
+        reads_reference: without, it may be used with ``reference_free``.
+        reads_labels: without, ``label_smoothing`` and ``label_temperature`` are refused for it.
+
     Raises:
         RegistryError: the name is taken.
     """
-    return LOSSES.decorator(name, lambda function: function)
+    reads = {"without reference": reads_reference, "without labels": reads_labels}
+    return LOSSES.decorator(
+        name, lambda function: function, traits=[trait for trait, read in reads.items() if not read]
+    )
 
 
 @loss("sigmoid")
@@ -92,7 +99,7 @@ def exo_pair_loss(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
     return better_N + torch.sigmoid(-x_N) * (F.logsigmoid(-x_N) - (1 - label_N).log())
 
 
-@loss("simpo")
+@loss("simpo", reads_reference=False)
 def simpo_loss(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
     """SimPO: ``-log s(beta log pi(w) / |w| - beta log pi(l) / |l| - gamma)``, without a reference (Meng et al. 2024,
     arXiv 2405.14734).
@@ -104,7 +111,7 @@ def simpo_loss(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
     return _expected(certain, pairs, _smoothed(pairs, options))
 
 
-@loss("sft")
+@loss("sft", reads_reference=False, reads_labels=False)
 def sft_loss(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
     """The negative log-likelihood of the chosen completion per token, ``-log pi(w) / |w|``; it ignores the label's
     probability.

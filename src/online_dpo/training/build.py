@@ -1,4 +1,4 @@
-"""From the trainer's arguments to the parts that it composes: policy and reference."""
+"""From the trainer's arguments to the parts that it composes: policy, reference, sampler."""
 
 from __future__ import annotations
 

@@ -7,6 +7,17 @@ import pytest
 
 from online_dpo.config.registry import Registry, RegistryError, known_names, made_once, unknown_name
 
+LATE = """
+from online_dpo.config.registry import registries
+
+def toy(name):
+    [toys] = [one for one in registries() if one.kind == "toy"]
+    return toys.decorator(name, repr)
+
+@toy("late")
+class A: ...
+"""
+
 
 def toys(*modules):
     registry = Registry("toy", dict(modules))
@@ -42,11 +53,7 @@ def test_what_is_defined_again_replaces_itself():
 def test_a_registry_is_the_collection_of_its_names_and_imports_a_module_when_asked_for_it(tmp_path, monkeypatch):
     registry, toy = toys(("late", "a_late_toy"), ("later", "a_later_toy"))
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "a_late_toy.py").write_text(
-        "from online_dpo.config.registry import registries\n"
-        "def toy(name):\n    return next(r for r in registries() if r.kind == 'toy').decorator(name, repr)\n"
-        "@toy('late')\nclass A: ...\n"
-    )
+    (tmp_path / "a_late_toy.py").write_text(LATE)
     monkeypatch.delitem(sys.modules, "a_late_toy", raising=False)
     assert list(registry) == ["late", "later"] and len(registry) == 2 and "late" in registry and "never" not in registry
     assert "a_late_toy" not in sys.modules
@@ -59,12 +66,8 @@ def test_a_late_name_is_taken_before_its_module_is_imported(tmp_path, monkeypatc
     registry, toy = toys(("late", "a_second_late_toy"))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "a_second_late_toy", raising=False)
-    (tmp_path / "a_second_late_toy.py").write_text(
-        "from online_dpo.config.registry import registries\n"
-        "def toy(name):\n    return next(r for r in registries() if r.kind == 'toy').decorator(name, repr)\n"
-        "@toy('late')\nclass A: ...\n"
-    )
-    with pytest.raises(RegistryError, match=r"`late` is there already, registered at .*a_second_late_toy.py:4"):
+    (tmp_path / "a_second_late_toy.py").write_text(LATE)
+    with pytest.raises(RegistryError, match=r"`late` is there already, registered at .*a_second_late_toy.py:8"):
         toy("late")(sorted)
 
 

@@ -8,7 +8,13 @@ from typing import get_args
 import pytest
 import torch
 
-from online_dpo.config.loss import LOSSES_WITHOUT_LABELS, LOSSES_WITHOUT_REFERENCE, LossType
+from online_dpo.config.loss import (
+    LOSSES_WITHOUT_LABELS,
+    LOSSES_WITHOUT_REFERENCE,
+    LossType,
+    without_labels,
+    without_reference,
+)
 from online_dpo.objective.inputs import LossOptions, PairLogprobs, pair_logprobs
 from online_dpo.objective.losses import LOSSES, pair_losses
 from online_dpo.packing.pack import pack_pairs
@@ -51,6 +57,8 @@ def s(x):
 
 def test_every_name_of_the_configuration_is_a_loss():
     assert tuple(LOSSES) == get_args(LossType) and set(LOSSES_WITHOUT_LABELS) < set(LOSSES)
+    assert set(LOSSES.having("without labels")) == without_labels() == set(LOSSES_WITHOUT_LABELS)
+    assert set(LOSSES.having("without reference")) == without_reference() == set(LOSSES_WITHOUT_REFERENCE)
 
 
 @pytest.mark.smoke

@@ -5,15 +5,13 @@ Nothing heavy may be imported here: a plugin is imported once everything else ha
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from online_dpo.cli.runfile.entries import Entry, UsageError, entry_value
 from online_dpo.cli.runfile.references import ModuleReference, load_module
 from online_dpo.cli.runfile.schema import FieldSpec
-from online_dpo.cli.runfile.values import BadValue, alternatives, type_name
+from online_dpo.cli.runfile.values import BadValue
 from online_dpo.config.registry import KINDS, known_names, unknown_name
 
 FIELD = "plugins"
@@ -69,9 +67,9 @@ class Plugins:
     def _problems(self) -> Iterator[str]:
         for name, entry in (self.entries or {}).items():
             assert self.specs is not None
-            spec = open_field(self.specs[name])
+            spec = self.specs[name]
             try:
-                entry_value(replace(spec, choices=known_names(name, names_of(self.specs[name]))), entry)
+                entry_value(replace(spec, choices=known_names(name, spec.choices)), entry)
             except BadValue as problem:
                 yield f"{entry.where}: `{name}` {problem}"
         for name in self.names:
@@ -86,31 +84,4 @@ def are_given(entries: Mapping[str, Entry]) -> bool:
 
 def checked_later(specs: Mapping[str, FieldSpec]) -> dict[str, FieldSpec]:
     """The fields, those that plugins extend without their choices."""
-    return {name: open_field(spec) if name in KINDS else spec for name, spec in specs.items()}
-
-
-def open_field(spec: FieldSpec) -> FieldSpec:
-    """The field as one that takes any text where it takes certain names."""
-    return replace(spec, annotation=ast.unparse(_Opened().visit(ast.parse(spec.annotation))), choices=())
-
-
-def names_of(spec: FieldSpec) -> tuple[str, ...]:
-    """The names that a field takes: its choices, or those of its ``Literal``."""
-    kinds = alternatives(ast.parse(spec.annotation, mode="eval").body)
-    literals = [
-        ast.literal_eval(kind.slice)
-        for kind in kinds
-        if isinstance(kind, ast.Subscript) and type_name(kind) == "Literal"
-    ]
-    return tuple(
-        dict.fromkeys(
-            [*spec.choices, *(name for one in literals for name in (one if isinstance(one, tuple) else (one,)))]
-        )
-    )
-
-
-class _Opened(ast.NodeTransformer):
-    """``Literal['a']`` becomes ``str``."""
-
-    def visit_Subscript(self, node: ast.Subscript) -> Any:
-        return ast.Name("str") if ast.unparse(node.value) == "Literal" else self.generic_visit(node)
+    return {name: replace(spec, choices=()) if name in KINDS else spec for name, spec in specs.items()}
