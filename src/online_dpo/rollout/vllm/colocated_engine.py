@@ -93,7 +93,7 @@ class VLLMColocateEngine:
         self, prompts: Sequence[Prompt], num_completions: int, params: SamplingParams, key: RolloutKey
     ) -> list[Group]:
         """Samples K completions for each prompt; returns the groups in the prompts' order."""
-        from vllm import SamplingParams as VLLMParams  # pyright: ignore[reportMissingImports]
+        from vllm import SamplingParams as VLLMParams  # pyright: ignore
 
         assert self._version is not None, "sync comes before generate"
         requests = build_requests(prompts, num_completions, vllm_sampling(params), key)
@@ -190,7 +190,7 @@ def _start_vllm(folder: str, options: dict[str, Any]) -> Any:
         ValueError: vLLM cannot be imported.
     """
     try:
-        from vllm import LLM  # pyright: ignore[reportMissingImports]
+        from vllm import LLM  # pyright: ignore
     except ImportError as error:
         raise ValueError(
             f"`use_vllm` needs vLLM, which cannot be imported ({error_text(error)}). Install `online-dpo[vllm]`."
