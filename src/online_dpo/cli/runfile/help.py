@@ -49,7 +49,7 @@ GROUPS = {
     "data": "prompts to train and to evaluate on",
     "sampling": "how completions are sampled",
     "vllm": "sampling with vLLM",
-    "scoring": "rewards and judges: how completions are scored",
+    "scoring": "rewards and judges, which score completions",
     "pairs": "which completions become chosen and rejected",
     "gold": "a second scorer for evaluation, which training never uses",
     "loss": "what is minimised",

@@ -1,8 +1,8 @@
-"""``online-dpo schema``: a JSON Schema of run files, by which editors complete and check them.
+"""``online-dpo schema``: a JSON Schema of run files, with which editors complete and check them.
 
-It is made of the same fields as ``train --help``, and accepts the values that
-:func:`online_dpo.cli.runfile.values.convert` accepts. It knows one field at a time, and which settings belong to which
-judge: what else has to do with several fields or with this machine is checked when a run starts.
+It is built from the same fields as ``train --help``, and accepts the values that
+:func:`online_dpo.cli.runfile.values.convert` accepts. It checks each field alone, and the settings of a judge; all else
+that depends on several fields or on the machine is checked when a run starts.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ Schema = dict[str, Any]
 EXTENDABLE = ("loss_type", "pair_selection", "method")
 """Fields to whose names plugins add."""
 SUGGESTED = (*JUDGES, "template")
-"""Fields that take any text, such as a path, beside their choices."""
+"""Fields that accept any text, such as a path, in addition to their choices."""
 CHOICES_ELSEWHERE = {"report_to": ("none", "all", *TRACKERS, ""), **dict.fromkeys(JUDGES, (LLM,))}
-"""Choices that do not stand beside their field."""
+"""Choices of fields that are not defined with the field."""
 
 DIGITS = r"\d(_?\d)*"
 DECIMAL = rf"({DIGITS}\.?({DIGITS})?|\.{DIGITS})"
@@ -54,7 +54,7 @@ TEXTS_OF = {
         ),
     },
 }
-"""Texts that are taken for what they mean: YAML 1.1 reads ``5e-7`` as text, and YAML 1.2 ``yes``."""
+"""Texts that are converted to numbers and booleans: YAML 1.1 reads ``5e-7`` as text, and YAML 1.2 ``yes``."""
 ANY_TEXT = {"type": "string"}
 
 DESCRIPTION = (
@@ -76,7 +76,7 @@ def print_schema(words: Sequence[str]) -> int:
 
 
 def schema_text() -> str:
-    """The schema as it is printed, and as it stands in the package."""
+    """The schema as JSON text, as it is printed and as it is stored in the package."""
     return json.dumps(run_file_schema(load_fields()), indent=1) + "\n"
 
 
@@ -93,7 +93,7 @@ def run_file_schema(fields: Mapping[str, FieldSpec]) -> Schema:
 
 
 def field_schema(spec: FieldSpec, allowed: Range | None = None) -> Schema:
-    """The values that a field takes, its documentation and its default."""
+    """The schema of one field: its values, its documentation and its default."""
     spec = replace(spec, choices=CHOICES_ELSEWHERE.get(spec.name, spec.choices))
     options = _options(spec.annotation, spec, allowed)
     if any(word in FALSE_WORDS for option in options for word in option.get("enum", ())):

@@ -1,6 +1,6 @@
-"""Read a run file and the overrides behind it, and check everything that can be checked without torch.
+"""Reads a run file and the overrides on the command line, and checks all that can be checked without torch.
 
-All problems are found before any is reported, each with its file and line.
+All problems are collected before they are reported, each with its file and line.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ GOLD_REWARDS = ("eval_reward_funcs", "eval_reward_model_path")
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A checked run: its own fields, the training arguments that were given, and the code that it refers to."""
+    """A checked run: the fields of `RunConfig`, the given training arguments, and references to the user's code."""
 
     run: RunConfig
     training: dict[str, Any]
@@ -55,10 +55,10 @@ class RunPlan:
 
 
 def plan_run(run_file: Path | None, override_words: Sequence[str]) -> RunPlan:
-    """Check a run file and its overrides.
+    """Check a run file and its overrides, and return the plan of the run.
 
     Raises:
-        UsageError: with every problem found.
+        UsageError: something is wrong; it lists every problem.
     """
     problems: list[str] = []
     entries = read_run_file(run_file, problems) if run_file else {}
@@ -83,7 +83,7 @@ def plan_run(run_file: Path | None, override_words: Sequence[str]) -> RunPlan:
 
 
 class RunChecker:
-    """The checks of a run that look at several fields or at the disk. Local paths in ``values`` are completed."""
+    """Checks of a run that need several fields or the disk. Local paths in ``values`` are completed."""
 
     def __init__(self, entries: dict[str, Entry], values: dict[str, Any], run_file: Path | None) -> None:
         self.entries = entries
@@ -94,6 +94,7 @@ class RunChecker:
         self.judges: dict[str, Reference | BuiltInJudge] = {}
 
     def problems(self) -> Iterator[str]:
+        """Check everything and yield one line for each problem."""
         yield from self._missing()
         yield from self._mappings()
         for name in INPUT_PATHS:
@@ -115,6 +116,7 @@ class RunChecker:
             yield f"{self._where(name)}: {problem}"
 
     def warnings(self) -> Iterator[str]:
+        """Yield a line for each field that is ignored or likely to be a mistake."""
         for name in self.values:
             if (name.startswith("lora_") or name in OF_ADAPTERS) and not self.values.get("use_peft"):
                 yield f"{self._where(name)}: `{name}` is ignored without `use_peft`."
@@ -138,7 +140,7 @@ class RunChecker:
         return self.entries[name].where
 
     def _mappings(self) -> Iterator[str]:
-        """A mapping may be written as JSON text; what is no mapping is taken out."""
+        """Convert mappings that are written as JSON text, and remove values that are not mappings."""
         for name in JSON_TEXTS:
             value = self.values.get(name)
             if isinstance(value, str):
@@ -152,7 +154,7 @@ class RunChecker:
         for name, what in [("model_name_or_path", "the model to train"), ("dataset_name", "the prompts")]:
             if name not in self.entries:
                 yield f"{self.file}: `{name}` is missing: {what}."
-        # a scorer whose value is wrong was meant to be there: one problem is enough
+        # a scorer with a wrong value has been reported already: one problem is enough
         if all(name not in self.entries or self.values.get(name, name) in (None, []) for name in SCORERS):
             names = ", ".join(f"`{name}`" for name in SCORERS)
             yield f"{self.file}: nothing scores the completions. Give one of {names}."
@@ -175,14 +177,14 @@ class RunChecker:
             yield f"{self._where('eval_judge')}: `eval_judge` is given beside `{gold[0]}`. Give one of them."
 
     def judge_problems(self, name: str) -> Iterator[str]:
-        """What is wrong with ``judge`` or ``eval_judge``; if nothing is, it stands in ``judges``."""
+        """Check ``judge`` or ``eval_judge``; yield its problems, or add it to ``judges``."""
         if self._given(name):
             yield from self._judge(name)
 
     def _folders(self, name: str) -> list[Path]:
-        """Where relative paths of a field start: the run file's folder first, for a field that stands in it."""
-        beside_file = [self.file_folder] if self.file_folder and self.entries[name].words is None else []
-        return [*beside_file, Path()]
+        """Folders in which relative paths of a field are searched; for a field of the run file, its folder first."""
+        of_file = [self.file_folder] if self.file_folder and self.entries[name].words is None else []
+        return [*of_file, Path()]
 
     def _input_path(self, name: str) -> Iterator[str]:
         given = self.values[name]
@@ -233,7 +235,7 @@ class RunChecker:
                 [self.judges[name]] = self.references[name]
             return
         if f"{name}_kwargs" in self.entries and f"{name}_kwargs" not in self.values:
-            return  # they are no mapping, which has been said
+            return  # they are not a mapping, which has been reported
         where = self._where(f"{name}_kwargs" if options else name)
         try:
             self.judges[name] = plan_llm(options, folders) if model is None else plan_pairwise_model(model, options)
@@ -274,10 +276,10 @@ class RunChecker:
 
 
 def judge_of_run(path: Path) -> BuiltInJudge:
-    """The judge that a run file names.
+    """Read the judge of a run file.
 
     Raises:
-        UsageError: the file cannot be read, or it names none that this package brings.
+        UsageError: the file cannot be read, or its judge is not one of this package.
     """
     problems: list[str] = []
     entries = {
@@ -295,10 +297,11 @@ def judge_of_run(path: Path) -> BuiltInJudge:
 
 
 def holds_model(folder: Path) -> bool:
+    """Whether a folder contains a model or an adapter."""
     return any((folder / name).is_file() for name in MODEL_FILES)
 
 
 def looks_like_path(text: str) -> bool:
-    """Whether a name can only mean something on this disk: hub names are ``name`` or ``owner/name``."""
+    """Whether a text can only be a path on this disk: names on the hub are ``name`` or ``owner/name``."""
     is_file = text.removesuffix(".gz").endswith(DATA_SUFFIXES)
     return is_file or text.startswith(("/", "./", "../", "~")) or text.endswith("/") or text.count("/") > 1
