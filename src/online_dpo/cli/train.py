@@ -12,6 +12,8 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from online_dpo.cli.judging.plan import BuiltInJudge
+from online_dpo.cli.runfile.entries import UsageError
+from online_dpo.cli.runfile.plugins import RegisteredName
 from online_dpo.cli.runfile.references import Reference, load_reference
 from online_dpo.cli.runfile.run_config import RunConfig
 from online_dpo.cli.runfile.run_file import RunPlan
@@ -80,6 +82,7 @@ def build_trainer(plan: RunPlan, display: ProgressDisplay) -> OnlineDPOTrainer:
     Raises:
         ValueError, TypeError, OSError, ImportError, OnlineDPOError: the run cannot be set up as asked.
     """
+    plan.plugins.load()
     run = plan.run
     given = {name: value for name, value in plan.training.items() if name != "resume_from_checkpoint"}
     rewards = load_rewards(plan.reward_funcs, given.pop("reward_model_path", None))
@@ -150,14 +153,27 @@ def _peft_config(run: RunConfig) -> Any:
     )
 
 
-def load_rewards(functions: Sequence[Reference], reward_model: str | None) -> list[Any]:
+def load_rewards(functions: Sequence[Reference | RegisteredName], reward_model: str | None) -> list[Any]:
     """Load the reward functions and add the path of the reward model; all of them are summed."""
-    rewards: list[Any] = [load_reference(reference) for reference in functions]
+    rewards: list[Any] = [load_reward(function) for function in functions]
     return rewards if reward_model is None else [*rewards, reward_model]
 
 
-def load_judge(judge: Reference | BuiltInJudge, args: OnlineDPOConfig) -> Any:
-    """Load a judge of this package, or the user's own; a class is instantiated without arguments."""
+def load_reward(function: Reference | RegisteredName) -> Any:
+    """Load a reward function; a registered name is returned as text, since the trainer looks it up."""
+    return function.text if isinstance(function, RegisteredName) else load_reference(function)
+
+
+def load_judge(judge: Reference | RegisteredName | BuiltInJudge, args: OnlineDPOConfig) -> Any:
+    """Load a judge of this package, or the user's own; a class is instantiated without arguments.
+
+    A registered name is returned as text, since the trainer looks it up.
+
+    Raises:
+        ValueError, TypeError, OSError, ImportError: it cannot be loaded.
+    """
+    if isinstance(judge, RegisteredName):
+        return judge.text
     if isinstance(judge, BuiltInJudge):
         if judge.folder is None:
             return LLMJudge(**judge.options)
@@ -168,7 +184,10 @@ def load_judge(judge: Reference | BuiltInJudge, args: OnlineDPOConfig) -> Any:
 
 def report_error(error: BaseException, code: int, show_traceback: bool) -> int:
     """Print an error in one line, or its traceback, and return the exit code."""
-    if show_traceback:
+    if isinstance(error, UsageError):
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+    elif show_traceback:
         traceback.print_exception(error)
     else:
         message = error_text(error) if isinstance(error, EXPLAINED) else named_error(error)

@@ -5,12 +5,12 @@ A group checks its own fields in its own file. Nothing heavy may be imported her
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from online_dpo.config.field_specs import specs_of
+from online_dpo.config.registry import known_names, nearest
 
 if TYPE_CHECKING:
     from online_dpo.config.trainer_config import OnlineDPOConfig
@@ -29,7 +29,7 @@ def check_choices(args: OnlineDPOConfig) -> None:
         value = getattr(args, spec.name)
         may_be_unset = "None" in spec.annotation
         if spec.choices and not (value is None and may_be_unset):
-            check_choice(spec.name, value, spec.choices)
+            check_choice(spec.name, value, known_names(spec.name, spec.choices))
 
 
 def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
@@ -40,8 +40,7 @@ def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
     """
     for item in value if isinstance(value, (list, tuple)) else [value]:
         if item not in allowed:
-            close = difflib.get_close_matches(str(item), allowed, n=1)
-            hint = f" Did you mean `{close[0]}`?" if close else ""
+            hint = nearest(str(item), allowed)
             raise ValueError(f"`{name}` must be one of {', '.join(allowed)}; it is {item!r}.{hint}")
 
 

@@ -39,7 +39,7 @@ def check_names(args: OnlineDPOConfig) -> None:
     if args.deepspeed is not None:
         raise ValueError("`deepspeed` is not in this version. Use several processes without it (torchrun).")
     # vLLM is looked for by the trainer, that a configuration can be made where it is not
-    for _, problem in problems({**vars(args), "use_vllm": False}):
+    for _, problem in problems({**vars(args), "use_vllm": False, "engine": None}):
         raise ValueError(problem)
     backends = tuple(backend.value.lower() for backend in DynamoBackend)
     if args.torch_compile_backend is not None:

@@ -2,41 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import warnings
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from online_dpo.config.checking import check_numbers, epoch_values, nonempty_and_all
 from online_dpo.config.field_specs import documented
 from online_dpo.config.loss import LOSSES_WITHOUT_REFERENCE
-from online_dpo.config.sampling import SAMPLING_FIELDS
 
 if TYPE_CHECKING:
     from online_dpo.config.trainer_config import OnlineDPOConfig
 
 MethodName = Literal["online_dpo", "xpo", "nash_md"]
 
-READ_BY = {"xpo_alpha": "xpo", "mixture_coef": "nash_md"}
-NASH_MD_NEEDS = (
-    ("loss_type", "sigmoid", "its loss is a policy gradient"),
-    ("loss_weights", None, "its loss is a policy gradient"),
-    ("label_smoothing", 0.0, "its loss is a policy gradient"),
-    ("use_weighting", False, "its loss is a policy gradient"),
-    ("tie_policy", "skip", "a tie is a probability of one half, and is trained as that"),
-    ("min_margin", None, "a policy gradient without some of the pairs would be biased"),
-    ("max_margin", None, "a policy gradient without some of the pairs would be biased"),
-    ("max_length_ratio", None, "a policy gradient without some of the pairs would be biased"),
-    ("margin_weighting", False, "a policy gradient with weights would be biased"),
-    ("resample_rounds", 0, "a policy gradient of completions picked by their scores would be biased"),
-    ("max_staleness", 0, "a policy gradient needs completions of the present policy"),
-    ("use_vllm", False, "vLLM cannot sample from a mixture of two models"),
-    ("cache_implementation", None, "a mixture of two models is not sampled by `generate`"),
-)
-"""Fields that leave no choice: their value, and why."""
-NASH_MD_GENERATION = (*SAMPLING_FIELDS, "stop_strings", "eos_token_id")
-UNCHANGED: dict[str, Any] = dict(temperature=1.0, top_p=1.0, top_k=0, min_p=None, repetition_penalty=1.0)
-"""Sampling from the model's own distribution."""
+HOME = "online_dpo.methods"
+"""Where methods are looked for. The name is a string and imported late: methods stand on the stages, which stand on the
+configuration, so that an import at the top would be a circle.
+"""
 
 
 @documented
@@ -101,51 +85,19 @@ def check_method_numbers(args: OnlineDPOConfig) -> None:
 
 
 def check_method(args: OnlineDPOConfig) -> None:
-    """Check what the method demands of the configuration.
+    """Ask the method what it demands of the configuration.
 
     Raises:
         ValueError: a field contradicts the method. One that the method does not read gives a warning.
     """
+    methods = importlib.import_module(HOME).METHODS
     defaults: dict[str, Any] = {field.name: field.default_factory for field in fields(args)}
-    for name, method in READ_BY.items():
-        if args.method != method and epoch_values(getattr(args, name)) != defaults[name]():
-            warnings.warn(f"Ignored without `method={method!r}`: {name}.", stacklevel=4)
-    if args.method == "online_dpo":
-        return
-    if args.num_completions != 2:
-        raise ValueError(
-            f"`method={args.method!r}` compares one completion of the policy with one of its opponent: "
-            f"`num_completions` must be 2; it is {args.num_completions}."
-        )
-    if args.judge_top is not None:
-        raise ValueError(
-            f"`judge_top` picks among several completions of the policy, and `method={args.method!r}` has one of them; "
-            "leave it out."
-        )
-    if args.reference_free:
-        raise ValueError(f"`method={args.method!r}` needs a reference; leave `reference_free` off.")
-    if args.method == "nash_md":
-        _check_nash_md(args)
-
-
-def _check_nash_md(args: OnlineDPOConfig) -> None:
-    for name, needed, reason in NASH_MD_NEEDS:
-        if getattr(args, name) != needed:
-            raise ValueError(f"`method='nash_md'` needs `{name}` to be {needed!r}: {reason}.")
-    given: dict[str, Any] = {**(args.generation_kwargs or {})}  # pyright: ignore[reportGeneralTypeIssues]
-    for name in given:
-        if name not in NASH_MD_GENERATION:
-            raise ValueError(
-                f"`generation_kwargs` must not hold `{name}` with `method='nash_md'`: a mixture of two models is not "
-                f"sampled by `generate`. It knows {', '.join(NASH_MD_GENERATION)}."
-            )
-    changed = [name for name, value in UNCHANGED.items() if given.get(name, getattr(args, name)) != value]
-    if changed:
-        warnings.warn(
-            "`method='nash_md'` is a policy gradient, which takes completions for samples of the policy's own "
-            f"distribution. Set {', '.join(f'`{name}` to {UNCHANGED[name]}' for name in changed)}.",
-            stacklevel=5,
-        )
+    chosen = methods[args.method]
+    for method in map(methods.__getitem__, get_args(MethodName)):
+        for name in method.epoch_fields:
+            if name not in chosen.epoch_fields and epoch_values(getattr(args, name)) != defaults[name]():
+                warnings.warn(f"Ignored without `method={method.name!r}`: {name}.", stacklevel=4)
+    chosen.check(args)
 
 
 def check_target_kl(args: OnlineDPOConfig) -> None:
@@ -161,7 +113,8 @@ def check_target_kl(args: OnlineDPOConfig) -> None:
         return
     if isinstance(args.beta, (list, tuple)):
         raise ValueError("`target_kl` adapts `beta`, so that it cannot be a list by epochs; give one number.")
-    if args.method != "nash_md" and set(args.loss_types) <= set(LOSSES_WITHOUT_REFERENCE):
+    needs_reference = importlib.import_module(HOME).METHODS[args.method].needs_reference
+    if not needs_reference and set(args.loss_types) <= set(LOSSES_WITHOUT_REFERENCE):
         raise ValueError(
             f"`target_kl` needs a loss whose beta pulls towards the reference; {args.loss_type!r} reads no reference."
         )

@@ -178,6 +178,8 @@ def problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         colocated = flag != "use_vllm" or values.get("vllm_mode", "colocate") == "colocate"
         if values.get(flag) and colocated:
             yield from _needed(flag, "", needs)
+    if values.get("engine") == "vllm_colocate":
+        yield from _needed("engine", " 'vllm_colocate'", FLAGS["use_vllm"])
     options = values.get("model_init_kwargs")
     if isinstance(options, Mapping):
         yield from _of_model(options)

@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 
 from online_dpo.config.checking import check_choices
 from online_dpo.config.data import DataFields, check_data
+from online_dpo.config.engine import EngineFields, engine_name, settle_engine
 from online_dpo.config.feedback import FeedbackFields, check_feedback
 from online_dpo.config.hf_fields import check_hf_fields, check_names, check_processes
 from online_dpo.config.input import MAPPINGS, normalize_input
@@ -33,6 +34,7 @@ from online_dpo.versions import hand_on_checkpointing
 class OnlineDPOConfig(
     NamedArguments,
     VLLMFields,  # dataclasses put the fields of the last base class first
+    EngineFields,
     MethodFields,
     LossFields,
     FeedbackFields,
@@ -57,6 +59,7 @@ class OnlineDPOConfig(
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and _device_computes_in_bf16()
         normalize_input(self)
+        settle_engine(self)
         check_refused(self)
         check_names(self)
         hand_on_checkpointing(self)
@@ -97,6 +100,11 @@ class OnlineDPOConfig(
     def loss_types(self) -> list[str]:
         """``loss_type`` as a list."""
         return [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
+
+    @property
+    def engine_name(self) -> str:
+        """``engine``, or the name of what `use_vllm` and `vllm_mode` say."""
+        return engine_name(self.engine, self.use_vllm, self.vllm_mode)
 
     @property
     def vllm_server_urls(self) -> list[str]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.evaluation.records import EvalRecord, GoldRecord, judged_wins, win_share
 from online_dpo.scoring.assess import Assessor
-from online_dpo.scoring.judge_registry import build_judge, check_judge
+from online_dpo.scoring.judge_registry import build_judge, check_judge, registered_judge
 from online_dpo.scoring.judges.llm.judge import check_share
 from online_dpo.scoring.notes import nothing_noted
 from online_dpo.scoring.protocols import PairwiseScorer, PointwiseScorer
@@ -75,7 +75,7 @@ def check_gold(reward_funcs: Any, judge: Any, args: OnlineDPOConfig) -> None:
         raise ValueError("`eval_judge` compares with the reference, and with `reference_free` there is none.")
     if judge is not None:
         check_judge(judge, "eval_judge")
-        check_share(judge, args.world_size)
+        check_share(registered_judge(judge), args.world_size)
     if rewards is not None:
         check_scorers(rewards, None, _without_weights(args))
 

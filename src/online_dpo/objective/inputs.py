@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -68,7 +69,8 @@ class PairLogprobs:
 
 @dataclass(frozen=True)
 class LossOptions:
-    """The loss: a weighted sum of the losses named in ``terms``, and what they need to know.
+    """The loss: a weighted sum of the losses named in ``terms``, and what they need to know. ``own`` has the fields
+    that the run's method alone reads, as they are now.
 
     >>> LossOptions(terms=(("sigmoid", 1.0), ("sft", 0.2)), beta=0.1)
     """
@@ -79,12 +81,11 @@ class LossOptions:
     simpo_gamma: float = 0.5
     dpop_lambda: float = 50.0
     use_weighting: bool = False
-    method: str = "online_dpo"
-    xpo_alpha: float = 0.0
+    own: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def from_config(cls, args: OnlineDPOConfig) -> LossOptions:
-        """With beta and alpha of the first epoch; see `now`."""
+        """With the beta of the first epoch, and without the method's options; see `now`."""
         names = args.loss_types
         weights = args.loss_weights or [1.0] * len(names)
         return cls(
@@ -94,12 +95,11 @@ class LossOptions:
             simpo_gamma=args.simpo_gamma,
             dpop_lambda=args.dpop_lambda,
             use_weighting=args.use_weighting,
-            method=args.method,
-            xpo_alpha=args.at_epoch("xpo_alpha", 0),
         )
 
-    def now(self, beta: float, xpo_alpha: float) -> LossOptions:
-        return replace(self, beta=beta, xpo_alpha=xpo_alpha)
+    def now(self, beta: float, own: Mapping[str, float]) -> LossOptions:
+        """With this beta and these options of the method."""
+        return replace(self, beta=beta, own=own)
 
 
 def pair_logprobs(rows: PackedRows, policy: RowLogprobs, reference: RowLogprobs | None) -> PairLogprobs:

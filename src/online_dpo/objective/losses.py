@@ -1,7 +1,6 @@
 """Preference losses: pure functions of log-probabilities, one value a pair, and their registry.
 
-A new loss is one function, one line in `LOSSES` and its name in `config.loss.LossType`; a new method, what it
-minimises on such pairs, is one function and one line in `METHODS`.
+A new loss is one function with ``@loss`` above it; one of this package has its name in `config.loss.LossType` as well.
 
 Notation: ``w`` is the chosen completion and ``l`` the rejected one; ``r(y) = beta (log pi(y) - log pi_ref(y))`` is the
 implicit reward; ``h = (log pi(w) - log pi(l)) - (log pi_ref(w) - log pi_ref(l))``; ``s`` is the sigmoid; ``|y|`` is a
@@ -18,11 +17,28 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from online_dpo.config.registry import Registry
 from online_dpo.objective.inputs import LossOptions, PairLogprobs
 
 PairLoss = Callable[[PairLogprobs, LossOptions], torch.Tensor]
+"""From the numbers of N pairs to their losses, (N,)."""
+
+LOSSES: Registry[PairLoss] = Registry("loss")
 
 
+def loss(name: str) -> Callable[[PairLoss], PairLoss]:
+    """Registers a loss: ``loss_type: name`` in a configuration then chooses it.
+
+    >>> @loss("mine")
+    ... def mine(pairs, options): return -F.logsigmoid(options.beta * pairs.h_N)
+
+    Raises:
+        RegistryError: the name is taken.
+    """
+    return LOSSES.decorator(name, lambda function: function)
+
+
+@loss("sigmoid")
 def sigmoid_loss(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
     """DPO: ``-log s(beta h)`` (Rafailov et al. 2023, arXiv 2305.18290, equation 7).
 
@@ -31,6 +47,24 @@ def sigmoid_loss(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
     return _expected(lambda x: -F.logsigmoid(options.beta * x.h_N), pairs, _smoothed(pairs, options))
 
 
+@loss("ipo")
+def ipo_loss(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
+    """IPO: ``(h - 1 / (2 tau))^2`` with tau = beta (Azar et al. 2023, arXiv 2310.12036, equation 17).
+
+    ``h`` is the sum over tokens, as in the paper and in TRL's online trainer.
+    """
+    return _expected(lambda x: (x.h_N - 1 / (2 * options.beta)) ** 2, pairs, _smoothed(pairs, options))
+
+
+@loss("hinge")
+def hinge_loss(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
+    """SLiC's ``max(0, d - log pi(w) + log pi(l))`` (Zhao et al. 2023, arXiv 2305.10425) on log-probabilities relative
+    to the reference, with ``d = 1 / beta`` and times beta: ``max(0, 1 - beta h)``.
+    """
+    return _expected(lambda x: F.relu(1 - options.beta * x.h_N), pairs, _smoothed(pairs, options))
+
+
+@loss("robust")
 def robust_loss(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
     """Robust DPO: ``((1 - e) L(w, l) - e L(l, w)) / (1 - 2 e)``, with ``L`` the loss of DPO and ``e`` the share of
     labels that are wrong, ``label_smoothing`` (Chowdhury et al. 2024, arXiv 2403.00409).
@@ -43,73 +77,7 @@ def robust_loss(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
     return _expected(lambda x: -F.logsigmoid(options.beta * x.h_N), pairs, probability_N)
 
 
-def ipo_loss(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
-    """IPO: ``(h - 1 / (2 tau))^2`` with tau = beta (Azar et al. 2023, arXiv 2310.12036, equation 17).
-
-    ``h`` is the sum over tokens, as in the paper and in TRL's online trainer.
-    """
-    return _expected(lambda x: (x.h_N - 1 / (2 * options.beta)) ** 2, pairs, _smoothed(pairs, options))
-
-
-def hinge_loss(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
-    """SLiC's ``max(0, d - log pi(w) + log pi(l))`` (Zhao et al. 2023, arXiv 2305.10425) on log-probabilities relative
-    to the reference, with ``d = 1 / beta`` and times beta: ``max(0, 1 - beta h)``.
-    """
-    return _expected(lambda x: F.relu(1 - options.beta * x.h_N), pairs, _smoothed(pairs, options))
-
-
-def simpo_loss(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
-    """SimPO: ``-log s(beta log pi(w) / |w| - beta log pi(l) / |l| - gamma)``, without a reference (Meng et al. 2024,
-    arXiv 2405.14734).
-    """
-
-    def loss(x: PairLogprobs) -> torch.Tensor:
-        return -F.logsigmoid(options.beta * (x.mean_chosen_N - x.mean_rejected_N) - options.simpo_gamma)
-
-    return _expected(loss, pairs, _smoothed(pairs, options))
-
-
-def sft_loss(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
-    """``-log pi(w) / |w|``: likelihood of the chosen completion, whatever the label's probability.
-
-    Beside another loss it is the term of Pang et al. 2024 (arXiv 2404.19733).
-    """
-    return -pairs.mean_chosen_N
-
-
-def apo_zero_loss(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
-    """APO-zero: ``(1 - s(r(w))) + s(r(l))``, chosen up and rejected down, each against the reference (D'Oosterlinck et
-    al. 2024, arXiv 2408.06266; the paper leaves out the constant 1).
-    """
-
-    def loss(x: PairLogprobs) -> torch.Tensor:
-        return torch.sigmoid(-options.beta * x.chosen_ratio_N) + torch.sigmoid(options.beta * x.rejected_ratio_N)
-
-    return _expected(loss, pairs, _smoothed(pairs, options))
-
-
-def apo_down_loss(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
-    """APO-down: ``s(r(w)) + (1 - s(r(w) - r(l)))``, both down and the rejected one further (arXiv 2408.06266, which
-    leaves out the constant 1).
-    """
-
-    def loss(x: PairLogprobs) -> torch.Tensor:
-        return torch.sigmoid(options.beta * x.chosen_ratio_N) + torch.sigmoid(-options.beta * x.h_N)
-
-    return _expected(loss, pairs, _smoothed(pairs, options))
-
-
-def dpop_loss(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
-    """DPO-positive: ``-log s(beta (h - lambda max(0, log pi_ref(w) - log pi(w))))`` (Pal et al. 2024, arXiv
-    2402.13228): a price on making the chosen completion less likely than it was.
-    """
-
-    def loss(x: PairLogprobs) -> torch.Tensor:
-        return -F.logsigmoid(options.beta * (x.h_N - options.dpop_lambda * F.relu(-x.chosen_ratio_N)))
-
-    return _expected(loss, pairs, _smoothed(pairs, options))
-
-
+@loss("exo_pair")
 def exo_pair_loss(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
     """EXO of pairs: ``KL(f || q)``, where ``f = (s(beta h), s(-beta h))`` is what the policy makes of the pair and
     ``q = (p, 1 - p)`` the label, smoothed by ``label_smoothing`` (Ji et al. 2024, arXiv 2402.00856).
@@ -122,18 +90,61 @@ def exo_pair_loss(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
     return better_N + torch.sigmoid(-x_N) * (F.logsigmoid(-x_N) - (1 - label_N).log())
 
 
-LOSSES: dict[str, PairLoss] = {
-    "sigmoid": sigmoid_loss,
-    "ipo": ipo_loss,
-    "hinge": hinge_loss,
-    "robust": robust_loss,
-    "exo_pair": exo_pair_loss,
-    "simpo": simpo_loss,
-    "sft": sft_loss,
-    "apo_zero": apo_zero_loss,
-    "apo_down": apo_down_loss,
-    "dpop": dpop_loss,
-}
+@loss("simpo")
+def simpo_loss(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
+    """SimPO: ``-log s(beta log pi(w) / |w| - beta log pi(l) / |l| - gamma)``, without a reference (Meng et al. 2024,
+    arXiv 2405.14734).
+    """
+
+    def certain(x: PairLogprobs) -> torch.Tensor:
+        return -F.logsigmoid(options.beta * (x.mean_chosen_N - x.mean_rejected_N) - options.simpo_gamma)
+
+    return _expected(certain, pairs, _smoothed(pairs, options))
+
+
+@loss("sft")
+def sft_loss(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
+    """``-log pi(w) / |w|``: likelihood of the chosen completion, whatever the label's probability.
+
+    Beside another loss it is the term of Pang et al. 2024 (arXiv 2404.19733).
+    """
+    return -pairs.mean_chosen_N
+
+
+@loss("apo_zero")
+def apo_zero_loss(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
+    """APO-zero: ``(1 - s(r(w))) + s(r(l))``, chosen up and rejected down, each against the reference (D'Oosterlinck et
+    al. 2024, arXiv 2408.06266; the paper leaves out the constant 1).
+    """
+
+    def certain(x: PairLogprobs) -> torch.Tensor:
+        return torch.sigmoid(-options.beta * x.chosen_ratio_N) + torch.sigmoid(options.beta * x.rejected_ratio_N)
+
+    return _expected(certain, pairs, _smoothed(pairs, options))
+
+
+@loss("apo_down")
+def apo_down_loss(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
+    """APO-down: ``s(r(w)) + (1 - s(r(w) - r(l)))``, both down and the rejected one further (arXiv 2408.06266, which
+    leaves out the constant 1).
+    """
+
+    def certain(x: PairLogprobs) -> torch.Tensor:
+        return torch.sigmoid(options.beta * x.chosen_ratio_N) + torch.sigmoid(-options.beta * x.h_N)
+
+    return _expected(certain, pairs, _smoothed(pairs, options))
+
+
+@loss("dpop")
+def dpop_loss(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
+    """DPO-positive: ``-log s(beta (h - lambda max(0, log pi_ref(w) - log pi(w))))`` (Pal et al. 2024, arXiv
+    2402.13228): a price on making the chosen completion less likely than it was.
+    """
+
+    def certain(x: PairLogprobs) -> torch.Tensor:
+        return -F.logsigmoid(options.beta * (x.h_N - options.dpop_lambda * F.relu(-x.chosen_ratio_N)))
+
+    return _expected(certain, pairs, _smoothed(pairs, options))
 
 
 def pair_losses(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
@@ -141,44 +152,6 @@ def pair_losses(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
     losses = [weight * LOSSES[name](pairs, options) for name, weight in options.terms]
     total_N = torch.stack(losses).sum(dim=0)
     return total_N * policy_weights(pairs) if options.use_weighting else total_N
-
-
-def xpo_losses(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
-    """XPO: the losses of the pairs, plus ``alpha log pi(y)`` of the completion ``y`` that the reference wrote (Xie et
-    al. 2024, arXiv 2405.21046, algorithm 1, the update of the policy).
-
-    As it is minimised, what the reference would say anyhow becomes less likely, and the rest more: optimism about what
-    has not been tried.
-    """
-    chosen_N = torch.where(pairs.chosen_by_policy_N, 0.0, pairs.chosen_N)
-    rejected_N = torch.where(pairs.rejected_by_policy_N, 0.0, pairs.rejected_N)
-    return pair_losses(pairs, options) + options.xpo_alpha * (chosen_N + rejected_N)
-
-
-def nash_md_losses(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
-    """Nash-MD-PG: ``-(P(y > y') - 1/2 - beta log(pi(y) / pi_ref(y))) log pi(y)``, where the policy wrote ``y`` and its
-    opponent ``y'``, and no gradient flows into the bracket (Munos et al. 2023, arXiv 2312.00886, section 7: the
-    regularised policy gradient, with beta as its tau).
-
-    In expectation its gradient is that of ``beta KL(pi, pi_ref) - P(pi > opponent)``; its value means nothing. One half
-    is a baseline. Where the policy wrote both completions (in evaluation), it is the mean over both.
-    """
-
-    def loss(y: PairLogprobs) -> torch.Tensor:
-        """As if the policy had written the chosen completions."""
-        advantage_N = y.probability_N - 0.5 - options.beta * y.chosen_ratio_N
-        return torch.where(y.chosen_by_policy_N, -advantage_N.detach() * y.chosen_N, 0.0)
-
-    written_N = pairs.chosen_by_policy_N.float() + pairs.rejected_by_policy_N.float()
-    return (loss(pairs) + loss(pairs.exchanged())) / written_N.clamp(min=1.0)
-
-
-METHODS: dict[str, PairLoss] = {"online_dpo": pair_losses, "xpo": xpo_losses, "nash_md": nash_md_losses}
-
-
-def method_losses(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
-    """What the method of ``options`` minimises, (N,)."""
-    return METHODS[options.method](pairs, options)
 
 
 def policy_weights(pairs: PairLogprobs) -> torch.Tensor:
@@ -189,9 +162,9 @@ def policy_weights(pairs: PairLogprobs) -> torch.Tensor:
 
 
 def _expected(
-    loss: Callable[[PairLogprobs], torch.Tensor], pairs: PairLogprobs, probability_N: torch.Tensor
+    certain: Callable[[PairLogprobs], torch.Tensor], pairs: PairLogprobs, probability_N: torch.Tensor
 ) -> torch.Tensor:
-    return probability_N * loss(pairs) + (1 - probability_N) * loss(pairs.exchanged())
+    return probability_N * certain(pairs) + (1 - probability_N) * certain(pairs.exchanged())
 
 
 def _smoothed(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:

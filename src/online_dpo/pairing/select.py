@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from online_dpo.config.trainer_config import OnlineDPOConfig
-from online_dpo.pairing.strategies import FIRST_ALLOWED, STRATEGIES, Scored
+from online_dpo.pairing.strategies import STRATEGIES, Scored
 from online_dpo.stats.preference import sigmoid
-from online_dpo.types import Group, Pair, Pairing, Preference, Prompt, Scores, Verdicts
+from online_dpo.types import Group, Pair, Pairing, Preference, Prompt, Scores
 
 MISSING_SCORE = "missing_score"
 NO_ANSWER = "no_answer"
@@ -83,7 +83,7 @@ def pairs_from_scores(
         elif len(distinct) < 2:
             made.dropped[IDENTICAL] += 1
         elif not _all_equal(distinct):
-            picked = STRATEGIES[selection.strategy](distinct, draw(group.prompt))
+            picked = STRATEGIES[selection.strategy].pick(distinct, draw(group.prompt))
             _add([_candidate(group, values, *pick, selection) for pick in picked], made, selection)
         elif selection.tie_policy == "first":
             _add([_candidate(group, values, distinct[0], distinct[1], selection)], made, selection)
@@ -126,46 +126,6 @@ def pairs_from_preferences(
     return made
 
 
-def pairs_of_two(groups: Sequence[Group], assessment: Scores | Verdicts, temperature: float = 1.0) -> Pairing:
-    """Every group of two that something is said of as a pair with a probability: for `nash_md`, whose loss has a part
-    that does not depend on who wins.
-
-    Of scores the probability is the sigmoid of their difference over ``temperature`` (Bradley-Terry), with a judge the
-    judge's. Ties, and completions with the same tokens, are even. Without both scores, or an answer, a group is dropped
-    as ``missing_score`` or ``no_answer``.
-    """
-    made = Pairing()
-    for p, group in enumerate(groups):
-        scores = assessment.values[p] if isinstance(assessment, Scores) else [None, None]
-        probability = _first_is_better(assessment, p, temperature)
-        if probability is None:
-            made.dropped[MISSING_SCORE if isinstance(assessment, Scores) else NO_ANSWER] += 1
-            continue
-        if len({completion.token_ids for completion in group.completions}) == 1:
-            probability = 0.5
-        chosen, rejected = (0, 1) if probability >= 0.5 else (1, 0)
-        made.pairs.append(
-            Pair(group, chosen, rejected, scores[chosen], scores[rejected], max(probability, 1 - probability))
-        )
-    return made
-
-
-def _first_is_better(assessment: Scores | Verdicts, p: int, temperature: float) -> float | None:
-    """The probability that the first completion of group ``p`` is better than the second."""
-    if isinstance(assessment, Verdicts):
-        preference = assessment.preferences[p]
-        if preference is None:
-            return None
-        return preference.probability if preference.chosen == 0 else 1 - preference.probability
-    first, second = assessment.ranking[p]
-    if first is None or second is None:
-        return None
-    return sigmoid((first - second) / temperature)
-
-
-# --- groups that are answered again ----------------------------------------------------------------------------------
-
-
 def _all_equal(scored: Sequence[Scored]) -> bool:
     return len({score for score, _ in scored}) == 1
 
@@ -194,7 +154,7 @@ def _add(candidates: Sequence[Candidate], made: Pairing, selection: Selection) -
     objections = [_objection(pair, margin, selection) for pair, margin in candidates]
     kept = [pair for (pair, _), objection in zip(candidates, objections, strict=True) if objection is None]
     reasons = [objection for objection in objections if objection is not None]
-    if kept and selection.strategy in FIRST_ALLOWED:
+    if kept and STRATEGIES[selection.strategy].first_allowed:
         made.pairs.append(kept[0])
     elif kept:
         made.pairs.extend(kept)

@@ -4,46 +4,79 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from online_dpo.config.registry import Registry
 
 Scored = tuple[float, int]
 """A completion's score and its index in the group."""
 
+Pick = Callable[[Sequence[Scored], float], list[tuple[Scored, Scored]]]
+"""The pairs, each as chosen and rejected. The completions are distinct and their scores not all equal; the number is in
+[0, 1), another one for each prompt and step.
+"""
 
+
+@dataclass(frozen=True)
+class Strategy:
+    """Which completions of a group become pairs.
+
+    ``first_allowed``: only one pair is wanted, the first that no limit (`min_margin` ...) objects to.
+    """
+
+    pick: Pick
+    first_allowed: bool = False
+
+
+STRATEGIES: Registry[Strategy] = Registry("strategy")
+
+
+def strategy(name: str, *, first_allowed: bool = False) -> Callable[[Pick], Pick]:
+    """Registers a function that picks pairs: ``pair_selection: name`` in a configuration then chooses it.
+
+    >>> @strategy("mine")
+    ... def mine(scored, draw): return [(max(scored), min(scored))]
+
+    Raises:
+        RegistryError: the name is taken.
+    """
+    return STRATEGIES.decorator(name, lambda pick: Strategy(pick, first_allowed))
+
+
+@strategy("best_worst")
 def best_worst(scored: Sequence[Scored], draw: float) -> list[tuple[Scored, Scored]]:
+    """The highest against the lowest score."""
     return [(_best(scored), min(scored, key=lambda item: (item[0], -item[1])))]
 
 
+@strategy("best_random")
 def best_random(scored: Sequence[Scored], draw: float) -> list[tuple[Scored, Scored]]:
+    """The highest against a random lower one."""
     lower = _below_the_best(scored)
     return [(_best(scored), lower[int(draw * len(lower))])]
 
 
+@strategy("best_mean_minus_two_sigma")
 def best_mean_minus_two_sigma(scored: Sequence[Scored], draw: float) -> list[tuple[Scored, Scored]]:
-    """The worst of many samples says little about what the policy usually does wrong (arXiv 2502.16825)."""
+    """The highest against the one closest to the mean minus two standard deviations.
+
+    The worst of many samples says little about what the policy usually does wrong (arXiv 2502.16825).
+    """
     scores = [score for score, _ in scored]
     target = statistics.fmean(scores) - 2 * statistics.pstdev(scores)
     return [(_best(scored), min(_below_the_best(scored), key=lambda item: (abs(item[0] - target), -item[1])))]
 
 
+@strategy("all_pairs")
 def all_pairs(scored: Sequence[Scored], draw: float) -> list[tuple[Scored, Scored]]:
+    """Each against each lower one."""
     return [(better, worse) for better in scored for worse in scored if better[0] > worse[0]]
 
 
+@strategy("widest_allowed", first_allowed=True)
 def widest_allowed(scored: Sequence[Scored], draw: float) -> list[tuple[Scored, Scored]]:
     """All pairs, the widest first; what is trained is the first one that nothing objects to."""
     return sorted(all_pairs(scored, draw), key=lambda pair: (pair[1][0] - pair[0][0], pair[0][1], -pair[1][1]))
-
-
-Strategy = Callable[[Sequence[Scored], float], list[tuple[Scored, Scored]]]
-STRATEGIES: dict[str, Strategy] = {
-    "best_worst": best_worst,
-    "best_random": best_random,
-    "best_mean_minus_two_sigma": best_mean_minus_two_sigma,
-    "all_pairs": all_pairs,
-    "widest_allowed": widest_allowed,
-}
-FIRST_ALLOWED = ("widest_allowed",)
-"""Strategies that look for another pair where there is an objection to the first."""
 
 
 def _best(scored: Sequence[Scored]) -> Scored:

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from online_dpo.scoring.judge_registry import build_judge, check_judge, pairwise_scorer
+    from online_dpo.scoring.judge_registry import build_judge, check_judge, judge, pairwise_scorer
     from online_dpo.scoring.judges.adapters import FunctionJudge, JudgeScorer
     from online_dpo.scoring.judges.base import Judge
     from online_dpo.scoring.judges.llm.judge import LLMJudge, check_share
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         check_reward_columns,
         check_reward_path,
         check_scorers,
+        reward,
     )
     from online_dpo.scoring.rewards.combine import score_groups
     from online_dpo.scoring.rewards.function import FunctionScorer
@@ -55,11 +56,13 @@ __all__ = [
     "check_scorers",
     "check_share",
     "find_preferences",
+    "judge",
     "judge_the_top",
     "load_reward_model",
     "nothing_noted",
     "noting",
     "pairwise_scorer",
+    "reward",
     "score_groups",
 ]
 
@@ -87,11 +90,13 @@ _HOMES = {
     "check_scorers": "online_dpo.scoring.registry",
     "check_share": "online_dpo.scoring.judges.llm.judge",
     "find_preferences": "online_dpo.scoring.judges.tournament",
+    "judge": "online_dpo.scoring.judge_registry",
     "judge_the_top": "online_dpo.scoring.judges.top_k",
     "load_reward_model": "online_dpo.scoring.rewards.model",
     "nothing_noted": "online_dpo.scoring.notes",
     "noting": "online_dpo.scoring.notes",
     "pairwise_scorer": "online_dpo.scoring.judge_registry",
+    "reward": "online_dpo.scoring.registry",
     "score_groups": "online_dpo.scoring.rewards.combine",
 }
 

@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
-from transformers import (
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedTokenizerBase
 
 from online_dpo.config.llm_judge import LLM
+from online_dpo.config.registry import Registry, RegistryError, made_once, nearest
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.modeling.loading import check_model_path
 from online_dpo.scoring.judges.adapters import FunctionJudge, JudgeScorer, form_of, takes, takes_lists
 from online_dpo.scoring.judges.base import Judge
 from online_dpo.scoring.judges.pairwise.judge import PairwiseModelJudge
 from online_dpo.scoring.protocols import PairwiseScorer
+
+JUDGES: Registry[Callable[[], Any]] = Registry("judge")
+
+Decorated = TypeVar("Decorated")
+
+
+def judge(name: str) -> Callable[[Decorated], Decorated]:
+    """Register a judge of any form that a trainer accepts, so that ``judge="name"`` selects it in Python and in run
+    files.
+
+    A class is instantiated without arguments when it is first used.
+
+    >>> @judge("longer")
+    ... def longer(prompt, first, second): return float(len(first) > len(second))
+
+    Raises:
+        RegistryError: the name is taken.
+    """
+    if name == LLM:
+        raise RegistryError(f"a judge cannot be named `{LLM}`: that means a language model. Take another name.")
+    return JUDGES.decorator(name, made_once)
+
+
+def registered_judge(judge: Any) -> Any:
+    """The judge that is registered under a name; anything else is returned unchanged."""
+    return JUDGES[judge]() if isinstance(judge, str) and judge in JUDGES else judge
 
 
 def check_judge(judge: Any, argument: str) -> None:
@@ -25,9 +51,12 @@ def check_judge(judge: Any, argument: str) -> None:
         TypeError: ``judge`` is neither a path nor of a form that :func:`pairwise_scorer` accepts.
         ValueError: the folder does not exist, or it is the name of a judge that needs settings.
     """
+    judge = registered_judge(judge)
     if judge == LLM:
         raise ValueError(f"A language model as `{argument}` needs settings: give `LLMJudge(model=..., ...)`.")
     if isinstance(judge, str):
+        if not os.path.exists(os.path.expanduser(judge)) and nearest(judge, JUDGES):
+            raise ValueError(f"`{argument}`: there is no folder {judge!r}, and {JUDGES.unknown(judge)}")
         check_model_path(judge, argument)
         return
     known = isinstance(judge, (Judge, PairwiseScorer))
@@ -50,6 +79,7 @@ def pairwise_scorer(
     Raises:
         TypeError: ``judge`` has none of these forms.
     """
+    judge = registered_judge(judge)
     check_judge(judge, "judge")
     if isinstance(judge, PairwiseScorer):
         return judge
@@ -65,6 +95,7 @@ def build_judge(judge: Any, tokenizer: PreTrainedTokenizerBase, args: OnlineDPOC
     Raises:
         TypeError, ValueError, OSError: see :func:`check_judge` and :meth:`PairwiseModelJudge.load`.
     """
+    judge = registered_judge(judge)
     check_judge(judge, "judge")
     if isinstance(judge, str):
         return PairwiseModelJudge.load(judge, args.device)

@@ -7,11 +7,12 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from online_dpo.config.registry import Registry, made_once, nearest
 from online_dpo.config.requirements import adapter_problem
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.foreign import callable_name
@@ -22,6 +23,25 @@ from online_dpo.scoring.rewards.model import RewardModelScorer, check_reward_mod
 
 RewardFunc = str | nn.Module | Callable[..., Any] | PointwiseScorer
 """Path or hub name of a reward model, a loaded reward model, a function, or the user's own scorer."""
+
+REWARDS: Registry[Callable[[], RewardFunc]] = Registry("reward")
+
+Decorated = TypeVar("Decorated")
+
+
+def reward(name: str) -> Callable[[Decorated], Decorated]:
+    """Register a reward function or scorer, so that ``reward_funcs="name"`` selects it in Python and in run files.
+
+    A class is instantiated without arguments when it is first used.
+
+    >>> @reward("brevity")
+    ... def brevity(completions, **columns): return [-len(text) for text in completions]
+
+    Raises:
+        RegistryError: the name is taken.
+    """
+    return REWARDS.decorator(name, made_once)
+
 
 ProcessingClasses = PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase | None] | None
 
@@ -159,6 +179,8 @@ def _check_reward(reward: Any, tokenizer: PreTrainedTokenizerBase | None) -> Non
 def _check_path(path: str) -> None:
     expanded = os.path.expanduser(path)
     if not os.path.exists(expanded):
+        if nearest(path, REWARDS):
+            raise ValueError(f"Reward model `{path}` does not exist, and {REWARDS.unknown(path)}")
         if looks_local(path) or not path:
             raise ValueError(f"Reward model `{path}` does not exist. Give a folder, or a hub name such as `org/model`.")
         return
@@ -171,7 +193,9 @@ def _check_path(path: str) -> None:
 
 
 def _as_list(reward_funcs: RewardFunc | Sequence[RewardFunc]) -> list[RewardFunc]:
-    return list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]  # pyright: ignore[reportReturnType]
+    """The rewards, with what is registered in the place of its name."""
+    rewards: list[Any] = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+    return [REWARDS[one]() if isinstance(one, str) and one in REWARDS else one for one in rewards]
 
 
 def _tokenizers(processing_classes: ProcessingClasses, count: int) -> list[PreTrainedTokenizerBase | None]:

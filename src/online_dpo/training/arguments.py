@@ -19,7 +19,7 @@ from online_dpo.modeling.loading import check_model_path
 from online_dpo.rollout.params import SamplingParams
 from online_dpo.rollout.vllm.client import VLLMClient
 from online_dpo.rollout.vllm.requests import vllm_sampling
-from online_dpo.scoring.judge_registry import check_judge
+from online_dpo.scoring.judge_registry import check_judge, registered_judge
 from online_dpo.scoring.judges.llm.judge import check_share
 from online_dpo.scoring.protocols import ChatTemplateScorer, PointwiseScorer
 from online_dpo.scoring.registry import check_reward_columns, check_reward_path, check_scorers
@@ -163,7 +163,7 @@ def choose_scorers(reward_funcs: Any, reward_model: Any, judge: Any, args: Onlin
         ignored = [name for name in REWARD_FIELDS if getattr(args, name) != getattr(type(args), name)]
         if ignored:
             warnings.warn(f"Ignored without a reward: {', '.join(ignored)}.", stacklevel=3)
-    return rewards, judge
+    return rewards, registered_judge(judge)
 
 
 def longest_sequence(args: OnlineDPOConfig) -> int | None:

@@ -1,11 +1,11 @@
-"""From the trainer's arguments to the parts that it composes: policy, reference, engine, opponent."""
+"""From the trainer's arguments to the parts that it composes: policy and reference."""
 
 from __future__ import annotations
 
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -40,15 +40,10 @@ from online_dpo.modeling.reference import (
     frozen_copy,
     trains_base_weights,
 )
-from online_dpo.rollout.builtin.engine import TransformersEngine
-from online_dpo.rollout.builtin.mixture import MixtureEngine
-from online_dpo.rollout.engine import Engine
-from online_dpo.rollout.opponent import ModelOpponent, Opponent, SelfPlay
 from online_dpo.rollout.params import SamplingParams
+from online_dpo.rollout.registry import build_engine, built_in_engine
 from online_dpo.rollout.sampler import Sampler
 from online_dpo.rollout.sync_check import SyncCheck
-from online_dpo.rollout.vllm.colocated_engine import VLLMColocateEngine
-from online_dpo.rollout.vllm.server_engine import VLLMServerEngine
 from online_dpo.training.arguments import is_peft_model_object, longest_sequence
 from online_dpo.training.policy_checks import check_unmerged, warn_of_auxiliary_loss
 from online_dpo.training.trained import check_trained
@@ -177,50 +172,6 @@ def _own_model(model: nn.Module, policy: nn.Module, args: OnlineDPOConfig, descr
         return FrozenReference(model, description)
     alpha, every = args.ref_model_mixup_alpha, args.ref_model_sync_steps
     return SyncedReference(model, policy, alpha, every, description)
-
-
-def build_engine(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, args: OnlineDPOConfig) -> Engine:
-    """What samples completions: the policy itself, or vLLM in this process or as servers.
-
-    Raises:
-        ValueError: vLLM is not installed, or its options do not fit this machine.
-        RolloutServerError: a server cannot be reached, or takes no weights.
-    """
-    if not args.use_vllm:
-        return built_in_engine(policy, tokenizer, args)
-    if args.vllm_mode == "colocate":
-        return VLLMColocateEngine(policy, tokenizer, args)
-    return VLLMServerEngine(args.vllm_server_urls, tokenizer, args)
-
-
-def built_in_engine(model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: OnlineDPOConfig) -> TransformersEngine:
-    """Samples from this model itself."""
-    static_steps = None if args.cuda_graphs else False
-    return TransformersEngine(model, tokenizer, args.rollout_batch_size, static_steps=static_steps)
-
-
-def build_opponent(
-    policy: nn.Module,
-    reference: Reference,
-    tokenizer: PreTrainedTokenizerBase,
-    args: OnlineDPOConfig,
-    epoch: Callable[[], float],
-) -> Opponent:
-    """Whose completion the policy's is compared with: nobody's but its own, the reference's, or that of a mixture.
-
-    Raises:
-        ValueError: policy and reference cannot be mixed.
-    """
-    if args.method == "online_dpo":
-        return SelfPlay()
-    if args.method == "xpo":
-        with reference.active() as model:
-            return ModelOpponent(built_in_engine(model, tokenizer, args), "reference", reference.active)
-
-    def share() -> float:
-        return args.at_epoch("mixture_coef", epoch())
-
-    return ModelOpponent(MixtureEngine(policy, reference.active, share, tokenizer, args.rollout_batch_size), "mixture")
 
 
 def train_on_one_device_per_process(args: OnlineDPOConfig) -> None:

@@ -26,6 +26,7 @@ from online_dpo.rollout.params import RolloutKey, Stream
 from online_dpo.rollout.sampler import Sampler
 from online_dpo.scoring.assess import Assessor
 from online_dpo.scoring.notes import noting
+from online_dpo.training.metric_registry import METRICS, record_registered
 from online_dpo.training.metric_store import MetricStore
 from online_dpo.training.metrics import record_counts, record_notes, record_pairs, record_resampling, record_rollout
 from online_dpo.training.stopwatch import PhaseTimer
@@ -111,6 +112,9 @@ class FeedbackCollector:
         assert feedback.pairing is not None
         self.last = feedback
         self._record(fetched, feedback, waited)
+        if len(METRICS):
+            pairing, step = feedback.pairing, self._step
+            self.errors.run(lambda: record_registered(self.metrics, feedback, pairing, step))
         return feedback.pairing, fetched.num_batches
 
     def _fetch(self, step: int, batches: Batches, num_batches: int) -> Fetched | None:

@@ -14,6 +14,7 @@ from transformers import TrainerState
 
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.distributed.collectives import max_over_ranks, sum_over_ranks
+from online_dpo.methods.base import Method
 from online_dpo.modeling.borrowing import eval_mode
 from online_dpo.modeling.forward_path import ModelContext, PathChoice
 from online_dpo.modeling.logprobs import row_logprobs
@@ -21,7 +22,6 @@ from online_dpo.modeling.onednn import onednn_linears
 from online_dpo.modeling.reference import Reference
 from online_dpo.objective.beta import Beta
 from online_dpo.objective.inputs import LossOptions, pair_logprobs
-from online_dpo.objective.losses import method_losses
 from online_dpo.packing.microbatches import passes_needed, split_pairs
 from online_dpo.packing.pack import as_inputs, by_group, pack_groups, pack_pairs, stand_in
 from online_dpo.training.metric_store import MetricStore
@@ -53,6 +53,7 @@ class ObjectiveStep:
 
     Args:
         args: the run's configuration.
+        method: what is minimised on the pairs.
         reference: lends the reference model.
         beta: beta as it is now.
         accelerator: mixed precision and ranks.
@@ -64,6 +65,7 @@ class ObjectiveStep:
     def __init__(
         self,
         args: OnlineDPOConfig,
+        method: Method,
         reference: Reference,
         beta: Beta,
         accelerator: Accelerator,
@@ -71,7 +73,7 @@ class ObjectiveStep:
         phase: PhaseTimer,
         state: Callable[[], TrainerState],
     ) -> None:
-        self.args, self.reference, self.beta = args, reference, beta
+        self.args, self.method, self.reference, self.beta = args, method, reference, beta
         self.accelerator, self.metrics, self.phase, self._state = accelerator, metrics, phase, state
         self.options = LossOptions.from_config(args)
         self.choice = PathChoice(accelerator.device, args.share_prompts)
@@ -134,7 +136,7 @@ class ObjectiveStep:
             reference = self._reference_logprobs(rows)  # first: no activations of the policy are held meanwhile
         policy = row_logprobs(model, rows, chunked=self.choice.path.chunked)
         options = self._options_now()
-        loss_N = method_losses(pair_logprobs(rows, policy, reference), options)
+        loss_N = self.method.losses(pair_logprobs(rows, policy, reference), options)
         total = (loss_N * rows.weight_N).sum()
         if num_items_in_batch is None:
             loss = total / _or_one(rows.weight_N.sum())
@@ -155,7 +157,7 @@ class ObjectiveStep:
 
     def _options_now(self) -> LossOptions:
         epoch = self._state().epoch or 0.0
-        return self.options.now(self.beta.at(epoch), self.args.at_epoch("xpo_alpha", epoch))
+        return self.options.now(self.beta.at(epoch), self.method.epoch_options(self.args, epoch))
 
 
 def _or_one(total: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from online_dpo.config.trainer_config import OnlineDPOConfig
-from online_dpo.pairing.select import Selection, pairs_from_preferences, pairs_from_scores, pairs_of_two
+from online_dpo.methods.base import Method
+from online_dpo.pairing.select import Selection
 from online_dpo.rollout.builtin.random_numbers import uniform_numbers
 from online_dpo.rollout.params import RolloutKey, Stream
 from online_dpo.types import Group, Pairing, Prompt, Scores, Verdicts
@@ -17,19 +18,15 @@ class PairFormer:
     Random choices depend on the run's seed, the step and the prompt alone, never on how often pairs are formed.
     """
 
-    def __init__(self, args: OnlineDPOConfig) -> None:
-        self._args = args
+    def __init__(self, method: Method, args: OnlineDPOConfig) -> None:
+        self._method, self._seed = method, args.seed
         self._selection = Selection.from_config(args)
 
     def __call__(self, groups: Sequence[Group], assessment: Scores | Verdicts, step: int) -> Pairing:
         """Returns the pairs of the groups, and why the other groups were dropped."""
-        if self._args.method == "nash_md":
-            return pairs_of_two(groups, assessment, self._args.label_temperature or 1.0)
-        if isinstance(assessment, Verdicts):
-            return pairs_from_preferences(groups, assessment.preferences, self._selection, assessment.scores)
-        key = RolloutKey(self._args.seed, step, Stream.PAIRING)
+        key = RolloutKey(self._seed, step, Stream.PAIRING)
 
         def draw(prompt: Prompt) -> float:
             return float(uniform_numbers(key, prompt.row, sample=0, count=1)[0])
 
-        return pairs_from_scores(groups, assessment, self._selection, draw)
+        return self._method.form_pairs(groups, assessment, self._selection, draw)

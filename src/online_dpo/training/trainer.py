@@ -39,6 +39,7 @@ from online_dpo.evaluation.overoptimization import OveroptimisationGuard
 from online_dpo.evaluation.predictions import Predictions, named_metrics
 from online_dpo.evaluation.records import mean_notes, prefixed, summarise
 from online_dpo.foreign import foreign
+from online_dpo.methods import METHODS
 from online_dpo.modeling.borrowing import eval_mode, restores_models_on_error
 from online_dpo.modeling.known_tokens import check_options, check_policy
 from online_dpo.modeling.reference import ReferenceSteps
@@ -56,7 +57,6 @@ from online_dpo.training.arguments import (
     tokenizer_of,
 )
 from online_dpo.training.build import (
-    build_opponent,
     build_policy,
     build_reference,
     build_reference_answers,
@@ -197,7 +197,10 @@ class OnlineDPOTrainer(GuardedTrainer):
         self.add_callback(ReferenceSteps(self.reference))
         self.sampler = build_sampler(policy, vocabulary, tokenizer, args, self.accelerator)
         self.reference_answers = build_reference_answers(self.reference, self.sampler, tokenizer, args)
-        self.opponent = build_opponent(policy, self.reference, tokenizer, args, lambda: self.state.epoch or 0.0)
+        self.method = METHODS[args.method]
+        self.opponent = self.method.build_opponent(
+            policy, self.reference, tokenizer, args, epoch=lambda: self.state.epoch or 0.0
+        )
 
     def _build_feedback(
         self, reward_funcs: Any, processing_classes: Any, judge: Any, eval_reward_funcs: Any, eval_judge: Any
@@ -219,7 +222,7 @@ class OnlineDPOTrainer(GuardedTrainer):
 
     def _compose(self) -> None:
         """Puts the stages together."""
-        args, form_pairs = self.args, PairFormer(self.args)
+        args, form_pairs = self.args, PairFormer(self.method, self.args)
         assessor = Assessor.from_config(self.scorers, self.judge, args)
         self.adaptive_beta = Beta(args, lambda: self.metrics.take_mean(STEP_KL))
         self.add_callback(self.adaptive_beta)
@@ -236,7 +239,14 @@ class OnlineDPOTrainer(GuardedTrainer):
             Progress(lambda: self.state, lambda: self.holds_evaluation_weights),
         )
         self.objective = ObjectiveStep(
-            args, self.reference, self.adaptive_beta, self.accelerator, self.metrics, self.phase, lambda: self.state
+            args,
+            self.method,
+            self.reference,
+            self.adaptive_beta,
+            self.accelerator,
+            self.metrics,
+            self.phase,
+            lambda: self.state,
         )
         self.evaluator = Evaluator(
             args.num_completions,

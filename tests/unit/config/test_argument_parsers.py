@@ -82,6 +82,7 @@ SAMPLES: dict[str, tuple[list[str], Any]] = {
     "ref_model_mixup_alpha": (["0.3"], 0.3),
     "ref_model_sync_steps": (["16"], 16),
     "disable_dropout": (["false"], False),
+    "engine": (["transformers"], "transformers"),
     "method": (["xpo"], "xpo"),
     "xpo_alpha": (["1e-4", "1e-5"], [1e-4, 1e-5]),
     "mixture_coef": (["0.25"], 0.25),

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from online_dpo.config.method import MethodName
+from online_dpo.methods import METHODS
+from online_dpo.methods.nash_md import pairs_of_two
 from online_dpo.objective.inputs import LossOptions, PairLogprobs, pair_logprobs
-from online_dpo.objective.losses import METHODS, method_losses, pair_losses
+from online_dpo.objective.losses import pair_losses
 from online_dpo.packing.pack import pack_pairs
-from online_dpo.pairing.select import pairs_of_two
 from online_dpo.rollout.opponent import joined
 from online_dpo.training.metric_store import MetricStore
 from online_dpo.training.metrics import record_loss, record_pairs, record_rollout, trained_kl
@@ -34,8 +35,8 @@ def pair(policy_wrote, probability=1.0):
     return PairLogprobs(chosen_N, rejected_N, **doubles, chosen_by_policy_N=own[0], rejected_by_policy_N=own[1])
 
 
-def loss_and_slopes(made, **options):
-    loss_N = method_losses(made, LossOptions(**options))
+def loss_and_slopes(made, method, **options):
+    loss_N = METHODS[method].losses(made, LossOptions(**options))
     return loss_N.item(), [g.item() for g in torch.autograd.grad(loss_N.sum(), (made.chosen_N, made.rejected_N))]
 
 
@@ -53,7 +54,7 @@ def test_every_name_of_the_configuration_is_a_method():
 )
 def test_xpo_is_dpo_plus_alpha_times_the_references_log_probability(policy_wrote, explored, slopes):
     made = pair(policy_wrote)
-    loss, got = loss_and_slopes(made, method="xpo", beta=0.2, xpo_alpha=0.01)
+    loss, got = loss_and_slopes(made, method="xpo", beta=0.2, own={"xpo_alpha": 0.01})
     assert loss == pytest.approx(-log(s(0.2 * H)) + 0.01 * explored)
     pull = 0.2 * s(-0.2 * H)  # DPO's own slopes are -pull and +pull
     assert got == pytest.approx([-pull + slopes[0], pull + slopes[1]])
@@ -61,18 +62,18 @@ def test_xpo_is_dpo_plus_alpha_times_the_references_log_probability(policy_wrote
 
 def test_descending_xpos_term_alone_makes_the_references_completion_less_likely_and_leaves_the_policys_alone():
     for policy_wrote, k in (((True, False), 1), ((False, True), 0)):
-        with_term = loss_and_slopes(pair(policy_wrote), method="xpo", xpo_alpha=0.3)[1]
-        without = loss_and_slopes(pair(policy_wrote), method="xpo", xpo_alpha=0.0)[1]
+        with_term = loss_and_slopes(pair(policy_wrote), method="xpo", own={"xpo_alpha": 0.3})[1]
+        without = loss_and_slopes(pair(policy_wrote), method="xpo", own={"xpo_alpha": 0.0})[1]
         assert with_term[k] - without[k] == pytest.approx(0.3) and with_term[1 - k] == without[1 - k]
 
 
 def test_xpo_takes_any_loss_of_pairs_and_is_that_where_the_policy_wrote_both():
-    options = dict(terms=(("ipo", 1.0), ("sft", 0.5)), method="xpo", xpo_alpha=0.1, beta=0.2)
+    options = dict(terms=(("ipo", 1.0), ("sft", 0.5)), own={"xpo_alpha": 0.1}, beta=0.2)
     made = pair((True, False), probability=0.8)
     plain = pair_losses(made, LossOptions(**options)).item()
-    assert loss_and_slopes(made, **options)[0] == pytest.approx(plain + 0.1 * L)
+    assert loss_and_slopes(made, "xpo", **options)[0] == pytest.approx(plain + 0.1 * L)
     assert plain == pytest.approx(0.8 * (H - 2.5) ** 2 + 0.2 * (-H - 2.5) ** 2 + 0.5 * 3 / 4)
-    assert loss_and_slopes(pair((True, True), probability=0.8), **options)[0] == pytest.approx(plain)
+    assert loss_and_slopes(pair((True, True), probability=0.8), "xpo", **options)[0] == pytest.approx(plain)
 
 
 # Nash-MD --------------------------------------------------------------------------------------------------------------
@@ -122,7 +123,7 @@ def test_the_expectation_of_nash_mds_gradient_is_that_of_preference_and_kl():
                 torch.tensor([not better]),
             )
             probability = (policy_Y[y].exp() * opponent_Y[z]).detach()
-            total = total + probability * method_losses(made, LossOptions(method="nash_md", beta=0.3)).sum()
+            total = total + probability * METHODS["nash_md"].losses(made, LossOptions(beta=0.3)).sum()
     [got] = torch.autograd.grad(total, logits_Y)
     torch.testing.assert_close(got, expected)
 

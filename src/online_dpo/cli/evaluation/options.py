@@ -55,7 +55,7 @@ RUN_FIELDS = (
     *("reward_weights", "reward_batch_size", "missing_eos_penalty", "length_penalty", "share_prompts"),
     *("dtype", "attn_implementation", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_compute_dtype"),
     *("use_bnb_nested_quant", "bnb_4bit_quant_storage"),
-    *("model_init_kwargs", "trust_remote_code", "bf16", "fp16", "use_cpu"),
+    *("model_init_kwargs", "trust_remote_code", "bf16", "fp16", "use_cpu", "plugins"),
 )
 """Fields of a run file that an evaluation reads, from the file or from the command line."""
 

@@ -11,6 +11,7 @@ from online_dpo.cli.evaluation.options import CALLED_HERE, FROM_THE_RUN, RUN_FIE
 from online_dpo.cli.judging.plan import BuiltInJudge
 from online_dpo.cli.runfile.entries import Entry, UsageError, read_overrides, read_run_file, read_values
 from online_dpo.cli.runfile.model_options import OF_4BIT, QUANTISATION, model_init_kwargs, model_problems
+from online_dpo.cli.runfile.plugins import Plugins, RegisteredName, are_given, checked_later
 from online_dpo.cli.runfile.references import Reference, parse_reference
 from online_dpo.cli.runfile.run_file import GOLD_REWARDS, MODEL_FILES, RunChecker, holds_model, looks_like_path
 from online_dpo.cli.runfile.schema import FieldSpec, load_fields, read_fields_of
@@ -19,7 +20,7 @@ from online_dpo.config import requirements
 HELP = "online-dpo eval --help"
 NO_ARGUMENTS = (
     *("judge", "judge_kwargs", "dataset_config", "dataset_test_split", "dataset_types", "dtype", "attn_implementation"),
-    *(*QUANTISATION, *OF_4BIT),
+    *(*QUANTISATION, *OF_4BIT, "plugins"),
 )
 OF_TRAINING = ("reward_weights", "missing_eos_penalty", "length_penalty")
 """Fields that are part of the training score: used with the run's own scorers, or if the command line gives them."""
@@ -47,8 +48,9 @@ class EvalPlan:
     model: str
     against: str
     prompts: PromptSet
-    rewards: tuple[Reference | str, ...]
-    judge: Reference | BuiltInJudge | None
+    rewards: tuple[Reference | RegisteredName | str, ...]
+    judge: Reference | RegisteredName | BuiltInJudge | None
+    plugins: Plugins
     trained_on: bool
     training: dict[str, Any]
     options: EvalConfig
@@ -66,9 +68,9 @@ def plan_eval(run_file: Path | None, words: Sequence[str]) -> EvalPlan:
         UsageError: something is wrong; it lists every problem.
     """
     problems: list[str] = []
-    known = load_fields()
     entries = read_run_file(run_file, problems) if run_file else {}
     given = read_overrides(words, problems)
+    known = checked_later(load_fields()) if are_given({**entries, **given}) else load_fields()
     for name in [name for name in given if name in FROM_THE_RUN]:
         hint = f"Here it is `{CALLED_HERE[name]}`." if name in CALLED_HERE else f"See: {HELP}"
         problems.append(f"{given.pop(name).where}: `{name}` is read from the run file alone. {hint}")
@@ -93,7 +95,7 @@ class EvalChecker(RunChecker):
         judge_is_new = "judge" in given and ("judge" not in in_file or in_file["judge"].value != values.get("judge"))
         if judge_is_new and "judge_kwargs" not in given:
             values.pop("judge_kwargs", None)  # those of another judge
-        self.rewards: list[Reference | str] = []
+        self.rewards: list[Reference | RegisteredName | str] = []
         self.scored_by = ""
         self.model = self.against = ""
         self.prompts: PromptSet | None = None
@@ -101,6 +103,7 @@ class EvalChecker(RunChecker):
     def problems(self) -> Iterator[str]:
         """Check everything and yield one line for each problem."""
         yield from self._mappings()
+        yield from self._plugins()
         yield from self._scoring()
         yield from self._models()
         yield from self._prompts()
@@ -135,6 +138,7 @@ class EvalChecker(RunChecker):
             prompts=self.prompts,
             rewards=tuple(self.rewards),
             judge=self.judges.get(self.scored_by),
+            plugins=self.plugins(),
             trained_on=trained_on,
             training={
                 name: self.values[name]

@@ -13,9 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from online_dpo.cli.evaluation.plan import EvalPlan
-from online_dpo.cli.runfile.references import Reference, load_reference
 from online_dpo.cli.terminal.progress import no_progress_bars, plain_warnings
-from online_dpo.cli.train import SETUP_ERRORS, load_judge, load_tokenizer, report_error
+from online_dpo.cli.train import SETUP_ERRORS, load_judge, load_reward, load_tokenizer, report_error
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.data.load import load_prompts
 from online_dpo.data.prompts import PREPARED_COLUMNS
@@ -102,7 +101,8 @@ def set_up(plan: EvalPlan) -> Setup:
         ValueError, TypeError, OSError, ImportError, OnlineDPOError: something cannot be used as asked; raised before
             the models are loaded.
     """
-    rewards = [load_reference(reward) if isinstance(reward, Reference) else reward for reward in plan.rewards]
+    plan.plugins.load()
+    rewards = [reward if isinstance(reward, str) else load_reward(reward) for reward in plan.rewards]
     args = OnlineDPOConfig(**{**plan.training, "report_to": [], "disable_tqdm": True})
     tokenizers = [load_tokenizer(path, args) for path in (plan.model, plan.against)]
     shared = same_vocabulary(*tokenizers)

@@ -115,7 +115,7 @@ def read_values(
             problems.append(f"{entry.where}: `{name}` is not a field.{hint}")
             continue
         try:
-            values[name] = _value(spec, entry)
+            values[name] = entry_value(spec, entry)
         except BadValue as problem:
             problems.append(f"{entry.where}: `{name}` {problem}")
     return values
@@ -128,7 +128,12 @@ def _keys(value: Any) -> Iterator[str]:
         yield from _keys(item)
 
 
-def _value(spec: FieldSpec, entry: Entry) -> Any:
+def entry_value(spec: FieldSpec, entry: Entry) -> Any:
+    """The value of an entry in its field's type.
+
+    Raises:
+        BadValue: the field takes no such value.
+    """
     return convert(spec, entry.value) if entry.words is None else convert_words(spec, list(entry.words))
 
 

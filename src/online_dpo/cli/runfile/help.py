@@ -55,6 +55,7 @@ GROUPS = {
     "loss": "what is minimised",
     "method": "Online DPO, XPO or Nash-MD; an adapting beta",
     "training": "batches, memory and speed",
+    "plugins": "Python files that add losses, strategies, methods, engines, rewards, judges and metrics",
     "guards": "conditions that stop a run",
 }
 """Groups of fields and their headings, in the order of the help text."""

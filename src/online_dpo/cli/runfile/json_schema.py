@@ -16,17 +16,19 @@ from typing import Any
 
 from online_dpo.cli.judging.plan import PAIRWISE_OPTIONS
 from online_dpo.cli.parser import OneLineParser, with_hyphens
+from online_dpo.cli.runfile.plugins import FIELD
 from online_dpo.cli.runfile.run_config import COUNTS
 from online_dpo.cli.runfile.run_file import JSON_TEXTS, JUDGES, SCORERS
 from online_dpo.cli.runfile.schema import FieldSpec, load_fields, read_fields_of
 from online_dpo.cli.runfile.values import FALSE_WORDS, TRUE_WORDS, alternatives, type_name
 from online_dpo.config.hf_ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, RANGES, Range
 from online_dpo.config.llm_judge import ABOVE_ZERO, AT_LEAST_ONE, LLM, NOT_NEGATIVE, TEMPLATES
+from online_dpo.config.registry import KINDS
 from online_dpo.config.requirements import TRACKERS
 
 Schema = dict[str, Any]
 
-EXTENDABLE = ("loss_type", "pair_selection", "method")
+EXTENDABLE = tuple(KINDS)
 """Fields to whose names plugins add."""
 SUGGESTED = (*JUDGES, "template")
 """Fields that accept any text, such as a path, in addition to their choices."""
@@ -87,7 +89,7 @@ def run_file_schema(fields: Mapping[str, FieldSpec]) -> Schema:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "description": DESCRIPTION,
         **_mapping(fields, ranges),
-        "allOf": [_scored(), *(_settings_of(name) for name in JUDGES)],
+        "allOf": [_scored(), *(_settings_of(name) for name in JUDGES), _known_names(fields)],
         "$defs": {**{_text_of(name): text for name, text in TEXTS_OF.items()}, **_judges()},
     }
 
@@ -131,6 +133,18 @@ def _scored() -> Schema:
     return {
         "if": {"properties": {name: {"enum": [None, []]} for name in SCORERS}},
         "then": {"const": None, "errorMessage": message},  # no run file is null
+    }
+
+
+def _known_names(fields: Mapping[str, FieldSpec]) -> Schema:
+    """Without plugins there are only the names of this package."""
+    specs = [replace(fields[name], name="") for name in EXTENDABLE]  # by their names they are open
+    strict = {
+        name: _any_of(_options(spec.annotation, spec, None)) for name, spec in zip(EXTENDABLE, specs, strict=True)
+    }
+    return {
+        "if": {"properties": {FIELD: {"enum": [None, []]}}},
+        "then": {"properties": strict},
     }
 
 

@@ -7,6 +7,7 @@ import importlib
 import importlib.machinery
 import importlib.util
 import sys
+import traceback
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,47 @@ class Reference:
     module: str | None
 
 
+@dataclass(frozen=True)
+class ModuleReference:
+    """A file or module that is to be imported. Exactly one of ``file`` and ``module`` is set."""
+
+    text: str
+    file: Path | None
+    module: str | None
+
+
+def parse_module(text: str, folders: Sequence[Path]) -> ModuleReference:
+    """Check, without importing it, that a file or module is there. A relative file is looked for in ``folders``.
+
+    Raises:
+        ValueError: no such file or module, or it is no valid Python. The message reads on from the text.
+    """
+    if text.endswith(".py"):
+        file = _find_file(text, folders)
+        _parsed(file, text)
+        return ModuleReference(text, file.resolve(), None)
+    if not all(part.isidentifier() for part in text.split(".")):
+        raise ValueError("wanted: `file.py` or `package.module`")
+    if (source := _locate_module(text)) is not None:
+        _parsed(source, text)
+    return ModuleReference(text, None, text)
+
+
+def load_module(reference: ModuleReference) -> Any:
+    """Import a file or module. Modules are looked for in the working folder as well.
+
+    Raises:
+        ValueError: importing the user's code failed; the message says in which line, and the cause is chained.
+    """
+    try:
+        return _import_file(reference.file) if reference.file else _import_module(reference.module)
+    except (Exception, SystemExit) as problem:  # anything may happen in the user's own code
+        frames = traceback.extract_tb(problem.__traceback__)
+        own = [frame.lineno for frame in frames if reference.file and frame.filename == str(reference.file)]
+        line = f" in line {own[-1]}" if own else ""
+        raise ValueError(f"importing `{reference.text}` failed{line}: {named_error(problem)}") from problem
+
+
 def parse_reference(text: str, folders: Sequence[Path]) -> Reference:
     """Split a reference and check, without importing, that its file or module defines the name.
 
@@ -47,10 +89,7 @@ def parse_reference(text: str, folders: Sequence[Path]) -> Reference:
     if not (colon and place and name.isidentifier()):
         raise ValueError(f"wanted: `file.py:function` or `package.module:function`{_meant(text)}")
     if place.endswith(".py"):
-        candidates = [folder / Path(place).expanduser() for folder in folders]
-        file = next((path for path in candidates if path.is_file()), None)
-        if file is None:
-            raise ValueError(f"there is no file {' or '.join(dict.fromkeys(map(str, candidates)))}")
+        file = _find_file(place, folders)
         _check_defines(file, name, names=place)
         return Reference(text, name, file=file.resolve(), module=None)
     if not all(part.isidentifier() for part in place.split(".")):
@@ -84,6 +123,14 @@ def load_reference(reference: Reference) -> Any:
         return getattr(module, reference.name)
     except (Exception, SystemExit) as problem:  # the user's code may raise anything
         raise ValueError(f"importing `{reference.text}` failed: {named_error(problem)}") from problem
+
+
+def _find_file(text: str, folders: Sequence[Path]) -> Path:
+    candidates = [folder / Path(text).expanduser() for folder in folders]
+    file = next((path for path in candidates if path.is_file()), None)
+    if file is None:
+        raise ValueError(f"there is no file {' or '.join(dict.fromkeys(map(str, candidates)))}")
+    return file
 
 
 def _import_file(file: Path) -> Any:
@@ -127,12 +174,15 @@ def _locate_module(name: str) -> Path | None:
     return Path(spec.origin) if spec.origin and spec.origin.endswith(".py") else None
 
 
-def _check_defines(file: Path, name: str, names: str) -> None:
+def _parsed(file: Path, names: str) -> ast.Module:
     try:
-        tree = ast.parse(file.read_text(encoding="utf-8"), filename=names)
+        return ast.parse(file.read_text(encoding="utf-8"), filename=names)
     except (SyntaxError, UnicodeDecodeError, ValueError) as problem:
         raise ValueError(f"`{names}` is no valid Python: {problem}") from None
-    defined = list(_defined_names(tree.body))
+
+
+def _check_defines(file: Path, name: str, names: str) -> None:
+    defined = list(_defined_names(_parsed(file, names).body))
     if name not in defined and "*" not in defined and "__getattr__" not in defined:
         public = ", ".join(found for found in defined if not found.startswith("_"))
         raise ValueError(f"`{names}` defines no `{name}`" + (f"; it defines: {public}" if public else ""))

@@ -115,6 +115,13 @@ class RunConfig:
     eval_limit: int | None = None
     """Evaluate on this many rows at most."""
 
+    # --- plugins ----------------------------------------------------------------------------------------------------
+
+    plugins: list[str] | None = None
+    """Files (`my_loss.py`) or modules (`package.module`) that are imported before the run is built. What they register
+    can be named by `loss_type`, `pair_selection`, `method`, `engine`, `reward_funcs`, `judge` and their gold
+    counterparts; a metric is recorded. Files are looked for as those of `reward_funcs`."""
+
     # --- adapters ---------------------------------------------------------------------------------------------------
 
     use_peft: bool = False

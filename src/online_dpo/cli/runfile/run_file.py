@@ -14,13 +14,15 @@ from typing import Any
 from online_dpo.cli.judging.plan import BuiltInJudge, plan_llm, plan_pairwise_model
 from online_dpo.cli.runfile.entries import COMMAND_LINE, Entry, UsageError, read_overrides, read_run_file, read_values
 from online_dpo.cli.runfile.model_options import ignored_options, model_init_kwargs, model_problems
-from online_dpo.cli.runfile.references import Reference, parse_reference
+from online_dpo.cli.runfile.plugins import FIELD, Plugin, Plugins, RegisteredName, are_given, checked_later
+from online_dpo.cli.runfile.references import Reference, parse_module, parse_reference
 from online_dpo.cli.runfile.run_config import COUNTS, RunConfig
 from online_dpo.cli.runfile.schema import load_fields
 from online_dpo.config import requirements
 from online_dpo.config.hf_ranges import out_of_range
 from online_dpo.config.input import MAPPINGS, mapping_from_text
 from online_dpo.config.llm_judge import LLM
+from online_dpo.config.registry import KINDS
 
 MODEL_FILES = ("config.json", "adapter_config.json")
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
@@ -47,10 +49,11 @@ class RunPlan:
 
     run: RunConfig
     training: dict[str, Any]
-    reward_funcs: tuple[Reference, ...]
-    judge: Reference | BuiltInJudge | None
-    eval_reward_funcs: tuple[Reference, ...]
-    eval_judge: Reference | BuiltInJudge | None
+    reward_funcs: tuple[Reference | RegisteredName, ...]
+    judge: Reference | RegisteredName | BuiltInJudge | None
+    eval_reward_funcs: tuple[Reference | RegisteredName, ...]
+    eval_judge: Reference | RegisteredName | BuiltInJudge | None
+    plugins: Plugins
     warnings: tuple[str, ...]
 
 
@@ -63,7 +66,8 @@ def plan_run(run_file: Path | None, override_words: Sequence[str]) -> RunPlan:
     problems: list[str] = []
     entries = read_run_file(run_file, problems) if run_file else {}
     entries |= read_overrides(override_words, problems)
-    values = read_values(entries, load_fields(), problems, help_command="online-dpo train --help")
+    specs = checked_later(load_fields()) if are_given(entries) else load_fields()
+    values = read_values(entries, specs, problems, help_command="online-dpo train --help")
     checker = RunChecker(entries, values, run_file)
     problems.extend(checker.problems())
     if problems:
@@ -78,6 +82,7 @@ def plan_run(run_file: Path | None, override_words: Sequence[str]) -> RunPlan:
         judge=checker.judges.get("judge"),
         eval_reward_funcs=tuple(checker.references.get("eval_reward_funcs", ())),
         eval_judge=checker.judges.get("eval_judge"),
+        plugins=checker.plugins(),
         warnings=tuple(checker.warnings()),
     )
 
@@ -90,13 +95,15 @@ class RunChecker:
         self.values = values
         self.file = str(run_file) if run_file else COMMAND_LINE
         self.file_folder = run_file.parent if run_file else None
-        self.references: dict[str, list[Reference]] = {}
-        self.judges: dict[str, Reference | BuiltInJudge] = {}
+        self.references: dict[str, list[Reference | RegisteredName]] = {}
+        self.judges: dict[str, Reference | RegisteredName | BuiltInJudge] = {}
+        self.modules: list[Plugin] = []
 
     def problems(self) -> Iterator[str]:
         """Check everything and yield one line for each problem."""
         yield from self._missing()
         yield from self._mappings()
+        yield from self._plugins()
         for name in INPUT_PATHS:
             if self._given(name):
                 yield from self._input_path(name)
@@ -208,14 +215,41 @@ class RunChecker:
             what = "a folder, or a name on the hub" if "model" in name else "a file or folder, or a name on the hub"
             yield f"{self._where(name)}: `{name}` is {given!r}, but there is no {places}. Give {what}."
 
+    def plugins(self) -> Plugins:
+        """What is imported before the run is built, and the names that are checked only then."""
+        if not self.modules:
+            return Plugins()
+        names = [found for references in self.references.values() for found in references]
+        return Plugins(
+            tuple(self.modules),
+            {name: entry for name, entry in self.entries.items() if name in KINDS},
+            load_fields(),
+            tuple(name for name in names if isinstance(name, RegisteredName)),
+        )
+
+    def _plugins(self) -> Iterator[str]:
+        for text in self.values.get(FIELD) or []:
+            try:
+                self.modules.append(Plugin(self._where(FIELD), parse_module(text, self._folders(FIELD))))
+            except ValueError as problem:
+                yield f"{self._where(FIELD)}: `{FIELD}` {text!r}: {problem}."
+
     def _references(self, name: str) -> Iterator[str]:
         texts = self.values[name] if isinstance(self.values[name], list) else [self.values[name]]
         self.references[name] = []
         for text in texts:
+            if self._may_be_registered(text):
+                kind = "judge" if name in JUDGES else "reward"
+                self.references[name].append(RegisteredName(self._where(name), name, kind, text))
+                continue
             try:
                 self.references[name].append(parse_reference(text, self._folders(name)))
             except ValueError as problem:
                 yield f"{self._where(name)}: `{name}` {text!r}: {problem}."
+
+    def _may_be_registered(self, text: str) -> bool:
+        """Whether a plugin may register what is called so: no place in the text, as `file.py:name` has one."""
+        return bool(self._given(FIELD)) and ":" not in text and "/" not in text and not text.endswith(".py")
 
     def _judge(self, name: str) -> Iterator[str]:
         text, options = self.values[name], self.values.get(f"{name}_kwargs") or {}
@@ -223,7 +257,7 @@ class RunChecker:
         candidates = [folder / Path(text).expanduser() for folder in folders]
         model = None if text == LLM else next((path for path in candidates if path.is_dir()), None)
         if text != LLM and model is None:
-            if ":" not in text:
+            if ":" not in text and not self._may_be_registered(text):
                 places = " or ".join(dict.fromkeys(map(str, candidates)))
                 yield (
                     f"{self._where(name)}: `{name}` is {text!r}, but there is no folder {places}. Give `llm`, the "

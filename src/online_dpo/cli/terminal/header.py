@@ -12,9 +12,11 @@ from typing import Any
 
 from online_dpo import __version__
 from online_dpo.cli.judging.plan import BuiltInJudge
+from online_dpo.cli.runfile.plugins import RegisteredName
 from online_dpo.cli.runfile.references import Reference
 from online_dpo.cli.runfile.run_file import RunPlan
 from online_dpo.cli.runfile.schema import load_fields
+from online_dpo.config.engine import OF_VLLM, engine_name
 from online_dpo.training.display.figures import count
 
 WIDTH = 11
@@ -77,8 +79,8 @@ def _feedback(plan: RunPlan, given: dict[str, Any]) -> str:
     return ", ".join(rewards + judge)
 
 
-def _judge(judge: Reference | BuiltInJudge) -> str:
-    if isinstance(judge, Reference):
+def _judge(judge: Reference | RegisteredName | BuiltInJudge) -> str:
+    if isinstance(judge, (Reference, RegisteredName)):
         return judge.text
     return str(judge.options["model"] if judge.folder is None else judge.folder)
 
@@ -93,9 +95,10 @@ def _reference(plan: RunPlan, settings: dict[str, Any]) -> str:
 
 def _engine(settings: dict[str, Any]) -> str:
     sampling = f"{settings['num_completions']} completions a prompt, up to {settings['max_new_tokens']} tokens"
-    if not settings["use_vllm"]:
-        return f"transformers; {sampling}"
-    if settings["vllm_mode"] == "colocate":
+    name = engine_name(settings["engine"], settings["use_vllm"], settings["vllm_mode"])
+    if name not in OF_VLLM:
+        return f"{name}; {sampling}"
+    if name == "vllm_colocate":
         return f"vLLM in this process; {sampling}"
     address = settings["vllm_server_base_url"] or f"{settings['vllm_server_host']}:{settings['vllm_server_port']}"
     return f"vLLM at {address}; {sampling}"

@@ -132,14 +132,19 @@ def test_a_number_stays_in_its_range(name: str):
         assert accepts({name: value}) == run_takes(FIELDS[name], value), value
 
 
-def test_names_of_plugins_are_accepted_and_the_known_ones_proposed():
+def test_names_of_plugins_are_accepted_beside_plugins_alone_and_the_known_ones_proposed():
+    mine = {"plugins": ["mine.py"]}
     for name in EXTENDABLE:
         schema = SCHEMA["properties"][name]
         assert schema["anyOf"][:2] == [{"enum": list(FIELDS[name].choices)}, {"type": "string"}]
         assert schema["description"].endswith("Plugins may add other names.")
-        assert accepts({name: "mine"}) and not accepts({name: 3}) and not accepts({name: None})
-    assert accepts({"loss_type": ["sigmoid", "mine"]}) and not accepts({"loss_type": ["sigmoid", 1]})
-    assert not accepts({"tie_policy": "mine"})
+        assert accepts({name: "mine", **mine}) and not accepts({name: 3, **mine})
+        assert accepts({name: None, **mine}) is accepts({name: None}) is (name == "engine")
+        for none in ({}, {"plugins": None}, {"plugins": []}):
+            assert accepts({name: FIELDS[name].choices[-1], **none}) and not accepts({name: "mine", **none})
+    assert accepts({"loss_type": ["sigmoid", "mine"], **mine}) and not accepts({"loss_type": ["sigmoid", 1], **mine})
+    assert accepts({"loss_type": ["sigmoid", "sft"]}) and not accepts({"loss_type": ["sigmoid", "mine"]})
+    assert not accepts({"tie_policy": "mine", **mine})
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from online_dpo.rollout.builtin.static_decoding import (
     rounded_up,
 )
 from online_dpo.rollout.params import RolloutKey, SamplingParams
-from online_dpo.training.build import build_engine
+from online_dpo.rollout.registry import build_engine
 from support import tiny
 
 KEY = RolloutKey(seed=3, step=5)

@@ -1,0 +1,116 @@
+"""``plugins`` of a run file: Python that registers losses, engines and the like, imported before the run is built.
+
+Nothing heavy may be imported here: a plugin is imported once everything else has been checked.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from online_dpo.cli.runfile.entries import Entry, UsageError, entry_value
+from online_dpo.cli.runfile.references import ModuleReference, load_module
+from online_dpo.cli.runfile.schema import FieldSpec
+from online_dpo.cli.runfile.values import BadValue, alternatives, type_name
+from online_dpo.config.registry import KINDS, known_names, unknown_name
+
+FIELD = "plugins"
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A file or module to import, and where it is named."""
+
+    where: str
+    module: ModuleReference
+
+
+@dataclass(frozen=True)
+class RegisteredName:
+    """A reward or judge by the name that a plugin registers.
+
+    >>> RegisteredName("run.yaml:4", field="reward_funcs", kind="reward", text="brevity")
+    """
+
+    where: str
+    field: str
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Plugins:
+    """What is to be imported, and the names that cannot be checked before: values of fields that plugins extend, with
+    their fields, and rewards and judges.
+    """
+
+    modules: tuple[Plugin, ...] = ()
+    entries: Mapping[str, Entry] | None = None
+    specs: Mapping[str, FieldSpec] | None = None
+    names: tuple[RegisteredName, ...] = ()
+
+    def load(self) -> None:
+        """Import the plugins, and then check the names.
+
+        Raises:
+            ValueError: a plugin cannot be imported; the cause is chained.
+            UsageError: with every name that nothing has.
+        """
+        for plugin in self.modules:
+            try:
+                load_module(plugin.module)
+            except ValueError as problem:
+                raise ValueError(f"{plugin.where}: `{FIELD}`: {problem}") from problem.__cause__
+        if problems := list(self._problems()):
+            raise UsageError(problems)
+
+    def _problems(self) -> Iterator[str]:
+        for name, entry in (self.entries or {}).items():
+            assert self.specs is not None
+            spec = open_field(self.specs[name])
+            try:
+                entry_value(replace(spec, choices=known_names(name, names_of(self.specs[name]))), entry)
+            except BadValue as problem:
+                yield f"{entry.where}: `{name}` {problem}"
+        for name in self.names:
+            if problem := unknown_name(name.kind, name.text):
+                yield f"{name.where}: `{name.field}`: {problem}"
+
+
+def are_given(entries: Mapping[str, Entry]) -> bool:
+    """Whether there are plugins."""
+    return FIELD in entries and entries[FIELD].value != [] and entries[FIELD].words != ()
+
+
+def checked_later(specs: Mapping[str, FieldSpec]) -> dict[str, FieldSpec]:
+    """The fields, those that plugins extend without their choices."""
+    return {name: open_field(spec) if name in KINDS else spec for name, spec in specs.items()}
+
+
+def open_field(spec: FieldSpec) -> FieldSpec:
+    """The field as one that takes any text where it takes certain names."""
+    return replace(spec, annotation=ast.unparse(_Opened().visit(ast.parse(spec.annotation))), choices=())
+
+
+def names_of(spec: FieldSpec) -> tuple[str, ...]:
+    """The names that a field takes: its choices, or those of its ``Literal``."""
+    kinds = alternatives(ast.parse(spec.annotation, mode="eval").body)
+    literals = [
+        ast.literal_eval(kind.slice)
+        for kind in kinds
+        if isinstance(kind, ast.Subscript) and type_name(kind) == "Literal"
+    ]
+    return tuple(
+        dict.fromkeys(
+            [*spec.choices, *(name for one in literals for name in (one if isinstance(one, tuple) else (one,)))]
+        )
+    )
+
+
+class _Opened(ast.NodeTransformer):
+    """``Literal['a']`` becomes ``str``."""
+
+    def visit_Subscript(self, node: ast.Subscript) -> Any:
+        return ast.Name("str") if ast.unparse(node.value) == "Literal" else self.generic_visit(node)
