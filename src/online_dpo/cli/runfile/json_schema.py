@@ -163,12 +163,12 @@ def _settings_of(judge: str) -> Schema:
 
 
 def _options(annotation: str, spec: FieldSpec, allowed: Range | None) -> list[Schema]:
-    """What an annotation stands for, one schema for each of its parts."""
+    """The schemas of an annotation, one for each of its alternatives."""
     kinds = alternatives(ast.parse(annotation, mode="eval").body)
-    found = [option for kind in kinds for option in _of_kind(kind, spec, allowed)]
-    if ANY_TEXT in found:  # which those texts are, too
-        found = [option for option in found if "$ref" not in option]
-    return [option for place, option in enumerate(found) if option not in found[:place]]
+    options = [option for kind in kinds for option in _of_kind(kind, spec, allowed)]
+    if ANY_TEXT in options:  # any text includes the texts that mean a number or a boolean
+        options = [option for option in options if "$ref" not in option]
+    return [option for index, option in enumerate(options) if option not in options[:index]]
 
 
 def _of_kind(kind: ast.expr, spec: FieldSpec, allowed: Range | None) -> list[Schema]:

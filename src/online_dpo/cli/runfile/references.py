@@ -184,7 +184,7 @@ def _parsed(file: Path, names: str) -> ast.Module:
 def _check_defines(file: Path, name: str, names: str) -> None:
     defined = list(_defined_names(_parsed(file, names).body))
     if name not in defined and "*" not in defined and "__getattr__" not in defined:
-        public = ", ".join(found for found in defined if not found.startswith("_"))
+        public = ", ".join(other for other in defined if not other.startswith("_"))
         raise ValueError(f"`{names}` defines no `{name}`" + (f"; it defines: {public}" if public else ""))
 
 

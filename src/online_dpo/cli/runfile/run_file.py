@@ -202,13 +202,13 @@ class RunChecker:
             )
             return
         candidates = [folder / Path(given).expanduser() for folder in self._folders(name)]
-        found = next((path for path in candidates if glob.glob(str(path), recursive=True)), None)
-        if found is not None:
-            self.values[name] = str(found)
-            if "model" in name and not holds_model(found):
+        existing = next((path for path in candidates if glob.glob(str(path), recursive=True)), None)
+        if existing is not None:
+            self.values[name] = str(existing)
+            if "model" in name and not holds_model(existing):
                 files = " or ".join(MODEL_FILES)
-                yield f"{self._where(name)}: `{name}`: {found} is no model folder: it holds no {files}."
-            elif problem := requirements.adapter_problem(str(found)):
+                yield f"{self._where(name)}: `{name}`: {existing} is no model folder: it holds no {files}."
+            elif problem := requirements.adapter_problem(str(existing)):
                 yield f"{self._where(name)}: `{name}`: {problem}"
         elif looks_like_path(given):
             places = " or ".join(dict.fromkeys(map(str, candidates)))
@@ -219,7 +219,7 @@ class RunChecker:
         """What is imported before the run is built, and the names that are checked only then."""
         if not self.modules:
             return Plugins()
-        names = [found for references in self.references.values() for found in references]
+        names = [reference for references in self.references.values() for reference in references]
         return Plugins(
             tuple(self.modules),
             {name: entry for name, entry in self.entries.items() if name in KINDS},
@@ -283,20 +283,23 @@ class RunChecker:
             yield f"{self._where('output_dir')}: `output_dir` is {what}. Give the name of a folder, new or old."
 
     def _resume(self) -> Iterator[str]:
-        wish = self.values.get("resume_from_checkpoint")
-        if not wish:
+        checkpoint = self.values.get("resume_from_checkpoint")
+        if not checkpoint:
             return
         where = self._where("resume_from_checkpoint")
-        if wish is True:
+        if checkpoint is True:
             output = Path(self.values.get("output_dir") or "trainer_output").expanduser()
             if not any(path.is_dir() for path in output.glob("checkpoint-*")):
                 yield f"{where}: `resume_from_checkpoint`: {output} holds no checkpoint."
-        elif not Path(wish).is_dir():
-            yield f"{where}: `resume_from_checkpoint`: there is no folder {wish}."
-        elif not (Path(wish) / "trainer_state.json").is_file():
-            inside = sorted(path.name for path in Path(wish).glob("checkpoint-*"))
+        elif not Path(checkpoint).is_dir():
+            yield f"{where}: `resume_from_checkpoint`: there is no folder {checkpoint}."
+        elif not (Path(checkpoint) / "trainer_state.json").is_file():
+            inside = sorted(path.name for path in Path(checkpoint).glob("checkpoint-*"))
             hint = f" It holds {', '.join(inside)}: give one of them." if inside else ""
-            yield f"{where}: `resume_from_checkpoint`: {wish} is no checkpoint of a run (no trainer_state.json).{hint}"
+            yield (
+                f"{where}: `resume_from_checkpoint`: {checkpoint} is no checkpoint of a run (no trainer_state.json)."
+                f"{hint}"
+            )
 
     def _evaluation(self) -> Iterator[str]:
         wanted = self.values.get("eval_strategy", "no") != "no" or self.values.get("eval_on_start")
