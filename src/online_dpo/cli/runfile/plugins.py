@@ -1,6 +1,7 @@
-"""``plugins`` of a run file: Python that registers losses, engines and the like, imported before the run is built.
+"""``plugins`` of a run file: Python files and modules that register losses, engines and the like.
 
-Nothing heavy may be imported here: a plugin is imported once everything else has been checked.
+They are imported before the run is built, but after everything else has been checked. Heavy packages must not be
+imported here.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ FIELD = "plugins"
 
 @dataclass(frozen=True)
 class Plugin:
-    """A file or module to import, and where it is named."""
+    """A file or module to import, and its place in the run file or on the command line."""
 
     where: str
     module: ModuleReference
@@ -29,7 +30,7 @@ class Plugin:
 
 @dataclass(frozen=True)
 class RegisteredName:
-    """A reward or judge by the name that a plugin registers.
+    """A reward or judge that is given by the name under which a plugin registers it.
 
     >>> RegisteredName("run.yaml:4", field="reward_funcs", kind="reward", text="brevity")
     """
@@ -42,8 +43,10 @@ class RegisteredName:
 
 @dataclass(frozen=True)
 class Plugins:
-    """What is to be imported, and the names that cannot be checked before: values of fields that plugins extend, with
-    their fields, and rewards and judges.
+    """The plugins of a run, and the names that can be checked only after they have been imported.
+
+    ``entries`` and ``specs`` are fields to whose choices plugins may add, and their specifications. ``names`` are
+    rewards and judges.
     """
 
     modules: tuple[Plugin, ...] = ()
@@ -56,7 +59,7 @@ class Plugins:
 
         Raises:
             ValueError: a plugin cannot be imported; the cause is chained.
-            UsageError: with every name that nothing has.
+            UsageError: names are not registered; it lists all of them.
         """
         for plugin in self.modules:
             try:
@@ -80,22 +83,22 @@ class Plugins:
 
 
 def are_given(entries: Mapping[str, Entry]) -> bool:
-    """Whether there are plugins."""
+    """Whether a run file or the command line gives plugins."""
     return FIELD in entries and entries[FIELD].value != [] and entries[FIELD].words != ()
 
 
 def checked_later(specs: Mapping[str, FieldSpec]) -> dict[str, FieldSpec]:
-    """The fields, those that plugins extend without their choices."""
+    """The fields as they are checked before plugins are imported: fields that plugins may extend accept any text."""
     return {name: open_field(spec) if name in KINDS else spec for name, spec in specs.items()}
 
 
 def open_field(spec: FieldSpec) -> FieldSpec:
-    """The field as one that takes any text where it takes certain names."""
+    """A field that accepts any text instead of certain names."""
     return replace(spec, annotation=ast.unparse(_Opened().visit(ast.parse(spec.annotation))), choices=())
 
 
 def names_of(spec: FieldSpec) -> tuple[str, ...]:
-    """The names that a field takes: its choices, or those of its ``Literal``."""
+    """The names that a field accepts: its choices, or those of its ``Literal``."""
     kinds = alternatives(ast.parse(spec.annotation, mode="eval").body)
     literals = [
         ast.literal_eval(kind.slice)
@@ -104,13 +107,13 @@ def names_of(spec: FieldSpec) -> tuple[str, ...]:
     ]
     return tuple(
         dict.fromkeys(
-            [*spec.choices, *(name for one in literals for name in (one if isinstance(one, tuple) else (one,)))]
+            [*spec.choices, *(name for names in literals for name in (names if isinstance(names, tuple) else (names,)))]
         )
     )
 
 
 class _Opened(ast.NodeTransformer):
-    """``Literal['a']`` becomes ``str``."""
+    """Replaces ``Literal['a']`` by ``str``."""
 
     def visit_Subscript(self, node: ast.Subscript) -> Any:
         return ast.Name("str") if ast.unparse(node.value) == "Literal" else self.generic_visit(node)

@@ -216,7 +216,7 @@ class RunChecker:
             yield f"{self._where(name)}: `{name}` is {given!r}, but there is no {places}. Give {what}."
 
     def plugins(self) -> Plugins:
-        """What is imported before the run is built, and the names that are checked only then."""
+        """The plugins, with the names that are checked after they have been imported."""
         if not self.modules:
             return Plugins()
         names = [reference for references in self.references.values() for reference in references]
@@ -248,7 +248,7 @@ class RunChecker:
                 yield f"{self._where(name)}: `{name}` {text!r}: {problem}."
 
     def _may_be_registered(self, text: str) -> bool:
-        """Whether a plugin may register what is called so: no place in the text, as `file.py:name` has one."""
+        """Whether a text may be a name that a plugin registers: it is neither a path nor of the form `file.py:name`."""
         return bool(self._given(FIELD)) and ":" not in text and "/" not in text and not text.endswith(".py")
 
     def _judge(self, name: str) -> Iterator[str]:
