@@ -46,13 +46,14 @@ SEAMS := tests/unit/test_versions.py tests/unit/modeling/test_patching.py tests/
 	tests/unit/scoring/rewards/test_shared_prefix_rows.py tests/unit/scoring/judges/pairwise/test_classifier.py tests/unit/rollout/weights/test_export.py tests/unit/rollout/weights/test_process_group.py \
 	tests/integration/test_adapters.py tests/integration/test_checkpoints.py tests/integration/test_datasets.py tests/integration/test_evaluation.py tests/integration/test_gradients.py \
 	tests/integration/test_guards.py tests/integration/test_judges.py tests/integration/test_memory.py tests/integration/test_prompts_and_pairs.py \
-	tests/integration/test_references.py tests/integration/test_training.py tests/integration/test_wrong_arguments.py
+	tests/integration/test_references.py tests/integration/test_training.py tests/integration/test_wrong_arguments.py \
+	tests/unit/config/test_feedback.py tests/unit/config/test_loss.py tests/unit/config/test_sampling.py tests/unit/config/test_training_fields.py tests/unit/config/test_vllm.py
 
 # What CI runs: make itself runs two of these at a time (-j 2), each in one process, and installs an environment when it is
 # first needed. What a part prints comes in one piece (-O). When one fails, no other is begun.
 CI_PARTS := lint ci-unit ci-integration ci-vllm-servers ci-vllm ci-seams-oldest ci-seams-newest ci-e2e test-distributed
 # about half of the time of all that use vLLM
-VLLM_SERVERS := $(addprefix tests/vllm/test_,server.py broadcast.py judge.py ranks.py)
+VLLM_SERVERS := $(addprefix tests/vllm_engines/test_,server.py broadcast.py judge.py ranks.py)
 # setuptools writes into src/ when it installs this package: not into two environments at once
 after = $(if $(IN_TURN),| $(1))
 
@@ -106,7 +107,7 @@ ci-vllm-servers: $(VLLM_STAMP)
 	$(VLLM_PYTEST) $(VLLM_SERVERS)
 
 ci-vllm: $(VLLM_STAMP)
-	$(VLLM_PYTEST) tests/vllm $(addprefix --ignore ,$(VLLM_SERVERS))
+	$(VLLM_PYTEST) tests/vllm_engines $(addprefix --ignore ,$(VLLM_SERVERS))
 
 ci-seams-oldest: $(OLDEST_STAMP)
 	$(call in_venv,$(OLDEST_VENV)) $(SEAMS)
@@ -126,7 +127,7 @@ $(VLLM_STAMP): pyproject.toml $(VLLM_PACKAGES) $(call after,$(STAMP))
 	touch $@
 
 test-vllm: $(VLLM_STAMP)
-	$(VLLM_PYTEST) -n 2 --dist loadfile tests/vllm
+	$(VLLM_PYTEST) -n 2 --dist loadfile tests/vllm_engines
 
 # trl for the tests of parity; what checks the code is not needed
 $(OLDEST_STAMP): pyproject.toml constraints-oldest.txt $(call after,$(VLLM_STAMP))

@@ -211,7 +211,7 @@ def force_our_lengths(workload: Workload) -> None:
     """
     from online_dpo.rollout.builtin import engine
 
-    class ForcedBatch(engine._Batch):
+    class ForcedBatch(engine.Batch):
         def __init__(self, prompts: Any, num_completions: int, *args: Any, **kwargs: Any) -> None:
             super().__init__(prompts, num_completions, *args, **kwargs)
             rows = [workload.row_of(prompt.token_ids[-1]) for prompt in prompts]
@@ -224,7 +224,7 @@ def force_our_lengths(workload: Workload) -> None:
                 token_B.masked_fill_(self._last_step_B[rows_B] == step, EOS)
             super().write(step, rows_B, token_B, logps_B)
 
-    engine._Batch = ForcedBatch  # pyright: ignore[reportAttributeAccessIssue]
+    engine.Batch = ForcedBatch  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _last_steps(workload: Workload, lengths: list[int], device: torch.device) -> torch.Tensor:

@@ -1,5 +1,7 @@
-"""Errors of this package. Wrong input raises ``ValueError`` or ``TypeError`` with what to do about it; the classes here
-are for events in a run that a caller may want to catch."""
+"""The error classes of this package, for events in a run that a caller may want to catch.
+
+Wrong input raises a plain ``ValueError`` or ``TypeError`` whose message says what to do.
+"""
 
 from __future__ import annotations
 
@@ -13,53 +15,51 @@ class InvalidPromptError(OnlineDPOError, ValueError):
 
 
 class ScoringError(OnlineDPOError, ValueError):
-    """A reward function, reward model or judge failed or returned something that is no score. The message names it."""
+    """A reward function, reward model or judge failed, or returned something that is no score. The message names it."""
 
 
 class UnknownTokenError(OnlineDPOError, ValueError):
-    """A model would be given a token that it has no embedding for. The message has the numbers and what to do."""
+    """A model would be given a token id for which it has no embedding. The message has the numbers and what to do."""
 
 
 class ForeignCodeError(OnlineDPOError, RuntimeError):
-    """Code that is not this package's failed: a callback, a metric, a data collator, a dataset, an optimizer. The
-    message names it, and the original error is chained.
+    """Code of the user or of another package failed: a callback, a metric, a data collator, a dataset, an optimizer.
+    The message names it, and the original error is chained.
     """
 
 
 class RolloutServerError(OnlineDPOError, RuntimeError):
-    """A vLLM server could not be used. The message names its address and the last cause."""
+    """A vLLM server could not be used. The message has its address and the last cause."""
 
 
 class FeedbackStopped(ScoringError):
-    """Going on makes no sense: feedback has used up its money, fails too often, or is refused. The run is worth a
+    """Feedback cannot continue: it has spent its budget, fails too often, or is refused. The run is saved in a
     checkpoint; the message says what to change before it is resumed.
     """
 
 
 class OutOfSyncError(OnlineDPOError, RuntimeError):
-    """An engine that samples with weights of its own does not have the trainer's."""
+    """An engine that holds its own copy of the weights does not have the trainer's weights."""
 
 
 class FeedbackLostError(OnlineDPOError, RuntimeError):
-    """Another process of the run could not get its completions or scores; its own error says why."""
+    """Another process of the run could not get its completions or scores; the error of that process says why."""
 
 
 class TrainingDivergedError(OnlineDPOError, RuntimeError):
-    """Too many steps in a row had a loss or gradient that is not finite. A checkpoint was saved before this was
-    raised.
-    """
+    """The loss or gradient of too many steps in a row was not finite. A checkpoint was saved before this was raised."""
 
 
 class NothingTrainedError(OnlineDPOError, RuntimeError):
-    """A run came to its end, and no step of it trained anything. The message counts why; if there were steps, a
+    """A run ended, and no step of it trained anything. The message counts the reasons; if there were steps, a
     checkpoint was saved before this was raised.
     """
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C stopped a run. The message says how to go on; ``checkpoint`` is the folder that was saved last, if any.
+    """Ctrl-C stopped a run. The message says how to continue; ``checkpoint`` is the checkpoint saved last, if any.
 
-    A `KeyboardInterrupt`, so that a script ends as it would without the checkpoint.
+    It is a `KeyboardInterrupt`, so that a script ends as it would have without this class.
     """
 
     def __init__(self, message: str, checkpoint: str | None) -> None:
@@ -68,8 +68,9 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 def error_text(error: BaseException, *, first_line: bool = False) -> str:
-    """What an error says, in one line; where it says nothing, its type and what caused it. torch's errors go on with a
-    stack of C++ behind their first line.
+    """The message of an error in one line; if it is empty, its type and its cause.
+
+    With ``first_line``, only the message's first line: in torch's errors a C++ stack trace follows.
 
     >>> error_text(TimeoutError())
     'TimeoutError'
@@ -83,7 +84,7 @@ def error_text(error: BaseException, *, first_line: bool = False) -> str:
 
 
 def named_error(error: BaseException, *, first_line: bool = False) -> str:
-    """The type of an error and what it says.
+    """The type and the message of an error, in one line.
 
     >>> named_error(ConnectionError("away")), named_error(ConnectionError())
     ('ConnectionError: away', 'ConnectionError')

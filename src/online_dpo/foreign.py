@@ -1,4 +1,4 @@
-"""Code that is not ours: what it raises becomes an error that says whose it was."""
+"""Calls of code that is not part of this package: its errors become errors that name that code."""
 
 from __future__ import annotations
 
@@ -21,35 +21,37 @@ def foreign(
     raises: Callable[[str], Exception] = ScoringError,
     passes: tuple[type[Exception], ...] = (),
 ) -> Iterator[None]:
-    """Inside, code runs that is not ours: a user's, or that of a model's or dataset's folder.
+    """Inside, code of others runs: a user's, or that of a model's or dataset's folder. Its errors are wrapped.
 
     >>> with foreign("Reward model `rm`", where=lambda: among_rows(groups)):
     ...     scores = model(ids)
 
-    What it raises is chained behind an error of ours that names it. Errors of ours pass through, and those of
-    ``passes``; so do running out of memory, from which a caller may recover, and what ends a program (Ctrl-C).
+    An exception of that code is chained to a new one whose message names the code. Not wrapped are this package's own
+    errors, those in ``passes``, out-of-memory errors (a caller may recover from them), and what ends a program
+    (Ctrl-C).
 
     Args:
-        who: what a message calls it.
-        where: at which row, appended to the message; called only then if it is a function.
-        raises: makes the error of its message.
+        who: the name of the code in the message.
+        where: the rows that were processed, for the end of the message; a function is called only if there is an error.
+        raises: makes the new error from its message.
+        passes: exceptions that are not wrapped.
     """
     try:
         yield
     except (OnlineDPOError, torch.OutOfMemoryError, MemoryError, *passes):
         raise
     except Exception as error:
-        place = where if isinstance(where, str) else where()
-        raise raises(f"{who} raised {named_error(error)}{place and ' '}{place}") from error
+        rows = where if isinstance(where, str) else where()
+        raise raises(f"{who} raised {named_error(error)}{rows and ' '}{rows}") from error
 
 
 def loading(path: str) -> AbstractContextManager[None]:
-    """Errors of libraries that read a model folder, such as of a damaged file, name it."""
+    """Inside, a library reads a model folder; its errors, such as that of a damaged file, then name the folder."""
     return foreign(f"Loading `{path}`", raises=ValueError, passes=(OSError, ImportError))
 
 
 def at_row(prompt: Prompt) -> str:
-    """Which prompt it was, for a message: its row in the dataset, and how it begins."""
+    """A description of a prompt for a message: its row in the dataset, and how its text begins."""
     content = prompt.content if isinstance(prompt.content, str) else prompt.content[-1].get("content")
     text = " ".join(str(content).split())
     shown = text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
@@ -57,7 +59,7 @@ def at_row(prompt: Prompt) -> str:
 
 
 def among_rows(groups: Sequence[Group]) -> str:
-    """The same of several prompts, of which one was it."""
+    """A description of the prompts of several groups for a message, when the error belongs to one of them."""
     prompts = {group.prompt.row: group.prompt for group in groups}
     if len(prompts) < 2:
         return "".join(at_row(prompt) for prompt in prompts.values())
@@ -67,7 +69,7 @@ def among_rows(groups: Sequence[Group]) -> str:
 
 
 def callable_name(function: Any) -> str:
-    """``__name__`` of a function, the inner one of a ``functools.partial``, else the class name of the object."""
+    """The name of a callable: a function's ``__name__`` (also inside a ``functools.partial``), else its class name."""
     while not hasattr(function, "__name__") and hasattr(function, "func"):
         function = function.func
     return function.__name__ if hasattr(function, "__name__") else type(function).__name__

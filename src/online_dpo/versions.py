@@ -1,4 +1,4 @@
-"""The versions of other packages that this one has been tested with, and what differs between them."""
+"""The tested versions of other packages, and the differences between these versions."""
 
 from __future__ import annotations
 
@@ -18,55 +18,55 @@ TESTED = {
     "datasets": ("4.7", "5.2"),
     "peft": ("0.18", "0.21"),
 }
-"""The oldest and the newest, with which `make test-oldest` and `make test-newest` run."""
+"""The oldest and the newest tested version of each package (`make test-oldest`, `make test-newest`)."""
 RENAMED = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
-"""Arguments of a run that have another name in transformers from 5.23 on, where the old one warns. Here both serve."""
+"""Arguments that transformers has renamed in 5.23, old name to new. There the old name warns; here both can be used."""
 
 
 def warning() -> str | None:
-    """What to tell the user where installed packages are older or newer than those that were tested; ``None`` where all
-    are fine, and in all processes of a run but the first.
+    """The warning about installed packages that are older or newer than the tested versions; ``None`` if there are
+    none, and in all processes of a run but the first.
     """
-    found = untested({name: installed for name in TESTED if (installed := _installed(name)) is not None})
-    if not found or os.environ.get("RANK", "0") != "0":
+    outside = untested({name: installed for name in TESTED if (installed := _installed(name)) is not None})
+    if not outside or os.environ.get("RANK", "0") != "0":
         return None
     return (
-        f"online-dpo has not been tested with {' and '.join(found)}. If something goes wrong, install versions that "
+        f"online-dpo has not been tested with {' and '.join(outside)}. If something goes wrong, install versions that "
         "were tested: pip install --upgrade online-dpo"
     )
 
 
 @functools.cache
 def warn_once() -> None:
-    """Give the `warning`, if there is one, the first time that this is called."""
+    """Issues the `warning`, if there is one, at the first call."""
     text = warning()
     if text is not None:
         warnings.warn(text, stacklevel=3)
 
 
 def untested(installed: dict[str, str]) -> list[str]:
-    """What is out of the range in which it was tested, told to a person.
+    """Descriptions of the installed packages whose version is outside of the tested range.
 
     >>> untested({"torch": "2.13.0+cpu", "transformers": "5.25.0", "peft": "0.17.1"})
     ['transformers 5.25.0 (5.17 to 5.24)', 'peft 0.17.1 (0.18 to 0.21)']
     """
-    found = []
+    outside = []
     for name, text in installed.items():
         oldest, newest = TESTED[name]
-        here = Version(text)
-        if here < Version(oldest) or here.release[:2] > Version(newest).release[:2]:
-            found.append(f"{name} {text} ({oldest} to {newest})")
-    return found
+        version_here = Version(text)
+        if version_here < Version(oldest) or version_here.release[:2] > Version(newest).release[:2]:
+            outside.append(f"{name} {text} ({oldest} to {newest})")
+    return outside
 
 
-def hand_on_checkpointing(args: Any) -> None:
-    """Tell transformers what a configuration says about checkpointing by the name that it has there.
+def copy_checkpointing_fields(args: Any) -> None:
+    """Copies the gradient-checkpointing fields of a configuration to the names that the installed transformers reads.
 
     Args:
-        args: a configuration before the parent's ``__post_init__``, which afterwards has equal values under both names.
+        args: a configuration before the parent's ``__post_init__``, which then gives both names equal values.
     """
     names = {field.name for field in fields(args)}
     for old, new in RENAMED.items():
@@ -75,7 +75,8 @@ def hand_on_checkpointing(args: Any) -> None:
 
 
 def _installed(name: str) -> str | None:
+    """The installed version of a package, or ``None``."""
     try:
         return version(name)
-    except PackageNotFoundError:  # an extra that is not there
+    except PackageNotFoundError:  # an extra that is not installed
         return None

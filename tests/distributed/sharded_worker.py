@@ -21,6 +21,7 @@ from online_dpo.modeling.introspection import unwrapped
 from online_dpo.modeling.logprobs import enable_logprobs, row_logprobs
 from online_dpo.packing.pack import pack_groups
 from support import tiny
+from support.single_sequences import weighted
 
 MODELS = ("llama, tied", "qwen2, untied", "gemma2, module head", "llama, LoRA", "llama, LoRA on the head")
 WRAPPERS = ("layers and root", "accelerate", "ddp")
@@ -53,11 +54,6 @@ def model(name):
 def groups(rank):
     prompts = tiny.prompts(LENGTHS[rank], seed=rank)
     return [tiny.group(prompt, ids) for prompt, ids in zip(prompts, COMPLETIONS[rank], strict=True)]
-
-
-def weighted(token_logps_M):
-    """A different factor for each token, so that no error cancels."""
-    return (token_logps_M * torch.linspace(-1.0, 2.0, len(token_logps_M))).sum()
 
 
 def wrap(made, wrapper):

@@ -165,7 +165,7 @@ def test_both_trainers_sample_the_lengths_asked_for(monkeypatch):
     made.lengths[3][0], made.lengths[5][1] = 64, 2
     policy, tokenizer = workloads.make_policy(shape, "cpu"), workloads.make_tokenizer(shape)
 
-    monkeypatch.setattr(engine, "_Batch", engine._Batch)  # put back afterwards
+    monkeypatch.setattr(engine, "Batch", engine.Batch)  # put back afterwards
     trainers.force_our_lengths(made)
     prompts = [Prompt(text, tuple(ids), row) for row, (text, ids) in enumerate(zip(made.texts(), made.prompts))]  # noqa: B905
     params = SamplingParams(max_new_tokens=64, end_token_ids=(workloads.EOS,))

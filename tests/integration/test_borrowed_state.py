@@ -194,7 +194,7 @@ def reward_model():
     return LlamaForSequenceClassification(tiny.config("llama", num_labels=1, attention_dropout=0.1)).train()
 
 
-PATCHES = {"forward", "forward_of_logits", "takes_read_X", "forward_everywhere", "spared"}
+PATCHES = {"forward", "forward_of_logits", "takes_read_X", "forward_everywhere", "token_wise"}
 """What is put on the user's other models: see "Your models" in the guide."""
 
 

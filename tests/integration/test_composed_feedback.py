@@ -67,14 +67,14 @@ def judged(made):
     """What `longer` says of the first completions of an evaluation and the reference's: the probability that ours is
     the better one, where it can tell, and by how many tokens ours is longer.
     """
-    said = []
+    answers = []
     for group, rival in zip(sampled(made, stream=1), made.reference_answers.to(tiny.prompts(LENGTHS)), strict=True):
         ours, theirs = group.completions[0], rival.completions[0]
         [rank] = [None] if ours.text == theirs.text else longer([], [(ours.text, theirs.text)])
         if rank != -1:
             tokens = len(ours.token_ids) - len(theirs.token_ids)
-            said.append((0.5 if rank is None else 1.0 - rank, tokens))
-    return said
+            answers.append((0.5 if rank is None else 1.0 - rank, tokens))
+    return answers
 
 
 def deviations(values):
@@ -161,12 +161,12 @@ def test_a_price_on_tokens_outweighs_a_judge(tmp_path):
     made.train()
     assert step_log(made)["completions/chosen_minus_rejected_length"] > 0
     made = run(tmp_path, {"judge": longer}, reward_funcs=None, length_penalty=5.0)
-    said, expected = judged(made), []
-    for answer, tokens in said:
+    answers, expected = judged(made), []
+    for answer, tokens in answers:
         odds = np.log(0.99 / 0.01) * np.sign(answer - 0.5) - 5.0 * tokens
         expected.append(answer if tokens == 0 else 1 / (1 + np.exp(-odds)))
     assert made.evaluate()["eval_win_rate"] == pytest.approx(np.mean(expected))
-    assert abs(np.mean(expected) - np.mean([answer for answer, _ in said])) > 0.05
+    assert abs(np.mean(expected) - np.mean([answer for answer, _ in answers])) > 0.05
     made.train()
     assert step_log(made)["completions/chosen_minus_rejected_length"] < 0
 

@@ -70,9 +70,9 @@ def test_the_policy_learns_to_say_the_rewarded_words(tmp_path, kind):
     made = trainer(tmp_path, model=model, **options, **LEARNING[kind])
     scores = []
 
-    def watched(groups, said, step, form=made.collector.form_pairs):
+    def watched(groups, assessment, step, form=made.collector.form_pairs):
         scores.append(np.mean([word_reward([group.completions[0].text]) for group in groups]))
-        return form(groups, said, step)
+        return form(groups, assessment, step)
 
     made.collector.form_pairs = watched
     made.train()

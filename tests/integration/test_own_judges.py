@@ -42,7 +42,7 @@ def trainer(folder, **fields):
     return trainer_of(write_run_file(folder, **{"max_steps": 6, "learning_rate": 3e-2, "beta": 0.01, **fields}))
 
 
-def random_duels(count, rng):
+def random_comparisons(count, rng):
     """Prompt and two answers, of which one has more words of two letters."""
 
     def text(most):
@@ -59,7 +59,7 @@ def learn(folder, steps=100):
     reader, rng = PairwiseModelJudge(model, pairrm_tokenizer()).reader, random.Random(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(steps):
-        batch = random_duels(32, rng)
+        batch = random_comparisons(32, rng)
         log_odds = model(*padded(reader.token_ids([comparison(a, b, prompt=p) for p, a, b in batch]), 0, model.device))
         label = torch.tensor([float(words(a) > words(b)) for _, a, b in batch])
         loss = torch.nn.functional.binary_cross_entropy_with_logits(log_odds, label)
@@ -75,7 +75,7 @@ def test_a_policy_learns_what_pairrm_has_learned(folder):
     gold = dict(eval_reward_funcs="feedback.py:count_words", eval_dataset_name="data.jsonl", eval_on_start=True)
     made = trainer(folder, judge="house", judge_kwargs={"batch_size": 32}, eval_strategy="steps", eval_steps=6, **gold)
     assert isinstance(made.judge, PairwiseModelJudge) and made.judge.name == "house"
-    asked = random_duels(200, random.Random(1))
+    asked = random_comparisons(200, random.Random(1))
     told = made.judge.prefer([comparison(a, b, prompt=p) for p, a, b in asked])
     assert sum((p > 0.5) == (words(a) > words(b)) for p, (_, a, b) in zip(told, asked, strict=True)) > 180
     made.judge.drain()

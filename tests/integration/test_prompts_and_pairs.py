@@ -179,10 +179,10 @@ def test_random_pairs_depend_on_seed_step_and_row_and_on_nothing_else(tmp_path):
         tmp_path, num_completions=6, pair_selection="best_random", reward_funcs=lambda completions, **_: [0.0]
     )
     groups = [tiny.group(p, [[5 + k, 1] for k in range(6)]) for p in tiny.prompts([3] * 40)]
-    said = Scores([[5.0, 0.0, 1.0, 2.0, 3.0, 4.0]] * 40, {})
+    scores = Scores([[5.0, 0.0, 1.0, 2.0, 3.0, 4.0]] * 40, {})
 
     def rejected(groups, step):
-        pairs = made.collector.form_pairs(groups, Scores(said.values[: len(groups)], {}), step).pairs
+        pairs = made.collector.form_pairs(groups, Scores(scores.values[: len(groups)], {}), step).pairs
         return {pair.group.prompt.row: pair.rejected for pair in pairs}
 
     first, second = rejected(groups, 0), rejected(groups, 1)

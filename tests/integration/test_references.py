@@ -105,7 +105,7 @@ def test_shares_too_small_for_half_precision_add_up():
     start = {name: p.float() for name, p in reference.named_parameters()}
     synced = SyncedReference(reference, policy, alpha=1e-3, every=1, description="")
     for step in range(1, 101):
-        synced.step_ended(step)
+        synced.update_after_step(step)
     for name, p in policy.named_parameters():
         expected = p.float() + (start[name] - p.float()) * 0.999**100
         torch.testing.assert_close(reference.get_parameter(name).float(), expected, rtol=5e-3, atol=1e-5)

@@ -59,9 +59,9 @@ def test_each_prompt_is_answered_until_it_gives_a_pair_with_the_samples_that_com
     answers = by_hand(made, prompts, 5, rounds)
     calls = watched(made)
     feedback = made.collector.sample_and_assess(5, prompts)()
-    groups, said = latest(feedback)
+    groups, scores = latest(feedback)
     assert [tokens(group.completions) for group in groups] == [tokens(tries[-1]) for tries, _ in answers]
-    assert said.values == [scores[-1] for _, scores in answers] == said.by_scorer["coin"]
+    assert scores.values == [values[-1] for _, values in answers] == scores.by_scorer["coin"]
     assert [tokens(group.completions) for group in feedback.groups] == [tokens(tries[0]) for tries, _ in answers]
     asked = [[p for p, (tries, _) in enumerate(answers) if len(tries) > r] for r in range(rounds + 1)]
     assert calls == [(rows, 5, 2 * r) for r, rows in enumerate(asked) if rows]  # all prompts of a round in one call
@@ -135,7 +135,7 @@ def test_where_every_group_gives_a_pair_rounds_change_nothing(tmp_path):
     assert [{"resample/groups": 0, "resample/rescued": 0} | log for log in off] == on
 
 
-def test_a_judge_is_asked_about_the_further_answers_and_its_duels_are_counted(tmp_path):
+def test_a_judge_is_asked_about_the_further_answers_and_its_comparisons_are_counted(tmp_path):
     asked = []
 
     class Undecided:

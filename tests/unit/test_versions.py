@@ -173,7 +173,7 @@ def test_python_is_told_of_untested_versions_once(tmp_path, monkeypatch):
         versions.warn_once()
 
 
-def test_it_is_said_before_anything_is_imported_that_may_break(tmp_path):
+def test_the_warning_comes_before_anything_that_may_break_is_imported(tmp_path):
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch/__init__.py").write_text("raise ImportError('too new')")
     path = installed(tmp_path, transformers="5.99.0")

@@ -66,7 +66,7 @@ def test_an_adapter_of_another_name(adapter_server):
     [
         (None, "all weights of the policy are trained"),
         (dict(r=16), "has rank 16; start the server with `--lora-rank 16` \\(it has 8\\)"),
-        (dict(r=2, target_modules=["embed_tokens"]), "no adapter of an embedding"),
+        (dict(r=2, target_modules=["embed_tokens"]), "no adapter on an embedding"),
         (dict(r=2, modules_to_save=["lm_head"]), "no `modules_to_save`"),
         (dict(r=2, use_dora=True), "no DoRA"),
     ],

@@ -57,12 +57,12 @@ def at_broadcast(monkeypatch, engine, process, number, act):
     """Calls ``act`` before the broadcast of this number, counted from now, to this server."""
     count, broadcast = [0], WeightGroup.broadcast
 
-    def counted(group, flat, meeting):
+    def counted(group, flat, rendezvous):
         if group is engine._broadcast._servers[process.url].group:
             count[0] += 1
             if count[0] == number:
                 act()
-        broadcast(group, flat, meeting)
+        broadcast(group, flat, rendezvous)
 
     monkeypatch.setattr(WeightGroup, "broadcast", counted)
     return count

@@ -14,7 +14,7 @@ from support import vllm_judge
 from support.endpoint import comparison
 from support.training import trainer
 
-DUELS = [
+COMPARISONS = [
     comparison(a, b) for a, b in (("w1 w2", "w3 w4"), ("w5", "w6 w7 w8"), ("w9 w9", "w10"), ("é", "<<<"), ("", "w11"))
 ]
 STANDS = 300  # seconds until a server is up, at most
@@ -55,7 +55,7 @@ def chance_of_a(model, first, second):
 def expected():
     """For each comparison the chance of A in the given order and in the other one; and all tokens of the questions."""
     model, chances, tokens = vllm_judge.model(), [], 0
-    for one in DUELS:
+    for one in COMPARISONS:
         texts = [completion.text for completion in one.completions]
         (given, some), (turned, others) = chance_of_a(model, *texts), chance_of_a(model, *reversed(texts))
         chances.append((given, turned))
@@ -67,28 +67,29 @@ def expected():
 def test_preferences_are_the_models_own(server, expected):
     chances, tokens = expected
     judge = judge_of(server)
-    assert judge.prefer(DUELS) == pytest.approx([(given + 1 - turned) / 2 for given, turned in chances], abs=1e-4)
+    assert judge.prefer(COMPARISONS) == pytest.approx([(given + 1 - turned) / 2 for given, turned in chances], abs=1e-4)
     metrics = judge.metrics()
     assert metrics["judge/requests"] >= 10 and metrics["judge/failed"] == metrics["judge/unparsable"] == 0
     assert (metrics["judge/input_tokens"], metrics["judge/output_tokens"]) == (tokens, 10)
     assert metrics["judge/position_bias"] == pytest.approx(sum(map(sum, chances)) / 10, abs=1e-4)
-    assert judge_of(server, order="given").prefer(DUELS) == pytest.approx([given for given, _ in chances], abs=1e-4)
+    preferences = judge_of(server, order="given").prefer(COMPARISONS)
+    assert preferences == pytest.approx([given for given, _ in chances], abs=1e-4)
 
 
 def test_a_grammar_holds_it_to_one_letter(server, expected):
     """Without one, and with room for more, this model says letter after letter."""
     chances, _ = expected
     loose = judge_of(server, max_tokens=8, max_failure_share=1.0)
-    assert loose.prefer(DUELS) == [None] * 5 and loose.metrics()["judge/unparsable"] == 10
+    assert loose.prefer(COMPARISONS) == [None] * 5 and loose.metrics()["judge/unparsable"] == 10
     held = judge_of(server, max_tokens=8, extra={"structured_outputs": {"choice": ["A", "B"]}})
-    assert held.prefer(DUELS) == pytest.approx([(given + 1 - turned) / 2 for given, turned in chances], abs=1e-4)
+    assert held.prefer(COMPARISONS) == pytest.approx([(given + 1 - turned) / 2 for given, turned in chances], abs=1e-4)
 
 
 def test_votes_approach_the_probability(server, expected):
     given, turned = expected[0][0]
     votes = 200
     judge = judge_of(server, logprobs=False, votes=votes, vote_temperature=1.0)
-    [preference] = judge.prefer(DUELS[:1])
+    [preference] = judge.prefer(COMPARISONS[:1])
     error = (given * (1 - given) / votes + turned * (1 - turned) / votes) ** 0.5 / 2
     assert error > 0.01 and abs(preference - (given + 1 - turned) / 2) < 4.5 * error
     assert judge.metrics()["judge/requests"] == 2 * votes
@@ -99,7 +100,7 @@ def test_what_the_server_does_not_take(server):
     assert judge.prefer([comparison("w1 " * 800, "w2")]) == [None]
     assert judge.metrics()["judge/failed"] == 2 and "context length" in judge.last_failure
     with pytest.raises(FeedbackStopped, match="nobody"):
-        LLMJudge(model="nobody", base_url=f"{server.url}/v1", cache=None).prefer(DUELS)
+        LLMJudge(model="nobody", base_url=f"{server.url}/v1", cache=None).prefer(COMPARISONS)
 
 
 def test_a_run_outlives_its_judges_server(server, tmp_path):

@@ -27,7 +27,7 @@ from online_dpo.config.sampling import SamplingFields, check_sampling
 from online_dpo.config.training import TrainingFields, check_training
 from online_dpo.config.unsupported import check_accelerator, check_generation_kwargs, check_refused, check_unsupported
 from online_dpo.config.vllm import VLLMFields, check_vllm
-from online_dpo.versions import hand_on_checkpointing
+from online_dpo.versions import copy_checkpointing_fields
 
 
 @dataclass
@@ -62,7 +62,7 @@ class OnlineDPOConfig(
         settle_engine(self)
         check_refused(self)
         check_names(self)
-        hand_on_checkpointing(self)
+        copy_checkpointing_fields(self)
         super().__post_init__()
         check_processes(self)
         check_choices(self)

@@ -1,6 +1,6 @@
-"""Operations in which every process takes part: each rank calls them, in the same order, or all wait for ever.
+"""Collective operations: every rank must call them, in the same order, or all wait forever.
 
-Without a process group, or with one process, each is the identity. Ranks are those of `torch.distributed`.
+Without a process group, or with one process, they return their input. Ranks are those of `torch.distributed`.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ T = TypeVar("T")
 
 
 def world_size() -> int:
-    """Returns the number of processes that run together; not a collective operation."""
+    """Returns the number of processes. Not a collective operation."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def is_first_rank() -> bool:
-    """Says whether this process has rank 0; not a collective operation."""
+    """Returns whether this process has rank 0. Not a collective operation."""
     return world_size() == 1 or dist.get_rank() == 0
 
 
 def any_rank(holds: bool, device: torch.device) -> bool:
-    """Says whether ``holds`` is true on any rank."""
+    """Returns whether ``holds`` is true on any rank."""
     return holds if world_size() == 1 else bool(sum_over_ranks(torch.tensor(int(holds), device=device)))
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Returns the sum over ranks of each element; ``values`` is left as it is."""
+    """Returns the sum over ranks of each element (all-reduce); ``values`` is not changed."""
     if world_size() == 1:
         return values
     total = values.clone()
@@ -41,16 +41,16 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
 
 
 def max_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Returns the maximum over ranks of each element; nan where any rank has nan."""
+    """Returns the maximum over ranks of each element; nan if any rank has nan."""
     if world_size() == 1:
         return values
     gathered = [torch.empty_like(values) for _ in range(world_size())]
-    dist.all_gather(gathered, values.contiguous())  # not a MAX reduction: what that makes of nan is up to the backend
+    dist.all_gather(gathered, values.contiguous())  # not a MAX all-reduce: its result with nan depends on the backend
     return torch.stack(gathered).amax(dim=0)
 
 
 def from_every_rank(item: T) -> list[T]:
-    """Returns what each rank has, in the order of ranks; anything that can be pickled."""
+    """Returns the items of all ranks, in the order of ranks (all-gather). Items must be picklable."""
     if world_size() == 1:
         return [item]
     items: list[Any] = [None] * world_size()
@@ -59,7 +59,7 @@ def from_every_rank(item: T) -> list[T]:
 
 
 def from_first_rank(item: T) -> T:
-    """Returns what rank 0 has; anything that can be pickled."""
+    """Returns the item of rank 0 (broadcast). It must be picklable."""
     if world_size() == 1:
         return item
     box = [item]
@@ -68,21 +68,21 @@ def from_first_rank(item: T) -> T:
 
 
 def samples_of_every_rank(accelerator: Any, samples: Sequence[T]) -> list[T]:
-    """Returns the samples of all ranks without those that a data loader repeats to give each rank equally many."""
+    """Returns the samples of all ranks, without those that a data loader repeats to give each rank the same number."""
     return accelerator.gather_for_metrics(samples, use_gather_object=True)
 
 
 def raise_first_ranks(error: Exception | None) -> None:
-    """Raises the error of rank 0, if there is one, on all ranks, so that none waits for one that has stopped."""
+    """Ends all ranks with the error of rank 0, if there is one, so that no rank waits for one that has stopped."""
     error = from_first_rank(error)
     if error is not None:
         raise error
 
 
 class RankErrors:
-    """Ends a run on all ranks where one of them fails, so that none waits for one that has stopped.
+    """Ends all ranks if any of them fails, so that no rank waits for one that has stopped.
 
-    ``raised`` says whether an error has been raised this way: then no rank works on, and all may save together.
+    ``raised`` tells whether this has happened in this run: then all ranks have stopped, and can save together.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -94,20 +94,20 @@ class RankErrors:
         self.raised = False
 
     def raise_if_any(self, problem: OnlineDPOError | None) -> None:
-        """Raises on every rank where any has a problem.
+        """Ends all ranks if any of them has a problem.
 
         Raises:
-            OnlineDPOError: ``problem``, or on ranks without one a `FeedbackLostError`.
+            OnlineDPOError: ``problem``; on ranks without one a `FeedbackLostError`.
         """
         if any_rank(problem is not None, self._device):
             self.raised = True
             raise problem or FeedbackLostError("Another process of this run failed; its error says why.")
 
     def run(self, action: Callable[[], T]) -> T:
-        """Returns what ``action`` returns, unless it fails on any rank.
+        """Calls ``action`` and returns its result, unless it fails on any rank.
 
         Raises:
-            OnlineDPOError: as `raise_if_any`. Errors of other classes are raised on their own rank at once.
+            OnlineDPOError: as in `raise_if_any`. Errors of other classes are raised at once, on their own rank only.
         """
         problem, result = None, None
         try:

@@ -1,4 +1,4 @@
-"""What belongs to the whole process, and is put back after use: random states and environment variables."""
+"""Context managers that restore state of the whole process: random generators and environment variables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 @contextmanager
 def kept_random_state() -> Iterator[None]:
-    """Afterwards the generators of Python, NumPy, torch and the present CUDA device go on from where they were."""
+    """Restores, at the end, the random generators of Python, NumPy, torch and the current CUDA device."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
@@ -26,7 +26,7 @@ def kept_random_state() -> Iterator[None]:
 
 @contextmanager
 def environment(**variables: str) -> Iterator[None]:
-    """These environment variables while it lasts."""
+    """Inside, these environment variables are set; at the end, they have their previous values, or are unset."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -41,16 +41,16 @@ def environment(**variables: str) -> Iterator[None]:
 
 @contextmanager
 def kept_environment() -> Iterator[None]:
-    """Afterwards the environment holds what it held, and ``os.environ`` is the same object.
+    """Restores, at the end, all environment variables, and the object ``os.environ`` itself.
 
-    `datasets` puts another one in its place when it maps with several processes. What holds the one of before, as rich
-    does, would then see no change any more.
+    `datasets` replaces that object when it maps with several processes. Code that has kept the previous one, such as
+    rich, would then see no changes any more.
     """
     before, values = os.environ, dict(os.environ)
     try:
         yield
     finally:
-        os.environ = before  # noqa: B003 (it was there before)
+        os.environ = before  # noqa: B003 (this is the original object)
         for name in before.keys() - values.keys():
             del before[name]
         before.update(values)

@@ -1,4 +1,4 @@
-"""How many processes were started together, as the programs that start them say in the environment."""
+"""The number of processes that were started together, from the environment variables of launchers."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 SLURM = "SLURM_STEP_NUM_TASKS"
 SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", SLURM)
-"""Set by torchrun and accelerate, by three kinds of MPI, and by srun."""
+"""The variables of torchrun and accelerate, of three MPI implementations, and of srun."""
 
 
 @dataclass(frozen=True)
 class Started:
-    """``count`` processes, of which this is one; ``variable`` says so.
+    """A launch of ``count`` processes, of which this is one, according to the environment variable ``variable``.
 
     >>> Started(2, "WORLD_SIZE")
     """
@@ -22,7 +22,7 @@ class Started:
 
 
 def started_together() -> Started | None:
-    """``None`` where this process is alone."""
+    """The launch that this process belongs to; ``None`` if this is the only process."""
     for variable in SIZES:
         count = os.environ.get(variable, "")
         if count.isdecimal():
@@ -31,16 +31,16 @@ def started_together() -> Started | None:
 
 
 def why_not_alone(command: str) -> str | None:
-    """What is wrong with several processes for a command that runs in one; ``None`` where this is the only one."""
+    """The error message for a command that runs in one process but was started in several; ``None`` if it was not."""
     started = started_together()
     if started is None:
         return None
     return (
         f"{started.count} processes were started ({started.variable}), and each of them would do all the work of "
-        f"`{command}`, which runs in one. {start_alone(started)}"
+        f"`{command}`, which runs in one process. {start_alone(started)}"
     )
 
 
 def start_alone(started: Started) -> str:
-    """What to do where each process is meant to work for itself."""
+    """The advice for an error message: how to start a single process."""
     return f"Start it without torchrun, mpirun or srun, or with the variable {started.variable} unset."

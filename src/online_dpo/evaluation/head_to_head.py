@@ -23,7 +23,7 @@ from online_dpo.evaluation.comparison import PromptResult, preferences_by_score
 from online_dpo.foreign import loading
 from online_dpo.modeling.forward_path import ForwardPath, choose_path
 from online_dpo.modeling.introspection import end_token_ids
-from online_dpo.modeling.known_tokens import Readers, check_policy, embedding_rows
+from online_dpo.modeling.known_tokens import VocabularyCheck, check_policy, embedding_rows
 from online_dpo.modeling.loading import (
     check_model_path,
     disable_dropout,
@@ -35,7 +35,7 @@ from online_dpo.modeling.loading import (
 from online_dpo.modeling.logprobs import enable_logprobs, row_logprobs
 from online_dpo.modeling.precision import mixed_precision
 from online_dpo.packing.pack import pack_groups
-from online_dpo.packing.prefix_tree import cut
+from online_dpo.packing.prefix_tree import split_by_padded_size
 from online_dpo.rollout.builtin.engine import TransformersEngine
 from online_dpo.rollout.builtin.sampling import reshapes
 from online_dpo.rollout.params import RolloutKey, SamplingParams, Stream
@@ -205,7 +205,7 @@ def _check_context_length(model: ComparedModel, args: OnlineDPOConfig) -> None:
         return
     config = AutoConfig.from_pretrained(model.path, trust_remote_code=args.trust_remote_code)
     text_config = config.get_text_config()
-    Readers({f"`{model.path}`": text_config.vocab_size}).check_prompts(model.prompts.values())
+    VocabularyCheck({f"`{model.path}`": text_config.vocab_size}).check_prompts(model.prompts.values())
     context = getattr(text_config, "max_position_embeddings", None)
     longest = max(len(prompt.token_ids) for prompt in model.prompts.values()) + args.max_new_tokens
     if context is not None and longest > context:
@@ -245,7 +245,7 @@ def _answer_and_read(
     """The second model's answers, and the log-probabilities that it gives to the first model's samples."""
     model = _load(compared, args, dtype)
     params = sampling.params(args, end_token_ids(model, compared.tokenizer))
-    Readers({f"`{compared.path}`": embedding_rows(model)}).check_groups(kl_samples)
+    VocabularyCheck({f"`{compared.path}`": embedding_rows(model)}).check_groups(kl_samples)
     answers = _sample(model, compared, rows, params, args, sampling.samples, Stream.ANSWERS)
     return answers, _sequence_logprobs(model, kl_samples, args) if kl_samples else []
 
@@ -307,7 +307,7 @@ def _sequence_logprobs(model: nn.Module, groups: Sequence[Group], args: OnlineDP
         sizes = [len(g.prompt.token_ids) + max(len(c.token_ids) for c in g.completions) for g in groups]
         longest_first = sorted(range(len(groups)), key=lambda p: -sizes[p])
         logps: dict[int, list[float]] = {}
-        for batch in cut(longest_first, sizes, args.tokens_per_pass // samples):
+        for batch in split_by_padded_size(longest_first, sizes, args.tokens_per_pass // samples):
             rows = pack_groups([groups[p] for p in batch], [], shared=False).to(args.device)
             logps_S = row_logprobs(model, rows, entropy=False, chunked=path.chunked).logps_S
             logps |= dict(zip(batch, logps_S.view(-1, samples).tolist(), strict=True))

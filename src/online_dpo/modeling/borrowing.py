@@ -1,14 +1,14 @@
-"""Models that are lent for a while and come back exactly as they were, whatever happens meanwhile.
+"""Context managers and snapshots that restore a model's state after it was used or changed, also after an error.
 
-`kept_flags` is cheap enough for every pass: it knows what the libraries change in passing. :class:`ModelState` knows
-everything but the numbers in the weights.
+`kept_flags` is cheap enough for every forward pass: it restores only what libraries change on the way.
+:class:`ModelState` restores everything except the values of the weights.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
@@ -17,14 +17,18 @@ from transformers import GenerationConfig, PreTrainedConfig
 P = ParamSpec("P")
 T = TypeVar("T")
 
+ModelContext = Callable[[], AbstractContextManager[nn.Module]]
+"""Makes a context inside which the model it yields is ready for a forward pass, such as the reference's."""
+
 ADAPTER_ATTRIBUTES = ("_disable_adapters", "_active_adapter", "_adapters_disabled", "active_adapter")
-"""Where PEFT's models and layers note which adapters are active, in which order, and whether they are switched off."""
+"""Attributes in which PEFT's models and layers store the active adapters, their order, and whether they are disabled.
+"""
 
 
 @contextmanager
 def kept_flags(model: nn.Module) -> Iterator[None]:
-    """Afterwards ``requires_grad`` of every parameter, the mode of every module, and the adapters that are active or
-    switched off are as they were.
+    """Restores, at the end, ``requires_grad`` of every parameter, the mode (train or eval) of every module, and which
+    adapters are active or disabled.
     """
     modules = list(model.modules())
     modes = [(module, module.training) for module in modules]
@@ -39,14 +43,14 @@ def kept_flags(model: nn.Module) -> Iterator[None]:
             if parameter.requires_grad != requires_grad:
                 parameter.requires_grad_(requires_grad)
         if any(module.training != mode for module, mode in modes):
-            model.train(modes[0][1])  # some modules do more than note the mode
+            model.train(modes[0][1])  # some modules override `train` and do more than set the flag
         for module, mode in modes:
             module.training = mode
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
-    """The model in evaluation mode inside; afterwards each of its modules is in the mode that it was in."""
+    """Inside, the model is in evaluation mode; at the end, each of its modules returns to the mode it was in."""
     with kept_flags(model):
         model.eval()
         yield model
@@ -54,19 +58,19 @@ def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def adapter_off(policy: Any) -> Iterator[nn.Module]:
-    """A PEFT model in evaluation mode with its adapters switched off.
+    """Inside, a PEFT model is in evaluation mode with its adapters disabled.
 
-    PEFT's own `disable_adapter` makes every weight of the active adapters trainable when it ends, also those that
-    their owner had frozen.
+    `eval_mode` restores ``requires_grad`` at the end, because PEFT's own `disable_adapter` leaves every weight of the
+    active adapters trainable, also those that the user had frozen.
     """
     with eval_mode(policy), policy.disable_adapter():
         yield policy
 
 
 @contextmanager
-def kept_attributes(holder: object, *names: str) -> Iterator[None]:
-    """Afterwards these attributes of the object itself are what they were; one that it had not is gone again."""
-    attributes = vars(holder)
+def kept_attributes(owner: object, *names: str) -> Iterator[None]:
+    """Restores, at the end, these attributes of the object itself; deletes those that it did not have."""
+    attributes = vars(owner)
     before = {name: attributes[name] for name in names if name in attributes}
     try:
         yield
@@ -77,21 +81,22 @@ def kept_attributes(holder: object, *names: str) -> Iterator[None]:
 
 
 class ModelState:
-    """All of a model but the numbers in its weights: modules and their attributes, hooks and replaced forwards, modes,
-    ``requires_grad``, device and type of weights, configs.
+    """A snapshot of a model without the values of its weights: modules and their attributes, hooks, replaced forwards,
+    modes, ``requires_grad``, device and dtype of weights, configs.
 
-    While it is kept, weights that were moved or cast meanwhile exist twice.
+    It refers to the weights' original storage, so weights that are moved or cast meanwhile exist twice in memory.
     """
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
-        holders = [*modules, *_configs(value for module in modules for value in vars(module).values())]
-        self._attributes = [(holder, _copied(vars(holder))) for holder in holders]
+        owners = [*modules, *_configs(value for module in modules for value in vars(module).values())]
+        self._attributes = [(owner, _copied(vars(owner))) for owner in owners]
         self._weights = [(parameter, parameter.data, parameter.requires_grad) for parameter in model.parameters()]
 
     def restore(self) -> None:
-        for holder, attributes in self._attributes:
-            _put_back(vars(holder), attributes)
+        """Restores the model to the snapshot."""
+        for owner, attributes in self._attributes:
+            _restore_attributes(vars(owner), attributes)
         for parameter, data, requires_grad in self._weights:
             if (parameter.device, parameter.dtype) != (data.device, data.dtype):
                 parameter.data = data
@@ -99,7 +104,7 @@ class ModelState:
 
 
 def restores_models_on_error(function: Callable[P, T]) -> Callable[P, T]:
-    """Decorates a function that changes the models it is given: where it fails, they are put back as they were."""
+    """Decorates a method that changes the models among its arguments: if it raises, they are restored."""
 
     @functools.wraps(function)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -115,36 +120,37 @@ def restores_models_on_error(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def _models(values: list[Any]) -> list[nn.Module]:
-    """The models among the values, and among those in lists."""
+    """The models among the values, and in lists and tuples among them."""
     flat = [item for value in values for item in (value if isinstance(value, (list, tuple)) else [value])]
     return [item for item in flat if isinstance(item, nn.Module)]
 
 
 def _configs(values: Any) -> list[Any]:
-    """The configs of transformers among the values, with those inside of others, each once."""
-    found: dict[int, Any] = {}
-    waiting = list(values)
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, (PreTrainedConfig, GenerationConfig)) and id(value) not in found:
-            found[id(value)] = value
-            waiting += vars(value).values()
-    return list(found.values())
+    """The configs of transformers among the values, and those nested in them, each once."""
+    configs: dict[int, Any] = {}
+    queue = list(values)
+    while queue:
+        value = queue.pop()
+        if isinstance(value, (PreTrainedConfig, GenerationConfig)) and id(value) not in configs:
+            configs[id(value)] = value
+            queue += vars(value).values()
+    return list(configs.values())
 
 
 def _copied(attributes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Each attribute and, of containers, what they hold."""
+    """Each attribute with, if it is a container, a shallow copy of it."""
     return {
         name: (value, value.copy() if isinstance(value, (dict, list, set)) else None)
         for name, value in attributes.items()
     }
 
 
-def _put_back(attributes: dict[str, Any], kept: dict[str, tuple[Any, Any]]) -> None:
+def _restore_attributes(attributes: dict[str, Any], kept: dict[str, tuple[Any, Any]]) -> None:
+    """Sets the attributes of an object to those that `_copied` has kept, in place."""
     for name in attributes.keys() - kept.keys():
         del attributes[name]
     for name, (value, contents) in kept.items():
         attributes[name] = value
-        if contents is not None:  # the same container, to which handles of hooks point
+        if contents is not None:  # the same container object, because the handles of hooks refer to it
             value.clear()
             value.extend(contents) if isinstance(value, list) else value.update(contents)

@@ -1,10 +1,11 @@
-"""Finding out, on a few real completions, which fast ways to log-probabilities are right for the models at hand."""
+"""The start-up check: which fast ways to compute log-probabilities are right for these models, tried on a few real
+completions.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,21 +14,23 @@ from torch import nn
 from online_dpo.distributed.collectives import any_rank
 from online_dpo.errors import named_error
 from online_dpo.modeling.attention.masks import why_not_shared
+from online_dpo.modeling.borrowing import ModelContext
 from online_dpo.modeling.introspection import computing_dtype
 from online_dpo.modeling.logprobs import can_chunk, row_logprobs
-from online_dpo.modeling.tolerance import MOST_ROUNDING, ROUNDING
+from online_dpo.modeling.tolerance import ROUNDING, allowed_difference
 from online_dpo.packing.pack import pack_groups
 from online_dpo.types import Group, PackedRows
 
 logger = logging.getLogger(__name__)
 
-ModelContext = Callable[[], AbstractContextManager[nn.Module]]
 GROUPS, COMPLETIONS, TOKENS = 2, 4, 64
 
 
 @dataclass(frozen=True)
 class ForwardPath:
-    """How log-probabilities are computed: from rows that share prompts or not, in chunks of the vocabulary or not."""
+    """How log-probabilities are computed: from rows that share prompts (``shared``) or padded sequences, and with
+    logits in chunks (``chunked``) or all at once.
+    """
 
     shared: bool = False
     chunked: bool = False
@@ -37,20 +40,22 @@ class ForwardPath:
 def choose_path(
     models: Mapping[str, ModelContext], groups: Sequence[Group], share: bool
 ) -> tuple[ForwardPath, list[str]] | None:
-    """The fastest path that gives every model the log-probabilities that it gives single sequences.
+    """The fastest path with which every model gives the same log-probabilities as for single sequences.
 
-    The yardstick is each completion alone, without padding, through the model's own logits. A path passes when its
-    mean difference to that is rounding: a constant of the dtype, or a few times what padding makes. Rounding can
-    hide that a model ignores masks or positions; then wrong ones change nothing at all, and it does not pass either.
+    Each path is compared with every completion computed alone, without padding, from the model's own logits. It passes
+    if the mean difference can be rounding error: a constant of the dtype, or a few times what padding changes
+    (`allowed_difference`). In half precision, rounding error can hide that a model ignores the attention mask or
+    position ids. So wrong ones are tried as well: if they change nothing at all, the path does not pass.
 
     Args:
-        models: by name, what lends each model ready for a forward pass, in eval mode and the dtype of training.
-        groups: of the run; the beginnings of some completions of the longest few are used.
+        models: by name, a context for each model that makes it ready for a forward pass: in eval mode, and in the
+            precision of training.
+        groups: groups of the run; the beginnings of some completions of the longest few are used.
         share: whether sharing prompts is wanted.
 
     Returns:
-        The path, and what speaks against a faster one; ``None`` where nothing can be told, because log-probabilities
-        are not finite or no completion is longer than a token.
+        The path, and the reasons why it is not a faster one; ``None`` if nothing can be decided, because
+        log-probabilities are not finite or no completion has more than one token.
     """
     chosen = sorted(groups, key=_size, reverse=True)[:GROUPS]
     sample = [_shortened(group) for group in chosen]
@@ -59,107 +64,108 @@ def choose_path(
     path, reasons = ForwardPath(shared=share, chunked=True), []
     for name, model_context in models.items():
         with model_context() as model:
-            check = _Check(model, sample)
+            check = _PathCheck(model, sample)
             if not check.is_finite:
                 return None
-            if path.chunked and (why := check.chunked()):
+            if path.chunked and (why := check.why_not_chunked()):
                 reasons.append(f"logits of {name} are not computed in chunks: {why}")
                 path = replace(path, chunked=False)
-            if path.shared and (why := check.shared(chunked=path.chunked)):
+            if path.shared and (why := check.why_not_shared(chunked=path.chunked)):
                 reasons.append(f"prompts are not shared, because of {name}: {why}")
                 path = replace(path, shared=False)
     return path, reasons
 
 
 class PathChoice:
-    """The path of a run: plain at first, and settled once, on all ranks alike."""
+    """The path of a run: the plain one at first, then chosen once, the same on all ranks."""
 
     def __init__(self, device: torch.device, share: bool) -> None:
         self.path = ForwardPath()
         self._device, self._share, self._settled = device, share, False
 
     def settle(self, models: Mapping[str, ModelContext], groups: Sequence[Group]) -> None:
-        """Choose with the first groups there are on any rank, unless nothing can be told from them. A collective
-        operation.
+        """Chooses the path, at the first call in which groups decide it. A collective operation: it is fast only if it
+        is right on every rank.
         """
         device = self._device
         if self._settled or not any_rank(bool(groups), device):
             return
-        # A rank without groups has no objection.
-        found = choose_path(models, groups, self._share) if groups else (ForwardPath(self._share, chunked=True), [])
-        if any_rank(found is None, device) or found is None:
+        # A rank without groups cannot find anything wrong with the fastest path.
+        choice = choose_path(models, groups, self._share) if groups else (ForwardPath(self._share, chunked=True), [])
+        if any_rank(choice is None, device) or choice is None:
             return
-        path, reasons = found
+        path, reasons = choice
         self.path = ForwardPath(not any_rank(not path.shared, device), not any_rank(not path.chunked, device))
         self._settled = True
         for reason in reasons:
             logger.warning("Training takes a slower path: %s.", reason)
 
 
-class _Check:
-    """One model on one sample."""
+class _PathCheck:
+    """The check of one model on a few groups. ``allowed`` is the difference that may be rounding error."""
 
     def __init__(self, model: nn.Module, groups: Sequence[Group]) -> None:
         self.model, self.groups = model, groups
         singles = [Group(group.prompt, (completion,)) for group in groups for completion in group.completions]
-        self.alone_M = torch.cat([self._logps(self._rows(False, [single]), False) for single in singles])
-        self.is_finite = bool(self.alone_M.isfinite().all())
-        padding = self._distance(self._rows(False, groups), False)
-        rounding = ROUNDING[computing_dtype(self.model)]
-        self.allowed = min(max(4 * padding, rounding), MOST_ROUNDING * rounding)
+        self.single_logps_M = torch.cat([self._logps(self._rows(False, [single]), False) for single in singles])
+        self.is_finite = bool(self.single_logps_M.isfinite().all())
+        padding = self._difference(self._rows(False, groups), False)
+        self.allowed = allowed_difference(padding, ROUNDING[computing_dtype(self.model)])
 
-    def chunked(self) -> str | None:
-        """What is wrong with chunks of the vocabulary; ``None`` if nothing."""
+    def why_not_chunked(self) -> str | None:
+        """Why logits in chunks are wrong for the model; ``None`` if they are right."""
         if not can_chunk(self.model):
-            return "it has no body and head that can be told apart"
+            return "its body and its head cannot be called separately"
         return self._why_wrong(self._rows(False, self.groups), chunked=True)
 
-    def shared(self, chunked: bool) -> str | None:
-        """What is wrong with sharing prompts; ``None`` if nothing."""
+    def why_not_shared(self, chunked: bool) -> str | None:
+        """Why rows that share prompts are wrong for the model; ``None`` if they are right."""
         if why := why_not_shared(self.model):
             return why
         rows = self._rows(True, self.groups)
         if why := self._why_wrong(rows, chunked):
             return why
-        if torch.equal(self._logps(_without_branches(rows), chunked), self._logps(rows, chunked)):
-            return "it does not heed who sees whom"
-        plain = self._rows(False, self.groups)  # there the mask knows no positions
-        if torch.equal(self._logps(_twice_as_far(plain), chunked), self._logps(plain, chunked)):
-            return "it does not heed positions"
+        if torch.equal(self._logps(_without_branch_mask(rows), chunked), self._logps(rows, chunked)):
+            return "it ignores the attention mask"
+        # On padded rows, whose mask does not depend on positions: a sliding window would change with them.
+        padded = self._rows(False, self.groups)
+        if torch.equal(self._logps(_with_doubled_positions(padded), chunked), self._logps(padded, chunked)):
+            return "it ignores position ids"
         return None
 
     def _why_wrong(self, rows: PackedRows, chunked: bool) -> str | None:
+        """Why log-probabilities from these rows are wrong; ``None`` if they are right."""
         try:
-            found = self._distance(rows, chunked)
+            difference = self._difference(rows, chunked)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # whatever an unknown model does with such inputs
+        except Exception as error:  # the model's code is unknown, so any exception means that the path cannot be used
             return f"it fails with {named_error(error, first_line=True)}"
-        if found <= self.allowed:
+        if difference <= self.allowed:
             return None
-        return f"log-probabilities differ by {found:.1e} a token, where {self.allowed:.1e} could be rounding"
+        return f"log-probabilities differ by {difference:.1e} a token, where {self.allowed:.1e} could be rounding"
 
-    def _distance(self, rows: PackedRows, chunked: bool) -> float:
-        """Mean difference of a completion's tokens to the yardstick, of the completion that is furthest off."""
-        difference_M = (self._logps(rows, chunked) - self.alone_M).abs()
+    def _difference(self, rows: PackedRows, chunked: bool) -> float:
+        """The difference to single sequences, as the mean over the tokens of the completion that differs most."""
+        difference_M = (self._logps(rows, chunked) - self.single_logps_M).abs()
         return max(float(part.mean()) for part in difference_M.split(rows.length_S.tolist()))
 
     def _logps(self, rows: PackedRows, chunked: bool) -> torch.Tensor:
         return row_logprobs(self.model, rows, entropy=False, chunked=chunked).token_logps_M
 
     def _rows(self, shared: bool, groups: Sequence[Group]) -> PackedRows:
-        """Rows of all completions; groups that share prompts stand in a single one."""
+        """Rows of all completions of the groups: one row for all if ``shared``, else one for each."""
         rows = pack_groups(groups, [], shared, capacity=sum(map(_size, groups)))
         return rows.to(next(self.model.parameters()).device)
 
 
-def _without_branches(rows: PackedRows) -> PackedRows:
-    """Every completion sees those before it."""
+def _without_branch_mask(rows: PackedRows) -> PackedRows:
+    """The rows with a wrong attention mask: each completion also attends to the completions before it."""
     return replace(rows, tokens=replace(rows.tokens, branch_RT=torch.zeros_like(rows.tokens.branch_RT)))
 
 
-def _twice_as_far(rows: PackedRows) -> PackedRows:
-    """Tokens stand twice as far from each other, up to the length of the longest row, which a model has places for."""
+def _with_doubled_positions(rows: PackedRows) -> PackedRows:
+    """The rows with wrong position ids: doubled, but no higher than the highest, so that the model has all of them."""
     positions_RT = rows.tokens.positions_RT
     return replace(
         rows, tokens=replace(rows.tokens, positions_RT=(2 * positions_RT).clamp(max=int(positions_RT.max())))
@@ -167,10 +173,11 @@ def _twice_as_far(rows: PackedRows) -> PackedRows:
 
 
 def _shortened(group: Group) -> Group:
-    """A few completions, and of each its beginning: the yardstick needs the logits of all their tokens at once."""
+    """The group with a few completions, cut after some tokens: the check needs all of their logits at once."""
     kept = group.completions[:COMPLETIONS]
     return replace(group, completions=tuple(replace(c, token_ids=c.token_ids[:TOKENS]) for c in kept))
 
 
 def _size(group: Group) -> int:
+    """The number of tokens of a group when its prompt is stored once."""
     return len(group.prompt.token_ids) + sum(len(completion.token_ids) for completion in group.completions)

@@ -1,4 +1,4 @@
-"""What a model is and takes: its arguments, its types, its length, what it ends with."""
+"""Questions about a model: which arguments it accepts, its dtype, its context length, its end tokens."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
-    """The model under the wrappers of data parallelism, `torch.compile` and PEFT."""
+    """The model inside the wrappers of data parallelism, `torch.compile` and PEFT."""
     wrapped: Any = model
-    if "_orig_mod" not in vars(model):  # accelerate takes milliseconds to see these two, in each forward pass
+    # A fast path for plain and PEFT models: accelerate takes milliseconds, which would be added to each forward pass.
+    if "_orig_mod" not in vars(model):
         if isinstance(model, PreTrainedModel):
             return model
-        peft = sys.modules.get("peft")  # not imported: this is none of its models
+        peft = sys.modules.get("peft")  # if PEFT was never imported, this is not one of its models
         if peft is not None and isinstance(model, peft.PeftModel):
             return wrapped.get_base_model()
     wrapped = extract_model_from_parallel(model, keep_torch_compile=False)
@@ -26,59 +27,61 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
 
 
 def accepts_argument(model: nn.Module, name: str) -> bool:
-    """Whether the model's own ``forward`` names this argument (``**kwargs`` does not count)."""
+    """Whether the model's own ``forward`` has a parameter with this name (``**kwargs`` does not count)."""
     return name in inspect.signature(type(unwrapped(model)).forward).parameters
 
 
-def logits_alone(model: nn.Module) -> dict[str, Any]:
-    """Arguments that keep a mixture of experts, whatever its config says, from computing the loss that balances them.
-    It is not added to ours, and it can neither read masks of more than two dimensions nor decode token by token.
+def without_router_logits(model: nn.Module) -> dict[str, Any]:
+    """The ``forward`` arguments that turn router logits off in a mixture of experts; empty for other models.
+
+    With router logits a model also computes a load-balancing loss, if its config asks for it. Our loss does not contain
+    it, and its code fails with masks of more than two dimensions and when decoding token by token.
     """
     return {"output_router_logits": False} if accepts_argument(model, "output_router_logits") else {}
 
 
-def hands_on_arguments(model: nn.Module) -> bool:
-    """Whether this is a model of `transformers` that calls its attention function in every layer, with whatever further
-    arguments it is given, and keeps no state but keys and values.
+def passes_kwargs_to_attention(model: nn.Module) -> bool:
+    """Whether this is a model of `transformers` whose layers pass further keyword arguments on to an exchangeable
+    attention function, and whose only state while decoding is a key/value cache.
     """
     base: Any = unwrapped(model)
     return isinstance(base, PreTrainedModel) and base._supports_attention_backend and not base._is_stateful
 
 
 def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every token that ends a completion: the tokenizer's, and all that the model's generation config declares, as far
-    as the model can choose them.
+    """The ids of all tokens that end a completion: the tokenizer's end token and those of the model's generation
+    config. Ids outside of the model's vocabulary are left out.
 
     Raises:
-        ValueError: there is none, so that no completion could ever end by itself.
+        ValueError: none is left, so no completion could end before ``max_new_tokens``.
     """
     sources: list[Any] = [unwrapped(model).generation_config.eos_token_id, tokenizer.eos_token_id]
     ids = {i for source in sources if source is not None for i in ([source] if isinstance(source, int) else source)}
     if not ids:
         raise ValueError("Neither the tokenizer nor the model's generation config has an end token; set `eos_token`.")
-    written = unwrapped(model).config.get_text_config().vocab_size
-    known = tuple(sorted(i for i in ids if 0 <= i < written))
-    if not known:
+    vocabulary = unwrapped(model).config.get_text_config().vocab_size
+    usable = tuple(sorted(i for i in ids if 0 <= i < vocabulary))
+    if not usable:
         raise ValueError(
-            f"No completion could end by itself: the model chooses from {written} tokens, and its end tokens are "
+            f"No completion could end by itself: the model chooses from {vocabulary} tokens, and its end tokens are "
             f"{', '.join(map(str, sorted(ids)))}. Set `tokenizer.eos_token` to a token that the model knows, or call "
             "`model.resize_token_embeddings(len(tokenizer))`."
         )
-    return known
+    return usable
 
 
 def computing_dtype(model: nn.Module) -> torch.dtype:
-    """What the model's matrix products are computed in here: autocast's type, or that of its weights."""
+    """The dtype of the model's matrix products at this point: autocast's, if it is on, else that of the weights."""
     device = next(model.parameters()).device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
-def state_of_forward(model: nn.Module) -> tuple[Any, ...]:
-    """What a forward pass depends on besides values: where weights lie, and which adapters are on or merged.
+def forward_state_key(model: nn.Module) -> tuple[Any, ...]:
+    """A key for captured forward passes: the addresses of all weights, and which adapters are active or merged.
 
-    While it stays the same, the pass reads the same addresses in the same way.
+    While it is the same, a forward pass runs the same operations on the same addresses, so its CUDA graph is valid.
     """
     addresses = tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
     if not is_peft_model(extract_model_from_parallel(model, keep_torch_compile=False)):
@@ -91,12 +94,13 @@ def state_of_forward(model: nn.Module) -> tuple[Any, ...]:
 
 
 def context_length(model: nn.Module) -> int | None:
-    """Most tokens that the model has positions for, or ``None`` where its config does not say."""
+    """The largest number of tokens that the model has positions for; ``None`` if its config has no such limit."""
     base = unwrapped(model)
     positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    if positions is None:  # recurrent and ALiBi models
+    if positions is None:  # recurrent models, and those with ALiBi
         return None
     for name, module in base.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            return positions - module.padding_idx - 1  # RoBERTa and its kin count from behind the padding token's id
+            # Models like RoBERTa number positions from the padding id + 1 on, so the first ones are never used.
+            return positions - module.padding_idx - 1
     return positions

@@ -1,8 +1,8 @@
-"""Whether models know the tokens that they will meet.
+"""Checks that models have an embedding for every token id they will be given.
 
 Sizes are compared before anything is computed: a token without an embedding would end a run in the middle, with an
 ``IndexError: index out of range in self``. Only tokens that can occur count. Many published models have more embeddings
-than tokens, and some tokenizers have tokens (for padding, mostly) that no text is ever turned into.
+than their tokenizer has tokens, and some tokenizers have tokens (mostly for padding) that no text is encoded to.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SHOWN = 5
 
 
 def embedding_rows(model: nn.Module) -> int:
-    """How many tokens the model can read: ids from 0 to one less than this."""
+    """The number of input embeddings: the model can read token ids from 0 to one less than this."""
     base: Any = unwrapped(model)
     if isinstance(base, PreTrainedModel):
         weight: Any = base.get_input_embeddings().weight
@@ -46,31 +46,35 @@ def embedding_rows(model: nn.Module) -> int:
 
 
 def predicted_tokens(model: nn.Module) -> int:
-    """How many tokens the model chooses from."""
+    """The size of the output vocabulary: the number of tokens the model chooses from."""
     return unwrapped(model).config.get_text_config().vocab_size
 
 
 @dataclass(frozen=True)
-class Readers:
-    """Models that read the policy's token ids: by name, how many each knows.
+class VocabularyCheck:
+    """Checks token ids of prompts and completions against the embeddings of all models that read them.
 
-    >>> Readers({"the policy": 151936, "the reference": 151936})
+    ``rows`` has the number of embeddings of each model, by the name that messages use.
+
+    >>> VocabularyCheck({"the policy": 151936, "the reference": 151936})
     """
 
     rows: Mapping[str, int]
 
     def check_prompts(self, prompts: Iterable[Prompt]) -> None:
-        """
+        """Checks the tokens of prompts.
+
         Raises:
-            UnknownTokenError: a prompt has a token that one of the models does not know.
+            UnknownTokenError: a prompt has a token for which one of the models has no embedding.
         """
         for prompt in prompts:
             self._check(prompt.token_ids, prompt, "The prompt")
 
     def check_groups(self, groups: Iterable[Group]) -> None:
-        """
+        """Checks the tokens of completions.
+
         Raises:
-            UnknownTokenError: a completion has such a token.
+            UnknownTokenError: a completion has a token for which one of the models has no embedding.
         """
         for group in groups:
             for completion in group.completions:
@@ -90,36 +94,37 @@ RESIZE = (
 
 
 def check_policy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, datasets: Mapping[str, Any]) -> None:
-    """
+    """Checks that the policy can read the prompts of all datasets, and every token it can sample itself.
+
     Args:
-        datasets: prepared ones, each as an error should call it. A stream is checked while it is read.
+        datasets: prepared datasets by the name that messages use. A stream is checked later, while it is read.
 
     Raises:
-        UnknownTokenError: a prompt has a token that the model does not know, or the model can write one that it cannot
-            read.
+        UnknownTokenError: a prompt has a token without an embedding, or the policy can sample one.
     """
-    rows, written = embedding_rows(model), predicted_tokens(model)
-    if written > rows:
+    rows, vocabulary = embedding_rows(model), predicted_tokens(model)
+    if vocabulary > rows:
         raise UnknownTokenError(
-            f"The policy chooses from {written} tokens and has embeddings for {rows}, so it could not read what it "
-            f"writes. {RESIZE}"
+            f"The policy chooses from {vocabulary} tokens and has embeddings for {rows}, so it could not read its own "
+            f"completions. {RESIZE}"
         )
     for name, dataset in datasets.items():
-        found = highest_token(dataset)
-        if found is not None and found >= rows:
+        highest = highest_token(dataset)
+        if highest is not None and highest >= rows:
             raise UnknownTokenError(
-                f"`{name}` has prompts with token {found} ({tokenizer.convert_ids_to_tokens(found)!r}), first in row "
-                f"{_first_row(dataset, rows)}. {_size('the policy', rows)} Its tokenizer has {len(tokenizer)} tokens. "
-                f"{RESIZE}"
+                f"`{name}` has prompts with token {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}), first in "
+                f"row {_first_row(dataset, rows)}. {_size('the policy', rows)} Its tokenizer has {len(tokenizer)} "
+                f"tokens. {RESIZE}"
             )
 
 
 def check_reference(
     reference: nn.Module, policy: nn.Module, tokenizer: PreTrainedTokenizerBase, datasets: Mapping[str, Any]
 ) -> None:
-    """
+    """Checks that the reference has an embedding for every token of the prompts and of possible completions.
+
     Raises:
-        UnknownTokenError: the reference does not know a token that prompts have or the policy may write.
+        UnknownTokenError: it has none for a token that occurs in prompts or that the policy may sample.
     """
     rows = embedding_rows(reference)
     highest = min(predicted_tokens(policy), _size_of(tokenizer)) - 1
@@ -134,15 +139,17 @@ def check_reference(
 
 
 def check_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerBase, owner: str, chat: bool = False) -> None:
-    """Compare a model that reads texts with its own tokenizer. Tokens that only stand in a text which spells them out
-    get a warning.
+    """Checks that a model which reads texts has an embedding for the tokens of its own tokenizer.
+
+    Added tokens that occur only in texts which contain their literal name (such as ``<|tool|>``) give a warning instead
+    of an error.
 
     Args:
-        owner: what messages call the model, such as "Reward model `name`".
-        chat: whether texts go through the tokenizer's chat template.
+        owner: the name of the model in messages, such as "Reward model `name`".
+        chat: whether texts are formatted with the tokenizer's chat template.
 
     Raises:
-        UnknownTokenError: ordinary texts have tokens that the model does not know.
+        UnknownTokenError: tokens of ordinary texts, or of every text, have no embedding.
     """
     rows = embedding_rows(model)
     beyond = {i: token for token, i in tokenizer.get_vocab().items() if i >= rows}
@@ -153,19 +160,20 @@ def check_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerBase, owner:
     template = str(tokenizer.chat_template) if chat else ""
     certain = sorted(i for i, token in beyond.items() if i in common or token in template)
     listed = ", ".join(f"{i} ({beyond[i]!r})" for i in (certain or sorted(beyond))[:SHOWN])
-    said = f"{owner} has embeddings for {rows} tokens (ids 0 to {rows - 1}), but its tokenizer has {len(tokenizer)}"
+    sizes = f"{owner} has embeddings for {rows} tokens (ids 0 to {rows - 1}), but its tokenizer has {len(tokenizer)}"
     if certain:
         raise UnknownTokenError(
-            f"{said}, among them {listed}, which texts are turned into. Give the tokenizer that the model was trained "
-            "with, or one row for each token: `model.resize_token_embeddings(len(tokenizer))` (new rows are untrained)."
+            f"{sizes}, among them {listed}, which occur in texts. Give the tokenizer that the model was trained with, "
+            "or one row for each token: `model.resize_token_embeddings(len(tokenizer))` (new rows are untrained)."
         )
-    logger.warning("%s: a text that spells out %s cannot be read.", said, listed)
+    logger.warning("%s: a text that contains %s literally cannot be read.", sizes, listed)
 
 
 def check_known(ids: Sequence[int], rows: int, owner: str, prompt: Prompt) -> None:
-    """
+    """Checks the token ids of one text that the model ``owner``, with ``rows`` embeddings, is to read.
+
     Raises:
-        UnknownTokenError: a text that ``owner`` is to read has a token beyond its ``rows`` embeddings.
+        UnknownTokenError: an id has no embedding.
     """
     highest = max(ids, default=0)
     if highest >= rows:
@@ -175,9 +183,10 @@ def check_known(ids: Sequence[int], rows: int, owner: str, prompt: Prompt) -> No
 
 
 def check_options(model: nn.Module, options: Mapping[str, Any]) -> None:
-    """
+    """Checks the token ids in ``generation_kwargs``.
+
     Raises:
-        UnknownTokenError: one of ``generation_kwargs`` holds a token id that the model does not choose from.
+        UnknownTokenError: one is outside of the model's output vocabulary.
     """
     known = predicted_tokens(model)
     for name in TOKEN_OPTIONS:
@@ -190,12 +199,14 @@ def check_options(model: nn.Module, options: Mapping[str, Any]) -> None:
 
 
 def check_room(model: nn.Module, longest: int | None, argument: str) -> None:
-    """
+    """Checks that a prompt with its completion fits into the model's context.
+
     Args:
-        longest: tokens of a prompt and its completion; ``None``: any number.
+        longest: the largest number of tokens of a prompt and its completion; ``None``: any number.
+        argument: the trainer's argument that gave the model.
 
     Raises:
-        ValueError: the model has not room for them.
+        ValueError: the context length is smaller.
     """
     context = context_length(model)
     if context is not None and (longest is None or longest > context):
@@ -206,20 +217,21 @@ def check_room(model: nn.Module, longest: int | None, argument: str) -> None:
 
 
 def highest_token(dataset: Any) -> int | None:
-    """The highest token id of a prepared dataset's prompts; ``None`` where it is a stream or has no tokens."""
+    """The highest token id in the prompts of a prepared dataset; ``None`` if it is a stream or has no tokens."""
     if not isinstance(dataset, Dataset):
         return None
     tables = dataset.select_columns("prompt_ids").with_format("arrow").iter(batch_size=10_000)
-    found = (pc.max(pc.list_flatten(table.column("prompt_ids"))).as_py() for table in tables)  # pyright: ignore
-    return max((highest for highest in found if highest is not None), default=None)
+    maxima = (pc.max(pc.list_flatten(table.column("prompt_ids"))).as_py() for table in tables)  # pyright: ignore
+    return max((highest for highest in maxima if highest is not None), default=None)
 
 
 def _first_row(dataset: Dataset, rows: int) -> int:
+    """The number of the first row whose prompt has a token id of ``rows`` or more."""
     return next(row["prompt_row"] for row in dataset if max(row["prompt_ids"], default=0) >= rows)  # pyright: ignore
 
 
 def _size_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One more than the tokenizer's highest id; there may be holes below."""
+    """One more than the tokenizer's highest id. Its ids may have gaps, so ``len`` would be too low."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
@@ -228,7 +240,7 @@ def _size(name: str, rows: int) -> str:
 
 
 def _numbers(value: Any) -> Iterator[int]:
-    """The ids in a number, a list of them, or a list of lists."""
+    """The token ids in an option: a number, a list of numbers, or a list of lists."""
     if isinstance(value, int):
         yield value
     for item in value if isinstance(value, (list, tuple)) else ():

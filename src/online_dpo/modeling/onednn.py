@@ -1,9 +1,8 @@
-"""Matrix products without gradient on a CPU, through oneDNN.
+"""Matrix products without gradient on a CPU, computed by oneDNN.
 
-For products in fp32 PyTorch calls MKL, which first copies a weight into a layout of its own, every time. With the few
-rows of a decoding step that takes longer than the product. oneDNN keeps weights in its layout where they are used again
-and again, and is faster on the narrow side as well: measured on AVX-512, 2 to 5 times with 16 rows and 1.3 times with
-256 rows of a head.
+For products in fp32 PyTorch calls MKL, which first copies the weight into its own layout, every time. With the few rows
+of a decoding step this takes longer than the product. oneDNN can keep a packed copy of a weight for many products, and
+is faster with few rows anyway: measured on AVX-512, 2 to 5 times with 16 rows, and 1.3 times with 256 rows of a head.
 """
 
 from __future__ import annotations
@@ -19,26 +18,26 @@ from torch import nn
 from online_dpo.modeling.patching import replaced_forwards
 
 
-def multiplies_faster(weight: torch.Tensor) -> bool:
-    """Whether `linear` may take the place of PyTorch's own product with this weight."""
+def supports_onednn(weight: torch.Tensor) -> bool:
+    """Whether `linear` can compute products with this weight: a plain fp32 tensor on a CPU, and oneDNN is enabled."""
     plain = type(weight) in (torch.Tensor, nn.Parameter) and weight.dtype == torch.float32
     return plain and weight.device.type == "cpu" and bool(torch.backends.mkldnn.enabled)
 
 
 def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``input @ weight.T + bias`` without gradient; ``weight`` as it is, or packed."""
+    """``input @ weight.T + bias`` without gradient; ``weight`` may be packed by oneDNN."""
     return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
 
 
 @contextmanager
 def onednn_linears(model: nn.Module, pack: bool) -> Iterator[None]:
-    """While it lasts, the model's linear layers go through `linear`, without gradient.
+    """Inside, the model's linear layers are computed by `linear`, without gradient.
 
-    Only where `multiplies_faster` and no autocast is on; all other layers stay as they are.
+    Layers that oneDNN does not support, and all layers under autocast, are computed as usual.
 
     Args:
-        pack: multiply with packed copies of the weights as they are at the start. They take about as long to make as
-            two steps of decoding, and pay where rows are few and products many.
+        pack: multiply with packed copies, which are made once, at the start. Packing takes about as long as two
+            decoding steps, so it is worth it for many products with few rows each.
     """
     autocast = torch.is_autocast_enabled("cpu")
     layers: list[Any] = [] if autocast else [module for module in model.modules() if _can_be_replaced(module)]
@@ -57,4 +56,5 @@ def _forward(weight: torch.Tensor, bias: torch.Tensor | None, input: torch.Tenso
 
 
 def _can_be_replaced(module: nn.Module) -> bool:
-    return type(module) is nn.Linear and "forward" not in vars(module) and multiplies_faster(module.weight)
+    # A `forward` on the module itself belongs to a hook or to another replacement.
+    return type(module) is nn.Linear and "forward" not in vars(module) and supports_onednn(module.weight)

@@ -1,4 +1,4 @@
-"""Other forwards in the place of modules' own, for a while."""
+"""Temporary replacement of modules' ``forward`` methods."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import nn
 
 @contextmanager
 def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """While it lasts, these modules compute with these; afterwards with what they computed with before.
+    """Inside, each of these modules uses the given ``forward``; at the end, the one it had before.
 
-    Another thread may replace the same modules' meanwhile. What it has put back is then left as it is, so that none of
-    ours stays behind, whoever ends first.
+    Another thread may replace forwards of the same modules at the same time, and end first. A forward that it has
+    already restored is left as it is, so whatever the order, no replacement stays behind.
     """
     before = {module: vars(module).get("forward") for module in forwards}
     try:
@@ -23,6 +23,6 @@ def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Itera
         yield
     finally:
         for module, forward in before.items():
-            ours = vars(module).pop("forward", None)
-            if ours is not None and forward is not None:
+            replacement = vars(module).pop("forward", None)
+            if replacement is not None and forward is not None:
                 module.forward = forward

@@ -1,7 +1,7 @@
-"""Which weights are held in which type: trained ones in fp32, frozen ones as they were saved.
+"""The dtypes of weights: trained ones are held in fp32, frozen ones as they were saved.
 
 An optimizer's step is a small part of a weight: a millionth or less at the usual learning rates. A weight in bf16 has
-eight bits, so that adding less than a 256th of it gives the same weight again, and the step is lost.
+eight significant bits, so adding less than a 256th of its value gives the same weight again, and the step is lost.
 """
 
 from __future__ import annotations
@@ -19,59 +19,58 @@ from online_dpo.modeling.introspection import unwrapped
 
 logger = logging.getLogger(__name__)
 
-HALF = (torch.bfloat16, torch.float16)
+HALF_PRECISION = (torch.bfloat16, torch.float16)
 KEEPS_SMALL_STEPS = ("adamw_torch_8bit", "adamw_torch_4bit", "adamw_anyprecision")
-"""Optimizers of transformers that round at random, or compensate for rounding, if they are told to."""
+"""Optimizers of transformers that have options for stochastic rounding or Kahan summation."""
 
 
 def autocast_dtype(args: OnlineDPOConfig) -> torch.dtype | None:
-    """What matrix products are computed in under mixed precision; ``None`` where that is off."""
+    """The dtype of matrix products under mixed precision; ``None`` if mixed precision is off."""
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
 
 def mixed_precision(args: OnlineDPOConfig) -> AbstractContextManager[Any]:
-    """Inside, models compute as in training; for what runs outside of the trainer's own context."""
+    """Inside, models compute in the same precision as in training; for code outside the trainer's autocast context."""
     dtype = autocast_dtype(args)
     return nullcontext() if dtype is None else torch.autocast(args.device.type, dtype)
 
 
 def given_dtype(init_kwargs: dict[str, Any] | str | None) -> Any:
-    """The type that ``model_init_kwargs`` ask for, also under its old name; ``None`` where they do not."""
+    """The dtype in ``model_init_kwargs``, also under its old name ``torch_dtype``; ``None`` if there is none."""
     assert not isinstance(init_kwargs, str), "TrainingArguments parses text into a dict"
     kwargs = init_kwargs or {}
     return kwargs.get("dtype", kwargs.get("torch_dtype"))
 
 
 def train_in_fp32(model: nn.Module, args: OnlineDPOConfig, may_hold_all: bool) -> None:
-    """Puts an adapter's trained weights into fp32 where PEFT leaves them in half precision: `modules_to_save`, biases.
+    """Casts trained weights of an adapter to fp32 where PEFT leaves them in half precision: `modules_to_save`, biases.
 
-    Without mixed precision their layers could not work among others in half precision; then the whole model is held in
-    fp32 if it may be.
+    Without mixed precision a layer in fp32 does not work between layers in half precision. Then the whole model is cast
+    to fp32, if ``may_hold_all``.
 
     Args:
-        model: with an adapter of ours.
-        may_hold_all: the model was loaded here, without a type that was asked for.
+        model: a model with an adapter.
+        may_hold_all: whether the dtype of the base model is ours to choose: we loaded it, and no dtype was asked for.
     """
-    halves = _trained_halves(model)
-    if not halves:
+    half_weights = _trained_half_precision(model)
+    if not half_weights:
         return
     if autocast_dtype(args) is None:
         if may_hold_all and not getattr(model, "is_quantized", False):
             model.float()
         return
-    known = {id(half) for half in halves}
+    known = {id(half) for half in half_weights}
     for module in model.modules():
-        own = [p for p in module.parameters(recurse=False) if id(p) in known]
-        if own and isinstance(
-            module, nn.Embedding
-        ):  # what follows is to get what it would from one that is not trained
-            module.register_forward_hook(_Rounds(own[0].dtype))
-        for parameter in own:
+        trained = [p for p in module.parameters(recurse=False) if id(p) in known]
+        if trained and isinstance(module, nn.Embedding):
+            # Autocast does not touch embeddings: without the cast, all later layers would get fp32 activations.
+            module.register_forward_hook(_CastOutput(trained[0].dtype))
+        for parameter in trained:
             parameter.data = parameter.data.float()
 
 
-class _Rounds:
-    """A forward hook that gives a layer's output in a type. Picklable, unlike a function in a function."""
+class _CastOutput:
+    """A forward hook that casts a layer's output. A class, because a nested function could not be pickled."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -81,21 +80,21 @@ class _Rounds:
 
 
 def check_precision(model: nn.Module, args: OnlineDPOConfig, optimizer: Any, loaded_here: bool) -> None:
-    """Warns of trained weights in half precision, unless the optimizer may be one that keeps small steps.
+    """Warns about trained weights in half precision, unless the optimizer can keep small steps.
 
     Raises:
-        ValueError: weights in fp16 are to be trained under `fp16`, which torch refuses in the first step.
+        ValueError: weights in fp16 would be trained with ``fp16=True``, which torch refuses at the first step.
     """
-    halves = _trained_halves(model)
-    if not halves:
+    half_weights = _trained_half_precision(model)
+    if not half_weights:
         return
-    if args.fp16 and any(half.dtype == torch.float16 for half in halves):
+    if args.fp16 and any(half.dtype == torch.float16 for half in half_weights):
         raise ValueError(
-            "`fp16=True` scales gradients, which torch does for weights in fp32 alone, and the model's are in fp16. "
-            + _what_to_do(model, loaded_here)
+            "`fp16=True` scales gradients, which torch can do only for weights in fp32; the model's are in fp16. "
+            + _remedy(model, loaded_here)
         )
-    torchs_own = optimizer is None or type(optimizer).__module__.startswith("torch.optim")
-    if not torchs_own or (optimizer is None and keeps_small_steps(args)):
+    from_torch = optimizer is None or type(optimizer).__module__.startswith("torch.optim")
+    if not from_torch or (optimizer is None and keeps_small_steps(args)):
         return
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.warning(
@@ -103,28 +102,28 @@ def check_precision(model: nn.Module, args: OnlineDPOConfig, optimizer: Any, loa
         "steps at the default learning rate, 1 %% of the weights changed in bf16, and all in fp32. %s To keep half "
         "precision: optim='stable_adamw' (package torch-optimi) or optim='adamw_torch_8bit' with "
         "optim_args='bf16_stochastic_round=True' (package torchao), see docs/guide.md.",
-        100 * sum(half.numel() for half in halves) / trained,
-        "/".join(sorted({str(half.dtype).removeprefix("torch.") for half in halves})),
-        _what_to_do(model, loaded_here),
+        100 * sum(half.numel() for half in half_weights) / trained,
+        "/".join(sorted({str(half.dtype).removeprefix("torch.") for half in half_weights})),
+        _remedy(model, loaded_here),
     )
 
 
 def warn_of_other_dtype(ref_model: nn.Module, policy: nn.Module) -> None:
-    """A reference in another type than the policy is further from it, from the start, than training has made it."""
-    theirs, ours = unwrapped(ref_model).dtype, unwrapped(policy).dtype
-    if theirs != ours:
+    """Warns if the reference has another dtype than the policy: rounding error would then count as KL and reward."""
+    reference_dtype, policy_dtype = unwrapped(ref_model).dtype, unwrapped(policy).dtype
+    if reference_dtype != policy_dtype:
         logger.warning(
             "`ref_model` is in %s and the policy in %s: their log-probabilities differ by rounding before anything is "
             "trained, and KL and rewards count it. Load it with `dtype=%s`, give its folder or name, or leave it out: "
             "the trainer then keeps a copy of the policy.",
-            *(str(dtype).removeprefix("torch.") for dtype in (theirs, ours)),
-            ours,
+            *(str(dtype).removeprefix("torch.") for dtype in (reference_dtype, policy_dtype)),
+            policy_dtype,
         )
 
 
 def keeps_small_steps(args: OnlineDPOConfig) -> bool:
-    """Whether the optimizer that is named loses no step that is too small for a weight in half precision."""
-    if args.optim == "stable_adamw":  # it compensates where weights need it, unless told not to
+    """Whether the configured optimizer also applies steps that are too small for a weight in half precision."""
+    if args.optim == "stable_adamw":  # Kahan summation is on by default
         return True
     options = (args.optim_args or "").replace(" ", "").lower()
     wanted = ("bf16_stochastic_round=true", "use_kahan_summation=true")
@@ -132,27 +131,29 @@ def keeps_small_steps(args: OnlineDPOConfig) -> bool:
 
 
 def hold_linears(model: nn.Module, args: OnlineDPOConfig) -> None:
-    """Holds the linear layers of a frozen model in the type that mixed precision casts them to in each pass.
+    """Casts the linear layers of a frozen model to the dtype that autocast would cast them to in each pass.
 
-    Nothing else changes type, so every result stays as it is, bit for bit, at half of the memory of these layers.
+    All other weights keep their dtype, so every result is the same, bit for bit, with half the memory for these layers.
     """
     dtype = autocast_dtype(args)
     if dtype is None:
         return
-    users: dict[int, int] = {}
+    use_count: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            users[id(parameter)] = users.get(id(parameter), 0) + 1
+            use_count[id(parameter)] = use_count.get(id(parameter), 0) + 1
     for module in model.modules():
-        if type(module) is nn.Linear and users[id(module.weight)] == 1:  # a tied head is an embedding too
+        if type(module) is nn.Linear and use_count[id(module.weight)] == 1:  # a tied head is the embedding's weight too
             module.to(dtype)
 
 
-def _trained_halves(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad and p.dtype in HALF]
+def _trained_half_precision(model: nn.Module) -> list[nn.Parameter]:
+    """The trainable weights in half precision."""
+    return [p for p in model.parameters() if p.requires_grad and p.dtype in HALF_PRECISION]
 
 
-def _what_to_do(model: nn.Module, loaded_here: bool) -> str:
+def _remedy(model: nn.Module, loaded_here: bool) -> str:
+    """What the user can do, for the end of a message."""
     if is_peft_model(model):
         return "Make the adapter with PEFT's default `autocast_adapter_dtype=True`, or turn `bf16` on."
     if loaded_here:

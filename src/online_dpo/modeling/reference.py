@@ -1,4 +1,4 @@
-"""The reference, which the loss pulls towards: the policy as it was before training, or following it from behind."""
+"""The reference model of the loss: the policy as it was before training, or a slowly updated copy of the policy."""
 
 from __future__ import annotations
 
@@ -17,70 +17,73 @@ from online_dpo.modeling.loading import disable_dropout
 
 
 class Reference:
-    """Lends the reference model: inside ``active()`` a forward pass gives the reference's logits, inside ``at_start()``
-    those that it had before training.
+    """Gives access to the reference model. ``description`` is for the log and the model card.
 
-    One that does not change has nothing to do after a step, and nothing to save.
+    A reference with constant weights needs no more than `active`: the other methods do nothing by default.
     """
 
     description: str
 
     def active(self) -> AbstractContextManager[nn.Module]:
+        """Inside, a forward pass of the model that the context yields gives the reference's present logits."""
         raise NotImplementedError
 
     def at_start(self) -> AbstractContextManager[nn.Module]:
+        """Inside, a forward pass gives the logits that the reference had before training."""
         return self.active()
 
-    def step_ended(self, step: int) -> None:
-        """``step`` optimizer steps have been taken."""
+    def update_after_step(self, step: int) -> None:
+        """Updates the weights of the reference after optimizer step ``step``, if they are to follow the policy."""
 
     def save(self, folder: Path, rank: int) -> None:
-        """Writes what `restore` needs, on rank 0."""
+        """Writes what `restore` needs to a checkpoint's folder, on rank 0."""
 
     def restore(self, folder: Path, rank: int) -> None:
-        """Goes on from what `save` wrote."""
+        """Continues from what `save` wrote."""
 
 
 class FrozenReference(Reference):
-    """A model of its own that is never trained."""
+    """A separate model that is never trained."""
 
     def __init__(self, model: nn.Module, description: str) -> None:
         self.description = description
         self.model = model
 
     def active(self) -> AbstractContextManager[nn.Module]:
+        """Inside, the model is in evaluation mode."""
         return eval_mode(self.model)
 
 
 class NoReference(Reference):
-    """For losses that need none. It lends nothing, so nobody may ask."""
+    """The absence of a reference, for losses that need none. Its `active` must not be called."""
 
     description = "none"
 
 
 class AdapterOffReference(Reference):
-    """The policy with its adapter switched off: no second model in memory.
+    """The policy with its adapter disabled, so that no second model is in memory.
 
-    Where other weights than the adapter's are trained (see `trains_base_weights`), it has to be a copy of the policy.
+    If base weights are trained as well (see `trains_base_weights`), the reference must be a copy of the policy instead.
     """
 
     def __init__(self, policy: nn.Module, description: str = "the policy with its adapter off") -> None:
         self.policy, self.description = policy, description
 
     def active(self) -> AbstractContextManager[nn.Module]:
+        """Inside, the policy is in evaluation mode with its adapter disabled."""
         return adapter_off(self.policy)
 
 
 class SyncedReference(Reference):
-    """A model of its own that follows the policy: every ``every`` steps, a share ``alpha`` of the policy is mixed into
-    its weights (TR-DPO, Gorbatovski et al. 2024, arXiv 2404.09656). With every step and a small share, an exponential
-    average.
+    """A separate model whose weights follow the policy: every ``every`` steps they become ``(1 - alpha)`` times
+    themselves plus ``alpha`` times the policy's (TR-DPO, Gorbatovski et al. 2024, arXiv 2404.09656). With an update in
+    every step and a small ``alpha``, this is an exponential moving average.
 
-    Shares too small for a half-precision weight are not lost: such weights are mixed in fp32. The weights of the start
-    are kept in host memory.
+    Half-precision weights are also kept, and updated, in fp32, so that small updates are not rounded away. The initial
+    weights are kept in host memory, for `at_start`.
 
     Raises:
-        ValueError: the two models have other parameters.
+        ValueError: the parameters of the two models have different names or shapes.
     """
 
     FILE = "reference.pt"
@@ -88,21 +91,23 @@ class SyncedReference(Reference):
     def __init__(self, model: nn.Module, policy: nn.Module, alpha: float, every: int, description: str) -> None:
         if _shapes(model) != _shapes(policy):
             raise ValueError(
-                "`sync_ref_model` mixes the policy into the reference, so both need the same parameters, and no "
-                "adapter. Give a `ref_model` of the same kind, or leave it off."
+                "`sync_ref_model` mixes the policy's weights into the reference, so both need the same parameters, and "
+                "no adapter. Give a `ref_model` with the policy's architecture, or leave `sync_ref_model` off."
             )
         self.description = f"{description}, {alpha} of the policy mixed in every {every} steps"
         self.model = model
         self._policy, self._alpha, self._every = policy, alpha, every
-        # fp32 ones are the model's own
+        # `float()` copies half-precision weights only: fp32 ones share their memory with the model's parameters.
         self._weights = {name: p.detach().float() for name, p in model.named_parameters()}
         self._start = self._copies()
 
     def active(self) -> AbstractContextManager[nn.Module]:
+        """Inside, the model is in evaluation mode, with its present weights."""
         return eval_mode(self.model)
 
     @contextmanager
     def at_start(self) -> Iterator[nn.Module]:
+        """Inside, the model has its initial weights; at the end, its present ones again."""
         now = self._copies()
         self._set(self._start)
         try:
@@ -112,7 +117,8 @@ class SyncedReference(Reference):
             self._set(now)
 
     @torch.no_grad()
-    def step_ended(self, step: int) -> None:
+    def update_after_step(self, step: int) -> None:
+        """Mixes the policy's weights in, if ``step`` is a multiple of ``every``."""
         if step % self._every:
             return
         policy = dict(self._policy.named_parameters())
@@ -121,10 +127,12 @@ class SyncedReference(Reference):
             parameter.copy_(weight)
 
     def save(self, folder: Path, rank: int) -> None:
+        """Writes the present weights to ``reference.pt``, on rank 0."""
         if rank == 0:
             torch.save(self._copies(), folder / self.FILE)
 
     def restore(self, folder: Path, rank: int) -> None:
+        """Reads the present weights from ``reference.pt``."""
         self._set(torch.load(folder / self.FILE, map_location="cpu"))
 
     def _copies(self) -> dict[str, torch.Tensor]:
@@ -138,13 +146,14 @@ class SyncedReference(Reference):
 
 
 class ReferenceSteps(TrainerCallback):
-    """Tells the reference when a step has ended."""
+    """A callback that lets the reference update its weights after each optimizer step."""
 
     def __init__(self, reference: Reference) -> None:
         self._reference = reference
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._reference.step_ended(state.global_step)
+        """Updates the reference."""
+        self._reference.update_after_step(state.global_step)
 
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:
@@ -152,14 +161,14 @@ def _shapes(model: nn.Module) -> dict[str, torch.Size]:
 
 
 def frozen_copy(policy: nn.Module) -> nn.Module:
-    """A copy of the policy as it stands, without dropout and without gradients."""
+    """A copy of the policy with its present weights, without dropout and without gradients."""
     reference = copy.deepcopy(policy)
     disable_dropout(reference)
     return reference.eval().requires_grad_(False)
 
 
 def trains_base_weights(policy: nn.Module) -> bool:
-    """Whether a PEFT model has trainable weights that stay in use while its adapters are off, such as biases."""
+    """Whether a PEFT model has trainable weights that stay in use while its adapters are disabled, such as biases."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -175,10 +184,10 @@ def trains_base_weights(policy: nn.Module) -> bool:
 
 @torch.no_grad()
 def adapter_changes_output(policy: nn.Module) -> bool:
-    """Whether the policy with its adapter differs from the policy without, on a few tokens.
+    """Whether the policy's logits with its adapter differ from those without, found on a few tokens.
 
-    A fresh LoRA adapter changes nothing, so "adapter off" is the starting policy. One that has been trained before
-    does.
+    A new LoRA adapter changes nothing (its B is zero), so the policy with its adapter disabled is the initial policy.
+    With an adapter that has been trained before it is not.
     """
     device = next(policy.parameters()).device
     ids = torch.arange(4, device=device)[None]

@@ -1,4 +1,4 @@
-"""The strength of the pull towards the reference: as configured, or adapting to the divergence that is wanted."""
+"""Beta, the strength of the KL penalty: as configured, or adapted to reach a target KL."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ LARGEST_ERROR = 0.2
 
 
 def adapted(beta: float, kl: float, target: float, gain: float) -> float:
-    """The next beta: ``beta (1 + gain e)`` with ``e = clip((kl - target) / target, -0.2, 0.2)`` (Ziegler et al. 2019,
-    arXiv 1909.08593, section 2.2).
+    """The next beta of the proportional controller: ``beta (1 + gain e)`` with
+    ``e = clip((kl - target) / target, -0.2, 0.2)`` (Ziegler et al. 2019, arXiv 1909.08593, section 2.2).
 
     >>> adapted(0.1, kl=12.0, target=6.0, gain=0.1)
     0.10200000000000001
@@ -26,11 +26,14 @@ def adapted(beta: float, kl: float, target: float, gain: float) -> float:
 
 
 class Beta(TrainerCallback):
-    """Beta as it is now. With ``target_kl`` it is a state of the run: larger after a step that was further from the
-    reference than that, smaller after one that was closer, within ``beta_range`` of where it began.
+    """The current beta of a run.
+
+    With ``target_kl`` it is adapted after each step: raised if the step's KL was above the target, lowered if it was
+    below, within a factor of ``beta_range`` of its initial value. It is then part of checkpoints.
 
     Args:
-        measure: the KL of the step that has ended, nats a completion, over all ranks; ``None`` if nothing was trained.
+        measure: returns the KL of the step that has ended, in nats per completion, over all ranks; ``None`` if nothing
+            was trained.
     """
 
     FILE = "beta.json"
@@ -41,9 +44,11 @@ class Beta(TrainerCallback):
         self._value = args.beta_at(0)
 
     def at(self, epoch: float) -> float:
+        """The current beta; unless it is adapted, the configured one for this epoch."""
         return self._value if self.adapts else self._args.beta_at(epoch)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Adapts beta to the KL of the step that has ended."""
         target = self._args.target_kl
         if target is None:
             return
@@ -54,12 +59,12 @@ class Beta(TrainerCallback):
             self._value = min(max(beta, start / factor), start * factor)
 
     def save(self, folder: Path, rank: int) -> None:
-        """Writes what `restore` needs, on rank 0: nothing unless beta adapts."""
+        """Writes ``beta.json`` to a checkpoint's folder, on rank 0, if beta is adapted."""
         if self.adapts and rank == 0:
             (folder / self.FILE).write_text(json.dumps({"beta": self._value}) + "\n", encoding="utf-8")
 
     def restore(self, folder: Path, rank: int) -> None:
-        """Goes on from what `save` wrote. A run that did not adapt so far begins with the configured beta."""
+        """Continues from what `save` wrote. If beta was not adapted until now, it starts at the configured value."""
         path = folder / self.FILE
         if self.adapts and path.is_file():
             self._value = json.loads(path.read_text(encoding="utf-8"))["beta"]

@@ -1,4 +1,4 @@
-"""What a loss is computed from: the log-probabilities of pairs, and its options."""
+"""The inputs of a loss: the log-probabilities of pairs, and its options."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from online_dpo.types import PackedRows, RowLogprobs
 
 @dataclass(frozen=True)
 class PairLogprobs:
-    """What the models say of N pairs; every field has shape (N,).
+    """The log-probabilities of N pairs under policy and reference, and what else a loss needs; all fields are (N,).
 
-    Log-probabilities are in nats, summed over the completion; lengths are in tokens; ``probability_N`` is that the
-    chosen completion is the better one; ``..._by_policy_N`` (bool) say who wrote them, the policy or its opponent.
+    Log-probabilities are in nats, summed over the tokens of a completion; lengths are in tokens. ``probability_N`` is
+    the probability that the chosen completion is the better one. ``..._by_policy_N`` (bool) tells whether the policy
+    wrote the completion, or its opponent.
     """
 
     chosen_N: torch.Tensor
@@ -36,11 +37,12 @@ class PairLogprobs:
 
     @property
     def rejected_ratio_N(self) -> torch.Tensor:
+        """``log pi(l) - log pi_ref(l)``."""
         return self.rejected_N - self.ref_rejected_N
 
     @property
     def h_N(self) -> torch.Tensor:
-        """How much more the policy than the reference prefers the chosen completion."""
+        """``(log pi(w) - log pi(l)) - (log pi_ref(w) - log pi_ref(l))``: the logit of DPO, without beta."""
         return (self.chosen_N - self.rejected_N) - (self.ref_chosen_N - self.ref_rejected_N)
 
     @property
@@ -50,10 +52,11 @@ class PairLogprobs:
 
     @property
     def mean_rejected_N(self) -> torch.Tensor:
+        """``log pi(l) / |l|``."""
         return self.rejected_N / self.rejected_length_N
 
     def exchanged(self) -> PairLogprobs:
-        """Every chosen completion as the rejected one, and the other way round."""
+        """The pairs with chosen and rejected completions exchanged, and the complementary probabilities."""
         return PairLogprobs(
             self.rejected_N,
             self.chosen_N,
@@ -103,7 +106,7 @@ class LossOptions:
 
 
 def pair_logprobs(rows: PackedRows, policy: RowLogprobs, reference: RowLogprobs | None) -> PairLogprobs:
-    """The numbers of the pairs in a batch of rows; nan where a reference is missing."""
+    """The log-probabilities of the pairs in packed rows; without a reference, those of the reference are nan."""
     chosen_N, rejected_N = rows.chosen_N, rows.rejected_N
     reference_S = torch.full_like(policy.logps_S, torch.nan) if reference is None else reference.logps_S
     return PairLogprobs(

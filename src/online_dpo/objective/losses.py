@@ -21,13 +21,13 @@ from online_dpo.config.registry import Registry
 from online_dpo.objective.inputs import LossOptions, PairLogprobs
 
 PairLoss = Callable[[PairLogprobs, LossOptions], torch.Tensor]
-"""From the numbers of N pairs to their losses, (N,)."""
+"""A function from the log-probabilities of N pairs to their losses, (N,)."""
 
 LOSSES: Registry[PairLoss] = Registry("loss")
 
 
 def loss(name: str) -> Callable[[PairLoss], PairLoss]:
-    """Registers a loss: ``loss_type: name`` in a configuration then chooses it.
+    """Registers a loss; ``loss_type: name`` in a configuration then selects it.
 
     >>> @loss("mine")
     ... def mine(pairs, options): return -F.logsigmoid(options.beta * pairs.h_N)
@@ -58,8 +58,10 @@ def ipo_loss(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
 
 @loss("hinge")
 def hinge_loss(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
-    """SLiC's ``max(0, d - log pi(w) + log pi(l))`` (Zhao et al. 2023, arXiv 2305.10425) on log-probabilities relative
-    to the reference, with ``d = 1 / beta`` and times beta: ``max(0, 1 - beta h)``.
+    """The hinge loss of SLiC, ``max(0, 1 - beta h)`` (Zhao et al. 2023, arXiv 2305.10425).
+
+    It is the paper's ``max(0, d - log pi(w) + log pi(l))`` with ``d = 1 / beta``, times beta, on log-probabilities
+    relative to the reference.
     """
     return _expected(lambda x: F.relu(1 - options.beta * x.h_N), pairs, _smoothed(pairs, options))
 
@@ -69,8 +71,8 @@ def robust_loss(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
     """Robust DPO: ``((1 - e) L(w, l) - e L(l, w)) / (1 - 2 e)``, with ``L`` the loss of DPO and ``e`` the share of
     labels that are wrong, ``label_smoothing`` (Chowdhury et al. 2024, arXiv 2403.00409).
 
-    Unlike smoothing, its expectation over wrong labels is the loss of DPO on right ones. It is DPO's expected loss with
-    ``p = (1 - e) / (1 - 2 e)``, which is above 1.
+    Unlike with label smoothing, its expectation over wrong labels equals the loss of DPO on correct labels. It is DPO's
+    expected loss with ``p = (1 - e) / (1 - 2 e)``, which is above 1.
     """
     error = options.label_smoothing
     probability_N = (pairs.probability_N - error) / (1 - 2 * error)
@@ -79,10 +81,10 @@ def robust_loss(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
 
 @loss("exo_pair")
 def exo_pair_loss(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
-    """EXO of pairs: ``KL(f || q)``, where ``f = (s(beta h), s(-beta h))`` is what the policy makes of the pair and
-    ``q = (p, 1 - p)`` the label, smoothed by ``label_smoothing`` (Ji et al. 2024, arXiv 2402.00856).
+    """EXO for pairs: ``KL(f || q)``, where ``f = (s(beta h), s(-beta h))`` is the preference that the policy implies
+    and ``q = (p, 1 - p)`` the label, smoothed by ``label_smoothing`` (Ji et al. 2024, arXiv 2402.00856).
 
-    The reverse of the divergence that DPO minimises; not finite where the label is certain.
+    This is the reverse of the divergence that DPO minimises. It is not finite if the label is certain.
     """
     label_N = _smoothed(pairs, options)
     x_N = options.beta * pairs.h_N
@@ -104,17 +106,18 @@ def simpo_loss(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
 
 @loss("sft")
 def sft_loss(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
-    """``-log pi(w) / |w|``: likelihood of the chosen completion, whatever the label's probability.
+    """The negative log-likelihood of the chosen completion per token, ``-log pi(w) / |w|``; it ignores the label's
+    probability.
 
-    Beside another loss it is the term of Pang et al. 2024 (arXiv 2404.19733).
+    Added to another loss, it is the term of Pang et al. 2024 (arXiv 2404.19733).
     """
     return -pairs.mean_chosen_N
 
 
 @loss("apo_zero")
 def apo_zero_loss(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
-    """APO-zero: ``(1 - s(r(w))) + s(r(l))``, chosen up and rejected down, each against the reference (D'Oosterlinck et
-    al. 2024, arXiv 2408.06266; the paper leaves out the constant 1).
+    """APO-zero: ``(1 - s(r(w))) + s(r(l))``, which raises the reward of the chosen completion and lowers that of the
+    rejected one (D'Oosterlinck et al. 2024, arXiv 2408.06266; the paper leaves out the constant 1).
     """
 
     def certain(x: PairLogprobs) -> torch.Tensor:
@@ -125,8 +128,8 @@ def apo_zero_loss(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
 
 @loss("apo_down")
 def apo_down_loss(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
-    """APO-down: ``s(r(w)) + (1 - s(r(w) - r(l)))``, both down and the rejected one further (arXiv 2408.06266, which
-    leaves out the constant 1).
+    """APO-down: ``s(r(w)) + (1 - s(r(w) - r(l)))``, which lowers both rewards, that of the rejected completion more
+    (arXiv 2408.06266, which leaves out the constant 1).
     """
 
     def certain(x: PairLogprobs) -> torch.Tensor:
@@ -138,7 +141,7 @@ def apo_down_loss(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
 @loss("dpop")
 def dpop_loss(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
     """DPO-positive: ``-log s(beta (h - lambda max(0, log pi_ref(w) - log pi(w))))`` (Pal et al. 2024, arXiv
-    2402.13228): a price on making the chosen completion less likely than it was.
+    2402.13228), with a penalty if the chosen completion is less likely under the policy than under the reference.
     """
 
     def certain(x: PairLogprobs) -> torch.Tensor:
@@ -155,8 +158,8 @@ def pair_losses(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
 
 
 def policy_weights(pairs: PairLogprobs) -> torch.Tensor:
-    """WPO: ``pi(w)^(1/|w|) * pi(l)^(1/|l|)``, without gradient: what the policy would say itself counts more (Zhou et
-    al. 2024, arXiv 2406.11827).
+    """The weights of WPO, ``pi(w)^(1/|w|) * pi(l)^(1/|l|)``, without gradient: pairs count more the likelier they are
+    under the current policy (Zhou et al. 2024, arXiv 2406.11827).
     """
     return (pairs.mean_chosen_N + pairs.mean_rejected_N).detach().exp()
 
@@ -164,9 +167,10 @@ def policy_weights(pairs: PairLogprobs) -> torch.Tensor:
 def _expected(
     certain: Callable[[PairLogprobs], torch.Tensor], pairs: PairLogprobs, probability_N: torch.Tensor
 ) -> torch.Tensor:
+    """The expected loss, if the chosen completion is the better one with this probability."""
     return probability_N * certain(pairs) + (1 - probability_N) * certain(pairs.exchanged())
 
 
 def _smoothed(pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
-    """The label's probability when a share ``e`` of the labels is wrong: ``p (1 - e) + (1 - p) e``."""
+    """The probability of the label if a share ``e`` of the labels is wrong: ``p (1 - e) + (1 - p) e``."""
     return pairs.probability_N + options.label_smoothing * (1 - 2 * pairs.probability_N)

@@ -1,4 +1,4 @@
-"""Pairs to micro-batches and passes of equal token count. Pure."""
+"""Splitting pairs into micro-batches and passes with about equal token counts. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from online_dpo.types import PackedRows, Pair
 
 
 def token_count(pairs: Sequence[Pair]) -> int:
-    """Tokens of the pairs when each prompt, and each completion of a group, is stored once."""
+    """The number of tokens of the pairs if each prompt, and each completion of a group, is stored once."""
     count = 0
     for members in by_group(pairs):
         group = members[0].group
@@ -21,12 +21,12 @@ def token_count(pairs: Sequence[Pair]) -> int:
 
 
 def split_pairs(pairs: Sequence[Pair], parts: int) -> list[list[Pair]]:
-    """The pairs in ``parts`` lists with about equally many tokens; some may be empty. Groups stay whole."""
+    """Splits pairs into ``parts`` lists with about equal token counts. Groups are not split; lists may be empty."""
     return split_evenly(by_group(pairs), parts)
 
 
 def passes_needed(pairs: Sequence[Pair], max_tokens: int) -> int:
-    """The fewest lists that `split_pairs` makes of at most ``max_tokens`` each, or of one group that has more alone."""
+    """The smallest ``parts`` for which each list of `split_pairs` has at most ``max_tokens`` tokens, or one group."""
     groups = by_group(pairs)
     parts = max(1, math.ceil(token_count(pairs) / max_tokens))
     while parts < len(groups):
@@ -38,13 +38,14 @@ def passes_needed(pairs: Sequence[Pair], max_tokens: int) -> int:
 
 
 def split_evenly(units: Sequence[list[Pair]], parts: int) -> list[list[Pair]]:
+    """Distributes lists of pairs, each kept whole, over ``parts`` lists with about equal token counts."""
     lists = split_balanced([token_count(unit) for unit in units], parts)
     return [[pair for i in indices for pair in units[i]] for indices in lists]
 
 
 def halve(rows: PackedRows, capacity: int = 0) -> list[PackedRows]:
-    """The same pairs in two passes of about equally many tokens. Needs two pairs or more; only those of a single group
-    are parted.
+    """Splits a pass into two with about equal token counts. It must have two pairs or more. A group is split only if it
+    is the only one.
     """
     assert len(rows.pairs) >= 2
     groups = by_group(rows.pairs)

@@ -1,4 +1,4 @@
-"""Pairs and groups to rows that a model can read, and pairs to micro-batches of equal token count. Pure.
+"""Packing pairs and groups into rows that a model can read. Pure.
 
 Shapes: ``S`` completions, ``M`` tokens of all these completions, ``N`` pairs.
 """
@@ -15,35 +15,35 @@ import torch
 from online_dpo.packing.prefix_tree import Tree, lay_out
 from online_dpo.types import Completion, Group, PackedRows, Pair, Prompt
 
-BRANCHES = 4  # completions of one tree, at most: its attention grows with the square of its length
+BRANCHES = 4  # the largest number of completions of one tree: attention grows with the square of its length
 
-_NOTHING = Completion((0,), (0.0,), "stop", 0, "")
-STAND_IN = Group(Prompt("", (0,), 0), (_NOTHING, _NOTHING))
+_DUMMY = Completion((0,), (0.0,), "stop", 0, "")
+STAND_IN = Group(Prompt("", (0,), 0), (_DUMMY, _DUMMY))
 
 
 def pack_pairs(pairs: Sequence[Pair], shared: bool, capacity: int = 0) -> PackedRows:
-    """The completions of the pairs, from one copy of their prompt if ``shared`` (see `layout.lay_out`).
+    """Packs the completions of the pairs; if ``shared``, with one copy of each prompt (see `lay_out`).
 
-    A completion that stands in several pairs of its group is there once.
+    A completion that is in several pairs of its group is packed once.
     """
     assert pairs
-    groups, scores, place = [], [], {}
+    groups, scores, index = [], [], {}
     for members in by_group(pairs):
         group = members[0].group
-        found: dict[int, float | None] = {}
+        score_of: dict[int, float | None] = {}
         for pair in members:
-            found[pair.chosen] = pair.chosen_score
-            found[pair.rejected] = pair.rejected_score
-        place |= {(id(group), k): len(scores) + i for i, k in enumerate(found)}
-        groups.append(Group(group.prompt, tuple(group.completions[k] for k in found)))
-        scores += found.values()
-    chosen = [place[id(pair.group), pair.chosen] for pair in pairs]
-    rejected = [place[id(pair.group), pair.rejected] for pair in pairs]
+            score_of[pair.chosen] = pair.chosen_score
+            score_of[pair.rejected] = pair.rejected_score
+        index |= {(id(group), k): len(scores) + i for i, k in enumerate(score_of)}
+        groups.append(Group(group.prompt, tuple(group.completions[k] for k in score_of)))
+        scores += score_of.values()
+    chosen = [index[id(pair.group), pair.chosen] for pair in pairs]
+    rejected = [index[id(pair.group), pair.rejected] for pair in pairs]
     return _pack(groups, scores, chosen, rejected, pairs, shared, capacity)
 
 
 def pack_groups(groups: Sequence[Group], pairs: Sequence[Pair], shared: bool, capacity: int = 0) -> PackedRows:
-    """Every completion of every group, in order, with the pairs as indices into them (for evaluation)."""
+    """Packs all completions of the groups, in order, with the pairs as indices into them (for evaluation)."""
     first: dict[int, int] = {}
     count = 0
     for group in groups:
@@ -55,22 +55,24 @@ def pack_groups(groups: Sequence[Group], pairs: Sequence[Pair], shared: bool, ca
 
 
 def stand_in(shared: bool) -> PackedRows:
-    """Rows of one pair with weight 0, so that a rank without pairs takes part in the same collective operations."""
+    """Dummy rows: one pair with weight 0, so that a rank without pairs runs the same collective operations."""
     return replace(_pack([STAND_IN], [None, None], [0], [1], [Pair(STAND_IN, 0, 1, weight=0.0)], shared, 0), pairs=())
 
 
 def as_inputs(passes: Sequence[PackedRows]) -> dict[str, Any]:
-    """What `transformers.Trainer` passes around as a micro-batch of one forward and backward pass or more; it counts
-    tokens in ``input_ids``.
+    """The micro-batch that `transformers.Trainer` gets: a dict with one pass or more, each with its own backward pass.
+
+    ``input_ids`` has all tokens without padding, because Trainer counts tokens in it.
     """
     ids = torch.cat([rows.tokens.ids_RT[rows.tokens.tree_RT >= 0] for rows in passes])[None]
     return {"passes": list(passes), "input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def _trees(group: Group) -> list[Tree]:
+    """The trees of a group, each with at most `BRANCHES` completions."""
     branches = [completion.token_ids for completion in group.completions]
-    cuts = range(0, len(branches), BRANCHES)
-    return [Tree(group.prompt.token_ids, tuple(branches[start : start + BRANCHES])) for start in cuts]
+    starts = range(0, len(branches), BRANCHES)
+    return [Tree(group.prompt.token_ids, tuple(branches[start : start + BRANCHES])) for start in starts]
 
 
 def _pack(
@@ -82,12 +84,16 @@ def _pack(
     shared: bool,
     capacity: int,
 ) -> PackedRows:
+    """Packs groups. ``scores`` has one entry for each completion; ``chosen`` and ``rejected`` are indices of
+    completions, counted over all groups, one for each pair.
+    """
     trees = [tree for group in groups for tree in _trees(group)]
-    tokens, places = lay_out(trees, shared, capacity)
+    tokens, spans = lay_out(trees, shared, capacity)
     source, target, lengths = [], [], []
-    for tree, tree_places in zip(trees, places, strict=True):
-        for branch, place in zip(tree.branches, tree_places, strict=True):
-            source += [place.before, *range(place.start, place.start + len(branch) - 1)]
+    for tree, tree_spans in zip(trees, spans, strict=True):
+        for branch, span in zip(tree.branches, tree_spans, strict=True):
+            # The first token of a completion is predicted by the last one of its prompt.
+            source += [span.before, *range(span.start, span.start + len(branch) - 1)]
             target += branch
             lengths.append(len(branch))
     return PackedRows(
@@ -108,7 +114,7 @@ def _pack(
 
 
 def by_group(pairs: Sequence[Pair]) -> list[list[Pair]]:
-    """The pairs of each group, in the order in which groups come first."""
+    """The pairs of each group, groups in the order of their first pair."""
     groups: dict[int, list[Pair]] = {}
     for pair in pairs:
         groups.setdefault(id(pair.group), []).append(pair)

@@ -1,4 +1,4 @@
-"""Prompts that are answered again: which ones, and what stands in the end."""
+"""Resampling rounds: which prompts are sampled again, and the state of a step after all rounds."""
 
 from __future__ import annotations
 
@@ -10,50 +10,53 @@ from online_dpo.types import Feedback, Group, Pairing, Scores, Verdicts
 T = TypeVar("T")
 
 
-def without_pair(groups: Sequence[Group], made: Pairing) -> list[int]:
-    """The places of the groups that gave no pair."""
-    used = {id(pair.group) for pair in made.pairs}  # a prompt that comes twice in a step has two equal groups
+def without_pair(groups: Sequence[Group], pairing: Pairing) -> list[int]:
+    """The indices of the groups that gave no pair."""
+    # By identity: a prompt that occurs twice in a step has two groups, which may be equal.
+    used = {id(pair.group) for pair in pairing.pairs}
     return [p for p, group in enumerate(groups) if id(group) not in used]
 
 
 def latest(feedback: Feedback) -> tuple[list[Group], Scores | Verdicts]:
-    """The groups of a step after the last round, and what is said of them; comparisons are those of all rounds."""
+    """The groups of a step and their assessment after the last resampling round; counts of comparisons are sums."""
     groups, assessment = feedback.groups, feedback.said
     for again in feedback.further:
         groups = _replaced(groups, again.places, again.groups)
-        assessment = _assessed_anew(assessment, again.said, again.places)
+        assessment = _updated_assessment(assessment, again.said, again.places)
     return groups, assessment
 
 
-def _assessed_anew(assessment: Scores | Verdicts, more: Scores | Verdicts, places: Sequence[int]) -> Scores | Verdicts:
+def _updated_assessment(
+    assessment: Scores | Verdicts, new: Scores | Verdicts, indices: Sequence[int]
+) -> Scores | Verdicts:
+    """The assessment with that of the groups at ``indices`` replaced by the new one."""
     if isinstance(assessment, Verdicts):
-        assert isinstance(more, Verdicts)
-        preferences = _replaced(assessment.preferences, places, more.preferences)
+        assert isinstance(new, Verdicts)
+        preferences = _replaced(assessment.preferences, indices, new.preferences)
         scores = (
             None
-            if assessment.scores is None or more.scores is None
-            else _scored_anew(assessment.scores, more.scores, places)
+            if assessment.scores is None or new.scores is None
+            else _updated_scores(assessment.scores, new.scores, indices)
         )
-        return Verdicts(preferences, assessment.duels + more.duels, assessment.unanswered + more.unanswered, scores)
-    assert isinstance(more, Scores)
-    return _scored_anew(assessment, more, places)
+        return Verdicts(preferences, assessment.duels + new.duels, assessment.unanswered + new.unanswered, scores)
+    assert isinstance(new, Scores)
+    return _updated_scores(assessment, new, indices)
 
 
-def _scored_anew(scores: Scores, more: Scores, places: Sequence[int]) -> Scores:
+def _updated_scores(scores: Scores, new: Scores, indices: Sequence[int]) -> Scores:
+    """The scores with those of the groups at ``indices`` replaced by the new ones."""
     return Scores(
-        _replaced(scores.values, places, more.values),
-        {name: _replaced(rows, places, more.by_scorer[name]) for name, rows in scores.by_scorer.items()},
+        _replaced(scores.values, indices, new.values),
+        {name: _replaced(rows, indices, new.by_scorer[name]) for name, rows in scores.by_scorer.items()},
         None
-        if scores.normalized is None or more.normalized is None
-        else _replaced(scores.normalized, places, more.normalized),
+        if scores.normalized is None or new.normalized is None
+        else _replaced(scores.normalized, indices, new.normalized),
     )
 
 
-def _replaced(items: Sequence[T], places: Sequence[int], new: Sequence[T]) -> list[T]:
-    made = list(items)
-    for place, item in zip(places, new, strict=True):
-        made[place] = item
-    return made
-
-
-# --- strategies: distinct completions whose scores are not all equal, and a number in [0, 1) --------------------------
+def _replaced(items: Sequence[T], indices: Sequence[int], new: Sequence[T]) -> list[T]:
+    """A copy of ``items`` with those at ``indices`` replaced by ``new``."""
+    copy = list(items)
+    for index, item in zip(indices, new, strict=True):
+        copy[index] = item
+    return copy

@@ -1,4 +1,4 @@
-"""Groups and what scorers said of them, to pairs. Every group ends in pairs or in one counted reason."""
+"""Forming pairs from groups and their scores or preferences. Each group gives pairs or one counted drop reason."""
 
 from __future__ import annotations
 
@@ -20,16 +20,15 @@ MARGIN = "margin"
 LENGTH_RATIO = "length_ratio"
 
 Draw = Callable[[Prompt], float]
-"""A number in [0, 1) for a prompt, the same whenever it is asked for in this step."""
+"""Returns a random number in [0, 1) for a prompt, the same at every call within a step."""
 
 Candidate = tuple[Pair, float | None]
-"""A pair, and the difference of the scores that made it one: none with a judge."""
+"""A pair, and the difference of the scores by which it was formed; ``None`` with a judge."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which completions become pairs, and what is made of them: configuration fields, ``strategy`` is
-    ``pair_selection``.
+    """The options for forming pairs. They are fields of the configuration; ``strategy`` is ``pair_selection`` there.
 
     >>> Selection(strategy="all_pairs", min_margin=0.5)
     """
@@ -44,6 +43,7 @@ class Selection:
 
     @classmethod
     def from_config(cls, args: OnlineDPOConfig) -> Selection:
+        """The options of a configuration."""
         return cls(
             strategy=args.pair_selection,
             tie_policy=args.tie_policy,
@@ -58,38 +58,39 @@ class Selection:
 def pairs_from_scores(
     groups: Sequence[Group], scores: Scores, selection: Selection | None = None, draw: Draw = lambda prompt: 0.0
 ) -> Pairing:
-    """The pairs that the selection's strategy picks from each group.
+    """Forms the pairs that the selection's strategy picks from each group.
 
-    They are formed and their margins are measured by ``scores.ranking``; what they carry are ``scores.values``.
+    Pairs are chosen, and margins measured, by ``scores.ranking``; ``scores.values`` are stored in the pairs.
 
-    A completion without a score takes part in no pair, and of several with the same tokens only the first with a score
-    does. A group with fewer than two scored completions is dropped as ``missing_score``, one whose scores are all equal
-    as ``tie`` (or, with ``tie_policy="first"``, gives its first two as chosen and rejected), one whose completions all
-    have the same tokens as ``identical``, one whose margins or lengths the selection excludes as ``margin`` or
-    ``length_ratio``. Between equal scores the earlier completion is the chosen one and the later the rejected one.
+    A completion without a score is in no pair. Of several completions with the same tokens, only the first with a score
+    is used. Between equal scores, the earlier completion is the chosen one and the later one the rejected one.
+
+    A group is dropped for one of these reasons: ``missing_score``: fewer than two completions have a score. ``tie``:
+    all scores are equal (with ``tie_policy="first"`` its first two completions are the pair). ``identical``: all
+    completions have the same tokens. ``margin`` or ``length_ratio``: the limits of the selection exclude all its pairs.
 
     Args:
-        draw: where random choices come from.
+        draw: the source of random numbers for strategies that choose at random.
     """
     selection = selection or Selection()
-    made = Pairing()
+    pairing = Pairing()
     for group, ranking, values in zip(groups, scores.ranking, scores.values, strict=True):
         scored = [(score, k) for k, score in enumerate(ranking) if score is not None]
         distinct = _distinct(scored, group)
         if len(scored) < 2:
-            made.dropped[MISSING_SCORE] += 1
+            pairing.dropped[MISSING_SCORE] += 1
         elif _all_equal(scored) and selection.tie_policy == "skip":
-            made.dropped[TIE] += 1
+            pairing.dropped[TIE] += 1
         elif len(distinct) < 2:
-            made.dropped[IDENTICAL] += 1
+            pairing.dropped[IDENTICAL] += 1
         elif not _all_equal(distinct):
             picked = STRATEGIES[selection.strategy].pick(distinct, draw(group.prompt))
-            _add([_candidate(group, values, *pick, selection) for pick in picked], made, selection)
+            _add([_candidate(group, values, *pick, selection) for pick in picked], pairing, selection)
         elif selection.tie_policy == "first":
-            _add([_candidate(group, values, distinct[0], distinct[1], selection)], made, selection)
+            _add([_candidate(group, values, distinct[0], distinct[1], selection)], pairing, selection)
         else:
-            made.dropped[TIE] += 1
-    return made
+            pairing.dropped[TIE] += 1
+    return pairing
 
 
 def pairs_from_preferences(
@@ -98,32 +99,33 @@ def pairs_from_preferences(
     selection: Selection | None = None,
     scores: Scores | None = None,
 ) -> Pairing:
-    """The pair that a judge found in each group, with the judge's probability, and its scores if there are any.
+    """Forms the pair that a judge chose in each group, with the judge's probability, and the scores if there are any.
 
-    Without an answer a group is dropped as ``no_answer``, or as ``missing_score`` if scores say whom the judge sees and
-    fewer than two completions have one; where both completions have the same tokens, as
-    ``identical``; where both are as good, as ``tie`` (with ``tie_policy="first"`` it is trained as if there were no
-    doubt); where the judge took one for the best and another for the worst and yet prefers that, as ``contradiction``.
+    A group is dropped for one of these reasons: ``no_answer``: the judge gave none. ``missing_score``: scores decide
+    which completions the judge is given, and fewer than two completions have a score. ``identical``: both completions
+    have the same tokens. ``tie``: the probability is 0.5 (with ``tie_policy="first"`` the pair is trained with
+    probability 1). ``contradiction``: the judge prefers the completion that it found the worst to the one that it found
+    the best.
     """
     selection = selection or Selection()
-    made = Pairing()
+    pairing = Pairing()
     for p, (group, preference) in enumerate(zip(groups, preferences, strict=True)):
         values = [None] * len(group.completions) if scores is None else scores.values[p]
         if preference is None:
             unscored = scores is not None and sum(score is not None for score in scores.ranking[p]) < 2
-            made.dropped[MISSING_SCORE if unscored else NO_ANSWER] += 1
+            pairing.dropped[MISSING_SCORE if unscored else NO_ANSWER] += 1
             continue
         chosen, rejected, probability = preference.chosen, preference.rejected, preference.probability
         pair = Pair(group, chosen, rejected, values[chosen], values[rejected], probability)
         if pair.chosen_completion.token_ids == pair.rejected_completion.token_ids:
-            made.dropped[IDENTICAL] += 1
+            pairing.dropped[IDENTICAL] += 1
         elif probability == 0.5 and selection.tie_policy == "skip":
-            made.dropped[TIE] += 1
+            pairing.dropped[TIE] += 1
         elif probability < 0.5:
-            made.dropped[CONTRADICTION] += 1
+            pairing.dropped[CONTRADICTION] += 1
         else:
-            _add([(replace(pair, probability=1.0) if probability == 0.5 else pair, None)], made, selection)
-    return made
+            _add([(replace(pair, probability=1.0) if probability == 0.5 else pair, None)], pairing, selection)
+    return pairing
 
 
 def _all_equal(scored: Sequence[Scored]) -> bool:
@@ -149,18 +151,18 @@ def _candidate(
     return pair, margin
 
 
-def _add(candidates: Sequence[Candidate], made: Pairing, selection: Selection) -> None:
-    """The pairs of one group, without those that the selection objects to."""
+def _add(candidates: Sequence[Candidate], pairing: Pairing, selection: Selection) -> None:
+    """Adds the pairs of one group that the limits of the selection allow; without any, counts the first reason."""
     objections = [_objection(pair, margin, selection) for pair, margin in candidates]
     kept = [pair for (pair, _), objection in zip(candidates, objections, strict=True) if objection is None]
     reasons = [objection for objection in objections if objection is not None]
     if kept and STRATEGIES[selection.strategy].first_allowed:
-        made.pairs.append(kept[0])
+        pairing.pairs.append(kept[0])
     elif kept:
-        made.pairs.extend(kept)
-        made.left_out.update(reasons)
+        pairing.pairs.extend(kept)
+        pairing.left_out.update(reasons)
     else:
-        made.dropped[reasons[0]] += 1
+        pairing.dropped[reasons[0]] += 1
 
 
 def _objection(pair: Pair, margin: float | None, selection: Selection) -> str | None:

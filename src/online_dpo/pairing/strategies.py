@@ -1,4 +1,4 @@
-"""Strategies: distinct completions whose scores are not all equal, and a number in [0, 1), to pairs."""
+"""Strategies: which completions of a group become pairs, by their scores."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ Scored = tuple[float, int]
 """A completion's score and its index in the group."""
 
 Pick = Callable[[Sequence[Scored], float], list[tuple[Scored, Scored]]]
-"""The pairs, each as chosen and rejected. The completions are distinct and their scores not all equal; the number is in
-[0, 1), another one for each prompt and step.
+"""A function that picks the pairs, each as (chosen, rejected). It is given distinct completions whose scores are not
+all equal, and a random number in [0, 1), a new one for each prompt and step.
 """
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """Which completions of a group become pairs.
+    """A function that picks pairs, and how many of them are used.
 
-    ``first_allowed``: only one pair is wanted, the first that no limit (`min_margin` ...) objects to.
+    ``first_allowed``: only the first pair is used that no limit (`min_margin` ...) excludes; otherwise all of those.
     """
 
     pick: Pick
@@ -32,7 +32,7 @@ STRATEGIES: Registry[Strategy] = Registry("strategy")
 
 
 def strategy(name: str, *, first_allowed: bool = False) -> Callable[[Pick], Pick]:
-    """Registers a function that picks pairs: ``pair_selection: name`` in a configuration then chooses it.
+    """Registers a function that picks pairs; ``pair_selection: name`` in a configuration then selects it.
 
     >>> @strategy("mine")
     ... def mine(scored, draw): return [(max(scored), min(scored))]
@@ -45,22 +45,23 @@ def strategy(name: str, *, first_allowed: bool = False) -> Callable[[Pick], Pick
 
 @strategy("best_worst")
 def best_worst(scored: Sequence[Scored], draw: float) -> list[tuple[Scored, Scored]]:
-    """The highest against the lowest score."""
+    """Pairs the completion with the highest score with the one with the lowest."""
     return [(_best(scored), min(scored, key=lambda item: (item[0], -item[1])))]
 
 
 @strategy("best_random")
 def best_random(scored: Sequence[Scored], draw: float) -> list[tuple[Scored, Scored]]:
-    """The highest against a random lower one."""
+    """Pairs the completion with the highest score with a random one of those with a lower score."""
     lower = _below_the_best(scored)
     return [(_best(scored), lower[int(draw * len(lower))])]
 
 
 @strategy("best_mean_minus_two_sigma")
 def best_mean_minus_two_sigma(scored: Sequence[Scored], draw: float) -> list[tuple[Scored, Scored]]:
-    """The highest against the one closest to the mean minus two standard deviations.
+    """Pairs the completion with the highest score with the one whose score is closest to the mean minus two standard
+    deviations.
 
-    The worst of many samples says little about what the policy usually does wrong (arXiv 2502.16825).
+    With many samples, the worst one is an outlier, which says little about typical errors (arXiv 2502.16825).
     """
     scores = [score for score, _ in scored]
     target = statistics.fmean(scores) - 2 * statistics.pstdev(scores)
@@ -69,13 +70,13 @@ def best_mean_minus_two_sigma(scored: Sequence[Scored], draw: float) -> list[tup
 
 @strategy("all_pairs")
 def all_pairs(scored: Sequence[Scored], draw: float) -> list[tuple[Scored, Scored]]:
-    """Each against each lower one."""
+    """Pairs each completion with each one that has a lower score."""
     return [(better, worse) for better in scored for worse in scored if better[0] > worse[0]]
 
 
 @strategy("widest_allowed", first_allowed=True)
 def widest_allowed(scored: Sequence[Scored], draw: float) -> list[tuple[Scored, Scored]]:
-    """All pairs, the widest first; what is trained is the first one that nothing objects to."""
+    """All pairs, sorted by decreasing margin; the first one that no limit excludes is used."""
     return sorted(all_pairs(scored, draw), key=lambda pair: (pair[1][0] - pair[0][0], pair[0][1], -pair[1][1]))
 
 

@@ -1,1 +1,1 @@
-"""Sampling completions: prompts to groups."""
+"""Sampling completions of prompts: engines, their options, and the transfer of weights to them."""

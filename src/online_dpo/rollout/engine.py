@@ -1,4 +1,4 @@
-"""What every engine that samples completions promises to the trainer."""
+"""The protocol of engines, which sample completions."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from online_dpo.types import Group, Prompt
 
 
 class Engine(Protocol):
-    """Samples K completions for each prompt, in the order of the prompts, with the weights of the last `sync`.
+    """Samples K completions for each prompt, with the weights of the last `sync`.
 
-    ``has_own_weights``: they are a copy, so that it has to be checked that they are the model's. ``overlaps``:
-    `generate` may run in another thread while the model is trained. ``own_dtype``: what it computes in, where that is
-    not what the model computes in.
+    ``has_own_weights``: the engine holds a copy of the weights, which must be checked against the model's.
+    ``overlaps``: `generate` may run in another thread while the model is trained. ``own_dtype``: the dtype in which the
+    engine computes; ``None`` if it is always the model's.
     """
 
     has_own_weights: bool
@@ -25,24 +25,25 @@ class Engine(Protocol):
     own_dtype: torch.dtype | None
 
     def sync(self, model: nn.Module, version: int) -> None:
-        """Sample with these weights from now on, and stamp completions with this policy version. Where there are
-        several processes, all of them call it together.
+        """Sets the weights, and the policy version that later completions get. With several processes, all of them must
+        call it together.
         """
         ...
 
     def generate(
         self, prompts: Sequence[Prompt], num_completions: int, params: SamplingParams, key: RolloutKey
     ) -> list[Group]:
-        """K completions for each prompt. A token's log-probability is that of the model's own distribution, before
-        temperature and the like. Where there are several processes, all of them call it equally often, with no prompts
-        where a process has none.
+        """Samples K completions for each prompt; returns the groups in the prompts' order.
+
+        A token's log-probability is under the model's own distribution, before temperature and other sampling options.
+        With several processes, all of them must call it the same number of times, also with an empty list of prompts.
         """
         ...
 
     def release(self) -> None:
-        """Give back memory of the device that `generate` keeps for its next call, and will take again then."""
+        """Frees device memory that `generate` keeps for its next call; that call allocates it again."""
         ...
 
     def close(self) -> None:
-        """Release what the engine holds: memory, processes, connections."""
+        """Frees what the engine holds: memory, processes, connections. It cannot be used afterwards."""
         ...

@@ -1,4 +1,4 @@
-"""Steps whose rollouts or scores are made while an earlier step is trained on."""
+"""Lookahead: rollouts and scores of later steps are computed while an earlier step is trained."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ FILE = "lookahead-{rank}.pt"
 
 @dataclass(frozen=True)
 class Fetched:
-    """The prompts of a step: ``num_prompts`` in ``num_batches`` batches, of which ``prompts`` are usable."""
+    """The prompts of a step: ``num_prompts`` were read, in ``num_batches`` batches; ``prompts`` are those without an
+    error.
+    """
 
     prompts: list[Prompt]
     num_prompts: int
@@ -30,9 +32,11 @@ Begin = Callable[[int, list[Prompt]], Callable[[], Feedback]]
 
 
 class Lookahead:
-    """Keeps up to ``depth`` steps begun beyond the one that is trained on; with 0, none, and no thread.
+    """A queue of steps whose feedback is computed in threads: up to ``depth`` steps ahead of the one that is trained.
+    With ``depth`` 0 there is no thread, and no step is begun early.
 
-    What was begun is part of a checkpoint: a resumed run trains on the same completions as the uninterrupted one.
+    The feedback of these steps is saved in checkpoints, so that a resumed run trains on the same completions as an
+    uninterrupted one.
     """
 
     def __init__(self, depth: int) -> None:
@@ -44,14 +48,13 @@ class Lookahead:
         self._threads = ThreadPoolExecutor(depth, thread_name_prefix="lookahead") if depth else None
 
     def take(self, step: int, source: object, fetch: Fetch, begin: Begin) -> tuple[Fetched, Feedback, float]:
-        """The prompts of this step, what became of them, and the seconds that this had to be waited for.
-
-        The next steps are begun first.
+        """Begins the next steps, then waits for this one; returns its prompts, its feedback, and the seconds waited.
 
         Args:
-            source: where prompts come from; what was begun with those of another source is forgotten.
-            fetch: the prompts of a step; ``None`` for a later step that there will not be.
-            begin: does what has to be done at once, and returns what may be done beside training.
+            source: identifies where prompts come from; steps that were begun with another source are discarded.
+            fetch: returns the prompts of a step; ``None`` if the run ends before it.
+            begin: does the part of a step that must be done at once, in this thread, and returns a function for the
+                part that may run in another thread while the model is trained.
         """
         if source is not self._source:
             self._source = source
@@ -68,12 +71,14 @@ class Lookahead:
         return fetched, future.result(), time.perf_counter() - since
 
     def wait(self) -> None:
-        """Until nothing is under way. What has failed is told by `take`, at the same time on every rank."""
+        """Waits until no step is being computed. Errors are raised later by `take`, at the same time on every rank."""
         wait([future for _, _, future in self._begun])
 
     def save(self, folder: Path, rank: int, step: int) -> None:
-        """Write down what has been begun of ``step`` and later ones, once it is complete; what failed is left out, and
-        will be made anew. A step that has been taken and not ended is among it, if steps are begun ahead at all.
+        """Waits for the feedback of ``step`` and later ones that were begun, and writes it to the checkpoint's folder.
+
+        Steps that failed are left out, and computed again after a resume. With a ``depth`` above 0, a step that was
+        taken and whose training has not ended is saved too.
         """
         taken = [] if self._taken is None or not self.depth else [self._taken]
         kept = {
@@ -85,19 +90,24 @@ class Lookahead:
             torch.save(kept, folder / FILE.format(rank=rank))
 
     def restore(self, folder: Path, rank: int) -> None:
-        """Use what `save` wrote for the same prompts, in place of beginning those steps anew."""
+        """Reads what `save` wrote. `take` then uses it instead of computing those steps again, if the prompts are
+        equal.
+        """
         path = folder / FILE.format(rank=rank)
         if path.is_file():
-            self._saved = torch.load(path, weights_only=False)  # our own objects, as the trainer's other states
+            # Our own dataclasses, so they must be unpickled; as trusted as the trainer's other files.
+            self._saved = torch.load(path, weights_only=False)
 
     def close(self) -> None:
+        """Stops the threads; steps that have not started are cancelled."""
         if self._threads is not None:
             self._threads.shutdown(cancel_futures=True)
 
     def _feedback(self, step: int, prompts: list[Prompt], begin: Begin) -> Future[Feedback]:
+        """The feedback of a step: from a checkpoint, or begun now."""
         saved_prompts, saved = self._saved.pop(step, (None, None))
         future: Future[Feedback] = Future()
-        if saved is not None and saved_prompts is not None and _names(saved_prompts) == _names(prompts):
+        if saved is not None and saved_prompts is not None and _identities(saved_prompts) == _identities(prompts):
             future.set_result(saved)
             return future
         rest = begin(step, prompts)
@@ -107,5 +117,6 @@ class Lookahead:
         return future
 
 
-def _names(prompts: list[Prompt]) -> list[tuple[int, tuple[int, ...]]]:
+def _identities(prompts: list[Prompt]) -> list[tuple[int, tuple[int, ...]]]:
+    """What identifies prompts: their rows and token ids."""
     return [(prompt.row, prompt.token_ids) for prompt in prompts]

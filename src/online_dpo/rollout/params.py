@@ -1,4 +1,4 @@
-"""How completions are sampled, and what their random numbers depend on."""
+"""Sampling options, and the keys of random numbers."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from online_dpo.config.trainer_config import OnlineDPOConfig
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How completions are sampled.
+    """The options with which completions are sampled.
 
-    ``extra`` holds options of `transformers.GenerationConfig` that have no field here. A completion ends at any of
-    ``end_token_ids`` (which it keeps) or when its text ends in one of ``stop_strings``.
+    A completion ends at any of ``end_token_ids`` (which it keeps), or when its text ends with one of ``stop_strings``.
+    ``extra`` has options of `transformers.GenerationConfig` for which there is no field here.
 
     >>> SamplingParams(max_new_tokens=64, end_token_ids=(2,), temperature=0.9)
     """
@@ -32,7 +32,7 @@ class SamplingParams:
 
     @classmethod
     def from_config(cls, args: OnlineDPOConfig, end_token_ids: tuple[int, ...]) -> SamplingParams:
-        """The configuration's fields, overridden by its ``generation_kwargs``."""
+        """The options of a configuration: its fields, overridden by its ``generation_kwargs``."""
         params = cls(
             max_new_tokens=args.max_new_tokens,
             end_token_ids=end_token_ids,
@@ -56,11 +56,11 @@ class SamplingParams:
 
 
 class Stream(IntEnum):
-    """What random numbers are for, so that no two uses draw the same ones.
+    """What random numbers are used for. Each use is a stream of its own, so that no two draw the same numbers.
 
-    ``HELD_OUT``, the quickstart's samples that are judged, has the number of ``PAIRING``, and keeps it because its
-    published figures hang on it. Only ``best_random`` reads the numbers of pairing, one for each training prompt of a
-    step; the quickstart pairs best with worst, and held-out prompts are never paired.
+    ``HELD_OUT`` (the held-out samples of the quickstart) has the same number as ``PAIRING``, and keeps it because
+    published figures depend on it. They do not collide: only ``best_random`` uses the numbers of ``PAIRING``, one for
+    each training prompt of a step; the quickstart pairs best with worst, and held-out prompts are never paired.
     """
 
     TRAINING = 0
@@ -76,10 +76,11 @@ class Stream(IntEnum):
 
 @dataclass(frozen=True)
 class RolloutKey:
-    """Names one call of an engine, so that its random numbers are a function of (seed, step, prompt, sample) alone.
+    """Identifies one call of an engine, so that its random numbers are a function of (seed, step, prompt, sample)
+    alone.
 
-    ``stream`` keeps uses apart. ``first_sample`` is the number of the first completion of each prompt: completions
-    beyond the K of an earlier call with the same key differ from them.
+    ``stream`` separates different uses. ``first_sample`` is the index of the first completion of each prompt: a second
+    call with the same key and ``first_sample=K`` gives K further completions, which differ from the first K.
     """
 
     seed: int
@@ -88,5 +89,5 @@ class RolloutKey:
     first_sample: int = 0
 
     def samples(self, num_completions: int) -> range:
-        """The numbers of a prompt's completions."""
+        """The indices of a prompt's completions."""
         return range(self.first_sample, self.first_sample + num_completions)

@@ -1,4 +1,4 @@
-"""Engines by name. The modules of vLLM's engines are loaded when one is built."""
+"""The registry of engines by name. The modules of vLLM engines are imported only when one is built."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from online_dpo.rollout.builtin.engine import TransformersEngine
 from online_dpo.rollout.engine import Engine
 
 EngineBuilder = Callable[[nn.Module, PreTrainedTokenizerBase, OnlineDPOConfig], Engine]
-"""From the policy, its tokenizer and the configuration to an engine that samples from the policy."""
+"""A function that builds an engine from the policy, its tokenizer and the configuration."""
 
 Builder = TypeVar("Builder", bound=EngineBuilder)
 
@@ -22,7 +22,7 @@ ENGINES: Registry[EngineBuilder] = Registry("engine")
 
 
 def engine(name: str) -> Callable[[Builder], Builder]:
-    """Registers a builder: ``engine: name`` in a configuration then chooses it.
+    """Registers a function that builds an engine; ``engine: name`` in a configuration then selects it.
 
     >>> @engine("mine")
     ... def build(policy, tokenizer, args): return MyEngine(...)
@@ -34,25 +34,25 @@ def engine(name: str) -> Callable[[Builder], Builder]:
 
 
 def build_engine(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, args: OnlineDPOConfig) -> Engine:
-    """What samples completions, as the configuration says.
+    """Builds the engine that the configuration names.
 
     Raises:
-        ValueError: vLLM is not installed, or its options do not fit this machine.
-        RolloutServerError: a server cannot be reached, or takes no weights.
+        ValueError: vLLM is not installed, or its options are not possible on this machine.
+        RolloutServerError: a server cannot be reached, or does not take weights.
     """
     return ENGINES[args.engine_name](policy, tokenizer, args)
 
 
 @engine("transformers")
 def built_in_engine(model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: OnlineDPOConfig) -> TransformersEngine:
-    """Samples from this model itself."""
+    """The built-in engine: samples from the model that is trained."""
     static_steps = None if args.cuda_graphs else False
     return TransformersEngine(model, tokenizer, args.rollout_batch_size, static_steps=static_steps)
 
 
 @engine("vllm_colocate")
 def colocated_vllm(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, args: OnlineDPOConfig) -> Engine:
-    """Samples with vLLM in this process."""
+    """The engine that runs vLLM in this process."""
     from online_dpo.rollout.vllm.colocated_engine import VLLMColocateEngine
 
     return VLLMColocateEngine(policy, tokenizer, args)
@@ -60,7 +60,7 @@ def colocated_vllm(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, args: 
 
 @engine("vllm_server")
 def vllm_servers(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, args: OnlineDPOConfig) -> Engine:
-    """Samples with vLLM servers."""
+    """The engine that uses vLLM servers."""
     from online_dpo.rollout.vllm.server_engine import VLLMServerEngine
 
     return VLLMServerEngine(args.vllm_server_urls, tokenizer, args)

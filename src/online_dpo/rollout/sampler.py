@@ -1,4 +1,4 @@
-"""Sampling completions with the policy's latest weights: what training and evaluation have in common."""
+"""The sampler of training and evaluation: an engine, its options, and the checks around it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 
 from torch import nn
 
-from online_dpo.modeling.known_tokens import Readers
+from online_dpo.modeling.known_tokens import VocabularyCheck
 from online_dpo.rollout.engine import Engine
 from online_dpo.rollout.params import RolloutKey, SamplingParams
 from online_dpo.rollout.sync_check import SyncCheck
@@ -19,12 +19,12 @@ class Sampler:
 
     Args:
         policy: the model whose weights the engine takes.
-        engine: what samples.
-        params: how completions are sampled.
-        vocabulary: checks that every model which reads the tokens knows them.
+        engine: samples the completions.
+        params: the sampling options.
+        vocabulary: checks that every model which reads the tokens has embeddings for them.
         sync_check: compares the engine's log-probabilities with the policy's.
-        seed: of the run.
-        autocast: the mixed precision that models compute in.
+        seed: the seed of the run.
+        autocast: the context of mixed precision in which models compute.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Sampler:
         policy: nn.Module,
         engine: Engine,
         params: SamplingParams,
-        vocabulary: Readers,
+        vocabulary: VocabularyCheck,
         sync_check: SyncCheck,
         seed: int,
         autocast: Callable[[], AbstractContextManager[None]],
@@ -42,11 +42,13 @@ class Sampler:
         self.seed, self.autocast = seed, autocast
 
     def sync(self, prompts: Sequence[Prompt], step: int, version: int) -> None:
-        """Hands the policy's weights to the engine, and checks now and then that it computes with them.
+        """Sends the policy's weights to the engine, and checks at intervals that it samples with them.
 
         Args:
-            prompts: of this step, for the check. step: optimizer steps behind the weights. version: of the weights;
-            another one than ``step`` where an optimizer evaluates other weights than it trains.
+            prompts: the prompts of this step, for the check.
+            step: the number of optimizer steps behind the weights.
+            version: the version of the weights. It differs from ``step`` if an optimizer evaluates other weights than
+                it trains.
 
         Raises:
             OutOfSyncError: the engine's log-probabilities differ from the policy's by more than rounding.
@@ -62,5 +64,5 @@ class Sampler:
             return self.engine.generate(prompts, count, self.params, key)
 
     def release(self) -> None:
-        """Gives back memory that the engine keeps between calls."""
+        """Frees memory that the engine keeps between calls."""
         self.engine.release()

@@ -1,4 +1,4 @@
-"""Intervals of shares: Wilson's, and the win rate with its interval."""
+"""Confidence intervals of proportions (Wilson), and the win rate with its interval."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def win_rate(wins: Sequence[float]) -> tuple[float, float, float]:
-    """The mean of one win or more, and its `wilson_interval`.
+    """The win rate of one comparison or more, and the bounds of its `wilson_interval`. A tie counts 0.5.
 
     >>> tuple(round(value, 4) for value in win_rate([1.0, 0.5, 0.0, 1.0]))
     (0.625, 0.2194, 0.9081)
@@ -19,10 +19,9 @@ def win_rate(wins: Sequence[float]) -> tuple[float, float, float]:
 
 
 def wilson_interval(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % confidence interval of a share seen in ``count`` trials (Wilson 1927).
+    """The 95 % score interval of a proportion ``share`` observed in ``count`` trials (Wilson 1927).
 
-    Fractional outcomes (ties) have less variance than the yes-or-no ones it assumes, so for them it errs on the wide
-    side.
+    It assumes outcomes of 0 or 1. Ties (0.5) have less variance, so with ties the interval is rather too wide.
 
     >>> tuple(round(bound, 4) for bound in wilson_interval(0.8, 100))
     (0.7112, 0.8666)

@@ -1,4 +1,4 @@
-"""The chance that one of two answers is the better one."""
+"""Preference probabilities: the probability that one of two answers is the better one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 
 def sigmoid(x: float) -> float:
-    """The chance that has these log-odds, without overflow.
+    """The logistic function: the probability with log-odds ``x``, computed without overflow.
 
     >>> sigmoid(0.0), sigmoid(-1000.0)
     (0.5, 0.0)
@@ -14,10 +14,10 @@ def sigmoid(x: float) -> float:
     return (1 + math.tanh(x / 2)) / 2
 
 
-def preference_by_score(mine: float, theirs: float) -> float:
-    """1 for the higher score, one half for equal ones.
+def preference_by_score(score: float, other_score: float) -> float:
+    """The preference that two scores imply: 1 if ``score`` is higher, 0.5 if both are equal, else 0.
 
     >>> preference_by_score(2.0, 1.0), preference_by_score(1.0, 1.0)
     (1.0, 0.5)
     """
-    return 1.0 if mine > theirs else 0.5 if mine == theirs else 0.0
+    return 1.0 if score > other_score else 0.5 if score == other_score else 0.0

@@ -18,7 +18,7 @@ from online_dpo.evaluation.evaluator import ReferenceAnswers
 from online_dpo.foreign import loading
 from online_dpo.modeling.attention.masks import use_flex_attention, use_segments
 from online_dpo.modeling.introspection import end_token_ids, unwrapped
-from online_dpo.modeling.known_tokens import Readers, check_reference, check_room, embedding_rows
+from online_dpo.modeling.known_tokens import VocabularyCheck, check_reference, check_room, embedding_rows
 from online_dpo.modeling.loading import adapting, disable_dropout, is_adapter, load_causal_lm, to_device
 from online_dpo.modeling.logprobs import enable_logprobs
 from online_dpo.modeling.malloc import keep_freed_memory
@@ -197,7 +197,7 @@ def build_vocabulary(
     reference: Reference | None,
     tokenizer: PreTrainedTokenizerBase,
     datasets: Mapping[str, Any],
-) -> Readers:
+) -> VocabularyCheck:
     """Returns the check that every model knows the tokens which it reads.
 
     Args:
@@ -207,15 +207,15 @@ def build_vocabulary(
         UnknownTokenError: the reference does not know tokens of the prompts, or that the policy can write.
     """
     if reference is None:
-        return Readers({"the policy": embedding_rows(policy)})
+        return VocabularyCheck({"the policy": embedding_rows(policy)})
     with reference.active() as model:
         check_reference(model, policy, tokenizer, datasets)
-        return Readers({"the policy": embedding_rows(policy), "the reference": embedding_rows(model)})
+        return VocabularyCheck({"the policy": embedding_rows(policy), "the reference": embedding_rows(model)})
 
 
 def build_sampler(
     policy: nn.Module,
-    vocabulary: Readers,
+    vocabulary: VocabularyCheck,
     tokenizer: PreTrainedTokenizerBase,
     args: OnlineDPOConfig,
     accelerator: Accelerator,

@@ -13,15 +13,7 @@ from online_dpo.data.convert import (
     transcript_to_text,
     without_nulls,
 )
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def assistant(content):
-    return {"role": "assistant", "content": content}
-
+from support.prompt_rows import assistant, user
 
 TRANSCRIPTS = {
     "one turn": (

@@ -17,16 +17,6 @@ ROWS = [{"prompt": "a", "label": 1}, {"prompt": "b\nc", "label": 2}, {"prompt": 
 TEXT_ROWS = [{**row, "label": str(row["label"])} for row in ROWS]
 
 
-@pytest.fixture(autouse=True)
-def _cache_of_its_own(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
-@pytest.fixture(params=[False, True], ids=["map", "streaming"])
-def streaming(request):
-    return request.param
-
-
 def lines(rows):
     return "".join(json.dumps(row) + "\n" for row in rows)
 

@@ -26,16 +26,6 @@ from support import tiny
 from support.processes import environment, run_python
 
 
-@pytest.fixture(autouse=True)
-def _cache_of_its_own(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
-@pytest.fixture(params=[False, True], ids=["map", "streaming"])
-def streaming(request):
-    return request.param
-
-
 def write(path: Path, content: str | bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode() if isinstance(content, str) else content

@@ -33,7 +33,7 @@ def prompt_result(row, preferences, model=None, against=None, **fields):
     )
 
 
-def test_clear_duels_get_wilsons_interval():
+def test_clear_comparisons_get_wilsons_interval():
     """70 wins, 10 ties and 20 losses: 75 points of 100; by hand: (0.75 + 0.0192073) / 1.0384146 -+ ..."""
     results = [prompt_result(row, [1.0 if row < 70 else 0.5 if row < 80 else 0.0]) for row in range(100)]
     result = compare(results, seed=0)

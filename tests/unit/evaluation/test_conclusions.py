@@ -43,7 +43,7 @@ def interval(value, low, high):
 
 
 @pytest.mark.parametrize(
-    ("rate", "controlled", "said"),
+    ("rate", "controlled", "expected"),
     [
         (interval(0.8, 0.7, 0.9), interval(0.7, 0.6, 0.8), "A is better than B: all of the interval is above 50 %."),
         (interval(0.2, 0.1, 0.3), None, "A is worse than B: all of the interval is below 50 %."),
@@ -62,8 +62,8 @@ def interval(value, low, high):
         (interval(0.5, 0.4, 0.6), None, "No significant difference with 50 prompts; more prompts narrow the interval."),
     ],
 )
-def test_comparisons(rate, controlled, said):
-    assert comparison_conclusion("A", "B", 50, rate, controlled) == said
+def test_comparisons(rate, controlled, expected):
+    assert comparison_conclusion("A", "B", 50, rate, controlled) == expected
 
 
 def test_so_many_labels_tell_a_share_from_chance():

@@ -143,8 +143,8 @@ def outcome(pairing):
 
 def test_scores_of_two_become_bradley_terry_probabilities_and_ties_stay():
     made = groups_of_two()
-    said = Scores([[1.0, 3.0], [2.0, 2.0], [9.0, 9.0]], {})
-    assert outcome(pairs_of_two(made, said, temperature=4.0)) == [
+    scores = Scores([[1.0, 3.0], [2.0, 2.0], [9.0, 9.0]], {})
+    assert outcome(pairs_of_two(made, scores, temperature=4.0)) == [
         (1, 0, round(s(0.5), 6), 3.0, 1.0),
         (0, 1, 0.5, 2.0, 2.0),
         (0, 1, 0.5, 9.0, 9.0),
@@ -154,8 +154,8 @@ def test_scores_of_two_become_bradley_terry_probabilities_and_ties_stay():
 
 
 def test_two_are_compared_by_normalised_scores_and_keep_the_reported_ones():
-    said = Scores([[1.0, 3.0], [2.0, 2.0], [9.0, 9.0]], {}, normalized=[[2.0, -2.0], [0.0, 1.0], [0.0, 0.0]])
-    assert outcome(pairs_of_two(groups_of_two(), said, temperature=4.0)) == [
+    scores = Scores([[1.0, 3.0], [2.0, 2.0], [9.0, 9.0]], {}, normalized=[[2.0, -2.0], [0.0, 1.0], [0.0, 0.0]])
+    assert outcome(pairs_of_two(groups_of_two(), scores, temperature=4.0)) == [
         (0, 1, round(s(1.0), 6), 1.0, 3.0),
         (1, 0, round(s(0.25), 6), 2.0, 2.0),
         (0, 1, 0.5, 9.0, 9.0),
@@ -163,8 +163,8 @@ def test_two_are_compared_by_normalised_scores_and_keep_the_reported_ones():
 
 
 def test_a_judges_answers_about_two_are_taken_as_they_are():
-    said = Verdicts([Preference(1, 0, 0.8), None, Preference(0, 1, 0.5)], duels=3, unanswered=1)
-    made = pairs_of_two(groups_of_two(), said)
+    verdicts = Verdicts([Preference(1, 0, 0.8), None, Preference(0, 1, 0.5)], duels=3, unanswered=1)
+    made = pairs_of_two(groups_of_two(), verdicts)
     assert outcome(made) == [(1, 0, 0.8, None, None), (0, 1, 0.5, None, None)]
     assert made.dropped == {"no_answer": 1}
 
@@ -209,8 +209,8 @@ def test_a_pairs_numbers_say_who_wrote_them():
 
 def test_metrics_are_of_what_the_policy_wrote_and_the_opponents_stand_apart():
     store, made = MetricStore(), against_the_reference()
-    said = Scores([[2.0, 5.0], [4.0, None]], {"f": [[2.0, 5.0], [4.0, None]]})
-    record_rollout(store, made, said, version=7)
+    scores = Scores([[2.0, 5.0], [4.0, None]], {"f": [[2.0, 5.0], [4.0, None]]})
+    record_rollout(store, made, scores, version=7)
     pairs = [Pair(made[0], 1, 0, 5.0, 2.0, probability=0.9), Pair(made[1], 0, 1, 4.0, 3.0)]
     record_pairs(store, 2, Pairing(pairs))
     rows = pack_pairs(pairs, shared=True)  # the reference's 4 tokens, the policy's 3 and 5, the reference's 2

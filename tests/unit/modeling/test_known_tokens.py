@@ -203,7 +203,7 @@ def test_a_padding_token_without_embedding_is_no_matter_and_a_warning_says_when_
     tokenizer.pad_token = "<padding>"
     with caplog.at_level(logging.WARNING):
         scorer = RewardModelScorer(reward_model(), tokenizer, "padded")
-    assert "a text that spells out 44 ('<padding>') cannot be read" in caplog.text
+    assert "a text that contains 44 ('<padding>') literally cannot be read" in caplog.text
     alone = RewardModelScorer(reward_model(), tiny.tokenizer())
     assert scorer.score([GROUP]) == alone.score([GROUP])
 

@@ -13,9 +13,9 @@ from transformers import AutoModelForSequenceClassification, MixtralConfig, Mixt
 from online_dpo.modeling import last_layer
 from online_dpo.modeling.attention import segments
 from online_dpo.modeling.attention.masks import use_segments
-from online_dpo.modeling.attention.segments import Segment, only_read
+from online_dpo.modeling.attention.segments import Segment, trim_to_read
 from online_dpo.modeling.introspection import unwrapped
-from online_dpo.modeling.last_layer import enable_reading, reading
+from online_dpo.modeling.last_layer import enable_selective_last_layer, last_layer_kwargs
 from online_dpo.modeling.logprobs import enable_logprobs, row_logprobs
 from online_dpo.modeling.onednn import onednn_linears
 from online_dpo.packing.pack import pack_groups
@@ -40,11 +40,11 @@ def rows(shared=True):
 @contextmanager
 def everywhere():
     """As if everything were read."""
-    kept, last_layer.WORTH_IT = last_layer.WORTH_IT, 0.0
+    kept, last_layer.MAX_READ_SHARE = last_layer.MAX_READ_SHARE, 0.0
     try:
         yield
     finally:
-        last_layer.WORTH_IT = kept
+        last_layer.MAX_READ_SHARE = kept
 
 
 def tokens_seen(module):
@@ -166,7 +166,7 @@ def test_a_layer_whose_forward_is_somebody_elses_is_left_alone():
     enable_logprobs(model)
     seen = tokens_seen(layers(model)[-1].mlp)
     torch.testing.assert_close(row_logprobs(model, rows()).token_logps_M, expected, atol=1e-5, rtol=1e-5)
-    assert seen == [ALL] and not reading(model, torch.arange(2))
+    assert seen == [ALL] and not last_layer_kwargs(model, torch.arange(2))
 
 
 @torch.no_grad()
@@ -253,7 +253,7 @@ def test_reward_models_are_read_at_the_last_token(family, segmented, monkeypatch
     model = AutoModelForSequenceClassification.from_config(tiny.config(family, num_labels=1)).eval()
     if segmented:
         use_segments(model)
-    enable_reading(model)
+    enable_selective_last_layer(model)
     trees = [Tree(tuple(range(5, 25)), ((7, 8), (9,))), Tree(tuple(range(8, 20)), ((30,), (31, 9, 8)))]
     seen = tokens_seen(layers(model)[-1].mlp)
     sparing = score_trees(model, trees)
@@ -283,16 +283,16 @@ def test_where_nearly_all_is_read_nothing_is_spared():
     seen = tokens_seen(layers(model)[-1].mlp)
     ids = torch.arange(4, 24)[None]
     plain = model.base_model(ids)[0]
-    assert torch.equal(model.base_model(ids, **reading(model, torch.arange(19)))[0], plain)
+    assert torch.equal(model.base_model(ids, **last_layer_kwargs(model, torch.arange(19)))[0], plain)
     assert seen == [20, 20]
-    assert not reading(torch.nn.Linear(2, 2), torch.arange(2))
+    assert not last_layer_kwargs(torch.nn.Linear(2, 2), torch.arange(2))
 
 
 def test_segments_as_far_as_they_are_read():
     first = [Segment(0, 0, 0, 6, 0), Segment(0, 6, 6, 9, 6), Segment(0, 6, 9, 12, 9)]
     second = [Segment(0, 0, 0, 4, 0), Segment(0, 4, 4, 8, 4)]
     read_X = torch.tensor([5, 6, 7, 12 + 3, 12 + 6])
-    assert only_read([first, second], read_X, length=12) == [
+    assert trim_to_read([first, second], read_X, length=12) == [
         [(0, 0, 0, 6, 5), (0, 6, 6, 8, 6)],
         [(0, 0, 0, 4, 3), (0, 4, 4, 7, 6)],
     ]

@@ -176,7 +176,7 @@ def test_which_heads_are_nothing_but_a_matrix_product():
 
     def is_linear(model):
         row_logprobs(ready(model), rows)
-        return logprobs._heads_are_linear[model]
+        return logprobs._linear_heads[model]
 
     assert {name: is_linear(tiny.causal_lm(name)) for name in tiny.FAMILIES} == {
         name: name != "gemma2" for name in tiny.FAMILIES
@@ -212,7 +212,7 @@ def test_what_is_no_model_of_transformers_is_left_as_it_is():
             return self.inner(input_ids=input_ids, attention_mask=attention_mask)
 
     model = ready(Wrapper())
-    assert not can_chunk(model) and "no model of transformers" in why_not_shared(model)
+    assert not can_chunk(model) and "not a model of transformers" in why_not_shared(model)
     made = groups()
     assert_equals_oracle(model.inner, pack_groups(made, [], False), made, chunked=False)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from online_dpo.modeling.onednn import linear, multiplies_faster, onednn_linears
+from online_dpo.modeling.onednn import linear, onednn_linears, supports_onednn
 from support import tiny
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
@@ -53,9 +53,9 @@ def test_each_use_sees_the_weights_of_its_time():
 
 
 def test_nothing_changes_where_it_may_not():
-    assert not multiplies_faster(torch.zeros(2, 2, dtype=torch.bfloat16))
-    assert not multiplies_faster(torch.zeros(2, 2, device="meta"))
-    assert not multiplies_faster(nn.Buffer(torch.zeros(2, 2)).as_subclass(type("Shard", (torch.Tensor,), {})))
+    assert not supports_onednn(torch.zeros(2, 2, dtype=torch.bfloat16))
+    assert not supports_onednn(torch.zeros(2, 2, device="meta"))
+    assert not supports_onednn(nn.Buffer(torch.zeros(2, 2)).as_subclass(type("Shard", (torch.Tensor,), {})))
 
     class Special(nn.Linear): ...
 
@@ -67,7 +67,7 @@ def test_nothing_changes_where_it_may_not():
     with torch.autocast("cpu"), onednn_linears(model, pack=True):
         assert "forward" not in vars(model)
     with onednn_linears(model, pack=False), onednn_linears(model, pack=True):  # the first stays
-        assert "forward" in vars(model) or not multiplies_faster(model.weight)
+        assert "forward" in vars(model) or not supports_onednn(model.weight)
     assert "forward" not in vars(model)
     with pytest.raises(KeyError), onednn_linears(model, pack=False):
         raise KeyError

@@ -45,10 +45,10 @@ def test_only_this_steps_kl_counts_and_a_step_without_pairs_changes_nothing(tmp_
             beta.on_step_end(None, None, None)
         assert beta.at(0.0) == limit
 
-    beta.save(tmp_path)
+    beta.save(tmp_path, 0)
     other = Beta(config(tmp_path, target_kl=2.0), lambda: None)
-    other.restore(tmp_path)
+    other.restore(tmp_path, 0)
     assert other.at(0.0) == beta.at(0.0)
     fixed = Beta(config(tmp_path, beta=[0.1, 0.4]), lambda: None)
-    fixed.restore(tmp_path)
+    fixed.restore(tmp_path, 0)
     assert [fixed.at(epoch) for epoch in (0.5, 1.0, 7.0)] == [0.1, 0.4, 0.4]

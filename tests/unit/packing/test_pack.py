@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from online_dpo.packing.microbatches import halve, passes_needed, split_pairs, token_count
 from online_dpo.packing.pack import as_inputs, pack_groups, pack_pairs
-from online_dpo.packing.prefix_tree import BLOCK, PADDING, Tree, cut, lay_out, split_balanced
+from online_dpo.packing.prefix_tree import BLOCK, PADDING, Tree, lay_out, split_balanced, split_by_padded_size
 from online_dpo.types import Pair
 from support import tiny
 
@@ -189,5 +189,5 @@ def test_neighbours_are_cut_where_their_padded_rows_take_more(longest_first):
     sizes = [4, 30, 3, 4, 5, 1]
     order = sorted(range(6), key=lambda i: sizes[i], reverse=longest_first)
     expected = [[1], [4, 0], [3, 2, 5]] if longest_first else [[5, 2, 0], [3, 4], [1]]
-    assert list(cut(order, sizes, budget=12)) == expected
-    assert list(cut([], sizes, budget=12)) == []
+    assert list(split_by_padded_size(order, sizes, budget=12)) == expected
+    assert list(split_by_padded_size([], sizes, budget=12)) == []

@@ -140,8 +140,8 @@ def test_soft_labels_and_weights_from_margins():
 
 
 def test_preferences_of_a_judge():
-    said = [Preference(1, 0, 0.8), None, Preference(2, 0, 1.0), Preference(0, 1, 0.5), Preference(0, 2, 0.4)]
-    made = pairs_from_preferences(groups_of(*[THREE] * 5), said)
+    preferences = [Preference(1, 0, 0.8), None, Preference(2, 0, 1.0), Preference(0, 1, 0.5), Preference(0, 2, 0.4)]
+    made = pairs_from_preferences(groups_of(*[THREE] * 5), preferences)
     assert [(p.chosen, p.rejected, p.probability, p.margin) for p in made.pairs] == [(1, 0, 0.8, None), (2, 0, 1, None)]
     assert made.dropped == {"no_answer": 1, "tie": 1, "contradiction": 1}
     assert [p.group.prompt.row for p in made.pairs] == [0, 2]
@@ -149,8 +149,8 @@ def test_preferences_of_a_judge():
 
 def test_a_judges_ties_identical_completions_and_lengths():
     groups = groups_of(THREE, [[5, 1], [5, 1]], [[5] * 9, [6]])
-    said = [Preference(0, 1, 0.5), Preference(0, 1, 0.5), Preference(0, 1, 0.9)]
-    made = pairs_from_preferences(groups, said, Selection(tie_policy="first", max_length_ratio=3.0))
+    preferences = [Preference(0, 1, 0.5), Preference(0, 1, 0.5), Preference(0, 1, 0.9)]
+    made = pairs_from_preferences(groups, preferences, Selection(tie_policy="first", max_length_ratio=3.0))
     assert [(p.chosen, p.rejected, p.probability) for p in made.pairs] == [(0, 1, 1.0)]
     assert made.dropped == {"identical": 1, "length_ratio": 1}
 
@@ -205,8 +205,8 @@ def test_equal_normalised_scores_are_a_tie_whatever_is_reported():
 
 def test_a_judges_pairs_have_the_scores_by_which_it_was_shown_the_best():
     scores = Scores([[3.0, 2.0, 1.0], [2.0, 3.0, 1.0], [None, None, 4.0], [1.0, None, 4.0], [1.0, 2.0, 3.0]], {})
-    said = [Preference(1, 2, 0.8), Preference(2, 0, 0.7), None, None, Preference(2, 0, 0.1)]
-    made = pairs_from_preferences(groups_of(*[THREE] * 5), said, Selection(), scores)
+    preferences = [Preference(1, 2, 0.8), Preference(2, 0, 0.7), None, None, Preference(2, 0, 0.1)]
+    made = pairs_from_preferences(groups_of(*[THREE] * 5), preferences, Selection(), scores)
     assert [(p.chosen, p.rejected, p.chosen_score, p.rejected_score, p.probability) for p in made.pairs] == [
         (1, 2, 2.0, 1.0, 0.8),
         (2, 0, 1.0, 2.0, 0.7),
@@ -233,15 +233,15 @@ def test_the_latest_answers_are_those_of_the_last_round_of_each_prompt():
         Round([2], again[2:], Scores([[7.0, 8.0]], {"f": [[3.5, 4.0]]})),
     )
     feedback = Feedback(groups, first, {}, rounds)
-    last, said = latest(feedback)
+    last, scores = latest(feedback)
     assert [group is other for group, other in zip(last, [again[0], groups[1], again[2]], strict=True)] == [True] * 3
-    assert said == Scores([[4.0, 5.0], [2.0, 0.0], [7.0, 8.0]], {"f": [[2.0, 2.5], [1.0, 0.0], [3.5, 4.0]]})
+    assert scores == Scores([[4.0, 5.0], [2.0, 0.0], [7.0, 8.0]], {"f": [[2.0, 2.5], [1.0, 0.0], [3.5, 4.0]]})
     assert first.values[0] == [1.0, 1.0] and latest(Feedback(groups, first, {})) == (groups, first)
 
     normalized = Scores([[1.0, 2.0]], {}, normalized=[[-1.0, 1.0]])
     turned = Scores([[5.0, 3.0]], {}, normalized=[[1.0, -1.0]])
-    _, said = latest(Feedback(groups[:1], normalized, {}, (Round([0], again[:1], turned),)))
-    assert said == turned
+    _, scores = latest(Feedback(groups[:1], normalized, {}, (Round([0], again[:1], turned),)))
+    assert scores == turned
 
     even, sure = Preference(0, 1, 0.5), Preference(1, 0, 0.9)
     judged = Feedback(

@@ -1,6 +1,7 @@
-"""FlexAttention for rows that share prompts: blocks of the mask in which nobody sees anybody are never computed.
+"""FlexAttention for rows that share prompts: blocks of the attention mask that are all masked are not computed.
 
-So many trees can stand in one row without padding. Needs a GPU for training; on a CPU it runs forward only, uncompiled.
+So many trees can be packed into one row, without padding, at little cost. Training needs a GPU; on a CPU only the
+forward pass works, uncompiled.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ NAME = "online_dpo_flex"
 
 
 def register() -> None:
-    """Make the attention known to transformers as ``NAME``."""
+    """Registers the attention function with transformers, as ``NAME``."""
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
@@ -37,17 +38,18 @@ def attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of transformers: FlexAttention where the mask is one of ours, SDPA elsewhere (sampling, padded rows).
+    """The attention function that transformers calls: FlexAttention if the mask is a `BlockMask`, else SDPA (sampling,
+    padded rows).
 
     Raises:
-        NotImplementedError: dropout in attention, or attention sinks.
+        NotImplementedError: with a block mask, dropout in attention or attention sinks.
     """
     if not isinstance(attention_mask, BlockMask):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     if dropout or kwargs.get("s_aux") is not None:
-        raise NotImplementedError("FlexAttention here has neither dropout nor attention sinks")
+        raise NotImplementedError("`flex_attention` supports neither dropout in attention nor attention sinks")
     output = _flex(query.device.type)(
         query,
         key,
@@ -61,24 +63,24 @@ def attention(
 
 
 def block_mask(tokens: TokenRows, window: int | None, chunk: int | None) -> BlockMask:
-    """The same as `attention.visible`, as blocks."""
+    """The attention mask of `masks.visible_mask`, as the block mask of FlexAttention."""
     tree_RT, branch_RT, position_RT = tokens.tree_RT, tokens.branch_RT, tokens.positions_RT
 
-    def sees(r: torch.Tensor, _head: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-        seen = (j <= i) & (tree_RT[r, i] == tree_RT[r, j])
-        seen &= (branch_RT[r, j] == 0) | (branch_RT[r, i] == branch_RT[r, j])
+    def mask_mod(r: torch.Tensor, _head: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+        visible = (j <= i) & (tree_RT[r, i] == tree_RT[r, j])
+        visible &= (branch_RT[r, j] == 0) | (branch_RT[r, i] == branch_RT[r, j])
         if window is not None:
-            seen &= position_RT[r, i] - position_RT[r, j] < window
+            visible &= position_RT[r, i] - position_RT[r, j] < window
         if chunk is not None:
-            seen &= position_RT[r, i] // chunk == position_RT[r, j] // chunk
-        return seen
+            visible &= position_RT[r, i] // chunk == position_RT[r, j] // chunk
+        return visible
 
     rows, length = tree_RT.shape
     device = tree_RT.device
-    return create_block_mask(sees, rows, None, length, length, device=device, _compile=device.type == "cuda")
+    return create_block_mask(mask_mod, rows, None, length, length, device=device, _compile=device.type == "cuda")
 
 
 @functools.cache
 def _flex(device: str) -> Callable[..., Any]:
-    """Compiled once for all lengths on a GPU."""
+    """FlexAttention, on a GPU compiled once for all lengths: uncompiled it would compute masked blocks too."""
     return torch.compile(flex_attention, dynamic=True) if device == "cuda" else flex_attention

@@ -1,7 +1,7 @@
-"""SDPA for rows that share prompts, one piece of a row at a time: what the mask hides is hardly computed.
+"""SDPA for rows that share prompts, one segment (prompt or completion) at a time, so that little masked is computed.
 
-PyTorch's attention on a CPU computes the whole of a dense mask. Here a prompt attends to itself, and each completion to
-its prompt and itself, as in a row of its own.
+On a CPU, PyTorch's SDPA also computes the scores that a dense mask hides. Here one call computes a prompt's attention
+to itself, and one call for each completion its attention to its prompt and itself, as in a row of its own.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from online_dpo.types import TokenRows
 
 NAME = "online_dpo_segments"
 SHORTEST = 384
-"""Tokens of a row. Below, one call for the whole row is faster than several."""
+"""Tokens of a row. For shorter rows, one call for the whole row is faster than several."""
 
 
 class Segment(NamedTuple):
-    """A completion, or a prompt: the places where its prompt begins and ends, and where it begins and ends itself.
+    """A completion or a prompt of one row: indices in the row where its prompt starts and ends, and where it does
+    itself.
 
-    What is read of it begins at ``read``: from there on, its tokens look at its prompt and at itself.
+    A prompt has an empty prompt of its own. Attention is computed for the queries from index ``read`` on.
     """
 
     prompt_start: int
@@ -39,13 +40,13 @@ class Segment(NamedTuple):
 
 
 def register() -> None:
-    """Make the attention known to transformers as ``NAME``."""
+    """Registers the attention function with transformers, as ``NAME``."""
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def segments(tokens: TokenRows) -> list[list[Segment]] | None:
-    """The segments of all rows; ``None`` where rows are too short to gain.
+    """The segments of all rows; ``None`` if rows are too short for segments to be faster.
 
     >>> segments(rows of [prompt of 300 | completion of 60 | completion of 40 | padding of 10])
     [[(0, 0, 0, 300, 0), (0, 300, 300, 360, 300), (0, 300, 360, 400, 360)]]
@@ -55,25 +56,25 @@ def segments(tokens: TokenRows) -> list[list[Segment]] | None:
     return [_segments(*row) for row in zip(tokens.tree_RT.tolist(), tokens.branch_RT.tolist(), strict=True)]
 
 
-def only_read(rows: list[list[Segment]], read_X: torch.Tensor, length: int) -> list[list[Segment]]:
-    """The segments as far as they are read, those that are read nowhere left out.
+def trim_to_read(rows: list[list[Segment]], read_X: torch.Tensor, length: int) -> list[list[Segment]]:
+    """The segments cut to the queries that are read; segments without any are left out.
 
     Args:
-        read_X: ascending places of the flattened rows, (X,).
+        read_X: ascending indices of the flattened rows, (X,).
         length: tokens of a row.
     """
-    places = read_X.tolist()
-    found = []
+    indices = read_X.tolist()
+    trimmed = []
     for r, row in enumerate(rows):
         kept = []
         for segment in row:
-            first = bisect_left(places, r * length + segment.start)
-            behind = bisect_left(places, r * length + segment.end)
-            if first < behind:
-                read, last = places[first] - r * length, places[behind - 1] - r * length
+            first = bisect_left(indices, r * length + segment.start)
+            end = bisect_left(indices, r * length + segment.end)
+            if first < end:
+                read, last = indices[first] - r * length, indices[end - 1] - r * length
                 kept.append(segment._replace(end=last + 1, read=read))
-        found.append(kept)
-    return found
+        trimmed.append(kept)
+    return trimmed
 
 
 def attention(
@@ -87,9 +88,9 @@ def attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of transformers: in segments where they are given, SDPA elsewhere (sampling, padded rows)."""
+    """The attention function that transformers calls: by segments if given, else SDPA (sampling, padded rows)."""
     special = any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "s_aux"))
-    if segments is None or dropout or special:  # SDPA says what it cannot do
+    if segments is None or dropout or special:  # SDPA raises an error for what it does not support
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -102,46 +103,49 @@ def attention(
 def _row(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: list[Segment], scale: float | None
 ) -> torch.Tensor:
-    """Attention of one row, all (heads, tokens, head size); zeros where nothing is read, as on padding."""
-    parts, place = [], 0
+    """Attention of one row, from and to (heads, tokens, head size); zeros for queries that are not read and for
+    padding.
+    """
+    parts, done = [], 0
     for prompt_start, prompt_end, start, end, read in row:
-        before = prompt_end - prompt_start
-        if before:
+        prompt_length = prompt_end - prompt_start
+        if prompt_length:
             keys = torch.cat([key[:, prompt_start:prompt_end], key[:, start:end]], dim=1)
             values = torch.cat([value[:, prompt_start:prompt_end], value[:, start:end]], dim=1)
         else:
             keys, values = key[:, start:end], value[:, start:end]
-        plain = not before and read == start
-        seen = None
+        plain = not prompt_length and read == start  # plain causal attention, which has a faster kernel than a mask
+        mask = None
         if not plain:
-            seen = torch.ones(end - read, before + end - start, dtype=torch.bool, device=query.device)
-            seen = seen.tril(before + read - start)
-        parts.append(query.new_zeros(query.shape[0], read - place, value.shape[-1]))
+            mask = torch.ones(end - read, prompt_length + end - start, dtype=torch.bool, device=query.device)
+            mask = mask.tril(prompt_length + read - start)
+        parts.append(query.new_zeros(query.shape[0], read - done, value.shape[-1]))
         parts.append(
             F.scaled_dot_product_attention(
                 query[None, :, read:end],
                 keys[None],
                 values[None],
-                attn_mask=seen,
+                attn_mask=mask,
                 is_causal=plain,
                 scale=scale,
             )[0]
         )
-        place = end
-    parts.append(query.new_zeros(query.shape[0], query.shape[1] - place, value.shape[-1]))
+        done = end
+    parts.append(query.new_zeros(query.shape[0], query.shape[1] - done, value.shape[-1]))
     return torch.cat(parts, dim=1)
 
 
 def _segments(tree_T: list[int], branch_T: list[int]) -> list[Segment]:
-    found: list[Segment] = []
-    place, prompt = 0, (0, 0)
+    """The segments of one row, from the tree and branch numbers of its tokens."""
+    row: list[Segment] = []
+    end, prompt = 0, (0, 0)
     for (tree, branch), tokens in groupby(zip(tree_T, branch_T, strict=True)):
-        start, place = place, place + len(list(tokens))
+        start, end = end, end + len(list(tokens))
         if tree == PADDING:
             continue
         if branch == 0:
-            prompt = (start, place)
-            found.append(Segment(start, start, start, place, start))
+            prompt = (start, end)
+            row.append(Segment(start, start, start, end, start))
         else:
-            found.append(Segment(*prompt, start, place, start))
-    return found
+            row.append(Segment(*prompt, start, end, start))
+    return row

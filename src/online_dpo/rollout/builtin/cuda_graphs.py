@@ -1,8 +1,8 @@
-"""Steps that always do the same on the same memory: captured once as a CUDA graph, replayed from then on.
+"""CUDA graphs: a step that always runs the same kernels on the same addresses is captured once and then replayed.
 
-Launching the kernels of a decoding step one by one takes a GPU longer than running them, with all but large models. A
-graph launches all of them at once. It reads and writes the addresses it was captured with, and nothing in it may wait
-for the host.
+With all but large models, launching the kernels of a decoding step one by one takes longer than running them on the
+GPU. A graph launches all of them at once. It reads and writes the addresses it was captured with, and no operation in
+it may synchronise with the host.
 """
 
 from __future__ import annotations
@@ -13,26 +13,27 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-MOST_GRAPHS = 64
-WAITING_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+MAX_GRAPHS = 64
+SYNCHRONISING_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 INDEXING = {
     torch.ops.aten.index.Tensor: 1,
     torch.ops.aten.index_put.default: 1,
     torch.ops.aten.index_put_.default: 1,
     torch.ops.aten._index_put_impl_.default: 1,
 }
+"""Operations that synchronise if an index is a mask, and the number of the argument that holds the indices."""
 COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 
 
 class NotCapturableError(RuntimeError):
-    """A step does what no CUDA graph can do."""
+    """A step contains an operation that cannot be captured in a CUDA graph."""
 
 
 class CapturableOnly(TorchDispatchMode):
-    """While it is on, in this thread, an operation that makes the host wait for its result is an error.
+    """Inside, and in this thread, an operation that synchronises with the host is an error.
 
-    Such are all whose result or shape depends on values (``item``, ``nonzero``, indexing with a mask) and copies
-    between devices.
+    These are operations whose result or shape depends on values (``item``, ``nonzero``, indexing with a mask) and
+    copies between devices. The check works without a GPU, so tests on a CPU find steps that could not be captured.
 
     Raises:
         NotCapturableError: on such an operation.
@@ -40,27 +41,30 @@ class CapturableOnly(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in INDEXING:
-            waits = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[INDEXING[func]])
+            synchronises = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[INDEXING[func]])
         else:
-            waits = bool(WAITING_TAGS & set(func.tags))
+            synchronises = bool(SYNCHRONISING_TAGS & set(func.tags))
         result = func(*args, **(kwargs or {}))
         if func in COPIES:
-            waits = len({x.device.type for x in (*args, result) if isinstance(x, torch.Tensor)}) > 1
-        if func is torch.ops.aten.lift_fresh.default:  # what `torch.tensor` makes comes from the host
-            waits = result.device.type != "cpu"
-        if waits:
+            synchronises = len({x.device.type for x in (*args, result) if isinstance(x, torch.Tensor)}) > 1
+        if func is torch.ops.aten.lift_fresh.default:  # a call of `torch.tensor`, whose values come from the host
+            synchronises = result.device.type != "cpu"
+        if synchronises:
             raise NotCapturableError(f"{func} makes the host wait for the device")
         return result
 
 
 class StepGraphs:
-    """Runs steps; on a GPU as CUDA graphs, of which the ones used last are kept, in one pool of memory.
+    """Runs steps: on a GPU as CUDA graphs, which share one memory pool, elsewhere directly.
 
-    Without a GPU a step just runs. The first time, in both cases, it runs under `CapturableOnly`.
+    The most recently used graphs are kept (LRU). The first run of a step is under `CapturableOnly`, also without a GPU.
+
+    Args:
+        max_graphs: the number of graphs to keep.
     """
 
-    def __init__(self, most: int = MOST_GRAPHS) -> None:
-        self.most = most
+    def __init__(self, max_graphs: int = MAX_GRAPHS) -> None:
+        self.max_graphs = max_graphs
         self.captured = 0
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph | None, Any]] = {}
         self._pool: Any = None
@@ -70,19 +74,19 @@ class StepGraphs:
         return len(self._graphs)
 
     def run(self, key: Hashable, step: Callable[[], Any], device: torch.device) -> Any:
-        """What ``step`` returns. Its tensors hold it until the next run of a step.
+        """Runs the step and returns its result, whose tensors are valid until the next step runs.
 
         Args:
-            key: names all that the step does, and on which memory; steps with the same key are one.
-            step: may run more often than once: it writes the same each time.
+            key: identifies what the step computes and the addresses it uses; steps with equal keys share a graph.
+            step: may be called more than once, so it must write the same values each time.
 
         Raises:
             NotCapturableError: the step cannot be captured.
         """
         if key in self._graphs:
-            self._graphs[key] = self._graphs.pop(key)  # now the last in order
+            self._graphs[key] = self._graphs.pop(key)  # moves it to the end: the most recently used
         else:
-            while len(self._graphs) >= self.most:
+            while len(self._graphs) >= self.max_graphs:
                 del self._graphs[next(iter(self._graphs))]
             self._graphs[key] = self._capture(step, device)
             self.captured += 1
@@ -93,7 +97,7 @@ class StepGraphs:
         return result
 
     def release(self) -> None:
-        """Drop all graphs and the memory that their results are in."""
+        """Frees all graphs and the memory of their results."""
         self._graphs.clear()
         self._pool = None
 
@@ -110,10 +114,11 @@ class StepGraphs:
         self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._stream):
             with CapturableOnly():
-                step()  # libraries set themselves up in their first call, which cannot be captured
-            # A graph may neither read what autocast has cast before nor leave to others what it casts itself.
+                step()  # a warm-up: libraries such as cuBLAS initialise in their first call, which cannot be captured
+            # The graph must not read copies in autocast's cache, which is emptied later; nor may later code find the
+            # copies in it that the graph makes, whose memory belongs to the graph.
             torch.clear_autocast_cache()
-            # Only this thread's calls are checked: another one may be scoring on the same GPU.
+            # `thread_local`: another thread may score on the same GPU, and its calls must not fail the capture.
             with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                 result = step()
             torch.clear_autocast_cache()

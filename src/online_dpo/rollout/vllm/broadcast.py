@@ -1,7 +1,7 @@
-"""The trainer's side of weights that are broadcast to vLLM servers: NCCL between GPUs, gloo otherwise.
+"""The trainer's side of the broadcast of weights to vLLM servers: NCCL between GPUs, gloo otherwise.
 
-Each server forms a group of its own with the trainer's first process. So one that restarts, or is lost in the midst of
-a transfer, leaves the others alone; they receive at the same time.
+Each server forms its own process group with the trainer's first process. So a server that restarts, or is lost during a
+transfer, does not disturb the others. All servers receive at the same time.
 """
 
 from __future__ import annotations
@@ -32,36 +32,38 @@ from online_dpo.rollout.weights.process_group import (
     Rendezvous,
     TransferStopped,
     WeightGroup,
-    lead,
-    own_address,
+    form_group_as_trainer,
+    local_address,
     send_weights,
 )
 
-CAUSE_SECONDS = 2.0  # after a failure: time for the server to say what it knows of it
+CAUSE_SECONDS = 2.0  # how long to wait, after a failure, for the server's own error message
 PORTS = {"http": 80, "https": 443}
 
 
 @dataclass
 class _Server:
+    """A server, the trainer's address as this server reaches it, and the process group with it, if one is formed."""
+
     client: VLLMClient
-    address: str  # ours, as this server sees it
+    address: str
     group: WeightGroup | None = None
 
 
 class BroadcastTransfer:
-    """Sends weights to servers, again and again.
+    """Broadcasts the policy's weights to servers, as often as they need them.
 
-    They come from the model itself, a bucket at a time. Where it cannot be asked again for a server that restarts, they
-    are copied to the machine's memory first, and kept until the next `take`: when it is trained while servers sample
-    (``max_staleness``), or is sharded.
+    Weights are read from the model, one bucket at a time. A server that restarts needs them again later. If the model
+    cannot be read again by then, because it is trained while servers sample (``max_staleness``) or is sharded, they are
+    copied to host memory first and kept until the next `set_weights`.
 
     Args:
-        port: where servers reach the trainer, ``vllm_group_port``; 0 is any that is free.
-        device: where the policy is.
-        overlaps: the policy is trained while servers sample.
+        port: the port where servers reach the trainer (``vllm_group_port``); 0 is any free one.
+        device: the policy's device.
+        overlaps: whether the policy is trained while servers sample.
 
     Raises:
-        ValueError: the port is taken.
+        ValueError: the port cannot be used, or a server cannot be reached.
     """
 
     def __init__(self, clients: Sequence[VLLMClient], port: int, device: torch.device, overlaps: bool) -> None:
@@ -69,15 +71,15 @@ class BroadcastTransfer:
         self._servers = {client.url: _Server(client, _address_for(client)) for client in clients}
         listener = _listen([server.address for server in self._servers.values()], port)
         self._port = listener.getsockname()[1]
-        own, limit = next(iter(self._servers.values())).address, timedelta(seconds=60)
+        address, limit = next(iter(self._servers.values())).address, timedelta(seconds=60)
         self._store: TCPStore | None = TCPStore(
-            own, self._port, None, True, limit, wait_for_workers=False, master_listen_fd=listener.detach()
+            address, self._port, None, True, limit, wait_for_workers=False, master_listen_fd=listener.detach()
         )
         self._weights: Callable[[], Iterator[tuple[str, torch.Tensor]]] | None = None
 
-    def take(self, model: nn.Module) -> None:
-        """Send these weights from now on. Those who only help to gather sharded weights call `help_to_take`."""
-        self._weights = None  # before there is a second copy
+    def set_weights(self, model: nn.Module) -> None:
+        """Makes these the weights that `push` sends. For the first process; the others call `help_gather_weights`."""
+        self._weights = None  # frees the last copy before the next one is made
         if self._overlaps or is_sharded(model):
             copied = {name: tensor.to("cpu", copy=True) for name, tensor in named_weights(model)}
             self._weights = lambda: iter(copied.items())
@@ -85,7 +87,7 @@ class BroadcastTransfer:
             self._weights = lambda: named_weights(model)
 
     def push(self, client: VLLMClient, label: str) -> None:
-        """Replaces the server's weights; it stands still from now until somebody resumes it.
+        """Pauses the server and replaces its weights. It stays paused until ``/resume`` is called.
 
         Raises:
             RolloutServerError: it failed for `vllm_server_timeout` seconds, or cannot load the weights.
@@ -96,44 +98,48 @@ class BroadcastTransfer:
     def close(self) -> None:
         """Frees the groups, the port and the weights."""
         for server in self._servers.values():
-            self._leave(server)
+            self._close_group(server)
         self._store = self._weights = None
 
     def _push_once(self, server: _Server, label: str) -> None:
+        """One attempt of `push`: the server receives in an RPC, which runs in a thread while this side sends."""
         client, name = server.client, uuid.uuid4().hex
-        client.once("/pause?mode=abort&clear_cache=false", {})  # in each attempt: a server that restarts has forgotten
+        client.once("/pause?mode=abort&clear_cache=false", {})  # in each attempt: a restarted server is not paused
         size = 1 + client.once("/get_world_size?include_dp=true")["world_size"]
-        theirs = client.once("/collective_rpc", {"method": "online_dpo_device"})["results"]
-        kind = "nccl" if self._device.type == "cuda" and all(device.startswith("cuda") for device in theirs) else "gloo"
+        devices = client.once("/collective_rpc", {"method": "online_dpo_device"})["results"]
+        on_gpus = self._device.type == "cuda" and all(device.startswith("cuda") for device in devices)
+        kind = "nccl" if on_gpus else "gloo"
         device = self._device if kind == "nccl" else torch.device("cpu")
         arguments = [server.address, str(self._port), name, str(size), kind, str(client.timeout), label]
         call = {"method": "online_dpo_load_broadcast", "args": arguments}
-        meeting = Rendezvous(server.address, self._port, name, client.timeout)
+        rendezvous = Rendezvous(server.address, self._port, name, client.timeout)
         request = _in_thread(lambda: client.once("/collective_rpc", call))
-        meeting.watch = lambda: _check(request)
+        rendezvous.check_request = lambda: _check_answer(request)
         on_device = torch.cuda.device(device) if kind == "nccl" else nullcontext()
         try:
-            with on_device, meeting.telling("the trainer"):
+            with on_device, rendezvous.reporting_errors_as("the trainer"):
                 assert self._weights is not None
-                server.group = lead(meeting, size, device, server.group)
-                send_weights(server.group, meeting, self._weights())
-                meeting.wait(request.done, "loading the weights")
-                _check(request)
+                server.group = form_group_as_trainer(rendezvous, size, device, server.group)
+                send_weights(server.group, rendezvous, self._weights())
+                rendezvous.wait(request.done, "loading the weights")
+                _check_answer(request)
         except BaseException as error:
-            self._leave(server)
+            self._close_group(server)
             if isinstance(error, TransferStopped):
                 wait_for([request], timeout=CAUSE_SECONDS)
-                _check(request)  # what the server says is closer to the cause
+                _check_answer(request)  # raises the server's own error, which is closer to the cause
             raise
 
-    def _leave(self, server: _Server) -> None:
+    def _close_group(self, server: _Server) -> None:
         if server.group is not None:
             server.group.close()
             server.group = None
 
 
-def help_to_take(model: nn.Module) -> None:
-    """The part of `BroadcastTransfer.take` that the other training processes have in it."""
+def help_gather_weights(model: nn.Module) -> None:
+    """The part of the other training processes in `BroadcastTransfer.set_weights`: gathering sharded weights is a
+    collective operation.
+    """
     weights = named_weights(model)
     if is_sharded(model):
         for _ in weights:
@@ -141,14 +147,20 @@ def help_to_take(model: nn.Module) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
+    """Whether parameters of the model are sharded over processes (FSDP2)."""
     return any(isinstance(parameter, DTensor) for parameter in unwrapped(model).parameters())
 
 
 def choose_transfer(wanted: str, clients: Sequence[VLLMClient], device: torch.device, takes_adapters: bool) -> str:
-    """``broadcast``, ``file``, ``http``, or ``auto``: files where a server sees them, else HTTP.
+    """How weights are sent: ``broadcast``, ``file``, ``http``, or ``auto`` (files if the server can read the trainer's
+    folder, else HTTP).
+
+    Args:
+        wanted: the configured ``vllm_weight_transfer``.
+        takes_adapters: whether the servers were started with ``--lora-rank``.
 
     Raises:
-        ValueError: what is wanted cannot be.
+        ValueError: the configured way is not possible with these servers.
         RolloutServerError: a server does not answer.
     """
     if takes_adapters:
@@ -160,29 +172,32 @@ def choose_transfer(wanted: str, clients: Sequence[VLLMClient], device: torch.de
         return wanted
     if wanted not in ("auto", "broadcast") or (wanted == "auto" and device.type != "cuda"):
         return wanted
-    theirs = [name for client in clients for name in client.rpc("online_dpo_device")]
-    shared = device_name(device) in theirs and device.type == "cuda"
+    server_devices = [name for client in clients for name in client.rpc("online_dpo_device")]
+    shared = device_name(device) in server_devices and device.type == "cuda"
     if wanted == "broadcast" and shared:
         raise ValueError(
-            "A server computes on the trainer's own GPU, and NCCL does not go from a GPU to itself. Give the server "
+            "A server computes on the trainer's own GPU, and NCCL cannot send from a GPU to itself. Give the server "
             "another one with `CUDA_VISIBLE_DEVICES`, or leave `vllm_weight_transfer` `auto`."
         )
-    if wanted == "broadcast" or (not shared and all(name.startswith("cuda") for name in theirs)):
+    if wanted == "broadcast" or (not shared and all(name.startswith("cuda") for name in server_devices)):
         return "broadcast"
     return "auto"
 
 
 def _address_for(client: VLLMClient) -> str:
+    """The trainer's address, as this server reaches it."""
     url = urlsplit(client.url)
     assert url.hostname is not None
     try:
-        return own_address(url.hostname, url.port or PORTS[url.scheme])
+        return local_address(url.hostname, url.port or PORTS[url.scheme])
     except OSError as error:
         raise ValueError(f"{client.url} cannot be reached: {error_text(error)}.") from error
 
 
 def _listen(addresses: Sequence[str], port: int) -> socket.socket:
-    """On the address that servers use, so that others do not reach it; on all where there are several."""
+    """A listening socket, on the one address that all servers use, so that no other network reaches it; if they use
+    several, on all addresses.
+    """
     host = addresses[0] if len(set(addresses)) == 1 else ""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
@@ -194,7 +209,9 @@ def _listen(addresses: Sequence[str], port: int) -> socket.socket:
 
 
 def _in_thread(function: Callable[[], Any]) -> Future[Any]:
-    """As a pool would; but nobody waits, at the end of the process, for a server that does not answer."""
+    """Runs a function in a daemon thread. At exit, Python waits for a pool's threads, but not for daemon threads: a
+    server that does not answer must not keep the process alive.
+    """
     future: Future[Any] = Future()
 
     def run() -> None:
@@ -207,8 +224,12 @@ def _in_thread(function: Callable[[], Any]) -> Future[Any]:
     return future
 
 
-def _check(request: Future[Any]) -> None:
-    """Raises what the server's answer says, if there is one."""
+def _check_answer(request: Future[Any]) -> None:
+    """Checks the server's answer, if it has come.
+
+    Raises:
+        TransferStopped: the answer says that a worker has stopped the transfer.
+    """
     if request.done():
         reasons = [reason for reason in request.result()["results"] if reason]
         if reasons:

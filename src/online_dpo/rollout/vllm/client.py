@@ -1,4 +1,4 @@
-"""HTTP calls to one vLLM server, repeated while it fails for a reason that may pass."""
+"""HTTP calls to one vLLM server, with retries for errors that may be temporary."""
 
 from __future__ import annotations
 
@@ -16,30 +16,32 @@ from online_dpo.errors import RolloutServerError, named_error
 T = TypeVar("T")
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds between two attempts; doubled each time
-BUSY = (408, 429)  # the statuses below 500 that ask to come again
-WORKER_RAISED = re.compile(r"Call to \w+ method failed")  # a status of 500 that will not pass
-PLAIN_TEXT = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")  # what these answer is no JSON, and not read
+BUSY = (408, 429)  # statuses below 500 that ask the client to try again
+WORKER_RAISED = re.compile(r"Call to \w+ method failed")  # a status of 500 that would come again
+PLAIN_TEXT = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")  # these answer with text that is not JSON
 TAKES_NO_WEIGHTS = " Weights can only be sent to a server that was started with `online-dpo serve`."
 
-# Rollout servers stand in the same network: proxies from the environment are for others.
+# Rollout servers are in the same network, so proxies that the environment sets must not be used for them.
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class _ErrorStatus(Exception):
+    """An HTTP answer with an error status."""
+
     def __init__(self, code: int, text: str) -> None:
         super().__init__(text.strip())
         self.code = code
 
 
 class VLLMClient:
-    """One server, by its address.
+    """A client of one vLLM server.
 
     Args:
-        url: such as ``http://localhost:8000``.
-        timeout: seconds that one answer may take, and that the server may go on failing before we give up.
+        url: the server's address, such as ``http://localhost:8000``.
+        timeout: seconds that one answer may take, and for which a failing call is retried.
 
     Raises:
-        ValueError: ``url`` is not an address.
+        ValueError: ``url`` is not an HTTP address.
     """
 
     def __init__(self, url: str, timeout: float) -> None:
@@ -51,21 +53,25 @@ class VLLMClient:
     def call(
         self, path: str, body: dict[str, Any] | None = None, read: Callable[[Any], T] = lambda answer: answer
     ) -> T:
-        """GET ``path``, or POST ``body`` to it, and return what ``read`` makes of the answer's JSON.
+        """Sends a GET request, or a POST request with ``body``; returns ``read(answer)`` for the JSON of the answer.
 
-        Lost connections, time-outs, statuses from 500 up, and answers that ``read`` rejects with a RuntimeError are
-        tried again, until the server has failed for ``timeout`` seconds.
+        Lost connections, timeouts, statuses of 500 and above, and answers for which ``read`` raises a RuntimeError are
+        retried until the server has failed for ``timeout`` seconds.
 
         Raises:
-            RolloutServerError: it went on failing, or refused the request.
+            RolloutServerError: the server kept failing, or refused the request.
         """
         return self.keep_trying(path, lambda: read(self.once(path, body)))
 
     def keep_trying(self, path: str, attempt: Callable[[], T]) -> T:
-        """What ``attempt`` returns, which asks ``path`` and may do more. Tried again as `call` does.
+        """Calls ``attempt`` until it succeeds, and returns its result; retries as `call` does.
+
+        Args:
+            path: what the attempt requests, for messages.
+            attempt: makes one or more requests with `once`.
 
         Raises:
-            RolloutServerError: it went on failing, or was refused.
+            RolloutServerError: it kept failing, or the server refused a request.
         """
         first_failure: float | None = None
         pause = FIRST_PAUSE
@@ -90,12 +96,12 @@ class VLLMClient:
             pause = min(2 * pause, LONGEST_PAUSE)
 
     def rpc(self, method: str, *args: str) -> list[Any]:
-        """Call a method of `vllm_worker.WeightUpdates` in each worker, and return their answers."""
+        """Calls a method of `worker.WeightUpdates` in each worker; returns the answers, one for each worker."""
         answer = self.call("/collective_rpc", {"method": method, "args": list(args)})
         return answer["results"]
 
     def once(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """One attempt, for `keep_trying`."""
+        """Makes one request, without retries; returns the JSON of the answer, or ``None``. For `keep_trying`."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         try:

@@ -1,7 +1,7 @@
 """Sampling with vLLM in the trainer's own process, on the trainer's own device.
 
-vLLM holds a second copy of the weights, which `sync` replaces. With sleep mode, that copy and the KV cache leave the
-GPU while the trainer works.
+vLLM holds a second copy of the weights, which `sync` updates. With sleep mode, this copy is moved to host memory and
+the KV cache is freed while the model is trained.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from online_dpo.rollout.vllm.worker import EXTENSION, coarsest
 from online_dpo.rollout.weights.export import named_weights, write_weights
 from online_dpo.types import Group, Prompt
 
-SLEEP_LEVEL = 1  # weights go to main memory and come back, so that `generate` works again without another `sync`
+SLEEP_LEVEL = 1  # weights are kept in host memory, so that `generate` works again without another `sync`
 
 
 class VLLMColocateEngine:
     """Samples from a copy of the policy that vLLM holds in this process.
 
     Args:
-        model: the policy, or a PEFT model around it; vLLM starts with its architecture and without its weights, which
-            the first `sync` pushes.
+        model: the policy, or a PEFT model around it; vLLM starts with its architecture and dummy weights, which the
+            first `sync` replaces.
         tokenizer: decodes completions and finds stop strings.
-        args: reads ``vllm_gpu_memory_utilization``, ``vllm_tensor_parallel_size``, ``vllm_enable_sleep_mode``,
-            ``vllm_model_impl``, ``max_length``, ``rollout_batch_size`` (most completions decoded at the same time),
-            ``bf16``, ``fp16``, ``seed`` and ``trust_remote_code``.
-        vllm_options: further arguments of `vllm.LLM`, such as ``{"enforce_eager": True}``. They win.
+        args: the fields ``vllm_gpu_memory_utilization``, ``vllm_tensor_parallel_size``, ``vllm_enable_sleep_mode``,
+            ``vllm_model_impl``, ``max_length``, ``rollout_batch_size`` (the largest number of completions that are
+            decoded at the same time), ``bf16``, ``fp16``, ``seed`` and ``trust_remote_code`` are used.
+        vllm_options: further arguments of `vllm.LLM`, such as ``{"enforce_eager": True}``. They override ``args``.
 
     Raises:
-        ValueError: vLLM is not installed, or the options do not fit this machine.
+        ValueError: vLLM is not installed, or the options are not possible on this machine.
     """
 
     has_own_weights = True
@@ -64,7 +64,7 @@ class VLLMColocateEngine:
         self._owns_process_group = not torch.distributed.is_initialized()
         _check_options(args)
         options = {**engine_options(model, args), **(vllm_options or {})}
-        # vLLM seeds all generators when it starts, and draws from torch's later on
+        # vLLM seeds all random generators when it starts, and draws from torch's later on.
         with TemporaryDirectory(prefix="online-dpo-vllm-") as folder, kept_random_state():
             unwrapped(model).config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
@@ -73,11 +73,11 @@ class VLLMColocateEngine:
         self._fall_asleep()
 
     def sync(self, model: nn.Module, version: int) -> None:
-        """Copies the weights into vLLM, unless those of this version are there."""
+        """Copies the weights into vLLM, unless it already has those of this version."""
         if version == self._version:
             return
         self._wake("weights")
-        self._version = None  # until all of them are in
+        self._version = None  # until all weights are loaded: an error may leave a mixture
         label = str(version)
         if self._in_process:
             self._llm.collective_rpc("online_dpo_load", args=(named_weights(model), label))
@@ -92,7 +92,7 @@ class VLLMColocateEngine:
     def generate(
         self, prompts: Sequence[Prompt], num_completions: int, params: SamplingParams, key: RolloutKey
     ) -> list[Group]:
-        """K completions for each prompt, in the prompts' order."""
+        """Samples K completions for each prompt; returns the groups in the prompts' order."""
         from vllm import SamplingParams as VLLMParams  # pyright: ignore[reportMissingImports]
 
         assert self._version is not None, "sync comes before generate"
@@ -110,10 +110,10 @@ class VLLMColocateEngine:
         return groups
 
     def release(self) -> None:
-        """Nothing: between calls vLLM keeps its memory, or, with ``vllm_enable_sleep_mode``, has given it back."""
+        """Does nothing: between calls vLLM keeps its memory, or has freed it already (``vllm_enable_sleep_mode``)."""
 
     def close(self) -> None:
-        """Gives the memory back. A process group that vLLM has made ends with it; the trainer's stays."""
+        """Frees vLLM's memory. A process group that vLLM has created is destroyed; the trainer's is kept."""
         from vllm.distributed.parallel_state import destroy_model_parallel  # pyright: ignore[reportMissingImports]
 
         client = self._llm.llm_engine.engine_core
@@ -121,7 +121,7 @@ class VLLMColocateEngine:
         if self._owns_process_group:
             client.shutdown()
         else:
-            client._finalizer.detach()  # it would call that same `shutdown`, which ends whatever process group there is
+            client._finalizer.detach()  # it would call `client.shutdown`, which also destroys the trainer's group
             client.engine_core.model_executor.shutdown()
             destroy_model_parallel()
         del client
@@ -133,14 +133,16 @@ class VLLMColocateEngine:
             self._asleep = {"weights", "kv_cache"}
 
     def _wake(self, part: str) -> None:
-        """The weights first: loading them needs room that the KV cache would take."""
+        """Wakes one part of a sleeping vLLM: ``weights`` or ``kv_cache``. The parts are separate so that weights can be
+        loaded while the KV cache takes no memory.
+        """
         if part in self._asleep:
             self._llm.wake_up([part])
             self._asleep.remove(part)
 
 
 def engine_options(model: nn.Module, args: OnlineDPOConfig) -> dict[str, Any]:
-    """Arguments of `vllm.LLM` that the configuration asks for."""
+    """The arguments of `vllm.LLM` for this model and configuration."""
     limits = [limit for limit in (args.max_length, context_length(model)) if limit is not None]
     options: dict[str, Any] = {
         "worker_extension_cls": EXTENSION,
@@ -153,14 +155,14 @@ def engine_options(model: nn.Module, args: OnlineDPOConfig) -> dict[str, Any]:
         "enable_sleep_mode": args.vllm_enable_sleep_mode,
         "model_impl": args.vllm_model_impl,
         "enable_prefix_caching": True,
-        "enforce_eager": not torch.cuda.is_available(),  # on a CPU, compiling takes longer than it saves
+        "enforce_eager": not torch.cuda.is_available(),  # on a CPU, compilation takes longer than it saves
         "generation_config": "vllm",
         "trust_remote_code": args.trust_remote_code,
         "seed": args.seed,
     }
     if args.vllm_gpu_memory_utilization is None:
         del options["gpu_memory_utilization"]
-    if _several_ranks():  # each rank has an engine of its own, within the trainer's process group
+    if _several_ranks():  # each rank has its own engine, which uses the trainer's process group
         options["distributed_executor_backend"] = "external_launcher"
     return options
 
@@ -168,12 +170,12 @@ def engine_options(model: nn.Module, args: OnlineDPOConfig) -> dict[str, Any]:
 def _check_options(args: OnlineDPOConfig) -> None:
     if args.vllm_enable_sleep_mode and not torch.cuda.is_available():
         raise ValueError(
-            "`vllm_enable_sleep_mode` needs a GPU: on a CPU there is no memory to hand back. Leave it off."
+            "`vllm_enable_sleep_mode` needs a GPU: on a CPU there is no device memory to free. Leave it off."
         )
     if args.vllm_tensor_parallel_size > 1 and _several_ranks():
         raise ValueError(
-            "`vllm_tensor_parallel_size` must be 1 when several processes train and each samples for itself. Use "
-            '`vllm_mode="server"` for a model that does not fit on one device.'
+            "`vllm_tensor_parallel_size` must be 1 when several processes train, because each samples for its own "
+            'prompts. Use `vllm_mode="server"` for a model that does not fit on one device.'
         )
 
 
@@ -182,11 +184,16 @@ def _several_ranks() -> bool:
 
 
 def _start_vllm(folder: str, options: dict[str, Any]) -> Any:
+    """Starts `vllm.LLM` in this process.
+
+    Raises:
+        ValueError: vLLM cannot be imported.
+    """
     try:
         from vllm import LLM  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(
             f"`use_vllm` needs vLLM, which cannot be imported ({error_text(error)}). Install `online-dpo[vllm]`."
         ) from error
-    with environment(VLLM_ENABLE_V1_MULTIPROCESSING="0"):  # weights are handed over by reference
+    with environment(VLLM_ENABLE_V1_MULTIPROCESSING="0"):  # one process, so that weights are passed by reference
         return LLM(model=folder, **options)

@@ -1,4 +1,4 @@
-"""Either weights change or completions are sampled, never both at once."""
+"""A lock between weight updates and sampling."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from threading import Condition
 
 
 class Gate:
-    """Either weights change, or completions are sampled, by any number of threads. Who came first goes first."""
+    """A lock that any number of sampling threads share, and that a weight update has alone."""
 
     def __init__(self) -> None:
         self._condition = Condition()
@@ -16,6 +16,7 @@ class Gate:
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
+        """Inside, the weights do not change; waits for an update that is in progress."""
         with self._condition:
             self._sampling += 1
         try:
@@ -27,6 +28,7 @@ class Gate:
 
     @contextmanager
     def changing(self) -> Iterator[None]:
+        """Inside, nothing is sampled; waits until all that are sampling have finished."""
         with self._condition:
             self._condition.wait_for(lambda: self._sampling == 0)
             yield

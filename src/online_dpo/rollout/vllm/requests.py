@@ -1,7 +1,7 @@
-"""What we ask of vLLM and what it answers, as plain data. Pure functions; nothing here imports vLLM.
+"""Requests to vLLM and its answers as plain data. Pure functions; nothing here imports vLLM.
 
-One request is one completion, so that each has a seed of its own. With vLLM's prefix cache, the prompt that they share
-is computed once.
+Each request is for one completion, so that each has its own seed. Thanks to vLLM's prefix cache, the prompt that the
+requests of a group share is still computed once.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from online_dpo.rollout.params import RolloutKey, SamplingParams
 from online_dpo.types import Completion, FinishReason, Group, Prompt
 
 RENAMED_OPTIONS = {"min_new_tokens": "min_tokens", "bad_words": "bad_words"}
-LOWEST_TEMPERATURE = 0.01  # vLLM raises lower ones to this
-NEVER = -100.0  # the lowest bias that vLLM knows
+LOWEST_TEMPERATURE = 0.01  # vLLM silently raises lower temperatures to this
+NEVER = -100.0  # the lowest logit bias that vLLM accepts
 
 
 @dataclass(frozen=True)
 class Request:
-    """One completion to be sampled.
+    """A request for one completion.
 
     >>> Request(prompt_ids=(5, 81, 7), options={"temperature": 0.9, "seed": 1234, ...})
 
-    ``options`` are both keyword arguments of `vllm.SamplingParams` and fields of a `/v1/completions` body.
+    ``options`` are valid both as keyword arguments of `vllm.SamplingParams` and as fields of a `/v1/completions` body.
     """
 
     prompt_ids: tuple[int, ...]
@@ -37,7 +37,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Sampled:
-    """What vLLM sampled for one request.
+    """The completion that vLLM sampled for one request.
 
     >>> Sampled(token_ids=(9, 4, 2), logprobs=(-0.1, -1.3, -0.2), finish_reason="stop")
     """
@@ -48,10 +48,10 @@ class Sampled:
 
 
 def vllm_sampling(params: SamplingParams) -> dict[str, Any]:
-    """The options of every request, without its seed.
+    """The options that all requests have in common: all but the seed.
 
-    Only ``end_token_ids`` end a completion (``ignore_eos`` keeps vLLM from adding the model folder's), and every option
-    is given, so that no default of a server or of a model folder's generation config takes part.
+    Only ``end_token_ids`` end a completion: ``ignore_eos`` keeps vLLM from adding those of the model folder. Every
+    option is set, so that no default of a server, or of a model folder's generation config, has an effect.
 
     Raises:
         ValueError: an option has no counterpart in vLLM.
@@ -87,7 +87,9 @@ def vllm_sampling(params: SamplingParams) -> dict[str, Any]:
 
 
 def completion_seed(key: RolloutKey, row: int, sample: int) -> int:
-    """A number of 63 bits that depends on nothing but (seed, step, stream, row, sample): Philox, as in `sampling`."""
+    """The seed of one completion: 63 bits that depend on (seed, step, stream, row, sample) alone (Philox, as in
+    `uniform_numbers`).
+    """
     philox = np.random.Philox(key=[key.seed, key.step], counter=[0, key.stream, row, sample])
     return int(philox.random_raw()) >> 1
 
@@ -95,7 +97,7 @@ def completion_seed(key: RolloutKey, row: int, sample: int) -> int:
 def build_requests(
     prompts: Sequence[Prompt], num_completions: int, options: dict[str, Any], key: RolloutKey
 ) -> list[Request]:
-    """K requests for each prompt, those of one prompt next to each other."""
+    """K requests for each prompt, in the order of the prompts."""
     return [
         Request(prompt.token_ids, {**options, "seed": completion_seed(key, prompt.row, sample)})
         for prompt in prompts
@@ -104,7 +106,7 @@ def build_requests(
 
 
 def from_output(output: Any) -> Sampled:
-    """Reads a `vllm.RequestOutput`."""
+    """The completion in a `vllm.RequestOutput`."""
     [best] = output.outputs
     token_ids = tuple(best.token_ids)
     logprobs = tuple(position[token].logprob for position, token in zip(best.logprobs, token_ids, strict=True))
@@ -112,7 +114,7 @@ def from_output(output: Any) -> Sampled:
 
 
 def from_response(body: dict[str, Any]) -> Sampled:
-    """Reads the JSON of a `/v1/completions` answer."""
+    """The completion in the JSON of a `/v1/completions` answer."""
     [choice] = body["choices"]
     logprobs = tuple(choice["logprobs"]["token_logprobs"])
     return Sampled(tuple(choice["token_ids"]), logprobs, _finish_reason(choice["finish_reason"]))
@@ -121,7 +123,7 @@ def from_response(body: dict[str, Any]) -> Sampled:
 def build_groups(
     prompts: Sequence[Prompt], sampled: Sequence[Sampled], tokenizer: PreTrainedTokenizerBase, version: int
 ) -> list[Group]:
-    """The groups of what was sampled for `build_requests`, in its order."""
+    """The groups made of the completions for the requests of `build_requests`, given in the same order."""
     if not sampled:
         return []
     texts = completion_texts(tokenizer, prompts, [s.token_ids for s in sampled])
@@ -134,7 +136,7 @@ def build_groups(
 
 
 def _finish_reason(reason: str | None) -> FinishReason:
-    """Anything else than these two (``abort``) is no completion, and must not be trained on.
+    """The finish reason, checked: any but these two (such as ``abort``) means that the completion is not complete.
 
     Raises:
         RuntimeError: vLLM did not finish the completion.

@@ -1,8 +1,8 @@
-"""Sampling with vLLM servers, which run for themselves: on other devices, or on other machines.
+"""Sampling with vLLM servers: separate processes, on other devices or other machines.
 
-A server may be killed and restarted at any time, and is then back at the weights it was started with. Weights therefore
-carry a label that no other push has. Every server is asked for it before sampling and after; what was sampled while it
-was not ours at both times is thrown away, the weights are sent again, and the server samples again.
+A server may be killed and restarted at any time, and then has the weights again that it was started with. So weights
+are sent with a unique label, and every server is asked for its label before and after sampling. Completions are
+discarded unless the label was the latest both times; then the weights are sent again, and the server samples again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from online_dpo.distributed.collectives import from_first_rank, is_first_rank, r
 from online_dpo.errors import RolloutServerError
 from online_dpo.modeling.introspection import unwrapped
 from online_dpo.rollout.params import RolloutKey, SamplingParams
-from online_dpo.rollout.vllm.broadcast import BroadcastTransfer, choose_transfer, help_to_take
+from online_dpo.rollout.vllm.broadcast import BroadcastTransfer, choose_transfer, help_gather_weights
 from online_dpo.rollout.vllm.client import VLLMClient
 from online_dpo.rollout.vllm.gate import Gate
 from online_dpo.rollout.vllm.requests import (
@@ -44,35 +44,35 @@ from online_dpo.rollout.weights.export import write_weights
 from online_dpo.types import Group, Prompt
 
 CHUNK_BYTES = 32 << 20
-REQUESTS_AT_ONCE = 256  # to one server; vLLM decodes about as many together
-MOST_ROUNDS = 5
-NOT_YET = "it has lost the weights, and the process that can send them has not done so yet"
-LOST = "it restarts again and again, or another run sends its own weights to it"
+MAX_CONCURRENT_REQUESTS = 256  # to one server; vLLM decodes about as many in one batch
+MAX_ATTEMPTS = 5
+WEIGHTS_PENDING = "it has lost the weights, and the process that can send them has not done so yet"
+WEIGHTS_LOST = "it restarts again and again, or another run sends its own weights to it"
 
 
 class VLLMServerEngine:
     """Samples from copies of the policy that vLLM servers hold.
 
-    Weights reach a server by broadcast (`vllm_broadcast`), as files that we write to the temporary folder and it reads,
-    or as the bytes of these files over HTTP.
+    Weights are sent to a server by broadcast (`BroadcastTransfer`), as files in the temporary folder that the server
+    reads, or as the bytes of these files over HTTP.
 
-    Where several processes train, each has an engine and samples for itself. The first one sends the weights. Another
-    can send them again to a server that restarts if it sees the files of the first (on the same machine, or with a
-    `TMPDIR` on a shared disk), and otherwise waits until that has been done.
+    If several processes train, each has its own engine and samples for its own prompts. The first process sends the
+    weights. If a server restarts, another process can send them again if it can read the files of the first (on the
+    same machine, or with a `TMPDIR` on a shared disk); otherwise it waits until the first one has done so.
 
-    Servers that were started for adapters (``--lora-rank``) serve the base model, and are sent the adapter alone, each
-    version under a name of its own. So nothing has to stand still meanwhile, and a completion of another version cannot
-    come back.
+    Servers that were started for adapters (``--lora-rank``) serve the base model. They are sent the adapter alone, each
+    version under a unique name. So a server need not pause for new weights, and no completion can be of another version
+    than the one it was requested from.
 
     Args:
         urls: addresses of the servers, such as ``["http://localhost:8000"]``; prompts are spread over them.
         tokenizer: decodes completions.
-        args: reads ``vllm_server_timeout``, ``vllm_weight_transfer``, ``vllm_group_port``, ``max_staleness`` and the
-            device.
+        args: the fields ``vllm_server_timeout``, ``vllm_weight_transfer``, ``vllm_group_port``, ``max_staleness`` and
+            the device are used.
 
     Raises:
-        ValueError: ``vllm_weight_transfer`` or ``vllm_group_port`` does not fit these servers.
-        RolloutServerError: a server did not answer within ``vllm_server_timeout`` seconds, or takes no weights.
+        ValueError: ``vllm_weight_transfer`` or ``vllm_group_port`` is not possible with these servers.
+        RolloutServerError: a server did not answer within ``vllm_server_timeout`` seconds, or does not take weights.
     """
 
     has_own_weights = True
@@ -84,38 +84,39 @@ class VLLMServerEngine:
         tokenizer: PreTrainedTokenizerBase,
         args: OnlineDPOConfig,
     ) -> None:
-        self.tokenizer = copy.deepcopy(tokenizer)  # for another thread: a fast tokenizer cannot be used by two at once
+        self.tokenizer = copy.deepcopy(tokenizer)  # `generate` runs in another thread; fast tokenizers allow one only
         self._clients = [VLLMClient(url, args.vllm_server_timeout) for url in urls]
-        self._pool = ThreadPoolExecutor(REQUESTS_AT_ONCE * len(self._clients), thread_name_prefix="rollout")
+        self._pool = ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS * len(self._clients), thread_name_prefix="rollout")
         self._gate = Gate()
         self._push_locks = {client.url: Lock() for client in self._clients}
         self._sender = uuid.uuid4().hex
         self._version: int | None = None
         self._label = ""
         self._folder: Path | None = None
-        self._owned: TemporaryDirectory[str] | None = None
+        self._temporary_folder: TemporaryDirectory[str] | None = None
         ranks, dtypes = [], []
         for client in self._clients:
             client.call("/health")
-            # a server that takes nothing says so here, and not at the first sync
+            # A server that does not take weights fails here, and not at the first sync.
             ranks += client.rpc("online_dpo_lora_rank")
             dtypes += client.rpc("online_dpo_dtype")
         self.own_dtype: torch.dtype | None = coarsest(dtypes)
         self._lora_rank = int(min(ranks, key=int))
         if self._lora_rank == 0 and set(ranks) != {"0"}:
-            raise ValueError("Some servers take adapters and others do not. Give all of them `--lora-rank`, or none.")
+            raise ValueError("Some servers take adapters and others do not. Start all with `--lora-rank`, or none.")
         self._broadcast: BroadcastTransfer | None = None
         self.transfer = args.vllm_weight_transfer
         raise_first_ranks(self._set_up_transfer(args) if is_first_rank() else None)
         self.transfer = from_first_rank(self.transfer)
 
     def sync(self, model: nn.Module, version: int) -> None:
-        """Sends the weights to every server, unless those of this version were the last sent. Until the next `sync`
-        they can be sent again to servers that restart. Waits for a `generate` that is under way.
+        """Sends the weights to every server, unless those of this version were the last that were sent.
+
+        Until the next `sync` they are kept for servers that restart. Waits for a `generate` that is running.
 
         Raises:
-            ValueError: a server serves a model of another shape (vLLM crops larger weights without a word, and cannot
-                be used again after smaller ones), or waits for adapters and the policy has none that fits.
+            ValueError: a server serves a model of another shape (vLLM would crop larger weights silently, and fail
+                for good after smaller ones), or takes adapters and the policy has no suitable one.
             RolloutServerError: a server could not be used.
         """
         if version == self._version:
@@ -131,11 +132,11 @@ class VLLMServerEngine:
         raise_first_ranks(self._check_shapes(model) if first else None)
         with self._gate.changing():
             self._close_files()
-            self._owned, self._version = files, version
+            self._temporary_folder, self._version = files, version
             if self._broadcast is not None:
-                self._broadcast.take(model)
+                self._broadcast.set_weights(model)
             elif not by_file:
-                help_to_take(model)
+                help_gather_weights(model)
             folder = Path(files.name) if files else None
             self._folder, self._label = from_first_rank((folder, f"{self._sender}-{version}"))
             raise_first_ranks(self._send_all() if first else None)
@@ -143,25 +144,26 @@ class VLLMServerEngine:
     def generate(
         self, prompts: Sequence[Prompt], num_completions: int, params: SamplingParams, key: RolloutKey
     ) -> list[Group]:
-        """K completions for each prompt, in the prompts' order."""
+        """Samples K completions for each prompt; returns the groups in the prompts' order."""
         requests = build_requests(prompts, num_completions, vllm_sampling(params), key)
-        # completions of one prompt go to one server, whose prefix cache then holds the prompt
+        # All completions of a prompt go to one server, whose prefix cache then holds the prompt.
         client_of = [self._clients[i // num_completions % len(self._clients)] for i in range(len(requests))]
         with self._gate.sampling():
             assert self._version is not None, "sync comes before generate"
             return build_groups(prompts, self._sample(requests, client_of), self.tokenizer, self._version)
 
     def release(self) -> None:
-        """Nothing: servers have devices of their own."""
+        """Does nothing: servers have their own devices."""
 
     def close(self) -> None:
-        """Lets go of what was kept for the servers; they go on running."""
+        """Frees threads, files and process groups. The servers keep running."""
         self._pool.shutdown(cancel_futures=True)
         self._close_files()
         if self._broadcast is not None:
             self._broadcast.close()
 
     def _set_up_transfer(self, args: OnlineDPOConfig) -> Exception | None:
+        """Chooses how weights are sent and prepares it; returns an error instead of raising it, for all ranks."""
         try:
             self.transfer = choose_transfer(self.transfer, self._clients, args.device, self._lora_rank > 0)
             if self.transfer == "broadcast":
@@ -172,54 +174,62 @@ class VLLMServerEngine:
         return None
 
     def _close_files(self) -> None:
-        if self._owned is not None:
-            self._owned.cleanup()
-            self._owned = None
+        if self._temporary_folder is not None:
+            self._temporary_folder.cleanup()
+            self._temporary_folder = None
 
     def _sample(self, requests: Sequence[Request], client_of: Sequence[VLLMClient]) -> list[Sampled]:
-        """Asks until every answer comes from a server that had our weights before it and after it."""
+        """Requests completions until each comes from a server that had the latest weights before and after it."""
         sampled: dict[int, Sampled] = {}
         waiting = list(range(len(requests)))
-        for _ in range(MOST_ROUNDS):
+        for _ in range(MAX_ATTEMPTS):
             used = list({client_of[i].url: client_of[i] for i in waiting}.values())
-            list(self._pool.map(self._bring_up_to_date, used))
-            asked = [client_of[i] for i in waiting], [requests[i] for i in waiting]
-            answers = list(self._pool.map(self._complete, *asked))
-            current = {client.url for client in used if self._is_current(client)}
+            list(self._pool.map(self._ensure_weights, used))
+            clients = [client_of[i] for i in waiting]
+            answers = list(self._pool.map(self._complete, clients, [requests[i] for i in waiting]))
+            up_to_date = {client.url for client in used if self._is_up_to_date(client)}
             sampled |= {
                 i: answer
                 for i, answer in zip(waiting, answers, strict=True)
-                if answer is not None and client_of[i].url in current
+                if answer is not None and client_of[i].url in up_to_date
             }
             waiting = [i for i in waiting if i not in sampled]
             if not waiting:
                 return [sampled[i] for i in range(len(requests))]
         urls = ", ".join(sorted({client_of[i].url for i in waiting}))
-        raise RolloutServerError(f"{urls} lost the weights {MOST_ROUNDS} times while sampling; last cause: {LOST}.")
+        raise RolloutServerError(
+            f"{urls} lost the weights {MAX_ATTEMPTS} times while sampling; last cause: {WEIGHTS_LOST}."
+        )
 
     def _complete(self, client: VLLMClient, request: Request) -> Sampled | None:
-        """``None`` where the server has no adapter of the present version."""
+        """Requests one completion; ``None`` if the server does not have the latest adapter any more."""
         body = {**request.options, "prompt": list(request.prompt_ids), "return_token_ids": True}
         if not self._lora_rank:
             return client.call("/v1/completions", body, read=from_response)
         try:
             return client.call("/v1/completions", {**body, "model": self._label}, read=from_response)
         except RolloutServerError:
-            if self._is_current(client):
+            if self._is_up_to_date(client):
                 raise
-            return None  # it has restarted
+            return None  # the server has restarted
 
-    def _is_current(self, client: VLLMClient) -> bool:
+    def _is_up_to_date(self, client: VLLMClient) -> bool:
+        """Whether the server has the weights of the last `sync`."""
         if self._lora_rank:
             return self._label in _models(client)
         return set(client.rpc("online_dpo_loaded")) == {self._label}
 
     def _check_shapes(self, model: nn.Module) -> Exception | None:
-        ours = shape_of(unwrapped(model).config.get_text_config())
+        """The error, if any, of a server whose model has another shape than the policy."""
+        policy = shape_of(unwrapped(model).config.get_text_config())
         try:
             for client in self._clients:
-                theirs = client.rpc("online_dpo_shape")[0]
-                differ = [f"{k} {theirs.get(k)} there and {ours[k]} here" for k in ours if ours[k] != theirs.get(k)]
+                served = client.rpc("online_dpo_shape")[0]
+                differ = [
+                    f"{name} {served.get(name)} there and {value} here"
+                    for name, value in policy.items()
+                    if served.get(name) != value
+                ]
                 if differ:
                     message = f"{client.url} serves another model: {', '.join(differ)}. Serve the one that is trained."
                     return ValueError(message)
@@ -228,38 +238,48 @@ class VLLMServerEngine:
         return None
 
     def _send_all(self) -> Exception | None:
+        """Sends the weights to all servers; returns an error instead of raising it, for all ranks."""
         try:
-            list(self._pool.map(self._bring_up_to_date, self._clients))
+            list(self._pool.map(self._ensure_weights, self._clients))
         except (RolloutServerError, ValueError) as error:
             return error
         return None
 
-    def _bring_up_to_date(self, client: VLLMClient) -> None:
-        """Sends the latest weights unless the server has them; again, if it restarted meanwhile."""
+    def _ensure_weights(self, client: VLLMClient) -> None:
+        """Sends the latest weights to a server unless it has them; again, if it restarts meanwhile.
+
+        A process that cannot send them itself waits until another has done so.
+        """
         if self._broadcast is None and not (self._folder is not None and self._folder.is_dir()):
             if self._lora_rank:
                 client.call("/v1/models", read=self._expect_adapter)
             else:
                 client.call("/collective_rpc", {"method": "online_dpo_loaded"}, read=self._expect_label)
             return
-        for _ in range(MOST_ROUNDS):
-            if self._is_current(client):
+        for _ in range(MAX_ATTEMPTS):
+            if self._is_up_to_date(client):
                 return
             with self._push_locks[client.url]:
-                if not self._is_current(client):  # another thread may have sent them
+                if not self._is_up_to_date(client):  # another thread may have sent them while this one waited
                     self._push(client)
-        raise RolloutServerError(f"{client.url} does not keep the weights that are sent to it; last cause: {LOST}.")
+        raise RolloutServerError(
+            f"{client.url} does not keep the weights that are sent to it; last cause: {WEIGHTS_LOST}."
+        )
 
     def _expect_label(self, answer: Any) -> None:
         if set(answer["results"]) != {self._label}:
-            raise RuntimeError(NOT_YET)
+            raise RuntimeError(WEIGHTS_PENDING)
 
     def _expect_adapter(self, answer: Any) -> None:
         if self._label not in _names(answer):
-            raise RuntimeError(NOT_YET)
+            raise RuntimeError(WEIGHTS_PENDING)
 
     def _push(self, client: VLLMClient) -> None:
-        """A server that takes whole weights stands still meanwhile, and forgets the keys and values of the old ones."""
+        """Sends the weights to one server.
+
+        For whole weights the server is paused, and its prefix cache is emptied: it holds keys and values of the old
+        weights.
+        """
         if self._lora_rank:
             self._push_adapter(client)
             return
@@ -271,7 +291,7 @@ class VLLMServerEngine:
         client.call("/resume", {})
 
     def _push_adapter(self, client: VLLMClient) -> None:
-        """Adapters of other versions leave first: there is room for one."""
+        """Loads the adapter into one server, after its earlier versions are unloaded: there is room for one."""
         assert self._folder is not None
         config = self._folder / "adapter_config.json"
         if set(client.rpc("online_dpo_sees", str(config))) != {"yes"}:
@@ -285,6 +305,7 @@ class VLLMServerEngine:
         client.call("/v1/load_lora_adapter", {"lora_name": self._label, "lora_path": str(self._folder)})
 
     def _push_files(self, client: VLLMClient) -> None:
+        """Pauses the server and lets it load the files of weights: from their folder if it can, else over HTTP."""
         assert self._folder is not None
         files = sorted(self._folder.iterdir())
         by_file = self.transfer != "http" and set(client.rpc("online_dpo_sees", str(files[0]))) == {"yes"}
@@ -297,7 +318,7 @@ class VLLMServerEngine:
             client.rpc("online_dpo_forget_received", self._sender)
             for name, offset, chunk in _chunks(files):
                 client.rpc("online_dpo_receive", self._sender, name, str(offset), chunk)
-        client.call("/pause?mode=abort&clear_cache=false", {})  # what was asked by us and then given up ends here
+        client.call("/pause?mode=abort&clear_cache=false", {})  # also aborts requests of ours that were given up
         if by_file:
             client.rpc("online_dpo_load_folder", str(self._folder), self._label)
         else:
@@ -306,15 +327,17 @@ class VLLMServerEngine:
 
 
 def _models(client: VLLMClient) -> set[str]:
+    """The names of all models and adapters that the server has."""
     return client.call("/v1/models", read=_names)
 
 
 def _names(answer: Any) -> set[str]:
+    """The names in an answer of ``/v1/models``."""
     return {model["id"] for model in answer["data"]}
 
 
 def _chunks(files: Sequence[Path]) -> Iterator[tuple[str, int, str]]:
-    """Pieces of the files, as text: name, place in the file, base64."""
+    """The files in pieces: for each its file's name, its offset in the file, and its bytes in base64."""
     for path in files:
         with path.open("rb") as file:
             while data := file.read(CHUNK_BYTES):

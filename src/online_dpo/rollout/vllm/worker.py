@@ -1,7 +1,7 @@
-"""What vLLM's workers learn to do for us: take new weights, and say which they have.
+"""The extension of vLLM's workers that loads new weights and reports which weights they have.
 
-vLLM imports this file in its worker processes (`--worker-extension-cls`) and mixes the class into its own worker; keep
-the imports light.
+vLLM imports this module in its worker processes (`--worker-extension-cls`) and mixes the class into its own worker
+class, so its imports must stay light.
 """
 
 from __future__ import annotations
@@ -15,7 +15,13 @@ from typing import Any
 
 import torch
 
-from online_dpo.rollout.weights.process_group import Rendezvous, TransferStopped, WeightGroup, follow, receive_weights
+from online_dpo.rollout.weights.process_group import (
+    Rendezvous,
+    TransferStopped,
+    WeightGroup,
+    form_group_as_worker,
+    receive_weights,
+)
 
 EXTENSION = "online_dpo.rollout.vllm.worker.WeightUpdates"
 SHAPE_FIELDS = (
@@ -31,10 +37,10 @@ SHAPE_FIELDS = (
 
 
 class WeightUpdates:
-    """Methods for `collective_rpc`. Names begin with ``online_dpo``, since vLLM refuses those that its worker has.
+    """Methods for `collective_rpc`. Their names begin with ``online_dpo``, since vLLM refuses names its worker has.
 
-    A *label* names weights that were pushed. It is forgotten before loading and remembered after, so that half-loaded
-    weights have none, and a worker that started anew has none either.
+    A *label* identifies weights that were sent. It is deleted before loading and set after it, so weights that are
+    loaded in part have none, nor has a worker that was restarted.
     """
 
     online_dpo_label: str | None = None
@@ -42,32 +48,32 @@ class WeightUpdates:
     online_dpo_group: WeightGroup | None = None  # with the trainer that broadcast last
 
     def online_dpo_loaded(self) -> str:
-        """The label of the weights in use; empty for those that the worker started with."""
+        """The label of the present weights; empty for those that the worker was started with."""
         return self.online_dpo_label or ""
 
     def online_dpo_shape(self) -> dict[str, Any]:
-        """What the model that is served looks like."""
+        """The shape of the model that is served: see `shape_of`."""
         return shape_of(self.model_config.hf_text_config)  # pyright: ignore[reportAttributeAccessIssue]
 
     def online_dpo_lora_rank(self) -> str:
-        """The largest rank of an adapter that can be put on top of the model, ``0`` where none can."""
+        """The largest rank of an adapter that the worker can load; ``0`` if it takes none."""
         config = self.vllm_config.lora_config  # pyright: ignore[reportAttributeAccessIssue]
         return str(config.max_lora_rank if config else 0)
 
     def online_dpo_dtype(self) -> str:
-        """The type of its weights and of what it computes, such as ``bfloat16``."""
+        """The dtype in which the worker holds weights and computes, such as ``bfloat16``."""
         return str(self.model_config.dtype).removeprefix("torch.")  # pyright: ignore[reportAttributeAccessIssue]
 
     def online_dpo_device(self) -> str:
-        """What it computes on: see `device_name`."""
+        """The worker's device: see `device_name`."""
         return device_name(self.device)  # pyright: ignore[reportAttributeAccessIssue]
 
     def online_dpo_sees(self, path: str) -> str:
-        """Whether this worker's machine has the trainer's file, ``yes`` or ``no`` (what HTTP returns is text)."""
+        """Whether this worker can read a file of the trainer, as ``yes`` or ``no``: answers are sent as text."""
         return "yes" if Path(path).is_file() else "no"
 
     def online_dpo_load(self, weights: Iterable[tuple[str, torch.Tensor]], label: str) -> None:
-        """Replaces all weights, given under their checkpoint names, while no request is running."""
+        """Replaces all weights, given by their checkpoint names. No request may be running."""
         self.online_dpo_label = None
         pushed: set[str] = set()
         model = self.get_model()  # pyright: ignore[reportAttributeAccessIssue]
@@ -80,23 +86,28 @@ class WeightUpdates:
         self.online_dpo_label = label
 
     def online_dpo_load_folder(self, folder: str, label: str) -> None:
-        """Loads the safetensors files of a folder that this machine sees."""
+        """Loads the safetensors files of a folder that this worker can read."""
         self.online_dpo_load(_read_folder(Path(folder)), label)
 
     def online_dpo_load_broadcast(
         self, host: str, port: str, transfer: str, size: str, kind: str, timeout: str, label: str
     ) -> str:
-        """Loads what the trainer broadcasts (see `weight_group`). Answers why not, where the transfer was given up and
-        may be tried again, else nothing. What raises an error would raise it again.
+        """Loads weights that the trainer broadcasts (see `rollout.weights.process_group`).
+
+        Returns:
+            Why the transfer was stopped, if it may be tried again; empty if all went well.
+
+        Raises:
+            Exception: an error that would come again at the next attempt.
         """
         parallel = self.vllm_config.parallel_config  # pyright: ignore[reportAttributeAccessIssue]
         rank = 1 + parallel.data_parallel_index * parallel.world_size + self.rank  # pyright: ignore[reportAttributeAccessIssue]
         device = self.device if kind == "nccl" else torch.device("cpu")  # pyright: ignore[reportAttributeAccessIssue]
         try:
-            meeting = Rendezvous(host, int(port), transfer, float(timeout))
-            with meeting.telling("a worker of the server"):
-                self.online_dpo_group = follow(meeting, rank, int(size), device, self.online_dpo_group)
-                self.online_dpo_load(receive_weights(self.online_dpo_group, meeting), label)
+            rendezvous = Rendezvous(host, int(port), transfer, float(timeout))
+            with rendezvous.reporting_errors_as("a worker of the server"):
+                self.online_dpo_group = form_group_as_worker(rendezvous, rank, int(size), device, self.online_dpo_group)
+                self.online_dpo_load(receive_weights(self.online_dpo_group, rendezvous), label)
         except BaseException as error:
             if self.online_dpo_group is not None:
                 self.online_dpo_group.close()
@@ -107,8 +118,10 @@ class WeightUpdates:
         return ""
 
     def online_dpo_receive(self, sender: str, file: str, offset: str, chunk: str) -> None:
-        """Writes a piece (base64) of a file that is being sent. Sent twice, it changes nothing; one whose predecessor
-        went to a worker that is gone is dropped.
+        """Writes a piece (base64) of a file that is being sent.
+
+        A piece that is sent twice changes nothing. A piece behind the end of the file is dropped: the pieces before it
+        went to a worker that has been replaced.
         """
         if sender not in self.online_dpo_uploads:
             self.online_dpo_uploads[sender] = TemporaryDirectory(prefix="online-dpo-weights-")
@@ -120,8 +133,10 @@ class WeightUpdates:
                 target.write(base64.b64decode(chunk))
 
     def online_dpo_load_received(self, sender: str, sizes: str, label: str) -> None:
-        """Loads the files that were sent, and deletes them. Does nothing when they are not complete (``sizes`` is the
-        JSON of their names and bytes): a worker that restarted has received only the rest.
+        """Loads the files that were sent, and deletes them.
+
+        Incomplete files are not loaded: a worker that restarted has received only the last pieces. ``sizes`` is the
+        JSON of the names of all files and their sizes in bytes.
         """
         if sender not in self.online_dpo_uploads:
             return
@@ -131,19 +146,19 @@ class WeightUpdates:
         self.online_dpo_forget_received(sender)
 
     def online_dpo_forget_received(self, sender: str) -> None:
-        """Deletes what an interrupted sending has left behind."""
+        """Deletes the files of an earlier transfer that was interrupted."""
         if sender in self.online_dpo_uploads:
             self.online_dpo_uploads.pop(sender).cleanup()
 
 
 def shape_of(config: Any) -> dict[str, Any]:
-    """The fields of a text model's config that tell it from a model whose weights would not fit."""
+    """The fields of a text model's config that determine the shapes of its weights."""
     values = config.to_dict()
     return {name: values[name] for name in SHAPE_FIELDS if name in values}
 
 
 def coarsest(dtypes: Iterable[str]) -> torch.dtype:
-    """That of the workers' types which rounds most.
+    """The dtype with the largest rounding error among those of the workers.
 
     >>> coarsest(["float32", "bfloat16"])
     torch.bfloat16
@@ -152,15 +167,16 @@ def coarsest(dtypes: Iterable[str]) -> torch.dtype:
 
 
 def device_name(device: torch.device) -> str:
-    """``cuda`` and the GPU's UUID, which is the same in every process; of others the kind, such as ``cpu``."""
+    """A name that is the same in every process: ``cuda`` and the GPU's UUID, or another device's type (``cpu``)."""
     if device.type != "cuda":
         return device.type
     return f"cuda {torch.cuda.get_device_properties(device).uuid}"
 
 
 def end_loading(model: Any, config: Any) -> None:
-    """After loading that broke off: what has arrived is in place, what has not is as it was or undefined. Without this,
-    the next loading would take up the half of this one.
+    """Ends a reload that failed. Weights that have arrived are in place; the others are as before, or undefined.
+
+    Without this, vLLM would continue the unfinished reload at the next one.
     """
     from vllm.model_executor.model_loader.reload import (  # pyright: ignore[reportMissingImports]
         finalize_layerwise_reload,
@@ -170,11 +186,11 @@ def end_loading(model: Any, config: Any) -> None:
 
 
 def renew_output_head(model: Any, pushed: set[str]) -> None:
-    """Makes an output head that shares the input embedding's weight use the new one.
+    """Updates an output head that is tied to the input embedding, after new weights were loaded.
 
-    Weights that were pushed without a head of their own are tied. vLLM ties a head when it starts, unless the
-    checkpoint it started with held a head that differed. And on a CPU a head computes with a packed copy of its weight,
-    which loading the embedding alone leaves as it was.
+    Weights that come without a head are tied. vLLM ties the head only at its start, and not if the checkpoint it was
+    started with had a different head. On a CPU, moreover, a head computes with a packed copy of its weight, and loading
+    the embedding does not update that copy.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import (  # pyright: ignore[reportMissingImports]
         ParallelLMHead,
@@ -192,12 +208,14 @@ def renew_output_head(model: Any, pushed: set[str]) -> None:
 
 
 def _noting_names(weights: Iterable[tuple[str, torch.Tensor]], names: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same weights; adds their names to ``names`` on the way."""
     for name, tensor in weights:
         names.add(name)
         yield name, tensor
 
 
 def _read_folder(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of all safetensors files of a folder, with their names."""
     from safetensors import safe_open
 
     files = sorted(folder.glob("*.safetensors"))

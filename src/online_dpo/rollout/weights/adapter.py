@@ -1,4 +1,4 @@
-"""A policy's LoRA adapter as files, for vLLM servers that compute with it on top of the base model that they serve."""
+"""The policy's LoRA adapter as files, for vLLM servers that apply it to the base model that they serve."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ START_WITHOUT = "Start the server without `--lora-rank`, so that it takes the me
 
 
 def check_adapter(model: nn.Module, most_rank: int) -> None:
-    """
+    """Checks that a vLLM server can load the policy's adapter.
+
     Raises:
-        ValueError: the policy is not a base model with one plain LoRA adapter of at most this rank.
+        ValueError: the policy is not a base model with one plain LoRA adapter of rank ``most_rank`` or less.
     """
     policy: Any = extract_model_from_parallel(model, keep_torch_compile=False)
     if not is_peft_model(policy):
-        raise ValueError(f"The server waits for adapters, and all weights of the policy are trained. {START_WITHOUT}")
+        raise ValueError(f"The server takes adapters only, but all weights of the policy are trained. {START_WITHOUT}")
     config = policy.active_peft_config
     plain = config.peft_type == "LORA" and len(policy.active_adapters) == 1
     if not plain or config.use_dora or config.lora_bias or config.modules_to_save or config.bias != "none":
@@ -34,19 +35,19 @@ def check_adapter(model: nn.Module, most_rank: int) -> None:
         )
     embedded = [name for name, layer in policy.named_modules() if _is_adapted_embedding(layer)]
     if embedded:
-        raise ValueError(f"A vLLM server takes no adapter of an embedding ({embedded[0]}). {START_WITHOUT}")
+        raise ValueError(f"A vLLM server takes no adapter on an embedding ({embedded[0]}). {START_WITHOUT}")
 
 
 def write_adapter(model: nn.Module, folder: Path | None) -> None:
-    """Writes ``adapter_config.json`` and the weights to ``folder``. Ranks that only help to gather sharded weights give
-    ``None``.
+    """Writes ``adapter_config.json`` and the adapter's weights to ``folder``. A collective operation if weights are
+    sharded: ranks that are not to write pass ``None``.
     """
     policy: Any = extract_model_from_parallel(model, keep_torch_compile=False)
     [name] = policy.active_adapters
     weights = {key: full_tensor(t).cpu() for key, t in policy.state_dict().items() if f".{name}." in key}
     if folder is not None:
         policy.save_pretrained(str(folder), state_dict=weights, selected_adapters=[name], save_embedding_layers=False)
-        if name != "default":  # PEFT gives it a folder of its own
+        if name != "default":  # PEFT writes other adapters to a subfolder
             for file in (folder / name).iterdir():
                 file.rename(folder / file.name)
 

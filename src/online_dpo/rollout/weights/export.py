@@ -1,6 +1,7 @@
-"""The policy's weights as vLLM's loader expects them: names and shapes of a Hugging Face checkpoint, adapters merged.
+"""The policy's weights in the form of a Hugging Face checkpoint (names, shapes), which vLLM's loader expects, with
+adapters merged.
 
-The live model is read and never changed: an adapter is merged into a copy of one weight at a time.
+The model that is trained is only read: an adapter is merged into a copy of one weight at a time.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ SHARD_BYTES = 1 << 30
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every weight once, under its checkpoint name; tied weights under the name of the one they are tied to.
+    """Every weight once, with its checkpoint name; tied weights with the name of the weight they are tied to.
 
-    Sharded weights are gathered one after the other, so every rank has to go through the whole iteration.
+    Sharded weights are gathered one by one, which is a collective operation: every rank must exhaust the iterator.
 
     Raises:
         ValueError: the model is quantised, or has an adapter that cannot be merged weight by weight.
@@ -34,22 +35,23 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     base = unwrapped(model)
     if getattr(base, "is_quantized", False):
         raise ValueError(
-            "The weights of a quantised model (QLoRA) cannot be sent to vLLM, which holds them unquantised. Load the "
-            "model without quantisation, or sample without `use_vllm`."
+            "The weights of a quantised model (QLoRA) cannot be sent to vLLM, which holds them without quantisation. "
+            "Load the model without quantisation, or sample without `use_vllm`."
         )
     peft = is_peft_model(extract_model_from_parallel(model, keep_torch_compile=False))
     weights = _merged_weights(base) if peft else _plain_weights(base, "")
     tied = base.all_tied_weights_keys
     weights = ((name, full_tensor(tensor)) for name, tensor in weights if name not in tied)
-    # Few families are held in other shapes than their checkpoints (fused experts); only these need all at once.
+    # A few model families have other shapes in memory than in checkpoints (fused experts). Converting them back needs
+    # all weights at the same time.
     if getattr(base, "_weight_conversions", None) or get_model_conversion_mapping(base, add_legacy=False):
         return iter(revert_weight_conversion(base, dict(weights)).items())
     return weights
 
 
 def write_weights(model: nn.Module, folder: Path | None) -> None:
-    """Writes `named_weights` to ``folder`` as safetensors files of about a gibibyte, so that memory holds one at a
-    time. Ranks that only help to gather sharded weights give ``None``.
+    """Writes `named_weights` to ``folder`` as safetensors files of about 1 GiB, of which memory holds one at a time. A
+    collective operation if weights are sharded: ranks that are not to write pass ``None``.
     """
     shard: dict[str, torch.Tensor] = {}
     number = 0
@@ -65,19 +67,19 @@ def write_weights(model: nn.Module, folder: Path | None) -> None:
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a tensor that may be sharded: then a collective operation."""
+    """The full tensor of a tensor that may be sharded; a collective operation if it is."""
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _plain_weights(module: nn.Module, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and saved buffers of a module without adapters."""
+    """The parameters and persistent buffers of a module without adapters."""
     for name, tensor in module.state_dict(keep_vars=True).items():
         yield prefix + name, tensor
 
 
 def _merged_weights(base: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """The same names as before PEFT put its layers in, with what the active adapters make of the weights."""
+    """The weights of a model with PEFT layers: under the names of the base model, with active adapters merged."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
@@ -87,16 +89,16 @@ def _merged_weights(base: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]
         if isinstance(module, BaseTunerLayer):
             yield from refusing_tied(_merged_layer(module, prefix))
         elif isinstance(module, ModulesToSaveWrapper):
-            used = [] if module.disable_adapters else module.active_adapters
-            active = module.modules_to_save[used[0]] if used else module.original_module
+            adapters = [] if module.disable_adapters else module.active_adapters
+            active = module.modules_to_save[adapters[0]] if adapters else module.original_module
             yield from refusing_tied(_plain_weights(active, prefix))
         elif isinstance(module, AuxiliaryTrainingWrapper):
             raise ValueError(_cannot_merge(prefix, type(module).__name__))
         else:
-            own = {name: t for name, t in module.named_parameters(recurse=False)}
-            saved = set(module.state_dict(keep_vars=True))
-            own |= {name: t for name, t in module.named_buffers(recurse=False) if name in saved}
-            for name, tensor in own.items():
+            tensors = {name: t for name, t in module.named_parameters(recurse=False)}
+            persistent = set(module.state_dict(keep_vars=True))
+            tensors |= {name: t for name, t in module.named_buffers(recurse=False) if name in persistent}
+            for name, tensor in tensors.items():
                 yield prefix + name, tensor
             for name, child in module.named_children():
                 yield from walk(child, f"{prefix}{name}.")
@@ -114,27 +116,28 @@ def _merged_weights(base: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]
 
 
 def _merged_layer(layer: Any, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """A LoRA layer's weight plus ``scaling * B @ A`` of each active adapter, in the weight's own type."""
+    """A LoRA layer's weight plus ``scaling * B @ A`` of each active adapter, in the weight's own dtype."""
     from peft.tuners import lora
     from peft.tuners.lora import LoraLayer
 
     if not isinstance(layer, LoraLayer):
         raise ValueError(_cannot_merge(prefix, type(layer).__name__))
-    used = [] if layer.disable_adapters else [a for a in layer.active_adapters if a not in layer.merged_adapters]
-    used = [adapter for adapter in used if adapter in layer.scaling]
-    # variants such as DoRA, and biases of B, are more than a matrix to add
-    special = any(adapter in layer.lora_variant or layer.lora_bias.get(adapter) for adapter in used)
+    adapters = [] if layer.disable_adapters else [a for a in layer.active_adapters if a not in layer.merged_adapters]
+    adapters = [adapter for adapter in adapters if adapter in layer.scaling]
+    # Variants such as DoRA, and biases of B, cannot be merged by adding a matrix to the weight.
+    special = any(adapter in layer.lora_variant or layer.lora_bias.get(adapter) for adapter in adapters)
     if special or not isinstance(layer, (lora.Linear, lora.Embedding)):
         raise ValueError(_cannot_merge(prefix, type(layer).__name__))
     for name, tensor in layer.get_base_layer().state_dict(keep_vars=True).items():
         if name == "weight":
             with torch.no_grad():
-                for adapter in used:
+                for adapter in adapters:
                     tensor = (tensor + layer.get_delta_weight(adapter)).to(tensor.dtype)
         yield prefix + name, tensor
 
 
 def _cannot_merge(prefix: str, kind: str) -> str:
+    """The message for an adapter layer that cannot be merged."""
     return (
         f"The adapter layer `{prefix.rstrip('.')}` ({kind}) cannot be merged weight by weight for vLLM. Use plain LoRA "
         "(no DoRA, no `lora_bias`, no quantised base), or sample without `use_vllm`."

@@ -1,10 +1,11 @@
-"""A process group of a trainer and the workers of one vLLM server, and weights that are broadcast in it.
+"""The process group of the trainer and the workers of one vLLM server, and the broadcast of weights in it.
 
-Both sides use this file; vLLM's workers import it, so keep the imports light. torch's default group is not touched:
-trainer and server have one each, for work of their own. Rank 0 is the trainer, the workers follow.
+Both sides use this module. vLLM's workers import it, so its imports must stay light. torch's default process group is
+not used: the trainer and the server each have their own. Rank 0 is the trainer; the workers have the ranks from 1 on.
 
-A transfer begins with a `Meeting`, at which all say that they are there, so that none waits in a collective operation
-for one that never comes. It stays open meanwhile: whoever gives up tells the others through it.
+A transfer begins with a `Rendezvous`, at which all members report that they are ready: otherwise a member could wait
+forever in a collective operation that another never joins. It stays open during the transfer, and a member that fails
+reports its error to the others through it.
 """
 
 from __future__ import annotations
@@ -30,32 +31,35 @@ from online_dpo.distributed.process_state import environment
 from online_dpo.errors import error_text
 
 BUCKET_BYTES = 256 << 20
-ALIGNMENT = 16  # bytes; that of the largest dtype
+ALIGNMENT = 16  # bytes: the size of the largest dtype, so that every tensor can be a view of its bucket
 CONNECT_SECONDS = 20.0
-PAUSE_SECONDS, LOOK_SECONDS = 0.0005, 0.1  # between two looks at an operation, and at the others
+POLL_SECONDS, CHECK_SECONDS = 0.0005, 0.1  # between two polls of an operation, and two checks of the other members
 
 _environment_lock = Lock()
 
 
 class TransferStopped(RuntimeError):
-    """This side or another has given a transfer up; the message says why. It may be tried again."""
+    """A transfer was stopped by this member or by another; the message says why. It may be tried again."""
 
 
 class Rendezvous:
-    """What the members of one transfer tell one another, by way of the trainer's store.
+    """The communication of the members of one transfer, through the trainer's `TCPStore`.
 
     Args:
-        host, port: where the trainer's store listens.
-        name: no other transfer has it.
-        timeout: seconds that the transfer may take.
-        watch: raises when there is nothing left to wait for; called now and then.
+        host: the address of the trainer's store.
+        port: its port.
+        name: the unique name of the transfer.
+        timeout: the largest duration of the transfer, in seconds.
+        check_request: called at intervals while waiting; raises if the other side has already failed.
 
     Raises:
         TransferStopped: the store cannot be reached.
     """
 
-    def __init__(self, host: str, port: int, name: str, timeout: float, watch: Callable[[], None] | None = None):
-        self.host, self.port, self.name, self.timeout, self.watch = host, port, name, timeout, watch
+    def __init__(
+        self, host: str, port: int, name: str, timeout: float, check_request: Callable[[], None] | None = None
+    ):
+        self.host, self.port, self.name, self.timeout, self.check_request = host, port, name, timeout, check_request
         self._deadline = time.monotonic() + timeout
         try:
             limit = timedelta(seconds=min(timeout, CONNECT_SECONDS))
@@ -68,67 +72,81 @@ class Rendezvous:
         self.store = PrefixStore(name, self.tcp)
 
     def wait(self, done: Callable[[], bool], what: str) -> None:
-        """
+        """Waits until ``done`` returns true.
+
+        Args:
+            what: what is waited for, for the message after a timeout.
+
         Raises:
-            TransferStopped: somebody gave up, or ``done`` did not come true in time.
+            TransferStopped: another member has stopped, or the transfer took too long.
         """
-        looked = time.monotonic()
+        last_check = time.monotonic()
         while not done():
-            if time.monotonic() - looked > LOOK_SECONDS:
-                self._look(what)
-                looked = time.monotonic()
-            time.sleep(PAUSE_SECONDS)
+            if time.monotonic() - last_check > CHECK_SECONDS:
+                self._check_others(what)
+                last_check = time.monotonic()
+            time.sleep(POLL_SECONDS)
 
     @contextmanager
-    def telling(self, who: str) -> Iterator[None]:
-        """An error inside is told to the others, so that they do not wait."""
+    def reporting_errors_as(self, who: str) -> Iterator[None]:
+        """Inside, an error is reported to the other members, as that of ``who``, so that they stop waiting."""
         try:
             yield
         except BaseException as error:
-            with suppress(RuntimeError):  # without the store they know it already
+            with suppress(RuntimeError):  # if the store is gone, the others find that out themselves
                 self.store.set("over", f"{who} gave up: {error_text(error)}")
             raise
 
-    def _look(self, what: str) -> None:
-        if self.watch is not None:
-            self.watch()
+    def _check_others(self, what: str) -> None:
+        """Checks whether another member has stopped, the store is gone, or the time is over.
+
+        Raises:
+            TransferStopped: one of these.
+        """
+        if self.check_request is not None:
+            self.check_request()
         try:
-            over = self.store.get("over").decode() if self.store.check(["over"]) else ""
+            stopped = self.store.get("over").decode() if self.store.check(["over"]) else ""
         except RuntimeError as error:
             raise TransferStopped(f"the trainer is gone: {_first_line(error)}") from error
-        if over:
-            raise TransferStopped(over)
+        if stopped:
+            raise TransferStopped(stopped)
         if time.monotonic() > self._deadline:
             raise TransferStopped(f"{what} took longer than `vllm_server_timeout`, {self.timeout:g} seconds")
 
 
 class WeightGroup:
-    """NCCL on a GPU, gloo on a CPU. Kept from transfer to transfer, until one fails or a member is another.
+    """A process group for broadcasts: NCCL on a GPU, gloo on a CPU. It is used for later transfers as well, until one
+    fails or a member is replaced.
 
     Args:
-        address: of this member, at which the others reach it (gloo only; NCCL finds its own).
+        name: of the transfer in which it is formed.
+        rank: of this member; 0 is the trainer.
+        size: number of members.
+        device: where broadcast tensors are.
+        address: the address at which the others reach this member (for gloo only; NCCL finds one itself).
     """
 
-    def __init__(self, name: str, meeting: Rendezvous, rank: int, size: int, device: torch.device, address: str):
+    def __init__(self, name: str, rendezvous: Rendezvous, rank: int, size: int, device: torch.device, address: str):
         self.name, self.device = name, device
-        store, timeout = PrefixStore(f"group-{name}", meeting.tcp), timedelta(seconds=meeting.timeout)
+        store, timeout = PrefixStore(f"group-{name}", rendezvous.tcp), timedelta(seconds=rendezvous.timeout)
         try:
             make = _nccl_group if device.type == "cuda" else _gloo_group
             self._group: Any = make(store, rank, size, timeout, address)
         except RuntimeError as error:
             raise TransferStopped(f"the group cannot be formed: {_first_line(error)}") from error
 
-    def broadcast(self, flat: torch.Tensor, meeting: Rendezvous) -> None:
-        """From rank 0 to the others, in place.
+    def broadcast(self, flat: torch.Tensor, rendezvous: Rendezvous) -> None:
+        """Broadcasts a tensor from rank 0 to the others, in place.
 
         Raises:
-            TransferStopped: it failed, took too long, or somebody gave up.
+            TransferStopped: it failed or took too long, or another member has stopped.
         """
         options = BroadcastOptions()
         options.rootRank = 0
         try:
             work = self._group.broadcast([flat], options)
-            meeting.wait(work.is_completed, "the broadcast of the weights")
+            rendezvous.wait(work.is_completed, "the broadcast of the weights")
             work.wait()
         except TransferStopped:
             raise
@@ -136,79 +154,88 @@ class WeightGroup:
             raise TransferStopped(f"the broadcast of the weights failed: {_first_line(error)}") from error
 
     def close(self) -> None:
-        """Frees what is held, also while an operation hangs. The group cannot be used any more."""
+        """Frees the group, also while an operation hangs. It cannot be used any more."""
         if self._group is not None:
             self._group.abort()
             self._group = None
 
 
-def lead(meeting: Rendezvous, size: int, device: torch.device, held: WeightGroup | None) -> WeightGroup:
-    """The trainer's side of a meeting: the group that all members hold still, or a new one.
+def form_group_as_trainer(
+    rendezvous: Rendezvous, size: int, device: torch.device, held: WeightGroup | None
+) -> WeightGroup:
+    """The trainer's side of a rendezvous: returns ``held`` if all members still have that group, else a new one.
 
     Raises:
-        TransferStopped: not all came.
+        TransferStopped: not every worker came.
     """
-    places = [f"ready-{rank}" for rank in range(1, size)]
-    meeting.wait(lambda: meeting.store.check(places), "waiting for the server's workers")
-    theirs = {meeting.store.get(place).decode() for place in places}
-    if held is not None and theirs == {held.name} and held.device == device:
-        meeting.store.set("group", held.name)
+    keys = [f"ready-{rank}" for rank in range(1, size)]
+    rendezvous.wait(lambda: rendezvous.store.check(keys), "waiting for the server's workers")
+    held_by_workers = {rendezvous.store.get(key).decode() for key in keys}
+    if held is not None and held_by_workers == {held.name} and held.device == device:
+        rendezvous.store.set("group", held.name)
         return held
     if held is not None:
         held.close()
-    meeting.store.set("group", meeting.name)
-    return WeightGroup(meeting.name, meeting, 0, size, device, meeting.host)
+    rendezvous.store.set("group", rendezvous.name)
+    return WeightGroup(rendezvous.name, rendezvous, 0, size, device, rendezvous.host)
 
 
-def follow(meeting: Rendezvous, rank: int, size: int, device: torch.device, held: WeightGroup | None) -> WeightGroup:
-    """A worker's side of a meeting.
+def form_group_as_worker(
+    rendezvous: Rendezvous, rank: int, size: int, device: torch.device, held: WeightGroup | None
+) -> WeightGroup:
+    """A worker's side of a rendezvous: returns ``held`` if the trainer chooses that group, else a new one.
 
     Raises:
-        TransferStopped: the trainer gave up.
+        TransferStopped: the trainer has stopped.
     """
-    meeting.store.set(f"ready-{rank}", "" if held is None else held.name)
-    meeting.wait(lambda: meeting.store.check(["group"]), "waiting for the trainer")
-    name = meeting.store.get("group").decode()
+    rendezvous.store.set(f"ready-{rank}", "" if held is None else held.name)
+    rendezvous.wait(lambda: rendezvous.store.check(["group"]), "waiting for the trainer")
+    name = rendezvous.store.get("group").decode()
     if held is not None and held.name == name:
         return held
     if held is not None:
         held.close()
-    return WeightGroup(name, meeting, rank, size, device, own_address(meeting.host, meeting.port))
+    return WeightGroup(name, rendezvous, rank, size, device, local_address(rendezvous.host, rendezvous.port))
 
 
-def own_address(host: str, port: int) -> str:
-    """The address of this machine from which it reaches another, at which that one can therefore answer."""
+def local_address(host: str, port: int) -> str:
+    """The local address of a connection to another machine; that machine can reach us at this address."""
     with socket.create_connection((host, port), timeout=CONNECT_SECONDS) as connection:
         return connection.getsockname()[0]
 
 
-def send_weights(group: WeightGroup, meeting: Rendezvous, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Broadcasts the weights, bucket by bucket: names, shapes and dtypes first, so that nothing has to be known or
-    gathered beforehand; then the values as bytes. An empty bucket is the end.
+def send_weights(group: WeightGroup, rendezvous: Rendezvous, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Broadcasts the weights in buckets: for each a header with names, shapes and dtypes, then the values as bytes. An
+    empty header ends the transfer.
+
+    With headers, the receivers need not know the weights, and the sender need not have all of them at once.
     """
-    for bucket in in_buckets(weights, BUCKET_BYTES):
+    for bucket in into_buckets(weights, BUCKET_BYTES):
         header = [(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)) for name, tensor in bucket]
-        _send_header(group, meeting, header)
-        group.broadcast(pack([tensor for _, tensor in bucket], group.device), meeting)
-    _send_header(group, meeting, [])
+        _send_header(group, rendezvous, header)
+        group.broadcast(pack([tensor for _, tensor in bucket], group.device), rendezvous)
+    _send_header(group, rendezvous, [])
 
 
-def receive_weights(group: WeightGroup, meeting: Rendezvous) -> Iterator[tuple[str, torch.Tensor]]:
-    """What `send_weights` sends. Each bucket has memory of its own, as a loader may keep tensors for a while."""
-    while header := _receive_header(group, meeting):
+def receive_weights(group: WeightGroup, rendezvous: Rendezvous) -> Iterator[tuple[str, torch.Tensor]]:
+    """Receives what `send_weights` sends: yields names and tensors.
+
+    Each bucket has its own memory, because vLLM's loader may keep tensors for a while.
+    """
+    while header := _receive_header(group, rendezvous):
         metas = [torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for _, dtype, shape in header]
         starts, total = offsets(metas)
         flat = torch.empty(total, dtype=torch.uint8, device=group.device)
-        group.broadcast(flat, meeting)
+        group.broadcast(flat, rendezvous)
         for (name, _, _), meta, start in zip(header, metas, starts, strict=True):
             yield name, flat[start : start + meta.nbytes].view(meta.dtype).view(meta.shape)
-        del flat  # before the next one is made
+        del flat  # freed before the next bucket is allocated
 
 
-def in_buckets(
+def into_buckets(
     weights: Iterable[tuple[str, torch.Tensor]], most_bytes: int
 ) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """As many weights together as fit, at least one."""
+    """Groups weights into lists of at most ``most_bytes``; a larger weight is a list of its own."""
     bucket, size = [], 0
     for name, tensor in weights:
         if bucket and size + tensor.nbytes > most_bytes:
@@ -221,7 +248,7 @@ def in_buckets(
 
 
 def offsets(tensors: Iterable[torch.Tensor]) -> tuple[list[int], int]:
-    """Where each tensor begins in a bucket, and the bucket's length, in bytes."""
+    """The offset of each tensor in a bucket, and the bucket's size, in bytes."""
     starts, end = [], 0
     for tensor in tensors:
         starts.append(math.ceil(end / ALIGNMENT) * ALIGNMENT)
@@ -230,7 +257,7 @@ def offsets(tensors: Iterable[torch.Tensor]) -> tuple[list[int], int]:
 
 
 def pack(tensors: list[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """The bucket's bytes. One that holds a single tensor is that tensor, without a copy where it lies as it should."""
+    """The bytes of a bucket, (size,) uint8. A single tensor that is contiguous on the device is not copied."""
     if len(tensors) == 1:
         return tensors[0].detach().to(device).contiguous().view(-1).view(torch.uint8)
     starts, total = offsets(tensors)
@@ -240,17 +267,18 @@ def pack(tensors: list[torch.Tensor], device: torch.device) -> torch.Tensor:
     return flat
 
 
-def _send_header(group: WeightGroup, meeting: Rendezvous, header: list[Any]) -> None:
+def _send_header(group: WeightGroup, rendezvous: Rendezvous, header: list[Any]) -> None:
+    """Broadcasts a header: the number of its bytes, then its JSON."""
     data = json.dumps(header).encode()
-    group.broadcast(torch.tensor([len(data)]).view(torch.uint8).to(group.device), meeting)
-    group.broadcast(torch.frombuffer(bytearray(data), dtype=torch.uint8).to(group.device), meeting)
+    group.broadcast(torch.tensor([len(data)]).view(torch.uint8).to(group.device), rendezvous)
+    group.broadcast(torch.frombuffer(bytearray(data), dtype=torch.uint8).to(group.device), rendezvous)
 
 
-def _receive_header(group: WeightGroup, meeting: Rendezvous) -> list[Any]:
+def _receive_header(group: WeightGroup, rendezvous: Rendezvous) -> list[Any]:
     length = torch.empty(8, dtype=torch.uint8, device=group.device)
-    group.broadcast(length, meeting)
+    group.broadcast(length, rendezvous)
     data = torch.empty(int(length.cpu().view(torch.int64)), dtype=torch.uint8, device=group.device)
-    group.broadcast(data, meeting)
+    group.broadcast(data, rendezvous)
     return json.loads(data.cpu().numpy().tobytes())
 
 
@@ -267,17 +295,18 @@ def _nccl_group(store: PrefixStore, rank: int, size: int, timeout: timedelta, ad
     from torch.distributed import ProcessGroupNCCL
 
     options = ProcessGroupNCCL.Options()
-    options._timeout = 2 * timeout  # ours is to end first: it is told in words
-    with _surviving_failures():
+    options._timeout = 2 * timeout  # longer than that of the rendezvous, whose message says what was waited for
+    with _errors_do_not_abort():
         return ProcessGroupNCCL(store, rank, size, options)
 
 
 @contextmanager
-def _surviving_failures() -> Iterator[None]:
-    """A group made here ends with its operations. Others end the process when one fails, and with it, for the loss of a
-    server, the training run.
+def _errors_do_not_abort() -> Iterator[None]:
+    """Inside, NCCL groups are created such that a failed operation does not abort the process.
+
+    By default it would: the loss of a vLLM server would then end the training run.
     """
-    variable = "TORCH_NCCL_ASYNC_ERROR_HANDLING"  # read when a group is made; 0: leave failures to the caller
+    variable = "TORCH_NCCL_ASYNC_ERROR_HANDLING"  # read when a group is created; 0 leaves errors to the caller
     with _environment_lock, environment(**{variable: "0"}):
         yield
 

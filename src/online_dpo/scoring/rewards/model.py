@@ -23,7 +23,7 @@ from online_dpo.modeling.attention.masks import use_segments
 from online_dpo.modeling.borrowing import eval_mode
 from online_dpo.modeling.introspection import context_length
 from online_dpo.modeling.known_tokens import check_known, check_tokenizer, embedding_rows
-from online_dpo.modeling.last_layer import enable_reading
+from online_dpo.modeling.last_layer import enable_selective_last_layer
 from online_dpo.modeling.loading import adapting
 from online_dpo.modeling.onednn import onednn_linears
 from online_dpo.packing.prefix_tree import Tree
@@ -84,7 +84,7 @@ class RewardModelScorer:
         check_tokenizer(model, tokenizer, f"Reward model `{self.name}`")
         if share_prompts and next(model.parameters()).device.type == "cpu":
             use_segments(model)
-        enable_reading(model)
+        enable_selective_last_layer(model)
         self.model = model if prepare is None else prepare(model)
         self.tokenizer = tokenizer
         self.batch_size = batch_size

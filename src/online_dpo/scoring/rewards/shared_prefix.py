@@ -17,8 +17,8 @@ from torch import nn
 from online_dpo.errors import named_error
 from online_dpo.modeling.attention.masks import attention_inputs, why_not_shared
 from online_dpo.modeling.introspection import computing_dtype, unwrapped
-from online_dpo.modeling.last_layer import reading
-from online_dpo.modeling.tolerance import MOST_ROUNDING
+from online_dpo.modeling.last_layer import last_layer_kwargs
+from online_dpo.modeling.tolerance import SCORE_ROUNDING, allowed_difference
 from online_dpo.packing.prefix_tree import Tree, lay_out
 
 logger = logging.getLogger(__name__)
@@ -32,9 +32,6 @@ costs."""
 
 CHECKED_TREES, CHECKED_TEXTS = 2, 4
 """Trees, and texts of each, on which `may_share` compares shared with separate scores."""
-
-ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-"""Mean difference, relative to the mean absolute score, that rounding alone may cause."""
 
 
 def group_trees(groups: Iterable[Iterable[Text]], batch_size: int, hidden_size: int) -> list[Tree]:
@@ -84,7 +81,7 @@ def score_trees(model: nn.Module, trees: Sequence[Tree], capacity: int = 0) -> d
             last_tokens.append(span.start + len(branch) - 1)
     base: Any = unwrapped(model)
     read_X = torch.tensor(sorted(last_tokens)).to(tokens.ids_RT.device)
-    inputs = attention_inputs(model, tokens) | reading(base, read_X)
+    inputs = attention_inputs(model, tokens) | last_layer_kwargs(base, read_X)
     hidden_RTH = base.base_model(input_ids=tokens.ids_RT, use_cache=False, **inputs)[0]
     scores_S1 = base.score(hidden_RTH.flatten(0, 1)[last_tokens])
     return dict(zip(texts, scores_S1[:, 0].float().tolist(), strict=True))
@@ -126,9 +123,9 @@ def _why_not_shareable(model: nn.Module, trees: Sequence[Tree], plain: PlainScor
     texts = list(scores)
     alone_S = torch.tensor([plain([text])[0] for text in texts])
     padding = float((torch.tensor(plain(texts)) - alone_S).abs().mean())
-    rounding = ROUNDING[computing_dtype(model)] * float(alone_S.abs().mean())
-    allowed = min(max(4 * padding, rounding), MOST_ROUNDING * rounding)
-    exact = ROUNDING[torch.float32] * float(alone_S.abs().mean())
+    rounding = SCORE_ROUNDING[computing_dtype(model)] * float(alone_S.abs().mean())
+    allowed = allowed_difference(padding, rounding)
+    exact = SCORE_ROUNDING[torch.float32] * float(alone_S.abs().mean())
     allowed = min(allowed, max(exact, float(alone_S.std()) / 10))  # scores far from 0 may still be close to each other
     difference = float((torch.tensor(list(scores.values())) - alone_S).abs().mean())
     if difference <= allowed:

@@ -36,7 +36,7 @@ def forced_model(word):
     return model
 
 
-def test_a_model_against_itself_is_even_to_the_last_duel(folder, capsys):
+def test_a_model_against_itself_is_even_in_every_comparison(folder, capsys):
     result, _ = figures(
         capsys,
         *("--model", "policy", "--against", "policy", "--prompts", "prompts.jsonl", "--reward", "rewards.py:words"),

@@ -1,4 +1,4 @@
-"""What is said at the end of a run."""
+"""What is printed at the end of a run."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ def test_a_resumed_run_says_what_was_there_before_and_a_finished_one_nothing():
 
 
 @pytest.mark.parametrize(
-    ("metric", "greater", "said"),
+    ("metric", "greater", "words"),
     [
         (None, None, "at step 20: eval_win_rate 0.75, the highest of 3"),
         ("loss", False, "at step 30: eval_loss 0.25, the lowest of 3"),
         ("eval_own", True, "at step 10: eval_own 3"),
     ],
 )
-def test_the_best_evaluation_is_that_of_the_configured_metric(metric, greater, said):
+def test_the_best_evaluation_is_that_of_the_configured_metric(metric, greater, words):
     history = [
         evaluation(10, win_rate=0.5, loss=0.5, own=3.0),
         evaluation(20, win_rate=0.75, loss=0.5),
         evaluation(30, win_rate=0.25, loss=0.25),
     ]
-    assert best_evaluation(SimpleNamespace(metric_for_best_model=metric, greater_is_better=greater), history) == said
+    assert best_evaluation(SimpleNamespace(metric_for_best_model=metric, greater_is_better=greater), history) == words
 
 
 def test_gold_decides_before_the_training_score():

@@ -14,7 +14,7 @@ from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.modeling.attention.masks import (
     attention_inputs,
     use_flex_attention,
-    visible,
+    visible_mask,
     why_not_shared,
 )
 from online_dpo.modeling.logprobs import row_logprobs
@@ -23,11 +23,11 @@ from support import tiny
 from support.single_sequences import groups, oracle, ready
 
 
-def test_windows_by_place_in_the_row_are_refused():
+def test_windows_over_indices_in_the_row_are_refused():
     config = GPTNeoConfig(
         vocab_size=44, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
     )
-    assert "places in the row" in why_not_shared(GPTNeoForCausalLM(config))
+    assert "indices in the row" in why_not_shared(GPTNeoForCausalLM(config))
 
 
 @pytest.mark.smoke
@@ -44,15 +44,15 @@ def test_what_the_other_completions_say_changes_nothing():
 
 def test_visible_by_hand():
     rows = pack_groups([tiny.group(tiny.prompts([2])[0], [[5, 6], [7]])], [], True).tokens
-    assert visible(rows)[0].int().tolist() == [
+    assert visible_mask(rows)[0].int().tolist() == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],
         [1, 1, 1, 0, 0],
         [1, 1, 1, 1, 0],
         [1, 1, 0, 0, 1],
     ]
-    assert visible(rows, window=2)[0].int().tolist()[3:] == [[0, 0, 1, 1, 0], [0, 1, 0, 0, 1]]
-    assert visible(rows, chunk=2)[0].int().tolist()[2:] == [[0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]]
+    assert visible_mask(rows, window=2)[0].int().tolist()[3:] == [[0, 0, 1, 1, 0], [0, 1, 0, 0, 1]]
+    assert visible_mask(rows, chunk=2)[0].int().tolist()[2:] == [[0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]]
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import torch
 from transformers import BloomConfig, BloomForCausalLM, GptOssConfig, GptOssForCausalLM, MambaConfig, MambaForCausalLM
 
 from online_dpo.modeling.borrowing import eval_mode
-from online_dpo.rollout.builtin import decoding, kv_memory
+from online_dpo.rollout.builtin import decoding, kv_cache
 from online_dpo.rollout.builtin.decoding import Decoder, can_decode
 from online_dpo.rollout.builtin.engine import TransformersEngine
 from online_dpo.rollout.params import RolloutKey, SamplingParams
@@ -49,7 +49,7 @@ def alone(model, ids):
 def test_every_step_equals_a_plain_forward_pass(name, monkeypatch):
     """Prompts in several pieces, memory that grows, and sequences that leave on the way."""
     monkeypatch.setitem(decoding.PREFILL_TOKENS, "cpu", 8)
-    monkeypatch.setattr(kv_memory, "FIRST_PLACES", 2)
+    monkeypatch.setattr(kv_cache, "FIRST_SLOTS", 2)
     model, k = MODELS[name](), 3
     with torch.no_grad():
         decoder = Decoder(model, PROMPTS, k, max_new_tokens=12)
@@ -60,7 +60,7 @@ def test_every_step_equals_a_plain_forward_pass(name, monkeypatch):
         for step in range(10):
             if step == 4:  # groups 0 and 2 go on, the latter's third completion as its first
                 keep = torch.tensor([[0, 2], [8, 7]])
-                decoder.keep(keep)
+                decoder.keep_only(keep)
                 sequences = [list(sequences[row]) for row in keep.flatten()]
             tokens = [(7 * step + 3 * row) % 30 + 4 for row in range(len(sequences))]
             logits_BV = decoder.step(torch.tensor(tokens))
@@ -71,7 +71,7 @@ def test_every_step_equals_a_plain_forward_pass(name, monkeypatch):
 
 def test_where_all_is_seen_there_is_no_mask(monkeypatch):
     """With prompts of one length nothing that is read has to be hidden; memory that grows is read as far as written."""
-    monkeypatch.setattr(kv_memory, "FIRST_PLACES", 2)
+    monkeypatch.setattr(kv_cache, "FIRST_SLOTS", 2)
     model, masks = tiny.causal_lm(), []
     keep = model.register_forward_pre_hook(
         lambda _, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
@@ -92,7 +92,7 @@ def test_sequences_may_leave_before_the_first_step():
     with torch.no_grad():
         decoder = Decoder(model, PROMPTS, 2, max_new_tokens=4)
         decoder.prefill()
-        decoder.keep(torch.tensor([[3], [4]]))
+        decoder.keep_only(torch.tensor([[3], [4]]))
         logits_BV = decoder.step(torch.tensor([9, 10]))
     torch.testing.assert_close(logits_BV[0], alone(model, [12, 9]), atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(logits_BV[1], alone(model, [20, 21, 22, 23, 10]), atol=2e-5, rtol=1e-5)
@@ -133,8 +133,8 @@ def test_a_model_whose_attention_goes_other_ways_is_sampled_with_generate(dtype,
     own = type(model.model.layers[0].self_attn).forward
     for layer in model.model.layers:
 
-        def forward(*args, module=layer.self_attn, memory=None, **kwargs):
-            kwargs |= {} if memory is None else {"attention_mask": None}
+        def forward(*args, module=layer.self_attn, kv_cache=None, **kwargs):
+            kwargs |= {} if kv_cache is None else {"attention_mask": None}
             module.config._attn_implementation, ours = "sdpa", module.config._attn_implementation
             try:
                 return own(module, *args, **kwargs)
@@ -151,7 +151,7 @@ def test_a_model_that_fails_in_our_decoder_is_sampled_with_generate(caplog):
     model = tiny.causal_lm()
 
     def refuse(module, args, kwargs):
-        if "memory" in kwargs:
+        if "kv_cache" in kwargs:
             raise TypeError("no such argument")
 
     model.model.register_forward_pre_hook(refuse, with_kwargs=True)

@@ -143,7 +143,7 @@ def test_models_that_cannot_be_mixed_are_refused():
     with pytest.raises(ValueError, match=f"predicts {tiny.VOCABULARY} tokens and the reference {tiny.VOCABULARY + 5}"):
         MixtureEngine(policy, larger.active, lambda: 0.5, tiny.tokenizer())
     recurrent = MambaForCausalLM(MambaConfig(vocab_size=tiny.VOCABULARY, hidden_size=16, num_hidden_layers=1))
-    with pytest.raises(ValueError, match="attention layers alone"):
+    with pytest.raises(ValueError, match="full or sliding-window attention"):
         MixtureEngine(recurrent, FrozenReference(recurrent, "itself").active, lambda: 0.5, tiny.tokenizer())
 
 

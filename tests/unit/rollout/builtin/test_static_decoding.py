@@ -12,15 +12,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from transformers.generation.stopping_criteria import StopStringCriteria
 
 from online_dpo import OnlineDPOConfig
-from online_dpo.modeling.introspection import state_of_forward
+from online_dpo.modeling.introspection import forward_state_key
 from online_dpo.rollout.builtin import static_decoding
+from online_dpo.rollout.builtin.batch import Batch
 from online_dpo.rollout.builtin.cuda_graphs import CapturableOnly, NotCapturableError, StepGraphs
-from online_dpo.rollout.builtin.engine import TransformersEngine, _Batch
+from online_dpo.rollout.builtin.engine import TransformersEngine
 from online_dpo.rollout.builtin.sampling import next_tokens
 from online_dpo.rollout.builtin.static_decoding import (
     StaticBuffers,
     StaticDecoder,
-    StaticMemory,
+    StaticKVCache,
     can_be_static,
     rounded_up,
 )
@@ -38,7 +39,7 @@ SHARPNESS = 1.5
 @pytest.fixture(autouse=True)
 def few_places(monkeypatch):
     """A step reads few more places than there are, so that a short test meets several widths."""
-    monkeypatch.setattr(static_decoding, "LEAST_PLACES", 4)
+    monkeypatch.setattr(static_decoding, "SLOT_MULTIPLE", 4)
 
 
 def engine(model, static=True, batch_size=64):
@@ -126,7 +127,7 @@ def test_every_step_equals_a_plain_forward_pass(family):
         sequences = [list(prompt) for prompt in PROMPTS for _ in range(k)]
         for step in range(12):
             if step in keeps:
-                decoder.keep(torch.tensor(keeps[step]))
+                decoder.keep_only(torch.tensor(keeps[step]))
                 sequences = [list(sequences[row]) for kept in keeps[step] for row in kept]
             tokens = [(7 * step + 3 * row) % 30 + 4 for row in range(len(sequences))]
             logits_BV = decoder.step(torch.tensor(tokens))
@@ -155,7 +156,7 @@ def test_no_shape_and_no_step_depends_on_values(family):
 
         inputs = (torch.tensor([7] * 8), uniform_B, seen_BV)
         traced = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
-        decoder.memory.next_place()
+        decoder.kv_cache.advance()
         seen_BV[:, 5:9] = True
         inputs = (torch.arange(4, 12), uniform_B.flip(0), seen_BV)
         expected = [x.clone() for x in step(*inputs)]
@@ -273,7 +274,7 @@ def test_new_addresses_types_and_adapters_begin_anew():
     def check(atol=1e-5):
         expected = completions(dynamic)
         assert_same(completions(static), expected, atol)
-        seen.add(static._buffers._made_for)
+        seen.add(static._buffers._model_state)
         return expected
 
     with_adapter = check()
@@ -287,9 +288,9 @@ def test_new_addresses_types_and_adapters_begin_anew():
     model.base_model.model.lm_head.weight = torch.nn.Parameter(model.base_model.model.lm_head.weight * 1.1)
     check(atol=1e-4)
     assert len(seen) == 4
-    before = state_of_forward(model)
+    before = forward_state_key(model)
     change(model)
-    assert state_of_forward(model) == before
+    assert forward_state_key(model) == before
 
 
 def test_under_autocast_weights_are_cast_once_a_call():
@@ -311,20 +312,20 @@ def test_under_autocast_weights_are_cast_once_a_call():
 
 def test_what_is_done_with_each_token_waits_for_nothing():
     params = replace(PARAMS, repetition_penalty=1.5, top_p=0.9, stop_strings=("w7", "w20"))
-    batch = _Batch(tiny.prompts(LENGTHS), 2, params, KEY, torch.device("cpu"))
-    batch.prepare(tiny.VOCABULARY)
+    batch = Batch(tiny.prompts(LENGTHS), 2, params, KEY, torch.device("cpu"))
+    batch.note_prompt_tokens(tiny.VOCABULARY)
     rows_B, logits_BV = torch.arange(10), torch.randn(10, tiny.VOCABULARY)
     stop_strings = StopStringCriteria(tiny.tokenizer(), ["w7", "w20"])
     stop_strings(rows_B[:, None], None)  # its tables go to the device once
     with CapturableOnly():
         for step in range(3):
-            token_B, logps_B = next_tokens(logits_BV, logits_BV, *batch.draws(step, rows_B))
+            token_B, logps_B = next_tokens(logits_BV, logits_BV, *batch.draw_arguments(step, rows_B))
             batch.write(step, rows_B, token_B, logps_B)
-            batch.finish(step, rows_B, token_B, stop_strings)
+            batch.mark_finished(step, rows_B, token_B, stop_strings)
 
 
 def test_a_bounded_number_of_graphs_is_kept():
-    graphs, runs, cpu = StepGraphs(most=2), [], torch.device("cpu")
+    graphs, runs, cpu = StepGraphs(max_graphs=2), [], torch.device("cpu")
     for key in "abacab":
         assert graphs.run(key, lambda key=key: runs.append(key) or len(runs), cpu) == len(runs)
         assert len(graphs) <= 2
@@ -349,7 +350,7 @@ def test_memory_is_given_back_when_asked_and_when_it_runs_out():
     model.model.register_forward_pre_hook(memory_for_four, with_kwargs=True)
     assert_same(completions(static), expected)
     assert static.batch_size <= 4
-    assert static._buffers._room[1] <= 4, "room for what is decoded at a time now"
+    assert static._buffers._capacity[1] <= 4, "room for what is decoded at a time now"
 
 
 def test_a_prompt_that_does_not_fit_with_graphs_is_sampled_without(caplog):
@@ -358,7 +359,7 @@ def test_a_prompt_that_does_not_fit_with_graphs_is_sampled_without(caplog):
     completions(static, lengths=(2,))
 
     def no_room_for_the_longest(module, args, kwargs):
-        if isinstance(kwargs["memory"], StaticMemory):
+        if isinstance(kwargs["kv_cache"], StaticKVCache):
             raise torch.OutOfMemoryError("no room")
 
     model.model.register_forward_pre_hook(no_room_for_the_longest, with_kwargs=True)

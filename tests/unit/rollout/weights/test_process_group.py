@@ -13,9 +13,9 @@ from online_dpo.rollout.weights import process_group
 from online_dpo.rollout.weights.process_group import (
     Rendezvous,
     TransferStopped,
-    follow,
-    in_buckets,
-    lead,
+    form_group_as_trainer,
+    form_group_as_worker,
+    into_buckets,
     offsets,
     pack,
     receive_weights,
@@ -63,18 +63,18 @@ def weights(seed=0):
 
 
 def send(port, name, held=None, tensors=None, timeout=10.0):
-    meeting = Rendezvous("127.0.0.1", port, name, timeout)
-    with meeting.telling("the trainer"):
-        group = lead(meeting, SIZE, CPU, held)
-        send_weights(group, meeting, weights() if tensors is None else tensors)
+    rendezvous = Rendezvous("127.0.0.1", port, name, timeout)
+    with rendezvous.reporting_errors_as("the trainer"):
+        group = form_group_as_trainer(rendezvous, SIZE, CPU, held)
+        send_weights(group, rendezvous, weights() if tensors is None else tensors)
     return group
 
 
 def receive(port, name, rank, held=None, timeout=10.0):
-    meeting = Rendezvous("127.0.0.1", port, name, timeout)
-    with meeting.telling(f"worker {rank}"):
-        group = follow(meeting, rank, SIZE, CPU, held)
-        return group, {name: tensor.clone() for name, tensor in receive_weights(group, meeting)}
+    rendezvous = Rendezvous("127.0.0.1", port, name, timeout)
+    with rendezvous.reporting_errors_as(f"worker {rank}"):
+        group = form_group_as_worker(rendezvous, rank, SIZE, CPU, held)
+        return group, {name: tensor.clone() for name, tensor in receive_weights(group, rendezvous)}
 
 
 def transfer(threads, port, name, held=(None, None, None), tensors=None):
@@ -124,7 +124,7 @@ def test_one_that_fails_stops_the_others_at_once(store, threads):
     assert time.monotonic() - started < 5
 
 
-def test_nobody_waits_longer_than_the_time_limit(store, threads):
+def test_no_process_waits_longer_than_the_time_limit(store, threads):
     sender = threads.submit(send, store.port, "one", None, None, 1.0)
     receiver = threads.submit(receive, store.port, "one", 1, None, 1.0)  # the other never comes
     started = time.monotonic()
@@ -142,9 +142,9 @@ def test_a_trainer_that_cannot_be_reached_is_told_of_with_its_port():
 
 
 def test_buckets_hold_whole_weights_up_to_their_size():
-    sizes = [[tensor.nbytes for _, tensor in bucket] for bucket in in_buckets(weights(), 200)]
+    sizes = [[tensor.nbytes for _, tensor in bucket] for bucket in into_buckets(weights(), 200)]
     assert sizes == [[4800], [140, 30, 7, 16, 4, 0, 3]]
-    assert [b for bucket in in_buckets(weights(), 1) for b, _ in bucket] == [name for name, _ in weights()]
+    assert [b for bucket in into_buckets(weights(), 1) for b, _ in bucket] == [name for name, _ in weights()]
 
 
 def test_weights_lie_at_multiples_of_the_alignment():

@@ -53,70 +53,70 @@ def find(*groups, judge=None):
 
 
 @pytest.mark.parametrize("count", range(2, 10))
-def test_best_and_worst_of_any_order_in_few_duels(count):
+def test_best_and_worst_of_any_order_in_few_comparisons(count):
     orders = list(itertools.permutations(range(count))) if count < 6 else []
     shuffled = [random.Random(seed).sample(range(count), count) for seed in range(100)]
     for order in orders or shuffled:
-        said, judge = find(group(*order))
-        assert said.preferences == [Preference(order.index(count - 1), order.index(0), pytest.approx(0.9))]
+        verdicts, judge = find(group(*order))
+        assert verdicts.preferences == [Preference(order.index(count - 1), order.index(0), pytest.approx(0.9))]
         asked = [pair for call in judge.calls for pair in call]
-        assert len(asked) == said.duels <= math.ceil(3 * count / 2) - 2 + 1
+        assert len(asked) == verdicts.duels <= math.ceil(3 * count / 2) - 2 + 1
         assert len({frozenset(pair) for pair in asked}) == len(asked)  # nothing is asked twice
         direct = frozenset((str(count - 1), "0")) in {frozenset(pair) for pair in asked}
-        assert direct and said.unanswered == 0
+        assert direct and verdicts.unanswered == 0
 
 
-def test_two_completions_are_one_duel():
-    said, judge = find(group(1, 2), group(4, 3), judge=Strengths(0.7))
-    assert said.preferences == [Preference(1, 0, pytest.approx(0.7)), Preference(0, 1, 0.7)]
-    assert judge.calls == [[("1", "2"), ("4", "3")]] and said.duels == 2
+def test_two_completions_are_one_comparison():
+    verdicts, judge = find(group(1, 2), group(4, 3), judge=Strengths(0.7))
+    assert verdicts.preferences == [Preference(1, 0, pytest.approx(0.7)), Preference(0, 1, 0.7)]
+    assert judge.calls == [[("1", "2"), ("4", "3")]] and verdicts.duels == 2
 
 
 @pytest.mark.smoke
 def test_each_round_of_all_groups_is_one_call():
-    said, judge = find(group(1, 2, 3, 4), group(1, 2), group(3, 1, 2))
+    verdicts, judge = find(group(1, 2, 3, 4), group(1, 2), group(3, 1, 2))
     assert [len(call) for call in judge.calls] == [4, 3, 2]
     assert judge.calls[0] == [("1", "2"), ("3", "4"), ("1", "2"), ("3", "1")]
     assert judge.calls[1] == [("2", "4"), ("1", "3"), ("3", "2")]
     assert judge.calls[2] == [("4", "1"), ("1", "2")]  # best against worst; of three, who has not played and has lost
-    assert [(p.chosen, p.rejected) for p in said.preferences] == [(3, 0), (1, 0), (0, 1)]
+    assert [(p.chosen, p.rejected) for p in verdicts.preferences] == [(3, 0), (1, 0), (0, 1)]
 
 
-def test_a_duel_that_ends_even_is_won_by_its_first():
-    said, judge = find(group("1", "1.0"), group("2", "2.0", "1", "1.0"))
-    assert said.preferences == [Preference(0, 1, 0.5), Preference(0, 3, pytest.approx(0.9))]
+def test_a_comparison_that_ends_even_is_won_by_its_first():
+    verdicts, judge = find(group("1", "1.0"), group("2", "2.0", "1", "1.0"))
+    assert verdicts.preferences == [Preference(0, 1, 0.5), Preference(0, 3, pytest.approx(0.9))]
     assert judge.calls[1] == [("2", "1"), ("2.0", "1.0")]
 
 
 def test_no_groups_are_no_call():
-    said, judge = find()
-    assert said.preferences == [] and judge.calls == []
+    verdicts, judge = find()
+    assert verdicts.preferences == [] and judge.calls == []
 
 
 def test_the_same_text_is_not_asked_about_and_is_as_good():
-    said, judge = find(group(1, 1), group(2, 2, 1, 1))
-    assert said.preferences == [Preference(0, 1, 0.5), Preference(0, 2, pytest.approx(0.9))]
-    assert judge.calls == [[("2", "1")]] and said.duels == 1
+    verdicts, judge = find(group(1, 1), group(2, 2, 1, 1))
+    assert verdicts.preferences == [Preference(0, 1, 0.5), Preference(0, 2, pytest.approx(0.9))]
+    assert judge.calls == [[("2", "1")]] and verdicts.duels == 1
 
 
 @pytest.mark.parametrize(
     "silent, expected",
     [
-        ([("1", "2")], Preference(3, 2, 0.9)),  # nobody of the first two goes on
+        ([("1", "2")], Preference(3, 2, 0.9)),  # none of the first two goes on
         ([("1", "2"), ("3", "4")], None),
         ([("2", "4")], None),  # no best
         ([("1", "3")], None),  # no worst
         ([("4", "1")], None),  # the last comparison
     ],
 )
-def test_duels_without_an_answer(silent, expected):
-    said, _ = find(group(1, 2, 3, 4), judge=Strengths(silent=silent))
+def test_comparisons_without_an_answer(silent, expected):
+    verdicts, _ = find(group(1, 2, 3, 4), judge=Strengths(silent=silent))
     if expected is not None:
         expected = Preference(expected.chosen, expected.rejected, pytest.approx(expected.probability))
-    assert said.preferences == [expected] and said.unanswered == len(silent)
+    assert verdicts.preferences == [expected] and verdicts.unanswered == len(silent)
 
 
-def test_a_judge_that_goes_in_circles_says_so_in_the_last_duel():
+def test_a_judge_that_goes_in_circles_says_so_in_the_last_comparison():
     """1 beats 0, 3 beats 2, 1 beats 3 and 2 loses to 0: best 1, worst 2. And yet it prefers 2 to 1."""
     wins = {("0", "1"): 0.1, ("2", "3"): 0.1, ("1", "3"): 0.9, ("0", "2"): 0.9, ("1", "2"): 0.2}
 
@@ -124,8 +124,8 @@ def test_a_judge_that_goes_in_circles_says_so_in_the_last_duel():
         def answer(self, first, second):
             return wins[first, second]
 
-    said, _ = find(group(0, 1, 2, 3), judge=Table())
-    assert said.preferences == [Preference(1, 2, 0.2)]
+    verdicts, _ = find(group(0, 1, 2, 3), judge=Table())
+    assert verdicts.preferences == [Preference(1, 2, 0.2)]
 
 
 def test_best_and_worst_are_never_the_same_however_odd_the_judge():
@@ -136,8 +136,8 @@ def test_best_and_worst_are_never_the_same_however_odd_the_judge():
             def answer(self, first, second, rng=rng):
                 return rng.choice([0.0, 0.3, 0.5, 0.8, 1.0, None])
 
-        said, _ = find(*(group(*range(k)) for k in range(2, 9)), judge=Coin())
-        for preference in said.preferences:
+        verdicts, _ = find(*(group(*range(k)) for k in range(2, 9)), judge=Coin())
+        for preference in verdicts.preferences:
             assert preference is None or preference.chosen != preference.rejected
 
 
@@ -185,8 +185,8 @@ def test_certainty_stays_certain_between_equal_lengths():
     odds = math.log(0.99 / 0.01)
     expected = [1.0, 1 / (1 + math.exp(0.5 - odds)), 1 / (1 + math.exp(5.0 - odds))]
     assert ask([group(2, 1), group(2, 1, tokens=[2, 1]), group(2, 1, tokens=[11, 1])]) == pytest.approx(expected)
-    said = find_preferences([group(2, 1, tokens=[11, 1])], Strengths(1.0), Penalties(per_token=0.5))
-    assert said.preferences == [Preference(1, 0, pytest.approx(1 - expected[2]))] and expected[2] < 0.5
+    verdicts = find_preferences([group(2, 1, tokens=[11, 1])], Strengths(1.0), Penalties(per_token=0.5))
+    assert verdicts.preferences == [Preference(1, 0, pytest.approx(1 - expected[2]))] and expected[2] < 0.5
 
 
 class Says(Strengths):
@@ -195,8 +195,8 @@ class Says(Strengths):
 
 
 def test_an_answer_that_is_no_number_is_none():
-    said = find_preferences([group(1, 2)], Says(math.nan), Penalties(per_token=1.0))
-    assert said.preferences == [None] and (said.duels, said.unanswered) == (1, 1)
+    verdicts = find_preferences([group(1, 2)], Says(math.nan), Penalties(per_token=1.0))
+    assert verdicts.preferences == [None] and (verdicts.duels, verdicts.unanswered) == (1, 1)
 
 
 @pytest.mark.parametrize("number", [-0.1, 1.5, math.inf])

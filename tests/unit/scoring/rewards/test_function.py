@@ -82,7 +82,7 @@ def test_notes_are_collected_for_those_who_score():
             score_groups(GROUPS[:1], scorers)
         with noting() as others:
             score_groups(GROUPS[:1], scorers)
-    score_groups(GROUPS, scorers)  # nobody collects, and nothing happens
+    score_groups(GROUPS, scorers)  # no callback collects, and nothing happens
     assert notes.metrics == {"length": [4.0, 0.0], "slow": [0.5]}
     assert notes.columns == {"first": ["a", "b", "c", "d"], "last": ["a", "b", "c", "d"]}
     assert others.metrics["length"] == [2.0, 0.0]

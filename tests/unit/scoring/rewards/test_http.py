@@ -68,7 +68,7 @@ def test_what_fails_is_missing_and_what_passes_is_tried_again():
     assert scores[0] == [1.0, 10.0] and scores[3] == [1.0, 10.0]
     assert all(math.isnan(score) for score in scores[2] if score is not None)
     assert len(endpoint.seen) == 6
-    gone = HTTPReward(endpoint.url, attempts=1)  # nobody listens any more
+    gone = HTTPReward(endpoint.url, attempts=1)  # nothing listens any more
     assert score_groups(comparisons(1), [gone]).values == [[None, None]]
 
 

@@ -85,7 +85,7 @@ def test_a_retry_after_that_is_too_long_is_not_waited_for():
         assert time.monotonic() - started < 1.0 and len(endpoint.seen) == 1
 
 
-def test_nobody_listens(caplog):
+def test_an_endpoint_that_does_not_listen(caplog):
     """That is said at the first attempt, once, long before the last one has failed."""
     judge = LLMJudge(model="m", base_url="http://127.0.0.1:9/v1", attempts=2, cache=None, order="given")
     assert judge.prefer([comparison("x", "y"), comparison("y", "z")]) == [None, None]

@@ -17,7 +17,7 @@ from support import tiny
 from support.endpoint import comparison
 
 TEMPLATE = "{prompt} <end> {first} <end> {second}"
-DUELS = [
+COMPARISONS = [
     comparison("w1 w2 w3", "w4", prompt="w5 w6"),
     comparison("w4", "w1 w2 w3", prompt="w5 w6"),
     comparison("w7", "w7", prompt="w8"),
@@ -67,9 +67,9 @@ def test_the_mean_of_both_orders(build, labels, padded):
     if not padded:
         tokenizer.pad_token = None
     judge = PairwiseModelJudge(model, tokenizer, "house", TEMPLATE, batch_size=3)
-    preferences = judge.prefer(DUELS)
+    preferences = judge.prefer(COMPARISONS)
     orders = []
-    for one in DUELS:
+    for one in COMPARISONS:
         prompt, (a, b) = one.prompt.content, (completion.text for completion in one.completions)
         orders.append((p_first(model, prompt, a, b), p_first(model, prompt, b, a)))
     assert preferences == [pytest.approx((given + 1 - turned) / 2, abs=1e-5) for given, turned in orders]
@@ -87,7 +87,7 @@ def test_a_place_that_is_preferred_cancels():
     torch.nn.init.zeros_(model.classifier.weight)
     torch.nn.init.constant_(model.classifier.bias, 2.0)
     judge = PairwiseModelJudge(model, tiny.tokenizer(), template=TEMPLATE)
-    assert judge.prefer(DUELS) == [pytest.approx(0.5)] * 4
+    assert judge.prefer(COMPARISONS) == [pytest.approx(0.5)] * 4
     assert judge.metrics()["judge/position_bias"] == pytest.approx(torch.tensor(2.0).sigmoid().item())
 
 
@@ -95,7 +95,7 @@ def test_nothing_is_cut_off():
     judge = PairwiseModelJudge(encoder(1), tiny.tokenizer(), template=TEMPLATE)
     long = comparison("w1 " * 20, "w2 " * 20, prompt="w3")
     fits = comparison("w1 " * 14, "w2 " * 15, prompt="w3")  # 32 tokens
-    preferences = judge.prefer([long, fits, DUELS[0]])
+    preferences = judge.prefer([long, fits, COMPARISONS[0]])
     assert preferences[0] is None and None not in preferences[1:]
     assert judge.metrics()["judge/too_long"] == 1
     assert judge.last_failure == f"too long for the model, which reads {judge.reader.max_tokens} tokens"
@@ -106,7 +106,7 @@ def test_a_number_that_is_none_is_no_preference(bias):
     model = encoder(1)
     torch.nn.init.constant_(model.classifier.bias, bias)
     judge = PairwiseModelJudge(model, tiny.tokenizer(), template=TEMPLATE)
-    assert judge.prefer(DUELS[:1]) == [None] and judge.metrics()["judge/failed"] == 2
+    assert judge.prefer(COMPARISONS[:1]) == [None] and judge.metrics()["judge/failed"] == 2
 
 
 def test_half_precision_is_kept_in_a_folder(tmp_path):
@@ -114,8 +114,8 @@ def test_half_precision_is_kept_in_a_folder(tmp_path):
     tiny.tokenizer().save_pretrained(tmp_path)
     judge = PairwiseModelJudge.load(str(tmp_path), template=TEMPLATE)
     assert judge.model.dtype == torch.bfloat16
-    full = PairwiseModelJudge(encoder(1), tiny.tokenizer(), template=TEMPLATE).prefer(DUELS)
-    assert judge.prefer(DUELS) == [pytest.approx(p, abs=0.03) for p in full]
+    full = PairwiseModelJudge(encoder(1), tiny.tokenizer(), template=TEMPLATE).prefer(COMPARISONS)
+    assert judge.prefer(COMPARISONS) == [pytest.approx(p, abs=0.03) for p in full]
 
 
 @pytest.mark.parametrize("kind", ["judge", "reward"])
@@ -127,7 +127,7 @@ def test_threads_take_turns(kind):
         PairwiseModelJudge(model, tiny.tokenizer()) if kind == "judge" else RewardModelScorer(model, tiny.tokenizer())
     )
     ask = made.prefer if kind == "judge" else made.score
-    expected, inside, most = ask(DUELS), 0, 0
+    expected, inside, most = ask(COMPARISONS), 0, 0
 
     def enter(*_):
         nonlocal inside, most
@@ -141,7 +141,7 @@ def test_threads_take_turns(kind):
     model.model.register_forward_pre_hook(enter)
     model.model.register_forward_hook(leave)
     with ThreadPoolExecutor(3) as threads:
-        assert list(threads.map(ask, [DUELS] * 3)) == [expected] * 3
+        assert list(threads.map(ask, [COMPARISONS] * 3)) == [expected] * 3
     assert most == 1 and model.config.pad_token_id is None
 
 
@@ -151,11 +151,11 @@ def test_loaded_from_a_folder_and_in_trls_form(tmp_path):
     tiny.tokenizer().save_pretrained(tmp_path / "house")
     loaded = PairwiseModelJudge.load(str(tmp_path / "house"), template=TEMPLATE)
     assert loaded.name == "house" and isinstance(loaded, PairwiseScorer)
-    direct = PairwiseModelJudge(model, tiny.tokenizer(), template=TEMPLATE).prefer(DUELS)
-    assert loaded.prefer(DUELS) == [pytest.approx(p, abs=1e-6) for p in direct]
-    prompts = [one.prompt.content for one in DUELS]
-    ranks = loaded.judge(prompts, [[c.text for c in one.completions] for one in DUELS])
-    assert ranks == [-1 if p == 0.5 else int(p < 0.5) for p in loaded.prefer(DUELS)] and ranks[2] == -1
+    direct = PairwiseModelJudge(model, tiny.tokenizer(), template=TEMPLATE).prefer(COMPARISONS)
+    assert loaded.prefer(COMPARISONS) == [pytest.approx(p, abs=1e-6) for p in direct]
+    prompts = [one.prompt.content for one in COMPARISONS]
+    ranks = loaded.judge(prompts, [[c.text for c in one.completions] for one in COMPARISONS])
+    assert ranks == [-1 if p == 0.5 else int(p < 0.5) for p in loaded.prefer(COMPARISONS)] and ranks[2] == -1
 
 
 def test_wrong_models_and_templates(tmp_path):
@@ -166,7 +166,7 @@ def test_wrong_models_and_templates(tmp_path):
     model = encoder(2)
     model.classifier = torch.nn.Linear(32, 4)
     with pytest.raises(ScoringError, match=r"logits of shape \(2, 4\) for 2 texts; .* \(2, 2\)"):
-        PairwiseModelJudge(model, tiny.tokenizer(), template=TEMPLATE).prefer(DUELS[:1])
+        PairwiseModelJudge(model, tiny.tokenizer(), template=TEMPLATE).prefer(COMPARISONS[:1])
     encoder(2).bert.save_pretrained(tmp_path)
     tiny.tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no trained pairwise model: it has no weights for .*classifier.bias"):

@@ -29,7 +29,7 @@ TALK = [
     {"role": "assistant", "content": "w3"},
     {"role": "user", "content": "w4"},
 ]
-DUELS = [
+COMPARISONS = [
     comparison("w1 w2 w3", "w4", prompt="w5 w6"),
     comparison("w4", "w1 w2 w3", prompt="w5 w6"),
     comparison("w7", "w7", prompt="w8"),
@@ -85,10 +85,10 @@ def test_it_says_what_rlhflows_model_card_says(tmp_path, family, batch_size):
         )
         return chat.replace(words.bos_token, "")
 
-    orders = [[p_first(model, words, text) for text in both_orders(one, write)] for one in DUELS]
+    orders = [[p_first(model, words, text) for text in both_orders(one, write)] for one in COMPARISONS]
     assert judge.name == "judge"
-    assert judge.prefer(DUELS) == [pytest.approx((a + 1 - b) / 2, abs=1e-5) for a, b in orders]
-    assert max(abs(a + b - 1) for a, b in orders) > 0.05 and judge.prefer(DUELS[2:3]) == [0.5]
+    assert judge.prefer(COMPARISONS) == [pytest.approx((a + 1 - b) / 2, abs=1e-5) for a, b in orders]
+    assert max(abs(a + b - 1) for a, b in orders) > 0.05 and judge.prefer(COMPARISONS[2:3]) == [0.5]
 
 
 def test_a_template_and_letters_of_ones_own(tmp_path):
@@ -99,8 +99,8 @@ def test_a_template_and_letters_of_ones_own(tmp_path):
     def write(prompt, a, b):
         return f"<bos> <user> user {prompt} first {a} second {b} <end> <assistant>"
 
-    orders = [[p_first(model, words, text, letters) for text in both_orders(one, write)] for one in DUELS[:4]]
-    assert judge.prefer(DUELS[:4]) == [pytest.approx((a + 1 - b) / 2, abs=1e-5) for a, b in orders]
+    orders = [[p_first(model, words, text, letters) for text in both_orders(one, write)] for one in COMPARISONS[:4]]
+    assert judge.prefer(COMPARISONS[:4]) == [pytest.approx((a + 1 - b) / 2, abs=1e-5) for a, b in orders]
 
 
 def test_without_a_chat_template_the_tokenizer_begins_the_text_its_way(tmp_path):
@@ -110,8 +110,8 @@ def test_without_a_chat_template_the_tokenizer_begins_the_text_its_way(tmp_path)
     def write(prompt, a, b):
         return f"<bos>user {prompt} first {a} second {b}"
 
-    orders = [[p_first(model, words, text) for text in both_orders(one, write)] for one in DUELS[:4]]
-    assert judge.prefer(DUELS[:4]) == [pytest.approx((a + 1 - b) / 2, abs=1e-5) for a, b in orders]
+    orders = [[p_first(model, words, text) for text in both_orders(one, write)] for one in COMPARISONS[:4]]
+    assert judge.prefer(COMPARISONS[:4]) == [pytest.approx((a + 1 - b) / 2, abs=1e-5) for a, b in orders]
     with pytest.raises(ValueError, match="no chat template, which RLHFlow's format needs. Give the `template`"):
         PairwiseModelJudge.load(str(path))
 

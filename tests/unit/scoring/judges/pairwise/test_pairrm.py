@@ -13,7 +13,7 @@ from online_dpo.scoring.judges.pairwise.pairrm import DebertaV2PairRM
 from support.endpoint import comparison
 from support.pairwise_folders import MARKS, pairrm_folder, pairrm_log_odds, pairrm_tokenizer
 
-DUELS = [
+COMPARISONS = [
     comparison("w1 w2 w3", "w4", prompt="w5 w6"),
     comparison("w4", "w1 w2 w3", prompt="w5 w6"),
     comparison("w7", "w7", prompt="w8"),
@@ -23,7 +23,7 @@ DUELS = [
 
 
 def orders(folder):
-    for one in DUELS:
+    for one in COMPARISONS:
         prompt = one.prompt.content if isinstance(one.prompt.content, str) else "w1"
         a, b = (completion.text for completion in one.completions)
         both = [pairrm_log_odds(folder, prompt, *texts) for texts in ((a, b), (b, a))]
@@ -36,17 +36,17 @@ def test_it_says_what_the_published_definition_says(tmp_path, batch_size):
     judge = PairwiseModelJudge.load(str(folder), batch_size=batch_size)
     assert judge.name == "PairRM" and judge.model.dtype == torch.float32
     expected = list(orders(folder))
-    assert judge.prefer(DUELS) == [pytest.approx((a + 1 - b) / 2, abs=1e-6) for a, b in expected]
+    assert judge.prefer(COMPARISONS) == [pytest.approx((a + 1 - b) / 2, abs=1e-6) for a, b in expected]
     metrics = judge.metrics()
     assert metrics["judge/position_bias"] == pytest.approx(sum(map(sum, expected)) / 10)
     assert max(abs(a + b - 1) for a, b in expected) > 0.05 and max(abs(a - b) for a, b in expected) > 0.1
-    assert judge.prefer(DUELS[2:3]) == [0.5]
+    assert judge.prefer(COMPARISONS[2:3]) == [0.5]
 
 
 def test_several_tasks_are_averaged(tmp_path):
     folder = pairrm_folder(tmp_path / "PairRM", n_tasks=3)
     expected = [pytest.approx((a + 1 - b) / 2, abs=1e-6) for a, b in orders(folder)]
-    assert PairwiseModelJudge.load(str(folder)).prefer(DUELS) == expected
+    assert PairwiseModelJudge.load(str(folder)).prefer(COMPARISONS) == expected
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
@@ -55,7 +55,7 @@ def test_half_precision_stays_what_it_is(tmp_path, dtype, error):
     judge = PairwiseModelJudge.load(str(folder))
     assert {parameter.dtype for parameter in judge.model.parameters()} == {dtype}
     expected = [pytest.approx((a + 1 - b) / 2, abs=error) for a, b in orders(folder)]
-    assert judge.prefer(DUELS) == expected
+    assert judge.prefer(COMPARISONS) == expected
 
 
 def test_nothing_is_cut_off(tmp_path):

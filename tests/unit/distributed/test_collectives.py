@@ -1,0 +1,93 @@
+"""Collectives in one process, and in two real ones."""
+
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+import online_dpo
+from online_dpo.distributed import collectives
+from online_dpo.distributed.collectives import RankErrors
+from online_dpo.errors import FeedbackLostError, ScoringError
+
+CPU = torch.device("cpu")
+
+PROGRAM = textwrap.dedent("""
+    import math, os, sys, torch, torch.distributed as dist
+    from online_dpo.distributed.collectives import *
+    from online_dpo.distributed.collectives import RankErrors
+    from online_dpo.errors import FeedbackLostError, ScoringError
+
+    rank = int(sys.argv[1])
+    dist.init_process_group("gloo", init_method=sys.argv[2], rank=rank, world_size=2)
+    cpu = torch.device("cpu")
+    assert world_size() == 2 and is_first_rank() == (rank == 0)
+    assert any_rank(rank == 1, cpu) and not any_rank(False, cpu)
+    mine = torch.tensor([1.5, 2.0 * rank])
+    assert sum_over_ranks(mine).tolist() == [3.0, 2.0] and mine.tolist() == [1.5, 2.0 * rank]
+    assert max_over_ranks(torch.tensor([rank, -rank])).tolist() == [1, 0]
+    assert math.isnan(max_over_ranks(torch.tensor([math.nan if rank else 7.0]))[0])
+    assert from_every_rank({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
+    assert from_first_rank([rank, "x"]) == [0, "x"]
+    errors = RankErrors(cpu)
+    def action():
+        if rank == 1:
+            raise ScoringError("away")
+        return 3
+    try:
+        errors.run(action)
+    except ScoringError as error:
+        assert rank == 1 and str(error) == "away"
+    except FeedbackLostError as error:
+        assert rank == 0 and "Another process" in str(error)
+    else:
+        raise AssertionError("nothing was raised")
+    assert errors.raised
+    try:
+        raise_first_ranks(ValueError("first") if rank == 0 else ValueError("second"))
+    except ValueError as error:
+        assert str(error) == "first"
+    dist.destroy_process_group()
+""")
+
+
+def test_one_process_is_the_identity():
+    values = torch.tensor([1.0, 2.0])
+    assert collectives.world_size() == 1 and collectives.is_first_rank()
+    assert collectives.any_rank(True, CPU) and not collectives.any_rank(False, CPU)
+    assert collectives.sum_over_ranks(values).equal(values) and collectives.max_over_ranks(values).equal(values)
+    assert collectives.from_every_rank("x") == ["x"] and collectives.from_first_rank("x") == "x"
+    collectives.raise_first_ranks(None)
+    with pytest.raises(ValueError, match="mine"):
+        collectives.raise_first_ranks(ValueError("mine"))
+
+
+def test_errors_of_this_package_are_raised_together_and_others_at_once():
+    errors = RankErrors(CPU)
+    assert errors.run(lambda: 3) == 3 and not errors.raised
+    with pytest.raises(ZeroDivisionError):
+        errors.run(lambda: 1 // 0)
+    assert not errors.raised
+    with pytest.raises(ScoringError, match="away"):
+        errors.raise_if_any(ScoringError("away"))
+    assert errors.raised and not isinstance(ScoringError("away"), FeedbackLostError)
+    errors.begin_run()
+    assert not errors.raised
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    source = str(Path(online_dpo.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": source, "GLOO_SOCKET_IFNAME": "lo"}
+    running = [
+        subprocess.Popen([sys.executable, "-c", PROGRAM, str(rank), address], env=environment) for rank in range(2)
+    ]
+    assert [process.wait(timeout=120) for process in running] == [0, 0]
