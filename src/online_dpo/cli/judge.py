@@ -53,7 +53,7 @@ CALLED_HERE = {
 }
 """Names of a judge's options in other tools, and the names of the same options here."""
 WRITTEN_BY_HAND = ("extra", "logprobs", "cache")
-"""Settings of a judge whose options `_parser` defines itself; the other options are made from the fields."""
+"""Settings of a judge whose options `_add_llm_options` defines; the other options are made from the fields."""
 
 
 def judge(words: Sequence[str]) -> int:
@@ -157,6 +157,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="OPTIONS",
         help="options of the pairwise model, as in `judge_kwargs` of a run file: '{template: ...}'",
     )
+    _add_llm_options(parser)
+    return parser
+
+
+def _add_llm_options(parser: argparse.ArgumentParser) -> None:
+    """Add the settings of a language model as judge."""
     parser.add_argument("--cache", type=Path, help=f"file of the cache (default: {JudgeSettings.cache})")
     parser.add_argument("--no-cache", action="store_true", help="do not store answers")
     parser.add_argument(
@@ -171,7 +177,6 @@ def _parser() -> argparse.ArgumentParser:
     for spec in read_fields_of("online_dpo.config.llm_judge", "JudgeSettings").values():
         if spec.name not in WRITTEN_BY_HAND:
             _add_option(parser, spec)
-    return parser
 
 
 def _add_option(parser: argparse.ArgumentParser, spec: FieldSpec) -> None:

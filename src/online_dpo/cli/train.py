@@ -160,13 +160,14 @@ def load_rewards(functions: Sequence[Reference | RegisteredName], reward_model: 
 
 
 def load_reward(function: Reference | RegisteredName) -> Any:
-    """Load a reward function; a registered name is left for the trainer to find."""
+    """Load a reward function; a registered name is returned as text, since the trainer looks it up."""
     return function.text if isinstance(function, RegisteredName) else load_reference(function)
 
 
 def load_judge(judge: Reference | RegisteredName | BuiltInJudge, args: OnlineDPOConfig) -> Any:
-    """Load a judge of this package, or the user's own; a class is instantiated without arguments. A registered name is
-    left for the trainer to find.
+    """Load a judge of this package, or the user's own; a class is instantiated without arguments.
+
+    A registered name is returned as text, since the trainer looks it up.
 
     Raises:
         ValueError, TypeError, OSError, ImportError: it cannot be loaded.

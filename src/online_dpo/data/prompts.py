@@ -70,17 +70,8 @@ def prepare_prompts(
         InvalidPromptError: a row is unusable and ``args.invalid_prompts`` is "error"; for a stream, when it is read.
     """
     rows = _as_dataset(dataset, name)
-    first = next(iter(rows), None)
-    if first is None:
-        raise ValueError(f"{name} is empty. Give it at least one row.")
-    columns = rows.column_names or list(first)
-    _check_arguments(columns, args, name)
-    source = find_source(columns, args.prompt_column, args.prompt_template)
-    if "prompt" in columns and source.template is None and source.column != "prompt":
-        logger.warning("%s: the prompts are read from %s and replace the column `prompt`.", name, source)
-    source, kind = _settle_kind(rows, source, tokenizer, args, name)
-    as_json = json_columns_of(rows)
-    keeps_json = kind == "messages" and source.column in as_json
+    source, kind = _settle_kind(rows, _checked_source(rows, args, name), tokenizer, args, name)
+    keeps_json = kind == "messages" and source.column in json_columns_of(rows)
     prepare_row = PromptRow(
         tokenizer=tokenizer,
         source=source,
@@ -94,21 +85,25 @@ def prepare_prompts(
     )
     if isinstance(rows, IterableDataset):
         return rows.map(prepare_row, with_indices=True), Counter()
-    with kept_environment():
-        prepared = rows.map(
-            prepare_row,
-            with_indices=True,
-            features=_prepared_features(rows.features, source, kind),
-            num_proc=args.dataset_num_proc,
-            desc=f"Preparing {name}",
-        )
-    json_prompt = ("prompt",) if keeps_json else ()
-    prepared = reading_json(prepared, [*(column for column in as_json if column != "prompt"), *json_prompt])
-    usable, left_out = _leave_out_invalid(prepared, name)
+    usable, left_out = _leave_out_invalid(_prepare_rows(rows, prepare_row, args.dataset_num_proc), name)
     cut = sum(usable["prompt_cut"][:])
     if cut and args.process_index == 0:
         logger.warning(cut_message(name, cut, len(usable), args))
     return usable, left_out
+
+
+def _prepare_rows(rows: Dataset, prepare_row: PromptRow, num_proc: int | None) -> Dataset:
+    """Apply the row function to a map-style dataset; columns that are stored as JSON text stay so."""
+    with kept_environment():
+        prepared = rows.map(
+            prepare_row,
+            with_indices=True,
+            features=_prepared_features(rows.features, prepare_row.source, prepare_row.kind),
+            num_proc=num_proc,
+            desc=f"Preparing {prepare_row.name}",
+        )
+    others = [column for column in json_columns_of(rows) if column != "prompt"]
+    return reading_json(prepared, [*others, *(["prompt"] if prepare_row.prompt_as_json else [])])
 
 
 @dataclass(frozen=True)
@@ -193,6 +188,19 @@ def _as_dataset(dataset: Any, name: str) -> Dataset | IterableDataset:
         f"{name} must be a datasets.Dataset, a datasets.IterableDataset or a list of dicts, "
         f"not {type(dataset).__name__}.{hint}"
     )
+
+
+def _checked_source(rows: Dataset | IterableDataset, args: OnlineDPOConfig, name: str) -> PromptSource:
+    """Find where the prompts are, after checks of the columns and arguments."""
+    first = next(iter(rows), None)
+    if first is None:
+        raise ValueError(f"{name} is empty. Give it at least one row.")
+    columns = rows.column_names or list(first)
+    _check_arguments(columns, args, name)
+    source = find_source(columns, args.prompt_column, args.prompt_template)
+    if "prompt" in columns and source.template is None and source.column != "prompt":
+        logger.warning("%s: the prompts are read from %s and replace the column `prompt`.", name, source)
+    return source
 
 
 def _check_arguments(columns: list[str], args: OnlineDPOConfig, name: str) -> None:

@@ -26,7 +26,7 @@ from online_dpo.data.prompts import prepare_prompts
 from online_dpo.evaluation.conclusions import comparison_conclusion
 from online_dpo.quickstart.artifacts import build
 from online_dpo.quickstart.language import sample_requests
-from online_dpo.quickstart.models import FULL, QuickstartSize, reward_model_accuracy
+from online_dpo.quickstart.models import FULL, QuickstartArtifacts, QuickstartSize, reward_model_accuracy
 from online_dpo.quickstart.rubric import is_right, rubric
 from online_dpo.rollout.builtin.engine import TransformersEngine
 from online_dpo.rollout.params import RolloutKey, SamplingParams, Stream
@@ -78,11 +78,7 @@ def run_quickstart(
     """
     console = console or Console()
     started = time.perf_counter()
-    console.print("[bold]1[/] Making a tokenizer, a policy and a reward model (a minute or two)")
-    start = build(output_dir / "start", seed=seed, size=size)
-    run_file = write_run_file(output_dir)
-    accuracy = _reward_model_accuracy(start.reward_dir, size, seed)
-    console.print(f"  Pairs that differ only in correctness: the reward model is right about {accuracy:.1%}")
+    start, accuracy = _build_start(output_dir, size, seed, console)
     console.print("[bold]2[/] Online DPO: sample, score with the reward model, train on the better and the worse")
     trainer = build_trainer(
         output_dir, start.policy_dir, start.reward_dir, start.prompts_train, seed, max_steps, callbacks
@@ -105,17 +101,26 @@ def run_quickstart(
         "training_seconds": training_seconds,
         "tokens_per_second": _mean_of(trainer.state.log_history, "perf/tokens_per_second"),
     }
-    (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    summary_file = output_dir / "summary.json"
+    summary_file.write_text(json.dumps(summary, indent=2) + "\n")
     report(console, before, after, summary)
-    console.print(f"The trained model is in [bold]{output_dir}[/], the figures in {output_dir / 'summary.json'}.")
-    console.print(f"To run it with your own settings: online-dpo train {run_file}", highlight=False)
+    console.print(f"The trained model is in [bold]{output_dir}[/], the figures in {summary_file}.")
+    console.print(f"To run it with your own settings: online-dpo train {output_dir / RUN_FILE.name}", highlight=False)
     return summary
 
 
-def _reward_model_accuracy(reward_dir: Path, size: QuickstartSize, seed: int) -> float:
-    model, tokenizer = load_reward_model(str(reward_dir))
+def _build_start(
+    output_dir: Path, size: QuickstartSize, seed: int, console: Console
+) -> tuple[QuickstartArtifacts, float]:
+    """Create models, prompts and the run file, and measure the accuracy of the reward model."""
+    console.print("[bold]1[/] Making a tokenizer, a policy and a reward model (a minute or two)")
+    start = build(output_dir / "start", seed=seed, size=size)
+    write_run_file(output_dir)
+    model, tokenizer = load_reward_model(str(start.reward_dir))
     requests = sample_requests(size.prompts_test, seed, "test")
-    return reward_model_accuracy(model, tokenizer, requests, seed)  # pyright: ignore[reportArgumentType]
+    accuracy = reward_model_accuracy(model, tokenizer, requests, seed)  # pyright: ignore[reportArgumentType]
+    console.print(f"  Pairs that differ only in correctness: the reward model is right about {accuracy:.1%}")
+    return start, accuracy
 
 
 def build_trainer(

@@ -23,8 +23,10 @@ Decorated = TypeVar("Decorated")
 
 
 def judge(name: str) -> Callable[[Decorated], Decorated]:
-    """Registers a judge in one of the forms that a trainer takes: ``judge="name"`` then means it, in Python and in a
-    run file. A class is called without arguments, when it is first used.
+    """Register a judge of any form that a trainer accepts, so that ``judge="name"`` selects it in Python and in run
+    files.
+
+    A class is instantiated without arguments when it is first used.
 
     >>> @judge("longer")
     ... def longer(prompt, first, second): return float(len(first) > len(second))
@@ -38,7 +40,7 @@ def judge(name: str) -> Callable[[Decorated], Decorated]:
 
 
 def registered_judge(judge: Any) -> Any:
-    """The judge that is registered under this name, if it is one; else what was given."""
+    """The judge that is registered under a name; anything else is returned unchanged."""
     return JUDGES[judge]() if isinstance(judge, str) and judge in JUDGES else judge
 
 

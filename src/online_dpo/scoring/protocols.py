@@ -71,20 +71,24 @@ class PairwiseScorer(Protocol):
 class FairScorer(Protocol):
     """Optional member of a judge: whether its preferences are free of position bias.
 
-    ``is_fair`` is true if a bias towards the completion that is shown first cancels, for example because the judge asks
-    in both orders. A judge without this member is treated as biased; see :func:`is_fair`.
+    A bias towards the completion that is shown first cancels, for example, if the judge asks in both orders. A judge
+    without this member is treated as biased; see :func:`is_fair`.
     """
 
     @property
-    def is_fair(self) -> bool: ...
+    def is_fair(self) -> bool:
+        """Whether position bias cancels in the preferences of this judge."""
+        ...
 
 
 @runtime_checkable
 class DiagnosingScorer(Protocol):
-    """Optional member of a scorer: ``last_failure`` is the latest cause of a missing answer, or empty."""
+    """Optional member of a scorer: the latest cause of a missing answer, for messages."""
 
     @property
-    def last_failure(self) -> str: ...
+    def last_failure(self) -> str:
+        """The latest cause of a missing answer, empty if there was none."""
+        ...
 
 
 @runtime_checkable

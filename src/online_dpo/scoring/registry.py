@@ -30,8 +30,9 @@ Decorated = TypeVar("Decorated")
 
 
 def reward(name: str) -> Callable[[Decorated], Decorated]:
-    """Registers a reward function or scorer: ``reward_funcs="name"`` then means it, in Python and in a run file. A
-    class is called without arguments, when it is first used.
+    """Register a reward function or scorer, so that ``reward_funcs="name"`` selects it in Python and in run files.
+
+    A class is instantiated without arguments when it is first used.
 
     >>> @reward("brevity")
     ... def brevity(completions, **columns): return [-len(text) for text in completions]

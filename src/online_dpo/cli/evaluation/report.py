@@ -102,7 +102,7 @@ def set_up(plan: EvalPlan) -> Setup:
             the models are loaded.
     """
     plan.plugins.load()
-    rewards = [one if isinstance(one, str) else load_reward(one) for one in plan.rewards]
+    rewards = [reward if isinstance(reward, str) else load_reward(reward) for reward in plan.rewards]
     args = OnlineDPOConfig(**{**plan.training, "report_to": [], "disable_tqdm": True})
     tokenizers = [load_tokenizer(path, args) for path in (plan.model, plan.against)]
     shared = same_vocabulary(*tokenizers)

@@ -49,13 +49,13 @@ GROUPS = {
     "data": "prompts to train and to evaluate on",
     "sampling": "how completions are sampled",
     "vllm": "sampling with vLLM",
-    "scoring": "rewards and judges: how completions are scored",
+    "scoring": "rewards and judges, which score completions",
     "pairs": "which completions become chosen and rejected",
     "gold": "a second scorer for evaluation, which training never uses",
     "loss": "what is minimised",
     "method": "Online DPO, XPO or Nash-MD; an adapting beta",
     "training": "batches, memory and speed",
-    "plugins": "Python that brings losses, strategies, methods, engines, rewards, judges and metrics",
+    "plugins": "Python files that add losses, strategies, methods, engines, rewards, judges and metrics",
     "guards": "conditions that stop a run",
 }
 """Groups of fields and their headings, in the order of the help text."""

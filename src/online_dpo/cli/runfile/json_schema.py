@@ -1,8 +1,8 @@
-"""``online-dpo schema``: a JSON Schema of run files, by which editors complete and check them.
+"""``online-dpo schema``: a JSON Schema of run files, with which editors complete and check them.
 
-It is made of the same fields as ``train --help``, and accepts the values that
-:func:`online_dpo.cli.runfile.values.convert` accepts. It knows one field at a time, and which settings belong to which
-judge: what else has to do with several fields or with this machine is checked when a run starts.
+It is built from the same fields as ``train --help``, and accepts the values that
+:func:`online_dpo.cli.runfile.values.convert` accepts. It checks each field alone, and the settings of a judge; all else
+that depends on several fields or on the machine is checked when a run starts.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ Schema = dict[str, Any]
 EXTENDABLE = tuple(KINDS)
 """Fields to whose names plugins add."""
 SUGGESTED = (*JUDGES, "template")
-"""Fields that take any text, such as a path, beside their choices."""
+"""Fields that accept any text, such as a path, in addition to their choices."""
 CHOICES_ELSEWHERE = {"report_to": ("none", "all", *TRACKERS, ""), **dict.fromkeys(JUDGES, (LLM,))}
-"""Choices that do not stand beside their field."""
+"""Choices of fields that are not defined with the field."""
 
 DIGITS = r"\d(_?\d)*"
 DECIMAL = rf"({DIGITS}\.?({DIGITS})?|\.{DIGITS})"
@@ -56,7 +56,7 @@ TEXTS_OF = {
         ),
     },
 }
-"""Texts that are taken for what they mean: YAML 1.1 reads ``5e-7`` as text, and YAML 1.2 ``yes``."""
+"""Texts that are converted to numbers and booleans: YAML 1.1 reads ``5e-7`` as text, and YAML 1.2 ``yes``."""
 ANY_TEXT = {"type": "string"}
 
 DESCRIPTION = (
@@ -78,7 +78,7 @@ def print_schema(words: Sequence[str]) -> int:
 
 
 def schema_text() -> str:
-    """The schema as it is printed, and as it stands in the package."""
+    """The schema as JSON text, as it is printed and as it is stored in the package."""
     return json.dumps(run_file_schema(load_fields()), indent=1) + "\n"
 
 
@@ -95,7 +95,7 @@ def run_file_schema(fields: Mapping[str, FieldSpec]) -> Schema:
 
 
 def field_schema(spec: FieldSpec, allowed: Range | None = None) -> Schema:
-    """The values that a field takes, its documentation and its default."""
+    """The schema of one field: its values, its documentation and its default."""
     spec = replace(spec, choices=CHOICES_ELSEWHERE.get(spec.name, spec.choices))
     options = _options(spec.annotation, spec, allowed)
     if any(word in FALSE_WORDS for option in options for word in option.get("enum", ())):
@@ -163,12 +163,12 @@ def _settings_of(judge: str) -> Schema:
 
 
 def _options(annotation: str, spec: FieldSpec, allowed: Range | None) -> list[Schema]:
-    """What an annotation stands for, one schema for each of its parts."""
+    """The schemas of an annotation, one for each of its alternatives."""
     kinds = alternatives(ast.parse(annotation, mode="eval").body)
-    found = [option for kind in kinds for option in _of_kind(kind, spec, allowed)]
-    if ANY_TEXT in found:  # which those texts are, too
-        found = [option for option in found if "$ref" not in option]
-    return [option for place, option in enumerate(found) if option not in found[:place]]
+    options = [option for kind in kinds for option in _of_kind(kind, spec, allowed)]
+    if ANY_TEXT in options:  # any text includes the texts that mean a number or a boolean
+        options = [option for option in options if "$ref" not in option]
+    return [option for index, option in enumerate(options) if option not in options[:index]]
 
 
 def _of_kind(kind: ast.expr, spec: FieldSpec, allowed: Range | None) -> list[Schema]:

@@ -1,6 +1,7 @@
-"""``plugins`` of a run file: Python that registers losses, engines and the like, imported before the run is built.
+"""``plugins`` of a run file: Python files and modules that register losses, engines and the like.
 
-Nothing heavy may be imported here: a plugin is imported once everything else has been checked.
+They are imported before the run is built, but after everything else has been checked. Heavy packages must not be
+imported here.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ FIELD = "plugins"
 
 @dataclass(frozen=True)
 class Plugin:
-    """A file or module to import, and where it is named."""
+    """A file or module to import, and its place in the run file or on the command line."""
 
     where: str
     module: ModuleReference
@@ -27,7 +28,7 @@ class Plugin:
 
 @dataclass(frozen=True)
 class RegisteredName:
-    """A reward or judge by the name that a plugin registers.
+    """A reward or judge that is given by the name under which a plugin registers it.
 
     >>> RegisteredName("run.yaml:4", field="reward_funcs", kind="reward", text="brevity")
     """
@@ -40,8 +41,10 @@ class RegisteredName:
 
 @dataclass(frozen=True)
 class Plugins:
-    """What is to be imported, and the names that cannot be checked before: values of fields that plugins extend, with
-    their fields, and rewards and judges.
+    """The plugins of a run, and the names that can be checked only after they have been imported.
+
+    ``entries`` and ``specs`` are fields to whose choices plugins may add, and their specifications. ``names`` are
+    rewards and judges.
     """
 
     modules: tuple[Plugin, ...] = ()
@@ -54,7 +57,7 @@ class Plugins:
 
         Raises:
             ValueError: a plugin cannot be imported; the cause is chained.
-            UsageError: with every name that nothing has.
+            UsageError: names are not registered; it lists all of them.
         """
         for plugin in self.modules:
             try:
@@ -78,10 +81,10 @@ class Plugins:
 
 
 def are_given(entries: Mapping[str, Entry]) -> bool:
-    """Whether there are plugins."""
+    """Whether a run file or the command line gives plugins."""
     return FIELD in entries and entries[FIELD].value != [] and entries[FIELD].words != ()
 
 
 def checked_later(specs: Mapping[str, FieldSpec]) -> dict[str, FieldSpec]:
-    """The fields, those that plugins extend without their choices."""
+    """The fields as they are checked before plugins are imported: fields that plugins may extend accept any text."""
     return {name: replace(spec, choices=()) if name in KINDS else spec for name, spec in specs.items()}

@@ -1,4 +1,4 @@
-"""``file.py:function`` and ``package.module:function`` in a run file: check that they exist, and import them."""
+"""References to the user's code, ``file.py:function`` and ``package.module:function``: checks and imports them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from typing import Any
 from online_dpo.errors import named_error
 
 OF_TRL = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
-"""Reward functions that TRL's scripts know by name."""
+"""Reward functions that TRL's scripts accept by name."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A place and a name in it.
+    """A file or module, and a name that it defines.
 
     >>> Reference("rewards.py:brevity", name="brevity", file=Path("recipes/rewards.py"), module=None)
 
@@ -79,10 +79,11 @@ def load_module(reference: ModuleReference) -> Any:
 def parse_reference(text: str, folders: Sequence[Path]) -> Reference:
     """Split a reference and check, without importing, that its file or module defines the name.
 
-    A relative file is looked for in ``folders``, in their order.
+    A relative path is searched in ``folders``, in order.
 
     Raises:
-        ValueError: no such form, file, module or name. The message reads on from the reference.
+        ValueError: the form is wrong, or there is no such file, module or name. The message continues a sentence that
+            begins with the reference.
     """
     place, colon, name = text.rpartition(":")
     if not (colon and place and name.isidentifier()):
@@ -100,7 +101,7 @@ def parse_reference(text: str, folders: Sequence[Path]) -> Reference:
 
 
 def _meant(text: str) -> str:
-    """What a reference without a colon may have meant."""
+    """A hint on what a reference without a colon may mean."""
     if text in OF_TRL:
         return f", such as `trl.rewards:{text}`"
     module, dot, name = text.rpartition(".")
@@ -112,7 +113,7 @@ def _meant(text: str) -> str:
 
 
 def load_reference(reference: Reference) -> Any:
-    """Import what a reference names. Modules are looked for in the working folder as well.
+    """Import the object that a reference names. Modules are also searched in the working folder.
 
     Raises:
         ValueError: importing the user's code failed; the cause is chained.
@@ -120,7 +121,7 @@ def load_reference(reference: Reference) -> Any:
     try:
         module = _import_file(reference.file) if reference.file else _import_module(reference.module)
         return getattr(module, reference.name)
-    except (Exception, SystemExit) as problem:  # anything may happen in the user's own code
+    except (Exception, SystemExit) as problem:  # the user's code may raise anything
         raise ValueError(f"importing `{reference.text}` failed: {named_error(problem)}") from problem
 
 
@@ -140,7 +141,7 @@ def _import_file(file: Path) -> Any:
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
-        sys.path.insert(0, str(file.parent))  # the file may import its neighbours
+        sys.path.insert(0, str(file.parent))  # the file may import other files of its folder
         try:
             spec.loader.exec_module(module)
         except BaseException:
@@ -157,7 +158,7 @@ def _import_module(name: str | None) -> Any:
 
 
 def _locate_module(name: str) -> Path | None:
-    """The source file of a module, found without importing it or its packages; ``None`` where it has none."""
+    """Find the source file of a module without importing it or its packages; ``None`` if it has none."""
     folders: Sequence[str] | None = [str(Path.cwd()), *sys.path]
     spec = None
     parts = name.split(".")
@@ -183,12 +184,12 @@ def _parsed(file: Path, names: str) -> ast.Module:
 def _check_defines(file: Path, name: str, names: str) -> None:
     defined = list(_defined_names(_parsed(file, names).body))
     if name not in defined and "*" not in defined and "__getattr__" not in defined:
-        public = ", ".join(found for found in defined if not found.startswith("_"))
+        public = ", ".join(other for other in defined if not other.startswith("_"))
         raise ValueError(f"`{names}` defines no `{name}`" + (f"; it defines: {public}" if public else ""))
 
 
 def _defined_names(body: Sequence[ast.stmt]) -> Iterator[str]:
-    """Names that a module's statements bind, also within ``if`` and ``try``; ``*`` for a star import."""
+    """The names that statements of a module define, also inside ``if`` and ``try``; ``*`` for a star import."""
     for node in body:
         match node:
             case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():

@@ -1,6 +1,6 @@
-"""Read a run file and the overrides behind it, and check everything that can be checked without torch.
+"""Reads a run file and the overrides on the command line, and checks all that can be checked without torch.
 
-All problems are found before any is reported, each with its file and line.
+All problems are collected before they are reported, each with its file and line.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ GOLD_REWARDS = ("eval_reward_funcs", "eval_reward_model_path")
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A checked run: its own fields, the training arguments that were given, and the code that it refers to."""
+    """A checked run: the fields of `RunConfig`, the given training arguments, and references to the user's code."""
 
     run: RunConfig
     training: dict[str, Any]
@@ -58,10 +58,10 @@ class RunPlan:
 
 
 def plan_run(run_file: Path | None, override_words: Sequence[str]) -> RunPlan:
-    """Check a run file and its overrides.
+    """Check a run file and its overrides, and return the plan of the run.
 
     Raises:
-        UsageError: with every problem found.
+        UsageError: something is wrong; it lists every problem.
     """
     problems: list[str] = []
     entries = read_run_file(run_file, problems) if run_file else {}
@@ -88,7 +88,7 @@ def plan_run(run_file: Path | None, override_words: Sequence[str]) -> RunPlan:
 
 
 class RunChecker:
-    """The checks of a run that look at several fields or at the disk. Local paths in ``values`` are completed."""
+    """Checks of a run that need several fields or the disk. Local paths in ``values`` are completed."""
 
     def __init__(self, entries: dict[str, Entry], values: dict[str, Any], run_file: Path | None) -> None:
         self.entries = entries
@@ -100,6 +100,7 @@ class RunChecker:
         self.modules: list[Plugin] = []
 
     def problems(self) -> Iterator[str]:
+        """Check everything and yield one line for each problem."""
         yield from self._missing()
         yield from self._mappings()
         yield from self._plugins()
@@ -122,6 +123,7 @@ class RunChecker:
             yield f"{self._where(name)}: {problem}"
 
     def warnings(self) -> Iterator[str]:
+        """Yield a line for each field that is ignored or likely to be a mistake."""
         for name in self.values:
             if (name.startswith("lora_") or name in OF_ADAPTERS) and not self.values.get("use_peft"):
                 yield f"{self._where(name)}: `{name}` is ignored without `use_peft`."
@@ -145,7 +147,7 @@ class RunChecker:
         return self.entries[name].where
 
     def _mappings(self) -> Iterator[str]:
-        """A mapping may be written as JSON text; what is no mapping is taken out."""
+        """Convert mappings that are written as JSON text, and remove values that are not mappings."""
         for name in JSON_TEXTS:
             value = self.values.get(name)
             if isinstance(value, str):
@@ -159,7 +161,7 @@ class RunChecker:
         for name, what in [("model_name_or_path", "the model to train"), ("dataset_name", "the prompts")]:
             if name not in self.entries:
                 yield f"{self.file}: `{name}` is missing: {what}."
-        # a scorer whose value is wrong was meant to be there: one problem is enough
+        # a scorer with a wrong value has been reported already: one problem is enough
         if all(name not in self.entries or self.values.get(name, name) in (None, []) for name in SCORERS):
             names = ", ".join(f"`{name}`" for name in SCORERS)
             yield f"{self.file}: nothing scores the completions. Give one of {names}."
@@ -182,14 +184,14 @@ class RunChecker:
             yield f"{self._where('eval_judge')}: `eval_judge` is given beside `{gold[0]}`. Give one of them."
 
     def judge_problems(self, name: str) -> Iterator[str]:
-        """What is wrong with ``judge`` or ``eval_judge``; if nothing is, it stands in ``judges``."""
+        """Check ``judge`` or ``eval_judge``; yield its problems, or add it to ``judges``."""
         if self._given(name):
             yield from self._judge(name)
 
     def _folders(self, name: str) -> list[Path]:
-        """Where relative paths of a field start: the run file's folder first, for a field that stands in it."""
-        beside_file = [self.file_folder] if self.file_folder and self.entries[name].words is None else []
-        return [*beside_file, Path()]
+        """Folders in which relative paths of a field are searched; for a field of the run file, its folder first."""
+        of_file = [self.file_folder] if self.file_folder and self.entries[name].words is None else []
+        return [*of_file, Path()]
 
     def _input_path(self, name: str) -> Iterator[str]:
         given = self.values[name]
@@ -200,13 +202,13 @@ class RunChecker:
             )
             return
         candidates = [folder / Path(given).expanduser() for folder in self._folders(name)]
-        found = next((path for path in candidates if glob.glob(str(path), recursive=True)), None)
-        if found is not None:
-            self.values[name] = str(found)
-            if "model" in name and not holds_model(found):
+        existing = next((path for path in candidates if glob.glob(str(path), recursive=True)), None)
+        if existing is not None:
+            self.values[name] = str(existing)
+            if "model" in name and not holds_model(existing):
                 files = " or ".join(MODEL_FILES)
-                yield f"{self._where(name)}: `{name}`: {found} is no model folder: it holds no {files}."
-            elif problem := requirements.adapter_problem(str(found)):
+                yield f"{self._where(name)}: `{name}`: {existing} is no model folder: it holds no {files}."
+            elif problem := requirements.adapter_problem(str(existing)):
                 yield f"{self._where(name)}: `{name}`: {problem}"
         elif looks_like_path(given):
             places = " or ".join(dict.fromkeys(map(str, candidates)))
@@ -214,10 +216,10 @@ class RunChecker:
             yield f"{self._where(name)}: `{name}` is {given!r}, but there is no {places}. Give {what}."
 
     def plugins(self) -> Plugins:
-        """What is imported before the run is built, and the names that are checked only then."""
+        """The plugins, with the names that are checked after they have been imported."""
         if not self.modules:
             return Plugins()
-        names = [found for references in self.references.values() for found in references]
+        names = [reference for references in self.references.values() for reference in references]
         return Plugins(
             tuple(self.modules),
             {name: entry for name, entry in self.entries.items() if name in KINDS},
@@ -246,7 +248,7 @@ class RunChecker:
                 yield f"{self._where(name)}: `{name}` {text!r}: {problem}."
 
     def _may_be_registered(self, text: str) -> bool:
-        """Whether a plugin may register what is called so: no place in the text, as `file.py:name` has one."""
+        """Whether a text may be a name that a plugin registers: it is neither a path nor of the form `file.py:name`."""
         return bool(self._given(FIELD)) and ":" not in text and "/" not in text and not text.endswith(".py")
 
     def _judge(self, name: str) -> Iterator[str]:
@@ -267,7 +269,7 @@ class RunChecker:
                 [self.judges[name]] = self.references[name]
             return
         if f"{name}_kwargs" in self.entries and f"{name}_kwargs" not in self.values:
-            return  # they are no mapping, which has been said
+            return  # they are not a mapping, which has been reported
         where = self._where(f"{name}_kwargs" if options else name)
         try:
             self.judges[name] = plan_llm(options, folders) if model is None else plan_pairwise_model(model, options)
@@ -281,20 +283,23 @@ class RunChecker:
             yield f"{self._where('output_dir')}: `output_dir` is {what}. Give the name of a folder, new or old."
 
     def _resume(self) -> Iterator[str]:
-        wish = self.values.get("resume_from_checkpoint")
-        if not wish:
+        checkpoint = self.values.get("resume_from_checkpoint")
+        if not checkpoint:
             return
         where = self._where("resume_from_checkpoint")
-        if wish is True:
+        if checkpoint is True:
             output = Path(self.values.get("output_dir") or "trainer_output").expanduser()
             if not any(path.is_dir() for path in output.glob("checkpoint-*")):
                 yield f"{where}: `resume_from_checkpoint`: {output} holds no checkpoint."
-        elif not Path(wish).is_dir():
-            yield f"{where}: `resume_from_checkpoint`: there is no folder {wish}."
-        elif not (Path(wish) / "trainer_state.json").is_file():
-            inside = sorted(path.name for path in Path(wish).glob("checkpoint-*"))
+        elif not Path(checkpoint).is_dir():
+            yield f"{where}: `resume_from_checkpoint`: there is no folder {checkpoint}."
+        elif not (Path(checkpoint) / "trainer_state.json").is_file():
+            inside = sorted(path.name for path in Path(checkpoint).glob("checkpoint-*"))
             hint = f" It holds {', '.join(inside)}: give one of them." if inside else ""
-            yield f"{where}: `resume_from_checkpoint`: {wish} is no checkpoint of a run (no trainer_state.json).{hint}"
+            yield (
+                f"{where}: `resume_from_checkpoint`: {checkpoint} is no checkpoint of a run (no trainer_state.json)."
+                f"{hint}"
+            )
 
     def _evaluation(self) -> Iterator[str]:
         wanted = self.values.get("eval_strategy", "no") != "no" or self.values.get("eval_on_start")
@@ -308,10 +313,10 @@ class RunChecker:
 
 
 def judge_of_run(path: Path) -> BuiltInJudge:
-    """The judge that a run file names.
+    """Read the judge of a run file.
 
     Raises:
-        UsageError: the file cannot be read, or it names none that this package brings.
+        UsageError: the file cannot be read, or its judge is not one of this package.
     """
     problems: list[str] = []
     entries = {
@@ -329,10 +334,11 @@ def judge_of_run(path: Path) -> BuiltInJudge:
 
 
 def holds_model(folder: Path) -> bool:
+    """Whether a folder contains a model or an adapter."""
     return any((folder / name).is_file() for name in MODEL_FILES)
 
 
 def looks_like_path(text: str) -> bool:
-    """Whether a name can only mean something on this disk: hub names are ``name`` or ``owner/name``."""
+    """Whether a text can only be a path on this disk: names on the hub are ``name`` or ``owner/name``."""
     is_file = text.removesuffix(".gz").endswith(DATA_SUFFIXES)
     return is_file or text.startswith(("/", "./", "../", "~")) or text.endswith("/") or text.count("/") > 1

@@ -354,8 +354,8 @@ def _no_tokenizer(name: str) -> str:
     return f"Reward model `{name}` comes without a tokenizer. Pass its tokenizer in `reward_processing_classes`."
 
 
-def _not_one_label(name: str, found: Any) -> str:
-    return f"Reward model `{name}` must have a head with one label (num_labels=1); it has {found}."
+def _not_one_label(name: str, actual: Any) -> str:
+    return f"Reward model `{name}` must have a head with one label (num_labels=1); it has {actual}."
 
 
 def _text(prompt: Prompt, completion: Completion) -> str:

@@ -98,6 +98,7 @@ def test_nothing_is_cut_off():
     preferences = judge.prefer([long, fits, COMPARISONS[0]])
     assert preferences[0] is None and None not in preferences[1:]
     assert judge.metrics()["judge/too_long"] == 1
+    assert judge.last_failure == f"too long for the model, which reads {judge.reader.max_tokens} tokens"
 
 
 @pytest.mark.parametrize("bias", [float("nan"), float("inf")])

@@ -76,6 +76,7 @@ def test_an_answer_that_writes_a_mark_has_no_preference(tmp_path):
         assert judge.prefer([comparison(f"w1 {mark} w2", "w3"), comparison("w1", "w3")])[0] is None
     metrics = judge.metrics()
     assert metrics["judge/failed"] == 6 and metrics["judge/too_long"] == 0
+    assert judge.last_failure == "the model's output is not finite"
 
 
 def test_what_is_not_whole_is_refused(tmp_path):
