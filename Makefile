@@ -166,18 +166,19 @@ benchmark: $(STAMP)
 	$(BIN)/python benchmarks/vs_trl.py --json benchmarks/results/cpu.json
 
 lint: $(STAMP)
-	$(BIN)/ruff check src tests benchmarks recipes
-	$(BIN)/ruff format --check src tests benchmarks recipes
+	$(BIN)/ruff check src tests benchmarks recipes scripts
+	$(BIN)/ruff format --check src tests benchmarks recipes scripts
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	$(BIN)/python scripts/check_limits.py
 
 docs: $(STAMP)
 	$(BIN)/python -m online_dpo.cli.runfile.configuration_page > docs/configuration.md
 	$(BIN)/online-dpo schema > src/online_dpo/run.schema.json
 
 format: $(STAMP)
-	$(BIN)/ruff check --fix src tests benchmarks recipes
-	$(BIN)/ruff format src tests benchmarks recipes
+	$(BIN)/ruff check --fix src tests benchmarks recipes scripts
+	$(BIN)/ruff format src tests benchmarks recipes scripts
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) $(OLDEST_VENV) $(NEWEST_VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis

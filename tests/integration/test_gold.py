@@ -141,10 +141,10 @@ def test_gold_is_told_of_the_same_completions_and_changes_no_training(tmp_path):
     without = trainer(tmp_path, kwargs=kwargs, **options)
     metrics, plain = with_gold.evaluate(), without.evaluate()
     scores, wins, prompts = [], [], tiny.prompts(LENGTHS)
-    ours = with_gold.engine.generate(prompts, 3, with_gold.sampling, RolloutKey(42, 0, 1))
+    ours = with_gold.sampler.engine.generate(prompts, 3, with_gold.sampler.params, RolloutKey(42, 0, 1))
     with with_gold.reference.active() as reference:
         engine = TransformersEngine(reference, with_gold.tokenizer)
-        theirs = engine.generate(prompts, 1, with_gold.sampling, RolloutKey(42, 0, 2))
+        theirs = engine.generate(prompts, 1, with_gold.sampler.params, RolloutKey(42, 0, 2))
     for mine, rival in zip(ours, theirs, strict=True):
         rival_score, *scores_here = (2 * word_reward([c.text])[0] + 1 for c in (*rival.completions, *mine.completions))
         scores += scores_here

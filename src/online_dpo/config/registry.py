@@ -51,7 +51,7 @@ class Registry(Collection[str], Generic[T]):
 
     def __init__(self, kind: str, modules: Mapping[str, str] | None = None) -> None:
         self.kind = kind
-        self._modules = dict(modules or {})
+        self._imported_for = dict(modules or {})
         self._entries: dict[str, _Entry[T]] = {}
         _REGISTRIES[kind] = self
 
@@ -62,7 +62,7 @@ class Registry(Collection[str], Generic[T]):
 
         To be called by the function that a user calls, whose line is the place that messages name.
         """
-        frame = sys._getframe(2)
+        frame = inspect.stack(0)[2].frame
         place, module = f"{frame.f_code.co_filename}:{frame.f_lineno}", frame.f_globals["__name__"]
 
         def register(decorated: Decorated) -> Decorated:
@@ -79,24 +79,25 @@ class Registry(Collection[str], Generic[T]):
         del self._entries[name]
 
     def __getitem__(self, name: str) -> T:
-        """
+        """Returns what is registered under a name.
+
         Raises:
             RegistryError: nothing has that name.
         """
-        if name not in self._entries and name in self._modules:
-            importlib.import_module(self._modules[name])
+        if name not in self._entries and name in self._imported_for:
+            importlib.import_module(self._imported_for[name])
         if name not in self._entries:
             raise RegistryError(self.unknown(name))
         return self._entries[name].thing
 
     def __contains__(self, name: object) -> bool:
-        return name in self._modules or name in self._entries
+        return name in self._imported_for or name in self._entries
 
     def __iter__(self) -> Iterator[str]:
-        return iter({**self._modules, **self._entries})
+        return iter({**self._imported_for, **self._entries})
 
     def __len__(self) -> int:
-        return len({**self._modules, **self._entries})
+        return len({**self._imported_for, **self._entries})
 
     def having(self, trait: str) -> list[str]:
         """The registered names with this trait."""
@@ -108,15 +109,17 @@ class Registry(Collection[str], Generic[T]):
         return f"there is no {self.kind} named {name!r}. {there}{nearest(name, self)}"
 
     def _check_free(self, name: str, definition: str | None) -> None:
-        """
+        """Checks that a name can be registered.
+
+        What is defined again (a notebook's cell that is run again, a module that is loaded again) replaces itself.
+
         Raises:
-            RegistryError: the name is none, or taken. What is defined again (a notebook's cell that is run again, a
-                module that is loaded again) replaces itself.
+            RegistryError: the name is empty or no text, or something else has it.
         """
         if not isinstance(name, str) or not name:
             raise RegistryError(f"`@{self.kind}` needs a name: `@{self.kind}('mine')`.")
-        if name in self._modules and self._modules[name] not in sys.modules:
-            importlib.import_module(self._modules[name])  # registers it
+        if name in self._imported_for and self._imported_for[name] not in sys.modules:
+            importlib.import_module(self._imported_for[name])  # registers it
         taken = self._entries.get(name)
         if taken is not None and (definition is None or taken.definition != definition):
             raise RegistryError(

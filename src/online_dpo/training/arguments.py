@@ -132,6 +132,7 @@ def check_judged_pairs(args: OnlineDPOConfig) -> None:
 
 
 def is_peft_model_object(model: Any) -> bool:
+    """Says whether an object is a PEFT model; a path or anything else is none."""
     return isinstance(model, nn.Module) and bool(is_peft_model(model))
 
 

@@ -154,9 +154,10 @@ class GuardedTrainer(Trainer):
             error.add_note(f"Before that, a checkpoint of the steps done was saved: {self.interrupt.checkpoint}")
 
     def _blame_optimizer(self, error: Exception) -> None:
-        """
+        """Says that the optimizer or its schedule failed, where an update was half done when ``error`` came.
+
         Raises:
-            ForeignCodeError: an update was half done when ``error`` came, so it came from what makes updates.
+            ForeignCodeError: it did: the error then came from what makes updates.
         """
         if self.steps_done.updating and not isinstance(error, (OnlineDPOError, torch.OutOfMemoryError)):
             assert isinstance(self.optimizer, AcceleratedOptimizer)

@@ -19,12 +19,12 @@ class PairFormer:
     """
 
     def __init__(self, method: Method, args: OnlineDPOConfig) -> None:
-        self._method, self._seed = method, args.seed
+        self._method, self._args = method, args
         self._selection = Selection.from_config(args)
 
     def __call__(self, groups: Sequence[Group], assessment: Scores | Verdicts, step: int) -> Pairing:
         """Returns the pairs of the groups, and why the other groups were dropped."""
-        key = RolloutKey(self._seed, step, Stream.PAIRING)
+        key = RolloutKey(self._args.seed, step, Stream.PAIRING)
 
         def draw(prompt: Prompt) -> float:
             return float(uniform_numbers(key, prompt.row, sample=0, count=1)[0])
