@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 from online_dpo.config.field_specs import documented
-
-if TYPE_CHECKING:
-    from online_dpo.config.trainer_config import OnlineDPOConfig
 
 EngineName = Literal["transformers", "vllm_colocate", "vllm_server"]
 
@@ -29,7 +26,7 @@ class EngineFields:
     """
 
 
-def settle_engine(args: OnlineDPOConfig) -> None:
+def settle_engine(args: Any) -> None:
     """Make `engine`, `use_vllm` and `vllm_mode` say the same.
 
     Raises:

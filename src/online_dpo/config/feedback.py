@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from online_dpo.config.checking import check_numbers
 from online_dpo.config.field_specs import documented
-
-if TYPE_CHECKING:
-    from online_dpo.config.trainer_config import OnlineDPOConfig
 
 RewardNormalization = Literal["none", "group"]
 PairSelection = Literal["best_worst", "best_random", "best_mean_minus_two_sigma", "all_pairs", "widest_allowed"]
@@ -108,7 +105,7 @@ class FeedbackFields:
     """Evaluations in a row that have to show it."""
 
 
-def check_feedback(args: OnlineDPOConfig) -> None:
+def check_feedback(args: FeedbackFields, num_completions: int) -> None:
     """Check how completions are scored and how pairs are formed.
 
     Raises:
@@ -121,7 +118,7 @@ def check_feedback(args: OnlineDPOConfig) -> None:
         (args.reward_batch_size >= 1, "reward_batch_size", "at least 1"),
         (unfinished is None or 0 < unfinished < math.inf, "missing_eos_penalty", "above 0"),
         (token is None or 0 < token < math.inf, "length_penalty", "above 0"),
-        (top is None or 2 <= top <= args.num_completions, "judge_top", f"from 2 to {args.num_completions} completions"),
+        (top is None or 2 <= top <= num_completions, "judge_top", f"from 2 to {num_completions} completions"),
         (low is None or 0 < low < math.inf, "min_margin", "above 0"),
         (high is None or 0 < high < math.inf, "max_margin", "above 0"),
         (longest is None or longest >= 1, "max_length_ratio", "1 or more"),

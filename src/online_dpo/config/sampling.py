@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from online_dpo.config.checking import check_numbers
 from online_dpo.config.field_specs import documented
-
-if TYPE_CHECKING:
-    from online_dpo.config.trainer_config import OnlineDPOConfig
 
 SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Fields that shape the distribution of the next token; `generation_kwargs` may hold them as well, and wins."""
@@ -77,8 +74,15 @@ class SamplingFields:
     """Steps between two checks that a sampler with weights of its own (vLLM) has the trainer's; the first is always
     made. 0: no further ones."""
 
+    @property
+    def prompt_limit(self) -> int | None:
+        """Most tokens of a prompt, or ``None`` where nothing limits it."""
+        by_total = None if self.max_length is None else self.max_length - self.max_new_tokens
+        limits = [limit for limit in (self.max_prompt_length, by_total) if limit is not None]
+        return min(limits) if limits else None
 
-def check_sampling(args: OnlineDPOConfig) -> None:
+
+def check_sampling(args: SamplingFields) -> None:
     """Check how completions are sampled.
 
     Raises:

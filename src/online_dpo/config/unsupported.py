@@ -6,19 +6,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from transformers import GenerationConfig
-
-if TYPE_CHECKING:
-    from online_dpo.config.trainer_config import OnlineDPOConfig
+from transformers import GenerationConfig, TrainingArguments
 
 FUSED_OPTIMIZERS = ("lomo", "adalomo", "galore_adamw_layerwise", "galore_adamw_8bit_layerwise")
 FUSED_OPTIMIZERS += ("galore_adafactor_layerwise", "apollo_adamw_layerwise")
 LENGTH_STRATEGIES = ("group_by_length", "batch_rebalance")
 
 
-def check_refused(args: OnlineDPOConfig) -> None:
+def check_refused(args: TrainingArguments) -> None:
     """Check fields that are refused, before transformers reads them.
 
     Raises:
@@ -71,7 +68,7 @@ def check_refused(args: OnlineDPOConfig) -> None:
             raise ValueError(message)
 
 
-def check_accelerator(args: OnlineDPOConfig) -> None:
+def check_accelerator(args: TrainingArguments) -> None:
     """Check how batches are shared out among processes, once transformers has read ``accelerator_config``.
 
     Raises:
@@ -114,7 +111,7 @@ REFUSED_GENERATION_KWARGS = {
 }
 
 
-def check_unsupported(args: OnlineDPOConfig) -> None:
+def check_unsupported(args: Any) -> None:
     """Check arguments of transformers that are not supported, once it has read them.
 
     Raises:
