@@ -20,7 +20,7 @@ class SamplingFields:
     # --- sampling ---------------------------------------------------------------------------------------------------
 
     num_completions: int = 2
-    """Completions sampled for each prompt (K). How many pairs are formed of them says `pair_selection`."""
+    """Completions sampled for each prompt (K). `pair_selection` says how many pairs are formed of them."""
 
     max_new_tokens: int = 64
     """Longest completion, in tokens."""
