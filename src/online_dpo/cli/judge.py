@@ -64,11 +64,7 @@ def judge(words: Sequence[str]) -> int:
         if arguments["limit"] is not None and arguments["limit"] < 1:
             raise ValueError(f"--limit must be 1 or more; it is {arguments['limit']}.")
         pairs = read_pairs(arguments["file"], arguments["limit"])
-        output = arguments["output"]
-        if output is not None and not output.absolute().parent.is_dir():
-            raise ValueError(f"--output: there is no folder {output.absolute().parent}.")
-        if output is not None and output.is_dir():
-            raise ValueError(f"--output: {output} is a folder. Give the name of a file.")
+        _check_output(arguments["output"])
     except UsageError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
@@ -78,7 +74,14 @@ def judge(words: Sequence[str]) -> int:
         return 2
     from online_dpo.cli.judging.report import judge_pairs
 
-    return judge_pairs(pairs, chosen, output)
+    return judge_pairs(pairs, chosen, arguments["output"])
+
+
+def _check_output(output: Path | None) -> None:
+    if output is not None and not output.absolute().parent.is_dir():
+        raise ValueError(f"--output: there is no folder {output.absolute().parent}.")
+    if output is not None and output.is_dir():
+        raise ValueError(f"--output: {output} is a folder. Give the name of a file.")
 
 
 def chosen_judge(arguments: dict[str, Any]) -> BuiltInJudge:
@@ -87,6 +90,25 @@ def chosen_judge(arguments: dict[str, Any]) -> BuiltInJudge:
     Raises:
         ValueError: options contradict each other, or something they need does not exist.
     """
+    given = _llm_settings(arguments)
+    folder, options = arguments["pairwise_model"], arguments["pairwise_kwargs"]
+    if folder is not None:
+        return _pairwise_judge(folder, options, given)
+    if arguments["config"] is not None:
+        of_run = judge_of_run(arguments["config"])
+        if of_run.folder is not None and not given and options is None:
+            return of_run
+        given = {**(of_run.options if of_run.folder is None else {}), **given}
+    if options is not None:
+        raise ValueError("--pairwise-kwargs goes with --pairwise-model.")
+    if "model" not in given:
+        raise ValueError("Give --model, the judging model's name at the endpoint, or --pairwise-model.")
+    JudgeSettings(**given).check_environment()
+    return BuiltInJudge(None, given)
+
+
+def _llm_settings(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a language model that were given as options."""
     given = {f.name: arguments[f.name] for f in fields(JudgeSettings) if arguments.get(f.name) is not None}
     if arguments["no_cache"]:
         given["cache"] = None
@@ -96,26 +118,17 @@ def chosen_judge(arguments: dict[str, Any]) -> BuiltInJudge:
         given["logprobs"] = False
     if "extra" in given:
         given["extra"] = _mapping("--extra", given["extra"], "{seed: 0}")
-    folder, options = arguments["pairwise_model"], arguments["pairwise_kwargs"]
-    if arguments["config"] is not None and folder is None:
-        of_run = judge_of_run(arguments["config"])
-        if of_run.folder is not None and not given and options is None:
-            return of_run
-        given = {**(of_run.options if of_run.folder is None else {}), **given}
-    if folder is not None:
-        if given:
-            raise ValueError(f"--pairwise-model does not go with --{next(iter(given)).replace('_', '-')}.")
-        given_options = _mapping("--pairwise-kwargs", options or "{}", "{batch_size: 8}")
-        try:
-            return plan_pairwise_model(folder, given_options)
-        except ValueError as problem:
-            raise ValueError(f"--pairwise-model: {problem}") from None
-    if options is not None:
-        raise ValueError("--pairwise-kwargs goes with --pairwise-model.")
-    if "model" not in given:
-        raise ValueError("Give --model, the judging model's name at the endpoint, or --pairwise-model.")
-    JudgeSettings(**given).check_environment()
-    return BuiltInJudge(None, given)
+    return given
+
+
+def _pairwise_judge(folder: Path, options: str | None, given: dict[str, Any]) -> BuiltInJudge:
+    if given:
+        raise ValueError(f"--pairwise-model does not go with --{next(iter(given)).replace('_', '-')}.")
+    given_options = _mapping("--pairwise-kwargs", options or "{}", "{batch_size: 8}")
+    try:
+        return plan_pairwise_model(folder, given_options)
+    except ValueError as problem:
+        raise ValueError(f"--pairwise-model: {problem}") from None
 
 
 def _mapping(name: str, text: str, example: str) -> dict[str, Any]:

@@ -52,25 +52,32 @@ def read_class(path: Path, class_name: str, group: str) -> dict[str, FieldSpec]:
     module = ast.parse(text)
     body = next(node for node in module.body if isinstance(node, ast.ClassDef) and node.name == class_name).body
     named, headings = _named_literals(module), _headings(text)
-    found = {}
+    specs = {}
     for node, below in zip(body, [*body[1:], None], strict=True):
-        if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
-            continue
-        name, options = node.target.id, _field_options(node.value)
-        metadata = options.get("metadata")
-        help_text, listed = _metadata(metadata) if isinstance(metadata, ast.Dict) else ("", ())
-        annotation, choices = _without_literals(node.annotation, named)
-        found[name] = FieldSpec(
-            name=name,
-            annotation=annotation,
-            default=_default_text(options),
-            doc=_string_beneath(below) or help_text,
-            group=group,
-            choices=choices or listed,
-            required=node.value is None,
-            section=next((heading for line, heading in reversed(headings) if line < node.lineno), ""),
-        )
-    return found
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            section = next((heading for line, heading in reversed(headings) if line < node.lineno), "")
+            specs[node.target.id] = _spec(node.target.id, node, _string_beneath(below), named, group, section)
+    return specs
+
+
+def _spec(
+    name: str, node: ast.AnnAssign, doc: str, named: Mapping[str, ast.expr], group: str, section: str
+) -> FieldSpec:
+    """One field; ``named`` has the types with a name in its file."""
+    options = _field_options(node.value)
+    metadata = options.get("metadata")
+    help_text, listed = _metadata(metadata) if isinstance(metadata, ast.Dict) else ("", ())
+    annotation, choices = _without_literals(node.annotation, named)
+    return FieldSpec(
+        name=name,
+        annotation=annotation,
+        default=_default_text(options),
+        doc=doc or help_text,
+        group=group,
+        choices=choices or listed,
+        required=node.value is None,
+        section=section,
+    )
 
 
 def documented(cls: type[T]) -> type[T]:

@@ -171,6 +171,14 @@ def problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         )
     if isinstance(optim := values.get("optim"), str):
         yield from _named("optim", getattr(optim, "value", optim), OPTIMIZERS)
+    yield from _of_backends(values)
+    options = values.get("model_init_kwargs")
+    if isinstance(options, Mapping):
+        yield from _of_model(options)
+
+
+def _of_backends(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The problems of the compiler, of adapters and of vLLM."""
     backend = values.get("torch_compile_backend")
     if isinstance(backend, str) and backend.lower() in COMPILERS:
         yield from _needed("torch_compile_backend", f" {backend!r}", COMPILERS[backend.lower()])
@@ -180,9 +188,6 @@ def problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield from _needed(flag, "", needs)
     if values.get("engine") == "vllm_colocate":
         yield from _needed("engine", " 'vllm_colocate'", FLAGS["use_vllm"])
-    options = values.get("model_init_kwargs")
-    if isinstance(options, Mapping):
-        yield from _of_model(options)
 
 
 def adapter_problem(folder: str) -> str | None:

@@ -5,7 +5,7 @@ refused, not ignored.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import GenerationConfig, TrainingArguments
@@ -13,6 +13,61 @@ from transformers import GenerationConfig, TrainingArguments
 FUSED_OPTIMIZERS = ("lomo", "adalomo", "galore_adamw_layerwise", "galore_adamw_8bit_layerwise")
 FUSED_OPTIMIZERS += ("galore_adafactor_layerwise", "apollo_adamw_layerwise")
 LENGTH_STRATEGIES = ("group_by_length", "batch_rebalance")
+NO_CAST_POLICY = (
+    "`bf16_full_eval` and `fp16_full_eval` cast the policy itself. Leave them off: with `bf16` or `fp16` evaluation "
+    "computes in that type."
+)
+
+
+def _is_set(value: Any) -> bool:
+    return value is not None
+
+
+REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "neftune_noise_alpha",
+        _is_set,
+        "`neftune_noise_alpha` adds noise by the length of a row, but rows here hold several completions; and policy "
+        "and reference would be compared with and without noise. Leave it unset.",
+    ),
+    (
+        "use_liger_kernel",
+        lambda value: value is True,
+        "`use_liger_kernel` replaces the policy's `forward` when training begins, where the trainer has its own; logits "
+        "exist for a few hundred tokens at a time without it. Leave it off.",
+    ),
+    (
+        "optim",
+        lambda value: value in FUSED_OPTIMIZERS,
+        "`optim={value!r}` updates weights during the backward pass, so that a step that is not finite could not be "
+        "skipped, and passes would not add up. Use another, such as `adamw_torch` or `galore_adamw`.",
+    ),
+    (
+        "train_sampling_strategy",
+        lambda value: value in LENGTH_STRATEGIES,
+        "`train_sampling_strategy={value!r}` goes by the length of texts, which is unknown before they are sampled; "
+        "rows are packed by tokens anyway. Use `random` or `sequential`.",
+    ),
+    ("bf16_full_eval", bool, NO_CAST_POLICY),
+    ("fp16_full_eval", bool, NO_CAST_POLICY),
+    (
+        "average_tokens_across_devices",
+        lambda value: not value,
+        "`average_tokens_across_devices` must be True: the loss is a mean over the pairs of all processes.",
+    ),
+    (
+        "label_names",
+        _is_set,
+        "`label_names` has nothing to name: there are no labels. `compute_metrics` receives the reference's scores as "
+        "`label_ids`.",
+    ),
+    (
+        "parallelism_config",
+        _is_set,
+        "`parallelism_config` is not in this version. Use several processes without it (torchrun).",
+    ),
+)
+"""Fields that are refused, which of their values, and why; ``{value}`` is the value."""
 
 
 def check_refused(args: TrainingArguments) -> None:
@@ -21,51 +76,12 @@ def check_refused(args: TrainingArguments) -> None:
     Raises:
         ValueError: one of them is set; the message says why not, and what there is instead.
     """
-    optimizer: Any = getattr(args.optim, "value", args.optim)
-    lengths = args.train_sampling_strategy in LENGTH_STRATEGIES
-    refused: list[tuple[bool, str]] = [
-        (
-            args.neftune_noise_alpha is not None,
-            "`neftune_noise_alpha` adds noise by the length of a row, but rows here hold several completions; and "
-            "policy and reference would be compared with and without noise. Leave it unset.",
-        ),
-        (
-            args.use_liger_kernel is True,
-            "`use_liger_kernel` replaces the policy's `forward` when training begins, where the trainer has its own; "
-            "logits exist for a few hundred tokens at a time without it. Leave it off.",
-        ),
-        (
-            optimizer in FUSED_OPTIMIZERS,
-            f"`optim={optimizer!r}` updates weights during the backward pass, so that a step that is not finite could "
-            "not be skipped, and passes would not add up. Use another, such as `adamw_torch` or `galore_adamw`.",
-        ),
-        (
-            lengths,
-            f"`train_sampling_strategy={args.train_sampling_strategy!r}` goes by the length of texts, which is unknown "
-            "before they are sampled; rows are packed by tokens anyway. Use `random` or `sequential`.",
-        ),
-        (
-            args.bf16_full_eval or args.fp16_full_eval,
-            "`bf16_full_eval` and `fp16_full_eval` cast the policy itself. Leave them off: with `bf16` or `fp16` "
-            "evaluation computes in that type.",
-        ),
-        (
-            not args.average_tokens_across_devices,
-            "`average_tokens_across_devices` must be True: the loss is a mean over the pairs of all processes.",
-        ),
-        (
-            args.label_names is not None,
-            "`label_names` has nothing to name: there are no labels. `compute_metrics` receives the reference's scores "
-            "as `label_ids`.",
-        ),
-        (
-            args.parallelism_config is not None,
-            "`parallelism_config` is not in this version. Use several processes without it (torchrun).",
-        ),
-    ]
-    for is_set, message in refused:
-        if is_set:
-            raise ValueError(message)
+    for name, refuses, message in REFUSED:
+        value = getattr(args, name)
+        if name == "optim":
+            value = getattr(value, "value", value)  # transformers makes a member of an enumeration of its name
+        if refuses(value):
+            raise ValueError(message.format(value=value))
 
 
 def check_accelerator(args: TrainingArguments) -> None:

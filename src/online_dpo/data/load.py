@@ -82,26 +82,31 @@ def load_prompts(
     """
     if limit is not None and limit < 1:
         raise ValueError(f"`limit` must be at least 1; it is {limit}.")
-    path = Path(source).expanduser()
     check_types(types or {})
+    dataset = _load_split(source, split, config, streaming, types or {})
+    if limit is None:
+        return dataset
+    return dataset.take(limit if isinstance(dataset, IterableDataset) else min(limit, len(dataset)))
+
+
+def _load_split(
+    source: str, split: str, config: str | None, streaming: bool, types: Mapping[str, str]
+) -> Dataset | IterableDataset:
+    path = Path(source).expanduser()
     is_folder = path.is_dir() and not _is_saved(path)
     are_files = path.is_file() or (not path.is_dir() and _looks_like_files(source))
     if types and not (is_folder or are_files):
         _warn_ignored(source)
     if _is_saved(path):
-        dataset = _load_saved(path, split, config, streaming)
-    elif is_folder:
-        dataset = _load_files(source, _files_of_folder(path, config), split, streaming, types or {})
-    elif are_files:
+        return _load_saved(path, split, config, streaming)
+    if is_folder:
+        return _load_files(source, _files_of_folder(path, config), split, streaming, types)
+    if are_files:
         if config is not None:
             raise ValueError(f"`config` ({config!r}) has no meaning for files ({source}). Leave it out.")
         split_name = split.partition("[")[0]
-        dataset = _load_files(source, {split_name: _matching_files(path)}, split, streaming, types or {})
-    else:
-        dataset = _load_hub(source, split, config, streaming)
-    if limit is None:
-        return dataset
-    return dataset.take(limit if isinstance(dataset, IterableDataset) else min(limit, len(dataset)))
+        return _load_files(source, {split_name: _matching_files(path)}, split, streaming, types)
+    return _load_hub(source, split, config, streaming)
 
 
 def _is_saved(path: Path) -> bool:
@@ -166,11 +171,15 @@ def _files_of_folder(folder: Path, config: str | None) -> dict[str, list[Path]]:
     except _READ_ERRORS as error:
         raise ValueError(f"Cannot read the folder {folder}: {error}") from error
     splits = {str(split): [Path(file) for file in files] for split, files in data_files.items()}
+    _warn_of_unused(folder, known, splits)
+    return splits
+
+
+def _warn_of_unused(folder: Path, known: list[Path], splits: dict[str, list[Path]]) -> None:
     used = {file.resolve() for files in splits.values() for file in files}
     unused = [str(file) for file in known if file.resolve() not in used]
     if unused:
         logger.warning("These files of %s belong to no split and are not read: %s.", folder, ", ".join(unused))
-    return splits
 
 
 def _load_files(
@@ -192,6 +201,10 @@ def _load_files(
     if formats != ["parquet"]:
         types = types if formats == ["csv"] else {}
         return _stream_rows(source, files[split], types) if streaming else _map_rows(source, files, split, types)
+    return _load_parquet(source, files, split, streaming)
+
+
+def _load_parquet(source: str, files: dict[str, list[Path]], split: str, streaming: bool) -> Dataset | IterableDataset:
     # Brackets in the name of a folder must not be read as a glob pattern.
     data_files = {name: [glob.escape(str(file.absolute())) for file in group] for name, group in files.items()}
     try:
@@ -199,9 +212,8 @@ def _load_files(
         if streaming and next(iter(dataset), None) is None:
             raise ValueError("it holds no rows")
     except _READ_ERRORS as error:
-        raise ValueError(
-            f"Cannot read {source} (files: {', '.join(map(str, every_file))}): {_first_cause(error)}"
-        ) from error
+        every_file = [str(file) for split_files in files.values() for file in split_files]
+        raise ValueError(f"Cannot read {source} (files: {', '.join(every_file)}): {_first_cause(error)}") from error
     assert isinstance(dataset, (Dataset, IterableDataset))
     return dataset
 

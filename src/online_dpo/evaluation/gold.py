@@ -48,13 +48,19 @@ class Gold:
             wins = judged_wins(groups, reference_groups, self._assessor.preferences)
             gold = [GoldRecord((), win) for win in wins]
         else:
-            scores, wins = self._assessor.scores(groups).values, [None] * len(groups)
-            if reference_groups is not None:
-                with nothing_noted():
-                    reference_scores = [values[0] for values in self._assessor.scores(reference_groups).values]
-                wins = [win_share(own, other) for own, other in zip(scores, reference_scores, strict=True)]
-            gold = [GoldRecord(tuple(values), win) for values, win in zip(scores, wins, strict=True)]
+            gold = self._scored(groups, reference_groups)
         return [replace(record, gold=one) for record, one in zip(records, gold, strict=True)]
+
+    def _scored(self, groups: Sequence[Group], reference_groups: Sequence[Group] | None) -> list[GoldRecord]:
+        scores = self._assessor.scores(groups).values
+        if reference_groups is None:
+            return [GoldRecord(tuple(values), None) for values in scores]
+        with nothing_noted():
+            reference_scores = [values[0] for values in self._assessor.scores(reference_groups).values]
+        return [
+            GoldRecord(tuple(values), win_share(values, reference))
+            for values, reference in zip(scores, reference_scores, strict=True)
+        ]
 
 
 def check_gold(reward_funcs: Any, judge: Any, args: OnlineDPOConfig) -> None:

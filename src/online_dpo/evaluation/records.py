@@ -149,7 +149,7 @@ def prefixed(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
 
 
 def gold_metrics(records: Sequence[tuple[EvalRecord, GoldRecord]]) -> dict[str, float]:
-    """What the gold scorer says, and how sure both are: standard errors over prompts, whose completions are alike."""
+    """The metrics of the gold scorer, and the standard errors of its figures and of those of training."""
     scores = [score for _, gold in records for score in gold.scores]
     present = [score for score in scores if score is not None]
     wins = [gold.win for _, gold in records if gold.win is not None]
@@ -158,18 +158,23 @@ def gold_metrics(records: Sequence[tuple[EvalRecord, GoldRecord]]) -> dict[str, 
         metrics["gold_missing_ratio"] = 1 - len(present) / len(scores)
     if present:
         metrics["gold_score"] = float(np.mean(present))
-    metrics |= _win_rate_metrics("gold_win_rate", wins)
+    return metrics | _win_rate_metrics("gold_win_rate", wins) | _standard_errors(records)
+
+
+def _standard_errors(records: Sequence[tuple[EvalRecord, GoldRecord]]) -> dict[str, float]:
+    """How sure the training score and the gold score are: over prompts, since the completions of one are alike."""
     by_prompt = {
         "objective/scores": [_mean(record.scores) for record, _ in records],
         "win_rate": [record.win for record, _ in records],
         "gold_score": [_mean(gold.scores) for _, gold in records],
-        "gold_win_rate": wins,
+        "gold_win_rate": [gold.win for _, gold in records],
     }
+    errors = {}
     for name, values in by_prompt.items():
         error = standard_error(np.array([value for value in values if value is not None]))
         if error is not None:
-            metrics[f"{name}_stderr"] = error
-    return metrics
+            errors[f"{name}_stderr"] = error
+    return errors
 
 
 def _win_rate_metrics(name: str, wins: Sequence[float]) -> dict[str, float]:

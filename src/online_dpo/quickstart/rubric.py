@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
 
 from online_dpo.quickstart.facts import Fact, all_facts
@@ -50,23 +50,29 @@ def rubric(request_text: str, reply_text: str) -> float:
 
     earlier: set[str] = set()
     for index, sentence in enumerate(complete):
-        if sentence in earlier:
-            score -= REPEATED
-        elif (sentence in GREETINGS and index == 0) or (sentence in CLOSINGS and index == len(sentences) - 1):
-            score += POLITE
-        elif sentence in explained:
-            bonus = EXPLAINED if answers == {fact.answer} else 0.0
-            score += bonus if earlier.isdisjoint(explained) else -USELESS
-        elif sentence in stated:
-            score -= 0.0 if earlier.isdisjoint(stated) else USELESS
-        elif sentence in RUDE:
-            score -= RUDENESS
-        elif sentence in GREETINGS or sentence in CLOSINGS or sentence in FILLERS:
-            score -= USELESS
+        if (sentence in GREETINGS and index == 0) or (sentence in CLOSINGS and index == len(sentences) - 1):
+            score += -REPEATED if sentence in earlier else POLITE
         else:
-            score -= NONSENSE
+            score += _points(sentence, earlier, stated, explained, is_right=answers == {fact.answer})
         earlier.add(sentence)
     return score
+
+
+def _points(
+    sentence: str, earlier: set[str], stated: Collection[str], explained: Collection[str], is_right: bool
+) -> float:
+    """The points of a sentence that is neither the greeting at the start nor the closing at the end."""
+    if sentence in earlier:
+        return -REPEATED
+    if sentence in explained:
+        if not earlier.isdisjoint(explained):
+            return -USELESS
+        return EXPLAINED if is_right else 0.0
+    if sentence in stated:
+        return 0.0 if earlier.isdisjoint(stated) else -USELESS
+    if sentence in RUDE:
+        return -RUDENESS
+    return -USELESS if sentence in GREETINGS or sentence in CLOSINGS or sentence in FILLERS else -NONSENSE
 
 
 @cache

@@ -85,11 +85,7 @@ def run_quickstart(
     )
     answers_of = _held_out_evaluation(start.reward_dir, start.prompts_test, trainer.tokenizer, trainer.args, seed)
     before = answers_of(AutoModelForCausalLM.from_pretrained(start.policy_dir))
-    training_started = time.perf_counter()
-    trainer.train()
-    training_seconds = time.perf_counter() - training_started
-    trainer.save_model()
-    trainer.create_model_card(model_name="quickstart")
+    training_seconds = _train_and_save(trainer)
     after = answers_of(trainer.model)  # pyright: ignore[reportArgumentType]
     metrics = trainer.evaluate(load_prompts(str(start.prompts_test), limit=PROMPTS_FOR_KL))
 
@@ -150,6 +146,16 @@ def build_trainer(
     return trainer
 
 
+def _train_and_save(trainer: OnlineDPOTrainer) -> float:
+    """Trains, writes the model and its card, and returns the seconds of training alone."""
+    started = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - started
+    trainer.save_model()
+    trainer.create_model_card(model_name="quickstart")
+    return seconds
+
+
 def training_settings() -> dict[str, Any]:
     """The trainer's fields in the run file, without the paths of models and prompts, which this module sets."""
     fields = yaml.safe_load(RUN_FILE.read_text(encoding="utf-8"))
@@ -202,15 +208,7 @@ def report(console: Console, before: PolicyAnswers, after: PolicyAnswers, summar
         for when, group in (("before", old), ("after ", new)):
             prompt, answer = _texts(group)
             console.print(f"  {when} ({rubric(prompt, answer):+.1f}):{answer}", highlight=False, markup=False)
-    table = Table(title=f"\n{summary['prompts']} held-out prompts (95 % intervals)", title_justify="left")
-    table.add_column("")
-    for heading in ("before", "after"):
-        table.add_column(heading, justify="right")
-    for label, name in (("right answers, sampled", "accuracy"), ("right answers, greedy", "greedy_accuracy")):
-        table.add_row(label, *(_percent(summary, f"{name}_{when}") for when in ("before", "after")))
-    for label, name in (("rubric (gold)", "gold"), ("reward model (proxy)", "proxy")):
-        table.add_row(label, *(f"{summary[f'{name}_{when}']:.2f}" for when in ("before", "after")))
-    console.print(table)
+    console.print(_table(summary))
     console.print(
         f"Win rate {_percent(summary, 'win_rate')} against the starting policy by the rubric, at a KL of "
         f"{summary['kl']:.1f} nats. {summary['steps']} steps, {summary['seconds']:.0f} s."
@@ -220,6 +218,18 @@ def report(console: Console, before: PolicyAnswers, after: PolicyAnswers, summar
     console.print(
         comparison_conclusion("The trained policy", "the one it started as", len(before.gold), interval, None)
     )
+
+
+def _table(summary: dict[str, Any]) -> Table:
+    table = Table(title=f"\n{summary['prompts']} held-out prompts (95 % intervals)", title_justify="left")
+    table.add_column("")
+    for heading in ("before", "after"):
+        table.add_column(heading, justify="right")
+    for label, name in (("right answers, sampled", "accuracy"), ("right answers, greedy", "greedy_accuracy")):
+        table.add_row(label, *(_percent(summary, f"{name}_{when}") for when in ("before", "after")))
+    for label, name in (("rubric (gold)", "gold"), ("reward model (proxy)", "proxy")):
+        table.add_row(label, *(f"{summary[f'{name}_{when}']:.2f}" for when in ("before", "after")))
+    return table
 
 
 def _percent(summary: dict[str, Any], name: str) -> str:

@@ -62,21 +62,8 @@ def check_arguments(
             which.
     """
     _check_given(model, train_dataset, processing_class)
-    if ref_model is model and not isinstance(model, str):
-        raise ValueError(
-            "`model` and `ref_model` are the same object, so the reference would move with the policy. Leave "
-            "`ref_model` out: the trainer keeps a copy of the policy itself."
-        )
-    if ref_model is not None and args.reference_free:
-        raise ValueError(
-            "A `ref_model` is given, but with `reference_free=True` nothing reads it. Leave one of them out."
-        )
-    if reward_funcs is None and judge is None:
-        raise ValueError("Nothing scores the completions: give `reward_funcs`, `reward_model` or `judge`.")
-    if judge is not None:
-        check_judged_pairs(args)
-        check_judge(judge, "judge")
-        check_share(judge, args.world_size)
+    _check_reference_given(model, ref_model, args)
+    _check_feedback_given(reward_funcs, judge, args)
     if preprocess_logits_for_metrics is not None:
         raise ValueError(
             "`preprocess_logits_for_metrics` has nothing to work on: evaluation keeps no logits. `compute_metrics` "
@@ -95,6 +82,27 @@ def check_arguments(
         raise ValueError("`model` is a PEFT model already; leave `peft_config` out, or give the base model.")
     if reward_funcs is not None:
         check_scorers(reward_funcs, reward_processing_classes, args)
+
+
+def _check_reference_given(model: Any, ref_model: Any, args: OnlineDPOConfig) -> None:
+    if ref_model is model and not isinstance(model, str):
+        raise ValueError(
+            "`model` and `ref_model` are the same object, so the reference would move with the policy. Leave "
+            "`ref_model` out: the trainer keeps a copy of the policy itself."
+        )
+    if ref_model is not None and args.reference_free:
+        raise ValueError(
+            "A `ref_model` is given, but with `reference_free=True` nothing reads it. Leave one of them out."
+        )
+
+
+def _check_feedback_given(reward_funcs: Any, judge: Any, args: OnlineDPOConfig) -> None:
+    if reward_funcs is None and judge is None:
+        raise ValueError("Nothing scores the completions: give `reward_funcs`, `reward_model` or `judge`.")
+    if judge is not None:
+        check_judged_pairs(args)
+        check_judge(judge, "judge")
+        check_share(judge, args.world_size)
 
 
 def _check_given(model: Any, train_dataset: Any, processing_class: Any) -> None:
@@ -143,12 +151,7 @@ def choose_scorers(reward_funcs: Any, reward_model: Any, judge: Any, args: Onlin
     Raises:
         ValueError: rewards are given in two places, or the judge is to see the best of them and one is missing.
     """
-    if reward_funcs is not None and reward_model is not None:
-        raise ValueError("Give `reward_funcs` or `reward_model`, not both: `reward_funcs` takes a list of all of them.")
-    rewards = reward_funcs if reward_funcs is not None else reward_model
-    check_reward_path(rewards, args.reward_model_path, "reward_model_path", "reward_funcs")
-    if rewards is None:
-        rewards = args.reward_model_path
+    rewards = _rewards_given(reward_funcs, reward_model, args)
     if args.judge_top is not None:
         if rewards is None or judge is None:
             missing = "`judge`" if judge is None else "reward (`reward_funcs`, `reward_model_path`)"
@@ -160,11 +163,18 @@ def choose_scorers(reward_funcs: Any, reward_model: Any, judge: Any, args: Onlin
             stacklevel=3,
         )
         judge = None
-    if rewards is None:
-        ignored = [name for name in REWARD_FIELDS if getattr(args, name) != getattr(type(args), name)]
-        if ignored:
-            warnings.warn(f"Ignored without a reward: {', '.join(ignored)}.", stacklevel=3)
+    ignored = [name for name in REWARD_FIELDS if getattr(args, name) != getattr(type(args), name)]
+    if rewards is None and ignored:
+        warnings.warn(f"Ignored without a reward: {', '.join(ignored)}.", stacklevel=3)
     return rewards, registered_judge(judge)
+
+
+def _rewards_given(reward_funcs: Any, reward_model: Any, args: OnlineDPOConfig) -> Any:
+    if reward_funcs is not None and reward_model is not None:
+        raise ValueError("Give `reward_funcs` or `reward_model`, not both: `reward_funcs` takes a list of all of them.")
+    rewards = reward_funcs if reward_funcs is not None else reward_model
+    check_reward_path(rewards, args.reward_model_path, "reward_model_path", "reward_funcs")
+    return args.reward_model_path if rewards is None else rewards
 
 
 def longest_sequence(args: OnlineDPOConfig) -> int | None:

@@ -64,31 +64,17 @@ def build_policy(model: Any, peft_config: Any, args: OnlineDPOConfig, optimizer:
     """
     loaded_here = isinstance(model, str)
     typed = given_dtype(args.model_init_kwargs) is not None
-    if isinstance(model, str):
-        dtype = policy_dtype(model, peft_config, args)
-        with loading(model):
-            model = load_causal_lm(model, args.model_init_kwargs, args.trust_remote_code, dtype)  # pyright: ignore[reportArgumentType]
-        trains_adapter = peft_config is not None or is_peft_model_object(model)
-    else:
-        trains_adapter = peft_config is not None
+    trains_adapter = peft_config is not None
+    if loaded_here:
+        model = _load_policy(model, peft_config, args)
+        trains_adapter = trains_adapter or is_peft_model_object(model)
     if model.config.is_encoder_decoder:
         raise ValueError("`model` is an encoder-decoder; Online DPO here trains decoder-only language models.")
     check_room(model, longest_sequence(args), "model")
     if peft_config is not None:
-        from peft import get_peft_model, prepare_model_for_kbit_training
-
-        if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
-            # Trainer turns checkpointing on, as the run asks for it
-            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-        with adapting():
-            model = get_peft_model(model, copy.deepcopy(peft_config))  # it writes into it
-    if is_peft_model_object(model) and model.active_peft_config.is_prompt_learning:
-        raise ValueError(
-            "Adapters with virtual tokens (prompt and prefix tuning) are not supported: with padding their tokens get "
-            "other positions than without. Use LoRA."
-        )
+        model = _with_adapter(model, peft_config)
     if is_peft_model_object(model):
-        check_unmerged(model)
+        _check_adapter(model)
     if trains_adapter:
         train_in_fp32(model, args, may_hold_all=loaded_here and not typed)
     check_trained(model, optimizer)
@@ -101,6 +87,32 @@ def build_policy(model: Any, peft_config: Any, args: OnlineDPOConfig, optimizer:
             warnings.warn("`lora_dropout` has no effect: `disable_dropout` is on.", stacklevel=3)
         disable_dropout(model)
     return model
+
+
+def _load_policy(path: str, peft_config: Any, args: OnlineDPOConfig) -> nn.Module:
+    init_kwargs: Any = args.model_init_kwargs
+    dtype = policy_dtype(path, peft_config, args)
+    with loading(path):
+        return load_causal_lm(path, init_kwargs, args.trust_remote_code, dtype)
+
+
+def _with_adapter(model: Any, peft_config: Any) -> nn.Module:
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        # Trainer turns checkpointing on, as the run asks for it
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    with adapting():
+        return get_peft_model(model, copy.deepcopy(peft_config))  # it writes into it
+
+
+def _check_adapter(model: Any) -> None:
+    if model.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            "Adapters with virtual tokens (prompt and prefix tuning) are not supported: with padding their tokens get "
+            "other positions than without. Use LoRA."
+        )
+    check_unmerged(model)
 
 
 def policy_dtype(path: str, peft_config: Any, args: OnlineDPOConfig) -> str | torch.dtype:
@@ -128,29 +140,38 @@ def build_reference(ref_model: Any, policy: nn.Module, args: OnlineDPOConfig) ->
     """
     if args.reference_free:
         return NoReference()
+    if ref_model is not None:
+        return _own_model(_given_reference(ref_model, policy, args), policy, args, "a model given separately")
+    if args.sync_ref_model and is_peft_model_object(policy):
+        raise ValueError(
+            "`sync_ref_model` needs a reference with weights of its own, and with an adapter the reference is the "
+            "policy without it. Train all weights, or leave it off."
+        )
+    if is_peft_model_object(policy):
+        return _reference_without_adapter(policy, args)
+    copy = frozen_copy(policy)
+    if not args.sync_ref_model:  # one that follows is mixed in fp32
+        hold_linears(copy, args)
+    return _own_model(to_device(copy, args.device), policy, args, "a frozen copy of the policy")
+
+
+def _given_reference(ref_model: Any, policy: nn.Module, args: OnlineDPOConfig) -> nn.Module:
+    """The reference that the user gave, loaded if given by name, ready to read rows on the device."""
     if isinstance(ref_model, str):
         init_kwargs: Any = args.model_init_kwargs
         with loading(ref_model):
             ref_model = load_causal_lm(ref_model, init_kwargs, args.trust_remote_code, unwrapped(policy).dtype)
         if not args.sync_ref_model:
             hold_linears(ref_model, args)
-    elif ref_model is not None:
+    else:
         warn_of_other_dtype(ref_model, policy)
-    if ref_model is not None:
-        check_room(ref_model, longest_sequence(args), "ref_model")
-        enable_logprobs(ref_model)
-        _prepare_attention(ref_model, args)
-        return _own_model(to_device(ref_model, args.device), policy, args, "a model given separately")
-    if args.sync_ref_model and is_peft_model_object(policy):
-        raise ValueError(
-            "`sync_ref_model` needs a reference with weights of its own, and with an adapter the reference is the "
-            "policy without it. Train all weights, or leave it off."
-        )
-    if not is_peft_model_object(policy):
-        copy = frozen_copy(policy)
-        if not args.sync_ref_model:  # one that follows is mixed in fp32
-            hold_linears(copy, args)
-        return _own_model(to_device(copy, args.device), policy, args, "a frozen copy of the policy")
+    check_room(ref_model, longest_sequence(args), "ref_model")
+    enable_logprobs(ref_model)
+    _prepare_attention(ref_model, args)
+    return to_device(ref_model, args.device)
+
+
+def _reference_without_adapter(policy: nn.Module, args: OnlineDPOConfig) -> Reference:
     with mixed_precision(args):
         changed = adapter_changes_output(policy)
     if changed:

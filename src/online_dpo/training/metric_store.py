@@ -13,6 +13,8 @@ import torch
 from online_dpo.distributed.collectives import from_every_rank
 
 Value = torch.Tensor | Iterable[float] | float
+Collected = tuple[dict[str, tuple[float, float]], dict[str, float], dict[str, float]]
+"""What one rank collected, by name: sums with their counts, totals, largest values."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,7 @@ class MetricStore:
         """The mean over all ranks of what was added under this name, which is then forgotten; ``None`` if that was
         nothing. A collective operation.
         """
-        mine = float(self._sums.pop(name, 0.0)), float(self._counts.pop(name, 0.0))
-        parts = from_every_rank(mine)
+        parts = from_every_rank((float(self._sums.pop(name, 0.0)), float(self._counts.pop(name, 0.0))))
         count = sum(part[1] for part in parts)
         return sum(part[0] for part in parts) / count if count else None
 
@@ -89,24 +90,31 @@ class MetricStore:
 
     def drain(self) -> dict[str, float]:
         """Every metric over all ranks. A collective operation: every rank calls it at the same time."""
-        mine = (
+        own = (
             {name: (float(value), float(self._counts[name])) for name, value in self._sums.items()},
             dict(self._totals),
             {name: float(value) for name, value in self._largest.items()},
         )
         for collected in (self._sums, self._counts, self._totals, self._largest):
             collected.clear()
-        sums: dict[str, float] = defaultdict(float)
-        counts: dict[str, float] = defaultdict(float)
-        totals: dict[str, float] = defaultdict(float)
-        largest: dict[str, float] = {}
-        for rank_means, rank_totals, rank_largest in from_every_rank(mine):
-            for name, (value, count) in rank_means.items():
-                sums[name] += value
-                counts[name] += count
-            for name, amount in rank_totals.items():
-                totals[name] += amount
-            for name, value in rank_largest.items():
-                largest[name] = max(value, largest.get(name, -math.inf))
-        means = {name: sums[name] / counts[name] for name in sums if counts[name]}
-        return means | dict(totals) | largest
+        return _reduced(from_every_rank(own))
+
+
+def _reduced(
+    ranks: Iterable[tuple[dict[str, tuple[float, float]], dict[str, float], dict[str, float]]],
+) -> dict[str, float]:
+    """What every rank collected as one metric a name: means of (sum, count), sums of totals, the largest value."""
+    sums: dict[str, float] = defaultdict(float)
+    counts: dict[str, float] = defaultdict(float)
+    totals: dict[str, float] = defaultdict(float)
+    largest: dict[str, float] = {}
+    for rank_means, rank_totals, rank_largest in ranks:
+        for name, (value, count) in rank_means.items():
+            sums[name] += value
+            counts[name] += count
+        for name, amount in rank_totals.items():
+            totals[name] += amount
+        for name, value in rank_largest.items():
+            largest[name] = max(value, largest.get(name, -math.inf))
+    means = {name: sums[name] / counts[name] for name in sums if counts[name]}
+    return means | dict(totals) | largest

@@ -20,19 +20,24 @@ def record_rollout(store: MetricStore, groups: list[Group], assessment: Scores |
     """
     everything = [completion for group in groups for completion in group.completions]
     store.total("completion_tokens", sum(len(c.token_ids) for c in everything))
-    completions = [completion for completion in everything if completion.by_policy]
-    theirs = [completion for completion in everything if not completion.by_policy]
-    store.mean("opponent/mean_length", [float(len(c.token_ids)) for c in theirs])
-    store.mean("sampling/staleness", [float(version - c.policy_version) for c in completions])
-    lengths = [float(len(c.token_ids)) for c in completions]
-    store.mean("completions/mean_length", lengths)
-    store.mean("completions/clipped_ratio", [float(c.finish_reason == "length") for c in completions])
-    store.mean("val/contain_eos_token", [float(c.finish_reason == "stop") for c in completions])
+    opponents = [completion for completion in everything if not completion.by_policy]
+    store.mean("opponent/mean_length", [float(len(c.token_ids)) for c in opponents])
+    _record_completions(store, [completion for completion in everything if completion.by_policy], version)
     if isinstance(assessment, Verdicts):
         _record_comparisons(store, assessment)
     scores = assessment.scores if isinstance(assessment, Verdicts) else assessment
-    if scores is None:
-        return
+    if scores is not None:
+        _record_scores(store, groups, scores)
+
+
+def _record_completions(store: MetricStore, completions: list[Completion], version: int) -> None:
+    store.mean("sampling/staleness", [float(version - c.policy_version) for c in completions])
+    store.mean("completions/mean_length", [float(len(c.token_ids)) for c in completions])
+    store.mean("completions/clipped_ratio", [float(c.finish_reason == "length") for c in completions])
+    store.mean("val/contain_eos_token", [float(c.finish_reason == "stop") for c in completions])
+
+
+def _record_scores(store: MetricStore, groups: list[Group], scores: Scores) -> None:
     store.mean("objective/scores", _present(scores.values, groups))
     store.mean("opponent/scores", _present(scores.values, groups, by_policy=False))
     for name, values in scores.by_scorer.items():
@@ -112,28 +117,35 @@ def record_loss(
     real_N = rows.weight_N > 0
     if not real_N.any():
         return
-    chosen_N, rejected_N = rows.chosen_N[real_N], rows.rejected_N[real_N]
-    used_S = _own_completions(rows)
+    store.mean("loss", loss_N[real_N])
+    _record_policy(store, rows, policy)
+    if reference is not None:
+        _record_rewards(store, rows, beta * (policy.logps_S.detach() - reference.logps_S))
+        store.mean("objective/kl", trained_kl(rows, policy, reference))
+
+
+def _record_policy(store: MetricStore, rows: PackedRows, policy: RowLogprobs) -> None:
+    real_N, used_S = rows.weight_N > 0, _own_completions(rows)
     own_M = rows.by_policy_S.repeat_interleave(rows.length_S)
     logps_S = policy.logps_S.detach()
-    store.mean("loss", loss_N[real_N])
-    store.mean("logps/chosen", logps_S[chosen_N])
-    store.mean("logps/rejected", logps_S[rejected_N])
+    store.mean("logps/chosen", logps_S[rows.chosen_N[real_N]])
+    store.mean("logps/rejected", logps_S[rows.rejected_N[real_N]])
     store.mean("objective/entropy", -logps_S[used_S])
     store.mean("objective/token_entropy", policy.entropy_M[own_M])
     gap_M = (policy.token_logps_M.detach() - rows.sampled_logps_M)[own_M].abs()
     store.mean("sampling/sampling_logp_difference/mean", gap_M)
     store.largest("sampling/sampling_logp_difference/max", gap_M)
-    if reference is None:
-        return
-    kl_S = logps_S - reference.logps_S
-    rewards_S = beta * kl_S
-    margin_N = rewards_S[chosen_N] - rewards_S[rejected_N]
-    store.mean("rewards/chosen", rewards_S[chosen_N])
-    store.mean("rewards/rejected", rewards_S[rejected_N])
+
+
+def _record_rewards(store: MetricStore, rows: PackedRows, rewards_S: torch.Tensor) -> None:
+    """What is relative to the reference; ``rewards_S`` are DPO's implicit rewards."""
+    real_N, used_S = rows.weight_N > 0, _own_completions(rows)
+    chosen_N, rejected_N = rewards_S[rows.chosen_N[real_N]], rewards_S[rows.rejected_N[real_N]]
+    margin_N = chosen_N - rejected_N
+    store.mean("rewards/chosen", chosen_N)
+    store.mean("rewards/rejected", rejected_N)
     store.mean("rewards/margins", margin_N)
     store.mean("rewards/accuracies", (margin_N > 0).double())
-    store.mean("objective/kl", kl_S[used_S])
     store.mean("objective/non_score_reward", -rewards_S[used_S])
     scored_S = used_S[~rows.score_S[used_S].isnan()]  # all of them, or with a judge alone none
     store.mean("objective/trained_scores", rows.score_S[scored_S])

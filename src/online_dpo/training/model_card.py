@@ -89,19 +89,11 @@ def write_model_card(
         base_model: hub name of the base model; by default the one that the policy was loaded from.
         metadata: more fields of `huggingface_hub.ModelCardData`.
     """
-    base = unwrapped(policy)
-    source = str(base.config._name_or_path)
-    is_folder = Path(source).is_dir()  # the card shows only its name, never the path on this machine
-    data = ModelCardData(
-        library_name="peft" if base is not policy else "transformers",
-        base_model=base_model or (source if source and not is_folder else None),
-        tags=list(dict.fromkeys(["online-dpo", "dpo", "generated-from-trainer", *tags])),
-        **{name: value for name, value in metadata.items() if value},
-    )
+    data = _card_data(policy, tags, base_model, metadata)
     output_dir = Path(str(args.output_dir))
     text = TEXT.format(
         name=name or args.hub_model_id or output_dir.name,
-        policy=f"{Path(source).name or 'given as an object'} ({base.config.model_type})",
+        policy=_describe(policy),
         reference=reference,
         feedback=feedback,
         steps=state.global_step,
@@ -114,6 +106,25 @@ def write_model_card(
     )
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n\n{text}", encoding="utf-8")
+
+
+def _card_data(policy: nn.Module, tags: Sequence[str], base_model: str | None, more: dict[str, Any]) -> ModelCardData:
+    """The head of the card, which the hub reads. It never shows a path on this machine."""
+    base = unwrapped(policy)
+    source = str(base.config._name_or_path)
+    is_folder = Path(source).is_dir()
+    return ModelCardData(
+        library_name="peft" if base is not policy else "transformers",
+        base_model=base_model or (source if source and not is_folder else None),
+        tags=list(dict.fromkeys(["online-dpo", "dpo", "generated-from-trainer", *tags])),
+        **{name: value for name, value in more.items() if value},
+    )
+
+
+def _describe(policy: nn.Module) -> str:
+    """The name and the type of the policy; of a folder only its name."""
+    config = unwrapped(policy).config
+    return f"{Path(str(config._name_or_path)).name or 'given as an object'} ({config.model_type})"
 
 
 def as_list(value: str | list[str] | None) -> list[str]:

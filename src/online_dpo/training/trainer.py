@@ -309,21 +309,23 @@ class OnlineDPOTrainer(GuardedTrainer):
         logger.info("***** Running %s: batch size %d *****", description, self.args.eval_batch_size)
         model = self._wrap_model(self.model, training=False)  # pyright: ignore[reportArgumentType]
         loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
-        own_metrics = named_metrics(self.compute_metrics, lambda: self.state.global_step)
-        found = Predictions(self.args, own_metrics, loss_only)
+        users_metrics = named_metrics(self.compute_metrics, lambda: self.state.global_step)
+        predictions = Predictions(self.args, users_metrics, loss_only)
         self.callback_handler.eval_dataloader = dataloader  # pyright: ignore[reportAttributeAccessIssue]
         with eval_mode(model), self.evaluation_weights(), noting() as notes:
-            batches = iter(dataloader)
-            while (batch := self.errors.run(partial(_next_batch, batches))) is not None:
-                prompts = [prompt for prompt in prompts_from_batch(batch) if prompt.invalid is None]
-                own = self.errors.run(partial(self.evaluator.evaluate, model, prompts, self.collector.sync))
-                records = samples_of_every_rank(self.accelerator, own)
-                is_last = self.accelerator.gradient_state.end_of_dataloader
-                self.errors.run(partial(found.add, records, is_last))
-                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        records, own_values = found.records, self.errors.run(found.metrics)
-        metrics = in_order({**mean_notes(from_every_rank(notes)), **summarise(records), **own_values})
-        return EvalLoopOutput(*found.arrays(), prefixed(metrics, metric_key_prefix), num_samples=len(records))
+            self._evaluate_batches(model, iter(dataloader), predictions)
+        records, values = predictions.records, self.errors.run(predictions.metrics)
+        metrics = in_order({**mean_notes(from_every_rank(notes)), **summarise(records), **values})
+        return EvalLoopOutput(*predictions.arrays(), prefixed(metrics, metric_key_prefix), num_samples=len(records))
+
+    def _evaluate_batches(self, model: nn.Module, batches: Iterator[dict[str, Any]], predictions: Predictions) -> None:
+        while (batch := self.errors.run(partial(_next_batch, batches))) is not None:
+            prompts = [prompt for prompt in prompts_from_batch(batch) if prompt.invalid is None]
+            own = self.errors.run(partial(self.evaluator.evaluate, model, prompts, self.collector.sync))
+            records = samples_of_every_rank(self.accelerator, own)
+            is_last = self.accelerator.gradient_state.end_of_dataloader
+            self.errors.run(partial(predictions.add, records, is_last))
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
     def _losses_of(
         self, model: nn.Module, groups: Sequence[Group], pairs: Sequence[Pair]

@@ -117,6 +117,9 @@ class EvalChecker(RunChecker):
                 yield f"{self._where(name)}: `{name}` is {self.values[name]}; wanted: 1 or more."
         if self.values.get("greedy") and self.values.get("samples", 1) > 1:
             yield f"{self._where('samples')}: `samples` is above 1, but with `greedy` all answers are the same."
+        yield from self._files()
+
+    def _files(self) -> Iterator[str]:
         for name in ("json", "output"):
             if self._given(name) and not Path(self.values[name]).expanduser().absolute().parent.is_dir():
                 yield f"{self._where(name)}: `{name}`: there is no folder {Path(self.values[name]).parent}."

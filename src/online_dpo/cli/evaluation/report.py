@@ -84,6 +84,11 @@ def run_evaluation(plan: EvalPlan, *, show_traceback: bool) -> int:
         if plan.options.output is not None:
             print(f"The answers, without scores, are in {plan.options.output}", file=sys.stderr)
         return 1
+    _report(plan, figures, results)
+    return 0
+
+
+def _report(plan: EvalPlan, figures: dict[str, Any], results: Sequence[PromptResult]) -> None:
     report(Console(), figures)
     if _write(plan.options.json, [json.dumps(figures, indent=2)]):
         print(f"Figures written to {plan.options.json}")
@@ -91,7 +96,6 @@ def run_evaluation(plan: EvalPlan, *, show_traceback: bool) -> int:
         print(f"Answers written to {plan.options.output}")
     if plan.trained_on:
         print(f"warning: {TRAINED_ON}", file=sys.stderr)
-    return 0
 
 
 def set_up(plan: EvalPlan) -> Setup:

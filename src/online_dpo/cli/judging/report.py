@@ -49,12 +49,8 @@ def judge_pairs(pairs: Sequence[LabelledPair], chosen: BuiltInJudge, output: Pat
     except (ValueError, OSError) as problem:
         print(f"error: {error_text(problem)}", file=sys.stderr)
         return 2
-    preferences: list[float | None] = []
     try:
-        for start in range(0, len(pairs), PAIRS_AT_ONCE):
-            preferences += _prefer(judge, pairs[start : start + PAIRS_AT_ONCE])
-            if len(pairs) > PAIRS_AT_ONCE:
-                print(f"{len(preferences)} of {len(pairs)}", file=sys.stderr)
+        preferences = _prefer_all(judge, pairs)
     except ScoringError as problem:
         print(f"error: {error_text(problem)}", file=sys.stderr)
         return 1
@@ -92,13 +88,24 @@ def report(
 ) -> list[str]:
     """The lines of the report: counts, agreement with labels, position bias, the judge's metrics, conclusions."""
     answered = sum(preference is not None for preference in preferences)
-    rows = {"pairs": f"{len(pairs)}, of which {answered} have a preference"}
     with_labels = agreement(pairs, preferences)
+    rows = {"pairs": f"{len(pairs)}, of which {answered} have a preference"}
     if with_labels is not None:
         rows["agreement with labels"] = (
             f"{with_labels.share:.3f}, 95 % interval {with_labels.low:.3f} to {with_labels.high:.3f}, "
             f"{with_labels.count} labels"
         )
+    rows |= _metric_rows(metrics)
+    width = max(map(len, rows))
+    lines = [f"Judge {name}", *(f"  {heading:<{width}}  {text}" for heading, text in rows.items())]
+    if answered == 0:
+        return lines
+    unanswered, bias = 1 - answered / len(pairs), metrics.get("judge/position_bias")
+    return [*lines, *judge_conclusion(None if with_labels is None else asdict(with_labels), unanswered, bias)]
+
+
+def _metric_rows(metrics: dict[str, float]) -> dict[str, str]:
+    rows = {}
     if "judge/position_bias" in metrics:
         rows["preference for the first place"] = f"{metrics['judge/position_bias']:.3f} (fair: 0.5)"
     if "judge/disagreement_rate" in metrics:
@@ -106,12 +113,16 @@ def report(
     for metric, value in metrics.items():
         if metric not in ("judge/position_bias", "judge/disagreement_rate"):
             rows[metric.removeprefix("judge/").replace("_", " ")] = number(value)
-    width = max(map(len, rows))
-    lines = [f"Judge {name}", *(f"  {heading:<{width}}  {text}" for heading, text in rows.items())]
-    if answered == 0:
-        return lines
-    unanswered, bias = 1 - answered / len(pairs), metrics.get("judge/position_bias")
-    return [*lines, *judge_conclusion(None if with_labels is None else asdict(with_labels), unanswered, bias)]
+    return rows
+
+
+def _prefer_all(judge: LLMJudge | PairwiseModelJudge, pairs: Sequence[LabelledPair]) -> list[float | None]:
+    preferences: list[float | None] = []
+    for start in range(0, len(pairs), PAIRS_AT_ONCE):
+        preferences += _prefer(judge, pairs[start : start + PAIRS_AT_ONCE])
+        if len(pairs) > PAIRS_AT_ONCE:
+            print(f"{len(preferences)} of {len(pairs)}", file=sys.stderr)
+    return preferences
 
 
 def _prefer(judge: LLMJudge | PairwiseModelJudge, pairs: Sequence[LabelledPair]) -> list[float | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,18 +107,23 @@ def read_values(
     for name, entry in entries.items():
         spec = specs.get(name)
         if spec is None:
-            nested = [key for key in _keys(entry.value) if key in specs or key in called_here]
-            hint = hint_for(name, specs, called_here) or f" See: {help_command}"
-            if nested:
-                here = nested[0] if nested[0] in specs else called_here[nested[0]]
-                hint = f" Fields are not nested: write `{here}: ...` at the left margin."
-            problems.append(f"{entry.where}: `{name}` is not a field.{hint}")
+            hint = _nested_hint(entry, specs, called_here) or hint_for(name, specs, called_here)
+            problems.append(f"{entry.where}: `{name}` is not a field.{hint or f' See: {help_command}'}")
             continue
         try:
             values[name] = entry_value(spec, entry)
         except BadValue as problem:
             problems.append(f"{entry.where}: `{name}` {problem}")
     return values
+
+
+def _nested_hint(entry: Entry, specs: Collection[str], called_here: Mapping[str, str]) -> str:
+    """A hint if fields stand inside of an unknown one, else nothing."""
+    nested = [key for key in _keys(entry.value) if key in specs or key in called_here]
+    if not nested:
+        return ""
+    here = nested[0] if nested[0] in specs else called_here[nested[0]]
+    return f" Fields are not nested: write `{here}: ...` at the left margin."
 
 
 def _keys(value: Any) -> Iterator[str]:

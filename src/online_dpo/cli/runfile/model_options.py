@@ -54,8 +54,13 @@ def model_problems(values: Mapping[str, Any], is_trained: bool) -> Iterator[tupl
         if needs is not None and needs.missing:
             yield "attn_implementation", f"{attention!r} needs {needs.missing[0]}. Install it with: {needs.install}"
     quantised = [name for name in QUANTISATION if values.get(name)]
-    if not quantised:
-        return
+    if quantised:
+        yield from _quantisation_problems(quantised, values, given, is_trained)
+
+
+def _quantisation_problems(
+    quantised: list[str], values: Mapping[str, Any], given: Mapping[str, Any], is_trained: bool
+) -> Iterator[tuple[str, str]]:
     if len(quantised) == 2:
         yield quantised[0], "is given beside `load_in_8bit`. Give one of them."
     if "quantization_config" in given:

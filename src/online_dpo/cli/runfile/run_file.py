@@ -72,7 +72,11 @@ def plan_run(run_file: Path | None, override_words: Sequence[str]) -> RunPlan:
     problems.extend(checker.problems())
     if problems:
         raise UsageError(problems)
-    own = {field.name for field in fields(RunConfig)}
+    return _plan(checker)
+
+
+def _plan(checker: RunChecker) -> RunPlan:
+    values, own = checker.values, {field.name for field in fields(RunConfig)}
     if options := model_init_kwargs(values):
         values["model_init_kwargs"] = options
     return RunPlan(
@@ -108,9 +112,7 @@ class RunChecker:
             if self._given(name):
                 yield from self._input_path(name)
         yield from self._scorers()
-        for name in COUNTS:
-            if self._given(name) and self.values[name] < 1:
-                yield f"{self._where(name)}: `{name}` is {self.values[name]}; wanted: 1 or more."
+        yield from self._counts()
         for name, problem in (*model_problems(self.values, is_trained=True), *out_of_range(self.values)):
             yield f"{self._where(name)}: `{name}` {problem}"
         yield from self._output()
@@ -121,6 +123,11 @@ class RunChecker:
             yield f"{where}: `dataset_streaming` needs `max_steps`: a stream has no known length."
         for name, problem in requirements.problems(self.values):
             yield f"{self._where(name)}: {problem}"
+
+    def _counts(self) -> Iterator[str]:
+        for name in COUNTS:
+            if self._given(name) and self.values[name] < 1:
+                yield f"{self._where(name)}: `{name}` is {self.values[name]}; wanted: 1 or more."
 
     def warnings(self) -> Iterator[str]:
         """Yield a line for each field that is ignored or likely to be a mistake."""

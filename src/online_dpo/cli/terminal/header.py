@@ -40,13 +40,17 @@ def describe_plan(plan: RunPlan) -> Iterator[str]:
     yield line("reference", _reference(plan, settings))
     yield line("engine", _engine(settings))
     yield line("batch", _batch(settings, processes))
+    yield from _extent(settings, given.get("resume_from_checkpoint"))
+
+
+def _extent(settings: dict[str, Any], checkpoint: str | bool | None) -> Iterator[str]:
+    """The lines that say how long the run is, where it writes and what it resumes."""
     if settings["max_steps"] > 0:
         yield line("steps", count(settings["max_steps"]))
     else:
         yield line("epochs", f"{settings['num_train_epochs']:g}")
     yield line("output", settings["output_dir"] or "trainer_output")
-    if given.get("resume_from_checkpoint"):
-        checkpoint = given["resume_from_checkpoint"]
+    if checkpoint:
         yield line("resumes", "the last checkpoint in the output folder" if checkpoint is True else checkpoint)
 
 

@@ -41,6 +41,12 @@ def describe_trainer(trainer: OnlineDPOTrainer) -> Iterator[str]:
     dtypes = {str(p.dtype).removeprefix("torch."): None for p in policy.parameters()}
     mixed = f", computed in {args.mixed_precision}" if args.mixed_precision != "no" else ""
     yield line("parameters", f"{count(total_size)}, {share}; {' and '.join(dtypes)}{mixed} on {args.device}")
+    yield from _prompts(trainer)
+    yield line("reference", trainer.reference.description)
+
+
+def _prompts(trainer: OnlineDPOTrainer) -> Iterator[str]:
+    args = trainer.args
     if isinstance(trainer.train_dataset, Dataset):
         total, steps = len(trainer.train_dataset), args.max_steps
         prompts_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -52,7 +58,6 @@ def describe_trainer(trainer: OnlineDPOTrainer) -> Iterator[str]:
         if isinstance(dataset, Dataset):
             rest = name.removeprefix("eval_dataset").strip("['\"]")
             yield line("evaluation", f"{count(len(dataset))}{_cut(dataset)}{rest and f' of {rest}'}")
-    yield line("reference", trainer.reference.description)
 
 
 def _cut(dataset: Dataset) -> str:

@@ -53,19 +53,25 @@ def score_groups(
     values = _sums(groups, raw, weights, penalties)
     normalized = None
     if any(kind == "group" for kind in kinds):
-        relative = [
-            [_z_scores(row) for row in scores] if kind == "group" else scores
-            for scores, kind in zip(raw, kinds, strict=True)
-        ]
-        normalized = [
-            [None if value is None else score for value, score in zip(reported, row, strict=True)]
-            for reported, row in zip(values, _sums(groups, relative, weights, penalties), strict=True)
-        ]
+        relative = [_normalized(scores, kind) for scores, kind in zip(raw, kinds, strict=True)]
+        normalized = _where_reported(values, _sums(groups, relative, weights, penalties))
     by_scorer = {
         name: [[_finite(value) for value in row] for row in scores]
         for name, scores in zip(unique_names(scorers), raw, strict=True)
     }
     return Scores(values, by_scorer, normalized)
+
+
+def _normalized(scores: Values, kind: str) -> Values:
+    return [_z_scores(row) for row in scores] if kind == "group" else scores
+
+
+def _where_reported(reported: Values, normalized: Values) -> Values:
+    """The normalized sums, ``None`` where the reported one is missing."""
+    return [
+        [None if value is None else score for value, score in zip(row, normalized_row, strict=True)]
+        for row, normalized_row in zip(reported, normalized, strict=True)
+    ]
 
 
 def _sums(

@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from online_dpo.config.llm_judge import in_own_network
 from online_dpo.errors import FeedbackStopped, ScoringError, named_error
@@ -22,6 +22,9 @@ from online_dpo.scoring.accounting import FailureWindow
 from online_dpo.scoring.protocols import describe, regroup
 from online_dpo.scoring.retries import BUSY, FIRST_PAUSE, LONGEST_PAUSE
 from online_dpo.types import Completion, Group, Prompt
+
+if TYPE_CHECKING:
+    from tenacity import Retrying
 
 REFUSED = (401, 402, 404, 405)  # no key, no money, no such address or method: no completion will be scored
 CHUNK_BYTES = 1 << 16
@@ -115,6 +118,18 @@ class HTTPReward:
 
     def _score_batch(self, samples: list[tuple[Prompt, Completion]]) -> tuple[list[float | None], str | None]:
         """The scores of a batch, and the cause if they are missing."""
+        body: dict[str, Any] = {
+            "prompts": [prompt.content for prompt, _ in samples],
+            "completions": [completion.text for _, completion in samples],
+            **{column: [prompt.columns.get(column) for prompt, _ in samples] for column in self.columns},
+        }
+        try:
+            response = self._retrying()(self._post, json.dumps(body, default=self._as_json).encode())
+        except _RequestFailed as error:
+            return [math.nan] * len(samples), str(error)
+        return self._checked_scores(response, len(samples)), None
+
+    def _retrying(self) -> Retrying:
         from tenacity import (
             Retrying,
             retry_if_exception_type,
@@ -123,22 +138,12 @@ class HTTPReward:
             wait_random_exponential,
         )
 
-        body: dict[str, Any] = {
-            "prompts": [prompt.content for prompt, _ in samples],
-            "completions": [completion.text for _, completion in samples],
-            **{column: [prompt.columns.get(column) for prompt, _ in samples] for column in self.columns},
-        }
-        retrying = Retrying(
+        return Retrying(
             retry=retry_if_exception_type(_TemporaryFailure),
             stop=stop_after_attempt(self.attempts),
             wait=wait_exponential(FIRST_PAUSE, LONGEST_PAUSE) + wait_random_exponential(FIRST_PAUSE, LONGEST_PAUSE),
             reraise=True,
         )
-        try:
-            response = retrying(self._post, json.dumps(body, default=self._as_json).encode())
-        except _RequestFailed as error:
-            return [math.nan] * len(samples), str(error)
-        return self._checked_scores(response, len(samples)), None
 
     def _post(self, data: bytes) -> Any:
         """Send one request and return the parsed response."""
@@ -149,12 +154,7 @@ class HTTPReward:
         try:
             request = urllib.request.Request(self.url, data, headers)
             with self._opener.open(request, timeout=self.timeout) as response:
-                content = b""
-                # The socket's own time-out starts again with each chunk, so the total is measured here.
-                while chunk := response.read1(CHUNK_BYTES):
-                    content += chunk
-                    if time.monotonic() > end:
-                        raise TimeoutError("the answer arrives too slowly")
+                content = _read_until(end, response)
             return json.loads(content)
         except urllib.error.HTTPError as error:
             cause = self._clean(f"status {error.code}: {error.read(2000).decode(errors='replace') or error.reason}")
@@ -191,3 +191,18 @@ class HTTPReward:
         if self.api_key_env is not None:
             text = text.replace(os.environ[self.api_key_env], "***")
         return " ".join(text.split())[:300]
+
+
+def _read_until(end: float, response: http.client.HTTPResponse) -> bytes:
+    """Reads a response to its end.
+
+    Raises:
+        TimeoutError: it had not come by ``end``.
+    """
+    content = b""
+    # The socket's own time-out starts again with each chunk, so the total is measured here.
+    while chunk := response.read1(CHUNK_BYTES):
+        content += chunk
+        if time.monotonic() > end:
+            raise TimeoutError("the answer arrives too slowly")
+    return content

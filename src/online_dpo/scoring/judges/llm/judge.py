@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Awaitable, Coroutine, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
@@ -183,18 +183,21 @@ class LLMJudge(PreferenceJudge):
                 self._statistics.add("cached")
             else:
                 async with self._connected().slots:
-                    task = asyncio.ensure_future(
-                        self._ask_and_cache(key, template.fill(rubric, prompt, first, second), temperature)
-                    )
-                    self._in_flight.add(task)
-                    task.add_done_callback(self._in_flight.discard)
-                    answer = await asyncio.shield(task)
+                    question = template.fill(rubric, prompt, first, second)
+                    answer = await self._shielded(self._ask_and_cache(key, question, temperature))
         if answer is None:
             return None
         if answer.p_first is None:
             self._statistics.add("unparsable")
             return None
         return Verdict(answer.p_first, answer.final)
+
+    async def _shielded(self, question: Coroutine[Any, Any, Answer | None]) -> Answer | None:
+        """The answer to a question that goes on when this one is cancelled (see `_finish_in_flight`)."""
+        task = asyncio.ensure_future(question)
+        self._in_flight.add(task)
+        task.add_done_callback(self._in_flight.discard)
+        return await asyncio.shield(task)
 
     async def _ask_and_cache(self, key: str, question: str, temperature: float) -> Answer | None:
         answer = await self._ask(question, temperature)
