@@ -16,7 +16,7 @@ from online_dpo.rollout.opponent import SelfPlay
 from online_dpo.rollout.params import SamplingParams
 from online_dpo.rollout.sampler import Sampler
 from online_dpo.rollout.sync_check import SyncCheck
-from online_dpo.scoring.assess import Assessor
+from online_dpo.scoring.assess import AssessmentOptions, Assessor
 from online_dpo.scoring.rewards.function import FunctionScorer
 from online_dpo.training.collector import FeedbackCollector
 from online_dpo.training.metric_store import MetricStore
@@ -36,7 +36,9 @@ def sampler(args, model=None, **changes):
     params = SamplingParams.from_config(args, (tiny.EOS,))
     vocabulary = VocabularyCheck({"the policy": embedding_rows(model)})
     autocast = Accelerator(cpu=True).autocast
-    return Sampler(model, engine, params, vocabulary, SyncCheck(CPU, 0), args.seed, **{"autocast": autocast, **changes})
+    return Sampler(
+        model, engine, params, vocabulary, SyncCheck(CPU, 0), lambda: args.seed, **{"autocast": autocast, **changes}
+    )
 
 
 def words(name="words", function=word_reward):
@@ -66,7 +68,9 @@ class Run:
         self.state = TrainerState(global_step=0, max_steps=self.args.max_steps)
         self.metrics = MetricStore()
         self.sampler = sampler(self.args)
-        self.assessor = Assessor.from_config([words()] if scorers is None else scorers, None, self.args)
+        self.assessor = Assessor(
+            [words()] if scorers is None else scorers, None, lambda: AssessmentOptions.from_config(self.args)
+        )
         run = context(self.metrics, lambda: self.state)
         former = pair_former(self.args)
         self.collector = FeedbackCollector(self.args, self.sampler, SelfPlay(), self.assessor, former, run)

@@ -19,3 +19,7 @@ def __getattr__(name: str) -> Any:
     from online_dpo.config.trainer_config import OnlineDPOConfig
 
     return OnlineDPOConfig
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -6,7 +6,7 @@ A group checks its own fields in its own file. Nothing heavy may be imported her
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from online_dpo.config.field_specs import specs_of
@@ -16,8 +16,11 @@ EPOCH_FIELDS = ("beta", "xpo_alpha", "mixture_coef")
 """Fields that may hold a number for each epoch."""
 
 
-def check_choices(args: object) -> None:
+def check_choices(args: object, unread: Collection[str] = ()) -> None:
     """Check every field whose type is a ``Literal``, or may be a list of its values.
+
+    Args:
+        unread: fields that nothing will read, whatever they hold.
 
     Raises:
         ValueError: a field, or an item of its list, is none of its choices.
@@ -25,7 +28,7 @@ def check_choices(args: object) -> None:
     for spec in specs_of(type(args)).values():
         value = getattr(args, spec.name)
         may_be_unset = "None" in spec.annotation
-        if spec.choices and not (value is None and may_be_unset):
+        if spec.name not in unread and spec.choices and not (value is None and may_be_unset):
             check_choice(spec.name, value, known_names(spec.name, spec.choices))
 
 

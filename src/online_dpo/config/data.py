@@ -44,4 +44,4 @@ def check_data(args: DataFields) -> None:
         ValueError: a number is out of range.
     """
     processes = args.dataset_num_proc
-    check_numbers(args, [(processes is None or processes >= 1, "dataset_num_proc", "at least 1")])
+    check_numbers(args, [(processes is None or processes >= 0, "dataset_num_proc", "0 or more")])

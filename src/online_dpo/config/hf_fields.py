@@ -15,13 +15,20 @@ from torch import nn
 from transformers import GenerationConfig, Trainer, TrainingArguments, get_scheduler
 
 from online_dpo.config.checking import check_choice, check_numbers
-from online_dpo.config.hf_ranges import out_of_range
+from online_dpo.config.hf_ranges import RANGES, out_of_range
 from online_dpo.config.requirements import problems
 from online_dpo.distributed.processes import SLURM, start_alone, started_together
 from online_dpo.foreign import foreign
 
 OPTIMIZERS_OF_A_MODEL = ("galore", "apollo")
 """What the names of optimizers begin with that cannot be made without the model's layers."""
+NEVER_UNSET = (
+    "max_grad_norm",
+    "gradient_accumulation_steps",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+)
+"""Numbers that a run computes with before transformers has looked at them."""
 STEPS = 100
 """Steps of the run that a schedule is tried with; schedules go by shares of it."""
 
@@ -41,6 +48,9 @@ def check_names(args: TrainingArguments) -> None:
     backends = tuple(backend.value.lower() for backend in DynamoBackend)
     if args.torch_compile_backend is not None:
         check_choice("torch_compile_backend", args.torch_compile_backend, backends)
+    for name in NEVER_UNSET:
+        if not isinstance(value := getattr(args, name), (int, float)):
+            raise ValueError(f"`{name}` must be {RANGES[name].wanted}; it is {value!r}.")
     for name, problem in out_of_range(vars(args)):
         raise ValueError(f"`{name}` {problem}")
 

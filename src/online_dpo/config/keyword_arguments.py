@@ -17,8 +17,9 @@ def names_unknown_arguments(hint: Hint) -> Callable[[Class], Class]:
     def decorate(cls: Class) -> Class:
         def new(made: type, *args: Any, **kwargs: Any) -> Any:
             check_keywords(made, kwargs, hint)
-            return object.__new__(made)
+            return super(cls, made).__new__(made)
 
+        new.__signature__ = inspect.signature(cls.__init__)  # pyright: ignore[reportFunctionMemberAccess]
         cls.__new__ = new  # pyright: ignore[reportAttributeAccessIssue]
         return cls
 

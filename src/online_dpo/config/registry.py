@@ -34,7 +34,7 @@ class _Entry(Generic[T]):
 
     thing: T
     place: str
-    definition: str | None
+    definition: set[str]
     traits: frozenset[str]
 
 
@@ -63,11 +63,13 @@ class Registry(Collection[str], Generic[T]):
         To be called by the function that a user calls, whose line is the place that messages name.
         """
         frame = inspect.stack(0)[2].frame
-        place, module = f"{frame.f_code.co_filename}:{frame.f_lineno}", frame.f_globals["__name__"]
+        file, module = frame.f_code.co_filename, frame.f_globals["__name__"]
+        place = f"{file}:{frame.f_lineno}"
 
         def register(decorated: Decorated) -> Decorated:
             named = inspect.isclass(decorated) or inspect.isroutine(decorated)
-            definition = f"{module}.{decorated.__qualname__}" if named else None  # pyright: ignore[reportAttributeAccessIssue]
+            owners = (file, module) if named else ()  # a file may be imported under two names, a cell has new files
+            definition = {f"{owner}:{decorated.__qualname__}" for owner in owners}  # pyright: ignore[reportAttributeAccessIssue]
             self._check_free(name, definition)
             self._entries[name] = _Entry(keep(decorated), place, definition, frozenset(traits))
             return decorated
@@ -108,7 +110,7 @@ class Registry(Collection[str], Generic[T]):
         there = f"There is {', '.join(self)}." if len(self) else "None is registered."
         return f"there is no {self.kind} named {name!r}. {there}{nearest(name, self)}"
 
-    def _check_free(self, name: str, definition: str | None) -> None:
+    def _check_free(self, name: str, definition: set[str]) -> None:
         """Checks that a name can be registered.
 
         What is defined again (a notebook's cell that is run again, a module that is loaded again) replaces itself.
@@ -121,7 +123,7 @@ class Registry(Collection[str], Generic[T]):
         if name in self._imported_for and self._imported_for[name] not in sys.modules:
             importlib.import_module(self._imported_for[name])  # registers it
         taken = self._entries.get(name)
-        if taken is not None and (definition is None or taken.definition != definition):
+        if taken is not None and not taken.definition & definition:
             raise RegistryError(
                 f"a {self.kind} named `{name}` is there already, registered at {taken.place}. Take another name."
             )

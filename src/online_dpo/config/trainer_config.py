@@ -27,7 +27,7 @@ from online_dpo.config.names_elsewhere import ARGUMENTS, IN_PYTHON, hint_for
 from online_dpo.config.sampling import SamplingFields, check_sampling
 from online_dpo.config.training import TrainingFields, check_training
 from online_dpo.config.unsupported import check_accelerator, check_generation_kwargs, check_refused, check_unsupported
-from online_dpo.config.vllm import VLLMFields, check_vllm
+from online_dpo.config.vllm import VLLMFields, check_vllm, unread_vllm_fields
 from online_dpo.versions import copy_checkpointing_fields
 
 
@@ -66,7 +66,7 @@ class OnlineDPOConfig(
         copy_checkpointing_fields(self)
         super().__post_init__()
         check_processes(self)
-        check_choices(self)
+        check_choices(self, unread_vllm_fields(self))
         check_sampling(self)
         check_data(self)
         check_training(self)

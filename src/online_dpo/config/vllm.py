@@ -88,6 +88,11 @@ READ_BY = {
 """Fields that only one of the modes reads."""
 
 
+def unread_vllm_fields(args: VLLMFields) -> list[str]:
+    """Returns the names of the fields that nothing reads because vLLM is not used."""
+    return [] if args.use_vllm else [field.name for field in fields(VLLMFields) if field.name.startswith("vllm_")]
+
+
 def check_vllm(args: VLLMFields) -> None:
     """Check how vLLM samples. Fields that are not read give a warning.
 

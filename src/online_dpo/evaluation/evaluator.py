@@ -59,7 +59,7 @@ class Evaluator:
     So two evaluations differ by the weights alone.
 
     Args:
-        num_completions: completions of each prompt.
+        num_completions: returns how many completions each prompt gets; a callback may change the configuration.
         sampler: samples them.
         assessor: the one that training uses.
         form_pairs: forms pairs as training does.
@@ -70,7 +70,7 @@ class Evaluator:
 
     def __init__(
         self,
-        num_completions: int,
+        num_completions: Callable[[], int],
         sampler: Sampler,
         assessor: Assessor,
         form_pairs: FormPairs,
@@ -102,7 +102,7 @@ class Evaluator:
         self._sampler.vocabulary.check_prompts(prompts)
         sync(prompts)
         key = RolloutKey(self._sampler.seed, 0, Stream.EVALUATION)
-        groups = self._sampler.sample(prompts, self._num_completions, key)
+        groups = self._sampler.sample(prompts, self._num_completions(), key)
         self._sampler.vocabulary.check_groups(groups)
         assessment = self._assessor.assess(groups)
         pairs = self._form_pairs(groups, assessment, 0).pairs

@@ -23,7 +23,7 @@ class Sampler:
         params: the sampling options.
         vocabulary: checks that every model which reads the tokens has embeddings for them.
         sync_check: compares the engine's log-probabilities with the policy's.
-        seed: the seed of the run.
+        seed: returns the seed of the run.
         autocast: the context of mixed precision in which models compute.
     """
 
@@ -34,12 +34,17 @@ class Sampler:
         params: SamplingParams,
         vocabulary: VocabularyCheck,
         sync_check: SyncCheck,
-        seed: int,
+        seed: Callable[[], int],
         autocast: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self.policy, self.engine, self.params = policy, engine, params
         self.vocabulary, self.sync_check = vocabulary, sync_check
-        self.seed, self.autocast = seed, autocast
+        self._seed, self.autocast = seed, autocast
+
+    @property
+    def seed(self) -> int:
+        """The seed of the run."""
+        return self._seed()
 
     def sync(self, prompts: Sequence[Prompt], step: int, version: int) -> None:
         """Sends the policy's weights to the engine, and checks at intervals that it samples with them.

@@ -101,8 +101,16 @@ _HOMES = {
 }
 
 
+_FORMER_NAMES = {"DuelCounter": "ComparisonCounter"}
+
+
 def __getattr__(name: str) -> Any:
+    name = _FORMER_NAMES.get(name, name)
     if name not in _HOMES:
         raise AttributeError(f"module 'online_dpo.scoring' has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_HOMES[name]), name)
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.scoring.judges.top_k import judge_the_top
@@ -13,45 +14,44 @@ from online_dpo.scoring.rewards.combine import score_groups
 from online_dpo.types import Group, Scores, Verdicts
 
 
+@dataclass(frozen=True)
+class AssessmentOptions:
+    """How scores are put together, and which completions a judge compares.
+
+    ``weights`` are those of the scorers, 1 each by default; ``normalization`` is that of the scores within a group, as
+    in `score_groups`; ``penalties`` are for the length of a completion and for a missing end; ``judge_top`` is the
+    number of completions that the judge compares if there are scorers as well.
+
+    >>> AssessmentOptions(weights=[1.0, 0.5], penalties=Penalties(missing_eos=1.0))
+    """
+
+    weights: Sequence[float] | None = None
+    normalization: str | Sequence[str] = "none"
+    penalties: Penalties = NO_PENALTIES
+    judge_top: int = 0
+
+    @classmethod
+    def from_config(cls, args: OnlineDPOConfig) -> AssessmentOptions:
+        """Returns the options of a configuration."""
+        return cls(args.reward_weights, args.reward_normalization, Penalties.from_config(args), args.judge_top or 0)
+
+
 class Assessor:
     """Assesses groups with scorers, with a judge, or with a judge that compares the completions of the highest scores.
 
     Args:
         scorers: pointwise scorers, whose weighted sum is the score.
         judge: compares two completions of a prompt.
-        weights: weights of the scorers; 1 each by default.
-        normalization: normalisation of the scores within a group, as in `score_groups`.
-        penalties: penalties for the length of a completion and for a missing end.
-        judge_top: number of completions that the judge compares if there are scorers as well.
+        options: returns the options; called for each assessment, since callbacks may change a run's configuration.
     """
 
     def __init__(
         self,
         scorers: Sequence[PointwiseScorer] = (),
         judge: PairwiseScorer | None = None,
-        *,
-        weights: Sequence[float] | None = None,
-        normalization: str | Sequence[str] = "none",
-        penalties: Penalties = NO_PENALTIES,
-        judge_top: int = 0,
+        options: Callable[[], AssessmentOptions] = AssessmentOptions,
     ) -> None:
-        self.scorers, self.judge = list(scorers), judge
-        self._weights, self._normalization = weights, normalization
-        self.penalties, self._judge_top = penalties, judge_top
-
-    @classmethod
-    def from_config(
-        cls, scorers: Sequence[PointwiseScorer], judge: PairwiseScorer | None, args: OnlineDPOConfig
-    ) -> Assessor:
-        """Build an assessor with the weights, normalisation and penalties of a configuration."""
-        return cls(
-            scorers,
-            judge,
-            weights=args.reward_weights,
-            normalization=args.reward_normalization,
-            penalties=Penalties.from_config(args),
-            judge_top=args.judge_top or 0,
-        )
+        self.scorers, self.judge, self._options = scorers, judge, options
 
     def assess(self, groups: Sequence[Group]) -> Scores | Verdicts:
         """Return the scores of the groups, or the judge's preferences if there is a judge.
@@ -60,11 +60,12 @@ class Assessor:
             ScoringError: a scorer or the judge failed.
         """
         if self.judge is not None and not self.scorers:
-            return find_preferences(groups, self.judge, self.penalties)
+            return find_preferences(groups, self.judge, self._options().penalties)
         scores = self.scores(groups)
         if self.judge is None:
             return scores
-        return judge_the_top(groups, scores, self.judge, self._judge_top, self.penalties)
+        options = self._options()
+        return judge_the_top(groups, scores, self.judge, options.judge_top, options.penalties)
 
     def scores(self, groups: Sequence[Group]) -> Scores:
         """Return the scores without the judge, minus the penalties.
@@ -74,7 +75,8 @@ class Assessor:
         """
         if not groups:
             return Scores([], {})
-        return score_groups(groups, self.scorers, self._weights, self.penalties, self._normalization)
+        options = self._options()
+        return score_groups(groups, self.scorers, options.weights, options.penalties, options.normalization)
 
     def preferences(self, comparisons: Sequence[Group]) -> list[float | None]:
         """Return the judge's probability that the first of two completions is better, minus the penalties.
@@ -86,7 +88,7 @@ class Assessor:
             ScoringError: the judge failed.
         """
         assert self.judge is not None
-        return ComparisonCounter(self.judge, self.penalties)(comparisons)
+        return ComparisonCounter(self.judge, self._options().penalties)(comparisons)
 
     def drain_counts(self) -> Counts:
         """Return the judge's counts since the last call, such as requests and failures, and reset them."""

@@ -248,7 +248,7 @@ def build_sampler(
         SamplingParams.from_config(args, end_token_ids(policy, tokenizer)),
         vocabulary,
         SyncCheck(accelerator.device, args.sync_check_steps),
-        args.seed,
+        lambda: args.seed,
         lambda: accelerator.autocast(),
     )
 

@@ -67,7 +67,7 @@ class GuardedTrainer(Trainer):
         self.passes = PassRunner(
             self.metrics,
             self.phase,
-            args.row_capacity,
+            lambda: args.row_capacity,
             self.accelerator.num_processes,
             drop_gradients=lambda: self.model.zero_grad(),  # pyright: ignore[reportOptionalMemberAccess]
             free_memory=self.free_memory,

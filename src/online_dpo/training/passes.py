@@ -29,7 +29,7 @@ class PassRunner:
 
     Args:
         metrics: where passes record; what an abandoned pass has recorded is taken back.
-        row_capacity: tokens of a row when a pass is split.
+        row_capacity: returns the tokens of a row when a pass is split.
         num_processes: with more than one, a pass cannot be split: other ranks wait in the same backward pass.
         drop_gradients: sets the gradients of the step to zero.
         free_memory: gives back memory of the device that can be had again.
@@ -39,7 +39,7 @@ class PassRunner:
         self,
         metrics: MetricStore,
         phase: PhaseTimer,
-        row_capacity: int,
+        row_capacity: Callable[[], int],
         num_processes: int,
         drop_gradients: Callable[[], None],
         free_memory: Callable[[], None],
@@ -61,7 +61,7 @@ class PassRunner:
             torch.OutOfMemoryError: a single pair does not fit, or there are several processes.
         """
         if len(rows.pairs) > 1 and token_count(rows.pairs) > self.tokens_that_fit:
-            return torch.stack([self.run(half, one_pass) for half in halve(rows, self._row_capacity)]).sum()
+            return torch.stack([self.run(half, one_pass) for half in halve(rows, self._row_capacity())]).sum()
         before = self._metrics.snapshot()
         loss = None
         with self._phase("training"), suppress(torch.OutOfMemoryError):

@@ -6,7 +6,6 @@ Reading order: ``get_batch_samples`` is one optimizer step up to its micro-batch
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -44,7 +43,7 @@ from online_dpo.modeling.borrowing import eval_mode, restores_models_on_error
 from online_dpo.modeling.known_tokens import check_options, check_policy
 from online_dpo.modeling.reference import ReferenceSteps
 from online_dpo.objective.beta import Beta
-from online_dpo.scoring.assess import Assessor
+from online_dpo.scoring.assess import AssessmentOptions, Assessor
 from online_dpo.scoring.judge_registry import build_judge
 from online_dpo.scoring.notes import noting
 from online_dpo.scoring.registry import build_scorers
@@ -120,6 +119,8 @@ class OnlineDPOTrainer(GuardedTrainer):
 
     is_encoder_decoder = False
     is_vision_model = False
+    last_feedback: Feedback | None = None
+    """What became of the prompts of the step that is trained on, on this process."""
 
     @restores_models_on_error
     def __init__(
@@ -160,6 +161,7 @@ class OnlineDPOTrainer(GuardedTrainer):
         check_gold(eval_reward_funcs, eval_judge, args)
         self.args, self.tokenizer = args, tokenizer_of(processing_class)
         self.data = DatasetPreparer(self.tokenizer, args)
+        self.dropped_rows = self.data.dropped
         train_dataset = self.data.prepare_training(train_dataset)
         eval_dataset = self.data.prepare_evaluation(eval_dataset)
         if data_collator is None:  # one's own may add columns
@@ -201,6 +203,8 @@ class OnlineDPOTrainer(GuardedTrainer):
         self.opponent = self.method.build_opponent(
             policy, self.reference, tokenizer, args, epoch=lambda: self.state.epoch or 0.0
         )
+        self.adaptive_beta = Beta(args, lambda: self.metrics.take_mean(STEP_KL))
+        self.add_callback(self.adaptive_beta)
 
     def _build_feedback(
         self, reward_funcs: Any, processing_classes: Any, judge: Any, eval_reward_funcs: Any, eval_judge: Any
@@ -223,13 +227,11 @@ class OnlineDPOTrainer(GuardedTrainer):
     def _compose(self) -> None:
         """Puts the stages together."""
         args, form_pairs = self.args, PairFormer(self.method, self.args)
-        assessor = Assessor.from_config(self.scorers, self.judge, args)
-        self.adaptive_beta = Beta(args, lambda: self.metrics.take_mean(STEP_KL))
-        self.add_callback(self.adaptive_beta)
+        assessor = Assessor(self.scorers, self.judge, lambda: AssessmentOptions.from_config(args))
         self.collector = FeedbackCollector(args, self.sampler, self.opponent, assessor, form_pairs, self.context)
         self.objective = ObjectiveStep(args, self.method, self.reference, self.adaptive_beta, self.context)
         self.evaluator = Evaluator(
-            args.num_completions,
+            lambda: args.num_completions,
             self.sampler,
             assessor,
             form_pairs,
@@ -250,6 +252,7 @@ class OnlineDPOTrainer(GuardedTrainer):
         """
         self.raise_callback_failure()
         pairing, num_fetched = self.collector.collect(epoch_iterator, num_batches)
+        self.last_feedback = self.collector.last
         self.passes.begin_step()
         micro_batches = self.objective.pack(self.model, pairing.pairs, num_fetched)  # pyright: ignore[reportArgumentType]
         num_pairs, weight = self.objective.totals(pairing.pairs)
@@ -269,16 +272,6 @@ class OnlineDPOTrainer(GuardedTrainer):
         if model.training:
             self.guard.saw_loss(losses.loss)
         return (losses.loss, losses.outputs()) if return_outputs else losses.loss
-
-    @property
-    def dropped_rows(self) -> Counter[str]:
-        """How many rows of the datasets were left out, by reason."""
-        return self.data.dropped
-
-    @property
-    def last_feedback(self) -> Feedback | None:
-        """What became of the prompts of the step that is trained on, on this process."""
-        return self.collector.last
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 

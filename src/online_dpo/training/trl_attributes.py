@@ -49,10 +49,11 @@ class StagesOfTrainer(Protocol):
     sampler: Sampler
     adaptive_beta: Beta
     metrics: MetricStore
+    last_feedback: Feedback | None
 
     @property
-    def last_feedback(self) -> Feedback | None:
-        """What became of the prompts of the step that is trained on."""
+    def generation_kwargs(self) -> dict[str, Any]:
+        """One of the attributes below, which a subclass may override."""
         ...
 
 
@@ -69,17 +70,24 @@ def attribute(read: Read) -> Read:
     return read
 
 
+class FromConfig:
+    """An attribute that is a field of the configuration; a subclass or its user may set another value."""
+
+    def __init__(self, field: str) -> None:
+        self._field = field
+
+    def __get__(self, trainer: StagesOfTrainer | None, owner: type) -> Any:
+        """Returns the field's value, or on the class itself this object."""
+        return self if trainer is None else getattr(trainer.args, self._field)
+
+
 def with_trl_attributes(cls: Class) -> Class:
-    """Add the attributes of TRL's trainer to a trainer class, as properties."""
+    """Adds the attributes of TRL's trainer to a trainer class."""
     for name, field in FIELDS.items():
-        setattr(cls, name, property(_reader(field)))
+        setattr(cls, name, FromConfig(field))
     for name, read in ATTRIBUTES.items():
         setattr(cls, name, property(read))
     return cls
-
-
-def _reader(field: str) -> Read:
-    return lambda trainer: getattr(trainer.args, field)
 
 
 @attribute
@@ -157,7 +165,7 @@ def generation_kwargs(trainer: StagesOfTrainer) -> dict[str, Any]:
 @attribute
 def generation_config(trainer: StagesOfTrainer) -> GenerationConfig:
     """The sampling parameters as a config for ``generate`` or for TRL's callbacks."""
-    return GenerationConfig(**generation_kwargs(trainer))
+    return GenerationConfig(**trainer.generation_kwargs)
 
 
 @attribute

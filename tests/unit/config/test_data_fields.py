@@ -6,7 +6,7 @@ from support.configuration import check_range, made, refused
 
 
 def test_ranges() -> None:
-    check_range("dataset_num_proc", "at least 1", inside=[None, 1, 4], outside=[0, -1])
+    check_range("dataset_num_proc", "0 or more", inside=[None, 0, 1, 4], outside=[-1])
 
 
 def test_choices() -> None:

@@ -96,3 +96,21 @@ def test_a_name_has_to_be_one(name):
     _, toy = toys()
     with pytest.raises(RegistryError, match=r"`@toy` needs a name: `@toy\('mine'\)`"):
         toy(name)(len)
+
+
+def test_a_file_that_is_imported_under_two_names_registers_once(tmp_path):
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    path = tmp_path / "plug.py"
+    path.write_text(
+        "from online_dpo.objective.losses import loss\n\n\n"
+        "@loss('imported_twice')\ndef mine(pairs, options): return pairs.chosen_N\n"
+    )
+    from online_dpo.objective.losses import LOSSES
+
+    for name in ("plug", "other_name"):
+        spec = spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        spec.loader.exec_module(module_from_spec(spec))
+    assert "imported_twice" in LOSSES
+    LOSSES.forget("imported_twice")

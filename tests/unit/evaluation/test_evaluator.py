@@ -35,7 +35,7 @@ class Parts:
         engine = TransformersEngine(self.other, tiny.tokenizer())
         self.answers = ReferenceAnswers(reference, engine, self.sampler) if with_reference else None
         self.evaluator = Evaluator(
-            2,
+            lambda: 2,
             self.sampler,
             Assessor([words()] if scorers is None else scorers, judge),
             pair_former(self.args),

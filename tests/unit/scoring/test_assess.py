@@ -2,7 +2,7 @@
 
 import pytest
 
-from online_dpo.scoring.assess import Assessor
+from online_dpo.scoring.assess import AssessmentOptions, Assessor
 from online_dpo.scoring.judges.adapters import FunctionJudge
 from online_dpo.scoring.penalties import Penalties
 from online_dpo.scoring.protocols import Counts
@@ -19,6 +19,10 @@ def groups():
     ]
 
 
+def having(**options):
+    return lambda: AssessmentOptions(**options)
+
+
 def lengths(completions, **_):
     return [float(len(text.split())) for text in completions]
 
@@ -33,7 +37,9 @@ LENGTHS = [[2.0, 3.0, 1.0], [2.0, 1.0, 3.0]]
 @pytest.mark.smoke
 def test_scorers_give_numbers_by_weight_less_penalties():
     scorers = [FunctionScorer(lengths, "lengths"), FunctionScorer(lambda completions, **_: [1.0] * 6, "one")]
-    assessment = Assessor(scorers, weights=[2.0, 0.5], penalties=Penalties(missing_eos=10.0)).assess(groups())
+    assessment = Assessor(scorers, options=having(weights=[2.0, 0.5], penalties=Penalties(missing_eos=10.0))).assess(
+        groups()
+    )
     assert assessment == Scores([[4.5, 6.5, 2.5], [-5.5, 2.5, 6.5]], {"lengths": LENGTHS, "one": [[1.0] * 3] * 2})
 
 
@@ -45,7 +51,7 @@ def test_a_judge_gives_preferences():
 
 
 def test_a_judge_beside_scorers_sees_the_highest_scores():
-    assessor = Assessor([FunctionScorer(lengths, "lengths")], FunctionJudge(shorter), judge_top=2)
+    assessor = Assessor([FunctionScorer(lengths, "lengths")], FunctionJudge(shorter), having(judge_top=2))
     assessment = assessor.assess(groups())
     assert isinstance(assessment, Verdicts) and assessment.scores == Scores(LENGTHS, {"lengths": LENGTHS})
     # the two longest meet, the shorter of them wins; the shortest of all is the rejected one, whatever the judge likes
@@ -57,7 +63,7 @@ def test_comparisons_are_asked_with_the_penalties():
     pair = tiny.group(second.prompt, [[11, 12], [13, 14, 1]])
     judge = FunctionJudge(lambda prompt, first, second: 0.5)
     assert Assessor([], judge).preferences([pair]) == [0.5]
-    [penalised] = Assessor([], judge, penalties=Penalties(missing_eos=1.0)).preferences([pair])
+    [penalised] = Assessor([], judge, having(penalties=Penalties(missing_eos=1.0))).preferences([pair])
     assert penalised == pytest.approx(1 / (1 + 2.718281828**1.0), rel=1e-6)
 
 

@@ -23,7 +23,7 @@ class Device:
         self.passes: list[list[int]] = []
         self.metrics = MetricStore()
         phase = PhaseTimer(self.metrics, torch.device("cpu"))
-        self.runner = PassRunner(self.metrics, phase, 0, num_processes, self.drop, self.free)
+        self.runner = PassRunner(self.metrics, phase, lambda: 0, num_processes, self.drop, self.free)
 
     def drop(self):
         self.gradient = 0
