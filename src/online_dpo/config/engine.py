@@ -25,7 +25,7 @@ class EngineFields:
 
     engine: EngineName | None = None
     """What samples completions: `transformers` (the policy itself), `vllm_colocate`, `vllm_server`, or one that a
-    plugin brings. When not set: what `use_vllm` and `vllm_mode` say, which it stands for.
+    plugin brings. When not set, `use_vllm` and `vllm_mode` choose it.
     """
 
 

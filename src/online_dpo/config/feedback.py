@@ -24,16 +24,17 @@ class FeedbackFields:
     # --- scoring ----------------------------------------------------------------------------------------------------
 
     reward_model_path: str | None = None
-    """Folder or hub name of a sequence-classification reward model. In a run file it counts beside `reward_funcs`."""
+    """Folder or hub name of a sequence-classification reward model. In a run file it is one more reward beside
+    `reward_funcs`."""
 
     reward_weights: list[float] | None = None
     """Weight of each reward function, in their order; when not set, each counts 1."""
 
     reward_normalization: RewardNormalization | list[RewardNormalization] = "none"
-    """What reward functions are brought to before they are weighted, so that their scale does not count: `none`, or
-    `group`, their distance from the mean of the prompt's completions, in standard deviations. A list says it for each
-    of them. It decides which completions become pairs and with what margin; logged scores, evaluations and win rates
-    stay as they are.
+    """How scores of reward functions are normalized before they are weighted, so that their scale does not count:
+    `none`, or `group`, their distance from the mean of the prompt's completions, in standard deviations. A list has one
+    entry for each function. It decides which completions become pairs and with what margin; logged scores, evaluations
+    and win rates stay as they are.
     """
 
     reward_batch_size: int = 16
@@ -97,7 +98,7 @@ class FeedbackFields:
 
     eval_reward_model_path: str | None = None
     """Folder or hub name of a gold reward model: evaluations report its score as `eval_gold_score`, and training never
-    sees it. In a run file it counts beside `eval_reward_funcs`."""
+    sees it. In a run file it is one more beside `eval_reward_funcs`."""
 
     overoptimisation: Literal["off", "warn", "stop"] = "warn"
     """What to do when an evaluation shows that the training score has risen and the gold score has fallen since the

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from online_dpo.config.trainer_config import OnlineDPOConfig
 
 OPTIMIZERS_OF_A_MODEL = ("galore", "apollo")
-"""What the names of optimizers begin with that cannot be made without the model's layers."""
+"""Beginnings of the names of optimizers that cannot be created without the model's layers."""
 STEPS = 100
 """Steps of the run that a schedule is tried with; schedules go by shares of it."""
 
@@ -38,7 +38,7 @@ def check_names(args: OnlineDPOConfig) -> None:
     """
     if args.deepspeed is not None:
         raise ValueError("`deepspeed` is not in this version. Use several processes without it (torchrun).")
-    # vLLM is looked for by the trainer, that a configuration can be made where it is not
+    # the trainer looks for vLLM, so that a configuration can be created where it is not installed
     for _, problem in problems({**vars(args), "use_vllm": False, "engine": None}):
         raise ValueError(problem)
     backends = tuple(backend.value.lower() for backend in DynamoBackend)
@@ -49,10 +49,10 @@ def check_names(args: OnlineDPOConfig) -> None:
 
 
 def check_hf_fields(args: OnlineDPOConfig) -> None:
-    """Check fields of transformers once it has read them: whether things can be made as they ask.
+    """Check fields of transformers once it has read them: optimizer, schedule and options of sampling.
 
     Raises:
-        ValueError: nothing is to be trained, or optimizer, schedule or options of sampling cannot be made as asked.
+        ValueError: nothing is to be trained, or one of these cannot be created as asked.
     """
     check_numbers(args, [(args.max_steps > 0 or args.num_train_epochs > 0, "num_train_epochs", "above 0")])
     if args.torch_compile and args.torch_compile_mode is not None:
@@ -72,7 +72,7 @@ def check_processes(args: OnlineDPOConfig) -> None:
     """Check that processes which were started together also train together, and not each alone, into one folder.
 
     Raises:
-        ValueError: they do not.
+        ValueError: each would train alone.
     """
     started = started_together()
     if started is None or args.world_size == started.count:
@@ -89,7 +89,7 @@ def check_processes(args: OnlineDPOConfig) -> None:
 
 
 def _check_optimizer(args: OnlineDPOConfig) -> None:
-    """Make the optimizer and the schedule, of a single number."""
+    """Create the optimizer and the schedule for a model of a single number."""
     if args.optim.startswith(OPTIMIZERS_OF_A_MODEL):
         return
     name = getattr(args.optim, "value", args.optim)
@@ -108,10 +108,10 @@ def _check_optimizer(args: OnlineDPOConfig) -> None:
 
 
 def check_output_dir(args: OnlineDPOConfig) -> None:
-    """Check that `output_dir` can be written.
+    """Check that `output_dir` is a folder, or can become one.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: a file is in the way.
     """
     folder = Path(str(args.output_dir)).absolute()
     existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))

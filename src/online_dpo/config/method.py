@@ -1,4 +1,4 @@
-"""Fields of the configuration that say against whom the policy plays, and how beta may adapt."""
+"""Fields of the configuration that choose the method, and how beta adapts."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class MethodFields:
     """
 
     target_kl: float | None = None
-    """Let beta adapt so that `objective/kl` comes to this many nats a completion; above 0. `beta` is then where it
-    begins.
+    """Adapt beta so that `objective/kl` comes close to this many nats per completion; above 0. `beta` is then the value
+    at the start.
     """
 
     beta_gain: float = 0.1
@@ -58,8 +58,8 @@ class MethodFields:
     """
 
     beta_range: float = 10.0
-    """With `target_kl`: beta stays within this factor of where it began; above 1. Without a limit it would fall to
-    nothing, and the gradient of most losses with it, while the KL is still small because training has only begun.
+    """With `target_kl`: beta stays within this factor of its value at the start; above 1. Without a limit it would fall
+    to nothing, and the gradient of most losses with it, while the KL is still small because training has only begun.
     """
 
 
@@ -85,7 +85,7 @@ def check_method_numbers(args: OnlineDPOConfig) -> None:
 
 
 def check_method(args: OnlineDPOConfig) -> None:
-    """Ask the method what it demands of the configuration.
+    """Check what the method requires of the configuration.
 
     Raises:
         ValueError: a field contradicts the method. One that the method does not read gives a warning.
@@ -101,10 +101,10 @@ def check_method(args: OnlineDPOConfig) -> None:
 
 
 def check_target_kl(args: OnlineDPOConfig) -> None:
-    """Check that beta can adapt, if it is to.
+    """Check that beta can adapt, if `target_kl` is set.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: beta is a list, or the loss does not read the reference.
     """
     if args.target_kl is None:
         ignored = [name for name in ("beta_gain", "beta_range") if getattr(args, name) != getattr(type(args), name)]

@@ -23,7 +23,7 @@ class SamplingFields:
     # --- sampling ---------------------------------------------------------------------------------------------------
 
     num_completions: int = 2
-    """Completions sampled for each prompt (K). How many pairs are formed of them says `pair_selection`."""
+    """Completions sampled for each prompt (K). `pair_selection` says which of them become pairs."""
 
     max_new_tokens: int = 64
     """Longest completion, in tokens."""
@@ -74,8 +74,8 @@ class SamplingFields:
     on-policy."""
 
     sync_check_steps: int = 100
-    """Steps between two checks that a sampler with weights of its own (vLLM) has the trainer's; the first is always
-    made. 0: no further ones."""
+    """Steps between two checks that a sampler with weights of its own (vLLM) has the trainer's weights. The first check
+    is always made; 0: no others."""
 
 
 def check_sampling(args: OnlineDPOConfig) -> None:

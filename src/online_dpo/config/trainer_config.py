@@ -92,7 +92,7 @@ class OnlineDPOConfig(
         return self.at_epoch("beta", epoch)
 
     def at_epoch(self, name: str, epoch: float) -> float:
-        """The same for any of `EPOCH_FIELDS`."""
+        """The value of any of `EPOCH_FIELDS` in an epoch, as in `beta_at`."""
         value = getattr(self, name)
         return float(value[min(int(epoch), len(value) - 1)] if isinstance(value, (list, tuple)) else value)
 
@@ -103,7 +103,7 @@ class OnlineDPOConfig(
 
     @property
     def engine_name(self) -> str:
-        """``engine``, or the name of what `use_vllm` and `vllm_mode` say."""
+        """``engine``, or the one that `use_vllm` and `vllm_mode` choose."""
         return engine_name(self.engine, self.use_vllm, self.vllm_mode)
 
     @property

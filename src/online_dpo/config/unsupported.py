@@ -36,8 +36,8 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "use_liger_kernel",
         lambda value: value is True,
-        "`use_liger_kernel` replaces the policy's `forward` when training begins, where the trainer has its own; logits "
-        "exist for a few hundred tokens at a time without it. Leave it off.",
+        "`use_liger_kernel` replaces the policy's `forward` when training begins, where the trainer has its own; "
+        "logits exist for a few hundred tokens at a time without it. Leave it off.",
     ),
     (
         "optim",
