@@ -119,8 +119,10 @@ class Preference:
 
 @dataclass(frozen=True)
 class Verdicts:
-    """A judge's preference for each group, ``None`` where it gave no answer; how many duels it was asked about, and how
-    many of them it left unanswered. ``scores`` are those by which it was shown the best completions only.
+    """A judge's preference for each group, ``None`` where it gave no answer.
+
+    ``duels`` is the number of comparisons that it was asked for, ``unanswered`` the number of those without an answer.
+    ``scores`` are those by which it was shown the best completions only.
 
     >>> Verdicts(preferences=[Preference(1, 0, 0.8), None], duels=2, unanswered=1)
     """

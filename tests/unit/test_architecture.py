@@ -14,8 +14,8 @@ DECISIONS = sorted((ROOT / "docs/decisions").glob("*.md"))
 PATH = re.compile(r"`((?:[\w.-]+/)*[\w.-]+\.py|(?:[\w.-]+/)+[\w.-]*)`")
 
 
-def section(title: str) -> str:
-    return re.split(r"^#+ ", PAGE.partition(f"# {title}\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
+def section(title: str, page: str = PAGE) -> str:
+    return re.split(r"^#+ ", page.partition(f"# {title}\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
 
 
 def first_column(text: str) -> list[str]:
@@ -27,7 +27,10 @@ def is_there(path: str) -> bool:
     return any((folder / path).exists() for folder in (ROOT, SOURCE, TESTS))
 
 
-@pytest.mark.parametrize("page", [ROOT / "docs/architecture.md", *DECISIONS], ids=lambda page: page.name)
+PAGES = [ROOT / "docs/architecture.md", ROOT / "docs/extending.md", ROOT / "CONTRIBUTING.md", *DECISIONS]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_paths_exist(page):
     paths = set(PATH.findall(page.read_text()))
     assert paths and [path for path in sorted(paths) if not is_there(path)] == []
@@ -53,12 +56,36 @@ def test_invariants_have_the_numbers_that_tests_cite_and_each_has_a_test():
 
 
 def test_functions_and_classes_of_a_step_are_defined():
-    named = re.findall(r"`(\w+)(?:\.\w+)?`", section("One optimizer step"))
-    code = "\n".join(file.read_text() for file in SOURCE.rglob("*.py"))
-    defined = set(re.findall(r"\b(?:class|def) (\w+)", code))
-    fields = set(re.findall(r"^    (\w+):", code, flags=re.MULTILINE))
-    assert named and set(named) - defined - fields - {"Trainer", "num_items_in_batch"} == set()
+    named = set(re.findall(r"`(\w+(?:\.\w+)?)`", section("One optimizer step")))
+    files = [file.read_text() for file in SOURCE.rglob("*.py")]
+    defined = set(re.findall(r"^ *(?:class|def) (\w+)", "\n".join(files), flags=re.MULTILINE))
+    fields = set(re.findall(r"^    (\w+):", "\n".join(files), flags=re.MULTILINE))
+    assert {name for name in named if "." in name} >= {"FeedbackCollector.collect", "ObjectiveStep.pack"}
+    for name in sorted(named - {"Trainer", "num_items_in_batch"}):
+        owner, _, method = name.partition(".")
+        assert owner in defined | fields, name
+        assert not method or any(
+            re.search(rf"^class {owner}\b[\s\S]*\bdef {method}\(", file, re.M) for file in files
+        ), name
+
+
+def test_objects_of_the_trainer_stand_where_the_page_says():
+    objects = re.findall(r"^\| `(\w+)` \| `([\w/.]+)` \|", section("The parts of the trainer"), flags=re.MULTILINE)
+    assert len(objects) >= 9
+    assert [name for name, file in objects if f"class {name}" not in (SOURCE / file).read_text()] == []
 
 
 def test_every_decision_is_linked():
     assert DECISIONS and all(f"(decisions/{file.name})" in PAGE for file in DECISIONS)
+
+
+def test_the_table_of_what_to_write_names_what_there_is():
+    """Each field names its file, and that file defines what is named before it."""
+    rows = section("Inside the package", (ROOT / "docs/extending.md").read_text())
+    named = re.findall(r"`@?(\w+)`(?: \([^)]*\))? in `([\w/]+\.py)`", rows)
+    assert len(named) >= 9
+    for name, file in named:
+        assert re.search(rf"^(?:(?:def|class) )?{name}\b", (SOURCE / file).read_text(), flags=re.MULTILINE), (
+            name,
+            file,
+        )

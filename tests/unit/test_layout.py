@@ -80,3 +80,8 @@ def test_names_in_strings_are_there():
     assert serve.EXTENSION in named and "online_dpo.config.trainer_config" in named
     for name in sorted(named):
         pkgutil.resolve_name(name)
+
+
+@pytest.mark.parametrize("package", sorted(package.name for package in PACKAGES if len(package.parts) == 1))
+def test_every_package_has_a_smoke_test(package):
+    assert [file for file in (UNIT / package).rglob("test_*.py") if "@pytest.mark.smoke" in file.read_text()]

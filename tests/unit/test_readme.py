@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 LINKS = re.findall(r"\]\(([^)]+)\)", README)
 
 
@@ -21,7 +22,7 @@ def test_links_into_the_repository_name_it_and_lead_to_what_is_there():
         assert branch == "main" and (place.is_dir() if kind == "tree" else place.is_file()), link
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_of_the_pages_lead_to_what_is_there(page):
     for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
         file, _, heading = link.partition("#")

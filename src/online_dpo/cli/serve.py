@@ -68,7 +68,7 @@ def _parser() -> OneLineParser:
         unknown=" Options of `vllm serve` go after `--`, such as `-- --enforce-eager`.",
         called_here=CALLED_HERE,
         prog="online-dpo serve",
-        description="Start a vLLM server that a trainer with `use_vllm: true` and `vllm_mode: server` samples from.",
+        description="Start a vLLM server from which a trainer with `engine: vllm_server` samples.",
         epilog="Other options of `vllm serve` may follow after `--`, such as `-- --enforce-eager`.",
     )
     parser.add_argument("model", metavar="MODEL", help="folder or hub name of the policy, as in the run file")

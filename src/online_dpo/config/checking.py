@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from online_dpo.config.field_specs import specs_of
 from online_dpo.config.registry import known_names, nearest
-
-if TYPE_CHECKING:
-    from online_dpo.config.trainer_config import OnlineDPOConfig
 
 EPOCH_FIELDS = ("beta", "xpo_alpha", "mixture_coef")
 """Fields that may hold a number for each epoch."""
 
 
-def check_choices(args: OnlineDPOConfig) -> None:
+def check_choices(args: object) -> None:
     """Check every field whose type is a ``Literal``, or may be a list of its values.
 
     Raises:
@@ -45,7 +42,7 @@ def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
 
 
 def check_numbers(
-    args: OnlineDPOConfig, checks: Sequence[tuple[bool, str, str]], values: Mapping[str, Any] | None = None
+    args: object, checks: Sequence[tuple[bool, str, str]], values: Mapping[str, Any] | None = None
 ) -> None:
     """Check numbers, each given as whether it is right, its field, and what the field must be.
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from online_dpo.config.checking import check_numbers
 from online_dpo.config.field_specs import documented
-
-if TYPE_CHECKING:
-    from online_dpo.config.trainer_config import OnlineDPOConfig
 
 
 @documented
@@ -40,7 +37,7 @@ class DataFields:
     """Processes that prepare the dataset."""
 
 
-def check_data(args: OnlineDPOConfig) -> None:
+def check_data(args: DataFields) -> None:
     """Check how prompts are read.
 
     Raises:

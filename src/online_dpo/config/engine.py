@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 from online_dpo.config.field_specs import documented
-
-if TYPE_CHECKING:
-    from online_dpo.config.trainer_config import OnlineDPOConfig
 
 EngineName = Literal["transformers", "vllm_colocate", "vllm_server"]
 
@@ -25,11 +22,11 @@ class EngineFields:
 
     engine: EngineName | None = None
     """What samples completions: `transformers` (the policy itself), `vllm_colocate`, `vllm_server`, or one that a
-    plugin brings. When not set, `use_vllm` and `vllm_mode` choose it.
+    plugin registers. When not set, `use_vllm` and `vllm_mode` choose it.
     """
 
 
-def settle_engine(args: OnlineDPOConfig) -> None:
+def settle_engine(args: Any) -> None:
     """Make `engine`, `use_vllm` and `vllm_mode` say the same.
 
     Raises:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from online_dpo.config.checking import check_numbers
 from online_dpo.config.field_specs import documented
-
-if TYPE_CHECKING:
-    from online_dpo.config.trainer_config import OnlineDPOConfig
 
 RewardNormalization = Literal["none", "group"]
 PairSelection = Literal["best_worst", "best_random", "best_mean_minus_two_sigma", "all_pairs", "widest_allowed"]
@@ -24,17 +21,16 @@ class FeedbackFields:
     # --- scoring ----------------------------------------------------------------------------------------------------
 
     reward_model_path: str | None = None
-    """Folder or hub name of a sequence-classification reward model. In a run file it is one more reward beside
-    `reward_funcs`."""
+    """Folder or hub name of a sequence-classification reward model. In a run file it is added to `reward_funcs`."""
 
     reward_weights: list[float] | None = None
     """Weight of each reward function, in their order; when not set, each counts 1."""
 
     reward_normalization: RewardNormalization | list[RewardNormalization] = "none"
-    """How scores of reward functions are normalized before they are weighted, so that their scale does not count:
-    `none`, or `group`, their distance from the mean of the prompt's completions, in standard deviations. A list has one
-    entry for each function. It decides which completions become pairs and with what margin; logged scores, evaluations
-    and win rates stay as they are.
+    """How the scores of reward functions are rescaled before they are weighted and added up: `none`, or `group`, the
+    distance from the mean of the prompt's completions in standard deviations. A list has one entry for each of them.
+    It decides which completions become pairs and with what margin; logged scores, evaluations and win rates stay as
+    they are.
     """
 
     reward_batch_size: int = 16
@@ -76,7 +72,7 @@ class FeedbackFields:
     """Leave out pairs in which one completion has more than this many times the tokens of the other; 1 or more."""
 
     margin_weighting: bool = False
-    """Pairs count in proportion to the difference of their scores. Off: all the same."""
+    """Pairs count in proportion to the difference of their scores. Off: all count the same."""
 
     label_temperature: float | None = None
     """Makes labels soft: a pair's probability becomes the sigmoid of its scores' difference divided by this
@@ -98,7 +94,7 @@ class FeedbackFields:
 
     eval_reward_model_path: str | None = None
     """Folder or hub name of a gold reward model: evaluations report its score as `eval_gold_score`, and training never
-    sees it. In a run file it is one more beside `eval_reward_funcs`."""
+    sees it. In a run file it is added to `eval_reward_funcs`."""
 
     overoptimisation: Literal["off", "warn", "stop"] = "warn"
     """What to do when an evaluation shows that the training score has risen and the gold score has fallen since the
@@ -109,7 +105,7 @@ class FeedbackFields:
     """Evaluations in a row that have to show it."""
 
 
-def check_feedback(args: OnlineDPOConfig) -> None:
+def check_feedback(args: FeedbackFields, num_completions: int) -> None:
     """Check how completions are scored and how pairs are formed.
 
     Raises:
@@ -122,7 +118,7 @@ def check_feedback(args: OnlineDPOConfig) -> None:
         (args.reward_batch_size >= 1, "reward_batch_size", "at least 1"),
         (unfinished is None or 0 < unfinished < math.inf, "missing_eos_penalty", "above 0"),
         (token is None or 0 < token < math.inf, "length_penalty", "above 0"),
-        (top is None or 2 <= top <= args.num_completions, "judge_top", f"from 2 to {args.num_completions} completions"),
+        (top is None or 2 <= top <= num_completions, "judge_top", f"from 2 to {num_completions} completions"),
         (low is None or 0 < low < math.inf, "min_margin", "above 0"),
         (high is None or 0 < high < math.inf, "max_margin", "above 0"),
         (longest is None or longest >= 1, "max_length_ratio", "1 or more"),

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from accelerate.utils import DynamoBackend
 from torch import nn
-from transformers import GenerationConfig, Trainer, get_scheduler
+from transformers import GenerationConfig, Trainer, TrainingArguments, get_scheduler
 
 from online_dpo.config.checking import check_choice, check_numbers
 from online_dpo.config.hf_ranges import out_of_range
@@ -20,16 +20,13 @@ from online_dpo.config.requirements import problems
 from online_dpo.distributed.processes import SLURM, start_alone, started_together
 from online_dpo.foreign import foreign
 
-if TYPE_CHECKING:
-    from online_dpo.config.trainer_config import OnlineDPOConfig
-
 OPTIMIZERS_OF_A_MODEL = ("galore", "apollo")
 """Beginnings of the names of optimizers that cannot be created without the model's layers."""
 STEPS = 100
 """Steps of the run that a schedule is tried with; schedules go by shares of it."""
 
 
-def check_names(args: OnlineDPOConfig) -> None:
+def check_names(args: TrainingArguments) -> None:
     """Check fields of transformers before it reads them: names, the packages that they need, and numbers.
 
     Raises:
@@ -48,7 +45,7 @@ def check_names(args: OnlineDPOConfig) -> None:
         raise ValueError(f"`{name}` {problem}")
 
 
-def check_hf_fields(args: OnlineDPOConfig) -> None:
+def check_hf_fields(args: Any) -> None:
     """Check fields of transformers once it has read them: optimizer, schedule and options of sampling.
 
     Raises:
@@ -68,7 +65,7 @@ def check_hf_fields(args: OnlineDPOConfig) -> None:
         raise ValueError(f"`generation_kwargs`: `stop_strings` must be a text or a list of texts; it is {stops!r}.")
 
 
-def check_processes(args: OnlineDPOConfig) -> None:
+def check_processes(args: TrainingArguments) -> None:
     """Check that processes which were started together also train together, and not each alone, into one folder.
 
     Raises:
@@ -88,7 +85,7 @@ def check_processes(args: OnlineDPOConfig) -> None:
     )
 
 
-def _check_optimizer(args: OnlineDPOConfig) -> None:
+def _check_optimizer(args: TrainingArguments) -> None:
     """Create the optimizer and the schedule for a model of a single number."""
     if args.optim.startswith(OPTIMIZERS_OF_A_MODEL):
         return
@@ -107,7 +104,7 @@ def _check_optimizer(args: OnlineDPOConfig) -> None:
         )
 
 
-def check_output_dir(args: OnlineDPOConfig) -> None:
+def check_output_dir(args: TrainingArguments) -> None:
     """Check that `output_dir` is a folder, or can become one.
 
     Raises:

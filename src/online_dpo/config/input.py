@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 from online_dpo.config.field_specs import FieldSpec, specs_of
 
 if TYPE_CHECKING:
-    from online_dpo.config.trainer_config import OnlineDPOConfig
+    from transformers import TrainingArguments
 
 MAPPINGS = ("model_init_kwargs", "generation_kwargs", "chat_template_kwargs")
 """Fields that hold a mapping, or JSON text of one."""
 FALSE_WORDS = ("off", "no")
 
 
-def normalize_input(args: OnlineDPOConfig) -> None:
+def normalize_input(args: TrainingArguments) -> None:
     """Convert the values of all groups of fields to those that Python code would give.
 
     Raises:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from online_dpo.config.checking import check_numbers, epoch_values, nonempty_and_all, warn_ignored
 from online_dpo.config.field_specs import documented
 from online_dpo.config.registry import names_having
-
-if TYPE_CHECKING:
-    from online_dpo.config.trainer_config import OnlineDPOConfig
 
 LossType = Literal[
     "sigmoid",
@@ -84,6 +81,11 @@ class LossFields:
     disable_dropout: bool = True
     """Switch dropout off in the policy and the reference."""
 
+    @property
+    def loss_types(self) -> list[str]:
+        """``loss_type`` as a list."""
+        return [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
+
 
 def without_labels() -> set[str]:
     """Losses that do not read the labels: which completion is the better one, and how probably."""
@@ -95,7 +97,7 @@ def without_reference() -> set[str]:
     return names_having("loss", "without reference", LOSSES_WITHOUT_REFERENCE)
 
 
-def check_loss(args: OnlineDPOConfig) -> None:
+def check_loss(args: LossFields) -> None:
     """Check the losses and the reference. Options of `sync_ref_model` give a warning without it.
 
     Raises:
@@ -120,7 +122,7 @@ def check_loss(args: OnlineDPOConfig) -> None:
         warn_ignored(changed, "without `sync_ref_model`")
 
 
-def _check_losses(args: OnlineDPOConfig) -> None:
+def _check_losses(args: LossFields) -> None:
     names, weights = args.loss_types, args.loss_weights
     if not names or len(set(names)) < len(names):
         raise ValueError(f"`loss_type` must name at least one loss, and each once; it is {args.loss_type!r}.")

@@ -6,14 +6,10 @@ import importlib
 import math
 import warnings
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from online_dpo.config.checking import check_numbers, epoch_values, nonempty_and_all
 from online_dpo.config.field_specs import documented
-from online_dpo.config.loss import without_reference
-
-if TYPE_CHECKING:
-    from online_dpo.config.trainer_config import OnlineDPOConfig
 
 MethodName = Literal["online_dpo", "xpo", "nash_md"]
 
@@ -63,7 +59,7 @@ class MethodFields:
     """
 
 
-def check_method_numbers(args: OnlineDPOConfig) -> None:
+def check_method_numbers(args: MethodFields) -> None:
     """Check the numbers of the methods and of an adapting beta.
 
     Raises:
@@ -84,7 +80,12 @@ def check_method_numbers(args: OnlineDPOConfig) -> None:
     check_numbers(args, checks)
 
 
-def check_method(args: OnlineDPOConfig) -> None:
+def method_of(args: MethodFields) -> Any:
+    """Returns the `Method` that a configuration names."""
+    return importlib.import_module(HOME).METHODS[args.method]
+
+
+def check_method(args: MethodFields) -> None:
     """Check what the method requires of the configuration.
 
     Raises:
@@ -92,29 +93,9 @@ def check_method(args: OnlineDPOConfig) -> None:
     """
     methods = importlib.import_module(HOME).METHODS
     defaults: dict[str, Any] = {field.name: field.default_factory for field in fields(args)}
-    chosen = methods[args.method]
+    chosen = method_of(args)
     for method in map(methods.__getitem__, get_args(MethodName)):
         for name in method.epoch_fields:
             if name not in chosen.epoch_fields and epoch_values(getattr(args, name)) != defaults[name]():
                 warnings.warn(f"Ignored without `method={method.name!r}`: {name}.", stacklevel=4)
     chosen.check(args)
-
-
-def check_target_kl(args: OnlineDPOConfig) -> None:
-    """Check that beta can adapt, if `target_kl` is set.
-
-    Raises:
-        ValueError: beta is a list, or the loss does not read the reference.
-    """
-    if args.target_kl is None:
-        ignored = [name for name in ("beta_gain", "beta_range") if getattr(args, name) != getattr(type(args), name)]
-        if ignored:
-            warnings.warn(f"Ignored without `target_kl`: {', '.join(ignored)}.", stacklevel=4)
-        return
-    if isinstance(args.beta, (list, tuple)):
-        raise ValueError("`target_kl` adapts `beta`, so that it cannot be a list by epochs; give one number.")
-    needs_reference = importlib.import_module(HOME).METHODS[args.method].needs_reference
-    if not needs_reference and set(args.loss_types) <= without_reference():
-        raise ValueError(
-            f"`target_kl` needs a loss whose beta pulls towards the reference; {args.loss_type!r} reads no reference."
-        )

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from online_dpo.config.checking import check_numbers
 from online_dpo.config.field_specs import documented
-
-if TYPE_CHECKING:
-    from online_dpo.config.trainer_config import OnlineDPOConfig
 
 SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Fields that shape the distribution of the next token; `generation_kwargs` may hold them as well, and wins."""
@@ -23,7 +20,7 @@ class SamplingFields:
     # --- sampling ---------------------------------------------------------------------------------------------------
 
     num_completions: int = 2
-    """Completions sampled for each prompt (K). `pair_selection` says which of them become pairs."""
+    """Completions sampled for each prompt (K). `pair_selection` says how many pairs are formed of them."""
 
     max_new_tokens: int = 64
     """Longest completion, in tokens."""
@@ -77,8 +74,15 @@ class SamplingFields:
     """Steps between two checks that a sampler with weights of its own (vLLM) has the trainer's weights. The first check
     is always made; 0: no others."""
 
+    @property
+    def prompt_limit(self) -> int | None:
+        """Most tokens of a prompt, or ``None`` where nothing limits it."""
+        by_total = None if self.max_length is None else self.max_length - self.max_new_tokens
+        limits = [limit for limit in (self.max_prompt_length, by_total) if limit is not None]
+        return min(limits) if limits else None
 
-def check_sampling(args: OnlineDPOConfig) -> None:
+
+def check_sampling(args: SamplingFields) -> None:
     """Check how completions are sampled.
 
     Raises:

@@ -7,6 +7,7 @@ its names.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -20,8 +21,8 @@ from online_dpo.config.feedback import FeedbackFields, check_feedback
 from online_dpo.config.hf_fields import check_hf_fields, check_names, check_processes
 from online_dpo.config.input import MAPPINGS, normalize_input
 from online_dpo.config.keyword_arguments import NamedArguments
-from online_dpo.config.loss import LossFields, check_loss
-from online_dpo.config.method import MethodFields, check_method, check_method_numbers, check_target_kl
+from online_dpo.config.loss import LossFields, check_loss, without_reference
+from online_dpo.config.method import MethodFields, check_method, check_method_numbers, method_of
 from online_dpo.config.names_elsewhere import ARGUMENTS, IN_PYTHON, hint_for
 from online_dpo.config.sampling import SamplingFields, check_sampling
 from online_dpo.config.training import TrainingFields, check_training
@@ -69,12 +70,12 @@ class OnlineDPOConfig(
         check_sampling(self)
         check_data(self)
         check_training(self)
-        check_feedback(self)
+        check_feedback(self, self.num_completions)
         _check_resampling(self)
         check_loss(self)
         check_method_numbers(self)
         check_method(self)
-        check_target_kl(self)
+        _check_target_kl(self)
         check_vllm(self)
         check_generation_kwargs(self.generation_kwargs)
         check_unsupported(self)
@@ -97,22 +98,9 @@ class OnlineDPOConfig(
         return float(value[min(int(epoch), len(value) - 1)] if isinstance(value, (list, tuple)) else value)
 
     @property
-    def loss_types(self) -> list[str]:
-        """``loss_type`` as a list."""
-        return [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
-
-    @property
     def engine_name(self) -> str:
         """``engine``, or the one that `use_vllm` and `vllm_mode` choose."""
         return engine_name(self.engine, self.use_vllm, self.vllm_mode)
-
-    @property
-    def vllm_server_urls(self) -> list[str]:
-        """Addresses of the servers, without blanks and trailing slashes."""
-        if self.vllm_server_base_url is None:
-            host = "localhost" if self.vllm_server_host == "0.0.0.0" else self.vllm_server_host
-            return [f"http://{host}:{self.vllm_server_port}"]
-        return [url.strip().rstrip("/") for url in self.vllm_server_base_url.split(",") if url.strip()]
 
     @property
     def row_capacity(self) -> int:
@@ -123,13 +111,6 @@ class OnlineDPOConfig(
     def tokens_per_pass(self) -> int:
         """``max_tokens_per_pass``, or what suits the device."""
         return self.max_tokens_per_pass or (1024 if self.device.type == "cpu" else 16384)
-
-    @property
-    def prompt_limit(self) -> int | None:
-        """Most tokens of a prompt, or ``None`` where nothing limits it."""
-        by_total = None if self.max_length is None else self.max_length - self.max_new_tokens
-        limits = [limit for limit in (self.max_prompt_length, by_total) if limit is not None]
-        return min(limits) if limits else None
 
 
 def _device_computes_in_bf16() -> bool:
@@ -142,4 +123,24 @@ def _check_resampling(args: OnlineDPOConfig) -> None:
         raise ValueError(
             "`resample_rounds` with `max_staleness` samples while the policy is trained, which needs "
             '`vllm_mode="server"`. Set one of the two to 0, or sample with a vLLM server.'
+        )
+
+
+def _check_target_kl(args: OnlineDPOConfig) -> None:
+    """Check that beta can adapt, if `target_kl` is set.
+
+    Raises:
+        ValueError: beta is a list, or the loss does not read the reference.
+    """
+    if args.target_kl is None:
+        ignored = [name for name in ("beta_gain", "beta_range") if getattr(args, name) != getattr(type(args), name)]
+        if ignored:
+            warnings.warn(f"Ignored without `target_kl`: {', '.join(ignored)}.", stacklevel=4)
+        return
+    if isinstance(args.beta, (list, tuple)):
+        raise ValueError("`target_kl` adapts `beta`, so that it cannot be a list by epochs; give one number.")
+    needs_reference = method_of(args).needs_reference
+    if not needs_reference and set(args.loss_types) <= without_reference():
+        raise ValueError(
+            f"`target_kl` needs a loss whose beta pulls towards the reference; {args.loss_type!r} reads no reference."
         )

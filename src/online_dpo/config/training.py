@@ -6,13 +6,10 @@ Some are fields of :class:`transformers.TrainingArguments` with another default 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from online_dpo.config.checking import check_numbers
 from online_dpo.config.field_specs import documented
-
-if TYPE_CHECKING:
-    from online_dpo.config.trainer_config import OnlineDPOConfig
 
 
 @documented
@@ -78,7 +75,7 @@ class TrainingFields:
     """Gather ZeRO-3 shards for sampling. This version does not run under DeepSpeed, see `deepspeed`."""
 
 
-def check_training(args: OnlineDPOConfig) -> None:
+def check_training(args: TrainingFields) -> None:
     """Check passes and guards. Fields that transformers has as well are checked with the rest of its fields.
 
     Raises:

@@ -6,12 +6,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from transformers import GenerationConfig
-
-if TYPE_CHECKING:
-    from online_dpo.config.trainer_config import OnlineDPOConfig
+from transformers import GenerationConfig, TrainingArguments
 
 FUSED_OPTIMIZERS = ("lomo", "adalomo", "galore_adamw_layerwise", "galore_adamw_8bit_layerwise")
 FUSED_OPTIMIZERS += ("galore_adafactor_layerwise", "apollo_adamw_layerwise")
@@ -73,7 +70,7 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 """Fields that are refused, which of their values, and why; ``{value}`` is the value."""
 
 
-def check_refused(args: OnlineDPOConfig) -> None:
+def check_refused(args: TrainingArguments) -> None:
     """Check fields that are refused, before transformers reads them.
 
     Raises:
@@ -87,7 +84,7 @@ def check_refused(args: OnlineDPOConfig) -> None:
             raise ValueError(message.format(value=value))
 
 
-def check_accelerator(args: OnlineDPOConfig) -> None:
+def check_accelerator(args: TrainingArguments) -> None:
     """Check how batches are shared out among processes, once transformers has read ``accelerator_config``.
 
     Raises:
@@ -130,7 +127,7 @@ REFUSED_GENERATION_KWARGS = {
 }
 
 
-def check_unsupported(args: OnlineDPOConfig) -> None:
+def check_unsupported(args: Any) -> None:
     """Check arguments of transformers that are not supported, once it has read them.
 
     Raises:

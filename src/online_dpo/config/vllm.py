@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from online_dpo.config.checking import check_numbers, warn_ignored
 from online_dpo.config.field_specs import documented
-
-if TYPE_CHECKING:
-    from online_dpo.config.trainer_config import OnlineDPOConfig
 
 
 @documented
@@ -63,6 +60,14 @@ class VLLMFields:
     vllm_structured_outputs_regex: str | None = None
     """Not in this version: has to stay unset."""
 
+    @property
+    def vllm_server_urls(self) -> list[str]:
+        """Addresses of the servers, without blanks and trailing slashes."""
+        if self.vllm_server_base_url is None:
+            host = "localhost" if self.vllm_server_host == "0.0.0.0" else self.vllm_server_host
+            return [f"http://{host}:{self.vllm_server_port}"]
+        return [url.strip().rstrip("/") for url in self.vllm_server_base_url.split(",") if url.strip()]
+
 
 READ_BY = {
     "colocate": (
@@ -83,7 +88,7 @@ READ_BY = {
 """Fields that only one of the modes reads."""
 
 
-def check_vllm(args: OnlineDPOConfig) -> None:
+def check_vllm(args: VLLMFields) -> None:
     """Check how vLLM samples. Fields that are not read give a warning.
 
     Raises:

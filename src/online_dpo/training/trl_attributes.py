@@ -6,21 +6,21 @@ They are read-only: engine and scorers are built once, from the configuration.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from online_dpo.modeling.reference import FrozenReference, SyncedReference
+from online_dpo.modeling.reference import FrozenReference, Reference, SyncedReference
+from online_dpo.objective.beta import Beta
+from online_dpo.rollout.sampler import Sampler
 from online_dpo.scoring.protocols import PointwiseScorer
 from online_dpo.scoring.rewards.combine import unique_names
 from online_dpo.scoring.rewards.function import FunctionScorer
 from online_dpo.scoring.rewards.model import RewardModelScorer
-from online_dpo.types import Verdicts
-
-if TYPE_CHECKING:
-    from online_dpo.training.trainer import OnlineDPOTrainer
+from online_dpo.training.metric_store import MetricStore
+from online_dpo.types import Feedback, Verdicts
 
 FIELDS = {
     "num_generations": "num_completions",
@@ -37,8 +37,27 @@ FIELDS = {
 }
 """Attributes of TRL's trainer that are fields of the configuration, and the names of these fields."""
 
+
+class StagesOfTrainer(Protocol):
+    """The parts of a trainer that the attributes are read from."""
+
+    args: Any
+    state: Any
+    tokenizer: PreTrainedTokenizerBase
+    scorers: list[PointwiseScorer]
+    reference: Reference
+    sampler: Sampler
+    adaptive_beta: Beta
+    metrics: MetricStore
+
+    @property
+    def last_feedback(self) -> Feedback | None:
+        """What became of the prompts of the step that is trained on."""
+        ...
+
+
 Class = TypeVar("Class", bound=type)
-Read = Callable[["OnlineDPOTrainer"], Any]
+Read = Callable[["StagesOfTrainer"], Any]
 
 ATTRIBUTES: dict[str, Read] = {}
 """All other attributes, and the functions that read them from a trainer."""
@@ -64,57 +83,57 @@ def _reader(field: str) -> Read:
 
 
 @attribute
-def vllm_mode(trainer: OnlineDPOTrainer) -> str | None:
+def vllm_mode(trainer: StagesOfTrainer) -> str | None:
     """The mode of vLLM, ``None`` if vLLM is not used."""
     return trainer.args.vllm_mode if trainer.args.use_vllm else None
 
 
 @attribute
-def reward_funcs(trainer: OnlineDPOTrainer) -> list[Any]:
+def reward_funcs(trainer: StagesOfTrainer) -> list[Any]:
     """The reward functions and loaded reward models, in order; empty if only a judge compares."""
     return [_reward(scorer) for scorer in trainer.scorers]
 
 
 @attribute
-def reward_func_names(trainer: OnlineDPOTrainer) -> list[str]:
+def reward_func_names(trainer: StagesOfTrainer) -> list[str]:
     """The names of the rewards in metrics."""
     return unique_names(trainer.scorers)
 
 
 @attribute
-def reward_processing_classes(trainer: OnlineDPOTrainer) -> list[PreTrainedTokenizerBase | None]:
+def reward_processing_classes(trainer: StagesOfTrainer) -> list[PreTrainedTokenizerBase | None]:
     """The tokenizer of each reward model, ``None`` for other rewards."""
     return [scorer.tokenizer if isinstance(scorer, RewardModelScorer) else None for scorer in trainer.scorers]
 
 
 @attribute
-def reward_weights(trainer: OnlineDPOTrainer) -> torch.Tensor:
+def reward_weights(trainer: StagesOfTrainer) -> torch.Tensor:
     """The weight of each reward, 1 by default."""
     weights = trainer.args.reward_weights
     return torch.ones(len(trainer.scorers)) if weights is None else torch.tensor(weights, dtype=torch.float32)
 
 
 @attribute
-def ref_model(trainer: OnlineDPOTrainer) -> nn.Module | None:
+def ref_model(trainer: StagesOfTrainer) -> nn.Module | None:
     """The reference model; ``None`` if it is the policy without its adapter, or if there is none."""
     reference = trainer.reference
     return reference.model if isinstance(reference, (FrozenReference, SyncedReference)) else None
 
 
 @attribute
-def beta(trainer: OnlineDPOTrainer) -> float:
+def beta(trainer: StagesOfTrainer) -> float:
     """The current value of beta."""
     return trainer.adaptive_beta.at(trainer.state.epoch or 0.0)
 
 
 @attribute
-def eos_token_ids(trainer: OnlineDPOTrainer) -> list[int]:
+def eos_token_ids(trainer: StagesOfTrainer) -> list[int]:
     """The ids of all tokens that end a completion."""
     return list(trainer.sampler.params.end_token_ids)
 
 
 @attribute
-def generation_kwargs(trainer: OnlineDPOTrainer) -> dict[str, Any]:
+def generation_kwargs(trainer: StagesOfTrainer) -> dict[str, Any]:
     """The sampling parameters as arguments of `transformers.GenerationConfig`."""
     sampling = trainer.sampler.params
     given = {
@@ -136,19 +155,19 @@ def generation_kwargs(trainer: OnlineDPOTrainer) -> dict[str, Any]:
 
 
 @attribute
-def generation_config(trainer: OnlineDPOTrainer) -> GenerationConfig:
+def generation_config(trainer: StagesOfTrainer) -> GenerationConfig:
     """The sampling parameters as a config for ``generate`` or for TRL's callbacks."""
     return GenerationConfig(**generation_kwargs(trainer))
 
 
 @attribute
-def stats(trainer: OnlineDPOTrainer) -> dict[str, list[float]]:
+def stats(trainer: StagesOfTrainer) -> dict[str, list[float]]:
     """For each metric since the last log, a list with its mean on this process."""
     return {name: [value] for name, value in trainer.metrics.means().items()}
 
 
 @attribute
-def completions(trainer: OnlineDPOTrainer) -> dict[str, list[Any]]:
+def completions(trainer: StagesOfTrainer) -> dict[str, list[Any]]:
     """The latest step's completions on this process as a table with one row each, as TRL's GRPO logs them.
 
     The columns are ``prompt``, ``completion``, one for each reward, and those that reward functions passed to

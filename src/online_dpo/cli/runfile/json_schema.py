@@ -60,8 +60,8 @@ TEXTS_OF = {
 ANY_TEXT = {"type": "string"}
 
 DESCRIPTION = (
-    "A run file of Online DPO. What stands on the command line counts as well and wins: a field that is required here "
-    "may be given there."
+    "A run file of Online DPO. Fields can also be given on the command line, where they override those of the file: a "
+    "field that is required here may be given there."
 )
 
 

@@ -57,14 +57,14 @@ class RunConfig:
     # --- scoring ----------------------------------------------------------------------------------------------------
 
     reward_funcs: list[str] | None = None
-    """Reward functions, each as `file.py:function` or `package.module:function`. A file is looked for in the run file's
-    folder first, then in the working folder."""
+    """Reward functions, each as `file.py:function` or `package.module:function`, or by the name that a plugin
+    registers. A file is looked for in the run file's folder first, then in the working folder."""
 
     judge: str | None = None
     """A judge that compares two completions: `llm` (a language model behind an endpoint), the folder of a pairwise
-    model (PairRM, a sequence classifier, a language model that answers with a letter), or one's own as `file.py:name`
-    or `package.module:name`: a function `f(prompt, first, second)` that gives the probability that the first is
-    better, or an object. A class is called without arguments."""
+    model (PairRM, a sequence classifier, a language model that answers with a letter), or your own as `file.py:name`
+    or `package.module:name`, or by the name that a plugin registers: a function `f(prompt, first, second)` that gives
+    the probability that the first is better, or an object. A class is called without arguments."""
 
     judge_kwargs: dict[str, Any] | None = None
     """Settings of `judge: llm`, such as `{model: gpt-4.1-mini, rubric_file: rubric.txt, max_cost: 5}` (all of them:
