@@ -196,7 +196,7 @@ def test_help_is_what_stands_beneath_the_field(parser: HfArgumentParser) -> None
     for field in own_fields():
         assert len(field.metadata["help"]) > 10, field.name
     text = " ".join(parser.format_help().split())  # a lone % in a help text would raise
-    assert "Completions sampled for each prompt (K). How many pairs are formed of them says `pair_selection`." in text
+    assert "Completions sampled for each prompt (K). `pair_selection` says how many pairs are formed of them." in text
     assert "--tie_policy {skip,first}" in text
 
 
