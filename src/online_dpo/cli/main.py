@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from online_dpo import __version__
-from online_dpo.cli.parser import OneLineParser
+from online_dpo.cli.parser import WRONG_INPUT, OneLineParser
 from online_dpo.distributed.processes import why_not_alone
 
-WRONG_INPUT = 2
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
 

@@ -8,6 +8,8 @@ from typing import NoReturn
 
 from online_dpo.config.names_elsewhere import hint_for
 
+WRONG_INPUT = 2  # the exit code of every command when its words or its files are wrong
+
 
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser that prints errors without the usage, suggests the nearest name, and accepts no abbreviations.

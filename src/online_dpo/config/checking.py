@@ -1,4 +1,4 @@
-"""What the checks of all groups of fields share: choices, numbers, options that nothing reads.
+"""Helpers that the checks of all groups of fields share: choices, numbers, options that nothing reads.
 
 A group checks its own fields in its own file. Nothing heavy may be imported here.
 """
@@ -78,5 +78,5 @@ def epoch_values(value: float | Sequence[float]) -> list[float]:
 
 def nonempty_and_all(holds: Iterable[bool]) -> bool:
     """Whether there is at least one, and all hold."""
-    found = list(holds)
-    return bool(found) and all(found)
+    outcomes = list(holds)
+    return bool(outcomes) and all(outcomes)

@@ -116,8 +116,8 @@ def _parser_options(spec: FieldSpec, field: dataclasses.Field[Any]) -> dict[str,
 
 def _headings(text: str) -> list[tuple[int, str]]:
     """The heading comments of a file and their lines."""
-    found = ((number, HEADING.match(line)) for number, line in enumerate(text.splitlines(), start=1))
-    return [(number, match[1]) for number, match in found if match]
+    matches = ((number, HEADING.match(line)) for number, line in enumerate(text.splitlines(), start=1))
+    return [(number, match[1]) for number, match in matches if match]
 
 
 def _field_options(value: ast.expr | None) -> dict[str, ast.expr]:
@@ -171,10 +171,10 @@ class _LiteralsToStr(ast.NodeTransformer):
         self.texts: dict[str, None] = {}
 
     def visit(self, node: ast.AST) -> ast.AST:
-        """The node, changed."""
-        found = _texts_of(self.named.get(node.id, node) if isinstance(node, ast.Name) else node)
-        self.texts |= dict.fromkeys(found)
-        return ast.Name("str") if found else self.generic_visit(node)
+        """Returns the node, or ``str`` in its place."""
+        texts = _texts_of(self.named.get(node.id, node) if isinstance(node, ast.Name) else node)
+        self.texts |= dict.fromkeys(texts)
+        return ast.Name("str") if texts else self.generic_visit(node)
 
 
 def _texts_of(node: ast.AST) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from online_dpo.distributed.processes import SLURM, start_alone, started_togethe
 from online_dpo.foreign import foreign
 
 OPTIMIZERS_OF_A_MODEL = ("galore", "apollo")
-"""What the names of optimizers begin with that cannot be made without the model's layers."""
+"""Beginnings of the names of optimizers that cannot be created without the model's layers."""
 NEVER_UNSET = (
     "max_grad_norm",
     "gradient_accumulation_steps",
@@ -42,7 +42,7 @@ def check_names(args: TrainingArguments) -> None:
     """
     if args.deepspeed is not None:
         raise ValueError("`deepspeed` is not in this version. Use several processes without it (torchrun).")
-    # vLLM is looked for by the trainer, that a configuration can be made where it is not
+    # the trainer looks for vLLM, so that a configuration can be created where it is not installed
     for _, problem in problems({**vars(args), "use_vllm": False, "engine": None}):
         raise ValueError(problem)
     backends = tuple(backend.value.lower() for backend in DynamoBackend)
@@ -56,10 +56,10 @@ def check_names(args: TrainingArguments) -> None:
 
 
 def check_hf_fields(args: Any) -> None:
-    """Check fields of transformers once it has read them: whether things can be made as they ask.
+    """Check fields of transformers once it has read them: optimizer, schedule and options of sampling.
 
     Raises:
-        ValueError: nothing is to be trained, or optimizer, schedule or options of sampling cannot be made as asked.
+        ValueError: nothing is to be trained, or one of these cannot be created as asked.
     """
     check_numbers(args, [(args.max_steps > 0 or args.num_train_epochs > 0, "num_train_epochs", "above 0")])
     if args.torch_compile and args.torch_compile_mode is not None:
@@ -79,7 +79,7 @@ def check_processes(args: TrainingArguments) -> None:
     """Check that processes which were started together also train together, and not each alone, into one folder.
 
     Raises:
-        ValueError: they do not.
+        ValueError: each would train alone.
     """
     started = started_together()
     if started is None or args.world_size == started.count:
@@ -96,7 +96,7 @@ def check_processes(args: TrainingArguments) -> None:
 
 
 def _check_optimizer(args: TrainingArguments) -> None:
-    """Make the optimizer and the schedule, of a single number."""
+    """Create the optimizer and the schedule for a model of a single number."""
     if args.optim.startswith(OPTIMIZERS_OF_A_MODEL):
         return
     name = getattr(args.optim, "value", args.optim)
@@ -115,10 +115,10 @@ def _check_optimizer(args: TrainingArguments) -> None:
 
 
 def check_output_dir(args: TrainingArguments) -> None:
-    """Check that `output_dir` can be written.
+    """Check that `output_dir` is a folder, or can become one.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: a file is in the way.
     """
     folder = Path(str(args.output_dir)).absolute()
     existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))

@@ -1,4 +1,4 @@
-"""Brings values from command lines and YAML files to what the same values are in Python.
+"""Converts values from command lines and YAML files to those that Python code would give.
 
 ``HfArgumentParser`` and TRL's parser know one type for each field: a field that may be one word or several comes as a
 list of one, a mapping as text. YAML reads ``1e-6`` as text and ``off`` as false.
@@ -20,7 +20,7 @@ FALSE_WORDS = ("off", "no")
 
 
 def normalize_input(args: TrainingArguments) -> None:
-    """Bring the values of all groups of fields to what Python would give.
+    """Convert the values of all groups of fields to those that Python code would give.
 
     Raises:
         ValueError: a mapping is no JSON object, or what should be a number is none.

@@ -15,9 +15,9 @@ def names_unknown_arguments(hint: Hint) -> Callable[[Class], Class]:
     """Returns a class decorator: the constructor's error for an unknown keyword argument says what to do."""
 
     def decorate(cls: Class) -> Class:
-        def new(made: type, *args: Any, **kwargs: Any) -> Any:
-            check_keywords(made, kwargs, hint)
-            return super(cls, made).__new__(made)
+        def new(subclass: type, *args: Any, **kwargs: Any) -> Any:
+            check_keywords(subclass, kwargs, hint)
+            return super(cls, subclass).__new__(subclass)
 
         new.__signature__ = inspect.signature(cls.__init__)  # pyright: ignore[reportFunctionMemberAccess]
         cls.__new__ = new  # pyright: ignore[reportAttributeAccessIssue]
@@ -44,7 +44,7 @@ class NamedArguments:
     """Base of a class whose constructor names all its arguments."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Makes an object after its keyword arguments have been checked (see `check_keywords`)."""
+        """Creates an object after its keyword arguments have been checked (see `check_keywords`)."""
         check_keywords(cls, kwargs, cls._hint_for_argument)
         return super().__new__(cls)
 

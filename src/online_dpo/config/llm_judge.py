@@ -33,7 +33,7 @@ NOT_NEGATIVE = ("temperature", "input_price", "output_price")
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """What a :class:`online_dpo.scoring.LLMJudge` needs to know.
+    """Settings of a :class:`online_dpo.scoring.LLMJudge`.
 
     >>> JudgeSettings(model="gpt-4.1-mini", rubric="Prefer the answer with fewer errors.", max_cost=5.0,
     ...     input_price=0.4, output_price=1.6)
@@ -64,8 +64,10 @@ class JudgeSettings:
     """A file to read the rubric from."""
 
     order: Order = "both"
-    """`both` asks with each completion first once and takes the mean, so that a judge's preference for a place cancels;
-    `random` asks once, in an order that a hash of the texts decides; `given` asks once, in the order that they have."""
+    """`both` asks twice, with each completion first once, and takes the mean, so that a judge's preference for a place
+    cancels; `random` asks once, in an order that a hash of the texts decides; `given` asks once, in the order that they
+    have.
+    """
 
     inconsistent: Inconsistent = "soften"
     """What to do where the two orders have different winners: `soften` keeps their mean, `skip` gives no preference,
@@ -201,8 +203,8 @@ class JudgeSettings:
         return in_own_network(self.base_url)
 
     def share_of(self, processes: int) -> JudgeSettings:
-        """The same, with what one of several processes may use, so that together they keep to the limits. Each may ask
-        one question at a time, however many they are.
+        """The settings with one process's share of the limits, so that all processes together keep to them. Each may
+        ask one question at a time, however many they are.
 
         Raises:
             ValueError: a limit cannot be divided among so many.

@@ -88,7 +88,7 @@ class LossFields:
 
 
 def without_labels() -> set[str]:
-    """Losses that do not read which completion is the better one with what probability."""
+    """Losses that do not read the labels: which completion is the better one, and how probably."""
     return names_having("loss", "without labels", LOSSES_WITHOUT_LABELS)
 
 

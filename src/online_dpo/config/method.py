@@ -1,4 +1,4 @@
-"""Fields of the configuration that say against whom the policy plays, and how beta may adapt."""
+"""Fields of the configuration that choose the method, and how beta adapts."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class MethodFields:
     """
 
     target_kl: float | None = None
-    """Let beta adapt so that `objective/kl` comes to this many nats a completion; above 0. `beta` is then where it
-    begins.
+    """Adapt beta so that `objective/kl` comes close to this many nats per completion; above 0. `beta` is then the value
+    at the start.
     """
 
     beta_gain: float = 0.1
@@ -54,8 +54,8 @@ class MethodFields:
     """
 
     beta_range: float = 10.0
-    """With `target_kl`: beta stays within this factor of where it began; above 1. Without a limit it would fall to
-    nothing, and the gradient of most losses with it, while the KL is still small because training has only begun.
+    """With `target_kl`: beta stays within this factor of its value at the start; above 1. Without a limit it would fall
+    to nothing, and the gradient of most losses with it, while the KL is still small because training has only begun.
     """
 
 
@@ -86,7 +86,7 @@ def method_of(args: MethodFields) -> Any:
 
 
 def check_method(args: MethodFields) -> None:
-    """Ask the method what it demands of the configuration.
+    """Check what the method requires of the configuration.
 
     Raises:
         ValueError: a field contradicts the method. One that the method does not read gives a warning.

@@ -1,4 +1,4 @@
-"""Registries: what there is of one kind (losses, engines ...) by the names that a configuration may say.
+"""Registries: the things of one kind (losses, engines ...) by the names that a configuration uses.
 
 A name is added where the thing is defined, by a decorator, in this package and outside of it alike. Nothing heavy is
 imported here: the configuration asks what has been registered without loading the stages.
@@ -28,8 +28,10 @@ class RegistryError(ValueError):
 
 @dataclass(frozen=True)
 class _Entry(Generic[T]):
-    """What is registered, the line that did it, and what is defined there, as ``module.name``; and what the
-    configuration has to know of it.
+    """A registered thing.
+
+    ``place`` is the line that registered it, ``definition`` its ``module.name``, ``traits`` what the configuration has
+    to know about it.
     """
 
     thing: T
@@ -106,7 +108,7 @@ class Registry(Collection[str], Generic[T]):
         return [name for name, entry in self._entries.items() if trait in entry.traits]
 
     def unknown(self, name: str) -> str:
-        """What a message says of a name that nothing has."""
+        """The message for a name that is not registered."""
         there = f"There is {', '.join(self)}." if len(self) else "None is registered."
         return f"there is no {self.kind} named {name!r}. {there}{nearest(name, self)}"
 
@@ -133,7 +135,7 @@ _REGISTRIES: dict[str, Registry[Any]] = {}
 
 
 def registries() -> list[Registry[Any]]:
-    """Those that exist so far: a registry is made when its module is imported."""
+    """The registries that exist so far: each is created when its module is imported."""
     return list(_REGISTRIES.values())
 
 
@@ -150,7 +152,7 @@ def names_having(kind: str, trait: str, built_in: Collection[str]) -> set[str]:
 
 
 def unknown_name(kind: str, name: str) -> str | None:
-    """What a message says of a name that no registry of that kind has; ``None`` where it is known."""
+    """The message for a name that no registry of that kind has; ``None`` where the name is known."""
     registry = _REGISTRIES.get(kind)
     if registry is None:
         return f"there is no {kind} named {name!r}. None is registered."
@@ -159,10 +161,10 @@ def unknown_name(kind: str, name: str) -> str | None:
 
 def nearest(name: str, names: Collection[str]) -> str:
     """`` Did you mean `x`?``, or nothing when no name is near."""
-    found = difflib.get_close_matches(name, list(names), n=1)
-    return f" Did you mean `{found[0]}`?" if found else ""
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f" Did you mean `{close[0]}`?" if close else ""
 
 
 def made_once(thing: Any) -> Callable[[], Any]:
-    """Gives ``thing``; of a class the one object that is made of it, without arguments, when it is first asked for."""
+    """Returns a function that gives ``thing``; of a class, one object, created without arguments at the first call."""
     return functools.cache(lambda: thing() if inspect.isclass(thing) else thing)

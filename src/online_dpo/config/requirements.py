@@ -158,9 +158,7 @@ def installed(module: str) -> bool:
 
 
 def problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What is wrong with these fields: a name that nothing has, or a package that is missing. Each with its field's
-    name.
-    """
+    """Yields the problems of these fields, each with its field's name: unknown names, and packages that are missing."""
     for name in as_list(values.get("report_to")):
         if name not in (None, "all", "none", ""):
             yield from _named("report_to", name, TRACKERS)
@@ -209,9 +207,9 @@ def _of_model(options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if needs is not None:
             yield from _needed("model_init_kwargs", f" `attn_implementation` {attention!r}", needs)
     quantization = options.get("quantization_config")
-    found = quantization if isinstance(quantization, Mapping) else vars(quantization) if quantization else {}
-    loads_bits = found.get("load_in_4bit") or found.get("load_in_8bit")
-    method = found.get("quant_method", "bitsandbytes" if loads_bits else "")
+    settings = quantization if isinstance(quantization, Mapping) else vars(quantization) if quantization else {}
+    loads_bits = settings.get("load_in_4bit") or settings.get("load_in_8bit")
+    method = settings.get("quant_method", "bitsandbytes" if loads_bits else "")
     method = str(getattr(method, "value", method))
     if method in QUANTIZATION:
         yield from _needed("model_init_kwargs", f" `quantization_config` {method!r}", QUANTIZATION[method])

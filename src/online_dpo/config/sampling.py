@@ -71,8 +71,8 @@ class SamplingFields:
     on-policy."""
 
     sync_check_steps: int = 100
-    """Steps between two checks that a sampler with weights of its own (vLLM) has the trainer's; the first is always
-    made. 0: no further ones."""
+    """Steps between two checks that a sampler with weights of its own (vLLM) has the trainer's weights. The first check
+    is always made; 0: no others."""
 
     @property
     def prompt_limit(self) -> int | None:

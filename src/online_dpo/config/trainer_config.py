@@ -93,13 +93,13 @@ class OnlineDPOConfig(
         return self.at_epoch("beta", epoch)
 
     def at_epoch(self, name: str, epoch: float) -> float:
-        """The same for any of `EPOCH_FIELDS`."""
+        """The value of any of `EPOCH_FIELDS` in an epoch, as in `beta_at`."""
         value = getattr(self, name)
         return float(value[min(int(epoch), len(value) - 1)] if isinstance(value, (list, tuple)) else value)
 
     @property
     def engine_name(self) -> str:
-        """``engine``, or the name of what `use_vllm` and `vllm_mode` say."""
+        """``engine``, or the one that `use_vllm` and `vllm_mode` choose."""
         return engine_name(self.engine, self.use_vllm, self.vllm_mode)
 
     @property
@@ -127,10 +127,10 @@ def _check_resampling(args: OnlineDPOConfig) -> None:
 
 
 def _check_target_kl(args: OnlineDPOConfig) -> None:
-    """Check that beta can adapt, if it is to.
+    """Check that beta can adapt, if `target_kl` is set.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: beta is a list, or the loss does not read the reference.
     """
     if args.target_kl is None:
         ignored = [name for name in ("beta_gain", "beta_range") if getattr(args, name) != getattr(type(args), name)]

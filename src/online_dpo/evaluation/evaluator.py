@@ -1,4 +1,4 @@
-"""What an evaluation does with a batch of held-out prompts: sample, assess, compare with the reference, record."""
+"""`Evaluator`: samples answers to held-out prompts, assesses them, compares them with the reference's, records them."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Evaluator:
         assessor: the one that training uses.
         form_pairs: forms pairs as training does.
         losses: computes the losses of these pairs.
-        reference_answers: what the policy is compared with; ``None`` without a reference.
+        reference_answers: the completions that the policy's are compared with; ``None`` without a reference.
         gold: a second assessment that training never sees.
     """
 

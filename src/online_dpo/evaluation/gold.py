@@ -49,7 +49,7 @@ class Gold:
             gold = [GoldRecord((), win) for win in wins]
         else:
             gold = self._scored(groups, reference_groups)
-        return [replace(record, gold=one) for record, one in zip(records, gold, strict=True)]
+        return [replace(record, gold=result) for record, result in zip(records, gold, strict=True)]
 
     def _scored(self, groups: Sequence[Group], reference_groups: Sequence[Group] | None) -> list[GoldRecord]:
         scores = self._assessor.scores(groups).values
@@ -111,7 +111,7 @@ def _gold_rewards(reward_funcs: Any, args: OnlineDPOConfig) -> Any:
 
 
 def _without_weights(args: OnlineDPOConfig) -> OnlineDPOConfig:
-    """Weights and normalisation are those of the training rewards, which may be more or fewer."""
+    """A copy without the weights and normalisation of the training rewards, of which there may be more or fewer."""
     plain = copy.copy(args)
     plain.reward_weights, plain.reward_normalization = None, "none"
     return plain

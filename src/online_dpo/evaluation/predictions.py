@@ -1,4 +1,4 @@
-"""What `compute_metrics` receives, gathered over an evaluation as `transformers.Trainer` gathers it."""
+"""`Predictions`: gathers the arguments of `compute_metrics` as `transformers.Trainer` does, and calls it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ FILL = -100  # as transformers fills up inputs
 
 
 class Predictions:
-    """Scores of the policy's completions (prompts, K) as ``predictions``, of the reference's (prompts,) as
-    ``label_ids``; if ``include_for_metrics`` asks for them the prompts' token ids, filled up with -100, as ``inputs``
-    and the mean loss of each prompt's pairs as ``losses``. What there is not is nan.
+    """Collects the results of an evaluation and hands them to `compute_metrics`.
 
-    Of all batches together; a list with those of each batch if ``eval_do_concat_batches`` is off; with
+    ``predictions`` are the scores of the policy's completions (prompts, K), ``label_ids`` those of the reference's
+    (prompts,). If ``include_for_metrics`` asks for them, ``inputs`` are the prompts' token ids, filled up with -100,
+    and ``losses`` the mean loss of each prompt's pairs. Missing values are nan.
+
+    Each is one array for all batches, or a list with one array a batch if ``eval_do_concat_batches`` is off. With
     ``batch_eval_metrics`` each batch is handed over by itself.
     """
 
@@ -35,9 +37,11 @@ class Predictions:
 
     @property
     def records(self) -> list[EvalRecord]:
+        """The records of all batches."""
         return [record for batch in self._batches for record in batch]
 
     def add(self, records: Sequence[EvalRecord], is_last: bool) -> None:
+        """Adds a batch; with ``batch_eval_metrics``, `compute_metrics` is called with it."""
         self._batches.append(records)
         if self._args.batch_eval_metrics and self._compute is not None and not self._loss_only:
             self._metrics = self._compute(self._prediction(records), compute_result=is_last)
@@ -49,24 +53,24 @@ class Predictions:
         return self._collected(_scores), self._collected(_reference_scores)
 
     def metrics(self) -> dict[str, Any]:
-        """What `compute_metrics` returns, as plain numbers."""
+        """Returns the values of `compute_metrics`, as plain numbers."""
         if self._compute is not None and not self._loss_only and not self._args.batch_eval_metrics:
             self._metrics = self._compute(self._prediction(None))
         plain: Any = denumpify_detensorize(self._metrics)
         return plain
 
     def _prediction(self, records: Sequence[EvalRecord] | None) -> EvalPrediction:
-        """Of these records, or of all."""
+        """The argument of `compute_metrics` for these records, or for all."""
 
-        def made(of: Callable[[Sequence[EvalRecord]], Any]) -> Any:
+        def array(of: Callable[[Sequence[EvalRecord]], Any]) -> Any:
             return self._collected(of) if records is None else of(records)
 
         wanted = self._args.include_for_metrics
         return EvalPrediction(
-            predictions=made(_scores),
-            label_ids=made(_reference_scores),
-            inputs=made(_inputs) if "inputs" in wanted else None,
-            losses=made(_losses) if "loss" in wanted else None,
+            predictions=array(_scores),
+            label_ids=array(_reference_scores),
+            inputs=array(_inputs) if "inputs" in wanted else None,
+            losses=array(_losses) if "loss" in wanted else None,
         )
 
     def _collected(self, of: Callable[[Sequence[EvalRecord]], Any]) -> Any:
@@ -78,12 +82,12 @@ class Predictions:
 def named_metrics(
     compute_metrics: Callable[..., dict[str, Any]] | None, step: Callable[[], int]
 ) -> Callable[..., dict[str, Any]] | None:
-    """Returns the user's `compute_metrics`, whose errors then say whose they are; ``None`` where there is none.
+    """Returns the user's `compute_metrics`, wrapped so that its errors name it; ``None`` where there is none.
 
-    Of a batch before the last one (``compute_result=False``) it returns nothing.
+    For a batch before the last one (``compute_result=False``) it returns nothing.
 
     Raises:
-        ForeignCodeError: (when called) it failed.
+        ForeignCodeError: (when called) `compute_metrics` failed.
     """
     if compute_metrics is None:
         return None

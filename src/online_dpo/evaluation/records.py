@@ -1,4 +1,4 @@
-"""Evaluation: what is kept of each held-out prompt, and the numbers made of it."""
+"""The record of each held-out prompt of an evaluation, and the metrics that they add up to."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from online_dpo.types import Group, Notes, PackedRows, Pair, RowLogprobs, Scores
 
 @dataclass(frozen=True)
 class GoldRecord:
-    """What the gold scorer says of one held-out prompt: ``scores`` and ``win`` as those of :class:`EvalRecord`."""
+    """The gold assessment of one held-out prompt: ``scores`` and ``win`` as those of :class:`EvalRecord`."""
 
     scores: tuple[float | None, ...]
     win: float | None
@@ -100,14 +100,14 @@ def eval_records(
 
 
 def judged_wins(
-    groups: Sequence[Group], rivals: Sequence[Group], prefer: Callable[[list[Group]], list[float | None]]
+    groups: Sequence[Group], others: Sequence[Group], prefer: Callable[[list[Group]], list[float | None]]
 ) -> list[float | None]:
-    """For each prompt a judge's probability that the group's first completion is better than its rival's, ``None``
+    """For each prompt a judge's probability that the group's first completion is better than the other's, ``None``
     where it gave no answer.
     """
     comparisons = [
-        Group(group.prompt, (group.completions[0], rival.completions[0]))
-        for group, rival in zip(groups, rivals, strict=True)
+        Group(group.prompt, (group.completions[0], other.completions[0]))
+        for group, other in zip(groups, others, strict=True)
     ]
     return prefer(comparisons)
 
@@ -134,8 +134,9 @@ def summarise(records: Sequence[EvalRecord]) -> dict[str, float]:
 
 def mean_notes(notes: Sequence[Notes]) -> dict[str, float]:
     """The means of what reward functions noted on all ranks, under the names that they gave."""
-    names = sorted({name for one in notes for name in one.metrics})
-    return {name: float(np.mean([value for one in notes for value in one.metrics.get(name, [])])) for name in names}
+    names = sorted({name for of_rank in notes for name in of_rank.metrics})
+    values = {name: [value for of_rank in notes for value in of_rank.metrics.get(name, [])] for name in names}
+    return {name: float(np.mean(values[name])) for name in names}
 
 
 def prefixed(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:

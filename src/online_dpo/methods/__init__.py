@@ -1,4 +1,4 @@
-"""Methods: one file each, with its opponent, its pairs, its loss and what it demands of the configuration.
+"""Methods: one file each, with its opponent, its pairs, its loss and what it requires of the configuration.
 
 A method is imported when a configuration names it. One in this package is a line below; one from outside registers
 itself with :func:`online_dpo.methods.base.method`.

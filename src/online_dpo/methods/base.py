@@ -1,4 +1,4 @@
-"""What a method is: whom the policy plays against, which pairs that makes, what is minimised, and what it demands."""
+"""The base class of methods: the policy's opponent, how pairs are formed, the loss, and checks of the configuration."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from online_dpo.types import Group, Pairing, Scores, Verdicts
 
 
 class Method:
-    """An algorithm, as this class itself is Online DPO: subclasses replace what they do in another way.
+    """An algorithm: its opponent, its pairs and its loss. This class is Online DPO; subclasses override what differs.
 
     ``epoch_fields`` are fields of the configuration that this method alone reads, each a number or one for each epoch.
     ``needs_reference``: its loss reads the reference whatever ``loss_type`` says.
@@ -31,7 +31,7 @@ class Method:
     needs_reference: ClassVar[bool] = False
 
     def check(self, args: OnlineDPOConfig) -> None:
-        """What it demands of the configuration.
+        """Checks the configuration; this class accepts any.
 
         Raises:
             ValueError: a field contradicts the method.
@@ -45,10 +45,10 @@ class Method:
         args: OnlineDPOConfig,
         epoch: Callable[[], float],
     ) -> Opponent:
-        """Whose completion the policy's is compared with; here only those of the policy are compared.
+        """Returns the opponent, which adds its completions to those of the policy; here there is none.
 
         Args:
-            epoch: the present one, which may be fractional.
+            epoch: returns the present epoch, which may be fractional.
 
         Raises:
             ValueError: the models cannot be used in that way.
@@ -58,17 +58,17 @@ class Method:
     def form_pairs(
         self, groups: Sequence[Group], assessment: Scores | Verdicts, selection: Selection, draw: Draw
     ) -> Pairing:
-        """The groups as pairs; every group ends in pairs or in one counted reason.
+        """Forms pairs; every group ends in pairs or in one counted reason.
 
         Args:
-            draw: where random choices come from.
+            draw: the source of random choices.
         """
         if isinstance(assessment, Verdicts):
             return pairs_from_preferences(groups, assessment.preferences, selection, assessment.scores)
         return pairs_from_scores(groups, assessment, selection, draw)
 
     def losses(self, pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
-        """What is minimised, one value a pair, (N,): here the losses of ``loss_type``. A pure function.
+        """Returns the loss of each pair, (N,): here by ``loss_type``. A pure function.
 
         ``options.own`` holds `epoch_options`.
         """
@@ -85,8 +85,8 @@ MethodClass = TypeVar("MethodClass", bound=type[Method])
 def method(name: str) -> Callable[[MethodClass], MethodClass]:
     """Registers a subclass of `Method`: ``method: name`` in a configuration then chooses it.
 
-    >>> @method("mine")
-    ... class Mine(Method): ...
+    >>> @method("my_method")
+    ... class MyMethod(Method): ...
 
     Raises:
         RegistryError: the name is taken.
@@ -100,7 +100,7 @@ def method(name: str) -> Callable[[MethodClass], MethodClass]:
 
 
 def check_one_opponent(args: OnlineDPOConfig) -> None:
-    """For methods that compare one completion of the policy with one of an opponent that needs the reference.
+    """Checks the fields of a method whose opponent needs the reference and adds one completion to one of the policy.
 
     Raises:
         ValueError: the policy is to write several completions, or there is no reference.

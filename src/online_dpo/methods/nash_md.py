@@ -1,4 +1,4 @@
-"""Nash-MD (Munos et al. 2023, arXiv 2312.00886): against a mixture with the reference, by a policy gradient."""
+"""Nash-MD (Munos et al. 2023, arXiv 2312.00886): the policy plays a mixture of itself and the reference."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NEEDS = (
     ("use_vllm", False, "vLLM cannot sample from a mixture of two models"),
     ("cache_implementation", None, "a mixture of two models is not sampled by `generate`"),
 )
-"""Fields that leave no choice: their value, and why."""
+"""Fields that must have one value, that value, and why."""
 GENERATION = (*SAMPLING_FIELDS, "stop_strings", "eos_token_id")
 UNCHANGED: dict[str, Any] = dict(temperature=1.0, top_p=1.0, top_k=0, min_p=None, repetition_penalty=1.0)
 """Sampling from the model's own distribution."""
@@ -97,7 +97,7 @@ class NashMD(Method):
     def form_pairs(
         self, groups: Sequence[Group], assessment: Scores | Verdicts, selection: Selection, draw: Draw
     ) -> Pairing:
-        """Every group that something is said of: the loss has a part that does not depend on who wins."""
+        """Forms a pair of every group that has scores or an answer: part of the loss does not depend on who wins."""
         return pairs_of_two(groups, assessment, selection.label_temperature or 1.0)
 
     def losses(self, pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
@@ -119,26 +119,26 @@ class NashMD(Method):
 
 
 def pairs_of_two(groups: Sequence[Group], assessment: Scores | Verdicts, temperature: float = 1.0) -> Pairing:
-    """Every group of two that something is said of as a pair with a probability.
+    """Forms a pair with a probability of every group of two that has scores or an answer.
 
-    Of scores the probability is the sigmoid of their difference over ``temperature`` (Bradley-Terry), with a judge the
-    judge's. Ties, and completions with the same tokens, are even. Without both scores, or an answer, a group is dropped
-    as ``missing_score`` or ``no_answer``.
+    With scores the probability is the sigmoid of their difference over ``temperature`` (Bradley-Terry), with a judge
+    the judge's. Ties, and completions with the same tokens, are even. Without both scores, or an answer, a group is
+    dropped as ``missing_score`` or ``no_answer``.
     """
-    made = Pairing()
+    pairing = Pairing()
     for p, group in enumerate(groups):
         scores = assessment.values[p] if isinstance(assessment, Scores) else [None, None]
         probability = _first_is_better(assessment, p, temperature)
         if probability is None:
-            made.dropped[MISSING_SCORE if isinstance(assessment, Scores) else NO_ANSWER] += 1
+            pairing.dropped[MISSING_SCORE if isinstance(assessment, Scores) else NO_ANSWER] += 1
             continue
         if len({completion.token_ids for completion in group.completions}) == 1:
             probability = 0.5
         chosen, rejected = (0, 1) if probability >= 0.5 else (1, 0)
-        made.pairs.append(
+        pairing.pairs.append(
             Pair(group, chosen, rejected, scores[chosen], scores[rejected], max(probability, 1 - probability))
         )
-    return made
+    return pairing
 
 
 def _first_is_better(assessment: Scores | Verdicts, p: int, temperature: float) -> float | None:

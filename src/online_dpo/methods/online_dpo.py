@@ -7,4 +7,4 @@ from online_dpo.methods.base import Method, method
 
 @method("online_dpo")
 class OnlineDPO(Method):
-    """The method that the others differ from: nothing is replaced."""
+    """The default method; it overrides nothing."""

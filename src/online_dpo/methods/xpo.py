@@ -1,4 +1,4 @@
-"""XPO (Xie et al. 2024, arXiv 2405.21046): against the reference, with a bonus for what the reference would not say."""
+"""XPO (Xie et al. 2024, arXiv 2405.21046): the policy plays the reference, with an exploration bonus."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class XPO(Method):
     epoch_fields = ("xpo_alpha",)
 
     def check(self, args: OnlineDPOConfig) -> None:
-        """As `check_one_opponent`."""
+        """Checks what the opponent needs, see `check_one_opponent`."""
         check_one_opponent(args)
 
     def build_opponent(
@@ -43,8 +43,8 @@ class XPO(Method):
         """The losses of the pairs, plus ``alpha log pi(y)`` of the completion ``y`` that the reference wrote
         (algorithm 1, the update of the policy).
 
-        As it is minimised, what the reference would say anyhow becomes less likely, and the rest more: optimism about
-        what has not been tried.
+        Minimising it makes completions of the reference less likely, and all others more: optimism about what has not
+        been tried.
         """
         chosen_N = torch.where(pairs.chosen_by_policy_N, 0.0, pairs.chosen_N)
         rejected_N = torch.where(pairs.rejected_by_policy_N, 0.0, pairs.rejected_N)

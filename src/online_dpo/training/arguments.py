@@ -1,4 +1,4 @@
-"""What the trainer is given: checked before a model is loaded, as far as that is possible."""
+"""Checks of the trainer's arguments, made before a model is loaded as far as that is possible."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ REWARD_FIELDS = ("reward_weights", "reward_normalization")
 
 
 def checked_config(args: OnlineDPOConfig | None) -> OnlineDPOConfig:
-    """The configuration, if it is one.
+    """Returns the configuration, once it is known to be one.
 
     Raises:
         ValueError, TypeError: there is no configuration, or it is of another kind.
@@ -128,7 +128,7 @@ def check_judged_pairs(args: OnlineDPOConfig) -> None:
     """Refuse options of pairs that need scores where a judge makes the pairs.
 
     Raises:
-        ValueError: pairs are to be made by scores, and a judge makes them.
+        ValueError: an option needs scores, and a judge forms the pairs.
     """
     if args.pair_selection != "best_worst":
         raise ValueError(
@@ -145,8 +145,10 @@ def is_peft_model_object(model: Any) -> bool:
 
 
 def choose_scorers(reward_funcs: Any, reward_model: Any, judge: Any, args: OnlineDPOConfig) -> tuple[Any, Any]:
-    """The reward functions and the judge that are used: ``reward_model`` is another name for ``reward_funcs``, and
-    rewards win unless the judge is for the best of them.
+    """Returns the reward functions and the judge that are used.
+
+    ``reward_model`` is another name for ``reward_funcs``. Where both rewards and a judge are given, the rewards are
+    used, unless ``judge_top`` has the judge compare the best completions.
 
     Raises:
         ValueError: rewards are given in two places, or the judge is to see the best of them and one is missing.
@@ -186,7 +188,7 @@ def check_vllm(args: OnlineDPOConfig) -> None:
     """Refuse to sample with vLLM where it cannot be used, or not as the configuration asks.
 
     Raises:
-        ValueError: vLLM is missing, does not know an option of sampling, or a server has not room for ``max_length``.
+        ValueError: vLLM is missing, does not know an option of sampling, or a server has no room for ``max_length``.
         RolloutServerError: a server cannot be reached.
     """
     if not args.use_vllm:
@@ -241,18 +243,18 @@ def check_batches(train_dataset: Any, args: OnlineDPOConfig) -> None:
 
 
 def named_datasets(eval_dataset: Any) -> dict[str, Any]:
-    """The datasets to evaluate on, each as an error should call it."""
+    """The datasets to evaluate on, by the names that errors give them."""
     if isinstance(eval_dataset, dict):
         return {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
     return {} if eval_dataset is None else {"eval_dataset": eval_dataset}
 
 
 def check_columns(reward_funcs: Any, datasets: Mapping[str, Any], not_passed_on: Sequence[str]) -> None:
-    """Refuse reward functions that name a column which a prepared dataset has not.
+    """Refuse reward functions that name a column which a prepared dataset does not have.
 
     Raises:
-        ScoringError: a reward function names a column that one of the prepared datasets has not. A stream may not know
-            its columns; it is checked when the function is called.
+        ScoringError: a reward function names a column that one of the prepared datasets does not have. A stream may not
+        know its columns; it is checked when the function is called.
     """
     if reward_funcs is None:
         return

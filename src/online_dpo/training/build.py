@@ -1,4 +1,4 @@
-"""From the trainer's arguments to the parts that it composes: policy, reference, sampler."""
+"""Builds the parts of the trainer from its arguments: policy, reference, sampler."""
 
 from __future__ import annotations
 
@@ -52,11 +52,12 @@ logger = logging.getLogger(__name__)
 
 
 def build_policy(model: Any, peft_config: Any, args: OnlineDPOConfig, optimizer: Any = None) -> nn.Module:
-    """The policy, loaded if given by name, wrapped in its adapter, without dropout if so configured. What is trained of
-    a model loaded here is in fp32, unless a type is asked for.
+    """Returns the policy, loaded if given by name, wrapped in its adapter, without dropout if so configured.
+
+    The trained weights of a model that is loaded here are in fp32, unless a type is asked for.
 
     Args:
-        optimizer: of the user, if there is one.
+        optimizer: the user's, if there is one.
 
     Raises:
         ValueError: the model is no causal language model, its context is shorter than ``max_length``, or none of its
@@ -129,11 +130,11 @@ def _prepare_attention(model: nn.Module, args: OnlineDPOConfig) -> None:
 
 
 def build_reference(ref_model: Any, policy: nn.Module, args: OnlineDPOConfig) -> Reference:
-    """The reference: the model given, else the policy with its adapter off, else a frozen copy. A model of its own may
-    follow the policy.
+    """Returns the reference: the model given, else the policy with its adapter off, else a frozen copy. A reference
+    with weights of its own may follow the policy.
 
-    One that is made here computes as the policy does, so that at the start the two give the same numbers: it has the
-    policy's type, but for what mixed precision casts in each pass anyway.
+    One that is created here computes as the policy does, so that both give the same numbers at the start: it has the
+    policy's type, except for what mixed precision casts in each pass anyway.
 
     Raises:
         ValueError: it is to follow the policy, and cannot; or its context is shorter than ``max_length``.
@@ -196,7 +197,7 @@ def _own_model(model: nn.Module, policy: nn.Module, args: OnlineDPOConfig, descr
 
 
 def train_on_one_device_per_process(args: OnlineDPOConfig) -> None:
-    """Settings that hold for every run: one device a process, and batches that each process reads for itself."""
+    """Sets what holds for every run: one device a process, and batches that each process reads for itself."""
     if args.n_gpu > 1:
         warnings.warn(
             f"{args.n_gpu} GPUs are visible to this one process; only the first is used. Start one process for each "
@@ -241,7 +242,7 @@ def build_sampler(
     args: OnlineDPOConfig,
     accelerator: Accelerator,
 ) -> Sampler:
-    """Returns what samples the policy's completions."""
+    """Returns the sampler of the policy's completions."""
     return Sampler(
         policy,
         build_engine(policy, tokenizer, args),
@@ -256,7 +257,7 @@ def build_sampler(
 def build_reference_answers(
     reference: Reference, sampler: Sampler, tokenizer: PreTrainedTokenizerBase, args: OnlineDPOConfig
 ) -> ReferenceAnswers | None:
-    """Returns what the policy is compared with in evaluations; ``None`` without a reference."""
+    """Returns the source of the reference's answers in evaluations; ``None`` without a reference."""
     if args.reference_free:
         return None
     with reference.active() as model:

@@ -129,10 +129,8 @@ class FeedbackCollector:
         """
         self._sampler_is_free.wait()
         if self.args.resample_rounds:
-            with self.run.phase(
-                "waiting"
-            ):  # steps begun before sample again until they are paired, with their own weights
-                self.lookahead.wait()
+            with self.run.phase("waiting"):
+                self.lookahead.wait()  # steps begun before may sample again until they are paired, with older weights
         self.sync(prompts)
         with self.run.phase.stopwatch() as watch, self.sampler.autocast():
             key = RolloutKey(self.args.seed, step, Stream.OPPONENT)

@@ -154,10 +154,10 @@ class GuardedTrainer(Trainer):
             error.add_note(f"Before that, a checkpoint of the steps done was saved: {self.interrupt.checkpoint}")
 
     def _blame_optimizer(self, error: Exception) -> None:
-        """Says that the optimizer or its schedule failed, where an update was half done when ``error`` came.
+        """Names the optimizer and its schedule in an error that left an update half done.
 
         Raises:
-            ForeignCodeError: it did: the error then came from what makes updates.
+            ForeignCodeError: an update was half done, so that ``error`` came from one of the two.
         """
         if self.steps_done.updating and not isinstance(error, (OnlineDPOError, torch.OutOfMemoryError)):
             assert isinstance(self.optimizer, AcceleratedOptimizer)
@@ -186,8 +186,8 @@ class GuardedTrainer(Trainer):
 
     @contextmanager
     def beside_training(self) -> Iterator[None]:
-        """Training goes on as if what is done here had not been: its time does not count in
-        ``perf/tokens_per_second``, and random numbers drawn meanwhile, by a reward function too, are drawn again.
+        """Keeps what is done inside from changing training: its time does not count in ``perf/tokens_per_second``, and
+        random numbers that are drawn meanwhile, by a reward function too, are drawn again.
         """
         if self._beside_training:  # one of several datasets
             yield
@@ -202,8 +202,8 @@ class GuardedTrainer(Trainer):
 
     @contextmanager
     def evaluation_weights(self) -> Iterator[None]:
-        """Some optimizers (schedule-free ones) train other weights than they evaluate and save. Inside it is the
-        latter; afterwards those that are trained, from which the next step samples, if training goes on.
+        """Puts the weights into the model that are evaluated and saved, where an optimizer (a schedule-free one) trains
+        others. Afterwards, if training goes on, the model has the trained ones, from which the next step samples.
         """
         if self.holds_evaluation_weights:
             yield
@@ -223,6 +223,7 @@ class GuardedTrainer(Trainer):
             self.holds_evaluation_weights = on
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """As the parent's, with the weights that are evaluated (see `evaluation_weights`)."""
         with self.evaluation_weights():
             super().save_model(*args, **kwargs)
 
@@ -309,12 +310,12 @@ class GuardedTrainer(Trainer):
             elapsed = time.perf_counter() - self._last_log
             self._last_log = time.perf_counter()
             self.metrics.ratio("train/updated_ratio", *self.updates.drain_changed())
-            mine = self.metrics.drain()
-            mine["perf/tokens_per_second"] = mine.pop("completion_tokens", 0.0) / elapsed
-            mine["time/all"] = elapsed
-            # The parent's loss is a mean over steps, in which one without pairs counts 0; ours is over pairs.
+            own = self.metrics.drain()
+            own["perf/tokens_per_second"] = own.pop("completion_tokens", 0.0) / elapsed
+            own["time/all"] = elapsed
+            # The parent's loss is a mean over steps, in which one without pairs counts 0; this one is over pairs.
             others = {name: value for name, value in logs.items() if name != "loss"}
-            logs = in_order({**others, **mine, "guard/skipped_steps": float(self.guard.skipped)})
+            logs = in_order({**others, **own, "guard/skipped_steps": float(self.guard.skipped)})
         if self.state.epoch is not None:
             logs = {"epoch": self.state.epoch, **logs}  # the parent would put it last
         super().log(logs, start_time)

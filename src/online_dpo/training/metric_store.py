@@ -40,8 +40,8 @@ class MetricStore:
         self._largest: dict[str, torch.Tensor] = {}
 
     def mean(self, name: str, values: Value) -> None:
-        """Values that are not finite (of a step that the guard will skip) are left out, so that they do not hide the
-        others.
+        """Adds values to a mean. Those that are not finite (of a step that the guard will skip) are left out, so that
+        they do not hide the others.
         """
         if not isinstance(values, torch.Tensor):
             values = torch.tensor([values] if isinstance(values, (int, float)) else list(values), dtype=torch.float64)
@@ -50,6 +50,7 @@ class MetricStore:
         self._counts[name] = self._counts[name] + finite.sum()
 
     def total(self, name: str, amount: float) -> None:
+        """Adds to a sum over all ranks."""
         self._totals[name] += amount
 
     def ratio(self, name: str, part: float, whole: float) -> None:
@@ -58,21 +59,22 @@ class MetricStore:
         self._counts[name] = self._counts[name] + whole
 
     def largest(self, name: str, values: torch.Tensor) -> None:
-        """The largest value that any rank added, of those that are finite."""
+        """Keeps the largest value that any rank adds, of those that are finite."""
         largest = torch.where(values.detach().isfinite(), values.detach(), -math.inf).max()
         known = self._largest.get(name)
         self._largest[name] = largest if known is None else torch.maximum(known, largest)
 
     def take_mean(self, name: str) -> float | None:
-        """The mean over all ranks of what was added under this name, which is then forgotten; ``None`` if that was
-        nothing. A collective operation.
+        """Returns the mean over all ranks of the values under this name, and forgets them; ``None`` if there are none.
+
+        A collective operation.
         """
         parts = from_every_rank((float(self._sums.pop(name, 0.0)), float(self._counts.pop(name, 0.0))))
         count = sum(part[1] for part in parts)
         return sum(part[0] for part in parts) / count if count else None
 
     def means(self) -> dict[str, float]:
-        """Every mean so far on this process, which stays collected."""
+        """Returns every mean so far on this process, and keeps the values."""
         return {
             name: float(total) / float(self._counts[name]) for name, total in self._sums.items() if self._counts[name]
         }
@@ -82,14 +84,17 @@ class MetricStore:
         return Snapshot(dict(self._sums), dict(self._counts), dict(self._totals), dict(self._largest))
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Goes back, in place: whoever holds this store collects into the same one as before."""
+        """Goes back to a snapshot, in place, so that all who hold this store keep sharing it."""
         self._sums = defaultdict(float, snapshot.sums)
         self._counts = defaultdict(float, snapshot.counts)
         self._totals = defaultdict(float, snapshot.totals)
         self._largest = dict(snapshot.largest)
 
     def drain(self) -> dict[str, float]:
-        """Every metric over all ranks. A collective operation: every rank calls it at the same time."""
+        """Returns every metric over all ranks and starts anew.
+
+        A collective operation: every rank calls it at the same time.
+        """
         own = (
             {name: (float(value), float(self._counts[name])) for name, value in self._sums.items()},
             dict(self._totals),
@@ -100,10 +105,8 @@ class MetricStore:
         return _reduced(from_every_rank(own))
 
 
-def _reduced(
-    ranks: Iterable[tuple[dict[str, tuple[float, float]], dict[str, float], dict[str, float]]],
-) -> dict[str, float]:
-    """What every rank collected as one metric a name: means of (sum, count), sums of totals, the largest value."""
+def _reduced(ranks: Iterable[Collected]) -> dict[str, float]:
+    """Reduces what every rank collected to one number for each name."""
     sums: dict[str, float] = defaultdict(float)
     counts: dict[str, float] = defaultdict(float)
     totals: dict[str, float] = defaultdict(float)

@@ -1,4 +1,4 @@
-"""Metrics that mean the same on one rank and on many: sums and counts, gathered once a log."""
+"""Records the metrics of the stages of a step in a `MetricStore`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ STEP_KL = "step/kl"
 
 
 def record_rollout(store: MetricStore, groups: list[Group], assessment: Scores | Verdicts, version: int) -> None:
-    """What sampling and scoring gave, over every completion that the policy wrote; ``version`` is that of the policy
-    which is trained on them. What its opponent wrote, if it has one, is under ``opponent/``.
+    """Records the results of sampling and scoring, over the completions that the policy wrote.
+
+    Those of its opponent, if it has one, are under ``opponent/``. ``version`` is that of the policy which is trained.
     """
     everything = [completion for group in groups for completion in group.completions]
     store.total("completion_tokens", sum(len(c.token_ids) for c in everything))
@@ -46,7 +47,7 @@ def _record_scores(store: MetricStore, groups: list[Group], scores: Scores) -> N
 
 
 def record_notes(store: MetricStore, notes: Notes | None) -> None:
-    """What reward functions noted through ``log_metric``, under the names that they gave."""
+    """Records what reward functions noted through ``log_metric``, under the names that they gave."""
     for name, values in ({} if notes is None else notes.metrics).items():
         store.mean(name, values)
 
@@ -60,7 +61,7 @@ def record_counts(store: MetricStore, counts: Counts) -> None:
 
 
 def record_pairs(store: MetricStore, num_groups: int, pairing: Pairing) -> None:
-    """What became of the groups."""
+    """Records how many groups became pairs, why others were dropped, and the means over pairs."""
     pairs, dropped = pairing.pairs, pairing.dropped
     num_used = num_groups - dropped.total()
     store.total("pairs/count", len(pairs))
@@ -81,10 +82,10 @@ def record_pairs(store: MetricStore, num_groups: int, pairing: Pairing) -> None:
 
 
 def record_resampling(store: MetricStore, further: Sequence[Round], pairing: Pairing) -> None:
-    """What answering prompts again has cost and brought; ``pairing`` is that of the step in the end.
+    """Records the cost and the gain of answering prompts again; ``pairing`` is the final one of the step.
 
     Lengths and scores of these answers are recorded nowhere: who is asked again is decided by the scores, so means over
-    these answers, or over the last ones of each prompt, would say something else than how good the policy is.
+    these answers, or over the last ones of each prompt, would not show how good the policy is.
     """
     for again in further:
         completions = [c for group in again.groups for c in group.completions if c.by_policy]
@@ -105,7 +106,7 @@ def record_loss(
     loss_N: torch.Tensor,
     beta: float,
 ) -> None:
-    """What the forward passes gave, over the pairs that are trained on (a stand-in counts nowhere).
+    """Records the results of the forward passes, over the pairs that are trained on (a stand-in counts nowhere).
 
     Means over completions are over those that the policy wrote. ``objective/kl`` is the mean of the summed log-ratio to
     the reference, an estimate of the sequence KL in nats; ``objective/entropy`` that of minus the summed
@@ -138,7 +139,7 @@ def _record_policy(store: MetricStore, rows: PackedRows, policy: RowLogprobs) ->
 
 
 def _record_rewards(store: MetricStore, rows: PackedRows, rewards_S: torch.Tensor) -> None:
-    """What is relative to the reference; ``rewards_S`` are DPO's implicit rewards."""
+    """Records what is relative to the reference; ``rewards_S`` are DPO's implicit rewards."""
     real_N, used_S = rows.weight_N > 0, _own_completions(rows)
     chosen_N, rejected_N = rewards_S[rows.chosen_N[real_N]], rewards_S[rows.rejected_N[real_N]]
     margin_N = chosen_N - rejected_N
@@ -153,7 +154,7 @@ def _record_rewards(store: MetricStore, rows: PackedRows, rewards_S: torch.Tenso
 
 
 def trained_kl(rows: PackedRows, policy: RowLogprobs, reference: RowLogprobs) -> torch.Tensor:
-    """What ``objective/kl`` is the mean of: the log-ratio of each completion of the policy that is trained on."""
+    """Returns the log-ratio of each completion of the policy that is trained on; ``objective/kl`` is their mean."""
     return (policy.logps_S.detach() - reference.logps_S)[_own_completions(rows)]
 
 

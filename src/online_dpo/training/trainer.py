@@ -106,8 +106,8 @@ class OnlineDPOTrainer(GuardedTrainer):
         processing_class: the policy's tokenizer.
         reward_processing_classes: tokenizers of the reward models, in the order of ``reward_funcs``.
         peft_config: adapter to train instead of the whole model.
-        eval_reward_funcs, eval_judge: gold, in the forms of ``reward_funcs`` and ``judge``: evaluations report what it
-            says beside the training score, and training never sees it.
+        eval_reward_funcs, eval_judge: the gold scorer or judge, in the forms of ``reward_funcs`` and ``judge``:
+            evaluations report its scores beside the training score, and training never sees them.
         compute_metrics: receives `EvalPrediction(predictions=scores (prompts, K), label_ids=reference scores
             (prompts,))`.
 
@@ -192,7 +192,7 @@ class OnlineDPOTrainer(GuardedTrainer):
         return policy
 
     def _build_models(self, ref_model: Any, datasets: dict[str, Any]) -> None:
-        """Builds the reference, and what samples from policy, reference and opponent."""
+        """Builds the reference, the sampler, the reference's answers and the opponent."""
         args, policy, tokenizer = self.args, self.policy, self.tokenizer
         self.reference = build_reference(ref_model, policy, args)
         vocabulary = build_vocabulary(policy, None if ref_model is None else self.reference, tokenizer, datasets)
@@ -209,7 +209,7 @@ class OnlineDPOTrainer(GuardedTrainer):
     def _build_feedback(
         self, reward_funcs: Any, processing_classes: Any, judge: Any, eval_reward_funcs: Any, eval_judge: Any
     ) -> None:
-        """Builds what assesses completions: the one that is trained on, and gold."""
+        """Builds the scorers and the judge that training uses, and the gold ones of evaluations."""
         args, state = self.args, lambda: self.state
         self.judge = None if judge is None else build_judge(judge, self.tokenizer, args)
         self.scorers = (
@@ -288,6 +288,7 @@ class OnlineDPOTrainer(GuardedTrainer):
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # pyright: ignore[reportArgumentType]
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """The parent's, with prepared prompts."""
         return super().get_test_dataloader(self.data.prepare(test_dataset, "test_dataset"))
 
     def evaluation_loop(
@@ -323,7 +324,7 @@ class OnlineDPOTrainer(GuardedTrainer):
     def _losses_of(
         self, model: nn.Module, groups: Sequence[Group], pairs: Sequence[Pair]
     ) -> tuple[PackedRows, dict[str, Any]]:
-        """Returns the packed completions of all groups, and what `compute_loss` says of them."""
+        """Returns the packed completions of all groups, and the outputs of `compute_loss` for them."""
         inputs = self.objective.pack_for_evaluation(model, groups, pairs)
         with self.accelerator.autocast():
             _, outputs = self.compute_loss(model, inputs, return_outputs=True)

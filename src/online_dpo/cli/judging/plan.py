@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from online_dpo.cli.runfile.schema import FieldSpec, read_fields_of
-from online_dpo.cli.runfile.values import BadValue, convert, nearest
+from online_dpo.cli.runfile.values import BadValue, convert
 from online_dpo.config.llm_judge import TEMPLATES, JudgeSettings
 from online_dpo.config.pairwise_judge import OPTIONS, check_options, pairwise_kind
+from online_dpo.config.registry import nearest
 
 FILES = ("rubric_file", "template")
 PAIRWISE_OPTIONS = {
@@ -72,7 +73,7 @@ def _converted(given: dict[str, Any], specs: dict[str, FieldSpec]) -> dict[str, 
     options = {}
     for name, value in given.items():
         if name not in specs:
-            raise ValueError(f"`{name}` is not one of `judge_kwargs`.{nearest(name, list(specs))}")
+            raise ValueError(f"`{name}` is not one of `judge_kwargs`.{nearest(name.replace('-', '_'), specs)}")
         try:
             options[name] = convert(specs[name], value)
         except BadValue as problem:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from online_dpo import versions
+from online_dpo.cli.parser import WRONG_INPUT
 from online_dpo.cli.runfile.entries import COMMAND_LINE, UsageError
 
-WRONG_INPUT = 2
 CONFIG = "--config"
 HELP_ALL = "--help-all"
 HELP_WORDS = ("--help", "-h", HELP_ALL, "--help_all")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import math
 from typing import Any
 
 import yaml
 
 from online_dpo.cli.runfile.schema import FieldSpec
+from online_dpo.config.registry import nearest
 
 TRUE_WORDS = frozenset({"true", "yes", "on"})
 FALSE_WORDS = frozenset({"false", "no", "off"})
@@ -74,12 +74,6 @@ def wanted(spec: FieldSpec) -> str:
     kinds = alternatives(ast.parse(spec.annotation, mode="eval").body)
     words = [_describe(kind, spec) for kind in kinds]
     return " or ".join(dict.fromkeys(word for word in words if word)) or "no value from a run file"
-
-
-def nearest(name: str, names: list[str] | tuple[str, ...]) -> str:
-    """`` Did you mean `x`?``, or nothing when no name is near."""
-    found = difflib.get_close_matches(name.replace("-", "_"), names, n=1)
-    return f" Did you mean `{found[0]}`?" if found else ""
 
 
 def alternatives(node: ast.expr) -> list[ast.expr]:
@@ -159,7 +153,7 @@ def _number(value: str | float) -> float | None:
 def _check_choice(spec: FieldSpec, value: Any) -> Any:
     for item in value if isinstance(value, list) else [value]:
         if spec.choices and isinstance(item, str) and item not in spec.choices:
-            raise BadValue(f"is {_show(value)}; wanted: {wanted(spec)}.{nearest(item, spec.choices)}")
+            raise BadValue(f"is {_show(value)}; wanted: {wanted(spec)}.{nearest(item.replace('-', '_'), spec.choices)}")
     return value
 
 
