@@ -13,7 +13,7 @@ import resource, sys
 import torch
 if sys.argv[1] == "train":
     from online_dpo import OnlineDPOConfig
-    from online_dpo.build import train_on_one_device_per_process
+    from online_dpo.training.build import train_on_one_device_per_process
     train_on_one_device_per_process(OnlineDPOConfig(output_dir="unused", use_cpu=True, report_to=[]))
 def pass_over():
     tensors = [torch.ones(10_000_000) for _ in range(3)]  # 40 MB each: more than glibc ever keeps by itself
