@@ -325,7 +325,7 @@ def test_rounds_of_a_step_that_has_begun_are_part_of_a_checkpoint(tmp_path):
     whole, resumed = (beside(tmp_path, 1, Beside(), **options) for _ in range(2))
     whole.train()
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert min(resumed.engine.versions) == 3
+    assert min(resumed.sampler.engine.versions) == 3
     assert all(torch.equal(p, resumed.model.get_parameter(name)) for name, p in whole.model.named_parameters())
     ours, theirs = ([without_times(log) for log in step_logs(made)] for made in (resumed, whole))
     assert ours == theirs and all(log["resample/rescued"] > 0 for log in theirs[2:])
