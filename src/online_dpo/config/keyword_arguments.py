@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 Class = TypeVar("Class", bound=type)
 Hint = Callable[[str, Collection[str]], str]
@@ -38,16 +38,3 @@ def check_keywords(cls: type, given: Collection[str], hint: Hint) -> None:
     for name in given:
         if name not in parameters:
             raise TypeError(f"`{cls.__name__}` has no argument `{name}`.{hint(name, parameters)}")
-
-
-class NamedArguments:
-    """Base of a class whose constructor names all its arguments."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Creates an object after its keyword arguments have been checked (see `check_keywords`)."""
-        check_keywords(cls, kwargs, cls._hint_for_argument)
-        return super().__new__(cls)
-
-    @classmethod
-    def _hint_for_argument(cls, name: str, known: Collection[str]) -> str:
-        raise NotImplementedError

@@ -64,7 +64,11 @@ class Registry(Collection[str], Generic[T]):
 
         To be called by the function that a user calls, whose line is the place that messages name.
         """
-        frame = inspect.stack(0)[2].frame
+        frame = inspect.currentframe()
+        for _ in range(2):
+            assert frame is not None  # CPython has frames
+            frame = frame.f_back
+        assert frame is not None
         file, module = frame.f_code.co_filename, frame.f_globals["__name__"]
         place = f"{file}:{frame.f_lineno}"
 

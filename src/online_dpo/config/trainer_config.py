@@ -20,7 +20,7 @@ from online_dpo.config.engine import EngineFields, engine_name, settle_engine
 from online_dpo.config.feedback import FeedbackFields, check_feedback
 from online_dpo.config.hf_fields import check_hf_fields, check_names, check_processes
 from online_dpo.config.input import MAPPINGS, normalize_input
-from online_dpo.config.keyword_arguments import NamedArguments
+from online_dpo.config.keyword_arguments import names_unknown_arguments
 from online_dpo.config.loss import LossFields, check_loss, without_reference
 from online_dpo.config.method import MethodFields, check_method, check_method_numbers, method_of
 from online_dpo.config.names_elsewhere import ARGUMENTS, IN_PYTHON, hint_for
@@ -31,9 +31,15 @@ from online_dpo.config.vllm import VLLMFields, check_vllm, unread_vllm_fields
 from online_dpo.versions import copy_checkpointing_fields
 
 
+def _hint_for_argument(name: str, known: Collection[str]) -> str:
+    if name in ARGUMENTS.values():
+        return f" `{name}` is an argument of `OnlineDPOTrainer`."
+    return hint_for(name, known, IN_PYTHON)
+
+
+@names_unknown_arguments(_hint_for_argument)
 @dataclass
 class OnlineDPOConfig(
-    NamedArguments,
     VLLMFields,  # dataclasses put the fields of the last base class first
     EngineFields,
     MethodFields,
@@ -81,12 +87,6 @@ class OnlineDPOConfig(
         check_unsupported(self)
         check_accelerator(self)
         check_hf_fields(self)
-
-    @classmethod
-    def _hint_for_argument(cls, name: str, known: Collection[str]) -> str:
-        if name in ARGUMENTS.values():
-            return f" `{name}` is an argument of `OnlineDPOTrainer`."
-        return hint_for(name, known, IN_PYTHON)
 
     def beta_at(self, epoch: float) -> float:
         """The beta of an epoch that may be fractional: ``[0.1, 0.2]`` gives 0.1 in epoch 0 and 0.2 from epoch 1 on."""

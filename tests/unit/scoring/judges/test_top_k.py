@@ -8,28 +8,21 @@ import pytest
 from online_dpo.scoring.judges.top_k import judge_the_top
 from online_dpo.scoring.penalties import Penalties
 from online_dpo.types import Completion, Group, Preference, Prompt, Scores
+from support.asked_judge import AskedJudge
 
 PROMPT = Prompt("p", (1,), row=0)
 
 
-class Taste:
+class Taste(AskedJudge):
     """Prefers the text that stands earlier in its list; ``silent`` comparisons have no answer."""
 
     name = "taste"
 
     def __init__(self, order, probability=0.9, silent=()):
+        super().__init__(silent)
         self.order, self.probability = list(order), probability
-        self.silent = {frozenset(pair) for pair in silent}
-        self.calls = []
 
-    def prefer(self, comparisons):
-        pairs = [tuple(c.text for c in comparison.completions) for comparison in comparisons]
-        self.calls.append(pairs)
-        return [self.answer(*pair) for pair in pairs]
-
-    def answer(self, first, second):
-        if frozenset((first, second)) in self.silent:
-            return None
+    def preference(self, first, second):
         return self.probability if self.order.index(first) < self.order.index(second) else 1 - self.probability
 
 

@@ -10,27 +10,21 @@ from online_dpo.errors import ScoringError
 from online_dpo.scoring.judges.tournament import ComparisonCounter, find_preferences
 from online_dpo.scoring.penalties import Penalties
 from online_dpo.types import Completion, Group, Preference, Prompt
+from support.asked_judge import AskedJudge
 
 PROMPT = Prompt("p", (1,), row=0)
 
 
-class Strengths:
+class Strengths(AskedJudge):
     """Knows how good each text is. The better one wins with this probability; ``silent`` comparisons have no answer."""
 
     name = "strengths"
 
     def __init__(self, probability=0.9, silent=()):
-        self.probability, self.silent = probability, {frozenset(texts) for texts in silent}
-        self.calls = []
+        super().__init__(silent)
+        self.probability = probability
 
-    def prefer(self, comparisons):
-        pairs = [tuple(c.text for c in comparison.completions) for comparison in comparisons]
-        self.calls.append(pairs)
-        return [self.answer(*pair) for pair in pairs]
-
-    def answer(self, first, second):
-        if frozenset((first, second)) in self.silent:
-            return None
+    def preference(self, first, second):
         a, b = float(first), float(second)
         return 0.5 if a == b else self.probability if a > b else 1 - self.probability
 
