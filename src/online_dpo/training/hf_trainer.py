@@ -29,6 +29,7 @@ from online_dpo.packing.prefix_tree import PADDING
 from online_dpo.training.display.choose import choose_displays
 from online_dpo.training.display.figures import in_order
 from online_dpo.training.failures import NamedCallbacks, StepsDone
+from online_dpo.training.finite import FiniteWeights
 from online_dpo.training.interrupt import Interrupt
 from online_dpo.training.metric_store import MetricStore
 from online_dpo.training.passes import PassRunner
@@ -74,7 +75,9 @@ class GuardedTrainer(Trainer):
         )
         self.interrupt = Interrupt()
         self.add_callback(self.interrupt)  # before the guard, which has a last log written
-        self.guard = StepGuard(self.accelerator, args.max_skipped_steps, self._count_skipped_pairs)
+        self.finite = FiniteWeights(self.accelerator.device, lambda: self.optimizer)
+        self.finite.add("the policy", self.model)  # pyright: ignore[reportArgumentType]
+        self.guard = StepGuard(self.accelerator, args.max_skipped_steps, self._on_skip, self.finite.check_start)
         self.add_callback(self.guard)
         self.updates = UpdatedRatio(lambda: self.guard.trained_steps, warns=not keeps_small_steps(args))
         self.add_callback(self.updates)
@@ -125,6 +128,7 @@ class GuardedTrainer(Trainer):
             self._evaluating_weights(True)
             for display in displays:
                 display.close()
+        self._check_finite("At the end")
         self.guard.raise_if_diverged(self.state, self.args.output_dir)  # pyright: ignore[reportArgumentType]
         self.guard.raise_if_nothing_trained(self.state, self.args.output_dir)  # pyright: ignore[reportArgumentType]
         return result
@@ -140,7 +144,7 @@ class GuardedTrainer(Trainer):
         done = self.steps_done
         over = self.state.global_step >= self.state.max_steps and self.args.load_best_model_at_end  # other weights now
         alone = self.accelerator.num_processes > 1 and not self.errors.raised
-        if alone or over or not done.wants_checkpoint(self.state):
+        if alone or over or self.finite.found or not done.wants_checkpoint(self.state):
             return
         assert done.rng_state is not None
         try:
@@ -222,13 +226,24 @@ class GuardedTrainer(Trainer):
             optimizer.eval() if on else optimizer.train()
             self.holds_evaluation_weights = on
 
-    def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """As the parent's, with the weights that are evaluated (see `evaluation_weights`)."""
+    def _check_finite(self, when: str) -> None:
+        self.finite.check(self.state, self.args.output_dir, when, agree=True)  # pyright: ignore[reportArgumentType]
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the parent's, with the weights that are evaluated (see `evaluation_weights`).
+
+        Raises:
+            TrainingDivergedError: the weights are not finite; nothing is saved.
+        """
+        if output_dir is None or not _internal_call:  # else they are a checkpoint's, which has checked them
+            folder: Any = self.args.output_dir
+            self.finite.check(self.state, folder, "Before a save", agree=self.is_fsdp_enabled, optimizer=False)
         with self.evaluation_weights():
-            super().save_model(*args, **kwargs)
+            super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """The parent's, with the model card and the state of every part of the run."""
+        self._check_finite("Before a save")
         self.create_model_card()
         with self.evaluation_weights():
             super()._save_checkpoint(model, trial)
@@ -271,8 +286,9 @@ class GuardedTrainer(Trainer):
         """Gives back memory of the device that can be had again; called after a pass that did not fit."""
         empty_device_cache()
 
-    def _count_skipped_pairs(self, count: int) -> None:
-        self.metrics.total("guard/skipped_pairs", count / self.accelerator.num_processes)
+    def _on_skip(self, pairs: int) -> None:
+        self.metrics.total("guard/skipped_pairs", pairs / self.accelerator.num_processes)
+        self._check_finite("In a step that was skipped")  # then no further step would be better
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         """The parent's, over the rows that the policy reads: a prompt that completions share counts once."""

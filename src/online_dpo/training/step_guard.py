@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from online_dpo.distributed.collectives import any_rank
 from online_dpo.errors import NothingTrainedError, TrainingDivergedError
@@ -39,15 +41,20 @@ class StepGuard(TrainerCallback):
         accelerator: the trainer's accelerator.
         max_skipped_steps: the run stops after this many skipped steps in a row.
         on_skip: called with the number of pairs when a step is skipped.
+        check_start: called when training begins, with all weights loaded; raises if nothing can be trained from them.
     """
 
     FILE = "guard.json"
 
     def __init__(
-        self, accelerator: Accelerator, max_skipped_steps: int, on_skip: Callable[[int], None] = lambda pairs: None
+        self,
+        accelerator: Accelerator,
+        max_skipped_steps: int,
+        on_skip: Callable[[int], None] = lambda pairs: None,
+        check_start: Callable[[], None] = lambda: None,
     ) -> None:
         self.accelerator = accelerator
-        self.on_skip = on_skip
+        self.on_skip, self._check_start = on_skip, check_start
         self.max_skipped_steps = max_skipped_steps
         self.skipped = 0
         self._idle = False
@@ -75,6 +82,7 @@ class StepGuard(TrainerCallback):
             ValueError: the optimizer trains no weight of the model.
         """
         assert model is not None
+        self._check_start()
         if state.global_step >= state.max_steps and state.is_world_process_zero:
             logger.warning(
                 "This run was over: step %d of %d is done. Nothing more is trained; to continue, raise `max_steps` or "
@@ -110,10 +118,16 @@ class StepGuard(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: nn.Module | None = None,
+        optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Remove all gradients if the step is not finite on any rank, or has no pair."""
+        """Remove all gradients if the step is not finite on any rank, or has no pair.
+
+        Raises:
+            TrainingDivergedError: the learning rate is not finite; the update would make all weights so.
+        """
         assert model is not None
+        _check_learning_rates(optimizer, state)
         finite = not any_rank(not bool(self._finite), self.accelerator.device)
         if not finite or self._num_pairs == 0:
             for parameter in model.parameters():
@@ -199,9 +213,11 @@ class StepGuard(TrainerCallback):
             TrainingDivergedError: too many steps in a row were not finite.
         """
         if self.diverged:
+            folder = Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"  # of finite weights alone
+            where = f"The weights before them are in {folder}" if folder.is_dir() else "No checkpoint was saved"
             raise TrainingDivergedError(
                 f"{self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite; stopped at step "
-                f"{state.global_step}. The weights before them are in {output_dir}/checkpoint-{state.global_step}. "
+                f"{state.global_step}. {where}. "
                 "Try a lower learning rate, a larger beta, or bf16 instead of fp16; `max_skipped_steps` sets the limit."
             )
 
@@ -239,6 +255,16 @@ class StepGuard(TrainerCallback):
             self.trained_steps = json.loads(path.read_text(encoding="utf-8"))["trained_steps"]
         else:
             self.trained_steps = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
+
+
+def _check_learning_rates(optimizer: Any, state: TrainerState) -> None:
+    rates = [group["lr"] for group in optimizer.param_groups if group["lr"] is not None]
+    wrong = [rate for rate in rates if not math.isfinite(rate)]
+    if wrong:
+        raise TrainingDivergedError(
+            f"The learning rate of step {state.global_step + 1} is {float(wrong[0])}: check the learning rate schedule, or "
+            "the callback that sets it. The step was not made."
+        )
 
 
 def _counts(of: Counter[str]) -> str:
