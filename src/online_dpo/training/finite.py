@@ -165,5 +165,5 @@ def _holds_finite_weights(folder: Path) -> bool:
 
 def _tensors_of(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
     with safe_open(file, framework="pt") as opened:
-        for name in opened.keys():  # noqa: SIM118: it is no mapping
+        for name in opened.keys():  # noqa: SIM118
             yield name, opened.get_tensor(name)

@@ -31,6 +31,7 @@ from online_dpo.training.display.figures import in_order
 from online_dpo.training.failures import NamedCallbacks, StepsDone
 from online_dpo.training.finite import FiniteWeights
 from online_dpo.training.interrupt import Interrupt
+from online_dpo.training.learning_rate import LearningRateBackoff
 from online_dpo.training.metric_store import MetricStore
 from online_dpo.training.passes import PassRunner
 from online_dpo.training.run_context import RunContext
@@ -77,12 +78,16 @@ class GuardedTrainer(Trainer):
         self.add_callback(self.interrupt)  # before the guard, which has a last log written
         self.finite = FiniteWeights(self.accelerator.device, lambda: self.optimizer)
         self.finite.add("the policy", self.model)  # pyright: ignore[reportArgumentType]
-        self.guard = StepGuard(self.accelerator, args.max_skipped_steps, self._on_skip, self.finite.check_start)
+        factor, recovery = args.skipped_step_lr_factor, args.skipped_step_lr_recovery
+        self.backoff = LearningRateBackoff(factor, recovery, trains=lambda: self.guard.trains)
+        limits = (args.max_skipped_steps, args.max_idle_steps)
+        self.guard = StepGuard(self.accelerator, *limits, self.backoff, self._on_skip, self.finite.check_start)
         self.add_callback(self.guard)
         self.updates = UpdatedRatio(lambda: self.guard.trained_steps, warns=not keeps_small_steps(args))
         self.add_callback(self.updates)
         self.steps_done = StepsDone(self.raise_callback_failure)
         self.add_callback(self.steps_done)
+        self.add_callback(self.backoff)
         self.context = RunContext(
             self.accelerator,
             self.errors,
@@ -102,6 +107,7 @@ class GuardedTrainer(Trainer):
 
         Raises:
             TrainingDivergedError: ``max_skipped_steps`` steps in a row were not finite; a checkpoint has been saved.
+            TrainingStalledError: ``max_idle_steps`` steps in a row trained nothing; a checkpoint has been saved.
             NothingTrainedError: no step trained anything; a checkpoint has been saved if there were steps.
             ValueError: the optimizer trains no weight of the model.
             TrainingInterrupted: Ctrl-C was pressed; unless it was pressed twice, a checkpoint has been saved.
@@ -131,6 +137,7 @@ class GuardedTrainer(Trainer):
         self._check_finite("At the end")
         self.guard.raise_if_diverged(self.state, self.args.output_dir)  # pyright: ignore[reportArgumentType]
         self.guard.raise_if_nothing_trained(self.state, self.args.output_dir)  # pyright: ignore[reportArgumentType]
+        self.guard.raise_if_stalled(self.state, self.args.output_dir)  # pyright: ignore[reportArgumentType]
         return result
 
     def raise_callback_failure(self) -> None:
@@ -331,6 +338,9 @@ class GuardedTrainer(Trainer):
             own["time/all"] = elapsed
             # The parent's loss is a mean over steps, in which one without pairs counts 0; this one is over pairs.
             others = {name: value for name, value in logs.items() if name != "loss"}
+            if self.backoff.is_on:
+                others["learning_rate"] *= self.backoff.used
+                own["guard/lr_factor"] = self.backoff.used
             logs = in_order({**others, **own, "guard/skipped_steps": float(self.guard.skipped)})
         if self.state.epoch is not None:
             logs = {"epoch": self.state.epoch, **logs}  # the parent would put it last
