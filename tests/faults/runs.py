@@ -41,9 +41,9 @@ class Ended:
 class Zygote:
     """The warmed process."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: Path) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "faults.zygote"],
+            [sys.executable, "-m", "faults.zygote", str(model)],
             env=environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -140,7 +140,7 @@ class Stage:
 
     def __init__(self, root: Path, ground: Path) -> None:
         self.root, self.ground = root, ground
-        self.zygote = Zygote()
+        self.zygote = Zygote(ground / "policy")
         self._whole: dict[str, Path] = {}
 
     def folder(self, fault: Fault, name: str) -> Path:

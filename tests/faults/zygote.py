@@ -1,4 +1,4 @@
-"""One process that has imported all that a run needs, and forks a child for each run: ``python -m faults.zygote``.
+"""One process that has imported all that a run needs, and forks a child for each run: ``python -m faults.zygote FOLDER_OF_A_MODEL``.
 
 It reads requests as lines of JSON from its standard input, and answers each with a line. It starts no thread, makes no
 process group and computes no gradient, so that a fork begins as a new process would.
@@ -31,7 +31,13 @@ MODULES = [
     "online_dpo.cli.runfile.help",
     "online_dpo.cli.terminal.header",
     "online_dpo.scoring.judges.llm.judge",
+    "online_dpo.methods.nash_md",
+    "online_dpo.methods.online_dpo",
+    "online_dpo.methods.xpo",
+    "online_dpo.rollout.builtin.mixture",
     "torch.distributed",
+    "torch.distributed.algorithms.ddp_comm_hooks.default_hooks",
+    "torch.utils.serialization",
     "torch.optim.adamw",
     "torch._dynamo",
     "datasets.packaged_modules.generator.generator",
@@ -57,6 +63,7 @@ def main() -> None:
 
     faults = all_faults()
     load_fields()
+    load_model(Path(sys.argv[1]))
     gc.collect()
     gc.freeze()
     assert threading.active_count() == 1, threading.enumerate()
@@ -71,6 +78,14 @@ def main() -> None:
                 be_the_run(request, faults)
             answer = pid
         print(json.dumps(answer), flush=True)
+
+
+def load_model(folder: Path) -> None:
+    """Fills what transformers keeps between two models: how it converts the weights of each family."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoModelForCausalLM.from_pretrained(folder)
+    AutoTokenizer.from_pretrained(folder)
 
 
 def wait(pid: int, seconds: float) -> dict[str, Any] | None:
