@@ -1,5 +1,6 @@
-"""One process that has imported all that a run needs, and forks a child for each run: ``python -m faults.zygote FOLDER_OF_A_MODEL``.
+"""One process that has imported all that a run needs, and forks a child for each run.
 
+``python -m faults.zygote FOLDER`` gets the folder of a model, which it loads once.
 It reads requests as lines of JSON from its standard input, and answers each with a line. It starts no thread, makes no
 process group and computes no gradient, so that a fork begins as a new process would.
 """
@@ -84,8 +85,11 @@ def load_model(folder: Path) -> None:
     """Fills what transformers keeps between two models: how it converts the weights of each family."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    AutoModelForCausalLM.from_pretrained(folder)
-    AutoTokenizer.from_pretrained(folder)
+    from online_dpo.cli.terminal.progress import no_progress_bars
+
+    with no_progress_bars():
+        AutoModelForCausalLM.from_pretrained(folder)
+        AutoTokenizer.from_pretrained(folder)
 
 
 def wait(pid: int, seconds: float) -> dict[str, Any] | None:
