@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from faults.harness import ANY, RESUME, Ending, Fault, Killed, OneLine, Resumes, Stops, Survived
+from faults.harness import ANY, RESUME, Either, Ending, Fault, Killed, OneLine, Resumes, Stops, Survived, Writes
 from faults.runs import Ended, Stage, as_resumed, weights_hash
 
 COMMAND = ("train", "run.yaml")
@@ -20,14 +21,37 @@ COMMAND = ("train", "run.yaml")
 
 def check(stage: Stage, fault: Fault, name: str) -> None:
     """Runs a fault, and what resumes it, and checks every end."""
+    if fault.writes is None:
+        check_run(stage, fault, name, None)
+        return
+    operations = stage.writes(fault)
+    numbers = range(fault.writes.first, len(operations) + 1, fault.writes.every)
+    assert numbers, operations
+    failed = []
+    for number in numbers:
+        try:
+            check_run(stage, fault, f"{name}-{number}", (fault.writes, number))
+        except AssertionError as error:
+            failed.append(f"=== {operations[number - 1]}, operation {number} of {len(operations)}: {error}")
+        shutil.rmtree(stage.root / f"{name}-{number}")
+    assert not failed, f"{len(failed)} of {len(numbers)}\n" + "\n".join(failed)
+
+
+def check_run(stage: Stage, fault: Fault, name: str, write: tuple[Writes, int] | None) -> None:
     folder = stage.folder(fault, name)
-    found = problems_of(folder, ())  # damaged by the fault itself
-    running = stage.start(folder, fault, (*COMMAND, *fault.words), True, stage.root / f"{name}-logs" / "first")
+    before = {path.name for path in (folder / "out").glob("checkpoint-*")}
+    seconds = stage.whole_seconds(fault) if fault.outside is not None else 0.0
+    words = (*COMMAND, *fault.words)
+    running = stage.start(folder, fault, words, True, stage.root / f"{name}-logs" / "first", write)
     if fault.outside is not None:
+        running.whole_seconds = seconds
         fault.outside(running)
+    if write is not None and write[0].what.startswith("kill"):
+        running.wait_rank(write[0].rank)
+        running.kill()
     ended = running.wait()
     first = fault.ending.first if isinstance(fault.ending, Resumes) else fault.ending
-    check_end(stage, fault, first, folder, ended, set(found))
+    check_end(stage, fault, first, folder, ended, before)
     if isinstance(fault.ending, Resumes):
         check_resumed(stage, fault, folder, name)
 
@@ -52,14 +76,14 @@ def check_resumed(stage: Stage, fault: Fault, folder: Path, name: str) -> None:
 
 
 def check_end(
-    stage: Stage, fault: Fault, ending: Ending, folder: Path, ended: Sequence[Ended], damaged: set[str]
+    stage: Stage, fault: Fault, ending: Ending, folder: Path, ended: Sequence[Ended], before: set[str]
 ) -> None:
     said = "\n".join(f"--- rank {rank}, exit {one.code}\n{one.printed}" for rank, one in enumerate(ended))
     for one in ended:
         assert not one.hung, f"it hangs\n{said}\n{one.stack}"
         assert "Traceback" not in one.printed, said
     check_ending(stage, fault, ending, folder, ended, said)
-    problems = problems_of(folder, damaged)
+    problems = problems_of(folder, before)
     assert not problems, f"{problems}\n{said}"
     if all(one.code == 0 for one in ended) and fault.words[:1] != ("--help",):
         check_trained(folder, stage.ground)
@@ -68,6 +92,10 @@ def check_end(
 def check_ending(stage: Stage, fault: Fault, ending: Ending, folder: Path, ended: Sequence[Ended], said: str) -> None:
     """That it ended as the fault says."""
     match ending:
+        case Either(endings):
+            codes = {one.code for one in ended}
+            found = next((one for one in endings if codes == {exit_code(one)}), endings[0])
+            check_ending(stage, fault, found, folder, ended, said)
         case Survived(words, like):
             assert all(one.code == 0 for one in ended), said
             check_words(words, said)
@@ -82,6 +110,17 @@ def check_ending(stage: Stage, fault: Fault, ending: Ending, folder: Path, ended
             assert any(lines) == isinstance(ending, OneLine), said
         case Killed(signal):
             assert {one.code for one in ended} == {-signal}, said
+
+
+def exit_code(ending: Survived | OneLine | Stops | Killed) -> int:
+    """The one that an ending has."""
+    match ending:
+        case Survived():
+            return 0
+        case Killed(signal):
+            return -signal
+        case _:
+            return ending.code
 
 
 def check_words(words: Sequence[str], said: str) -> None:
@@ -101,12 +140,12 @@ def check_trained(folder: Path, ground: Path) -> None:
             assert any(not torch.equal(tensor, start[name]) for name, tensor in tensors.items()), "nothing was trained"
 
 
-def problems_of(folder: Path, damaged: Sequence[str] | set[str]) -> list[str]:
-    """What is wrong with the checkpoints, but for those that were damaged before the run began."""
+def problems_of(folder: Path, before: set[str]) -> list[str]:
+    """What is wrong with the checkpoints that the run has made."""
     found = []
     for checkpoint in sorted((folder / "out").glob("checkpoint-*")):
-        if checkpoint.name not in damaged and (problem := problem_of(checkpoint)):
-            found.append(checkpoint.name if not damaged and damaged == () else f"{checkpoint.name}: {problem}")
+        if checkpoint.name not in before and (problem := problem_of(checkpoint)):
+            found.append(f"{checkpoint.name}: {problem}")
     return found
 
 

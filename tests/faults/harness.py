@@ -27,6 +27,8 @@ Of `Fault`:
     inject(child): called in the child just before `main`; see `injection.py` for `child` and for actions.
     outside(running): called in the test while the run goes on. `running.wait_for(text)` waits until that is printed,
         `running.kill(signal)` sends a signal to all ranks or some.
+    writes: `Writes("kill within")` and the like: the run is done again for every operation that writes into `out`, or
+        for a part of them, and the fault is at that one.
     processes: 2 starts two ranks (gloo).  limit: seconds until it counts as hanging.
     quick: `False` for the longer list, which `make test-faults` leaves out and `make test-faults-all` runs.
 
@@ -37,6 +39,7 @@ Endings:
     OneLine(code, *words): exactly one line on stderr begins with `error:`, and these words are in what was printed.
     Stops(code, *words): as that, without such a line: a run that was asked to stop.
     Killed(signal): ended by this signal.
+    Either(*endings): the one of them that has its exit code, for faults that may come too late.
     Resumes(first, mend=None): it ends as ``first`` says; then ``mend(folder)`` is called, which by default puts the
         files back as they are without the fault, and the same command with `--resume_from_checkpoint true` (without
         it, if there is no checkpoint yet) ends with the weights and the log of the uninterrupted run, each step once.
@@ -46,10 +49,11 @@ Run one: `python -m pytest tests/faults -k no_optimizer`. It prints what the run
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from faults.injection import Child
@@ -109,15 +113,45 @@ class Killed:
 
 
 @dataclass(frozen=True)
+class Either:
+    endings: tuple[Survived | OneLine | Stops | Killed, ...]
+
+    def __init__(self, *endings: Survived | OneLine | Stops | Killed) -> None:
+        object.__setattr__(self, "endings", endings)
+
+    def __str__(self) -> str:
+        return str(self.endings[0])
+
+
+@dataclass(frozen=True)
 class Resumes:
-    first: OneLine | Stops | Killed | Survived
+    first: OneLine | Stops | Killed | Survived | Either
     mend: Callable[[Path], None] | None = None
 
     def __str__(self) -> str:
         return f"{self.first}; resumed to the same weights"
 
 
-Ending = Survived | OneLine | Stops | Killed | Resumes
+Ending = Survived | OneLine | Stops | Killed | Either | Resumes
+
+
+WriteFault = Literal["kill before", "kill within", "fail once", "fail from there"]
+
+
+@dataclass(frozen=True)
+class Writes:
+    """A fault at an operation that writes into the output folder: opening, writing, syncing, renaming and so on.
+
+    It happens at every ``every``-th operation, from the one with the number ``first``, each time in a run of its own.
+    Killed within a write, half of it is there. What fails does so with ``error``. ``rank`` is the process that it
+    happens to; the others are killed as soon as that one has been.
+    """
+
+    what: WriteFault
+    first: int = 1
+    every: int = 1
+    error: int = errno.ENOSPC
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -133,6 +167,7 @@ class Fault:
     prepare: Callable[[Path], None] | None = None
     inject: Callable[[Child], None] | None = None
     outside: Callable[[Running], None] | None = None
+    writes: Writes | None = None
     processes: int = 1
     limit: float = 20.0
     quick: bool = True

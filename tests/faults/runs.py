@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from faults.ground import write_files
-from faults.harness import Fault
+from faults.harness import Fault, Writes
 from support.processes import environment
 
 HERE = Path(__file__).parent
+WHAT = {"kill before": 1, "kill within": 2, "fail once": 3, "fail from there": 4}
+"""The numbers of these in `writes.c`."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,10 @@ class Ended:
 class Zygote:
     """The warmed process."""
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, writes: Path) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "faults.zygote", str(model)],
-            env=environment(),
+            env=environment(LD_PRELOAD=str(writes)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -69,6 +71,13 @@ class Zygote:
         self._process.wait()
 
 
+def build_writes(library: Path) -> Path:
+    """Builds `writes.c`."""
+    words = ["-O1", "-shared", "-fPIC", "-o", str(library), str(HERE / "writes.c"), "-ldl"]
+    subprocess.run([os.environ.get("CC", "cc"), *words], check=True)
+    return library
+
+
 class Running:
     """The processes of one run, by rank."""
 
@@ -77,6 +86,8 @@ class Running:
         self._zygote, self._limit = zygote, limit
         self._began = time.monotonic()
         self._codes: dict[int, int] = {}
+        self.whole_seconds = 0.0
+        """How long the run takes without the fault; for faults that are done from outside."""
 
     def kill(self, number: int = signal.SIGKILL, ranks: Sequence[int] | None = None) -> None:
         """Sends a signal to these ranks, or to all."""
@@ -100,6 +111,15 @@ class Running:
     def printed(self) -> str:
         """What all ranks have printed so far."""
         return "".join(_text(log / name) for log in self.logs for name in ("stdout", "stderr"))
+
+    def wait_until(self, seconds: float) -> None:
+        """Waits until so many seconds after the start, or until all have ended."""
+        while time.monotonic() < self._began + seconds and not self.ended():
+            time.sleep(0.001)
+
+    def wait_rank(self, rank: int) -> None:
+        """Waits until this rank has ended, or the limit is over."""
+        self._poll(rank, self._began + self._limit - time.monotonic())
 
     def ended(self) -> bool:
         """Whether all have."""
@@ -140,8 +160,9 @@ class Stage:
 
     def __init__(self, root: Path, ground: Path) -> None:
         self.root, self.ground = root, ground
-        self.zygote = Zygote(ground / "policy")
+        self.zygote = Zygote(ground / "policy", build_writes(root / "writes.so"))
         self._whole: dict[str, Path] = {}
+        self._seconds: dict[str, float] = {}
 
     def folder(self, fault: Fault, name: str) -> Path:
         """A new folder with the files of this fault."""
@@ -155,8 +176,16 @@ class Stage:
             fault.prepare(folder)
         return folder
 
-    def start(self, folder: Path, fault: Fault, words: Sequence[str], injects: bool, logs: Path) -> Running:
-        """Starts the run's processes; ``injects`` the fault into them."""
+    def start(
+        self,
+        folder: Path,
+        fault: Fault,
+        words: Sequence[str],
+        injects: bool,
+        logs: Path,
+        write: tuple[Writes, int] | None = None,
+    ) -> Running:
+        """Starts the run's processes; ``injects`` the fault into them, and one at the ``write`` with this number."""
         pids, places = [], []
         ranks = dict(WORLD_SIZE=str(fault.processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
         for rank in range(fault.processes):
@@ -169,11 +198,28 @@ class Stage:
                 "environment": {**(own if fault.processes > 1 else {}), **fault.environment},
                 "inject": fault.id if injects and fault.inject is not None else None,
                 "limit": fault.limit,
+                "writes": None if write is None else self._armed(*write, rank, folder, place),
                 **{name: str(place / name) for name in ("stdout", "stderr", "stack")},
             }
             pids.append(self.zygote.ask(request))
             places.append(place)
         return Running(self.zygote, pids, folder, places, fault.limit)
+
+    @staticmethod
+    def _armed(writes: Writes, number: int, rank: int, folder: Path, place: Path) -> dict[str, Any]:
+        what = WHAT[writes.what] if rank == writes.rank and number else 0
+        log = str(place / "writes")
+        return dict(below=str(folder / "out"), number=number, what=what, error=writes.error, log=log)
+
+    def whole_seconds(self, fault: Fault) -> float:
+        """How long a run takes with the options of this fault, and without it."""
+        return self._seconds[self.whole(fault.options, fault.processes).name]
+
+    def writes(self, fault: Fault) -> list[str]:
+        """What is written into the output folder by the rank that the fault concerns, without the fault."""
+        assert fault.writes is not None
+        name = self.whole(fault.options, fault.processes).name
+        return (self.root / f"{name}-logs" / f"rank-{fault.writes.rank}" / "writes").read_text().splitlines()
 
     def whole(self, options: dict[str, Any], processes: int = 1) -> Path:
         """The folder after a run with these options and without a fault, made once."""
@@ -182,7 +228,10 @@ class Stage:
             fault = Fault("no fault", "at all", None, options=options, processes=processes)  # pyright: ignore[reportArgumentType]
             name = f"whole-{len(self._whole)}"
             folder = self.folder(fault, name)
-            ended = self.start(folder, fault, ("train", "run.yaml"), False, self.root / f"{name}-logs").wait()
+            began, logs = time.monotonic(), self.root / f"{name}-logs"
+            counting = (Writes("kill before"), 0)
+            ended = self.start(folder, fault, ("train", "run.yaml"), False, logs, counting).wait()
+            self._seconds[name] = time.monotonic() - began
             assert all(one.code == 0 for one in ended), [one.printed for one in ended]
             self._whole[key] = folder
         return self._whole[key]
@@ -193,7 +242,7 @@ class Stage:
 
 def as_resumed(fault: Fault) -> Fault:
     """The run that resumes, with nothing done to it."""
-    return replace(fault, files={}, environment={}, trained=None, prepare=None, inject=None, outside=None)
+    return replace(fault, files={}, environment={}, trained=None, prepare=None, inject=None, outside=None, writes=None)
 
 
 def weights_hash(folder: Path) -> str:

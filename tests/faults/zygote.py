@@ -8,6 +8,7 @@ process group and computes no gradient, so that a fork begins as a new process w
 from __future__ import annotations
 
 import atexit
+import ctypes
 import faulthandler
 import gc
 import json
@@ -137,9 +138,16 @@ def run_command(request: dict[str, Any], faults: dict[str, Any]) -> int:
 
         rank = int(request["environment"].get("RANK", 0))
         faults[request["inject"]].inject(Child(Path(request["folder"]), rank))
+    if request["writes"]:
+        arm_writes(**request["writes"])
     from online_dpo.cli.main import main
 
     return main(request["words"])
+
+
+def arm_writes(below: str, number: int, what: int, error: int, log: str) -> None:
+    """Tells `writes.c`, which is preloaded, what to do."""
+    ctypes.CDLL(None).faults_arm(below.encode(), ctypes.c_long(number), what, error, log.encode())
 
 
 def end_interpreter() -> int:
