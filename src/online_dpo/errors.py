@@ -64,6 +64,12 @@ class NothingTrainedError(OnlineDPOError, RuntimeError):
     """
 
 
+class CheckpointError(OnlineDPOError, RuntimeError):
+    """A checkpoint or a model could not be saved, or a checkpoint cannot be resumed from. The message names the folder
+    and, where it is one file, the file.
+    """
+
+
 class TrainingInterrupted(KeyboardInterrupt):
     """Ctrl-C stopped a run. The message says how to continue; ``checkpoint`` is the checkpoint saved last, if any.
 
