@@ -5,6 +5,7 @@ Some are fields of :class:`transformers.TrainingArguments` with another default 
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,13 @@ class TrainingFields:
     stops.
     """
 
+    stop_timeout: float = 20.0
+    """Seconds that the running step has to end after SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 or SIGXCPU, which stop a run
+    with a checkpoint. After them the step is dropped, and the checkpoint is of the steps before. Choose it so that the
+    checkpoint can still be written before the scheduler kills the process: Kubernetes waits 30 seconds. Several
+    processes always end their step.
+    """
+
     # --- models -----------------------------------------------------------------------------------------------------
 
     model_init_kwargs: dict[str, Any] | str | None = None
@@ -85,5 +93,6 @@ def check_training(args: TrainingFields) -> None:
     checks = [
         (tokens is None or tokens >= 1, "max_tokens_per_pass", "at least 1"),
         (args.max_skipped_steps >= 1, "max_skipped_steps", "at least 1"),
+        (0 <= args.stop_timeout < threading.TIMEOUT_MAX, "stop_timeout", "a number of seconds, at least 0"),
     ]
     check_numbers(args, checks)
