@@ -5,6 +5,7 @@ Some are fields of :class:`transformers.TrainingArguments` with another default 
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +77,13 @@ class TrainingFields:
     checkpoint and stops, with the reasons counted. When not set (`null`), it goes on. Raise it where pairs are rare.
     """
 
+    stop_timeout: float = 20.0
+    """Seconds that the running step has to end after SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 or SIGXCPU, which stop a run
+    with a checkpoint. After them the step is dropped, and the checkpoint is of the steps before. Choose it so that the
+    checkpoint can still be written before the scheduler kills the process: Kubernetes waits 30 seconds. Several
+    processes always end their step.
+    """
+
     # --- models -----------------------------------------------------------------------------------------------------
 
     model_init_kwargs: dict[str, Any] | str | None = None
@@ -103,6 +111,7 @@ def check_training(args: TrainingFields) -> None:
         (args.max_idle_steps is None or args.max_idle_steps >= 1, "max_idle_steps", "at least 1, or None"),
         (0 < args.skipped_step_lr_factor <= 1, "skipped_step_lr_factor", "in (0, 1]"),
         (args.skipped_step_lr_recovery >= 1, "skipped_step_lr_recovery", "at least 1"),
+        (0 <= args.stop_timeout < threading.TIMEOUT_MAX, "stop_timeout", "a number of seconds, at least 0"),
     ]
     check_numbers(args, checks)
     if args.skipped_step_lr_factor == 1 and args.skipped_step_lr_recovery != TrainingFields.skipped_step_lr_recovery:

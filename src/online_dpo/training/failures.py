@@ -28,7 +28,7 @@ class NamedCallbacks(CallbackHandler):
 
     def __init__(self, handler: CallbackHandler) -> None:
         vars(self).update(vars(handler))
-        self.failure: ForeignCodeError | None = None
+        self.failure: Exception | None = None
         self._defers = False
 
     @contextmanager
@@ -70,7 +70,7 @@ class NamedCallbacks(CallbackHandler):
         try:
             with foreign(who, f"(step {args[1].global_step})", raises=ForeignCodeError):
                 return getattr(callback, event)(*args, **kwargs)
-        except ForeignCodeError as error:
+        except Exception as error:
             if not self._defers:
                 raise
             self.failure = self.failure or error

@@ -24,7 +24,8 @@ from online_dpo.checkpoints.folders import folder_of
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.distributed.collectives import RankErrors
 from online_dpo.distributed.process_state import kept_random_state
-from online_dpo.errors import CheckpointError, ForeignCodeError, OnlineDPOError, named_error
+from online_dpo.distributed.signals import is_interruption
+from online_dpo.errors import CheckpointError, ForeignCodeError, OnlineDPOError, TrainingInterrupted, named_error
 from online_dpo.modeling.borrowing import kept_flags
 from online_dpo.modeling.loading import ConfigKeeper, empty_device_cache
 from online_dpo.modeling.precision import keeps_small_steps
@@ -78,7 +79,7 @@ class GuardedTrainer(Trainer):
             drop_gradients=lambda: self.model.zero_grad(),  # pyright: ignore[reportOptionalMemberAccess]
             free_memory=self.free_memory,
         )
-        self.interrupt = Interrupt()
+        self.interrupt = Interrupt(is_updating=lambda: self.steps_done.updating)
         self.add_callback(self.interrupt)  # before the guard, which has a last log written
         self.finite = FiniteWeights(self.accelerator.device, lambda: self.optimizer)
         self.finite.add("the policy", self.model)  # pyright: ignore[reportArgumentType]
@@ -117,7 +118,8 @@ class GuardedTrainer(Trainer):
             TrainingStalledError: ``max_idle_steps`` steps in a row trained nothing; a checkpoint has been saved.
             NothingTrainedError: no step trained anything; a checkpoint has been saved if there were steps.
             ValueError: the optimizer trains no weight of the model.
-            TrainingInterrupted: Ctrl-C was pressed; unless it was pressed twice, a checkpoint has been saved.
+            TrainingInterrupted: Ctrl-C was pressed; unless it was pressed twice, a checkpoint has been saved. After
+                SIGTERM and other signals, a `TrainingTerminated`.
             ForeignCodeError: a callback, a metric, a data collator, a dataset or an optimizer failed; as after any
                 other error, there is a checkpoint of the steps done, unless an update was half done.
         """
@@ -128,14 +130,10 @@ class GuardedTrainer(Trainer):
         self.configs.remember(self.model)  # pyright: ignore[reportArgumentType]
         displays = choose_displays(self)
         try:
-            with self.interrupt.handled(displays), self.callback_handler.deferred():
+            with self.interrupt.handled(displays, self.args.stop_timeout), self._failures_leave_checkpoint():  # pyright: ignore
                 checkpoint = self.checkpoints.begin(resume_from_checkpoint)
                 result = super().train(checkpoint, *args, **kwargs)
                 self.raise_callback_failure()
-        except Exception as error:
-            self._leave_checkpoint(error)
-            self._blame_optimizer(error)
-            raise
         finally:
             self.configs.restore()
             self.is_in_train = False  # the parent leaves it on where training fails
@@ -143,16 +141,27 @@ class GuardedTrainer(Trainer):
             for display in displays:
                 display.close()
         self._check_finite("At the end")
-        self.guard.raise_if_diverged(self.state, self.args.output_dir)  # pyright: ignore[reportArgumentType]
-        self.guard.raise_if_nothing_trained(self.state, self.args.output_dir)  # pyright: ignore[reportArgumentType]
-        self.guard.raise_if_stalled(self.state, self.args.output_dir)  # pyright: ignore[reportArgumentType]
+        self.guard.raise_at_end(self.state, self.args.output_dir)  # pyright: ignore[reportArgumentType]
         return result
 
     def raise_callback_failure(self) -> None:
         """Raises on every rank what a callback of the user's has raised on any; a collective operation."""
         self.errors.raise_if_any(self.callback_handler.failure)
 
-    def _leave_checkpoint(self, error: Exception) -> None:
+    @contextmanager
+    def _failures_leave_checkpoint(self) -> Iterator[None]:
+        """Inside, callbacks fail where all ranks can, and any error leaves a checkpoint, but for a second Ctrl-C."""
+        try:
+            with self.callback_handler.deferred():
+                yield
+        except TrainingInterrupted:
+            raise
+        except BaseException as error:
+            self.leave_checkpoint(error)
+            self._blame_optimizer(error)
+            raise
+
+    def leave_checkpoint(self, error: BaseException) -> None:
         """Saves the steps that are done, if there is anything new in them. One rank that failed alone cannot: the
         others would not take part.
         """
@@ -173,13 +182,14 @@ class GuardedTrainer(Trainer):
         else:
             error.add_note(f"Before that, a checkpoint of the steps done was saved: {self.interrupt.checkpoint}")
 
-    def _blame_optimizer(self, error: Exception) -> None:
+    def _blame_optimizer(self, error: BaseException) -> None:
         """Names the optimizer and its schedule in an error that left an update half done.
 
         Raises:
             ForeignCodeError: an update was half done, so that ``error`` came from one of the two.
         """
-        if self.steps_done.updating and not isinstance(error, (OnlineDPOError, torch.OutOfMemoryError)):
+        passes = (OnlineDPOError, torch.OutOfMemoryError)
+        if self.steps_done.updating and not isinstance(error, passes) and not is_interruption(error):
             assert isinstance(self.optimizer, AcceleratedOptimizer)
             optimizer, schedule = (type(part).__name__ for part in (self.optimizer.optimizer, self.lr_scheduler))
             raise ForeignCodeError(
@@ -276,6 +286,10 @@ class GuardedTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """The parent's, with the model card and the state of every part of the run; whole or absent on the disk."""
         self._check_finite("Before a save")
+        with self.interrupt.request.saving():
+            self._save_all(model, trial)
+
+    def _save_all(self, model: nn.Module, trial: Any) -> None:
         run_dir = Path(self._get_output_dir(trial))
         with self.checkpoints.writing(run_dir) as folder:
             with self.checkpoints.part():
