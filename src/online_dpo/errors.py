@@ -49,7 +49,15 @@ class FeedbackLostError(OnlineDPOError, RuntimeError):
 
 
 class TrainingDivergedError(OnlineDPOError, RuntimeError):
-    """The loss or gradient of too many steps in a row was not finite. A checkpoint was saved before this was raised."""
+    """The loss or gradient of too many steps in a row was not finite, or the weights themselves are not. The message
+    names the checkpoint that holds the last finite weights.
+    """
+
+
+class TrainingStalledError(OnlineDPOError, RuntimeError):
+    """Too many steps in a row trained nothing. A checkpoint was saved before this was raised; the message counts the
+    reasons.
+    """
 
 
 class NothingTrainedError(OnlineDPOError, RuntimeError):

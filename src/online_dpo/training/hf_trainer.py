@@ -34,7 +34,9 @@ from online_dpo.training.checkpointing import Checkpoints
 from online_dpo.training.display.choose import choose_displays
 from online_dpo.training.display.figures import in_order
 from online_dpo.training.failures import NamedCallbacks, StepsDone
+from online_dpo.training.finite import FiniteWeights
 from online_dpo.training.interrupt import Interrupt
+from online_dpo.training.learning_rate import LearningRateBackoff
 from online_dpo.training.metric_store import MetricStore
 from online_dpo.training.passes import PassRunner
 from online_dpo.training.run_context import RunContext
@@ -79,12 +81,18 @@ class GuardedTrainer(Trainer):
         )
         self.interrupt = Interrupt(is_updating=lambda: self.steps_done.updating)
         self.add_callback(self.interrupt)  # before the guard, which has a last log written
-        self.guard = StepGuard(self.accelerator, args.max_skipped_steps, self._count_skipped_pairs)
+        self.finite = FiniteWeights(self.accelerator.device, lambda: self.optimizer)
+        self.finite.add("the policy", self.model)  # pyright: ignore[reportArgumentType]
+        factor, recovery = args.skipped_step_lr_factor, args.skipped_step_lr_recovery
+        self.backoff = LearningRateBackoff(factor, recovery, trains=lambda: self.guard.trains)
+        limits = (args.max_skipped_steps, args.max_idle_steps)
+        self.guard = StepGuard(self.accelerator, *limits, self.backoff, self._on_skip, self.finite.check_start)
         self.add_callback(self.guard)
         self.updates = UpdatedRatio(lambda: self.guard.trained_steps, warns=not keeps_small_steps(args))
         self.add_callback(self.updates)
         self.steps_done = StepsDone(self.raise_callback_failure)
         self.add_callback(self.steps_done)
+        self.add_callback(self.backoff)
         self.context = RunContext(
             self.accelerator,
             self.errors,
@@ -107,6 +115,7 @@ class GuardedTrainer(Trainer):
         Raises:
             CheckpointError: a checkpoint could not be saved, or cannot be resumed from.
             TrainingDivergedError: ``max_skipped_steps`` steps in a row were not finite; a checkpoint has been saved.
+            TrainingStalledError: ``max_idle_steps`` steps in a row trained nothing; a checkpoint has been saved.
             NothingTrainedError: no step trained anything; a checkpoint has been saved if there were steps.
             ValueError: the optimizer trains no weight of the model.
             TrainingInterrupted: Ctrl-C was pressed; unless it was pressed twice, a checkpoint has been saved. After
@@ -131,8 +140,10 @@ class GuardedTrainer(Trainer):
             self._evaluating_weights(True)
             for display in displays:
                 display.close()
+        self._check_finite("At the end")
         self.guard.raise_if_diverged(self.state, self.args.output_dir)  # pyright: ignore[reportArgumentType]
         self.guard.raise_if_nothing_trained(self.state, self.args.output_dir)  # pyright: ignore[reportArgumentType]
+        self.guard.raise_if_stalled(self.state, self.args.output_dir)  # pyright: ignore[reportArgumentType]
         return result
 
     def raise_callback_failure(self) -> None:
@@ -160,7 +171,7 @@ class GuardedTrainer(Trainer):
         over = self.state.global_step >= self.state.max_steps and self.args.load_best_model_at_end  # other weights now
         alone = self.accelerator.num_processes > 1 and not self.errors.raised
         full = isinstance(error, CheckpointError)  # a second try would end as the first
-        if alone or over or full or not done.wants_checkpoint(self.state):
+        if alone or over or full or self.finite.found or not done.wants_checkpoint(self.state):
             return
         assert done.rng_state is not None
         try:
@@ -243,10 +254,20 @@ class GuardedTrainer(Trainer):
             optimizer.eval() if on else optimizer.train()
             self.holds_evaluation_weights = on
 
-    def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """As the parent's, with the weights that are evaluated (see `evaluation_weights`)."""
+    def _check_finite(self, when: str) -> None:
+        self.finite.check(self.state, self.args.output_dir, when, agree=True)  # pyright: ignore[reportArgumentType]
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the parent's, with the weights that are evaluated (see `evaluation_weights`).
+
+        Raises:
+            TrainingDivergedError: the weights are not finite; nothing is saved.
+        """
+        if output_dir is None or not _internal_call:  # else they are a checkpoint's, which has checked them
+            folder: Any = self.args.output_dir
+            self.finite.check(self.state, folder, "Before a save", agree=self.is_fsdp_enabled, optimizer=False)
         with self.evaluation_weights():
-            super().save_model(*args, **kwargs)
+            super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The parent's. The files take their places together, when all are written."""
@@ -266,6 +287,7 @@ class GuardedTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """The parent's, with the model card and the state of every part of the run; whole or absent on the disk."""
+        self._check_finite("Before a save")
         with self.interrupt.request.saving():
             self._save_all(model, trial)
 
@@ -340,8 +362,9 @@ class GuardedTrainer(Trainer):
         """Gives back memory of the device that can be had again; called after a pass that did not fit."""
         empty_device_cache()
 
-    def _count_skipped_pairs(self, count: int) -> None:
-        self.metrics.total("guard/skipped_pairs", count / self.accelerator.num_processes)
+    def _on_skip(self, pairs: int) -> None:
+        self.metrics.total("guard/skipped_pairs", pairs / self.accelerator.num_processes)
+        self._check_finite("In a step that was skipped")  # then no further step would be better
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         """The parent's, over the rows that the policy reads: a prompt that completions share counts once."""
@@ -384,6 +407,9 @@ class GuardedTrainer(Trainer):
             own["time/all"] = elapsed
             # The parent's loss is a mean over steps, in which one without pairs counts 0; this one is over pairs.
             others = {name: value for name, value in logs.items() if name != "loss"}
+            if self.backoff.is_on:
+                others["learning_rate"] *= self.backoff.used
+                own["guard/lr_factor"] = self.backoff.used
             logs = in_order({**others, **own, "guard/skipped_steps": float(self.guard.skipped)})
         if self.state.epoch is not None:
             logs = {"epoch": self.state.epoch, **logs}  # the parent would put it last
