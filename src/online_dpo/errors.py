@@ -5,6 +5,17 @@ Wrong input raises a plain ``ValueError`` or ``TypeError`` whose message says wh
 
 from __future__ import annotations
 
+import re
+
+LONGEST_ERROR = 4000
+"""Characters of an error that are shown: a service, or a library, may put a whole answer into its message."""
+
+_ESCAPES = re.compile(
+    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # colours, moves of the cursor
+    r"|(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f])[^\x07\x1b\x9c]{0,4096}(?:\x07|\x1b\\|\x9c)"  # titles, clipboard, links
+    r"|\x1b[ -/]*[0-~]"
+)
+
 
 class OnlineDPOError(Exception):
     """Base class of the package's own errors."""
@@ -67,8 +78,31 @@ class TrainingInterrupted(KeyboardInterrupt):
         self.checkpoint = checkpoint
 
 
+def printable(text: str) -> str:
+    """A text without what could act on a terminal or mislead its reader: escape sequences, control characters, marks
+    that reverse the direction of writing. Line ends and tabs become blanks.
+
+    >>> printable("\\x1b[2Jgone\\u202egnp.exe\\n")
+    'gonegnp.exe '
+    """
+    if text.isprintable():
+        return text
+    text = _ESCAPES.sub("", text)
+    return "".join(character if character.isprintable() else " " * character.isspace() for character in text)
+
+
+def one_line(text: str, longest: int = LONGEST_ERROR) -> str:
+    """A text that was written by others, for a message: in one line, printable, and not longer than ``longest``.
+
+    >>> one_line("\\x1b[31mno\\x1b[0m\\n  such file", longest=10)
+    'no such fi...'
+    """
+    text = " ".join(printable(text[: 4 * longest + LONGEST_ERROR]).split())
+    return text if len(text) <= longest else f"{text[:longest]}..."
+
+
 def error_text(error: BaseException, *, first_line: bool = False) -> str:
-    """The message of an error in one line; if it is empty, its type and its cause.
+    """The message of an error in one line, printable (see `one_line`); if it is empty, its type and its cause.
 
     With ``first_line``, only the message's first line: in torch's errors a C++ stack trace follows.
 
@@ -76,7 +110,7 @@ def error_text(error: BaseException, *, first_line: bool = False) -> str:
     'TimeoutError'
     """
     text = str(error).strip()
-    text = " ".join((text.partition("\n")[0] if first_line else text).split())
+    text = one_line(text.partition("\n")[0] if first_line else text)
     if text:
         return text
     cause = error.__cause__ or error.__context__
