@@ -118,8 +118,9 @@ def serving_bytes(send: Callable[[socket.socket], None]) -> Iterator[Endpoint]:
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
-            while b"\r\n\r\n" not in self.request.recv(1 << 16):
-                pass
+            reader = self.request.makefile("rb")
+            head = b"".join(iter(reader.readline, b"\r\n")).lower()
+            reader.read(int(head.partition(b"content-length:")[2].split()[0]))
             endpoint.seen.append(Seen({}, {}, time.monotonic()))
             with suppress(OSError):  # the client has given up
                 send(self.request)

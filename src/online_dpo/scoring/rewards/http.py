@@ -187,15 +187,18 @@ class HTTPReward:
             # The client's own time-out starts again with each piece of the answer.
             async with asyncio.timeout(self.timeout):
                 response = await client.post(self.url, content=data, headers=headers)
-            if response.is_success:
-                return parse_json(response.content)
         except TimeoutError:
             raise _TemporaryFailure(f"no whole answer within `timeout`, {self.timeout:g} s") from None
         except AnswerRejected as error:
             raise _TemporaryFailure(str(error)) from None
         except (library.HTTPError, library.InvalidURL, OSError, ValueError) as error:
             raise _TemporaryFailure(clean_cause(named_error(error), key)) from None
-        raise self._status_error(response, key)
+        if not response.is_success:
+            raise self._status_error(response, key)
+        try:
+            return parse_json(response.content)
+        except ValueError as error:
+            raise _TemporaryFailure(clean_cause(f"no JSON: {error}", key)) from None
 
     def _status_error(self, response: Any, key: str | None) -> Exception:
         """The exception for an answer with another status than that of success."""

@@ -153,7 +153,7 @@ class ChatEndpoint:
     def _body(self, question: str, max_tokens: int, temperature: float) -> dict[str, Any]:
         body: dict[str, Any] = {
             "model": self._settings.model,
-            "messages": [{"role": "user", "content": question}],
+            "messages": [{"role": "user", "content": without_surrogates(question)}],
             "max_tokens": max_tokens,
             "temperature": temperature,
         }

@@ -259,7 +259,7 @@ def stands_first(prompt: str, one: str, other: str) -> bool:
 
 
 def _digest(prompt: str, text: str) -> bytes:
-    return hashlib.sha256(f"{len(prompt)}:{prompt}{text}".encode()).digest()
+    return hashlib.sha256(f"{len(prompt)}:{prompt}{text}".encode("utf-8", "surrogatepass")).digest()
 
 
 def _presented(first: str, second: str, swapped: bool) -> tuple[str, str]:
