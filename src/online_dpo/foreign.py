@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
+from online_dpo.distributed.waiting import waiting_for
 from online_dpo.errors import OnlineDPOError, ScoringError, named_error
 from online_dpo.types import Group, Prompt
 
@@ -20,6 +21,7 @@ def foreign(
     where: str | Callable[[], str] = "",
     raises: Callable[[str], Exception] = ScoringError,
     passes: tuple[type[Exception], ...] = (),
+    waits: bool = True,
 ) -> Iterator[None]:
     """Inside, code of others runs: a user's, or that of a model's or dataset's folder. Its errors are wrapped.
 
@@ -28,16 +30,18 @@ def foreign(
 
     An exception of that code is chained to a new one whose message names the code. Not wrapped are this package's own
     errors, those in ``passes``, out-of-memory errors (a caller may recover from them), and what ends a program
-    (Ctrl-C).
+    (Ctrl-C). A notice tells when that code takes long (see `distributed.waiting`).
 
     Args:
         who: the name of the code in the message.
         where: the rows that were processed, for the end of the message; a function is called only if there is an error.
         raises: makes the new error from its message.
         passes: exceptions that are not wrapped.
+        waits: whether that code runs here and now, so that it is what this thread waits for.
     """
     try:
-        yield
+        with waiting_for(who) if waits else nullcontext():
+            yield
     except (OnlineDPOError, torch.OutOfMemoryError, MemoryError, *passes):
         raise
     except Exception as error:
