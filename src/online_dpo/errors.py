@@ -5,6 +5,8 @@ Wrong input raises a plain ``ValueError`` or ``TypeError`` whose message says wh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class OnlineDPOError(Exception):
     """Base class of the package's own errors."""
@@ -44,6 +46,16 @@ class OutOfSyncError(OnlineDPOError, RuntimeError):
 
 class FeedbackLostError(OnlineDPOError, RuntimeError):
     """Another process of the run could not get its completions or scores; the error of that process says why."""
+
+
+class RankLostError(OnlineDPOError, RuntimeError):
+    """Another process of the run was stopped or killed, hangs, or has failed. The message names it; ``ranks`` are those
+    that are missing, as far as known.
+    """
+
+    def __init__(self, message: str, ranks: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)
 
 
 class TrainingDivergedError(OnlineDPOError, RuntimeError):

@@ -56,6 +56,7 @@ RANGES = {
     "eval_steps": AT_LEAST_0,
     "dataloader_num_workers": AT_LEAST_0,
     "seed": Range(at_least=0, below=2**32, wanted="from 0 to 2**32 - 1"),
+    "ddp_timeout": Range(at_least=1, below=10**9, wanted="from 1 to 10**9 seconds"),
     "lora_dropout": SHARE,
 }
 

@@ -21,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.distributed.collectives import RankErrors
 from online_dpo.distributed.process_state import kept_random_state
+from online_dpo.distributed.rank_watch import explained, watch_ranks
 from online_dpo.errors import ForeignCodeError, OnlineDPOError, named_error
 from online_dpo.modeling.borrowing import kept_flags
 from online_dpo.modeling.loading import ConfigKeeper, empty_device_cache
@@ -31,6 +32,7 @@ from online_dpo.training.display.figures import in_order
 from online_dpo.training.failures import NamedCallbacks, StepsDone
 from online_dpo.training.interrupt import Interrupt
 from online_dpo.training.metric_store import MetricStore
+from online_dpo.training.other_ranks import OtherRanks
 from online_dpo.training.passes import PassRunner
 from online_dpo.training.run_context import RunContext
 from online_dpo.training.run_state import RunState
@@ -78,6 +80,8 @@ class GuardedTrainer(Trainer):
         self.add_callback(self.guard)
         self.updates = UpdatedRatio(lambda: self.guard.trained_steps, warns=not keeps_small_steps(args))
         self.add_callback(self.updates)
+        self.others = OtherRanks(watch_ranks(args.ddp_timeout), args.max_staleness > 0)
+        self.add_callback(self.others)
         self.steps_done = StepsDone(self.raise_callback_failure)
         self.add_callback(self.steps_done)
         self.context = RunContext(
@@ -112,13 +116,16 @@ class GuardedTrainer(Trainer):
         self.configs.remember(self.model)  # pyright: ignore[reportArgumentType]
         displays = choose_displays(self)
         try:
-            with self.interrupt.handled(displays), self.callback_handler.deferred():
+            with self.interrupt.handled(displays), self.callback_handler.deferred(), self.others.guarded():
                 result = super().train(resume_from_checkpoint, *args, **kwargs)
                 self.raise_callback_failure()
-        except Exception as error:
+        except Exception as raised:
+            error = explained(raised)
             self._leave_checkpoint(error)
             self._blame_optimizer(error)
-            raise
+            if error is raised:
+                raise
+            raise error from raised
         finally:
             self.configs.restore()
             self.is_in_train = False  # the parent leaves it on where training fails
@@ -135,13 +142,16 @@ class GuardedTrainer(Trainer):
 
     def _leave_checkpoint(self, error: Exception) -> None:
         """Saves the steps that are done, if there is anything new in them. One rank that failed alone cannot: the
-        others would not take part.
+        others would not take part. They do, without it.
         """
         done = self.steps_done
         over = self.state.global_step >= self.state.max_steps and self.args.load_best_model_at_end  # other weights now
-        alone = self.accelerator.num_processes > 1 and not self.errors.raised
-        if alone or over or not done.wants_checkpoint(self.state):
-            return
+        with self.others.saving_after(error, self.errors.raised, self.state.global_step) as may_save:
+            if may_save and not over and done.wants_checkpoint(self.state):
+                self._save_steps_done(error)
+
+    def _save_steps_done(self, error: Exception) -> None:
+        done = self.steps_done
         assert done.rng_state is not None
         try:
             with kept_random_state():
@@ -234,6 +244,11 @@ class GuardedTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self.run_state.save(folder, self.accelerator.process_index)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The parent's; if this process saves for others that are lost, with their states as well."""
+        if not self.others.write_rng_states(Path(output_dir)):
+            super()._save_rng_state(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
