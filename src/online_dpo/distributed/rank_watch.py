@@ -242,7 +242,7 @@ def current_watch() -> RankWatch | None:
     return _watch
 
 
-def explained(error: Exception) -> Exception:
+def explained(error: BaseException) -> BaseException:
     """Returns the error that names who is missing, if this is an error of a collective operation; else ``error``."""
     if _watch is None or isinstance(error, OnlineDPOError) or not isinstance(error, RuntimeError):
         return error

@@ -35,7 +35,7 @@ class OtherRanks(TrainerCallback):
 
     Args:
         watch: the watch over them; ``None`` in a single process.
-        keeps_feedback: whether each rank keeps feedback of steps begun ahead (``max_staleness``), which is lost with it.
+        keeps_feedback: whether each rank keeps feedback of steps begun ahead (``max_staleness``): it is lost with it.
     """
 
     def __init__(self, watch: RankWatch | None, keeps_feedback: bool) -> None:
@@ -53,7 +53,7 @@ class OtherRanks(TrainerCallback):
             self._watch.put(_name(self._watch.rank, state.global_step), _stamped(state.global_step, _rng_state()))
 
     @contextmanager
-    def saving_after(self, error: Exception, together: bool, step: int) -> Iterator[bool]:
+    def saving_after(self, error: BaseException, together: bool, step: int) -> Iterator[bool]:
         """Inside, this process may save a checkpoint of ``step`` if the value is true.
 
         Args:
