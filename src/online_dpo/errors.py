@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import signal
+from collections.abc import Sequence
 
 LONGEST_ERROR = 2000
 """Characters of an error that are shown: a service, or a library, may put a whole answer into its message."""
@@ -56,6 +57,16 @@ class OutOfSyncError(OnlineDPOError, RuntimeError):
 
 class FeedbackLostError(OnlineDPOError, RuntimeError):
     """Another process of the run could not get its completions or scores; the error of that process says why."""
+
+
+class RankLostError(OnlineDPOError, RuntimeError):
+    """Another process of the run was stopped or killed, hangs, or has failed. The message names it; ``ranks`` are those
+    that are missing, as far as known.
+    """
+
+    def __init__(self, message: str, ranks: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)
 
 
 class TrainingDivergedError(OnlineDPOError, RuntimeError):
