@@ -46,6 +46,12 @@ class FeedbackLostError(OnlineDPOError, RuntimeError):
     """Another process of the run could not get its completions or scores; the error of that process says why."""
 
 
+class CheckpointError(OnlineDPOError, ValueError):
+    """A checkpoint cannot be resumed: it is damaged or incomplete, or it is of another run. The message says which, and
+    what to do.
+    """
+
+
 class TrainingDivergedError(OnlineDPOError, RuntimeError):
     """The loss or gradient of too many steps in a row was not finite. A checkpoint was saved before this was raised."""
 

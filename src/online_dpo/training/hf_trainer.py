@@ -30,6 +30,7 @@ from online_dpo.training.display.choose import choose_displays
 from online_dpo.training.display.figures import in_order
 from online_dpo.training.failures import NamedCallbacks, StepsDone
 from online_dpo.training.interrupt import Interrupt
+from online_dpo.training.log_state import LogState
 from online_dpo.training.metric_store import MetricStore
 from online_dpo.training.passes import PassRunner
 from online_dpo.training.run_context import RunContext
@@ -78,6 +79,8 @@ class GuardedTrainer(Trainer):
         self.add_callback(self.guard)
         self.updates = UpdatedRatio(lambda: self.guard.trained_steps, warns=not keeps_small_steps(args))
         self.add_callback(self.updates)
+        self.log_state = LogState(self.metrics)
+        self.add_callback(self.log_state)
         self.steps_done = StepsDone(self.raise_callback_failure)
         self.add_callback(self.steps_done)
         self.context = RunContext(
@@ -87,10 +90,12 @@ class GuardedTrainer(Trainer):
             self.phase,
             state=lambda: self.state,
             holds_evaluation_weights=lambda: self.holds_evaluation_weights,
+            prompts_read=self._restore_random_state,
         )
         self.run_state = RunState()
-        self.run_state.add(self.guard)
-        self._last_log = time.perf_counter()
+        self.run_state.add(self.guard, self.log_state)
+        self._random_state_in: str | None = None
+        self._has_random_state = False
         self._beside_training = False
         self.holds_evaluation_weights = False
 
@@ -105,7 +110,7 @@ class GuardedTrainer(Trainer):
             ForeignCodeError: a callback, a metric, a data collator, a dataset or an optimizer failed; as after any
                 other error, there is a checkpoint of the steps done, unless an update was half done.
         """
-        self._last_log = time.perf_counter()
+        self.log_state.begin_run()
         self.guard.begin_run()
         self.steps_done.begin_run()
         self.errors.begin_run()
@@ -142,10 +147,10 @@ class GuardedTrainer(Trainer):
         alone = self.accelerator.num_processes > 1 and not self.errors.raised
         if alone or over or not done.wants_checkpoint(self.state):
             return
-        assert done.rng_state is not None
+        assert done.random_state is not None
         try:
             with kept_random_state():
-                torch.set_rng_state(done.rng_state)
+                done.random_state.restore()
                 self._save_checkpoint(self.model, trial=None)  # pyright: ignore[reportArgumentType]
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)  # pyright: ignore
         except Exception as second:  # such as a full disk: the first error is the one to tell
@@ -172,7 +177,27 @@ class GuardedTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
+        in_mid_epoch = kwargs["epoch"] == kwargs["epochs_trained"] and kwargs["steps_trained_in_current_epoch"] > 0
+        self._random_state_in = kwargs["resume_from_checkpoint"] if in_mid_epoch else None
+        self._has_random_state = False
         super()._run_epoch(*args, **kwargs)
+
+    def _restore_random_state(self) -> None:
+        """Restores the random state of a checkpoint inside an epoch, in the first step of a resumed run.
+
+        A data loader draws a number when it is read for the first time, which an uninterrupted run has done before;
+        what a reward function draws comes after that. The parent would restore the state when both are over.
+        """
+        checkpoint, self._random_state_in = self._random_state_in, None
+        if checkpoint is not None:
+            super()._load_rng_state(checkpoint)
+            self._has_random_state = True
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """The parent's, unless it has been done."""
+        if not self._has_random_state:
+            super()._load_rng_state(checkpoint)
+        self._has_random_state = False
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As the parent's, beside training (see `beside_training`)."""
@@ -197,7 +222,7 @@ class GuardedTrainer(Trainer):
             with kept_random_state():
                 yield
         finally:
-            self._last_log += time.perf_counter() - start
+            self.log_state.last_log += time.perf_counter() - start
             self._beside_training = False
 
     @contextmanager
@@ -307,8 +332,7 @@ class GuardedTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the parent's; the log of a training step gains the metrics collected since the last one."""
         if "loss" in logs:
-            elapsed = time.perf_counter() - self._last_log
-            self._last_log = time.perf_counter()
+            elapsed = self.log_state.restart_clock()
             self.metrics.ratio("train/updated_ratio", *self.updates.drain_changed())
             own = self.metrics.drain()
             own["perf/tokens_per_second"] = own.pop("completion_tokens", 0.0) / elapsed

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
+
+from online_dpo.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 
 class Stateful(Protocol):
@@ -12,12 +18,20 @@ class Stateful(Protocol):
     Each part decides what it writes and on which ranks; ``rank`` 0 writes what all ranks share.
     """
 
+    def files(self, rank: int) -> Sequence[str]:
+        """Returns the names of the files that `restore` reads on this rank, with the present options."""
+        ...
+
     def save(self, folder: Path, rank: int) -> None:
         """Writes its state into the folder of a checkpoint."""
         ...
 
     def restore(self, folder: Path, rank: int) -> None:
-        """Goes on from what `save` wrote; from a checkpoint without it, as its class says."""
+        """Goes on from what `save` wrote.
+
+        Raises:
+            CheckpointError: a file is damaged.
+        """
         ...
 
 
@@ -31,12 +45,48 @@ class RunState:
         """Adds parts that have state."""
         self._parts.extend(parts)
 
+    def files(self, rank: int) -> list[str]:
+        """Returns the names of the files that a checkpoint must hold for this rank."""
+        return [name for part in self._parts for name in part.files(rank)]
+
+    def check(self, folder: Path, rank: int, *, may_lack: bool) -> None:
+        """Checks that a checkpoint holds the files of every part; to be called before anything of it is loaded.
+
+        Args:
+            may_lack: only warn; parts without their files start anew.
+
+        Raises:
+            CheckpointError: a file is missing.
+        """
+        for name in self.files(rank):
+            if problem := missing(folder, name):
+                if not may_lack:
+                    raise CheckpointError(f"{problem} `resume_anyway: true` goes on without it.")
+                logger.warning("%s What it says starts anew (`resume_anyway`).", problem)
+
     def save(self, folder: Path, rank: int) -> None:
         """Writes every part into the folder of a checkpoint; called on all ranks."""
         for part in self._parts:
             part.save(folder, rank)
 
     def restore(self, folder: Path, rank: int) -> None:
-        """Restores every part from the folder of a checkpoint; called on all ranks."""
+        """Restores every part whose files are there from the folder of a checkpoint; called on all ranks.
+
+        Raises:
+            CheckpointError: a file is damaged.
+        """
         for part in self._parts:
-            part.restore(folder, rank)
+            if all((folder / name).is_file() for name in part.files(rank)):
+                part.restore(folder, rank)
+
+
+def missing(folder: Path, name: str) -> str | None:
+    """Says what is wrong if a checkpoint lacks a file; ``None`` if it is there."""
+    if (folder / name).is_file():
+        return None
+    former = (folder / name).with_suffix(".pt")
+    if former.is_file():
+        return (
+            f"{former} is of an earlier version of online-dpo: a pickle, which could run any code, so it is not read."
+        )
+    return f"{folder} lacks {name}, which this run needs: the checkpoint is not whole, or was saved with other options."

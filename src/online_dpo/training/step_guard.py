@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,20 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
 
+from online_dpo.checkpoints.codec import read_json, write_json
 from online_dpo.distributed.collectives import any_rank
 from online_dpo.errors import NothingTrainedError, TrainingDivergedError
 from online_dpo.training.trained import check_trained, warn_of_untrained
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class GuardCounts:
+    """What a checkpoint holds of a `StepGuard`."""
+
+    trained_steps: int
 
 
 class StepGuard(TrainerCallback):
@@ -227,18 +234,22 @@ class StepGuard(TrainerCallback):
             )
         raise NothingTrainedError(message)
 
+    def files(self, rank: int) -> Sequence[str]:
+        """Return the name of the file with the counts."""
+        return [self.FILE]
+
     def save(self, folder: Path, rank: int) -> None:
         """Save the counts to a checkpoint, on rank 0."""
         if rank == 0:
-            (folder / self.FILE).write_text(json.dumps({"trained_steps": self.trained_steps}) + "\n", encoding="utf-8")
+            write_json(folder / self.FILE, GuardCounts(self.trained_steps))
 
     def restore(self, folder: Path, rank: int) -> None:
-        """Restore the counts of a checkpoint; without them, all of its steps count as trained."""
-        path = folder / self.FILE
-        if path.is_file():
-            self.trained_steps = json.loads(path.read_text(encoding="utf-8"))["trained_steps"]
-        else:
-            self.trained_steps = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
+        """Restore the counts of a checkpoint.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        self.trained_steps = read_json(folder / self.FILE, GuardCounts).trained_steps
 
 
 def _counts(of: Counter[str]) -> str:

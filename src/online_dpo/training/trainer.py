@@ -250,6 +250,7 @@ class OnlineDPOTrainer(GuardedTrainer):
 
         With ``max_staleness``, the first four of the next steps begin here as well.
         """
+        self.log_state.begin_step()
         self.raise_callback_failure()
         pairing, num_fetched = self.collector.collect(epoch_iterator, num_batches)
         self.last_feedback = self.collector.last
