@@ -46,12 +46,6 @@ class FeedbackLostError(OnlineDPOError, RuntimeError):
     """Another process of the run could not get its completions or scores; the error of that process says why."""
 
 
-class CheckpointError(OnlineDPOError, ValueError):
-    """A checkpoint cannot be resumed: it is damaged or incomplete, or it is of another run. The message says which, and
-    what to do.
-    """
-
-
 class TrainingDivergedError(OnlineDPOError, RuntimeError):
     """The loss or gradient of too many steps in a row was not finite. A checkpoint was saved before this was raised."""
 
@@ -59,6 +53,12 @@ class TrainingDivergedError(OnlineDPOError, RuntimeError):
 class NothingTrainedError(OnlineDPOError, RuntimeError):
     """A run ended, and no step of it trained anything. The message counts the reasons; if there were steps, a
     checkpoint was saved before this was raised.
+    """
+
+
+class CheckpointError(OnlineDPOError, RuntimeError):
+    """A checkpoint or a model could not be saved, or a checkpoint cannot be resumed from. The message names the folder
+    and, where it is one file, the file.
     """
 
 

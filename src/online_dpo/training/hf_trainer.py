@@ -16,16 +16,20 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PredictionOutput
 
+from online_dpo.checkpoints.files import replacing
+from online_dpo.checkpoints.folders import folder_of
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.distributed.collectives import RankErrors
 from online_dpo.distributed.process_state import kept_random_state
-from online_dpo.errors import ForeignCodeError, OnlineDPOError, named_error
+from online_dpo.errors import CheckpointError, ForeignCodeError, OnlineDPOError, named_error
 from online_dpo.modeling.borrowing import kept_flags
 from online_dpo.modeling.loading import ConfigKeeper, empty_device_cache
 from online_dpo.modeling.precision import keeps_small_steps
 from online_dpo.packing.prefix_tree import PADDING
+from online_dpo.training.checkpointing import Checkpoints
 from online_dpo.training.display.choose import choose_displays
 from online_dpo.training.display.figures import in_order
 from online_dpo.training.failures import NamedCallbacks, StepsDone
@@ -92,6 +96,7 @@ class GuardedTrainer(Trainer):
             holds_evaluation_weights=lambda: self.holds_evaluation_weights,
             prompts_read=self._restore_random_state,
         )
+        self.checkpoints = Checkpoints(args, self.accelerator, lambda: self.state)
         self.run_state = RunState()
         self.run_state.add(self.guard, self.log_state)
         self._random_state_in: str | None = None
@@ -100,9 +105,11 @@ class GuardedTrainer(Trainer):
         self.holds_evaluation_weights = False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As `transformers.Trainer.train`.
+        """As `transformers.Trainer.train`. ``resume_from_checkpoint=True`` goes on from the newest whole checkpoint;
+        ``"auto"`` too, but it starts a run where there is none.
 
         Raises:
+            CheckpointError: a checkpoint could not be saved, or cannot be resumed from.
             TrainingDivergedError: ``max_skipped_steps`` steps in a row were not finite; a checkpoint has been saved.
             NothingTrainedError: no step trained anything; a checkpoint has been saved if there were steps.
             ValueError: the optimizer trains no weight of the model.
@@ -118,7 +125,8 @@ class GuardedTrainer(Trainer):
         displays = choose_displays(self)
         try:
             with self.interrupt.handled(displays), self.callback_handler.deferred():
-                result = super().train(resume_from_checkpoint, *args, **kwargs)
+                checkpoint = self.checkpoints.begin(resume_from_checkpoint)
+                result = super().train(checkpoint, *args, **kwargs)
                 self.raise_callback_failure()
         except Exception as error:
             self._leave_checkpoint(error)
@@ -145,7 +153,8 @@ class GuardedTrainer(Trainer):
         done = self.steps_done
         over = self.state.global_step >= self.state.max_steps and self.args.load_best_model_at_end  # other weights now
         alone = self.accelerator.num_processes > 1 and not self.errors.raised
-        if alone or over or not done.wants_checkpoint(self.state):
+        full = isinstance(error, CheckpointError)  # a second try would end as the first
+        if alone or over or full or not done.wants_checkpoint(self.state):
             return
         assert done.random_state is not None
         try:
@@ -252,13 +261,56 @@ class GuardedTrainer(Trainer):
         with self.evaluation_weights():
             super().save_model(*args, **kwargs)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """The parent's. The files take their places together, when all are written."""
+        folder = Path(str(self.args.output_dir) if output_dir is None else output_dir)
+        with self.checkpoints.part(), self.checkpoints.model_folder(folder) as aside:
+            super()._save(str(aside), state_dict)
+
+    def save_state(self) -> None:
+        """As the parent's; the file is whole or as it was."""
+        if self.is_world_process_zero():
+            with replacing(Path(str(self.args.output_dir)) / TRAINER_STATE_NAME) as aside:
+                self.state.save_to_json(str(aside))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """The parent's; a folder aside while a checkpoint is written."""
+        return super()._get_output_dir(trial) if self.checkpoints.aside is None else str(self.checkpoints.aside)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """The parent's, with the model card and the state of every part of the run."""
-        self.create_model_card()
-        with self.evaluation_weights():
-            super()._save_checkpoint(model, trial)
-        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        self.run_state.save(folder, self.accelerator.process_index)
+        """The parent's, with the model card and the state of every part of the run; whole or absent on the disk."""
+        run_dir = Path(self._get_output_dir(trial))
+        with self.checkpoints.writing(run_dir) as folder:
+            with self.checkpoints.part():
+                self.create_model_card()
+            with self.evaluation_weights():
+                super()._save_checkpoint(model, trial)
+            self.run_state.save(folder, self.accelerator.process_index)
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(folder_of(run_dir, self.state.global_step)))
+        self.checkpoints.rotate(run_dir)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Does nothing: the parent calls it before the checkpoint is in its place; `_save_checkpoint` pushes later."""
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """The parent's; where one process fails, all do, after the last part of the checkpoint."""
+        with self.checkpoints.part():
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _save_scaler(self, output_dir: str) -> None:
+        with self.checkpoints.part():
+            super()._save_scaler(output_dir)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        with self.checkpoints.part():
+            super()._save_rng_state(output_dir)
+
+    def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
+        """The parent's; checkpoints that it would delete are deleted after it."""
+        run_dir = Path(self._get_output_dir(trial))
+        with self.checkpoints.hidden(run_dir):
+            return super()._finalize_training(trial, *args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -272,6 +324,7 @@ class GuardedTrainer(Trainer):
             super()._load_from_checkpoint(*args, **kwargs)
 
     def _load_best_model(self) -> None:
+        self.checkpoints.check_best()
         self._evaluating_weights(True)  # those are what was saved
         with kept_flags(self.model):  # pyright: ignore[reportArgumentType]
             super()._load_best_model()

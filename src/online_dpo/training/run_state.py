@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from online_dpo.errors import CheckpointError
-
 logger = logging.getLogger(__name__)
 
 
@@ -45,48 +43,20 @@ class RunState:
         """Adds parts that have state."""
         self._parts.extend(parts)
 
-    def files(self, rank: int) -> list[str]:
-        """Returns the names of the files that a checkpoint must hold for this rank."""
-        return [name for part in self._parts for name in part.files(rank)]
-
-    def check(self, folder: Path, rank: int, *, may_lack: bool) -> None:
-        """Checks that a checkpoint holds the files of every part; to be called before anything of it is loaded.
-
-        Args:
-            may_lack: only warn; parts without their files start anew.
-
-        Raises:
-            CheckpointError: a file is missing.
-        """
-        for name in self.files(rank):
-            if problem := missing(folder, name):
-                if not may_lack:
-                    raise CheckpointError(f"{problem} `resume_anyway: true` goes on without it.")
-                logger.warning("%s What it says starts anew (`resume_anyway`).", problem)
-
     def save(self, folder: Path, rank: int) -> None:
         """Writes every part into the folder of a checkpoint; called on all ranks."""
         for part in self._parts:
             part.save(folder, rank)
 
     def restore(self, folder: Path, rank: int) -> None:
-        """Restores every part whose files are there from the folder of a checkpoint; called on all ranks.
+        """Restores every part from the folder of a checkpoint; called on all ranks. What `Needs` has let pass without
+        its files (with ``resume_anyway``) starts anew.
 
         Raises:
             CheckpointError: a file is damaged.
         """
         for part in self._parts:
-            if all((folder / name).is_file() for name in part.files(rank)):
+            if absent := [name for name in part.files(rank) if not (folder / name).is_file()]:
+                logger.warning("%s lacks %s: what it would say starts anew.", folder, ", ".join(absent))
+            else:
                 part.restore(folder, rank)
-
-
-def missing(folder: Path, name: str) -> str | None:
-    """Says what is wrong if a checkpoint lacks a file; ``None`` if it is there."""
-    if (folder / name).is_file():
-        return None
-    former = (folder / name).with_suffix(".pt")
-    if former.is_file():
-        return (
-            f"{former} is of an earlier version of online-dpo: a pickle, which could run any code, so it is not read."
-        )
-    return f"{folder} lacks {name}, which this run needs: the checkpoint is not whole, or was saved with other options."
