@@ -62,6 +62,7 @@ class FeedbackCollector:
         self.lookahead = Lookahead(args.max_staleness)
         self._sampler_is_free = Event()
         self._sampler_is_free.set()
+        self._has_restored = False
         self.last: Feedback | None = None
         """The feedback of the step that is trained on, on this process."""
 
@@ -75,6 +76,8 @@ class FeedbackCollector:
             OnlineDPOError: as it was raised.
             FeedbackLostError: on the other ranks.
         """
+        if self._has_restored:
+            self._agree_on_restored()
         fetched, feedback, waited = self.run.errors.run(
             lambda: self.lookahead.take(
                 self.run.step, batches, lambda step: self._fetch(step, batches, num_batches), self.sample_and_assess
@@ -245,11 +248,15 @@ class FeedbackCollector:
     def restore(self, folder: Path, rank: int) -> None:
         """Takes the steps that `save` wrote for those that have been begun."""
         self.lookahead.restore(folder, rank)
+        self._has_restored = True
 
-    def begin_resumed(self) -> None:
-        """Forgets steps that only some ranks have saved: all begin such a step together. A collective operation."""
-        steps = from_every_rank(self.lookahead.restored)
-        self.lookahead.keep_restored(set.intersection(*steps))
+    def _agree_on_restored(self) -> None:
+        """Forgets restored steps that only some ranks have saved, since all must begin such a step together; and all of
+        them if the run differs from the one that sampled them. A collective operation.
+        """
+        self._has_restored = False
+        steps = set.intersection(*from_every_rank(self.lookahead.restored))
+        self.lookahead.keep_restored(() if self.run.differs() else steps)
 
     def wait(self) -> None:
         """Waits until nothing that was begun asks the engine or the scorers any more."""

@@ -95,6 +95,7 @@ class GuardedTrainer(Trainer):
             state=lambda: self.state,
             holds_evaluation_weights=lambda: self.holds_evaluation_weights,
             prompts_read=self._restore_random_state,
+            differs=lambda: self.checkpoints.identity.differs,
         )
         self.checkpoints = Checkpoints(args, self.accelerator, lambda: self.state)
         self.run_state = RunState()
@@ -192,10 +193,8 @@ class GuardedTrainer(Trainer):
         super()._run_epoch(*args, **kwargs)
 
     def _restore_random_state(self) -> None:
-        """Restores the random state of a checkpoint inside an epoch, in the first step of a resumed run.
-
-        A data loader draws a number when it is read for the first time, which an uninterrupted run has done before;
-        what a reward function draws comes after that. The parent would restore the state when both are over.
+        """Restores the random state of a checkpoint inside an epoch: after the data loader's first draw, which an
+        uninterrupted run has made before, and before those of reward functions. The parent does it after both.
         """
         checkpoint, self._random_state_in = self._random_state_in, None
         if checkpoint is not None:
@@ -316,7 +315,7 @@ class GuardedTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self._evaluating_weights(False)  # the first step samples before it trains
-            self.run_state.restore(Path(checkpoint), self.accelerator.process_index)
+            self.errors.run(lambda: self.run_state.restore(Path(checkpoint), self.accelerator.process_index))
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """The parent's, after which what was frozen is frozen, and the same adapters are active."""

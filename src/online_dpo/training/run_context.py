@@ -21,7 +21,8 @@ class RunContext:
     ``metrics`` records and ``phase`` measures seconds. ``state`` returns the trainer's state, which is another object
     after a checkpoint has been loaded. ``holds_evaluation_weights`` says whether the policy has the weights that its
     optimizer evaluates, where these are others than it trains. ``prompts_read`` is called when prompts have been read,
-    before anything else is done with them.
+    before anything else is done with them. ``differs`` says whether the checkpoint that was resumed is of a run that
+    computed with something else.
     """
 
     accelerator: Accelerator
@@ -31,6 +32,7 @@ class RunContext:
     state: Callable[[], TrainerState]
     holds_evaluation_weights: Callable[[], bool]
     prompts_read: Callable[[], None] = lambda: None
+    differs: Callable[[], bool] = lambda: False
 
     @property
     def step(self) -> int:
