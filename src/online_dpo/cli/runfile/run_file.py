@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from online_dpo.checkpoints.identity import of_other_runs, taken
 from online_dpo.cli.judging.plan import BuiltInJudge, plan_llm, plan_pairwise_model
 from online_dpo.cli.runfile.entries import COMMAND_LINE, Entry, UsageError, read_overrides, read_run_file, read_values
 from online_dpo.cli.runfile.model_options import ignored_options, model_init_kwargs, model_problems
@@ -36,6 +37,7 @@ INPUT_PATHS = (
 )
 JSON_TEXTS = (*MAPPINGS, "gradient_checkpointing_kwargs", "lr_scheduler_kwargs")
 """Mappings that may also be written as JSON text."""
+DEFAULT_OUTPUT = "trainer_output"
 REWARDS = ("reward_funcs", "reward_model_path")
 SCORERS = (*REWARDS, "judge")
 JUDGES = ("judge", "eval_judge")
@@ -290,6 +292,11 @@ class RunChecker:
         if given is not None and (not given or Path(given).expanduser().is_file()):
             what = "a file" if given else "empty"
             yield f"{self._where('output_dir')}: `output_dir` is {what}. Give the name of a folder, new or old."
+            return
+        if not self.values.get("resume_from_checkpoint") and not self.values.get("overwrite_output_dir"):
+            folder = Path(given or DEFAULT_OUTPUT).expanduser()
+            if others := of_other_runs(folder, set()):
+                yield f"{self._where('output_dir') if given else self.file}: {taken(folder, others)}"
 
     def _resume(self) -> Iterator[str]:
         checkpoint = self.values.get("resume_from_checkpoint")
@@ -297,7 +304,7 @@ class RunChecker:
             return
         where = self._where("resume_from_checkpoint")
         if checkpoint is True:
-            output = Path(self.values.get("output_dir") or "trainer_output").expanduser()
+            output = Path(self.values.get("output_dir") or DEFAULT_OUTPUT).expanduser()
             if not any(path.is_dir() for path in output.glob("checkpoint-*")):
                 yield f"{where}: `resume_from_checkpoint`: {output} holds no checkpoint."
         elif not Path(checkpoint).is_dir():
