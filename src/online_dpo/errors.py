@@ -117,6 +117,23 @@ class TrainingTerminated(TrainingInterrupted, SystemExit):
         self.code = 128 + number
 
 
+OUT_OF_MEMORY = (
+    "out of memory",  # of CUDA, HIP, MPS, and of the driver
+    "can't allocate memory",  # torch on a CPU
+    "not enough memory",  # torch on a CPU, on Windows
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory has run out: `MemoryError`, `torch.OutOfMemoryError` (known by its name, for
+    torch is not loaded here), or what libraries raise in their places.
+    """
+    named = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
+    told = isinstance(error, RuntimeError) and any(text in _own_text(error) for text in OUT_OF_MEMORY)
+    return isinstance(error, MemoryError) or named or told
+
+
 def printable(text: str) -> str:
     """A text without what could act on a terminal or mislead its reader: escape sequences, control characters, marks
     that reverse the direction of writing. Line ends and tabs become blanks.

@@ -7,12 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-import torch
-
 from online_dpo.distributed.settings import kept_settings
 from online_dpo.distributed.signals import is_interruption
 from online_dpo.distributed.waiting import waiting_for
-from online_dpo.errors import OnlineDPOError, ScoringError, named_error, one_line
+from online_dpo.errors import OnlineDPOError, ScoringError, is_out_of_memory, named_error, one_line
 from online_dpo.types import Group, Prompt
 
 SHOWN_CHARACTERS, SHOWN_ROWS = 60, 8
@@ -47,10 +45,10 @@ def foreign(
     try:
         with kept_settings(who), waiting_for(who) if waits else nullcontext():
             yield
-    except (OnlineDPOError, torch.OutOfMemoryError, MemoryError, asyncio.CancelledError, GeneratorExit, *passes):
+    except (OnlineDPOError, asyncio.CancelledError, GeneratorExit, *passes):
         raise
     except BaseException as error:
-        if is_interruption(error):
+        if is_interruption(error) or is_out_of_memory(error):
             raise
         rows = where if isinstance(where, str) else where()
         raise raises(f"{who} raised {named_error(error)}{rows and ' '}{rows}") from error

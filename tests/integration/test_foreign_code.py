@@ -315,8 +315,11 @@ ENDINGS = {
     Ending(): (ForeignCodeError, "raised Ending: .its message cannot be shown: RuntimeError. .step 1."),
     ExceptionGroup("two", [OSError("a"), ValueError("b")]): (ForeignCodeError, "two .2 sub-exceptions.: OSError: a; V"),
     RecursionError("deep"): (ForeignCodeError, "raised RecursionError: deep"),
-    MemoryError("full"): (MemoryError, "full"),
-    torch.OutOfMemoryError("full"): (torch.OutOfMemoryError, "full"),
+    MemoryError("full"): (
+        torch.OutOfMemoryError,
+        "Memory ran out in step 2: full. Lower `per_device_train_batch_size`",
+    ),
+    torch.OutOfMemoryError("full"): (torch.OutOfMemoryError, "Memory ran out in step 2: full. Lower"),
 }
 
 

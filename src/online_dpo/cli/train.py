@@ -29,9 +29,11 @@ from online_dpo.errors import (
     OnlineDPOError,
     TrainingInterrupted,
     error_text,
+    is_out_of_memory,
     named_error,
 )
 from online_dpo.foreign import loading
+from online_dpo.modeling.memory import named_memory_error
 from online_dpo.scoring.judges.llm.judge import LLMJudge
 from online_dpo.scoring.judges.pairwise.judge import PairwiseModelJudge
 from online_dpo.training.run_identity import check_options
@@ -57,7 +59,7 @@ def train(plan: RunPlan, words: Sequence[str], *, show_traceback: bool) -> int:
     try:
         trainer = build_trainer(plan, ProgressDisplay())
     except SETUP_ERRORS as error:
-        return report_error(error, 2, show_traceback)
+        return report_error(error, 1 if is_out_of_memory(error) else 2, show_traceback)
     is_main = trainer.is_world_process_zero()
     if is_main:
         print_lines(describe_trainer(trainer), INDENT)
@@ -72,7 +74,7 @@ def train(plan: RunPlan, words: Sequence[str], *, show_traceback: bool) -> int:
     except Exception as error:  # every end of a run is reported in one line; --traceback shows the rest
         # transformers and torch check some settings only when training starts
         own = isinstance(error, OnlineDPOError) and not isinstance(error, CheckpointError)
-        is_wrong_setting = trainer.state.global_step == 0 and not own
+        is_wrong_setting = trainer.state.global_step == 0 and not own and not is_out_of_memory(error)
         code = report_error(error, 2 if is_wrong_setting else 1, show_traceback)
         if trainer.interrupt.checkpoint is not None:
             _print_how_to_resume("Before that:", trainer.interrupt.checkpoint, words)
@@ -201,6 +203,8 @@ def report_error(error: BaseException, code: int, show_traceback: bool) -> int:
     elif show_traceback:
         traceback.print_exception(error)
     else:
+        if is_out_of_memory(error) and not isinstance(error, OnlineDPOError):
+            error = named_memory_error(error, "while the run was set up")
         message = error_text(error) if isinstance(error, EXPLAINED) else named_error(error)
         print(f"error: {message}\n(--traceback shows where it came from)", file=sys.stderr)
     return code

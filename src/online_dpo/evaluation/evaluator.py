@@ -10,6 +10,7 @@ from torch import nn
 
 from online_dpo.evaluation.gold import Gold
 from online_dpo.evaluation.records import EvalRecord, eval_records, judged_wins, win_share
+from online_dpo.modeling.memory import Halving
 from online_dpo.modeling.reference import Reference
 from online_dpo.rollout.engine import Engine
 from online_dpo.rollout.params import RolloutKey, Stream
@@ -66,6 +67,8 @@ class Evaluator:
         losses: computes the losses of these pairs.
         reference_answers: the completions that the policy's are compared with; ``None`` without a reference.
         gold: a second assessment that training never sees.
+        splits: whether losses may be computed in several calls where memory runs out; not where a forward pass needs
+            all processes.
     """
 
     def __init__(
@@ -77,10 +80,12 @@ class Evaluator:
         losses: Losses,
         reference_answers: ReferenceAnswers | None,
         gold: Gold | None,
+        splits: bool = True,
     ) -> None:
         self._num_completions = num_completions
         self._sampler, self._assessor, self._form_pairs, self._losses = sampler, assessor, form_pairs, losses
         self.reference_answers, self.gold = reference_answers, gold
+        self._fitting = Halving("An evaluation", splits=splits)
 
     @torch.no_grad()
     def evaluate(
@@ -106,9 +111,18 @@ class Evaluator:
         self._sampler.vocabulary.check_groups(groups)
         assessment = self._assessor.assess(groups)
         pairs = self._form_pairs(groups, assessment, 0).pairs
-        rows, outputs = self._losses(model, groups, pairs)
         reference_scores, wins = self._against_reference(groups, assessment)
-        records = eval_records(groups, pairs, assessment, reference_scores, wins, rows, **outputs)
+        scores = assessment.scores if isinstance(assessment, Verdicts) else assessment
+
+        def records_of(places: Sequence[int]) -> list[EvalRecord]:
+            chosen = [groups[p] for p in places]
+            own = [pair for pair in pairs if any(pair.group is group for group in chosen)]
+            rows, outputs = self._losses(model, chosen, own)
+            values = None if scores is None else [scores.values[p] for p in places]
+            against = [reference_scores[p] for p in places], [wins[p] for p in places]
+            return eval_records(chosen, own, values, *against, rows, **outputs)
+
+        records = self._fitting(range(len(groups)), records_of)
         if self.gold is None:
             return records
         reference_groups = None if self.reference_answers is None else self.reference_answers.to(prompts)

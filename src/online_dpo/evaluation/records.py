@@ -12,7 +12,7 @@ import torch
 from online_dpo.stats.bootstrap import standard_error
 from online_dpo.stats.intervals import win_rate
 from online_dpo.stats.preference import preference_by_score
-from online_dpo.types import Group, Notes, PackedRows, Pair, RowLogprobs, Scores, Verdicts
+from online_dpo.types import Group, Notes, PackedRows, Pair, RowLogprobs
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def win_share(scores: Sequence[float | None], reference_score: float | None) -> 
 def eval_records(
     groups: Sequence[Group],
     pairs: Sequence[Pair],
-    assessment: Scores | Verdicts,
+    scores: Sequence[Sequence[float | None]] | None,
     reference_scores: Sequence[float | None],
     wins: Sequence[float | None],
     rows: PackedRows,
@@ -71,19 +71,21 @@ def eval_records(
     policy: RowLogprobs,
     reference: RowLogprobs | None,
 ) -> list[EvalRecord]:
-    """One record a group; ``rows`` has the completions of all groups in order, ``loss_N`` the losses of ``pairs``."""
+    """One record a group; ``rows`` has the completions of all groups in order, ``loss_N`` the losses of ``pairs``.
+
+    ``scores`` are those of each group's completions, ``None`` with a judge alone.
+    """
     losses: dict[int, list[float]] = {}
     for pair, loss in zip(pairs, loss_N.tolist(), strict=True):
         losses.setdefault(id(pair.group), []).append(loss)
     kl_S = [] if reference is None else (policy.logps_S - reference.logps_S).tolist()
-    scores = assessment.scores if isinstance(assessment, Verdicts) else assessment
     entropy_S = [float(part.mean()) for part in policy.entropy_M.split(rows.length_S.tolist())]
     records, start = [], 0
     for p, group in enumerate(groups):
         end = start + len(group.completions)
         records.append(
             EvalRecord(
-                scores=(None,) * len(group.completions) if scores is None else tuple(scores.values[p]),
+                scores=(None,) * len(group.completions) if scores is None else tuple(scores[p]),
                 reference_score=reference_scores[p],
                 win=wins[p],
                 losses=tuple(losses.get(id(group), ())),

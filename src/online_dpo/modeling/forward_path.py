@@ -12,11 +12,13 @@ import torch
 from torch import nn
 
 from online_dpo.distributed.collectives import any_rank
-from online_dpo.errors import named_error
+from online_dpo.errors import is_out_of_memory, named_error
 from online_dpo.modeling.attention.masks import why_not_shared
 from online_dpo.modeling.borrowing import ModelContext
 from online_dpo.modeling.introspection import computing_dtype
+from online_dpo.modeling.loading import empty_device_cache
 from online_dpo.modeling.logprobs import can_chunk, row_logprobs
+from online_dpo.modeling.memory import in_memory
 from online_dpo.modeling.tolerance import ROUNDING, allowed_difference
 from online_dpo.packing.pack import pack_groups
 from online_dpo.types import Group, PackedRows
@@ -55,12 +57,25 @@ def choose_path(
 
     Returns:
         The path, and the reasons why it is not a faster one; ``None`` if nothing can be decided, because
-        log-probabilities are not finite or no completion has more than one token.
+        log-probabilities are not finite, no completion has more than one token, or memory runs out even with two
+        completions of the shortest group.
     """
     chosen = sorted(groups, key=_size, reverse=True)[:GROUPS]
     sample = [_shortened(group) for group in chosen]
-    if not any(len(c.token_ids) > 1 for group in sample for c in group.completions[1:]):
-        return None
+    smallest = min(groups, key=_size)
+    for tried in (sample, [replace(_shortened(smallest), completions=_shortened(smallest).completions[:2])]):
+        if not any(len(c.token_ids) > 1 for group in tried for c in group.completions[1:]):
+            return None
+        with in_memory() as attempt:
+            return _choose_path(models, tried, share)
+        assert not attempt.fits
+        empty_device_cache()
+    return None
+
+
+def _choose_path(
+    models: Mapping[str, ModelContext], sample: Sequence[Group], share: bool
+) -> tuple[ForwardPath, list[str]] | None:
     path, reasons = ForwardPath(shared=share, chunked=True), []
     for name, model_context in models.items():
         with model_context() as model:
@@ -137,9 +152,9 @@ class _PathCheck:
         """Why log-probabilities from these rows are wrong; ``None`` if they are right."""
         try:
             difference = self._difference(rows, chunked)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # the model's code is unknown, so any exception means that the path cannot be used
+            if is_out_of_memory(error):
+                raise
             return f"it fails with {named_error(error, first_line=True)}"
         if difference <= self.allowed:
             return None

@@ -6,12 +6,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from accelerate.optimizer import AcceleratedOptimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
 from online_dpo.distributed.process_state import RandomState
-from online_dpo.errors import ForeignCodeError
+from online_dpo.distributed.signals import is_interruption
+from online_dpo.errors import ForeignCodeError, OnlineDPOError, is_out_of_memory, named_error
 from online_dpo.foreign import foreign
+from online_dpo.modeling.memory import named_memory_error
 
 OURS = __name__.partition(".")[0]
 
@@ -120,3 +123,24 @@ class StepsDone(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Record the step as saved."""
         self._saved = state.global_step
+
+
+def blamed(error: BaseException, updating: bool, step: int, optimizer: Any, schedule: Any) -> BaseException:
+    """The error, or the one to raise in its place: where memory ran out and what to lower, or which optimizer and
+    schedule left an update half done.
+
+    Args:
+        updating: whether an update had begun and was not complete.
+        step: the step that was being made.
+    """
+    if isinstance(error, OnlineDPOError) or is_interruption(error):
+        return error
+    half_done = f"in the update of step {step}, which is half done, so that no checkpoint can be made"
+    if is_out_of_memory(error):
+        return named_memory_error(error, half_done if updating else f"in step {step}")
+    if not updating:
+        return error
+    assert isinstance(optimizer, AcceleratedOptimizer)
+    names = [type(part).__name__ for part in (optimizer.optimizer, schedule)]
+    text = f"Optimizer `{names[0]}` or its schedule `{names[1]}` raised {named_error(error)} ({half_done})"
+    return ForeignCodeError(text)

@@ -25,8 +25,7 @@ from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.distributed.collectives import RankErrors
 from online_dpo.distributed.process_state import kept_random_state
 from online_dpo.distributed.rank_watch import explained, watch_ranks
-from online_dpo.distributed.signals import is_interruption
-from online_dpo.errors import CheckpointError, ForeignCodeError, OnlineDPOError, TrainingInterrupted, named_error
+from online_dpo.errors import CheckpointError, TrainingInterrupted, named_error
 from online_dpo.modeling.borrowing import kept_flags
 from online_dpo.modeling.loading import ConfigKeeper, empty_device_cache
 from online_dpo.modeling.precision import keeps_small_steps
@@ -34,7 +33,7 @@ from online_dpo.packing.prefix_tree import PADDING
 from online_dpo.training.checkpointing import Checkpoints
 from online_dpo.training.display.choose import choose_displays
 from online_dpo.training.display.figures import in_order
-from online_dpo.training.failures import NamedCallbacks, StepsDone
+from online_dpo.training.failures import NamedCallbacks, StepsDone, blamed
 from online_dpo.training.finite import FiniteWeights
 from online_dpo.training.interrupt import Interrupt
 from online_dpo.training.learning_rate import LearningRateBackoff
@@ -151,9 +150,7 @@ class GuardedTrainer(Trainer):
             for display in displays:
                 display.close()
         self._check_finite("At the end")
-        self.guard.raise_if_diverged(self.state, self.args.output_dir)  # pyright: ignore[reportArgumentType]
-        self.guard.raise_if_nothing_trained(self.state, self.args.output_dir)  # pyright: ignore[reportArgumentType]
-        self.guard.raise_if_stalled(self.state, self.args.output_dir)  # pyright: ignore[reportArgumentType]
+        self.guard.raise_at_end(self.state, self.args.output_dir)  # pyright: ignore[reportArgumentType]
         return result
 
     def raise_callback_failure(self) -> None:
@@ -169,9 +166,9 @@ class GuardedTrainer(Trainer):
         except TrainingInterrupted:
             raise
         except BaseException as raised:
-            error = explained(raised)
+            updating, parts = self.steps_done.updating, (self.optimizer, self.lr_scheduler)
+            error = blamed(explained(raised), updating, self.state.global_step + 1, *parts)
             self.leave_checkpoint(error)
-            self._blame_optimizer(error)
             if error is raised:
                 raise
             raise error from raised
@@ -199,21 +196,6 @@ class GuardedTrainer(Trainer):
             logger.warning("No checkpoint could be saved of the steps done: %s", named_error(second))
         else:
             error.add_note(f"Before that, a checkpoint of the steps done was saved: {self.interrupt.checkpoint}")
-
-    def _blame_optimizer(self, error: BaseException) -> None:
-        """Names the optimizer and its schedule in an error that left an update half done.
-
-        Raises:
-            ForeignCodeError: an update was half done, so that ``error`` came from one of the two.
-        """
-        passes = (OnlineDPOError, torch.OutOfMemoryError)
-        if self.steps_done.updating and not isinstance(error, passes) and not is_interruption(error):
-            assert isinstance(self.optimizer, AcceleratedOptimizer)
-            optimizer, schedule = (type(part).__name__ for part in (self.optimizer.optimizer, self.lr_scheduler))
-            raise ForeignCodeError(
-                f"Optimizer `{optimizer}` or its schedule `{schedule}` raised {named_error(error)} (in the "
-                f"update of step {self.state.global_step + 1}, which is half done, so that no checkpoint can be made)"
-            ) from error
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """The parent's, unless the checkpoint that is resumed was the run's last: it would train one more step."""

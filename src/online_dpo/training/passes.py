@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 
 import torch
 
+from online_dpo.modeling.memory import DoesNotFit, in_memory
 from online_dpo.packing.microbatches import halve, token_count
 from online_dpo.training.metric_store import MetricStore
 from online_dpo.training.stopwatch import PhaseTimer
@@ -58,15 +58,15 @@ class PassRunner:
         """Runs one pass, or as many as fit in memory, and returns the sum of their losses.
 
         Raises:
-            torch.OutOfMemoryError: a single pair does not fit, or there are several processes.
+            DoesNotFit: a single pair does not fit, or there are several processes.
         """
         if len(rows.pairs) > 1 and token_count(rows.pairs) > self.tokens_that_fit:
             return torch.stack([self.run(half, one_pass) for half in halve(rows, self._row_capacity())]).sum()
         before = self._metrics.snapshot()
-        loss = None
-        with self._phase("training"), suppress(torch.OutOfMemoryError):
+        loss = torch.empty(())
+        with self._phase("training"), in_memory() as attempt:
             loss = one_pass(rows)
-        if loss is None:  # outside the handler, whose traceback would keep the activations alive
+        if not attempt.fits:
             self._metrics.restore(before)
             self._begin_step_anew(rows, one_pass)
             return self.run(rows, one_pass)
@@ -88,11 +88,11 @@ def refuse_to_split(rows: PackedRows, num_processes: int) -> None:
     """Raises where a pass that ran out of memory cannot be split in two; warns that it is where it can.
 
     Raises:
-        torch.OutOfMemoryError: the pass is a single pair, or other ranks wait in the same backward pass.
+        DoesNotFit: the pass is a single pair, or other ranks wait in the same backward pass.
     """
     pairs = len(rows.pairs)
     if pairs < 2 or num_processes > 1:
-        raise torch.OutOfMemoryError(
+        raise DoesNotFit(
             f"A pass of {pairs} pair(s), in rows of {rows.tokens.ids_RT.shape[1]} tokens, does not fit in memory "
             "and cannot be split here. Lower `max_tokens_per_pass` (which splits micro-batches of several pairs), "
             "`max_length` or `max_new_tokens`."

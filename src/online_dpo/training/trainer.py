@@ -246,6 +246,7 @@ class OnlineDPOTrainer(GuardedTrainer):
             self._losses_of,
             self.reference_answers,
             self.gold,
+            splits=not self.is_fsdp_enabled,
         )
         self.run_state.add(self.collector, self.reference, self.adaptive_beta)
 

@@ -113,3 +113,25 @@ def test_gold_says_what_training_does_not_see(tmp_path):
 def test_without_a_reference_there_is_no_win_rate(tmp_path):
     parts = Parts(tmp_path, with_reference=False)
     assert {(record.win, record.reference_score) for record in parts.evaluate()} == {(None, None)}
+
+
+def test_where_memory_runs_out_losses_are_computed_in_halves_and_the_records_stay(tmp_path):
+    expected = Parts(tmp_path).evaluate()
+    parts, sizes = Parts(tmp_path), []
+    plain = parts.losses
+
+    def room(model, groups, pairs):
+        sizes.append(len(groups))
+        if len(groups) > 1:
+            raise torch.OutOfMemoryError("no room")
+        rows, outputs = plain(model, groups, pairs)
+        return rows, outputs | {"loss_N": torch.full((len(pairs),), 9.0)}
+
+    parts.evaluator._losses = room
+    records = parts.evaluate()
+    assert sizes == [4, 2, 1, 1, 1, 1] and len(parts.asked) == 1
+    for ours, theirs in zip(records, expected, strict=True):
+        assert ours.losses == tuple(9.0 for _ in theirs.losses)
+        assert (ours.scores, ours.win, ours.reference_score) == (theirs.scores, theirs.win, theirs.reference_score)
+        assert (ours.lengths, ours.prompt_ids) == (theirs.lengths, theirs.prompt_ids)
+        assert ours.entropy == pytest.approx(theirs.entropy, rel=1e-5)

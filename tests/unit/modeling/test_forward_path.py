@@ -43,6 +43,18 @@ def test_nothing_is_settled_on_completions_of_one_token():
     assert choose(groups=groups, policy=tiny.causal_lm()) == (ForwardPath(shared=True, chunked=True), [])
 
 
+def test_the_check_makes_do_with_less_memory():
+    for most, expected in ((3, (ForwardPath(shared=True, chunked=True), [])), (0, None)):
+        model = tiny.causal_lm()
+
+        def room(module, args, kwargs, most=most):
+            if len(kwargs["input_ids"]) > most:
+                raise torch.OutOfMemoryError("no room")
+
+        model.model.register_forward_pre_hook(room, with_kwargs=True)
+        assert choose(policy=model) == expected
+
+
 def test_sharing_can_be_switched_off():
     assert choose(share=False, policy=tiny.causal_lm()) == (ForwardPath(shared=False, chunked=True), [])
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -21,10 +21,11 @@ from torch import nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
-from online_dpo.errors import named_error
+from online_dpo.errors import is_out_of_memory, named_error
 from online_dpo.modeling.borrowing import eval_mode, kept_attributes
 from online_dpo.modeling.introspection import computing_dtype, unwrapped, without_router_logits
 from online_dpo.modeling.loading import empty_device_cache
+from online_dpo.modeling.memory import DoesNotFit, in_memory
 from online_dpo.modeling.onednn import onednn_linears
 from online_dpo.modeling.tolerance import MOST_ROUNDING, ROUNDING
 from online_dpo.rollout.builtin.batch import Batch
@@ -99,11 +100,10 @@ class TransformersEngine:
             while waiting:
                 chosen = waiting[: max(1, self.batch_size // num_completions)]
                 batch = Batch([prompts[i] for i in chosen], num_completions, params, key, self._device)
-                path, fits = GENERATE if params.extra else self._path, False
-                with suppress(torch.OutOfMemoryError):
+                path = GENERATE if params.extra else self._path
+                with in_memory() as attempt:
                     self._sample(batch, path, self._buffers)
-                    fits = True
-                if not fits:  # handled here and not in an `except`, whose traceback would keep tensors alive
+                if not attempt.fits:
                     self._reduce_memory(len(chosen), num_completions)
                     continue
                 groups.update(zip(chosen, batch.groups(self.tokenizer, self.version), strict=True))
@@ -125,16 +125,31 @@ class TransformersEngine:
     def _why_wrong(self, path: str, prompts: Sequence[Prompt], params: SamplingParams, key: RolloutKey) -> str | None:
         """What is wrong with a path; ``None`` if nothing.
 
-        A few tokens are sampled, and their log-probabilities compared with those of a plain forward pass.
+        A few tokens are sampled, and their log-probabilities compared with those of a plain forward pass. Where memory
+        runs out, the longest prompt is tried alone.
+
+        Raises:
+            DoesNotFit: two completions of one prompt do not fit, in the path that needs the least memory.
         """
+        with in_memory() as attempt:
+            return self._trial(path, prompts, params, key)
+        assert not attempt.fits
+        self.release()
+        if len(prompts) > 1:
+            return self._why_wrong(path, prompts[-1:], params, key)
+        if path == STATIC:
+            return "it runs out of memory"
+        raise self._does_not_fit(2)
+
+    def _trial(self, path: str, prompts: Sequence[Prompt], params: SamplingParams, key: RolloutKey) -> str | None:
         short = replace(params, max_new_tokens=min(TRIAL_TOKENS, params.max_new_tokens), end_token_ids=())
         batch = Batch(prompts, 2, short, key, self._device)
         try:
             with self._fast_linears():
                 self._sample(batch, path, StaticBuffers())
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # the model's code is unknown, so any exception means that this path cannot be used
+            if is_out_of_memory(error):
+                raise
             return f"it fails with {named_error(error)}"
         completions = [(g.prompt, c) for g in batch.groups(self.tokenizer, 0) for c in g.completions]
         difference = max(self._difference(prompt, completion) for prompt, completion in completions)
@@ -148,7 +163,7 @@ class TransformersEngine:
         was one prompt, no static steps, which reserve slots for the longest completions. The samples stay the same.
 
         Raises:
-            torch.OutOfMemoryError: nothing is left to lower.
+            DoesNotFit: nothing is left to lower.
         """
         self.release()
         if prompts_at_once == 1 and self._path == STATIC:
@@ -156,12 +171,15 @@ class TransformersEngine:
             logger.warning("Sampling ran out of memory; it goes on with %s.", PATH_NAMES[DYNAMIC])
             return
         if prompts_at_once == 1:
-            raise torch.OutOfMemoryError(
-                f"{num_completions} completions of one prompt do not fit in memory. Lower `num_completions`, "
-                "`max_new_tokens` or `max_length`."
-            )
+            raise self._does_not_fit(num_completions)
         self.batch_size = max(1, prompts_at_once // 2) * num_completions
         logger.warning("Sampling ran out of memory; decoding %d completions at a time from now on.", self.batch_size)
+
+    def _does_not_fit(self, num_completions: int) -> DoesNotFit:
+        return DoesNotFit(
+            f"{num_completions} completions of one prompt do not fit in memory. Lower `num_completions`, "
+            "`max_new_tokens` or `max_length`."
+        )
 
     def release(self) -> None:
         """Frees the memory that static steps keep between calls: the key/value cache and the graphs."""

@@ -26,7 +26,8 @@ from online_dpo.modeling.fingerprint import weights_fingerprint
 from online_dpo.modeling.introspection import context_length
 from online_dpo.modeling.known_tokens import check_known, check_tokenizer, embedding_rows
 from online_dpo.modeling.last_layer import enable_selective_last_layer
-from online_dpo.modeling.loading import adapting
+from online_dpo.modeling.loading import adapting, empty_device_cache
+from online_dpo.modeling.memory import Halving, in_memory
 from online_dpo.modeling.onednn import onednn_linears
 from online_dpo.packing.prefix_tree import Tree
 from online_dpo.scoring.protocols import chat_messages, one_at_a_time, regroup
@@ -96,6 +97,7 @@ class RewardModelScorer:
         self._shares: bool | None = None if share_prompts else False  # None: not checked yet
         self._config = config.get_text_config()
         # Some configs use another name for it. It only serves to estimate costs, so a typical size will do.
+        self._fitting = Halving(f"Reward model `{self.name}`")
         self._hidden_size = getattr(self._config, "hidden_size", 1024)
         self._known_tokens = embedding_rows(model)
         self._max_tokens = longest_text(model, tokenizer)
@@ -141,7 +143,11 @@ class RewardModelScorer:
             return self._plain_values(read)
         values: dict[Text, float] = {}
         for batch in passes(trees, self.batch_size, self._most_tokens):
-            values |= score_trees(self.model, batch)
+            with in_memory() as attempt:
+                values |= score_trees(self.model, batch)
+            if not attempt.fits:  # what is missing is computed below, in rows of their own
+                self._most_tokens = sum(tree.size for tree in batch) // 2
+                empty_device_cache()
         # A text's nan spreads to the texts after it in the row, and texts of a single token are in no row: both are
         # computed again as padded rows.
         values |= self._plain_values(part for part in read.values() if not math.isfinite(values.get(part, math.nan)))
@@ -153,7 +159,7 @@ class RewardModelScorer:
         values: dict[Text, float] = {}
         for start in range(0, len(longest_first), self.batch_size):
             batch = longest_first[start : start + self.batch_size]
-            values.update(zip(batch, self._forward(batch), strict=True))
+            values.update(zip(batch, self._fitting(batch, self._forward), strict=True))
         return values
 
     def _may_share(self, trees: list[Tree], read: dict[Text, Text]) -> bool:
@@ -161,7 +167,10 @@ class RewardModelScorer:
         if self._shares is None:
             whole = {part: text for text, part in read.items()}
             self._shares = may_share(
-                self.model, self.name, trees, lambda parts: self._forward([whole[part] for part in parts])
+                self.model,
+                self.name,
+                trees,
+                lambda parts: self._fitting([whole[part] for part in parts], self._forward),
             )
         return self._shares
 

@@ -7,6 +7,7 @@ import torch
 from transformers import MambaConfig, MambaForCausalLM
 
 from online_dpo.modeling.logprobs import enable_logprobs, row_logprobs
+from online_dpo.modeling.memory import DoesNotFit
 from online_dpo.packing.pack import pack_groups
 from online_dpo.rollout.builtin.engine import TransformersEngine
 from online_dpo.rollout.params import RolloutKey, SamplingParams
@@ -197,6 +198,24 @@ def test_running_out_of_memory_halves_the_batch_and_samples_the_same():
     model.model.register_forward_pre_hook(lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("none at all")))
     with pytest.raises(torch.OutOfMemoryError):
         small.generate(prompts, 2, PARAMS, KEY)
+
+
+def test_the_trial_makes_do_with_less_memory():
+    """Its two prompts do not fit together, so the longest is tried alone; the samples are the same."""
+    model, prompts = tiny.causal_lm(), tiny.prompts(LENGTHS)
+    expected = ids_of(engine(model).generate(prompts, 2, PARAMS, KEY))
+
+    def memory_for_two(module, args, kwargs):
+        if kwargs["input_ids"].shape[0] > 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    model.model.register_forward_pre_hook(memory_for_two, with_kwargs=True)
+    small = TransformersEngine(model, tiny.tokenizer(), batch_size=4)
+    assert ids_of(small.generate(prompts, 2, PARAMS, KEY)) == expected
+    assert small._path == "dynamic" and small.batch_size == 2
+    model.model.register_forward_pre_hook(lambda *a: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(DoesNotFit, match="2 completions of one prompt do not fit in memory. Lower `num_completions`"):
+        TransformersEngine(model, tiny.tokenizer()).generate(prompts, 2, PARAMS, KEY)
 
 
 def test_further_samples_are_those_that_come_next():

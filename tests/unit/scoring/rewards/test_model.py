@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from online_dpo.errors import ScoringError
+from online_dpo.modeling.memory import DoesNotFit
 from online_dpo.scoring.rewards.model import RewardModelScorer
 from online_dpo.types import Completion, Group, Prompt
 
@@ -314,7 +315,7 @@ def test_nothing_of_the_users_changes():
 def test_config_is_restored_when_the_model_fails():
     model = llama(pad_token_id=None)
     model.register_forward_pre_hook(lambda module, args: (_ for _ in ()).throw(MemoryError("full")))
-    with pytest.raises(MemoryError, match="full"):
+    with pytest.raises(DoesNotFit, match=r"ran out of memory with 1 at a time. Lower .*`reward_batch_size`"):
         RewardModelScorer(model, tokenizer()).score(ASKED)
     assert model.config.pad_token_id is None and model.config.use_cache is True
 
@@ -363,3 +364,33 @@ def test_logits_of_another_shape():
     model = LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=16, num_labels=1))
     with pytest.raises(ScoringError, match=r"`policy` returned logits of shape \(1, 4, 46\) for 1 texts"):
         RewardModelScorer(model, tokenizer("<s> $A"), name="policy").score([group("hi", ("a", "length"))])
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError(""), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+@pytest.mark.parametrize("share", [True, False])
+def test_where_memory_runs_out_the_batch_is_halved_and_the_scores_stay(error, share, caplog):
+    """Rows that share a prompt are larger than all of their texts alone: then these are computed apart."""
+    long = "abcdefgh"
+    groups = [group(long, ("abc", "stop"), ("xy", "stop"), ("q", "length"), ("", "stop")), *ASKED]
+    expected = RewardModelScorer(llama(), tokenizer(), share_prompts=share).score(groups)
+    model, sizes = llama(), []
+
+    def room(module, args, kwargs):
+        rows = (args[0] if args else kwargs["input_ids"]).shape
+        if rows[0] > 3 or rows[1] > 16:
+            raise error
+        sizes.append(rows[0])
+
+    model.model.register_forward_pre_hook(room, with_kwargs=True)
+    scorer = RewardModelScorer(model, tokenizer(), name="rm", share_prompts=share)
+    assert scorer.score(groups) == [pytest.approx(row, rel=1e-5, abs=1e-5) for row in expected]
+    assert max(sizes) <= 3
+    told = [record.getMessage() for record in caplog.records if "ran out of memory" in record.getMessage()]
+    assert len(told) <= 3 and all(
+        text.startswith("Reward model `rm` ran out of memory; it goes on with") for text in told
+    )
+    caplog.clear()
+    scorer.score(groups)
+    assert not caplog.records

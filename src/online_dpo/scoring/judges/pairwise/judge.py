@@ -27,6 +27,7 @@ from online_dpo.foreign import among_rows, at_row, foreign, loading
 from online_dpo.modeling.borrowing import eval_mode
 from online_dpo.modeling.fingerprint import weights_fingerprint
 from online_dpo.modeling.known_tokens import check_known, check_tokenizer, embedding_rows
+from online_dpo.modeling.memory import Halving
 from online_dpo.scoring.accounting import JudgeStatistics
 from online_dpo.scoring.judges.base import PreferenceJudge
 from online_dpo.scoring.judges.pairwise.classifier import PairwiseClassifier
@@ -94,6 +95,7 @@ class PairwiseModelJudge(PreferenceJudge):
         self.reader: PairwiseReader = _classes(kind)[1](model, tokenizer, **options)
         self._options = options
         self._known_tokens = embedding_rows(model)
+        self._fitting = Halving(f"Judge `{self.name}`")
         self.last_failure = ""
         self._statistics = JudgeStatistics(("too_long", "failed", "seconds"))
 
@@ -189,7 +191,7 @@ class PairwiseModelJudge(PreferenceJudge):
         """The probability that the first answer of each text is better, nan if the model gives none."""
         probabilities: dict[Text, float] = {}
         for batch in self._batches(sorted(texts, key=len, reverse=True)):
-            log_odds_R = torch.tensor(self.reader.log_odds(batch), dtype=torch.float64)
+            log_odds_R = torch.tensor(self._fitting(batch, self.reader.log_odds), dtype=torch.float64)
             log_odds_R[~log_odds_R.isfinite()] = torch.nan
             probabilities.update(zip(batch, log_odds_R.sigmoid().tolist(), strict=True))
         return probabilities

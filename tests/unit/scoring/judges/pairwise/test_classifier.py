@@ -171,3 +171,20 @@ def test_wrong_models_and_templates(tmp_path):
     tiny.tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no trained pairwise model: it has no weights for .*classifier.bias"):
         PairwiseModelJudge.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("make", [encoder, decoder])
+def test_where_memory_runs_out_the_batch_is_halved_and_the_preferences_stay(make):
+    options = dict(template=TEMPLATE, name="j")
+    expected = PairwiseModelJudge(make(1), tiny.tokenizer(), **options).prefer(COMPARISONS)
+    model, sizes = make(1), []
+
+    def room(module, args, kwargs):
+        if kwargs["input_ids"].shape[0] > 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        sizes.append(kwargs["input_ids"].shape[0])
+
+    model.register_forward_pre_hook(room, with_kwargs=True)
+    judge = PairwiseModelJudge(model, tiny.tokenizer(), **options)
+    assert judge.prefer(COMPARISONS) == pytest.approx(expected, abs=1e-6)
+    assert max(sizes) <= 2

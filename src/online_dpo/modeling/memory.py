@@ -1,0 +1,98 @@
+"""Running out of memory: work is tried with less at once, and an error that is left says what to lower."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+from online_dpo.errors import OnlineDPOError, error_text, is_out_of_memory
+from online_dpo.modeling.loading import empty_device_cache
+
+logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+WHAT_TO_LOWER = (
+    "Lower `per_device_train_batch_size`, `max_tokens_per_pass`, `rollout_batch_size`, `reward_batch_size`, "
+    "`max_length` or `max_new_tokens`, train an adapter (`use_peft`), take an optimizer that keeps less "
+    "(`optim: adafactor`), or a smaller model."
+)
+
+
+class DoesNotFit(OnlineDPOError, torch.OutOfMemoryError):
+    """Memory ran out, and nothing is left to divide. The message says what to lower."""
+
+
+class Attempt:
+    """Whether what was tried has fitted in memory."""
+
+    fits = False
+
+
+@contextmanager
+def in_memory() -> Iterator[Attempt]:
+    """Inside, running out of memory is no error. Afterwards ``fits`` of the attempt says whether it happened.
+
+    >>> with in_memory() as attempt:
+    ...     loss = one_pass(rows)
+    >>> if not attempt.fits: ...  # here, and not in an `except`, whose traceback would keep tensors alive
+    """
+    attempt = Attempt()
+    try:
+        yield attempt
+        attempt.fits = True
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+
+
+class Halving:
+    """Calls a function with as many items at once as fit in memory: with half as many from each time on that it does
+    not fit.
+
+    Args:
+        what: subject of the messages, such as "Reward model `rm`".
+        remedy: what to lower where a single item does not fit.
+        splits: whether items may be divided; not where other processes wait in the same call.
+    """
+
+    def __init__(self, what: str, remedy: str = WHAT_TO_LOWER, splits: bool = True) -> None:
+        self._what, self._remedy, self._splits = what, remedy, splits
+        self.most = sys.maxsize
+        """Most items that are given at once."""
+
+    def __call__(self, items: Sequence[Item], compute: Callable[[Sequence[Item]], Iterable[Result]]) -> list[Result]:
+        """Return the results of all items, in their order.
+
+        Raises:
+            DoesNotFit: a single item does not fit.
+        """
+        results: list[Result] = []
+        done = 0
+        while done < len(items):
+            part = items[done : done + self.most]
+            with in_memory() as attempt:
+                results += compute(part)
+            if attempt.fits:
+                done += len(part)
+            else:
+                self._lower(len(part))
+        return results
+
+    def _lower(self, size: int) -> None:
+        empty_device_cache()
+        if size == 1 or not self._splits:
+            raise DoesNotFit(f"{self._what} ran out of memory with {size} at a time. {self._remedy}")
+        self.most = size // 2
+        logger.warning("%s ran out of memory; it goes on with %d at a time.", self._what, self.most)
+
+
+def named_memory_error(error: BaseException, where: str) -> DoesNotFit:
+    """The error to raise in place of a library's, with where memory ran out and what to lower, in one line."""
+    return DoesNotFit(f"Memory ran out {where}: {error_text(error, first_line=True).rstrip('.')}. {WHAT_TO_LOWER}")
