@@ -22,7 +22,7 @@ PARENT = "transformers.TrainingArguments"
 """The group of the fields that transformers defines."""
 
 WIDER_TYPES = {
-    "resume_from_checkpoint": "bool | str | None",  # `true`: the newest whole one in `output_dir`; `auto`: the same, if there is one
+    "resume_from_checkpoint": "bool | str | None",  # `true` and `auto`: the newest whole one
     "fsdp": "bool | str | None",  # transformers annotates only its legacy form
 }
 

@@ -12,7 +12,6 @@ from online_dpo.cli.runfile.run_file import looks_like_path, plan_run
 from support.checkpoint_folders import whole_checkpoint
 from support.plans import GOOD, problems_of, write
 
-
 SO = (
     "Leave `resume_from_checkpoint` out to start a run, or give `auto`, which starts one if there is no checkpoint and "
     "resumes it if there is."
