@@ -1,4 +1,6 @@
-"""Which checkpoint a run goes on from: the newest whole one, or the named one if it is whole and holds what is needed."""
+"""Which checkpoint a run goes on from: the newest whole one, or the named one if it is whole and holds what it needs."""
+
+import json
 
 import pytest
 
@@ -20,8 +22,8 @@ def test_the_newest_whole_one_and_why_not_a_newer(tmp_path, make_checkpoint):
     choice = newest_whole(tmp_path, PLAIN)
     assert choice.folder == tmp_path / "checkpoint-4"
     assert passed_over(choice) == {
-        "checkpoint-10": "it has no manifest.json, so nothing says that it is whole; to resume from it anyway, give its "
-        "folder",
+        "checkpoint-10": "it has no manifest.json, so nothing says that it is whole; to resume from it anyway, give "
+        "its folder",
         "checkpoint-6": "optimizer.pt is missing",
     }
     assert choice.reasons.endswith("; not from checkpoint-6: optimizer.pt is missing")
@@ -116,9 +118,8 @@ def test_a_named_one_without_a_manifest_is_taken_with_a_warning(make_checkpoint)
 def test_shards_that_an_index_names_must_be_there(make_checkpoint):
     folder = make_checkpoint(3, manifest=False, without=("model.safetensors",))
     index = folder / "model.safetensors.index.json"
-    index.write_text(
-        '{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}'
-    )
+    names = {letter: f"model-0000{number}-of-00002.safetensors" for letter, number in (("a", 1), ("b", 2))}
+    index.write_text(json.dumps({"weight_map": names}))
     (folder / "model-00001-of-00002.safetensors").touch()
     assert problem_of_named(folder, PLAIN) == (
         f"{folder} cannot be resumed from: model-00002-of-00002.safetensors is missing, which "

@@ -83,11 +83,11 @@ def test_a_removal_leaves_no_torn_checkpoint(tmp_path, make_checkpoint, monkeypa
         for step in (1, 2):
             make_checkpoint(step, folder=run_dir / f"checkpoint-{step}")
 
-    for ended in each_kill(monkeypatch, prepare, lambda: remove(run_dir / "checkpoint-1")):
+    for _ in each_kill(monkeypatch, prepare, lambda: remove(run_dir / "checkpoint-1")):
         assert all(problem_of(path) is None for path in run_dir.glob("checkpoint-*"))
         recover(run_dir)
         assert set(os.listdir(run_dir)) <= {"checkpoint-1", "checkpoint-2"}
-    assert ended and os.listdir(run_dir) == ["checkpoint-2"]
+    assert os.listdir(run_dir) == ["checkpoint-2"]
 
 
 def test_a_torn_one_aside_is_deleted_and_the_earlier_stays(tmp_path, make_checkpoint):

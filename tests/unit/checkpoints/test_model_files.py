@@ -110,10 +110,10 @@ def killed_at(patched, number):
 
 def test_a_failed_save_changes_nothing_and_is_told(tmp_path):
     save(tmp_path, model("old"))
-    with pytest.raises(CheckpointError, match="could not be saved in .*No space left.*What was there is as it was"):
-        with replacing_model(tmp_path) as aside:
-            (aside / "config.json").write_text("half")
-            raise OSError(28, "No space left on device")
+    said = "could not be saved in .*No space left.*What was there is as it was"
+    with pytest.raises(CheckpointError, match=said), replacing_model(tmp_path) as aside:
+        (aside / "config.json").write_text("half")
+        raise OSError(28, "No space left on device")
     assert loaded(tmp_path) == as_loaded(tmp_path / "x", model("old")) and not (tmp_path / ".model.partial").exists()
 
 

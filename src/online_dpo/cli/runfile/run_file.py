@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from online_dpo.checkpoints.choice import AUTO, newest_whole, none_found, problem_of_named
+from online_dpo.checkpoints.identity import of_other_runs, taken
 from online_dpo.checkpoints.needed import Needs
 from online_dpo.cli.judging.plan import BuiltInJudge, plan_llm, plan_pairwise_model
 from online_dpo.cli.runfile.entries import COMMAND_LINE, Entry, UsageError, read_overrides, read_run_file, read_values
@@ -40,6 +41,7 @@ INPUT_PATHS = (
 )
 JSON_TEXTS = (*MAPPINGS, "gradient_checkpointing_kwargs", "lr_scheduler_kwargs")
 """Mappings that may also be written as JSON text."""
+DEFAULT_OUTPUT = "trainer_output"
 REWARDS = ("reward_funcs", "reward_model_path")
 SCORERS = (*REWARDS, "judge")
 JUDGES = ("judge", "eval_judge")
@@ -294,6 +296,11 @@ class RunChecker:
         if given is not None and (not given or Path(given).expanduser().is_file()):
             what = "a file" if given else "empty"
             yield f"{self._where('output_dir')}: `output_dir` is {what}. Give the name of a folder, new or old."
+            return
+        if not self.values.get("resume_from_checkpoint") and not self.values.get("overwrite_output_dir"):
+            folder = Path(given or DEFAULT_OUTPUT).expanduser()
+            if others := of_other_runs(folder, set()):
+                yield f"{self._where('output_dir') if given else self.file}: {taken(folder, others)}"
 
     def _resume(self) -> Iterator[str]:
         checkpoint = self.values.get("resume_from_checkpoint")
@@ -303,7 +310,7 @@ class RunChecker:
         started = started_together()
         needs = Needs(self.values, 1 if started is None else started.count)
         if checkpoint is True or checkpoint == AUTO:
-            output = Path(self.values.get("output_dir") or "trainer_output").expanduser()
+            output = Path(self.values.get("output_dir") or DEFAULT_OUTPUT).expanduser()
             choice = newest_whole(output, needs)
             if choice.folder is None and (checkpoint is True or choice.passed_over):
                 yield f"{where}: {none_found(output, choice)}"
