@@ -86,7 +86,7 @@ class Lookahead:
             for begun, fetched, future in (*taken, *self._begun)
             if begun >= step and future.exception() is None
         }
-        if kept:
+        if self.depth:  # also without a step: a file that is not there is missing
             torch.save(kept, folder / FILE.format(rank=rank))
 
     def restore(self, folder: Path, rank: int) -> None:
