@@ -16,6 +16,7 @@ from faults.damage import (
     written,
     zeroed,
 )
+from faults.ground import OPTIONS
 from faults.harness import RESUME, Fault, OneLine, Survived
 
 SAVES = dict(save_steps=1)
@@ -178,7 +179,7 @@ OTHER_RUNS = {
 def other_runs() -> list[Fault]:
     made = []
     for name, options in OTHER_RUNS.items():
-        reset = {field: None for field in options}
+        reset = {field: OPTIONS.get(field) for field in options}
         common = dict(options=SAVES | options, trained=reset, prepare=stopped_after(2))
         made.append(
             Fault("identity", f"resumed with another {name}", OneLine(2, name, "resume_anyway"), words=RESUME, **common)
