@@ -62,10 +62,11 @@ def test_nothing_to_resume_from(tmp_path, make_checkpoint):
     )
 
 
-def test_one_that_was_whole_when_its_process_was_killed_counts(tmp_path, make_checkpoint):
+def test_one_that_was_just_replacing_another_counts(tmp_path, make_checkpoint):
     make_checkpoint(1)
     make_checkpoint(2, folder=aside_of(tmp_path / "checkpoint-2"))
-    make_checkpoint(3, folder=aside_of(tmp_path / "checkpoint-3"), manifest=False)
+    make_checkpoint(2, folder=tmp_path / ".checkpoint-2.removed")
+    make_checkpoint(3, folder=aside_of(tmp_path / "checkpoint-3"))
     assert newest_whole(tmp_path, PLAIN).folder == tmp_path / "checkpoint-2"
     assert problem_of_named(tmp_path / "checkpoint-2", PLAIN) is None
     assert problem_of_named(tmp_path / "checkpoint-3", PLAIN) == f"there is no folder {tmp_path / 'checkpoint-3'}."
