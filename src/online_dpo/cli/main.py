@@ -56,8 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
     if leaving is not None:
         raise leaving
-    assert isinstance(code, int)
-    return code
+    return code  # pyright: ignore[reportReturnType]
 
 
 def _told_end(error: BaseException, show_traceback: bool) -> int:
