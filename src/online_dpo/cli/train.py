@@ -25,10 +25,11 @@ from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.data.load import load_prompts
 from online_dpo.distributed.settings import kept_settings
 from online_dpo.distributed.signals import StoppedBySignal, handling, is_interruption, name_of, write_now
-from online_dpo.errors import NothingTrainedError, OnlineDPOError, TrainingInterrupted, named_error
+from online_dpo.errors import CheckpointError, NothingTrainedError, OnlineDPOError, TrainingInterrupted, named_error
 from online_dpo.foreign import foreign, loading
 from online_dpo.scoring.judges.llm.judge import LLMJudge
 from online_dpo.scoring.judges.pairwise.judge import PairwiseModelJudge
+from online_dpo.training.run_identity import check_options
 from online_dpo.training.trainer import OnlineDPOTrainer
 
 
@@ -67,7 +68,8 @@ def _train(trainer: OnlineDPOTrainer, plan: RunPlan, words: Sequence[str], show_
         if is_interruption(error):
             raise
         # transformers and torch check some settings only when training starts
-        is_wrong_setting = trainer.state.global_step == 0 and not isinstance(error, OnlineDPOError)
+        own = isinstance(error, OnlineDPOError) and not isinstance(error, CheckpointError)
+        is_wrong_setting = trainer.state.global_step == 0 and not own
         code = report_error(error, 2 if is_wrong_setting else 1, show_traceback)
         _print_checkpoint_before(trainer, words)
         return code
@@ -133,6 +135,8 @@ def build_trainer(plan: RunPlan, display: ProgressDisplay) -> OnlineDPOTrainer:
         rewards = load_rewards(plan.reward_funcs, given.pop("reward_model_path", None))
         gold = load_rewards(plan.eval_reward_funcs, given.pop("eval_reward_model_path", None))
     args = OnlineDPOConfig(**{**given, "disable_tqdm": True})
+    if resume := plan.training.get("resume_from_checkpoint"):
+        check_options(resume, args)
     train_dataset = load_prompts(
         run.dataset_name,
         split=run.dataset_train_split,
