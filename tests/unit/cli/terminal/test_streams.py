@@ -1,4 +1,4 @@
-"""Standard streams that break: writing never fails, the first failure is told, and a result that is lost is an error."""
+"""Standard streams that break: writing never fails, the first failure is told, a lost result is an error."""
 
 from __future__ import annotations
 
