@@ -22,6 +22,7 @@ from online_dpo.scoring.judges.llm.prompts import GENERAL_RUBRIC, Verdict, load_
 from online_dpo.scoring.judges.llm.rate_limit import Budget, RateLimiter
 from online_dpo.scoring.protocols import Counts, check_comparisons
 from online_dpo.scoring.service import gather
+from online_dpo.scoring.special_tokens import without_chat_marks
 from online_dpo.types import Group
 
 COUNTS = ("requests", "cached", "failed", "unparsable", "input_tokens", "output_tokens", "cost", "seconds")
@@ -182,7 +183,7 @@ class LLMJudge(PreferenceJudge):
                 self._statistics.add("cached")
             else:
                 async with self._connected().slots:
-                    question = template.fill(rubric, prompt, first, second)
+                    question = template.fill(rubric, prompt, without_chat_marks(first), without_chat_marks(second))
                     answer = await self._shielded(self._ask_and_cache(key, question, temperature))
         if answer is None:
             return None
