@@ -85,6 +85,13 @@ class LLMJudge(PreferenceJudge):
         preferences = dict(zip(distinct, answers, strict=True))
         return [preferences[text] for text in texts]
 
+    def identity(self) -> dict[str, Any]:
+        """Returns the settings that change answers; not where the model is served, nor how fast or dear it is."""
+        settings = self.settings
+        names = ("model", "order", "inconsistent", "logprobs", "votes", "revotes", "temperature", "vote_temperature")
+        of_answers = {name: getattr(settings, name) for name in (*names, "max_tokens", "template", "extra")}
+        return {**of_answers, "rubric": self._rubric}
+
     @property
     def is_fair(self) -> bool:
         """Whether position bias cancels: the texts are shown in both orders, or in an order that looks random."""
