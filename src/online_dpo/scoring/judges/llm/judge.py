@@ -203,8 +203,13 @@ class LLMJudge(PreferenceJudge):
         """The answer to a question that goes on when this one is cancelled (see `_finish_in_flight`)."""
         task = asyncio.ensure_future(question)
         self._in_flight.add(task)
-        task.add_done_callback(self._in_flight.discard)
+        task.add_done_callback(self._landed)
         return await asyncio.shield(task)
+
+    def _landed(self, task: asyncio.Future[Answer | None]) -> None:
+        self._in_flight.discard(task)
+        if not task.cancelled():
+            task.exception()  # looked at: asyncio prints the traceback of an error that nobody waits for any more
 
     async def _ask_and_cache(self, key: str, question: str, temperature: float) -> Answer | None:
         answer = await self._ask(question, temperature)
