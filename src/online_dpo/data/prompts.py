@@ -20,6 +20,7 @@ from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.data.convert import PromptSource, UnusablePrompt, find_source, without_nulls
 from online_dpo.data.cut import cut_message
 from online_dpo.data.json_columns import dataset_from_rows, json_columns_of, reading_json
+from online_dpo.data.template_arguments import check_arguments, row_arguments
 from online_dpo.data.tokens import fit_messages, fit_text
 from online_dpo.distributed.process_state import kept_environment
 from online_dpo.errors import InvalidPromptError
@@ -29,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 ADDED_COLUMNS = ("prompt_ids", "prompt_row", "prompt_invalid", "prompt_cut")
 PREPARED_COLUMNS = ("prompt", *ADDED_COLUMNS)
-_RESERVED_TEMPLATE_ARGUMENTS = ("conversation", "tokenize", "add_generation_prompt", "continue_final_message")
 _PROBED_STREAM_ROWS = 100
 
 PromptKind = Literal["text", "messages"]
@@ -70,7 +70,7 @@ def prepare_prompts(
         InvalidPromptError: a row is unusable and ``args.invalid_prompts`` is "error"; for a stream, when it is read.
     """
     rows = _as_dataset(dataset, name)
-    source, kind = _settle_kind(rows, _checked_source(rows, args, name), tokenizer, args, name)
+    source, kind = _settle_kind(rows, _checked_source(rows, tokenizer, args, name), tokenizer, args, name)
     keeps_json = kind == "messages" and source.column in json_columns_of(rows)
     prepare_row = PromptRow(
         tokenizer=tokenizer,
@@ -123,7 +123,7 @@ class PromptRow:
     name: str
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     prompt_as_json: bool = False
-    version: int = 3
+    version: int = 4
     """Increase it when results change, so that datasets cached by older versions of this code are not reused."""
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
@@ -159,10 +159,8 @@ class PromptRow:
 
     def _template_arguments(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of the chat template: the configuration's, overridden by the row's, and the row's tools."""
-        own = row.get("chat_template_kwargs") or {}
-        if not isinstance(own, Mapping):
-            raise UnusablePrompt(f"its `chat_template_kwargs` are of type {type(own).__name__}, not a dict")
-        arguments = {**self.chat_template_kwargs, **without_nulls(own)}
+        own = row_arguments(row.get("chat_template_kwargs") or {}, self.tokenizer)
+        arguments = {**self.chat_template_kwargs, **own}
         tools = row.get("tools")
         if isinstance(tools, str) and tools:
             try:
@@ -190,28 +188,26 @@ def _as_dataset(dataset: Any, name: str) -> Dataset | IterableDataset:
     )
 
 
-def _checked_source(rows: Dataset | IterableDataset, args: OnlineDPOConfig, name: str) -> PromptSource:
+def _checked_source(
+    rows: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, args: OnlineDPOConfig, name: str
+) -> PromptSource:
     """Find where the prompts are, after checks of the columns and arguments."""
     first = next(iter(rows), None)
     if first is None:
         raise ValueError(f"{name} is empty. Give it at least one row.")
     columns = rows.column_names or list(first)
-    _check_arguments(columns, args, name)
+    _check_arguments(columns, tokenizer, args, name)
     source = find_source(columns, args.prompt_column, args.prompt_template)
     if "prompt" in columns and source.template is None and source.column != "prompt":
         logger.warning("%s: the prompts are read from %s and replace the column `prompt`.", name, source)
     return source
 
 
-def _check_arguments(columns: list[str], args: OnlineDPOConfig, name: str) -> None:
+def _check_arguments(columns: list[str], tokenizer: PreTrainedTokenizerBase, args: OnlineDPOConfig, name: str) -> None:
     taken = [column for column in ADDED_COLUMNS if column in columns]
     if taken:
         raise ValueError(f"{name} already has the columns {', '.join(taken)}, which preparation adds. Rename them.")
-    reserved = [key for key in _template_kwargs(args) if key in _RESERVED_TEMPLATE_ARGUMENTS]
-    if reserved:
-        raise ValueError(
-            f"`chat_template_kwargs` must not hold {', '.join(reserved)}: set for each prompt here. Leave it out."
-        )
+    check_arguments(_template_kwargs(args), tokenizer)
     if args.prompt_template is not None and args.prompt_column is not None:
         logger.warning("`prompt_column` is ignored: `prompt_template` is set.")
 
