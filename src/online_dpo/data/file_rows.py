@@ -15,6 +15,7 @@ import math
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,7 +29,7 @@ CSV_SUFFIXES = {".csv": ",", ".csv.gz": ",", ".tsv": "\t", ".tsv.gz": "\t"}
 """File name endings of CSV files, and their separators."""
 
 MAX_LINE = 64 * 2**20
-"""Characters of a line, or of a field that goes over several lines. A small compressed file may hold one without end."""
+"""Characters of a line, or of a field that goes over several lines. A small compressed file may hold an endless one."""
 MAX_ARRAY = 2**30
 """Bytes of a file that is one JSON array, which is read as a whole."""
 
@@ -109,20 +110,20 @@ def bounded_lines(text: IO[str]) -> Iterator[str]:
         yield line
 
 
-def _opened(file: Path) -> IO[bytes]:
-    """The bytes of a file, decompressed, after a check that they may be UTF-8 text."""
-    opened = gzip.open(file) if suffix_of(file).endswith(".gz") else file.open("rb")
-    start = opened.read(6)
-    opened.seek(0)
-    for mark, what in _OTHER_FORMATS.items():
-        if start.startswith(mark) or (mark == b"\x00" and mark in start):
-            opened.close()
-            raise Malformed(f"it is {what}")
-    return opened  # pyright: ignore[reportReturnType]
+@contextmanager
+def _opened(file: Path, newline: str | None = None) -> Iterator[IO[str]]:
+    """Open a file as text, decompressed, after a check that it may be UTF-8."""
+    with gzip.open(file) if suffix_of(file).endswith(".gz") else file.open("rb") as content:
+        start = content.read(6)
+        for mark, what in _OTHER_FORMATS.items():
+            if start.startswith(mark) or (mark == b"\x00" and mark in start):
+                raise Malformed(f"it is {what}")
+        content.seek(0)
+        yield io.TextIOWrapper(content, encoding="utf-8-sig", newline=newline)  # pyright: ignore[reportArgumentType]
 
 
 def _json_rows(file: Path) -> Iterator[dict[str, Any]]:
-    with io.TextIOWrapper(_opened(file), encoding="utf-8-sig") as text:
+    with _opened(file) as text:
         first = " "
         while first.isspace():
             first = text.read(1)
@@ -163,7 +164,7 @@ def _objects(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
 def _csv_rows(file: Path, types: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     """Read the rows of a CSV file. Empty lines are left out."""
     csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE))  # Python's limit is shorter than a long text
-    with io.TextIOWrapper(_opened(file), encoding="utf-8-sig", newline="") as text:
+    with _opened(file, newline="") as text:
         lines = csv.reader(bounded_lines(text), delimiter=CSV_SUFFIXES[suffix_of(file)], strict=True)
         records = _records(lines)
         header = _checked_header(next(records, []))
@@ -215,4 +216,5 @@ def _reader(type_name: str) -> Callable[[str], Any]:
         if isinstance(value, float) and math.isinf(value) and "inf" not in text.lower():
             raise pa.ArrowInvalid("a number beyond the range of the type")
         return value
+
     return read

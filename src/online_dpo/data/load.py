@@ -173,8 +173,10 @@ def _files_of_folder(folder: Path, config: str | None) -> dict[str, list[Path]]:
             f"{folder} mixes {' and '.join(formats)} files; only one format can be read at a time. Give a glob, such "
             f"as {folder / ('*' + suffix_of(known[0]))}."
         )
+    if glob.has_magic(str(folder)):
+        raise ValueError(f"{folder}: its name has *, ? or [ in it, a pattern to `datasets`. Rename it, or give a file.")
     try:
-        data_files: Mapping[Any, Any] = load_dataset_builder(glob.escape(str(folder)), config).config.data_files or {}
+        data_files: Mapping[Any, Any] = load_dataset_builder(str(folder), config).config.data_files or {}
     except _READ_ERRORS as error:
         raise ValueError(f"Cannot read the folder {folder}: {error}") from error
     splits = {str(split): [Path(file) for file in files] for split, files in data_files.items()}
@@ -295,8 +297,8 @@ def _column_types(source: str, rows: Iterable[Mapping[str, Any]]) -> dict[str, s
     try:
         return column_types(rows)
     except ValueError as error:
-        problem = str(error)
-        raise ValueError(problem if problem.startswith("Cannot read") else f"Cannot read {source}: {problem}.") from error
+        names_file = str(error).startswith("Cannot read")
+        raise ValueError(str(error) if names_file else f"Cannot read {source}: {error}.") from error
 
 
 def _version(files: list[Path]) -> tuple[tuple[int, int], ...]:

@@ -218,7 +218,8 @@ def _check_arguments(columns: list[str], args: OnlineDPOConfig, name: str) -> No
     reserved = [key for key in _template_kwargs(args) if key in RESERVED_ARGUMENTS]
     if reserved:
         raise ValueError(
-            f"`chat_template_kwargs` must not hold {', '.join(reserved)}: set for each prompt here. Leave it out."
+            f"`chat_template_kwargs` must not hold {', '.join(reserved)}: set for each prompt here, or of no use. "
+            "Leave it out."
         )
     if args.prompt_template is not None and args.prompt_column is not None:
         logger.warning("`prompt_column` is ignored: `prompt_template` is set.")

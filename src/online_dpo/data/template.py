@@ -35,8 +35,8 @@ def template_columns(template: str) -> list[str]:
             raise ValueError(f"`prompt_template` {template!r} must name columns in braces, such as '{{question}}'.")
         if "." in re.sub(r"\[[^\]]*\]", "", field):
             raise ValueError(
-                f"`prompt_template` {template!r}: '{{{field}}}' reads an attribute. Name a column, such as '{{{name}}}', "
-                f"or an entry of one, such as '{{{name}[key]}}'."
+                f"`prompt_template` {template!r}: '{{{field}}}' reads an attribute. Name a column, such as "
+                f"'{{{name}}}', or an entry of one, such as '{{{name}[key]}}'."
             )
         if "{" in spec or re.search(rf"\d{{{MAX_WIDTH_DIGITS + 1}}}", spec):
             raise ValueError(
@@ -44,7 +44,9 @@ def template_columns(template: str) -> list[str]:
                 f"{10**MAX_WIDTH_DIGITS - 1}."
             )
         if conversion not in (None, "r", "s", "a"):
-            raise ValueError(f"`prompt_template` {template!r}: there is no conversion '!{conversion}', only !r, !s, !a.")
+            raise ValueError(
+                f"`prompt_template` {template!r}: there is no conversion '!{conversion}', only !r, !s, !a."
+            )
         names.append(name)
     if not names:
         raise ValueError(f"`prompt_template` {template!r} must name columns in braces, such as '{{question}}'.")

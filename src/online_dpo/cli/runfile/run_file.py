@@ -5,7 +5,6 @@ All problems are collected before they are reported, each with its file and line
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from online_dpo.cli.judging.plan import BuiltInJudge, plan_llm, plan_pairwise_model
 from online_dpo.cli.runfile.entries import COMMAND_LINE, Entry, UsageError, read_overrides, read_run_file, read_values
 from online_dpo.cli.runfile.model_options import ignored_options, model_init_kwargs, model_problems
+from online_dpo.cli.runfile.paths import exists, output_problem, path_problem
 from online_dpo.cli.runfile.plugins import FIELD, Plugin, Plugins, RegisteredName, are_given, checked_later
 from online_dpo.cli.runfile.references import Reference, parse_module, parse_reference
 from online_dpo.cli.runfile.run_config import COUNTS, RunConfig
@@ -23,6 +23,7 @@ from online_dpo.config.hf_ranges import out_of_range
 from online_dpo.config.input import MAPPINGS, mapping_from_text
 from online_dpo.config.llm_judge import LLM
 from online_dpo.config.registry import KINDS
+from online_dpo.data.template import template_columns
 
 MODEL_FILES = ("config.json", "adapter_config.json")
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
@@ -39,6 +40,8 @@ JSON_TEXTS = (*MAPPINGS, "gradient_checkpointing_kwargs", "lr_scheduler_kwargs")
 REWARDS = ("reward_funcs", "reward_model_path")
 SCORERS = (*REWARDS, "judge")
 JUDGES = ("judge", "eval_judge")
+TEXTS = ("dataset_train_split", "dataset_test_split", "dataset_config", "prompt_column", "model_revision")
+"""Names that are never empty."""
 OF_ADAPTERS = ("use_rslora", "use_dora")
 GOLD_REWARDS = ("eval_reward_funcs", "eval_reward_model_path")
 
@@ -113,6 +116,7 @@ class RunChecker:
                 yield from self._input_path(name)
         yield from self._scorers()
         yield from self._counts()
+        yield from self._data()
         for name, problem in (*model_problems(self.values, is_trained=True), *out_of_range(self.values)):
             yield f"{self._where(name)}: `{name}` {problem}"
         yield from self._output()
@@ -128,6 +132,23 @@ class RunChecker:
         for name in COUNTS:
             if self._given(name) and self.values[name] < 1:
                 yield f"{self._where(name)}: `{name}` is {self.values[name]}; wanted: 1 or more."
+
+    def _data(self) -> Iterator[str]:
+        """Check how rows are read, as far as that needs no data."""
+        template = self.values.get("prompt_template")
+        if template is not None:
+            try:
+                template_columns(template)
+            except ValueError as problem:
+                yield f"{self._where('prompt_template')}: {problem}"
+        for column, kind in (self.values.get("dataset_types") or {}).items():
+            if not isinstance(kind, str):
+                where = self._where("dataset_types")
+                yield f"{where}: `dataset_types`: the type of `{column}` is {kind!r}; wanted: a name, such as int64."
+        for name in TEXTS:
+            text = self.values.get(name)
+            if text is not None and (not text or text != text.strip()):
+                yield f"{self._where(name)}: `{name}` is {text!r}. Give it without blanks around it, and not empty."
 
     def warnings(self) -> Iterator[str]:
         """Yield a line for each field that is ignored or likely to be a mistake."""
@@ -202,6 +223,9 @@ class RunChecker:
 
     def _input_path(self, name: str) -> Iterator[str]:
         given = self.values[name]
+        if problem := path_problem(given):
+            yield f"{self._where(name)}: `{name}` {problem}"
+            return
         if "$" in given:
             yield (
                 f"{self._where(name)}: `{name}` is {given!r}: environment variables are not filled in here. Give "
@@ -209,7 +233,7 @@ class RunChecker:
             )
             return
         candidates = [folder / Path(given).expanduser() for folder in self._folders(name)]
-        existing = next((path for path in candidates if glob.glob(str(path), recursive=True)), None)
+        existing = next((path for path in candidates if exists(path)), None)
         if existing is not None:
             self.values[name] = str(existing)
             if "model" in name and not holds_model(existing):
@@ -285,16 +309,18 @@ class RunChecker:
 
     def _output(self) -> Iterator[str]:
         given = self.values.get("output_dir")
-        if given is not None and (not given or Path(given).expanduser().is_file()):
-            what = "a file" if given else "empty"
-            yield f"{self._where('output_dir')}: `output_dir` is {what}. Give the name of a folder, new or old."
+        read = [(name, self.values[name]) for name in INPUT_PATHS if self._given(name)]
+        if given is not None and (problem := output_problem(given, read)):
+            yield f"{self._where('output_dir')}: `output_dir` {problem}"
 
     def _resume(self) -> Iterator[str]:
         checkpoint = self.values.get("resume_from_checkpoint")
         if not checkpoint:
             return
         where = self._where("resume_from_checkpoint")
-        if checkpoint is True:
+        if isinstance(checkpoint, str) and (problem := path_problem(checkpoint)):
+            yield f"{where}: `resume_from_checkpoint` {problem}"
+        elif checkpoint is True:
             output = Path(self.values.get("output_dir") or "trainer_output").expanduser()
             if not any(path.is_dir() for path in output.glob("checkpoint-*")):
                 yield f"{where}: `resume_from_checkpoint`: {output} holds no checkpoint."
