@@ -5,6 +5,19 @@ Wrong input raises a plain ``ValueError`` or ``TypeError`` whose message says wh
 
 from __future__ import annotations
 
+import re
+import signal
+from collections.abc import Sequence
+
+LONGEST_ERROR = 2000
+"""Characters of an error that are shown: a service, or a library, may put a whole answer into its message."""
+
+_ESCAPES = re.compile(
+    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # colours, moves of the cursor
+    r"|(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f])[^\x07\x1b\x9c]{0,4096}(?:\x07|\x1b\\|\x9c)"  # titles, clipboard, links
+    r"|\x1b[ -/]*[0-~]"
+)
+
 
 class OnlineDPOError(Exception):
     """Base class of the package's own errors."""
@@ -46,8 +59,26 @@ class FeedbackLostError(OnlineDPOError, RuntimeError):
     """Another process of the run could not get its completions or scores; the error of that process says why."""
 
 
+class RankLostError(OnlineDPOError, RuntimeError):
+    """Another process of the run was stopped or killed, hangs, or has failed. The message names it; ``ranks`` are those
+    that are missing, as far as known.
+    """
+
+    def __init__(self, message: str, ranks: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)
+
+
 class TrainingDivergedError(OnlineDPOError, RuntimeError):
-    """The loss or gradient of too many steps in a row was not finite. A checkpoint was saved before this was raised."""
+    """The loss or gradient of too many steps in a row was not finite, or the weights themselves are not. The message
+    names the checkpoint that holds the last finite weights.
+    """
+
+
+class TrainingStalledError(OnlineDPOError, RuntimeError):
+    """Too many steps in a row trained nothing. A checkpoint was saved before this was raised; the message counts the
+    reasons.
+    """
 
 
 class NothingTrainedError(OnlineDPOError, RuntimeError):
@@ -56,27 +87,72 @@ class NothingTrainedError(OnlineDPOError, RuntimeError):
     """
 
 
+class CheckpointError(OnlineDPOError, RuntimeError):
+    """A checkpoint or a model could not be saved, or a checkpoint cannot be resumed from. The message names the folder
+    and, where it is one file, the file.
+    """
+
+
 class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C stopped a run. The message says how to continue; ``checkpoint`` is the checkpoint saved last, if any.
+    """A signal stopped a run. The message says how to continue; ``checkpoint`` is the checkpoint saved last, if any,
+    and ``signal`` the signal, such as ``signal.SIGINT`` for Ctrl-C.
 
     It is a `KeyboardInterrupt`, so that a script ends as it would have without this class.
     """
 
-    def __init__(self, message: str, checkpoint: str | None) -> None:
+    def __init__(self, message: str, checkpoint: str | None, number: signal.Signals = signal.SIGINT) -> None:
         super().__init__(message)
-        self.checkpoint = checkpoint
+        self.checkpoint, self.signal = checkpoint, number
+
+
+class TrainingTerminated(TrainingInterrupted, SystemExit):
+    """Another signal than Ctrl-C stopped a run, such as SIGTERM.
+
+    As a `SystemExit` it ends a script that does not catch it with the exit code that schedulers expect, 128 plus the
+    signal's number.
+    """
+
+    def __init__(self, message: str, checkpoint: str | None, number: signal.Signals) -> None:
+        super().__init__(message, checkpoint, number)
+        self.code = 128 + number
+
+
+def printable(text: str) -> str:
+    """A text without what could act on a terminal or mislead its reader: escape sequences, control characters, marks
+    that reverse the direction of writing. Line ends and tabs become blanks.
+
+    >>> printable("\\x1b[2Jgone\\u202egnp.exe\\n")
+    'gonegnp.exe '
+    """
+    if text.isprintable():
+        return text
+    text = _ESCAPES.sub("", text)
+    return "".join(character if character.isprintable() else " " * character.isspace() for character in text)
+
+
+def one_line(text: str, longest: int = LONGEST_ERROR) -> str:
+    """A text that was written by others, for a message: in one line, printable, and not longer than ``longest``.
+
+    >>> one_line("\\x1b[31mno\\x1b[0m\\n  such file", longest=10)
+    'no such fi...'
+    """
+    text = " ".join(printable(text[: 4 * longest + LONGEST_ERROR]).split())
+    return text if len(text) <= longest else f"{text[:longest]}..."
 
 
 def error_text(error: BaseException, *, first_line: bool = False) -> str:
-    """The message of an error in one line; if it is empty, its type and its cause.
+    """The message of an error in one line, printable (see `one_line`); if it is empty, its type and its cause.
 
-    With ``first_line``, only the message's first line: in torch's errors a C++ stack trace follows.
+    With ``first_line``, only the message's first line: in torch's errors a C++ stack trace follows. Of a group of
+    errors, the message also names the first few.
 
     >>> error_text(TimeoutError())
     'TimeoutError'
     """
-    text = str(error).strip()
-    text = " ".join((text.partition("\n")[0] if first_line else text).split())
+    text = _own_text(error).strip()
+    text = one_line(text.partition("\n")[0] if first_line else text)
+    if isinstance(error, BaseExceptionGroup):
+        return f"{text}: {'; '.join(named_error(part) for part in error.exceptions[:3])}"
     if text:
         return text
     cause = error.__cause__ or error.__context__
@@ -91,3 +167,11 @@ def named_error(error: BaseException, *, first_line: bool = False) -> str:
     """
     text, name = error_text(error, first_line=first_line), type(error).__name__
     return text if text.split(" ")[0] == name else f"{name}: {text}"
+
+
+def _own_text(error: BaseException) -> str:
+    """The message; that of an exception of other code may fail itself."""
+    try:
+        return str(error)
+    except Exception as second:
+        return f"(its message cannot be shown: {type(second).__name__})"

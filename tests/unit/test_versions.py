@@ -30,7 +30,6 @@ SOURCE = ROOT / "src/online_dpo"
 OPTIONS = {"_devices", "_timeout"}
 MODULE = {"_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks"}
 PRIVATE = {
-    "_get_output_dir": lambda: Trainer._get_output_dir,
     "_wrap_model": lambda: Trainer._wrap_model,
     "_n_gpu": lambda: inspect.getsource(TrainingArguments).index("return self._n_gpu"),
     "_VALID_DICT_FIELDS": lambda: TrainingArguments._VALID_DICT_FIELDS,
@@ -85,11 +84,11 @@ OVERRIDDEN = sorted(
 REFUSED = {"create_model_card": {"tasks", "dataset", "dataset_args"}}
 """Arguments that ours do not take."""
 TRAINER = inspect.getsource(Trainer)
-CALLED_BY_US = {"train", "evaluate", "predict"}
+CALLED_BY_US = {"train", "evaluate", "predict", "save_state"}
 """Which a user calls; all others are called by `Trainer` itself."""
 
 
-INSTEAD = {"compute_loss", "create_model_card", "evaluation_loop", "get_batch_samples"}
+INSTEAD = {"compute_loss", "create_model_card", "evaluation_loop", "get_batch_samples", "save_state"}
 """In whose place ours stand; all others end in the parent's."""
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from transformers import TrainingArguments
@@ -18,7 +18,7 @@ from online_dpo.config.checking import check_choices
 from online_dpo.config.data import DataFields, check_data
 from online_dpo.config.engine import EngineFields, engine_name, settle_engine
 from online_dpo.config.feedback import FeedbackFields, check_feedback
-from online_dpo.config.hf_fields import check_hf_fields, check_names, check_processes
+from online_dpo.config.hf_fields import check_absurd, check_hf_fields, check_names, check_processes
 from online_dpo.config.input import MAPPINGS, normalize_input
 from online_dpo.config.keyword_arguments import names_unknown_arguments
 from online_dpo.config.loss import LossFields, check_loss, without_reference
@@ -28,6 +28,7 @@ from online_dpo.config.sampling import SamplingFields, check_sampling
 from online_dpo.config.training import TrainingFields, check_training
 from online_dpo.config.unsupported import check_accelerator, check_generation_kwargs, check_refused, check_unsupported
 from online_dpo.config.vllm import VLLMFields, check_vllm, unread_vllm_fields
+from online_dpo.distributed.joining import coming_together, join_on_cpu
 from online_dpo.versions import copy_checkpointing_fields
 
 
@@ -70,7 +71,10 @@ class OnlineDPOConfig(
         check_refused(self)
         check_names(self)
         copy_checkpointing_fields(self)
-        super().__post_init__()
+        with coming_together(self.ddp_timeout):
+            if self.use_cpu:
+                join_on_cpu(self.ddp_backend, self.ddp_timeout)
+            super().__post_init__()
         check_processes(self)
         check_choices(self, unread_vllm_fields(self))
         check_sampling(self)
@@ -84,6 +88,7 @@ class OnlineDPOConfig(
         _check_target_kl(self)
         check_vllm(self)
         check_generation_kwargs(self.generation_kwargs)
+        check_absurd(self, {field.name for field in fields(self)})
         check_unsupported(self)
         check_accelerator(self)
         check_hf_fields(self)

@@ -101,7 +101,7 @@ def _prepare_rows(rows: Dataset, prepare_row: PromptRow, num_proc: int | None) -
             prepare_row,
             with_indices=True,
             features=_prepared_features(rows.features, prepare_row),
-            num_proc=num_proc,
+            num_proc=num_proc or None,  # 0: in this process
             desc=f"Preparing {prepare_row.name}",
         )
     others = [column for column in json_columns_of(rows) if column != "prompt"]

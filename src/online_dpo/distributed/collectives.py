@@ -5,20 +5,59 @@ Without a process group, or with one process, they return their input. Ranks are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from online_dpo.errors import FeedbackLostError, OnlineDPOError
+from online_dpo.distributed.rank_watch import explained
+from online_dpo.distributed.signals import is_interruption
+from online_dpo.distributed.waiting import waiting_for
+from online_dpo.errors import FeedbackLostError
 
 T = TypeVar("T")
+
+SHOWN = 3
+
+_alone = False
+"""Whether this process acts as the only one, since others are lost; see `without_others`."""
 
 
 def world_size() -> int:
     """Returns the number of processes. Not a collective operation."""
+    return 1 if _alone else processes_of_run()
+
+
+def processes_of_run() -> int:
+    """Returns the number of processes that the run was started with. Not a collective operation."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+@contextmanager
+def without_others() -> Iterator[None]:
+    """Inside, collective operations have one process, which is the first: the others are lost."""
+    global _alone
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Inside, the other processes are waited for.
+
+    Raises:
+        RankLostError: one of them does not come.
+    """
+    with waiting_for("the other processes", on_ranks=True):
+        try:
+            yield
+        except RuntimeError as error:
+            raise explained(error) from error
 
 
 def is_first_rank() -> bool:
@@ -36,7 +75,8 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     if world_size() == 1:
         return values
     total = values.clone()
-    dist.all_reduce(total, op=dist.ReduceOp.SUM)
+    with _together():
+        dist.all_reduce(total, op=dist.ReduceOp.SUM)
     return total
 
 
@@ -45,7 +85,9 @@ def max_over_ranks(values: torch.Tensor) -> torch.Tensor:
     if world_size() == 1:
         return values
     gathered = [torch.empty_like(values) for _ in range(world_size())]
-    dist.all_gather(gathered, values.contiguous())  # not a MAX all-reduce: its result with nan depends on the backend
+    with _together():
+        # not a MAX all-reduce: its result with nan depends on the backend
+        dist.all_gather(gathered, values.contiguous())
     return torch.stack(gathered).amax(dim=0)
 
 
@@ -54,7 +96,8 @@ def from_every_rank(item: T) -> list[T]:
     if world_size() == 1:
         return [item]
     items: list[Any] = [None] * world_size()
-    dist.all_gather_object(items, item)
+    with _together():
+        dist.all_gather_object(items, item)
     return items
 
 
@@ -63,13 +106,37 @@ def from_first_rank(item: T) -> T:
     if world_size() == 1:
         return item
     box = [item]
-    dist.broadcast_object_list(box, src=0)
+    with _together():
+        dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def check_same(facts: Mapping[str, Any], what: str) -> None:
+    """Ends all ranks with the same error unless the facts, such as the settings of a run, are equal on all of them.
+
+    Args:
+        facts: their values by their names; picklable, and with a short text.
+        what: what they are, for the message.
+
+    Raises:
+        ValueError: some differ.
+    """
+    first, *others = from_every_rank(dict(facts))
+    for rank, other in enumerate(others, start=1):
+        names = [name for name in {**first, **other} if first.get(name) != other.get(name)]
+        if names:
+            shown = ", ".join(f"`{name}` ({first.get(name)!r} and {other.get(name)!r})" for name in names[:SHOWN])
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            raise ValueError(
+                f"Rank 0 and rank {rank} do not have the same {what}: {shown}{more}. Start all processes with the same "
+                "program, options, data and models."
+            )
 
 
 def samples_of_every_rank(accelerator: Any, samples: Sequence[T]) -> list[T]:
     """Returns the samples of all ranks, without those that a data loader repeats to give each rank the same number."""
-    return accelerator.gather_for_metrics(samples, use_gather_object=True)
+    with _together():
+        return accelerator.gather_for_metrics(samples, use_gather_object=True)
 
 
 def raise_first_ranks(error: Exception | None) -> None:
@@ -87,18 +154,28 @@ class RankErrors:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self.raised = False
+        self.begin_run()
 
     def begin_run(self) -> None:
         """Forgets errors of an earlier run."""
         self.raised = False
+        self._deferred: BaseException | None = None
 
-    def raise_if_any(self, problem: OnlineDPOError | None) -> None:
+    def defer(self, problem: BaseException) -> None:
+        """Takes a problem from where this rank cannot stop, because others wait for it in the same collective
+        operation, to the next `raise_if_any`. With one process it is raised at once.
+        """
+        if world_size() == 1:
+            raise problem
+        self._deferred = self._deferred or problem
+
+    def raise_if_any(self, problem: BaseException | None) -> None:
         """Ends all ranks if any of them has a problem.
 
         Raises:
-            OnlineDPOError: ``problem``; on ranks without one a `FeedbackLostError`.
+            BaseException: ``problem``; on ranks without one a `FeedbackLostError`.
         """
+        problem = self._deferred or problem
         if any_rank(problem is not None, self._device):
             self.raised = True
             raise problem or FeedbackLostError("Another process of this run failed; its error says why.")
@@ -107,12 +184,14 @@ class RankErrors:
         """Calls ``action`` and returns its result, unless it fails on any rank.
 
         Raises:
-            OnlineDPOError: as in `raise_if_any`. Errors of other classes are raised at once, on their own rank only.
+            BaseException: as in `raise_if_any`. What a signal raises ends its own rank at once.
         """
         problem, result = None, None
         try:
             result = action()
-        except OnlineDPOError as error:
+        except BaseException as error:
+            if is_interruption(error):
+                raise
             problem = error
         self.raise_if_any(problem)
         return result  # pyright: ignore[reportReturnType]

@@ -16,21 +16,31 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PredictionOutput
 
+from online_dpo.checkpoints.files import replacing
+from online_dpo.checkpoints.folders import folder_of
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.distributed.collectives import RankErrors
 from online_dpo.distributed.process_state import kept_random_state
-from online_dpo.errors import ForeignCodeError, OnlineDPOError, named_error
+from online_dpo.distributed.rank_watch import explained, watch_ranks
+from online_dpo.distributed.signals import is_interruption
+from online_dpo.errors import CheckpointError, ForeignCodeError, OnlineDPOError, TrainingInterrupted, named_error
 from online_dpo.modeling.borrowing import kept_flags
 from online_dpo.modeling.loading import ConfigKeeper, empty_device_cache
 from online_dpo.modeling.precision import keeps_small_steps
 from online_dpo.packing.prefix_tree import PADDING
+from online_dpo.training.checkpointing import Checkpoints
 from online_dpo.training.display.choose import choose_displays
 from online_dpo.training.display.figures import in_order
 from online_dpo.training.failures import NamedCallbacks, StepsDone
+from online_dpo.training.finite import FiniteWeights
 from online_dpo.training.interrupt import Interrupt
+from online_dpo.training.learning_rate import LearningRateBackoff
+from online_dpo.training.log_state import LogState
 from online_dpo.training.metric_store import MetricStore
+from online_dpo.training.other_ranks import OtherRanks
 from online_dpo.training.passes import PassRunner
 from online_dpo.training.run_context import RunContext
 from online_dpo.training.run_state import RunState
@@ -72,14 +82,24 @@ class GuardedTrainer(Trainer):
             drop_gradients=lambda: self.model.zero_grad(),  # pyright: ignore[reportOptionalMemberAccess]
             free_memory=self.free_memory,
         )
-        self.interrupt = Interrupt()
+        self.interrupt = Interrupt(is_updating=lambda: self.steps_done.updating)
         self.add_callback(self.interrupt)  # before the guard, which has a last log written
-        self.guard = StepGuard(self.accelerator, args.max_skipped_steps, self._count_skipped_pairs)
+        self.finite = FiniteWeights(self.accelerator.device, lambda: self.optimizer)
+        self.finite.add("the policy", self.model)  # pyright: ignore[reportArgumentType]
+        factor, recovery = args.skipped_step_lr_factor, args.skipped_step_lr_recovery
+        self.backoff = LearningRateBackoff(factor, recovery, trains=lambda: self.guard.trains)
+        limits = (args.max_skipped_steps, args.max_idle_steps)
+        self.guard = StepGuard(self.accelerator, *limits, self.backoff, self._on_skip, self.finite.check_start)
         self.add_callback(self.guard)
         self.updates = UpdatedRatio(lambda: self.guard.trained_steps, warns=not keeps_small_steps(args))
         self.add_callback(self.updates)
+        self.others = OtherRanks(watch_ranks(args.ddp_timeout), args.max_staleness > 0)
+        self.add_callback(self.others)
+        self.log_state = LogState(self.metrics)
+        self.add_callback(self.log_state)
         self.steps_done = StepsDone(self.raise_callback_failure)
         self.add_callback(self.steps_done)
+        self.add_callback(self.backoff)
         self.context = RunContext(
             self.accelerator,
             self.errors,
@@ -87,65 +107,92 @@ class GuardedTrainer(Trainer):
             self.phase,
             state=lambda: self.state,
             holds_evaluation_weights=lambda: self.holds_evaluation_weights,
+            prompts_read=self._restore_random_state,
+            differs=lambda: self.checkpoints.identity.differs,
         )
+        self.checkpoints = Checkpoints(args, self.accelerator, lambda: self.state)
         self.run_state = RunState()
-        self.run_state.add(self.guard)
-        self._last_log = time.perf_counter()
+        self.run_state.add(self.guard, self.log_state)
+        self._random_state_in: str | None = None
+        self._has_random_state = False
         self._beside_training = False
         self.holds_evaluation_weights = False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As `transformers.Trainer.train`.
+        """As `transformers.Trainer.train`. ``resume_from_checkpoint=True`` goes on from the newest whole checkpoint;
+        ``"auto"`` too, but it starts a run where there is none.
 
         Raises:
+            CheckpointError: a checkpoint could not be saved, or cannot be resumed from.
             TrainingDivergedError: ``max_skipped_steps`` steps in a row were not finite; a checkpoint has been saved.
+            TrainingStalledError: ``max_idle_steps`` steps in a row trained nothing; a checkpoint has been saved.
             NothingTrainedError: no step trained anything; a checkpoint has been saved if there were steps.
             ValueError: the optimizer trains no weight of the model.
-            TrainingInterrupted: Ctrl-C was pressed; unless it was pressed twice, a checkpoint has been saved.
+            TrainingInterrupted: Ctrl-C was pressed; unless it was pressed twice, a checkpoint has been saved. After
+                SIGTERM and other signals, a `TrainingTerminated`.
             ForeignCodeError: a callback, a metric, a data collator, a dataset or an optimizer failed; as after any
                 other error, there is a checkpoint of the steps done, unless an update was half done.
         """
-        self._last_log = time.perf_counter()
+        self.log_state.begin_run()
         self.guard.begin_run()
         self.steps_done.begin_run()
         self.errors.begin_run()
         self.configs.remember(self.model)  # pyright: ignore[reportArgumentType]
         displays = choose_displays(self)
         try:
-            with self.interrupt.handled(displays), self.callback_handler.deferred():
-                result = super().train(resume_from_checkpoint, *args, **kwargs)
+            with self.interrupt.handled(displays, self.args.stop_timeout), self._failures_leave_checkpoint():  # pyright: ignore
+                checkpoint = self.checkpoints.begin(resume_from_checkpoint)
+                result = super().train(checkpoint, *args, **kwargs)
                 self.raise_callback_failure()
-        except Exception as error:
-            self._leave_checkpoint(error)
-            self._blame_optimizer(error)
-            raise
         finally:
             self.configs.restore()
             self.is_in_train = False  # the parent leaves it on where training fails
             self._evaluating_weights(True)
             for display in displays:
                 display.close()
+        self._check_finite("At the end")
         self.guard.raise_if_diverged(self.state, self.args.output_dir)  # pyright: ignore[reportArgumentType]
         self.guard.raise_if_nothing_trained(self.state, self.args.output_dir)  # pyright: ignore[reportArgumentType]
+        self.guard.raise_if_stalled(self.state, self.args.output_dir)  # pyright: ignore[reportArgumentType]
         return result
 
     def raise_callback_failure(self) -> None:
         """Raises on every rank what a callback of the user's has raised on any; a collective operation."""
         self.errors.raise_if_any(self.callback_handler.failure)
 
-    def _leave_checkpoint(self, error: Exception) -> None:
+    @contextmanager
+    def _failures_leave_checkpoint(self) -> Iterator[None]:
+        """Inside, callbacks fail where all ranks can, and any error leaves a checkpoint, but for a second Ctrl-C."""
+        try:
+            with self.callback_handler.deferred(), self.others.guarded():
+                yield
+        except TrainingInterrupted:
+            raise
+        except BaseException as raised:
+            error = explained(raised)
+            self.leave_checkpoint(error)
+            self._blame_optimizer(error)
+            if error is raised:
+                raise
+            raise error from raised
+
+    def leave_checkpoint(self, error: BaseException) -> None:
         """Saves the steps that are done, if there is anything new in them. One rank that failed alone cannot: the
-        others would not take part.
+        others would not take part. They do, without it.
         """
         done = self.steps_done
         over = self.state.global_step >= self.state.max_steps and self.args.load_best_model_at_end  # other weights now
-        alone = self.accelerator.num_processes > 1 and not self.errors.raised
-        if alone or over or not done.wants_checkpoint(self.state):
-            return
-        assert done.rng_state is not None
+        full = isinstance(error, CheckpointError)  # a second try would end as the first
+        with self.others.saving_after(error, self.errors.raised, self.state.global_step) as may_save:
+            if may_save and not (over or full or self.finite.found) and done.wants_checkpoint(self.state):
+                self._save_steps_done(error)
+
+    def _save_steps_done(self, error: BaseException) -> None:
+        done = self.steps_done
+        assert done.random_state is not None
         try:
             with kept_random_state():
-                torch.set_rng_state(done.rng_state)
+                done.random_state.restore()
                 self._save_checkpoint(self.model, trial=None)  # pyright: ignore[reportArgumentType]
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)  # pyright: ignore
         except Exception as second:  # such as a full disk: the first error is the one to tell
@@ -153,13 +200,14 @@ class GuardedTrainer(Trainer):
         else:
             error.add_note(f"Before that, a checkpoint of the steps done was saved: {self.interrupt.checkpoint}")
 
-    def _blame_optimizer(self, error: Exception) -> None:
+    def _blame_optimizer(self, error: BaseException) -> None:
         """Names the optimizer and its schedule in an error that left an update half done.
 
         Raises:
             ForeignCodeError: an update was half done, so that ``error`` came from one of the two.
         """
-        if self.steps_done.updating and not isinstance(error, (OnlineDPOError, torch.OutOfMemoryError)):
+        passes = (OnlineDPOError, torch.OutOfMemoryError)
+        if self.steps_done.updating and not isinstance(error, passes) and not is_interruption(error):
             assert isinstance(self.optimizer, AcceleratedOptimizer)
             optimizer, schedule = (type(part).__name__ for part in (self.optimizer.optimizer, self.lr_scheduler))
             raise ForeignCodeError(
@@ -172,7 +220,25 @@ class GuardedTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
+        in_mid_epoch = kwargs["epoch"] == kwargs["epochs_trained"] and kwargs["steps_trained_in_current_epoch"] > 0
+        self._random_state_in = kwargs["resume_from_checkpoint"] if in_mid_epoch else None
+        self._has_random_state = False
         super()._run_epoch(*args, **kwargs)
+
+    def _restore_random_state(self) -> None:
+        """Restores the random state of a checkpoint inside an epoch: after the data loader's first draw, which an
+        uninterrupted run has made before, and before those of reward functions. The parent does it after both.
+        """
+        checkpoint, self._random_state_in = self._random_state_in, None
+        if checkpoint is not None:
+            super()._load_rng_state(checkpoint)
+            self._has_random_state = True
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """The parent's, unless it has been done."""
+        if not self._has_random_state:
+            super()._load_rng_state(checkpoint)
+        self._has_random_state = False
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As the parent's, beside training (see `beside_training`)."""
@@ -197,7 +263,7 @@ class GuardedTrainer(Trainer):
             with kept_random_state():
                 yield
         finally:
-            self._last_log += time.perf_counter() - start
+            self.log_state.last_log += time.perf_counter() - start
             self._beside_training = False
 
     @contextmanager
@@ -222,24 +288,84 @@ class GuardedTrainer(Trainer):
             optimizer.eval() if on else optimizer.train()
             self.holds_evaluation_weights = on
 
-    def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """As the parent's, with the weights that are evaluated (see `evaluation_weights`)."""
+    def _check_finite(self, when: str) -> None:
+        self.finite.check(self.state, self.args.output_dir, when, agree=True)  # pyright: ignore[reportArgumentType]
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the parent's, with the weights that are evaluated (see `evaluation_weights`).
+
+        Raises:
+            TrainingDivergedError: the weights are not finite; nothing is saved.
+        """
+        if output_dir is None or not _internal_call:  # else they are a checkpoint's, which has checked them
+            folder: Any = self.args.output_dir
+            self.finite.check(self.state, folder, "Before a save", agree=self.is_fsdp_enabled, optimizer=False)
         with self.evaluation_weights():
-            super().save_model(*args, **kwargs)
+            super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """The parent's. The files take their places together, when all are written."""
+        folder = Path(str(self.args.output_dir) if output_dir is None else output_dir)
+        with self.checkpoints.part(), self.checkpoints.model_folder(folder) as aside:
+            super()._save(str(aside), state_dict)
+
+    def save_state(self) -> None:
+        """As the parent's; the file is whole or as it was."""
+        if self.is_world_process_zero():
+            with replacing(Path(str(self.args.output_dir)) / TRAINER_STATE_NAME) as aside:
+                self.state.save_to_json(str(aside))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """The parent's; a folder aside while a checkpoint is written."""
+        return super()._get_output_dir(trial) if self.checkpoints.aside is None else str(self.checkpoints.aside)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """The parent's, with the model card and the state of every part of the run."""
-        self.create_model_card()
-        with self.evaluation_weights():
-            super()._save_checkpoint(model, trial)
-        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        self.run_state.save(folder, self.accelerator.process_index)
+        """The parent's, with the model card and the state of every part of the run; whole or absent on the disk."""
+        self._check_finite("Before a save")
+        with self.interrupt.request.saving():
+            self._save_all(model, trial)
+
+    def _save_all(self, model: nn.Module, trial: Any) -> None:
+        run_dir = Path(self._get_output_dir(trial))
+        with self.checkpoints.writing(run_dir) as folder:
+            with self.checkpoints.part():
+                self.create_model_card()
+            with self.evaluation_weights():
+                super()._save_checkpoint(model, trial)
+            self.run_state.save(folder, self.accelerator.process_index)
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(folder_of(run_dir, self.state.global_step)))
+        self.checkpoints.rotate(run_dir)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Does nothing: the parent calls it before the checkpoint is in its place; `_save_checkpoint` pushes later."""
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """The parent's; where one process fails, all do, after the last part of the checkpoint."""
+        with self.checkpoints.part():
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _save_scaler(self, output_dir: str) -> None:
+        with self.checkpoints.part():
+            super()._save_scaler(output_dir)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The parent's; if this process saves for others that are lost, the states of all."""
+        with self.checkpoints.part():
+            if not self.others.write_rng_states(Path(output_dir)):
+                super()._save_rng_state(output_dir)
+
+    def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
+        """The parent's; checkpoints that it would delete are deleted after it."""
+        run_dir = Path(self._get_output_dir(trial))
+        with self.checkpoints.hidden(run_dir):
+            return super()._finalize_training(trial, *args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self._evaluating_weights(False)  # the first step samples before it trains
-            self.run_state.restore(Path(checkpoint), self.accelerator.process_index)
+            self.errors.run(lambda: self.run_state.restore(Path(checkpoint), self.accelerator.process_index))
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """The parent's, after which what was frozen is frozen, and the same adapters are active."""
@@ -247,6 +373,7 @@ class GuardedTrainer(Trainer):
             super()._load_from_checkpoint(*args, **kwargs)
 
     def _load_best_model(self) -> None:
+        self.checkpoints.check_best()
         self._evaluating_weights(True)  # those are what was saved
         with kept_flags(self.model):  # pyright: ignore[reportArgumentType]
             super()._load_best_model()
@@ -271,8 +398,9 @@ class GuardedTrainer(Trainer):
         """Gives back memory of the device that can be had again; called after a pass that did not fit."""
         empty_device_cache()
 
-    def _count_skipped_pairs(self, count: int) -> None:
-        self.metrics.total("guard/skipped_pairs", count / self.accelerator.num_processes)
+    def _on_skip(self, pairs: int) -> None:
+        self.metrics.total("guard/skipped_pairs", pairs / self.accelerator.num_processes)
+        self._check_finite("In a step that was skipped")  # then no further step would be better
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         """The parent's, over the rows that the policy reads: a prompt that completions share counts once."""
@@ -307,14 +435,16 @@ class GuardedTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the parent's; the log of a training step gains the metrics collected since the last one."""
         if "loss" in logs:
-            elapsed = time.perf_counter() - self._last_log
-            self._last_log = time.perf_counter()
+            elapsed = self.log_state.restart_clock()
             self.metrics.ratio("train/updated_ratio", *self.updates.drain_changed())
             own = self.metrics.drain()
             own["perf/tokens_per_second"] = own.pop("completion_tokens", 0.0) / elapsed
             own["time/all"] = elapsed
             # The parent's loss is a mean over steps, in which one without pairs counts 0; this one is over pairs.
             others = {name: value for name, value in logs.items() if name != "loss"}
+            if self.backoff.is_on:
+                others["learning_rate"] *= self.backoff.used
+                own["guard/lr_factor"] = self.backoff.used
             logs = in_order({**others, **own, "guard/skipped_steps": float(self.guard.skipped)})
         if self.state.epoch is not None:
             logs = {"epoch": self.state.epoch, **logs}  # the parent would put it last

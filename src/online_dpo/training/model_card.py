@@ -14,6 +14,7 @@ from huggingface_hub import ModelCardData
 from torch import nn
 from transformers import TrainerState
 
+from online_dpo.checkpoints.files import write_text
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.modeling.introspection import unwrapped
 
@@ -105,7 +106,7 @@ def write_model_card(
         torch=torch.__version__,
     )
     output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n\n{text}", encoding="utf-8")
+    write_text(output_dir / "README.md", f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
 def _card_data(policy: nn.Module, tags: Sequence[str], base_model: str | None, more: dict[str, Any]) -> ModelCardData:

@@ -71,6 +71,7 @@ from online_dpo.training.metrics import STEP_KL
 from online_dpo.training.model_card import as_list, write_model_card
 from online_dpo.training.objective_step import ObjectiveStep
 from online_dpo.training.pair_former import PairFormer
+from online_dpo.training.run_facts import feedback_facts, model_facts, users_parts
 from online_dpo.training.trl_attributes import with_trl_attributes
 from online_dpo.types import Feedback, Group, PackedRows, Pair
 
@@ -182,6 +183,11 @@ class OnlineDPOTrainer(GuardedTrainer):
         self._build_models(ref_model, datasets)
         self._build_feedback(reward_funcs, reward_processing_classes, judge, eval_reward_funcs, eval_judge)
         self._compose()
+        self.checkpoints.identity.add(
+            **model_facts(self.policy, peft_config, ref_model, self.reference, self.tokenizer),
+            **feedback_facts(self.scorers, self.judge, train_dataset, args),
+            **users_parts(data_collator, optimizers),
+        )
 
     def _build_policy(self, model: Any, peft_config: Any, optimizer: Any, datasets: dict[str, Any]) -> nn.Module:
         train_on_one_device_per_process(self.args)
@@ -197,6 +203,8 @@ class OnlineDPOTrainer(GuardedTrainer):
         self.reference = build_reference(ref_model, policy, args)
         vocabulary = build_vocabulary(policy, None if ref_model is None else self.reference, tokenizer, datasets)
         self.add_callback(ReferenceSteps(self.reference))
+        if self.reference.model is not None:
+            self.finite.add("the reference", self.reference.model, frozen=not args.sync_ref_model)
         self.sampler = build_sampler(policy, vocabulary, tokenizer, args, self.accelerator)
         self.reference_answers = build_reference_answers(self.reference, self.sampler, tokenizer, args)
         self.method = METHODS[args.method]
@@ -250,6 +258,7 @@ class OnlineDPOTrainer(GuardedTrainer):
 
         With ``max_staleness``, the first four of the next steps begin here as well.
         """
+        self.log_state.begin_step()
         self.raise_callback_failure()
         pairing, num_fetched = self.collector.collect(epoch_iterator, num_batches)
         self.last_feedback = self.collector.last

@@ -5,12 +5,17 @@ All problems are collected before they are reported, each with its file and line
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from online_dpo.checkpoints.choice import AUTO, newest_whole, none_found, problem_of_named
+from online_dpo.checkpoints.identity import of_other_runs, taken
+from online_dpo.checkpoints.needed import Needs
 from online_dpo.cli.judging.plan import BuiltInJudge, plan_llm, plan_pairwise_model
+from online_dpo.cli.runfile.data_fields import data_problems
 from online_dpo.cli.runfile.entries import COMMAND_LINE, Entry, UsageError, read_overrides, read_run_file, read_values
 from online_dpo.cli.runfile.model_options import ignored_options, model_init_kwargs, model_problems
 from online_dpo.cli.runfile.paths import exists, output_problem, path_problem
@@ -19,11 +24,11 @@ from online_dpo.cli.runfile.references import Reference, parse_module, parse_ref
 from online_dpo.cli.runfile.run_config import COUNTS, RunConfig
 from online_dpo.cli.runfile.schema import load_fields
 from online_dpo.config import requirements
-from online_dpo.config.hf_ranges import out_of_range
-from online_dpo.config.input import MAPPINGS, mapping_from_text
+from online_dpo.config.hf_ranges import absurd, out_of_range, shown
+from online_dpo.config.input import mapping_from_text
 from online_dpo.config.llm_judge import LLM
 from online_dpo.config.registry import KINDS
-from online_dpo.data.template import template_columns
+from online_dpo.distributed.processes import started_together
 
 MODEL_FILES = ("config.json", "adapter_config.json")
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
@@ -35,14 +40,7 @@ INPUT_PATHS = (
     "dataset_name",
     "eval_dataset_name",
 )
-JSON_TEXTS = (*MAPPINGS, "gradient_checkpointing_kwargs", "lr_scheduler_kwargs")
-"""Mappings that may also be written as JSON text."""
-REWARDS = ("reward_funcs", "reward_model_path")
-SCORERS = (*REWARDS, "judge")
-JUDGES = ("judge", "eval_judge")
-TEXTS = ("dataset_train_split", "dataset_test_split", "dataset_config", "prompt_column", "model_revision")
-"""Names that are never empty."""
-OF_ADAPTERS = ("use_rslora", "use_dora")
+JSON_OF_ADAPTERS = ("use_rslora", "use_dora")
 GOLD_REWARDS = ("eval_reward_funcs", "eval_reward_model_path")
 
 
@@ -115,9 +113,8 @@ class RunChecker:
             if self._given(name):
                 yield from self._input_path(name)
         yield from self._scorers()
-        yield from self._counts()
-        yield from self._data()
-        for name, problem in (*model_problems(self.values, is_trained=True), *out_of_range(self.values)):
+        options = (*model_problems(self.values, is_trained=True), *self._numbers().items(), *data_problems(self.values))
+        for name, problem in options:
             yield f"{self._where(name)}: `{name}` {problem}"
         yield from self._output()
         yield from self._resume()
@@ -128,27 +125,13 @@ class RunChecker:
         for name, problem in requirements.problems(self.values):
             yield f"{self._where(name)}: {problem}"
 
-    def _counts(self) -> Iterator[str]:
+    def _numbers(self) -> dict[str, str]:
+        """What is wrong with numbers, by field: one problem each."""
+        problems = {**dict(absurd(self.values)), **dict(out_of_range(self.values))}
         for name in COUNTS:
             if self._given(name) and self.values[name] < 1:
-                yield f"{self._where(name)}: `{name}` is {self.values[name]}; wanted: 1 or more."
-
-    def _data(self) -> Iterator[str]:
-        """Check how rows are read, as far as that needs no data."""
-        template = self.values.get("prompt_template")
-        if template is not None:
-            try:
-                template_columns(template)
-            except ValueError as problem:
-                yield f"{self._where('prompt_template')}: {problem}"
-        for column, kind in (self.values.get("dataset_types") or {}).items():
-            if not isinstance(kind, str):
-                where = self._where("dataset_types")
-                yield f"{where}: `dataset_types`: the type of `{column}` is {kind!r}; wanted: a name, such as int64."
-        for name in TEXTS:
-            text = self.values.get(name)
-            if text is not None and (not text or text != text.strip()):
-                yield f"{self._where(name)}: `{name}` is {text!r}. Give it without blanks around it, and not empty."
+                problems[name] = f"is {shown(self.values[name])}; wanted: 1 or more."
+        return problems
 
     def warnings(self) -> Iterator[str]:
         """Yield a line for each field that is ignored or likely to be a mistake."""
@@ -312,27 +295,26 @@ class RunChecker:
         read = [(name, self.values[name]) for name in INPUT_PATHS if self._given(name)]
         if given is not None and (problem := output_problem(given, read)):
             yield f"{self._where('output_dir')}: `output_dir` {problem}"
+            return
+        if not self.values.get("resume_from_checkpoint") and not self.values.get("overwrite_output_dir"):
+            folder = Path(given or DEFAULT_OUTPUT).expanduser()
+            if others := of_other_runs(folder, set()):
+                yield f"{self._where('output_dir') if given else self.file}: {taken(folder, others)}"
 
     def _resume(self) -> Iterator[str]:
         checkpoint = self.values.get("resume_from_checkpoint")
-        if not checkpoint:
+        if not checkpoint or os.environ.get("RANK", "0") != "0":  # the first process reads it for all
             return
-        where = self._where("resume_from_checkpoint")
-        if isinstance(checkpoint, str) and (problem := path_problem(checkpoint)):
-            yield f"{where}: `resume_from_checkpoint` {problem}"
-        elif checkpoint is True:
-            output = Path(self.values.get("output_dir") or "trainer_output").expanduser()
-            if not any(path.is_dir() for path in output.glob("checkpoint-*")):
-                yield f"{where}: `resume_from_checkpoint`: {output} holds no checkpoint."
-        elif not Path(checkpoint).is_dir():
-            yield f"{where}: `resume_from_checkpoint`: there is no folder {checkpoint}."
-        elif not (Path(checkpoint) / "trainer_state.json").is_file():
-            inside = sorted(path.name for path in Path(checkpoint).glob("checkpoint-*"))
-            hint = f" It holds {', '.join(inside)}: give one of them." if inside else ""
-            yield (
-                f"{where}: `resume_from_checkpoint`: {checkpoint} is no checkpoint of a run (no trainer_state.json)."
-                f"{hint}"
-            )
+        where = f"{self._where('resume_from_checkpoint')}: `resume_from_checkpoint`"
+        started = started_together()
+        needs = Needs(self.values, 1 if started is None else started.count)
+        if checkpoint is True or checkpoint == AUTO:
+            output = Path(self.values.get("output_dir") or DEFAULT_OUTPUT).expanduser()
+            choice = newest_whole(output, needs)
+            if choice.folder is None and (checkpoint is True or choice.passed_over):
+                yield f"{where}: {none_found(output, choice)}"
+        elif problem := path_problem(checkpoint) or problem_of_named(Path(checkpoint).expanduser(), needs):
+            yield f"{where}: {problem}"
 
     def _evaluation(self) -> Iterator[str]:
         wanted = self.values.get("eval_strategy", "no") != "no" or self.values.get("eval_on_start")

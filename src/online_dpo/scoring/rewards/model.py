@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from online_dpo.errors import ScoringError, error_text
 from online_dpo.foreign import among_rows, at_row, foreign, loading
 from online_dpo.modeling.attention.masks import use_segments
 from online_dpo.modeling.borrowing import eval_mode
+from online_dpo.modeling.fingerprint import weights_fingerprint
 from online_dpo.modeling.introspection import context_length
 from online_dpo.modeling.known_tokens import check_known, check_tokenizer, embedding_rows
 from online_dpo.modeling.last_layer import enable_selective_last_layer
@@ -29,6 +31,7 @@ from online_dpo.modeling.onednn import onednn_linears
 from online_dpo.packing.prefix_tree import Tree
 from online_dpo.scoring.protocols import chat_messages, one_at_a_time, regroup
 from online_dpo.scoring.rewards.shared_prefix import Text, group_trees, may_share, passes, score_trees
+from online_dpo.scoring.time_limit import call_in_time
 from online_dpo.types import Completion, Group, Prompt
 
 MOST_TOKENS = {"cpu": 1024}
@@ -113,12 +116,20 @@ class RewardModelScorer:
                 "prompts. Set its `chat_template` and pass it in `reward_processing_classes`, or use text prompts."
             )
 
+    def identity(self) -> dict[str, str]:
+        """Returns the fingerprint of the model's weights."""
+        return {"weights": weights_fingerprint(self.model)}
+
     def score(self, groups: Sequence[Group]) -> list[list[float | None]]:
         """Return P x K logits in fp32, including any that are not finite. Several threads take turns."""
-        with one_at_a_time, foreign(f"Reward model `{self.name}`", lambda: among_rows(groups)):
-            texts = self._token_ids([(group.prompt, answer) for group in groups for answer in group.completions])
-            with eval_mode(self.model), onednn_linears(self.model, pack=False):
-                values = self._values(regroup(texts, groups))
+        who, rows = f"Reward model `{self.name}`", partial(among_rows, groups)
+        with one_at_a_time, foreign(who, rows):
+            return call_in_time(partial(self._logits, groups), who, rows)
+
+    def _logits(self, groups: Sequence[Group]) -> list[list[float | None]]:
+        texts = self._token_ids([(group.prompt, answer) for group in groups for answer in group.completions])
+        with eval_mode(self.model), onednn_linears(self.model, pack=False):
+            values = self._values(regroup(texts, groups))
         return regroup([values[text] for text in texts], groups)
 
     def _values(self, texts_PK: list[list[Text]]) -> dict[Text, float]:

@@ -1,0 +1,132 @@
+"""What a run needs of a checkpoint to go on from it: files by its options, and as many processes as have written it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from online_dpo.checkpoints.manifest import Manifest, has_manifest
+
+STATE = "trainer_state.json"
+SHARDED = "global_step*"
+"""DeepSpeed's folder, which holds weights, optimizer and scheduler."""
+WEIGHTS = (
+    *("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
+    *("adapter_model.safetensors", "adapter_model.bin", "*/adapter_model.safetensors", "*/adapter_model.bin"),
+    *("pytorch_model_fsdp*", SHARDED),
+)
+OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_*", SHARDED)
+SCHEDULER = ("scheduler.pt", SHARDED)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """The options of a run that decide what it reads from a checkpoint, and its number of processes.
+
+    >>> Needs(options={"target_kl": 6.0, "max_staleness": 1}, world_size=2)
+    """
+
+    options: Mapping[str, Any]
+    world_size: int
+
+    @property
+    def _anyway(self) -> bool:
+        """Whether options may have changed since: their state then begins anew, and what was written is still whole."""
+        return bool(self.options.get("resume_anyway"))
+
+    def problem_of(self, folder: Path) -> str | None:
+        """Why a run with these needs cannot go on from this checkpoint; ``None`` if it can."""
+        return next(self._problems(folder), None)
+
+    def _problems(self, folder: Path) -> Iterator[str]:
+        for names, what in self._files(folder):
+            if not any(any(folder.glob(name)) for name in names):
+                yield _missing(folder, names[0], what)
+        yield from _state_problem(folder)
+        yield from _shard_problem(folder)
+
+    def _files(self, folder: Path) -> Iterator[tuple[tuple[str, ...], str]]:
+        """Each file that must be there, or one of several, and what it holds."""
+        yield (STATE,), "the steps done and their log"
+        yield WEIGHTS, "the weights"
+        only_model = " (with `save_only_model` a checkpoint cannot be resumed from)"
+        yield OPTIMIZER, f"the optimizer's state{only_model}"
+        yield SCHEDULER, "the state of the learning rate's schedule"
+        yield from self._of_processes(folder)
+        if self._anyway:
+            return
+        if self.options.get("target_kl") is not None:
+            yield ("beta.json",), "beta, which `target_kl` adapts"
+        if self.options.get("sync_ref_model"):
+            yield ("reference.safetensors",), "the reference, which follows the policy with `sync_ref_model`"
+
+    def _of_processes(self, folder: Path) -> Iterator[tuple[tuple[str, ...], str]]:
+        if self._anyway:
+            return
+        for rank in range(self.world_size):
+            name = "rng_state.pth" if self.world_size == 1 else f"rng_state_{rank}.pth"
+            yield (name,), f"the random state of process {rank}"
+            if self.options.get("max_staleness"):
+                yield (f"lookahead-{rank}.json",), "the completions that `max_staleness` samples ahead"
+
+    def size_problem_of(self, folder: Path) -> str | None:
+        """Why the number of processes does not fit; ``None`` if it does."""
+        written = world_size_of(folder)
+        if written is None or written == self.world_size or self._anyway:
+            return None
+        return (
+            f"{_processes(written)} wrote it, and this run has {_processes(self.world_size)}; each process goes on "
+            f"from a random state and data of its own, so start {_processes(written)}"
+        )
+
+
+def world_size_of(folder: Path) -> int | None:
+    """The number of processes that wrote a checkpoint; ``None`` if nothing says it."""
+    if has_manifest(folder):
+        return Manifest.read(folder).world_size
+    if (folder / "rng_state.pth").is_file():
+        return 1
+    return sum(re.fullmatch(r"rng_state_\d+\.pth", path.name) is not None for path in folder.iterdir()) or None
+
+
+def _missing(folder: Path, name: str, what: str) -> str:
+    former = Path(name).with_suffix(".pt")
+    if former.name != name and (folder / former).is_file():
+        return (
+            f"{former} is of an earlier version of online-dpo, a pickle that could run any code, so it is not read; "
+            f"`resume_anyway` goes on without it ({what})"
+        )
+    return f"{name} is missing: {what}"
+
+
+def _state_problem(folder: Path) -> Iterator[str]:
+    try:
+        state = json.loads((folder / STATE).read_bytes())
+    except (ValueError, RecursionError):
+        state = None
+    if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):
+        yield f"{STATE} is damaged"
+
+
+def _shard_problem(folder: Path) -> Iterator[str]:
+    """The weights' files that an index names and that are not there."""
+    for index in (folder / "model.safetensors.index.json", folder / "pytorch_model.bin.index.json"):
+        if index.is_file():
+            try:
+                names = set(json.loads(index.read_bytes())["weight_map"].values())
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                yield f"{index.name} is damaged"
+                return
+            yield from (f"{name} is missing, which {index.name} names" for name in sorted(names - _names(folder)))
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def _processes(count: int) -> str:
+    return "1 process" if count == 1 else f"{count} processes"
