@@ -25,7 +25,7 @@ from online_dpo.cli.runfile.run_config import COUNTS, RunConfig
 from online_dpo.cli.runfile.schema import load_fields
 from online_dpo.config import requirements
 from online_dpo.config.hf_ranges import absurd, out_of_range, shown
-from online_dpo.config.input import mapping_from_text
+from online_dpo.config.input import MAPPINGS, mapping_from_text
 from online_dpo.config.llm_judge import LLM
 from online_dpo.config.registry import KINDS
 from online_dpo.distributed.processes import started_together
@@ -40,7 +40,13 @@ INPUT_PATHS = (
     "dataset_name",
     "eval_dataset_name",
 )
-JSON_OF_ADAPTERS = ("use_rslora", "use_dora")
+JSON_TEXTS = (*MAPPINGS, "gradient_checkpointing_kwargs", "lr_scheduler_kwargs")
+"""Mappings that may also be written as JSON text."""
+DEFAULT_OUTPUT = "trainer_output"
+REWARDS = ("reward_funcs", "reward_model_path")
+SCORERS = (*REWARDS, "judge")
+JUDGES = ("judge", "eval_judge")
+OF_ADAPTERS = ("use_rslora", "use_dora")
 GOLD_REWARDS = ("eval_reward_funcs", "eval_reward_model_path")
 
 
