@@ -317,7 +317,7 @@ ENDINGS = {
     RecursionError("deep"): (ForeignCodeError, "raised RecursionError: deep"),
     MemoryError("full"): (
         torch.OutOfMemoryError,
-        "Memory ran out in step 2: full. Lower `per_device_train_batch_size`",
+        "Memory ran out in step 2: full. Lower `per_device_train",
     ),
     torch.OutOfMemoryError("full"): (torch.OutOfMemoryError, "Memory ran out in step 2: full. Lower"),
 }

@@ -95,4 +95,6 @@ class Halving:
 
 def named_memory_error(error: BaseException, where: str) -> DoesNotFit:
     """The error to raise in place of a library's, with where memory ran out and what to lower, in one line."""
-    return DoesNotFit(f"Memory ran out {where}: {error_text(error, first_line=True).rstrip('.')}. {WHAT_TO_LOWER}")
+    named = DoesNotFit(f"Memory ran out {where}: {error_text(error, first_line=True).rstrip('.')}. {WHAT_TO_LOWER}")
+    named.__cause__ = error
+    return named

@@ -87,7 +87,7 @@ class Checkpoints:
             return self._newest(required=resume is True)
         if not resume:
             return None
-        folder = Path(resume)
+        folder = Path(resume).expanduser()
         problem = problem_of_named(folder, self._needs)
         if problem is not None:
             raise CheckpointError(problem)
