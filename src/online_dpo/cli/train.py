@@ -236,7 +236,8 @@ def load_judge(judge: Reference | RegisteredName | BuiltInJudge, args: OnlineDPO
     if isinstance(judge, BuiltInJudge):
         if judge.folder is None:
             return LLMJudge(**judge.options)
-        return PairwiseModelJudge.load(str(judge.folder), args.device, **judge.options)
+        options = {"max_failure_share": args.max_failure_share, **judge.options}
+        return PairwiseModelJudge.load(str(judge.folder), args.device, **options)
     loaded = load_reference(judge)
     if not inspect.isclass(loaded):
         return loaded

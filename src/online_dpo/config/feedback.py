@@ -58,6 +58,12 @@ class FeedbackFields:
     a reward.
     """
 
+    max_failure_share: float = 0.2
+    """Largest share of the latest 200 scores of a reward, or answers of a judge, that may be NaN or infinite, from the
+    20th on; above it the run saves a checkpoint and stops. In [0, 1]; 1 never stops. `None` is no failure: a reward
+    does not apply, a judge has no answer. `judge: llm` and rewards over HTTP have a setting of this name of their own.
+    """
+
     # --- pairs ------------------------------------------------------------------------------------------------------
 
     pair_selection: PairSelection = "best_worst"
@@ -122,6 +128,7 @@ def check_feedback(args: FeedbackFields, num_completions: int) -> None:
     unfinished, token = args.missing_eos_penalty, args.length_penalty
     checks = [
         (args.reward_batch_size >= 1, "reward_batch_size", "at least 1"),
+        (0 <= args.max_failure_share <= 1, "max_failure_share", "in [0, 1]"),
         (args.reward_timeout is None or 0 < args.reward_timeout < math.inf, "reward_timeout", "above 0"),
         (unfinished is None or 0 < unfinished < math.inf, "missing_eos_penalty", "above 0"),
         (token is None or 0 < token < math.inf, "length_penalty", "above 0"),

@@ -1,16 +1,22 @@
 """Counting for scorers that may fail: the statistics that a judge reports, and the share of failures that stops a run.
 
-`JudgeStatistics` belongs to judges. `FailureWindow` is shared by judges behind an endpoint and rewards over HTTP.
+`JudgeStatistics` belongs to judges. `FailureWindow` is shared by judges and rewards of all kinds. What is a failure:
+
+- of a reward (function, model, own scorer): a score that is NaN or infinite; `None` is not, the reward does not apply;
+- of a judge that is a function or a pairwise model: a preference that is NaN; `None` is not, nor a text too long;
+- of a language model as judge: a question without a reply, or a reply without a verdict;
+- of a reward over HTTP: a completion without a score because its request failed.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import Counter, deque
 from collections.abc import Sequence
 
 from online_dpo.errors import FeedbackStopped
-from online_dpo.scoring.protocols import Counts
+from online_dpo.scoring.protocols import Counts, FailureCountingScorer, PointwiseScorer
 
 WINDOW = 200
 """Latest questions over which the share of failures is taken."""
@@ -58,7 +64,7 @@ class JudgeStatistics:
 
 
 class FailureWindow:
-    """Stops a run whose judge, or reward over HTTP, fails too often.
+    """Stops a run whose judge or reward fails too often. Several threads may use it at the same time.
 
     Args:
         scorer: subject of the error message, such as "Judge `gpt-4.1-mini`".
@@ -69,6 +75,7 @@ class FailureWindow:
         self._scorer = scorer
         self._max_share = max_share
         self._failures: deque[bool] = deque(maxlen=WINDOW)
+        self._lock = threading.Lock()
         self.last_cause = ""
 
     def add(self, cause: str | None) -> None:
@@ -77,12 +84,34 @@ class FailureWindow:
         Raises:
             FeedbackStopped: the share of failures is above the limit.
         """
-        self._failures.append(cause is not None)
-        self.last_cause = cause or self.last_cause
-        failed, asked = sum(self._failures), len(self._failures)
-        if asked >= MIN_QUESTIONS and failed > self._max_share * asked:
-            self._failures.clear()  # a caller that catches the error and continues starts with an empty window
+        with self._lock:
+            self._failures.append(cause is not None)
+            self.last_cause = cause or self.last_cause
+            failed, asked = sum(self._failures), len(self._failures)
+            stops = asked >= MIN_QUESTIONS and failed > self._max_share * asked
+            if stops:
+                self._failures.clear()  # a caller that catches the error and continues starts with an empty window
+        if stops:
             raise FeedbackStopped(
                 f"{self._scorer} gave no usable answer to {failed} of the last {asked} questions, more than "
                 f"`max_failure_share` ({self._max_share:g}) allows. Last cause: {self.last_cause}"
             )
+
+
+class ScoreFailures:
+    """Counts scores that are NaN or infinite as failures, for each scorer in a `FailureWindow` of its own."""
+
+    def __init__(self) -> None:
+        self._windows: dict[int, FailureWindow] = {}
+
+    def add(self, scorer: PointwiseScorer, scores: Sequence[Sequence[float | None]], max_share: float) -> None:
+        """Count what a scorer gave. `None` counts neither as a failure nor as an answer.
+
+        Raises:
+            FeedbackStopped: the share of failures is above the limit.
+        """
+        if isinstance(scorer, FailureCountingScorer):
+            return
+        window = self._windows.setdefault(id(scorer), FailureWindow(f"Reward `{scorer.name}`", max_share))
+        for value in (value for row in scores for value in row if value is not None):
+            window.add(None if math.isfinite(value) else f"a score of {float(value)}")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from online_dpo.config.trainer_config import OnlineDPOConfig
+from online_dpo.scoring.accounting import ScoreFailures
 from online_dpo.scoring.judges.top_k import judge_the_top
 from online_dpo.scoring.judges.tournament import ComparisonCounter, find_preferences
 from online_dpo.scoring.penalties import NO_PENALTIES, Penalties
@@ -22,7 +23,8 @@ class AssessmentOptions:
     ``weights`` are those of the scorers, 1 each by default; ``normalization`` is that of the scores within a group, as
     in `score_groups`; ``penalties`` are for the length of a completion and for a missing end; ``judge_top`` is the
     number of completions that the judge compares if there are scorers as well; ``timeout`` is the number of seconds
-    that one call of a reward function, a reward model or a judge may take.
+    that one call of a reward function, a reward model or a judge may take; ``max_failure_share`` is the share of a
+    scorer's scores that may be NaN or infinite.
 
     >>> AssessmentOptions(weights=[1.0, 0.5], penalties=Penalties(missing_eos=1.0))
     """
@@ -32,6 +34,7 @@ class AssessmentOptions:
     penalties: Penalties = NO_PENALTIES
     judge_top: int = 0
     timeout: float | None = None
+    max_failure_share: float = 1.0
 
     @classmethod
     def from_config(cls, args: OnlineDPOConfig) -> AssessmentOptions:
@@ -42,6 +45,7 @@ class AssessmentOptions:
             Penalties.from_config(args),
             args.judge_top or 0,
             args.reward_timeout,
+            args.max_failure_share,
         )
 
 
@@ -61,6 +65,7 @@ class Assessor:
         options: Callable[[], AssessmentOptions] = AssessmentOptions,
     ) -> None:
         self.scorers, self.judge, self._options = scorers, judge, options
+        self._failures = ScoreFailures()
 
     def assess(self, groups: Sequence[Group]) -> Scores | Verdicts:
         """Return the scores of the groups, or the judge's preferences if there is a judge.
@@ -87,7 +92,14 @@ class Assessor:
             return Scores([], {})
         options = self._options()
         with time_limit(options.timeout):
-            return score_groups(groups, self.scorers, options.weights, options.penalties, options.normalization)
+            return score_groups(
+                groups,
+                self.scorers,
+                options.weights,
+                options.penalties,
+                options.normalization,
+                lambda scorer, scores: self._failures.add(scorer, scores, options.max_failure_share),
+            )
 
     def preferences(self, comparisons: Sequence[Group]) -> list[float | None]:
         """Return the judge's probability that the first of two completions is better, minus the penalties.

@@ -69,7 +69,10 @@ def check_judge(judge: Any, argument: str) -> None:
 
 
 def pairwise_scorer(
-    judge: Any, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any] | None = None
+    judge: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    max_failure_share: float = 0.2,
 ) -> PairwiseScorer:
     """Turn what a user passed as ``judge`` into a pairwise scorer.
 
@@ -85,7 +88,7 @@ def pairwise_scorer(
         return judge
     if isinstance(judge, Judge) or takes_lists(judge):
         return JudgeScorer(judge, tokenizer, chat_template_kwargs)
-    return FunctionJudge(judge)
+    return FunctionJudge(judge, max_failure_share=max_failure_share)
 
 
 def build_judge(judge: Any, tokenizer: PreTrainedTokenizerBase, args: OnlineDPOConfig) -> PairwiseScorer:
@@ -98,5 +101,6 @@ def build_judge(judge: Any, tokenizer: PreTrainedTokenizerBase, args: OnlineDPOC
     judge = registered_judge(judge)
     check_judge(judge, "judge")
     if isinstance(judge, str):
-        return PairwiseModelJudge.load(judge, args.device)
-    return pairwise_scorer(judge, tokenizer, args.chat_template_kwargs)  # pyright: ignore[reportArgumentType]
+        return PairwiseModelJudge.load(judge, args.device, max_failure_share=args.max_failure_share)
+    kwargs: Any = args.chat_template_kwargs
+    return pairwise_scorer(judge, tokenizer, kwargs, args.max_failure_share)

@@ -68,6 +68,13 @@ class PairwiseScorer(Protocol):
 
 
 @runtime_checkable
+class FailureCountingScorer(Protocol):
+    """Optional member of a scorer: that it counts its failures itself, with a limit of its own."""
+
+    counts_failures: bool
+
+
+@runtime_checkable
 class FairScorer(Protocol):
     """Optional member of a judge: whether its preferences are free of position bias.
 

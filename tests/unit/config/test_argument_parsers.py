@@ -60,6 +60,7 @@ SAMPLES: dict[str, tuple[list[str], Any]] = {
     "reward_weights": (["1", "-0.5"], [1.0, -0.5]),
     "reward_normalization": (["group"], "group"),
     "reward_batch_size": (["4"], 4),
+    "max_failure_share": (["0.5"], 0.5),
     "missing_eos_penalty": (["1.5"], 1.5),
     "length_penalty": (["0.01"], 0.01),
     "judge_top": (["2"], 2),

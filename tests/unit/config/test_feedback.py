@@ -17,6 +17,7 @@ ABOVE_0 = ([None, 1e-6, 5.0], [0.0, -1.0, math.inf])
     ("name", "wanted", "inside", "outside"),
     [
         ("reward_batch_size", "at least 1", [1], [0]),
+        ("max_failure_share", "in [0, 1]", [0, 0.5, 1], [-0.1, 1.1]),
         ("missing_eos_penalty", "above 0", *ABOVE_0),
         ("length_penalty", "above 0", *ABOVE_0),
         ("min_margin", "above 0", *ABOVE_0),

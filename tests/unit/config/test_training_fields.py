@@ -16,6 +16,9 @@ from support.configuration import check_range, made, refused
     [
         ("max_tokens_per_pass", "at least 1", [None, 1], [0]),
         ("max_skipped_steps", "at least 1", [1], [0]),
+        ("max_idle_steps", "at least 1, or None", [1, None], [0]),
+        ("skipped_step_lr_factor", "in (0, 1]", [1e-3, 0.5, 1], [0, 1.1]),
+        ("skipped_step_lr_recovery", "at least 1", [1, 500], [0]),
         ("learning_rate", "above 0, and finite", [1e-9, 1.0], [0, -1.0, math.inf, math.nan]),
         ("logging_steps", "0 or more", [1e-3, 0.5, 3], [-1, math.inf]),
         ("max_grad_norm", "0 (off) or more", [0, 1.0, math.inf], [-1, math.nan]),

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from online_dpo.errors import ScoringError
 from online_dpo.foreign import among_rows, at_row, callable_name, foreign
+from online_dpo.scoring.accounting import FailureWindow
 from online_dpo.scoring.event_loop import submit, wait_for
 from online_dpo.scoring.judges.base import NO_ANSWER, Judge, PreferenceJudge
 from online_dpo.scoring.protocols import chat_messages, check_comparisons, describe, flat_list
@@ -40,6 +41,7 @@ class FunctionJudge(PreferenceJudge):
         function: the judge function.
         name: name in metrics; by default the function's own name.
         concurrency: pairs that an ``async`` function compares at the same time.
+        max_failure_share: the run stops when more than this share of the latest answers is nan.
 
     Raises:
         TypeError: ``function`` cannot be called with three arguments.
@@ -48,13 +50,20 @@ class FunctionJudge(PreferenceJudge):
             ``FeedbackStopped`` of its own passes through.
     """
 
-    def __init__(self, function: Callable[..., Any], name: str | None = None, concurrency: int = 16) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        name: str | None = None,
+        concurrency: int = 16,
+        max_failure_share: float = 0.2,
+    ) -> None:
         if not callable(function) or not takes(function, "prompt", "first", "second"):
             raise TypeError(f"A judge function is called as f(prompt, first, second); this is {form_of(function)}.")
         if concurrency < 1:
             raise ValueError(f"`concurrency` must be 1 or more; it is {concurrency}.")
         self.name = name or callable_name(function)
         self._function = function
+        self._failures = FailureWindow(f"Judge `{self.name}`", max_failure_share)
         self._is_async = is_async_function(function)
         self._slots = asyncio.Semaphore(concurrency)  # one for all threads: they share the event loop
 
@@ -99,9 +108,13 @@ class FunctionJudge(PreferenceJudge):
     def _checked_probability(self, returned: Any) -> float | None:
         is_scalar = isinstance(returned, (torch.Tensor, np.ndarray, np.generic)) and returned.ndim == 0
         value = returned.item() if is_scalar else returned
-        if value is None or (isinstance(value, float) and math.isnan(value)):
+        if value is None:
+            return None
+        if isinstance(value, float) and math.isnan(value):
+            self._failures.add("its preference is nan")
             return None
         if isinstance(value, numbers.Real) and 0 <= float(value) <= 1:
+            self._failures.add(None)
             return float(value)
         raise ScoringError(
             f"Judge `{self.name}` returned {describe(returned)}. Return the probability that the first text is better, "

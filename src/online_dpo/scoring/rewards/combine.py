@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 import torch
@@ -28,6 +28,7 @@ def score_groups(
     weights: Sequence[float] | None = None,
     penalties: Penalties = NO_PENALTIES,
     normalization: str | Sequence[str] = "none",
+    on_scores: Callable[[PointwiseScorer, Values], None] = lambda scorer, scores: None,
 ) -> Scores:
     """Score each completion: the weighted sum of all scorers, minus the completion's penalties.
 
@@ -40,7 +41,8 @@ def score_groups(
     means that their scores are missing. If no scorer applies, all scores are missing. ``by_scorer`` has each scorer's
     raw scores, with ``None`` for numbers that are not finite, under the scorer's name (``f``, ``f_2`` if names repeat).
 
-    ``async`` scorers run at the same time as each other and as the other scorers.
+    ``async`` scorers run at the same time as each other and as the other scorers. ``on_scores`` is called with each
+    scorer and its raw scores.
 
     Raises:
         ValueError: the numbers of weights and scorers differ.
@@ -51,6 +53,8 @@ def score_groups(
     if len(weights) != len(scorers):
         raise ValueError(f"There are {len(weights)} weights for {len(scorers)} scorers. Give one for each.")
     raw = _run(groups, scorers)
+    for scorer, scores in {id(scorer): (scorer, scores) for scorer, scores in zip(scorers, raw, strict=True)}.values():
+        on_scores(scorer, scores)
     kinds = [normalization] * len(scorers) if isinstance(normalization, str) else normalization
     values = _sums(groups, raw, weights, penalties)
     normalized = None

@@ -123,6 +123,7 @@ class HTTPReward:
         self.attempts = attempts
         self.api_key_env = api_key_env
         self._key()
+        self.counts_failures = True
         self._failures = FailureWindow(f"Reward `{self.name}`", max_failure_share)
 
     def score(self, groups: Sequence[Group]) -> list[list[float | None]]:

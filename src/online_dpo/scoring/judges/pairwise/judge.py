@@ -28,7 +28,7 @@ from online_dpo.modeling.borrowing import eval_mode
 from online_dpo.modeling.fingerprint import weights_fingerprint
 from online_dpo.modeling.known_tokens import check_known, check_tokenizer, embedding_rows
 from online_dpo.modeling.memory import Halving
-from online_dpo.scoring.accounting import JudgeStatistics
+from online_dpo.scoring.accounting import FailureWindow, JudgeStatistics
 from online_dpo.scoring.judges.base import PreferenceJudge
 from online_dpo.scoring.judges.pairwise.classifier import PairwiseClassifier
 from online_dpo.scoring.judges.pairwise.letters import LetterReader
@@ -60,6 +60,8 @@ class PairwiseModelJudge(PreferenceJudge):
         template: the text that the model was trained to read, with ``{prompt}``, ``{first}`` and ``{second}``. Not for
             PairRM, which has its own format.
         batch_size: texts in one forward pass; texts of similar length are in one batch.
+        max_failure_share: the run stops when more than this share of the latest comparisons has an output that is not
+            finite.
         options: ``letters`` of a causal language model for the first and second answer (``["A", "B"]``);
             ``max_tokens`` of PairRM for prompt and answers together (2048).
 
@@ -79,6 +81,7 @@ class PairwiseModelJudge(PreferenceJudge):
         name: str | None = None,
         template: str | None = None,
         batch_size: int = 16,
+        max_failure_share: float = 0.2,
         **options: Any,
     ) -> None:
         config: Any = model.config
@@ -97,6 +100,7 @@ class PairwiseModelJudge(PreferenceJudge):
         self._known_tokens = embedding_rows(model)
         self._fitting = Halving(f"Judge `{self.name}`")
         self.last_failure = ""
+        self._failures = FailureWindow(f"Judge `{self.name}`", max_failure_share)
         self._statistics = JudgeStatistics(("too_long", "failed", "seconds"))
 
     def identity(self) -> dict[str, Any]:
@@ -120,7 +124,9 @@ class PairwiseModelJudge(PreferenceJudge):
             kind = pairwise_kind(config)
         except ValueError as problem:
             raise ValueError(f"`{path}`: {problem}") from None
-        check_options(kind, {option: value for option, value in options.items() if option != "name"})
+        check_options(
+            kind, {option: value for option, value in options.items() if option not in ("name", "max_failure_share")}
+        )
         with loading(path):
             model, info = _classes(kind)[0].from_pretrained(path, dtype="auto", output_loading_info=True)
             tokenizer = AutoTokenizer.from_pretrained(path)
@@ -179,8 +185,12 @@ class PairwiseModelJudge(PreferenceJudge):
 
     def _combine_and_count(self, given: float | None, swapped: float | None) -> float | None:
         """The mean preference of both orders, ``None`` if one is missing."""
-        if given is None or swapped is None or math.isnan(given) or math.isnan(swapped):
+        if given is None or swapped is None:
             return None
+        if math.isnan(given) or math.isnan(swapped):
+            self._failures.add("the model's output is not finite")
+            return None
+        self._failures.add(None)
         self._statistics.add_answer(given)
         self._statistics.add_answer(swapped)
         self._statistics.add("both_orders")
