@@ -121,6 +121,8 @@ def check_same(facts: Mapping[str, Any], what: str) -> None:
     Raises:
         ValueError: some differ.
     """
+    if world_size() == 1:
+        return
     first, *others = from_every_rank(dict(facts))
     for rank, other in enumerate(others, start=1):
         names = [name for name in {**first, **other} if first.get(name) != other.get(name)]

@@ -25,7 +25,7 @@ from online_dpo.errors import OnlineDPOError, RankLostError, error_text, named_e
 
 BEAT_SECONDS, RANKS_PER_BEAT = 0.5, 128  # with more ranks, each of them writes and reads less often
 SILENT_SECONDS = 3.0
-END_SECONDS = 10.0
+END_SECONDS = 5.0
 """How long the main thread may take to end by itself once another rank has failed."""
 
 STORE_SECONDS = 5.0
@@ -80,7 +80,8 @@ class RankWatch:
         self._began = self._answered = time.monotonic()
         self._seen = {other: Seen(0, "", 0.0, 0, self._began) for other in range(size) if other != rank}
         self._number = 0
-        self._store_is_lost = False
+        self._lost_store: float | None = None
+        """When the store was lost."""
         self._guarded = False
 
     def start(self) -> None:
@@ -107,7 +108,7 @@ class RankWatch:
 
     def get(self, name: str) -> bytes | None:
         """Reads what a rank has written; ``None`` if nothing was, or if there is no store any more."""
-        if self._store_is_lost:
+        if self._lost_store is not None:
             return None
         with suppress(RuntimeError):
             return self._notes.get(name) if self._notes.check([name]) else None
@@ -133,7 +134,7 @@ class RankWatch:
         failed = sorted(rank for rank, seen in self._seen.items() if seen.failure)
         if failed:
             return failed
-        if self._store_is_lost or time.monotonic() - self._answered > self._silent:
+        if self._lost_store is not None or time.monotonic() - self._answered > self._silent:
             return [-1 if self._holder is None else self._holder]
         return sorted(rank for rank, seen in self._seen.items() if self._answered - seen.changed > self._silent)
 
@@ -170,17 +171,21 @@ class RankWatch:
         return clone
 
     def _run(self) -> None:
-        while not self._store_is_lost:
-            try:
-                self._beat()
-                self._read()
-                self._answered = time.monotonic()
-            except dist.DistStoreError:  # a time-out
-                pass
-            except RuntimeError:
-                self._store_is_lost = True
+        while True:
+            if self._lost_store is None:
+                self._exchange()
             self._end_if_stuck()
             time.sleep(self._interval)
+
+    def _exchange(self) -> None:
+        try:
+            self._beat()
+            self._read()
+            self._answered = time.monotonic()
+        except dist.DistStoreError:  # a time-out
+            pass
+        except RuntimeError:
+            self._lost_store = time.monotonic()
 
     def _beat(self) -> None:
         doing = next((wait for wait in WAITS.innermost() if not wait.on_ranks), None)
@@ -209,15 +214,22 @@ class RankWatch:
         that this thread must come first.
         """
         own = next((wait for wait in WAITS.innermost() if not wait.on_ranks), None)
-        now, patience = time.monotonic(), 0.9 * self.limit if dist.get_backend() == "nccl" else self.limit + END_SECONDS
-        if own is not None:
-            lost = [rank for rank, seen in self._seen.items() if seen.failure and now - seen.failed > END_SECONDS]
-        else:
-            lost = [rank for rank in self.missing() if rank in self._seen and self._seen[rank].silence > patience]
+        lost = self._ended() if own is not None else self._silent_for_good()
         if lost and self._guarded:
             where = f" This process was still in {own.who}." if own is not None else ""
             os.write(2, f"error: {self._describe(lost[0])}{where} It ends without a further checkpoint.\n".encode())
             os._exit(1)
+
+    def _ended(self) -> list[int]:
+        """Returns the ranks that have ended some time ago."""
+        before = time.monotonic() - END_SECONDS
+        if self._lost_store is not None and self._lost_store < before:
+            return self.missing()
+        return [rank for rank, seen in self._seen.items() if seen.failure and seen.failed < before]
+
+    def _silent_for_good(self) -> list[int]:
+        patience = 0.9 * self.limit if dist.get_backend() == "nccl" else self.limit + END_SECONDS
+        return [rank for rank in self.missing() if rank in self._seen and self._seen[rank].silence > patience]
 
 
 _watch: RankWatch | None = None

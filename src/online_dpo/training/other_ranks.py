@@ -73,9 +73,11 @@ class OtherRanks(TrainerCallback):
             finally:
                 self._states = None
                 self._watch.put(SAVED, b"")
+                self._watch.tell_failure(error)
         else:
             self._await_saved(error.ranks)
             yield False
+            self._watch.tell_failure(error)
 
     def write_rng_states(self, folder: Path) -> bool:
         """Write the states of all ranks if this process saves for all; returns whether it does."""
