@@ -56,7 +56,7 @@ SCORING = "online_dpo.scoring.assess:Assessor.assess"
 WRITES = "online_dpo.checkpoints.writer:CheckpointWriter._own_entries"
 EVALUATION = "online_dpo.evaluation.evaluator:Evaluator.evaluate"
 BUILDING = "online_dpo.training.trainer:build_policy"
-STEP_2 = "checkpoint-2"
+STEP_2, STEP_4 = "checkpoint-2", "checkpoint-4"
 EVALUATED = dict(**OPTIONS, eval_strategy="steps", eval_steps=2, dataset_test_split="train")
 SAVED = dict(**OPTIONS, save_steps=2)
 HANGS = scorer("if calls == 3 and os.environ['RANK'] == '{}': time.sleep(60)")
@@ -92,8 +92,8 @@ FAULTS = [
     lost("is killed in a backward pass", 1, at_call(BACKWARD, 3, KILLS), SILENT, STEP_2),
     lost("is stopped in scoring", 1, at_call(SCORING, 3, STOPS), SILENT, STEP_2),
     lost("is killed in scoring", 1, at_call(SCORING, 3, KILLS), SILENT, STEP_2),
-    lost("is stopped in an evaluation", 1, at_call(EVALUATION, 2, STOPS), SILENT, STEP_2, options=EVALUATED),
-    lost("is killed in an evaluation", 1, at_call(EVALUATION, 2, KILLS), SILENT, STEP_2, options=EVALUATED),
+    lost("is stopped in an evaluation", 1, at_call(EVALUATION, 2, STOPS), SILENT, STEP_4, options=EVALUATED),
+    lost("is killed in an evaluation", 1, at_call(EVALUATION, 2, KILLS), SILENT, STEP_4, options=EVALUATED),
     lost("is stopped in a save", 1, at_call(WRITES, 1, STOPS), SILENT, STEP_2, options=SAVED),
     lost("is killed in a save", 1, at_call(WRITES, 1, KILLS), SILENT, STEP_2, options=SAVED),
     lost("is killed in a save", 0, at_call(WRITES, 1, KILLS), "cannot be reached", options=SAVED),
@@ -112,7 +112,14 @@ FAULTS = [
         options=OPTIONS,
         processes=2,
     ),
-    lost("never starts", 1, lambda child: KILLS(), "did not come together", resumes=False),
+    Fault(
+        "ranks",
+        "rank 1 never starts",
+        ByRank(OneLine(1, "The 2 processes", "did not come together", "`ddp_timeout`"), KILLED),
+        inject=on(1, lambda child: KILLS()),
+        options=OPTIONS,
+        processes=2,
+    ),
     differs("rank 1 has another seed", with_words("--seed", "7"), "Rank 0 and rank 1", "`seed` ('42' and '7')"),
     differs("rank 1 samples more completions", with_words("--num_completions", "4"), "`num_completions` ('2' and '4')"),
     differs("rank 1 makes more steps", with_words("--max_steps", "7"), "`max_steps` ('4' and '7')"),

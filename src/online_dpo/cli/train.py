@@ -23,7 +23,14 @@ from online_dpo.cli.terminal.screen import print_lines
 from online_dpo.cli.terminal.summary import describe_trainer, places
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.data.load import load_prompts
-from online_dpo.errors import NothingTrainedError, OnlineDPOError, TrainingInterrupted, error_text, named_error
+from online_dpo.errors import (
+    NothingTrainedError,
+    OnlineDPOError,
+    RankLostError,
+    TrainingInterrupted,
+    error_text,
+    named_error,
+)
 from online_dpo.foreign import loading
 from online_dpo.scoring.judges.llm.judge import LLMJudge
 from online_dpo.scoring.judges.pairwise.judge import PairwiseModelJudge
@@ -49,7 +56,7 @@ def train(plan: RunPlan, words: Sequence[str], *, show_traceback: bool) -> int:
     try:
         trainer = build_trainer(plan, ProgressDisplay())
     except SETUP_ERRORS as error:
-        return report_error(error, 2, show_traceback)
+        return report_error(error, 1 if isinstance(error, RankLostError) else 2, show_traceback)
     is_main = trainer.is_world_process_zero()
     if is_main:
         print_lines(describe_trainer(trainer), INDENT)
