@@ -12,7 +12,7 @@ import torch
 from online_dpo.distributed.settings import kept_settings
 from online_dpo.distributed.signals import is_interruption
 from online_dpo.distributed.waiting import waiting_for
-from online_dpo.errors import OnlineDPOError, ScoringError, named_error
+from online_dpo.errors import OnlineDPOError, ScoringError, named_error, one_line
 from online_dpo.types import Group, Prompt
 
 SHOWN_CHARACTERS, SHOWN_ROWS = 60, 8
@@ -64,9 +64,7 @@ def loading(path: str) -> AbstractContextManager[None]:
 def at_row(prompt: Prompt) -> str:
     """A description of a prompt for a message: its row in the dataset, and how its text begins."""
     content = prompt.content if isinstance(prompt.content, str) else prompt.content[-1].get("content")
-    text = " ".join(str(content).split())
-    shown = text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
-    return f"(row {prompt.row}: {shown!r})"
+    return f"(row {prompt.row}: {one_line(str(content), SHOWN_CHARACTERS)!r})"
 
 
 def among_rows(groups: Sequence[Group]) -> str:

@@ -50,6 +50,8 @@ def check_run(stage: Stage, fault: Fault, name: str, write: tuple[Writes, int] |
         running.wait_rank(write[0].rank)
         running.kill()
     ended = running.wait()
+    if write is not None and write[0].what.startswith("kill"):
+        ended = [ended[write[0].rank]]  # the others may have noticed
     first = fault.ending.first if isinstance(fault.ending, Resumes) else fault.ending
     check_end(stage, fault, first, folder, ended, before)
     if isinstance(fault.ending, Resumes):

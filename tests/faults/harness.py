@@ -52,7 +52,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -187,6 +187,10 @@ class Fault:
     @property
     def id(self) -> str:
         return f"{self.kind}/{self.name}".replace(" ", "_")
+
+    def but(self, **changes: Any) -> Fault:
+        """The same with changes."""
+        return replace(self, **changes)
 
 
 def scorer(before: str = "", returns: str = "scores", after: str = "") -> str:

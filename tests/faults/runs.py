@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,7 @@ class Stage:
         self.root, self.ground = root, ground
         self.zygote = Zygote(ground / "policy", build_writes(root / "writes.so"))
         self._whole: dict[str, Path] = {}
+        self._numbers = count()
         self._seconds: dict[str, float] = {}
 
     def folder(self, fault: Fault, name: str) -> Path:
@@ -226,7 +228,7 @@ class Stage:
         key = json.dumps([options, processes], sort_keys=True)
         if key not in self._whole:
             fault = Fault("no fault", "at all", None, options=options, processes=processes)  # pyright: ignore[reportArgumentType]
-            name = f"whole-{len(self._whole)}"
+            name = f"whole-{next(self._numbers)}"
             folder = self.folder(fault, name)
             began, logs = time.monotonic(), self.root / f"{name}-logs"
             counting = (Writes("kill before"), 0)

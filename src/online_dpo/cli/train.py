@@ -24,6 +24,7 @@ from online_dpo.cli.terminal.summary import describe_trainer, places
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.data.load import load_prompts
 from online_dpo.errors import (
+    CheckpointError,
     NothingTrainedError,
     OnlineDPOError,
     RankLostError,
@@ -34,6 +35,7 @@ from online_dpo.errors import (
 from online_dpo.foreign import loading
 from online_dpo.scoring.judges.llm.judge import LLMJudge
 from online_dpo.scoring.judges.pairwise.judge import PairwiseModelJudge
+from online_dpo.training.run_identity import check_options
 from online_dpo.training.trainer import OnlineDPOTrainer
 
 SETUP_ERRORS = (Exception,)
@@ -70,7 +72,8 @@ def train(plan: RunPlan, words: Sequence[str], *, show_traceback: bool) -> int:
         return report_error(error, 3, show_traceback)
     except Exception as error:  # every end of a run is reported in one line; --traceback shows the rest
         # transformers and torch check some settings only when training starts
-        is_wrong_setting = trainer.state.global_step == 0 and not isinstance(error, OnlineDPOError)
+        own = isinstance(error, OnlineDPOError) and not isinstance(error, CheckpointError)
+        is_wrong_setting = trainer.state.global_step == 0 and not own
         code = report_error(error, 2 if is_wrong_setting else 1, show_traceback)
         if trainer.interrupt.checkpoint is not None:
             _print_how_to_resume("Before that:", trainer.interrupt.checkpoint, words)
@@ -95,6 +98,8 @@ def build_trainer(plan: RunPlan, display: ProgressDisplay) -> OnlineDPOTrainer:
     rewards = load_rewards(plan.reward_funcs, given.pop("reward_model_path", None))
     gold = load_rewards(plan.eval_reward_funcs, given.pop("eval_reward_model_path", None))
     args = OnlineDPOConfig(**{**given, "disable_tqdm": True})
+    if resume := plan.training.get("resume_from_checkpoint"):
+        check_options(resume, args)
     train_dataset = load_prompts(
         run.dataset_name,
         split=run.dataset_train_split,

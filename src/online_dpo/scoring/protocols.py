@@ -123,6 +123,15 @@ class Counts:
 
 
 @runtime_checkable
+class Identified(Protocol):
+    """A scorer or judge that says what it scores with, so that checkpoints of runs with another one are known."""
+
+    def identity(self) -> Mapping[str, Any]:
+        """Returns what changes its scores beside its name, as values of JSON, without secrets."""
+        ...
+
+
+@runtime_checkable
 class CountingScorer(Protocol):
     """Optional member of a scorer that counts what it does."""
 

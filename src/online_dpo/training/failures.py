@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
+from online_dpo.distributed.process_state import RandomState
 from online_dpo.errors import ForeignCodeError
 from online_dpo.foreign import foreign
 
@@ -94,8 +94,10 @@ class StepsDone(TrainerCallback):
     def begin_run(self) -> None:
         """Reset the record for a new run."""
         self.step = self._saved = -1
-        self.rng_state: torch.Tensor | None = None
-        """Torch's random state on the CPU at the end of the step. A new epoch draws from it before its first step."""
+        self.random_state: RandomState | None = None
+        """The state of all random generators at the end of the step. A new epoch draws from it before its first step,
+        and so may code of the user's in a step that fails.
+        """
         self.updating = False
 
     def wants_checkpoint(self, state: TrainerState) -> bool:
@@ -113,7 +115,7 @@ class StepsDone(TrainerCallback):
         """Record the step as complete."""
         self.updating = False
         self.step = state.global_step
-        self.rng_state = torch.get_rng_state()
+        self.random_state = RandomState.now()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Record the step as saved."""

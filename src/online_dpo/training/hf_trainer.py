@@ -38,6 +38,7 @@ from online_dpo.training.failures import NamedCallbacks, StepsDone
 from online_dpo.training.finite import FiniteWeights
 from online_dpo.training.interrupt import Interrupt
 from online_dpo.training.learning_rate import LearningRateBackoff
+from online_dpo.training.log_state import LogState
 from online_dpo.training.metric_store import MetricStore
 from online_dpo.training.other_ranks import OtherRanks
 from online_dpo.training.passes import PassRunner
@@ -92,7 +93,9 @@ class GuardedTrainer(Trainer):
         self.add_callback(self.guard)
         self.updates = UpdatedRatio(lambda: self.guard.trained_steps, warns=not keeps_small_steps(args))
         self.add_callback(self.updates)
-        self.others = OtherRanks(watch_ranks(args.ddp_timeout), args.max_staleness > 0)
+        self.log_state = LogState(self.metrics)
+        self.add_callback(self.log_state)
+        self.others = OtherRanks(watch_ranks(args.ddp_timeout), self.log_state, args.max_staleness > 0)
         self.add_callback(self.others)
         self.steps_done = StepsDone(self.raise_callback_failure)
         self.add_callback(self.steps_done)
@@ -104,11 +107,14 @@ class GuardedTrainer(Trainer):
             self.phase,
             state=lambda: self.state,
             holds_evaluation_weights=lambda: self.holds_evaluation_weights,
+            prompts_read=self._restore_random_state,
+            differs=lambda: self.checkpoints.identity.differs,
         )
         self.checkpoints = Checkpoints(args, self.accelerator, lambda: self.state)
         self.run_state = RunState()
-        self.run_state.add(self.guard)
-        self._last_log = time.perf_counter()
+        self.run_state.add(self.guard, self.log_state)
+        self._random_state_in: str | None = None
+        self._has_random_state = False
         self._beside_training = False
         self.holds_evaluation_weights = False
 
@@ -127,7 +133,7 @@ class GuardedTrainer(Trainer):
             ForeignCodeError: a callback, a metric, a data collator, a dataset or an optimizer failed; as after any
                 other error, there is a checkpoint of the steps done, unless an update was half done.
         """
-        self._last_log = time.perf_counter()
+        self.log_state.begin_run()
         self.guard.begin_run()
         self.steps_done.begin_run()
         self.errors.begin_run()
@@ -183,10 +189,10 @@ class GuardedTrainer(Trainer):
 
     def _save_steps_done(self, error: BaseException) -> None:
         done = self.steps_done
-        assert done.rng_state is not None
+        assert done.random_state is not None
         try:
             with kept_random_state():
-                torch.set_rng_state(done.rng_state)
+                done.random_state.restore()
                 self._save_checkpoint(self.model, trial=None)  # pyright: ignore[reportArgumentType]
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)  # pyright: ignore
         except Exception as second:  # such as a full disk: the first error is the one to tell
@@ -214,7 +220,25 @@ class GuardedTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
+        in_mid_epoch = kwargs["epoch"] == kwargs["epochs_trained"] and kwargs["steps_trained_in_current_epoch"] > 0
+        self._random_state_in = kwargs["resume_from_checkpoint"] if in_mid_epoch else None
+        self._has_random_state = False
         super()._run_epoch(*args, **kwargs)
+
+    def _restore_random_state(self) -> None:
+        """Restores the random state of a checkpoint inside an epoch: after the data loader's first draw, which an
+        uninterrupted run has made before, and before those of reward functions. The parent does it after both.
+        """
+        checkpoint, self._random_state_in = self._random_state_in, None
+        if checkpoint is not None:
+            super()._load_rng_state(checkpoint)
+            self._has_random_state = True
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """The parent's, unless it has been done."""
+        if not self._has_random_state:
+            super()._load_rng_state(checkpoint)
+        self._has_random_state = False
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As the parent's, beside training (see `beside_training`)."""
@@ -239,7 +263,7 @@ class GuardedTrainer(Trainer):
             with kept_random_state():
                 yield
         finally:
-            self._last_log += time.perf_counter() - start
+            self.log_state.last_log += time.perf_counter() - start
             self._beside_training = False
 
     @contextmanager
@@ -309,6 +333,7 @@ class GuardedTrainer(Trainer):
             with self.evaluation_weights():
                 super()._save_checkpoint(model, trial)
             self.run_state.save(folder, self.accelerator.process_index)
+            self.others.write_files(folder)
         if self.args.push_to_hub:
             super()._push_from_checkpoint(str(folder_of(run_dir, self.state.global_step)))
         self.checkpoints.rotate(run_dir)
@@ -326,9 +351,9 @@ class GuardedTrainer(Trainer):
             super()._save_scaler(output_dir)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """The parent's; if this process saves for others that are lost, the states of all."""
+        """The parent's, unless this process saves for others that are lost: then there are the files of all."""
         with self.checkpoints.part():
-            if not self.others.write_rng_states(Path(output_dir)):
+            if not self.others.stands_in:
                 super()._save_rng_state(output_dir)
 
     def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
@@ -341,7 +366,7 @@ class GuardedTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self._evaluating_weights(False)  # the first step samples before it trains
-            self.run_state.restore(Path(checkpoint), self.accelerator.process_index)
+            self.errors.run(lambda: self.run_state.restore(Path(checkpoint), self.accelerator.process_index))
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """The parent's, after which what was frozen is frozen, and the same adapters are active."""
@@ -411,8 +436,7 @@ class GuardedTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the parent's; the log of a training step gains the metrics collected since the last one."""
         if "loss" in logs:
-            elapsed = time.perf_counter() - self._last_log
-            self._last_log = time.perf_counter()
+            elapsed = self.log_state.restart_clock()
             self.metrics.ratio("train/updated_ratio", *self.updates.drain_changed())
             own = self.metrics.drain()
             own["perf/tokens_per_second"] = own.pop("completion_tokens", 0.0) / elapsed

@@ -5,23 +5,25 @@ from __future__ import annotations
 import hashlib
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
-import torch
 from datasets import Dataset
 from torch import nn
 from transformers import TrainingArguments
 
 from online_dpo.distributed.collectives import check_same
+from online_dpo.modeling.fingerprint import weights_fingerprint
+from online_dpo.modeling.reference import Reference
+from online_dpo.scoring.protocols import PairwiseScorer, PointwiseScorer
 
 OF_PROCESS = ("output_dir", "logging_dir", "run_name", "local_rank", "log_level", "log_level_replica", "disable_tqdm")
 """Fields that may differ: they say where a process writes and what it shows."""
 
 PACKAGES = ("online-dpo", "torch", "transformers", "accelerate")
-ROWS, NUMBERS = 16, 32
-"""How many rows of a dataset, and numbers of a weight, stand for all of them."""
+ROWS = 16
+"""How many rows of a dataset stand for all of them."""
 
 
 def check_same_settings(args: TrainingArguments) -> None:
@@ -50,25 +52,19 @@ def check_same_data(datasets: Mapping[str, Any]) -> None:
     check_same(facts, "data")
 
 
-def check_same_models(models: Mapping[str, nn.Module], feedback: Mapping[str, str]) -> None:
-    """Checks models by the shapes of their weights and some of their numbers, and scorers by their names. A collective
-    operation. DDP would give all ranks the first one's policy, but not its reference.
+def check_same_models(
+    policy: nn.Module, reference: Reference, sources: Sequence[PointwiseScorer | PairwiseScorer]
+) -> None:
+    """Checks policy and reference by their weights, and scorers and judge by their names. A collective operation. DDP
+    would give all ranks the first one's policy, but not its reference.
 
     Raises:
         ValueError: on every rank, if one has another model or scorer.
     """
-    check_same({**{name: weights_hash(model) for name, model in models.items()}, **feedback}, "models and scorers")
-
-
-def weights_hash(model: nn.Module) -> str:
-    """Returns a hash of names, shapes, types, whether they are trained, and the first numbers of all weights."""
-    digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {weight.requires_grad}".encode())
-        if weight.device.type != "meta":
-            numbers = weight.detach().flatten()[:NUMBERS].contiguous().cpu()
-            digest.update(numbers.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:12]
+    facts = {"policy": weights_fingerprint(policy), "scorers": ", ".join(source.name for source in sources)}
+    if reference.model is not None:
+        facts["reference"] = weights_fingerprint(reference.model)
+    check_same(facts, "models and scorers")
 
 
 def _hash(data: bytes) -> str:

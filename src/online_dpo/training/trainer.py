@@ -72,6 +72,7 @@ from online_dpo.training.metrics import STEP_KL
 from online_dpo.training.model_card import as_list, write_model_card
 from online_dpo.training.objective_step import ObjectiveStep
 from online_dpo.training.pair_former import PairFormer
+from online_dpo.training.run_facts import feedback_facts, model_facts, users_parts
 from online_dpo.training.same_run import check_same_data, check_same_models, check_same_settings
 from online_dpo.training.trl_attributes import with_trl_attributes
 from online_dpo.types import Feedback, Group, PackedRows, Pair
@@ -187,8 +188,12 @@ class OnlineDPOTrainer(GuardedTrainer):
         self._build_models(ref_model, datasets)
         self._build_feedback(reward_funcs, reward_processing_classes, judge, eval_reward_funcs, eval_judge)
         self._compose()
-        models = {"policy": self.policy} | ({} if self.reference.model is None else {"reference": self.reference.model})
-        check_same_models(models, {"scorers": ", ".join(source.name for source in self._sources())})
+        self.checkpoints.identity.add(
+            **model_facts(self.policy, peft_config, ref_model, self.reference, self.tokenizer),
+            **feedback_facts(self.scorers, self.judge, train_dataset, args),
+            **users_parts(data_collator, optimizers),
+        )
+        check_same_models(self.policy, self.reference, self._sources())
 
     def _sources(self) -> list[Any]:
         """The scorers and the judge that training uses."""
@@ -263,6 +268,7 @@ class OnlineDPOTrainer(GuardedTrainer):
 
         With ``max_staleness``, the first four of the next steps begin here as well.
         """
+        self.log_state.begin_step()
         self.raise_callback_failure()
         pairing, num_fetched = self.collector.collect(epoch_iterator, num_batches)
         self.last_feedback = self.collector.last

@@ -6,11 +6,15 @@ All problems are collected before they are reported, each with its file and line
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from online_dpo.checkpoints.choice import AUTO, newest_whole, none_found, problem_of_named
+from online_dpo.checkpoints.identity import of_other_runs, taken
+from online_dpo.checkpoints.needed import Needs
 from online_dpo.cli.judging.plan import BuiltInJudge, plan_llm, plan_pairwise_model
 from online_dpo.cli.runfile.entries import COMMAND_LINE, Entry, UsageError, read_overrides, read_run_file, read_values
 from online_dpo.cli.runfile.model_options import ignored_options, model_init_kwargs, model_problems
@@ -23,6 +27,7 @@ from online_dpo.config.hf_ranges import absurd, out_of_range, shown
 from online_dpo.config.input import MAPPINGS, mapping_from_text
 from online_dpo.config.llm_judge import LLM
 from online_dpo.config.registry import KINDS
+from online_dpo.distributed.processes import started_together
 
 MODEL_FILES = ("config.json", "adapter_config.json")
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
@@ -36,6 +41,7 @@ INPUT_PATHS = (
 )
 JSON_TEXTS = (*MAPPINGS, "gradient_checkpointing_kwargs", "lr_scheduler_kwargs")
 """Mappings that may also be written as JSON text."""
+DEFAULT_OUTPUT = "trainer_output"
 REWARDS = ("reward_funcs", "reward_model_path")
 SCORERS = (*REWARDS, "judge")
 JUDGES = ("judge", "eval_judge")
@@ -290,25 +296,26 @@ class RunChecker:
         if given is not None and (not given or Path(given).expanduser().is_file()):
             what = "a file" if given else "empty"
             yield f"{self._where('output_dir')}: `output_dir` is {what}. Give the name of a folder, new or old."
+            return
+        if not self.values.get("resume_from_checkpoint") and not self.values.get("overwrite_output_dir"):
+            folder = Path(given or DEFAULT_OUTPUT).expanduser()
+            if others := of_other_runs(folder, set()):
+                yield f"{self._where('output_dir') if given else self.file}: {taken(folder, others)}"
 
     def _resume(self) -> Iterator[str]:
         checkpoint = self.values.get("resume_from_checkpoint")
-        if not checkpoint:
+        if not checkpoint or os.environ.get("RANK", "0") != "0":  # the first process reads it for all
             return
-        where = self._where("resume_from_checkpoint")
-        if checkpoint is True:
-            output = Path(self.values.get("output_dir") or "trainer_output").expanduser()
-            if not any(path.is_dir() for path in output.glob("checkpoint-*")):
-                yield f"{where}: `resume_from_checkpoint`: {output} holds no checkpoint."
-        elif not Path(checkpoint).is_dir():
-            yield f"{where}: `resume_from_checkpoint`: there is no folder {checkpoint}."
-        elif not (Path(checkpoint) / "trainer_state.json").is_file():
-            inside = sorted(path.name for path in Path(checkpoint).glob("checkpoint-*"))
-            hint = f" It holds {', '.join(inside)}: give one of them." if inside else ""
-            yield (
-                f"{where}: `resume_from_checkpoint`: {checkpoint} is no checkpoint of a run (no trainer_state.json)."
-                f"{hint}"
-            )
+        where = f"{self._where('resume_from_checkpoint')}: `resume_from_checkpoint`"
+        started = started_together()
+        needs = Needs(self.values, 1 if started is None else started.count)
+        if checkpoint is True or checkpoint == AUTO:
+            output = Path(self.values.get("output_dir") or DEFAULT_OUTPUT).expanduser()
+            choice = newest_whole(output, needs)
+            if choice.folder is None and (checkpoint is True or choice.passed_over):
+                yield f"{where}: {none_found(output, choice)}"
+        elif problem := problem_of_named(Path(checkpoint).expanduser(), needs):
+            yield f"{where}: {problem}"
 
     def _evaluation(self) -> Iterator[str]:
         wanted = self.values.get("eval_strategy", "no") != "no" or self.values.get("eval_on_start")

@@ -22,6 +22,7 @@ from online_dpo.errors import ScoringError, error_text
 from online_dpo.foreign import among_rows, at_row, foreign, loading
 from online_dpo.modeling.attention.masks import use_segments
 from online_dpo.modeling.borrowing import eval_mode
+from online_dpo.modeling.fingerprint import weights_fingerprint
 from online_dpo.modeling.introspection import context_length
 from online_dpo.modeling.known_tokens import check_known, check_tokenizer, embedding_rows
 from online_dpo.modeling.last_layer import enable_selective_last_layer
@@ -114,6 +115,10 @@ class RewardModelScorer:
                 f"The tokenizer of reward model `{self.name}` has no chat template, so it cannot read conversational "
                 "prompts. Set its `chat_template` and pass it in `reward_processing_classes`, or use text prompts."
             )
+
+    def identity(self) -> dict[str, str]:
+        """Returns the fingerprint of the model's weights."""
+        return {"weights": weights_fingerprint(self.model)}
 
     def score(self, groups: Sequence[Group]) -> list[list[float | None]]:
         """Return P x K logits in fp32, including any that are not finite. Several threads take turns."""

@@ -25,6 +25,7 @@ from transformers import (
 from online_dpo.config.pairwise_judge import LETTERS, PAIRRM, check_options, kind_of_class, pairwise_kind
 from online_dpo.foreign import among_rows, at_row, foreign, loading
 from online_dpo.modeling.borrowing import eval_mode
+from online_dpo.modeling.fingerprint import weights_fingerprint
 from online_dpo.modeling.known_tokens import check_known, check_tokenizer, embedding_rows
 from online_dpo.scoring.accounting import JudgeStatistics
 from online_dpo.scoring.judges.base import PreferenceJudge
@@ -91,9 +92,14 @@ class PairwiseModelJudge(PreferenceJudge):
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.reader: PairwiseReader = _classes(kind)[1](model, tokenizer, **options)
+        self._options = options
         self._known_tokens = embedding_rows(model)
         self.last_failure = ""
         self._statistics = JudgeStatistics(("too_long", "failed", "seconds"))
+
+    def identity(self) -> dict[str, Any]:
+        """Returns the fingerprint of the model's weights, and the options of how it is asked."""
+        return {"weights": weights_fingerprint(self.model), **self._options}
 
     @classmethod
     def load(cls, path: str, device: str | torch.device = "cpu", **options: Any) -> PairwiseModelJudge:
