@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 
+from online_dpo.distributed.settings import kept_settings
+from online_dpo.distributed.signals import is_interruption
 from online_dpo.errors import OnlineDPOError, ScoringError, named_error
 from online_dpo.types import Group, Prompt
 
@@ -26,9 +29,10 @@ def foreign(
     >>> with foreign("Reward model `rm`", where=lambda: among_rows(groups)):
     ...     scores = model(ids)
 
-    An exception of that code is chained to a new one whose message names the code. Not wrapped are this package's own
-    errors, those in ``passes``, out-of-memory errors (a caller may recover from them), and what ends a program
-    (Ctrl-C).
+    An exception of that code is chained to a new one whose message names the code; one that would end the program, such
+    as that of ``sys.exit``, too. Not wrapped are this package's own errors, those in ``passes``, out-of-memory errors
+    (a caller may recover from them), and what a signal (Ctrl-C) or the end of a coroutine raises. Settings of the
+    process that the code has changed are put back (see `kept_settings`).
 
     Args:
         who: the name of the code in the message.
@@ -37,10 +41,13 @@ def foreign(
         passes: exceptions that are not wrapped.
     """
     try:
-        yield
-    except (OnlineDPOError, torch.OutOfMemoryError, MemoryError, *passes):
+        with kept_settings(who):
+            yield
+    except (OnlineDPOError, torch.OutOfMemoryError, MemoryError, asyncio.CancelledError, GeneratorExit, *passes):
         raise
-    except Exception as error:
+    except BaseException as error:
+        if is_interruption(error):
+            raise
         rows = where if isinstance(where, str) else where()
         raise raises(f"{who} raised {named_error(error)}{rows and ' '}{rows}") from error
 

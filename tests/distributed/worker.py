@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerState
 
 from online_dpo.errors import NothingTrainedError, OnlineDPOError
 from online_dpo.scoring.judges.llm.judge import LLMJudge
+from online_dpo.training.learning_rate import LearningRateBackoff
 from online_dpo.training.step_guard import StepGuard
 from support import tiny
 from support.training import KeepGradient, dataset, trainer, weights
@@ -116,15 +117,16 @@ def poisoned_on_the_last_rank():
 def guard_alone(out, processes):
     """A loss that is not finite on one rank while all gradients are: only the guard can tell the others."""
     accelerator = Accelerator(cpu=True)
-    guard, model = StepGuard(accelerator, max_skipped_steps=3), torch.nn.Linear(2, 1)
+    backoff, model = LearningRateBackoff(0.5, 4, trains=lambda: guard.trains), torch.nn.Linear(2, 1)
+    guard = StepGuard(accelerator, max_skipped_steps=3, max_idle_steps=None, backoff=backoff)
     model.weight.grad = torch.ones(1, 2)
     guard.expect(num_pairs=4)
     guard.saw_gradient_norm(1.0)
     guard.saw_loss(torch.tensor(float("nan") if on_last_rank() else 0.7))
-    guard.on_pre_optimizer_step(None, TrainerState(), None, model=model)
-    torch.save(
-        {"dropped": model.weight.grad is None}, out / f"guard-of-{processes}-rank-{accelerator.process_index}.pt"
-    )
+    optimizer = torch.optim.SGD(model.parameters())
+    guard.on_pre_optimizer_step(None, TrainerState(), None, model=model, optimizer=optimizer)
+    found = {"dropped": model.weight.grad is None, "debt": backoff.debt}
+    torch.save(found, out / f"guard-of-{processes}-rank-{accelerator.process_index}.pt")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from types import SimpleNamespace
+
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
@@ -11,6 +14,7 @@ from online_dpo import OnlineDPOTrainer
 from online_dpo.cli.main import main
 from online_dpo.data.collate import collate_prompts
 from online_dpo.errors import ForeignCodeError, ScoringError, UnknownTokenError
+from online_dpo.scoring.event_loop import submit, wait_for
 from support import tiny
 from support.run_files import fill_folder, write_run_file
 from support.training import config, dataset, trainer, weights
@@ -300,18 +304,86 @@ def test_an_optimizer_or_a_schedule_leaves_no_half_done_step(tmp_path):
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
 
 
-def test_what_ends_a_program_and_memory_pass_through(tmp_path):
+class Ending(BaseException):
+    def __str__(self):
+        raise RuntimeError
+
+
+ENDINGS = {
+    SystemExit(0): (ForeignCodeError, "Callback `Leaving` in `on_step_end` raised SystemExit: 0 .step 1."),
+    KeyboardInterrupt("by itself"): (ForeignCodeError, "in `on_step_end` raised KeyboardInterrupt: by itself .step 1."),
+    Ending(): (ForeignCodeError, "raised Ending: .its message cannot be shown: RuntimeError. .step 1."),
+    ExceptionGroup("two", [OSError("a"), ValueError("b")]): (ForeignCodeError, "two .2 sub-exceptions.: OSError: a; V"),
+    RecursionError("deep"): (ForeignCodeError, "raised RecursionError: deep"),
+    MemoryError("full"): (MemoryError, "full"),
+    torch.OutOfMemoryError("full"): (torch.OutOfMemoryError, "full"),
+}
+
+
+@pytest.mark.parametrize(("raised", "told"), ENDINGS.items(), ids=[type(one).__name__ for one in ENDINGS])
+def test_whatever_a_callback_raises_leaves_a_checkpoint(tmp_path, raised, told):
     class Leaving(TrainerCallback):
-        def __init__(self, error):
-            self.error = error
-
         def on_step_end(self, args, state, control, **kwargs):
-            raise self.error
+            raise raised
 
-    for error in (KeyboardInterrupt(), SystemExit(3), torch.OutOfMemoryError("full")):
-        made = trainer(tmp_path, kwargs={"callbacks": [Leaving(error)]})
-        with pytest.raises(type(error)):
-            made.train()
+    made = trainer(tmp_path, kwargs={"callbacks": [Leaving()]})
+    with pytest.raises(told[0], match=told[1]):
+        made.train()
+    assert (tmp_path / "checkpoint-1" / "optimizer.pt").is_file()
+
+
+def exits(values):
+    raise SystemExit("done")
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"reward_funcs": Scorer(exits)}, "Scorer `house` raised SystemExit: done"),
+        ({"reward_funcs": None, "kwargs": {"judge": Judge(exits)}}, "Judge `court` raised SystemExit: done"),
+        ({"reward_funcs": None, "kwargs": {"judge": OldJudge(exits)}}, "Judge `OldJudge` raised SystemExit: done"),
+    ],
+)
+def test_sys_exit_in_what_scores(tmp_path, part, message):
+    made = trainer(tmp_path, **part, **IN_ORDER)
+    with pytest.raises(ScoringError, match=message):
+        made.train()
+    assert (tmp_path / "checkpoint-1").is_dir()
+
+
+def test_sys_exit_in_an_async_reward_and_in_a_task_that_it_starts(tmp_path):
+    """`asyncio` would end its loop, and with it the thread that all async rewards share."""
+
+    async def leave():
+        raise SystemExit("done")
+
+    async def starts_a_task(completions, trainer_state, **_):
+        if trainer_state.global_step:
+            await asyncio.create_task(leave())
+        return [float(len(text)) for text in completions]
+
+    made = trainer(tmp_path, reward_funcs=starts_a_task, **IN_ORDER)
+    fails_in(made, ScoringError, "Reward function `starts_a_task` raised SystemExit: done")
+    assert wait_for(submit(asyncio.sleep(0, "still there"))) == "still there"
+
+
+@pytest.mark.parametrize("taken", ["loss", "pair_selection", "engine"])
+def test_what_a_plugin_registers_is_named(tmp_path, taken):
+    def away(*args, **kwargs):
+        raise LookupError("away")
+
+    made = trainer(tmp_path, **IN_ORDER)
+    if taken == "loss":
+        made.objective.method = SimpleNamespace(losses=away, epoch_options=lambda *_: {})
+        message = r"Loss `sigmoid` raised LookupError: away \(step 0\)"
+    elif taken == "engine":
+        made.sampler.engine.generate = away
+        message = "Engine `TransformersEngine` raised LookupError: away"
+    else:
+        made.collector.form_pairs._method = SimpleNamespace(form_pairs=away)
+        message = "Method `online_dpo` with `pair_selection='best_worst'` raised LookupError: away .among rows 0, 1"
+    with pytest.raises(ForeignCodeError, match=message):
+        made.train()
 
 
 def test_outside_of_training_it_is_raised_at_once(tmp_path):

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from online_dpo.config.field_specs import specs_of
+from online_dpo.config.hf_ranges import shown
 from online_dpo.config.registry import known_names, nearest
 
 EPOCH_FIELDS = ("beta", "xpo_alpha", "mixture_coef")
@@ -58,7 +59,8 @@ def check_numbers(
     for holds, name, wanted in checks:
         if not holds:
             value = (values or {}).get(name, getattr(args, name))
-            raise ValueError(f"`{name}` must be {wanted}; it is {value!r}.")
+            text = shown(value) if isinstance(value, int) else repr(value)
+            raise ValueError(f"`{name}` must be {wanted}; it is {text}.")
 
 
 def warn_ignored(names: Sequence[str], why: str) -> None:

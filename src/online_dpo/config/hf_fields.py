@@ -5,17 +5,22 @@ Ranges of numbers are in `hf_ranges`; what is refused is in `unsupported`.
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Collection
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import DynamoBackend
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import GenerationConfig, Trainer, TrainingArguments, get_scheduler
 
 from online_dpo.config.checking import check_choice, check_numbers
-from online_dpo.config.hf_ranges import RANGES, out_of_range
+from online_dpo.config.hf_ranges import RANGES, absurd, out_of_range
+from online_dpo.config.input import number_fields
 from online_dpo.config.requirements import problems
 from online_dpo.distributed.processes import SLURM, start_alone, started_together
 from online_dpo.foreign import foreign
@@ -52,6 +57,17 @@ def check_names(args: TrainingArguments) -> None:
         if not isinstance(value := getattr(args, name), (int, float)):
             raise ValueError(f"`{name}` must be {RANGES[name].wanted}; it is {value!r}.")
     for name, problem in out_of_range(vars(args)):
+        raise ValueError(f"`{name}` {problem}")
+    check_absurd(args, {field.name for field in fields(TrainingArguments)})
+
+
+def check_absurd(args: Any, names: Collection[str]) -> None:
+    """Check that the numbers in these fields are such as a run can use, whatever the field (see `absurd`).
+
+    Raises:
+        ValueError: one is NaN, infinite, or above the largest number of its field.
+    """
+    for name, problem in absurd({name: getattr(args, name) for name in number_fields(type(args)) if name in names}):
         raise ValueError(f"`{name}` {problem}")
 
 
@@ -105,12 +121,20 @@ def _check_optimizer(args: TrainingArguments) -> None:
         optimizer = kind([nn.Parameter(torch.zeros(1))], **options)
     name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
     with foreign(f"The schedule `{name}` cannot be made with these settings: it", raises=ValueError):
-        get_scheduler(
+        schedule = get_scheduler(
             args.lr_scheduler_type,
             optimizer,
             num_warmup_steps=args.get_warmup_steps(STEPS),
             num_training_steps=STEPS,
             scheduler_specific_kwargs={**(args.lr_scheduler_kwargs or {})},  # pyright: ignore[reportGeneralTypeIssues]
+        )
+        factors = (
+            [f(step) for f in schedule.lr_lambdas for step in range(STEPS)] if isinstance(schedule, LambdaLR) else []
+        )
+    if not all(map(math.isfinite, factors)):
+        raise ValueError(
+            f"The schedule `{name}` gives a learning rate that is no finite number. Check `lr_scheduler_kwargs`, which "
+            f"is {args.lr_scheduler_kwargs!r}."
         )
 
 

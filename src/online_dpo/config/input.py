@@ -6,7 +6,10 @@ list of one, a mapping as text. YAML reads ``1e-6`` as text and ``off`` as false
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import numbers
+import re
 from typing import TYPE_CHECKING, Any
 
 from online_dpo.config.field_specs import FieldSpec, specs_of
@@ -31,6 +34,43 @@ def normalize_input(args: TrainingArguments) -> None:
             setattr(args, name, mapping_from_text(name, value))
     for spec in specs_of(type(args)).values():
         setattr(args, spec.name, _normalized(spec, getattr(args, spec.name)))
+    for name, is_whole in number_fields(type(args)).items():
+        value = getattr(args, name)
+        several = isinstance(value, (list, tuple))
+        items = [_plain_number(name, item, is_whole) for item in (value if several else [value])]
+        setattr(args, name, items if several else items[0])
+
+
+def number_fields(cls: type) -> dict[str, bool]:
+    """The fields of a dataclass that hold nothing but a number, a list of them, or ``None``; each with whether it is a
+    whole one.
+    """
+    kinds = {}
+    for field in dataclasses.fields(cls):
+        annotation = field.type.__name__ if isinstance(field.type, type) else str(field.type)
+        words = set(re.findall(r"\w+", annotation)) - {"None", "list"}
+        if words and words <= {"int", "float"}:
+            kinds[field.name] = "float" not in words
+    return kinds
+
+
+def _plain_number(name: str, value: Any, is_whole: bool) -> Any:
+    """The number that a text or a number of another type is, such as 2 for ``"2"`` or ``2.0`` where it is whole."""
+    if value is None:
+        return None
+    what = "a whole number" if is_whole else "a number"
+    if isinstance(value, str):
+        try:
+            value = int(value) if is_whole and value.strip().lstrip("+-").isdecimal() else float(value)
+        except ValueError:
+            raise ValueError(f"`{name}` must be {what}; it is {value!r}.") from None
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(f"`{name}` must be {what}; it is {value!r}.")
+    if is_whole and not isinstance(value, numbers.Integral):
+        if not float(value).is_integer():  # nan and infinity are none either
+            raise ValueError(f"`{name}` must be {what}; it is {value!r}.")
+        return int(value)
+    return value
 
 
 def _normalized(spec: FieldSpec, value: Any) -> Any:

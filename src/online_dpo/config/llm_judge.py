@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
+from online_dpo.config.hf_ranges import absurd
+
 LLM = "llm"  # how run files name such a judge
 OPENAI = "https://api.openai.com/v1"
 
@@ -158,6 +160,8 @@ class JudgeSettings:
                 raise ValueError(f"`{name}` must be {choices}; there is no file {value!r}.")
 
     def _check_numbers(self) -> None:
+        for name, problem in absurd(vars(self)):
+            raise ValueError(f"`{name}` {problem}")
         for name in AT_LEAST_ONE:
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -7,6 +7,7 @@ from typing import Any
 
 from online_dpo.config.checking import check_numbers
 from online_dpo.config.field_specs import documented
+from online_dpo.config.hf_ranges import absurd
 
 SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Fields that shape the distribution of the next token; `generation_kwargs` may hold them as well, and wins."""
@@ -90,6 +91,9 @@ def check_sampling(args: SamplingFields) -> None:
     """
     given: dict[str, Any] = {**(args.generation_kwargs or {})}  # pyright: ignore[reportGeneralTypeIssues]
     values = {name: given.get(name, getattr(args, name)) for name in SAMPLING_FIELDS}
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
+            raise ValueError(f"`{name}` must be a number; it is {value!r}.")
     checks = [
         (args.num_completions >= 2, "num_completions", "at least 2: a pair needs two completions"),
         (args.max_new_tokens >= 1, "max_new_tokens", "at least 1"),
@@ -104,6 +108,9 @@ def check_sampling(args: SamplingFields) -> None:
         (args.sync_check_steps >= 0, "sync_check_steps", "0 or more"),
     ]
     check_numbers(args, checks, values)
+    counts = ("num_completions", "max_new_tokens", "max_length")
+    for name, problem in absurd({**values, **{name: getattr(args, name) for name in counts}}):
+        raise ValueError(f"`{name}` {problem}")
     if args.prompt_limit is not None and args.prompt_limit < 1:
         raise ValueError(
             f"`max_length` ({args.max_length}) leaves no room for a prompt beside `max_new_tokens` "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from transformers import TrainingArguments
@@ -18,7 +18,7 @@ from online_dpo.config.checking import check_choices
 from online_dpo.config.data import DataFields, check_data
 from online_dpo.config.engine import EngineFields, engine_name, settle_engine
 from online_dpo.config.feedback import FeedbackFields, check_feedback
-from online_dpo.config.hf_fields import check_hf_fields, check_names, check_processes
+from online_dpo.config.hf_fields import check_absurd, check_hf_fields, check_names, check_processes
 from online_dpo.config.input import MAPPINGS, normalize_input
 from online_dpo.config.keyword_arguments import names_unknown_arguments
 from online_dpo.config.loss import LossFields, check_loss, without_reference
@@ -84,6 +84,7 @@ class OnlineDPOConfig(
         _check_target_kl(self)
         check_vllm(self)
         check_generation_kwargs(self.generation_kwargs)
+        check_absurd(self, {field.name for field in fields(self)})
         check_unsupported(self)
         check_accelerator(self)
         check_hf_fields(self)

@@ -5,10 +5,11 @@ Some are fields of :class:`transformers.TrainingArguments` with another default 
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
-from online_dpo.config.checking import check_numbers
+from online_dpo.config.checking import check_numbers, warn_ignored
 from online_dpo.config.field_specs import documented
 
 
@@ -61,6 +62,28 @@ class TrainingFields:
     stops.
     """
 
+    stop_timeout: float = 20.0
+    """Seconds that the running step has to end after SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 or SIGXCPU, which stop a run
+    with a checkpoint. After them the step is dropped, and the checkpoint is of the steps before. Choose it so that the
+    checkpoint can still be written before the scheduler kills the process: Kubernetes waits 30 seconds. Several
+    processes always end their step.
+    """
+
+    skipped_step_lr_factor: float = 1.0
+    """After a skipped step the learning rate is multiplied by this, in (0, 1]; 1 is off. Several skipped steps
+    multiply. The schedule goes on as it would have; `guard/lr_factor` and `learning_rate` in the log say what was used.
+    """
+
+    skipped_step_lr_recovery: int = 100
+    """With `skipped_step_lr_factor`: trained steps after which one skipped step is made up for. The learning rate grows
+    by the same factor with each of them.
+    """
+
+    max_idle_steps: int | None = 100
+    """After this many steps in a row that train nothing (no pair, not finite, a learning rate of 0), the run saves a
+    checkpoint and stops, with the reasons counted. When not set (`null`), it goes on. Raise it where pairs are rare.
+    """
+
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     resume_anyway: bool = False
@@ -96,5 +119,11 @@ def check_training(args: TrainingFields) -> None:
     checks = [
         (tokens is None or tokens >= 1, "max_tokens_per_pass", "at least 1"),
         (args.max_skipped_steps >= 1, "max_skipped_steps", "at least 1"),
+        (0 <= args.stop_timeout < threading.TIMEOUT_MAX, "stop_timeout", "a number of seconds, at least 0"),
+        (args.max_idle_steps is None or args.max_idle_steps >= 1, "max_idle_steps", "at least 1, or None"),
+        (0 < args.skipped_step_lr_factor <= 1, "skipped_step_lr_factor", "in (0, 1]"),
+        (args.skipped_step_lr_recovery >= 1, "skipped_step_lr_recovery", "at least 1"),
     ]
     check_numbers(args, checks)
+    if args.skipped_step_lr_factor == 1 and args.skipped_step_lr_recovery != TrainingFields.skipped_step_lr_recovery:
+        warn_ignored(["skipped_step_lr_recovery"], "without `skipped_step_lr_factor` below 1")

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from online_dpo.errors import FeedbackLostError, OnlineDPOError
+from online_dpo.distributed.signals import is_interruption
+from online_dpo.errors import FeedbackLostError
 
 T = TypeVar("T")
 
@@ -87,18 +88,28 @@ class RankErrors:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self.raised = False
+        self.begin_run()
 
     def begin_run(self) -> None:
         """Forgets errors of an earlier run."""
         self.raised = False
+        self._deferred: BaseException | None = None
 
-    def raise_if_any(self, problem: OnlineDPOError | None) -> None:
+    def defer(self, problem: BaseException) -> None:
+        """Takes a problem from where this rank cannot stop, because others wait for it in the same collective
+        operation, to the next `raise_if_any`. With one process it is raised at once.
+        """
+        if world_size() == 1:
+            raise problem
+        self._deferred = self._deferred or problem
+
+    def raise_if_any(self, problem: BaseException | None) -> None:
         """Ends all ranks if any of them has a problem.
 
         Raises:
-            OnlineDPOError: ``problem``; on ranks without one a `FeedbackLostError`.
+            BaseException: ``problem``; on ranks without one a `FeedbackLostError`.
         """
+        problem = self._deferred or problem
         if any_rank(problem is not None, self._device):
             self.raised = True
             raise problem or FeedbackLostError("Another process of this run failed; its error says why.")
@@ -107,12 +118,14 @@ class RankErrors:
         """Calls ``action`` and returns its result, unless it fails on any rank.
 
         Raises:
-            OnlineDPOError: as in `raise_if_any`. Errors of other classes are raised at once, on their own rank only.
+            BaseException: as in `raise_if_any`. What a signal raises ends its own rank at once.
         """
         problem, result = None, None
         try:
             result = action()
-        except OnlineDPOError as error:
+        except BaseException as error:
+            if is_interruption(error):
+                raise
             problem = error
         self.raise_if_any(problem)
         return result  # pyright: ignore[reportReturnType]

@@ -26,6 +26,8 @@ class Reference:
     """
 
     description: str
+    model: nn.Module | None = None
+    """The model itself, where it is another than the policy."""
 
     def active(self) -> AbstractContextManager[nn.Module]:
         """Inside, a forward pass of the model that the context yields gives the reference's present logits."""

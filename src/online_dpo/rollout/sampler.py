@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager
 
 from torch import nn
 
+from online_dpo.errors import ForeignCodeError
+from online_dpo.foreign import foreign
 from online_dpo.modeling.known_tokens import VocabularyCheck
 from online_dpo.rollout.engine import Engine
 from online_dpo.rollout.params import RolloutKey, SamplingParams
@@ -65,7 +67,8 @@ class Sampler:
 
     def sample(self, prompts: Sequence[Prompt], count: int, key: RolloutKey) -> list[Group]:
         """Returns ``count`` completions of each prompt, sampled with the weights of the last `sync`."""
-        with self.autocast():
+        who = f"Engine `{type(self.engine).__name__}`"
+        with self.autocast(), foreign(who, raises=ForeignCodeError):
             return self.engine.generate(prompts, count, self.params, key)
 
     def release(self) -> None:

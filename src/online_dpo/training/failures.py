@@ -28,7 +28,7 @@ class NamedCallbacks(CallbackHandler):
 
     def __init__(self, handler: CallbackHandler) -> None:
         vars(self).update(vars(handler))
-        self.failure: ForeignCodeError | None = None
+        self.failure: Exception | None = None
         self._defers = False
 
     @contextmanager
@@ -70,7 +70,7 @@ class NamedCallbacks(CallbackHandler):
         try:
             with foreign(who, f"(step {args[1].global_step})", raises=ForeignCodeError):
                 return getattr(callback, event)(*args, **kwargs)
-        except ForeignCodeError as error:
+        except Exception as error:
             if not self._defers:
                 raise
             self.failure = self.failure or error
@@ -80,7 +80,8 @@ class NamedCallbacks(CallbackHandler):
 class StepsDone(TrainerCallback):
     """Records the last complete step, and the random state at its end, so that a failed run can save a checkpoint.
 
-    It must be the last callback: between its `on_pre_optimizer_step` and its `on_step_end`, the update is incomplete.
+    It must come after all callbacks that may fail: between its `on_pre_optimizer_step` and its `on_step_end`, the
+    update is incomplete.
 
     Args:
         raise_on_every_rank: called just before each update; raises if any rank has failed, to prevent the update.

@@ -24,7 +24,8 @@ from online_dpo.checkpoints.folders import folder_of
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.distributed.collectives import RankErrors
 from online_dpo.distributed.process_state import kept_random_state
-from online_dpo.errors import CheckpointError, ForeignCodeError, OnlineDPOError, named_error
+from online_dpo.distributed.signals import is_interruption
+from online_dpo.errors import CheckpointError, ForeignCodeError, OnlineDPOError, TrainingInterrupted, named_error
 from online_dpo.modeling.borrowing import kept_flags
 from online_dpo.modeling.loading import ConfigKeeper, empty_device_cache
 from online_dpo.modeling.precision import keeps_small_steps
@@ -33,7 +34,9 @@ from online_dpo.training.checkpointing import Checkpoints
 from online_dpo.training.display.choose import choose_displays
 from online_dpo.training.display.figures import in_order
 from online_dpo.training.failures import NamedCallbacks, StepsDone
+from online_dpo.training.finite import FiniteWeights
 from online_dpo.training.interrupt import Interrupt
+from online_dpo.training.learning_rate import LearningRateBackoff
 from online_dpo.training.log_state import LogState
 from online_dpo.training.metric_store import MetricStore
 from online_dpo.training.passes import PassRunner
@@ -77,9 +80,14 @@ class GuardedTrainer(Trainer):
             drop_gradients=lambda: self.model.zero_grad(),  # pyright: ignore[reportOptionalMemberAccess]
             free_memory=self.free_memory,
         )
-        self.interrupt = Interrupt()
+        self.interrupt = Interrupt(is_updating=lambda: self.steps_done.updating)
         self.add_callback(self.interrupt)  # before the guard, which has a last log written
-        self.guard = StepGuard(self.accelerator, args.max_skipped_steps, self._count_skipped_pairs)
+        self.finite = FiniteWeights(self.accelerator.device, lambda: self.optimizer)
+        self.finite.add("the policy", self.model)  # pyright: ignore[reportArgumentType]
+        factor, recovery = args.skipped_step_lr_factor, args.skipped_step_lr_recovery
+        self.backoff = LearningRateBackoff(factor, recovery, trains=lambda: self.guard.trains)
+        limits = (args.max_skipped_steps, args.max_idle_steps)
+        self.guard = StepGuard(self.accelerator, *limits, self.backoff, self._on_skip, self.finite.check_start)
         self.add_callback(self.guard)
         self.updates = UpdatedRatio(lambda: self.guard.trained_steps, warns=not keeps_small_steps(args))
         self.add_callback(self.updates)
@@ -87,6 +95,7 @@ class GuardedTrainer(Trainer):
         self.add_callback(self.log_state)
         self.steps_done = StepsDone(self.raise_callback_failure)
         self.add_callback(self.steps_done)
+        self.add_callback(self.backoff)
         self.context = RunContext(
             self.accelerator,
             self.errors,
@@ -112,9 +121,11 @@ class GuardedTrainer(Trainer):
         Raises:
             CheckpointError: a checkpoint could not be saved, or cannot be resumed from.
             TrainingDivergedError: ``max_skipped_steps`` steps in a row were not finite; a checkpoint has been saved.
+            TrainingStalledError: ``max_idle_steps`` steps in a row trained nothing; a checkpoint has been saved.
             NothingTrainedError: no step trained anything; a checkpoint has been saved if there were steps.
             ValueError: the optimizer trains no weight of the model.
-            TrainingInterrupted: Ctrl-C was pressed; unless it was pressed twice, a checkpoint has been saved.
+            TrainingInterrupted: Ctrl-C was pressed; unless it was pressed twice, a checkpoint has been saved. After
+                SIGTERM and other signals, a `TrainingTerminated`.
             ForeignCodeError: a callback, a metric, a data collator, a dataset or an optimizer failed; as after any
                 other error, there is a checkpoint of the steps done, unless an update was half done.
         """
@@ -125,29 +136,40 @@ class GuardedTrainer(Trainer):
         self.configs.remember(self.model)  # pyright: ignore[reportArgumentType]
         displays = choose_displays(self)
         try:
-            with self.interrupt.handled(displays), self.callback_handler.deferred():
+            with self.interrupt.handled(displays, self.args.stop_timeout), self._failures_leave_checkpoint():  # pyright: ignore
                 checkpoint = self.checkpoints.begin(resume_from_checkpoint)
                 result = super().train(checkpoint, *args, **kwargs)
                 self.raise_callback_failure()
-        except Exception as error:
-            self._leave_checkpoint(error)
-            self._blame_optimizer(error)
-            raise
         finally:
             self.configs.restore()
             self.is_in_train = False  # the parent leaves it on where training fails
             self._evaluating_weights(True)
             for display in displays:
                 display.close()
+        self._check_finite("At the end")
         self.guard.raise_if_diverged(self.state, self.args.output_dir)  # pyright: ignore[reportArgumentType]
         self.guard.raise_if_nothing_trained(self.state, self.args.output_dir)  # pyright: ignore[reportArgumentType]
+        self.guard.raise_if_stalled(self.state, self.args.output_dir)  # pyright: ignore[reportArgumentType]
         return result
 
     def raise_callback_failure(self) -> None:
         """Raises on every rank what a callback of the user's has raised on any; a collective operation."""
         self.errors.raise_if_any(self.callback_handler.failure)
 
-    def _leave_checkpoint(self, error: Exception) -> None:
+    @contextmanager
+    def _failures_leave_checkpoint(self) -> Iterator[None]:
+        """Inside, callbacks fail where all ranks can, and any error leaves a checkpoint, but for a second Ctrl-C."""
+        try:
+            with self.callback_handler.deferred():
+                yield
+        except TrainingInterrupted:
+            raise
+        except BaseException as error:
+            self.leave_checkpoint(error)
+            self._blame_optimizer(error)
+            raise
+
+    def leave_checkpoint(self, error: BaseException) -> None:
         """Saves the steps that are done, if there is anything new in them. One rank that failed alone cannot: the
         others would not take part.
         """
@@ -155,7 +177,7 @@ class GuardedTrainer(Trainer):
         over = self.state.global_step >= self.state.max_steps and self.args.load_best_model_at_end  # other weights now
         alone = self.accelerator.num_processes > 1 and not self.errors.raised
         full = isinstance(error, CheckpointError)  # a second try would end as the first
-        if alone or over or full or not done.wants_checkpoint(self.state):
+        if alone or over or full or self.finite.found or not done.wants_checkpoint(self.state):
             return
         assert done.random_state is not None
         try:
@@ -168,13 +190,14 @@ class GuardedTrainer(Trainer):
         else:
             error.add_note(f"Before that, a checkpoint of the steps done was saved: {self.interrupt.checkpoint}")
 
-    def _blame_optimizer(self, error: Exception) -> None:
+    def _blame_optimizer(self, error: BaseException) -> None:
         """Names the optimizer and its schedule in an error that left an update half done.
 
         Raises:
             ForeignCodeError: an update was half done, so that ``error`` came from one of the two.
         """
-        if self.steps_done.updating and not isinstance(error, (OnlineDPOError, torch.OutOfMemoryError)):
+        passes = (OnlineDPOError, torch.OutOfMemoryError)
+        if self.steps_done.updating and not isinstance(error, passes) and not is_interruption(error):
             assert isinstance(self.optimizer, AcceleratedOptimizer)
             optimizer, schedule = (type(part).__name__ for part in (self.optimizer.optimizer, self.lr_scheduler))
             raise ForeignCodeError(
@@ -255,10 +278,20 @@ class GuardedTrainer(Trainer):
             optimizer.eval() if on else optimizer.train()
             self.holds_evaluation_weights = on
 
-    def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """As the parent's, with the weights that are evaluated (see `evaluation_weights`)."""
+    def _check_finite(self, when: str) -> None:
+        self.finite.check(self.state, self.args.output_dir, when, agree=True)  # pyright: ignore[reportArgumentType]
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the parent's, with the weights that are evaluated (see `evaluation_weights`).
+
+        Raises:
+            TrainingDivergedError: the weights are not finite; nothing is saved.
+        """
+        if output_dir is None or not _internal_call:  # else they are a checkpoint's, which has checked them
+            folder: Any = self.args.output_dir
+            self.finite.check(self.state, folder, "Before a save", agree=self.is_fsdp_enabled, optimizer=False)
         with self.evaluation_weights():
-            super().save_model(*args, **kwargs)
+            super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The parent's. The files take their places together, when all are written."""
@@ -278,6 +311,11 @@ class GuardedTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """The parent's, with the model card and the state of every part of the run; whole or absent on the disk."""
+        self._check_finite("Before a save")
+        with self.interrupt.request.saving():
+            self._save_all(model, trial)
+
+    def _save_all(self, model: nn.Module, trial: Any) -> None:
         run_dir = Path(self._get_output_dir(trial))
         with self.checkpoints.writing(run_dir) as folder:
             with self.checkpoints.part():
@@ -348,8 +386,9 @@ class GuardedTrainer(Trainer):
         """Gives back memory of the device that can be had again; called after a pass that did not fit."""
         empty_device_cache()
 
-    def _count_skipped_pairs(self, count: int) -> None:
-        self.metrics.total("guard/skipped_pairs", count / self.accelerator.num_processes)
+    def _on_skip(self, pairs: int) -> None:
+        self.metrics.total("guard/skipped_pairs", pairs / self.accelerator.num_processes)
+        self._check_finite("In a step that was skipped")  # then no further step would be better
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         """The parent's, over the rows that the policy reads: a prompt that completions share counts once."""
@@ -391,6 +430,9 @@ class GuardedTrainer(Trainer):
             own["time/all"] = elapsed
             # The parent's loss is a mean over steps, in which one without pairs counts 0; this one is over pairs.
             others = {name: value for name, value in logs.items() if name != "loss"}
+            if self.backoff.is_on:
+                others["learning_rate"] *= self.backoff.used
+                own["guard/lr_factor"] = self.backoff.used
             logs = in_order({**others, **own, "guard/skipped_steps": float(self.guard.skipped)})
         if self.state.epoch is not None:
             logs = {"epoch": self.state.epoch, **logs}  # the parent would put it last

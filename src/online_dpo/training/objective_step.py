@@ -12,6 +12,8 @@ from torch import nn
 
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.distributed.collectives import max_over_ranks, sum_over_ranks
+from online_dpo.errors import ForeignCodeError
+from online_dpo.foreign import foreign
 from online_dpo.methods.base import Method
 from online_dpo.modeling.borrowing import eval_mode
 from online_dpo.modeling.forward_path import ModelContext, PathChoice
@@ -19,7 +21,7 @@ from online_dpo.modeling.logprobs import row_logprobs
 from online_dpo.modeling.onednn import onednn_linears
 from online_dpo.modeling.reference import Reference
 from online_dpo.objective.beta import Beta
-from online_dpo.objective.inputs import LossOptions, pair_logprobs
+from online_dpo.objective.inputs import LossOptions, PairLogprobs, pair_logprobs
 from online_dpo.packing.microbatches import passes_needed, split_pairs
 from online_dpo.packing.pack import as_inputs, by_group, pack_groups, pack_pairs, stand_in
 from online_dpo.training.metrics import STEP_KL, record_loss, trained_kl
@@ -126,7 +128,7 @@ class ObjectiveStep:
             reference = self._reference_logprobs(rows)  # first: no activations of the policy are held meanwhile
         policy = row_logprobs(model, rows, chunked=self.choice.path.chunked)
         options = self._options_now()
-        loss_N = self.method.losses(pair_logprobs(rows, policy, reference), options)
+        loss_N = self._losses_of(pair_logprobs(rows, policy, reference), options)
         total = (loss_N * rows.weight_N).sum()
         if num_items_in_batch is None:
             loss = total / _or_one(rows.weight_N.sum())
@@ -137,6 +139,17 @@ class ObjectiveStep:
             if self.beta.adapts and reference is not None:
                 self.run.metrics.mean(STEP_KL, trained_kl(rows, policy, reference))
         return PairLosses(loss, loss_N, policy, reference)
+
+    def _losses_of(self, pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
+        """Returns the loss of each pair. Where it fails on one of several ranks, the others are in the same backward
+        pass: this one takes part with a loss of 0, and the run ends before the update.
+        """
+        try:
+            with foreign(f"Loss `{self.args.loss_type}`", f"(step {self.run.step})", raises=ForeignCodeError):
+                return self.method.losses(pairs, options)
+        except ForeignCodeError as error:
+            self.run.errors.defer(error)
+            return pairs.chosen_N * 0
 
     @torch.no_grad()
     def _reference_logprobs(self, rows: PackedRows) -> RowLogprobs | None:

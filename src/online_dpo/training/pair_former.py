@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from online_dpo.config.trainer_config import OnlineDPOConfig
+from online_dpo.errors import ForeignCodeError
+from online_dpo.foreign import among_rows, foreign
 from online_dpo.methods.base import Method
 from online_dpo.pairing.select import Selection
 from online_dpo.rollout.builtin.random_numbers import uniform_numbers
@@ -29,4 +31,6 @@ class PairFormer:
         def draw(prompt: Prompt) -> float:
             return float(uniform_numbers(key, prompt.row, sample=0, count=1)[0])
 
-        return self._method.form_pairs(groups, assessment, self._selection, draw)
+        who = f"Method `{self._args.method}` with `pair_selection={self._args.pair_selection!r}`"
+        with foreign(who, lambda: among_rows(groups), raises=ForeignCodeError):
+            return self._method.form_pairs(groups, assessment, self._selection, draw)

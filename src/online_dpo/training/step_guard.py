@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from online_dpo.checkpoints.codec import read_json, write_json
 from online_dpo.distributed.collectives import any_rank
-from online_dpo.errors import NothingTrainedError, TrainingDivergedError
+from online_dpo.errors import NothingTrainedError, TrainingDivergedError, TrainingStalledError
+from online_dpo.training.learning_rate import LearningRateBackoff
 from online_dpo.training.trained import check_trained, warn_of_untrained
 
 logger = logging.getLogger(__name__)
@@ -29,6 +32,10 @@ class GuardCounts:
     """What a checkpoint holds of a `StepGuard`."""
 
     trained_steps: int
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    idle: Counter[str] = field(default_factory=Counter)
+    learning_rate_debt: int = 0
 
 
 class StepGuard(TrainerCallback):
@@ -40,31 +47,42 @@ class StepGuard(TrainerCallback):
     momentum.
 
     ``trained_steps`` counts the steps that were made with a learning rate above 0; ``untrained`` counts the others of
-    this process by reason.
+    this process by reason, and ``idle`` those since the last trained step. All counts are the same on every rank.
 
     Args:
         accelerator: the trainer's accelerator.
         max_skipped_steps: the run stops after this many skipped steps in a row.
+        max_idle_steps: the run stops after this many steps in a row that train nothing; ``None``: never.
+        backoff: lowers the learning rate after skipped steps.
         on_skip: called with the number of pairs when a step is skipped.
+        check_start: called when training begins, with all weights loaded; raises if nothing can be trained from them.
     """
 
     FILE = "guard.json"
 
     def __init__(
-        self, accelerator: Accelerator, max_skipped_steps: int, on_skip: Callable[[int], None] = lambda pairs: None
+        self,
+        accelerator: Accelerator,
+        max_skipped_steps: int,
+        max_idle_steps: int | None,
+        backoff: LearningRateBackoff,
+        on_skip: Callable[[int], None] = lambda pairs: None,
+        check_start: Callable[[], None] = lambda: None,
     ) -> None:
         self.accelerator = accelerator
-        self.on_skip = on_skip
-        self.max_skipped_steps = max_skipped_steps
-        self.skipped = 0
-        self._idle = False
+        self.on_skip, self._check_start = on_skip, check_start
+        self.max_skipped_steps, self.max_idle_steps, self.backoff = max_skipped_steps, max_idle_steps, backoff
+        self._warned_idle = False
         self.begin_run()
 
     def begin_run(self) -> None:
         """Reset all counts for a new run."""
         self.trained_steps = 0
         self.untrained: Counter[str] = Counter()
-        self.skipped_in_a_row = 0
+        self.idle: Counter[str] = Counter()
+        self.skipped = self.skipped_in_a_row = 0
+        self.trains = False
+        self.backoff.begin_run()
         self._begin_step(num_pairs=0)
 
     def on_train_begin(
@@ -82,6 +100,7 @@ class StepGuard(TrainerCallback):
             ValueError: the optimizer trains no weight of the model.
         """
         assert model is not None
+        self._check_start()
         if state.global_step >= state.max_steps and state.is_world_process_zero:
             logger.warning(
                 "This run was over: step %d of %d is done. Nothing more is trained; to continue, raise `max_steps` or "
@@ -117,22 +136,30 @@ class StepGuard(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: nn.Module | None = None,
+        optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Remove all gradients if the step is not finite on any rank, or has no pair."""
+        """Remove all gradients if the step is not finite on any rank, or has no pair.
+
+        Raises:
+            TrainingDivergedError: the learning rate is not finite; the update would make all weights so.
+        """
         assert model is not None
+        _check_learning_rates(optimizer, state)
         finite = not any_rank(not bool(self._finite), self.accelerator.device)
         if not finite or self._num_pairs == 0:
             for parameter in model.parameters():
                 parameter.grad = None
-        self._trains = finite and self._num_pairs > 0
+        self.trains = finite and self._num_pairs > 0
         if finite:
-            self.untrained["without a pair"] += self._num_pairs == 0
             self.skipped_in_a_row = 0
+            if not self.trains:
+                self._count_untrained("without a pair")
             return
-        self.untrained["not finite"] += 1
+        self._count_untrained("not finite")
         self.skipped_in_a_row += 1
         self.skipped += 1
+        self.backoff.on_skip()
         self.on_skip(self._num_pairs)
         logger.warning(
             "Step %d skipped: its loss or gradient is not finite (%d in a row).",
@@ -149,20 +176,25 @@ class StepGuard(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Count the step as trained, or as untrained with its reason."""
-        if not self._trains:
+        if not self.trains:
             return
         if self.accelerator.optimizer_step_was_skipped:
-            self.untrained["gradient beyond the range of fp16"] += 1
+            self._count_untrained("gradient beyond the range of fp16")
         elif all(group["lr"] == 0 for group in optimizer.param_groups):
-            self.untrained["learning rate 0"] += 1
+            self._count_untrained("learning rate 0")
         else:
             self.trained_steps += 1
+            self.idle.clear()
+
+    def _count_untrained(self, reason: str) -> None:
+        self.untrained[reason] += 1
+        self.idle[reason] += 1
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Stop a run that has diverged, and save a checkpoint of a run that ends without a trained step."""
-        if self.diverged:
+        """Stop a run that has diverged or stalled, and save a checkpoint of a run that ends without a trained step."""
+        if self.diverged or self.stalled:
             control.should_save = True
             control.should_training_stop = True
         if self.trained_steps == 0 and (control.should_training_stop or state.global_step >= state.max_steps):
@@ -183,7 +215,7 @@ class StepGuard(TrainerCallback):
         if not logs or "pairs/count" not in logs:  # the log of an evaluation, or the last log of a run
             return
         idle = logs["pairs/count"] == 0
-        if idle and not self._idle and state.is_world_process_zero:
+        if idle and not self._warned_idle and state.is_world_process_zero:
             reasons = {name.partition("/")[2]: count for name, count in logs.items() if name.startswith("dropped/")}
             why = ", ".join(f"{reason} {count:.0f}" for reason, count in reasons.items() if count)
             logger.warning(
@@ -192,12 +224,17 @@ class StepGuard(TrainerCallback):
                 logs["prompts"],
                 why,
             )
-        self._idle = idle
+        self._warned_idle = idle
 
     @property
     def diverged(self) -> bool:
         """Whether so many steps in a row were skipped that the run must stop."""
         return self.skipped_in_a_row >= self.max_skipped_steps
+
+    @property
+    def stalled(self) -> bool:
+        """Whether so many steps in a row trained nothing that the run must stop."""
+        return self.max_idle_steps is not None and self.idle.total() >= self.max_idle_steps
 
     def raise_if_diverged(self, state: TrainerState, output_dir: str) -> None:
         """Raise an error if this guard has stopped the run.
@@ -206,9 +243,11 @@ class StepGuard(TrainerCallback):
             TrainingDivergedError: too many steps in a row were not finite.
         """
         if self.diverged:
+            folder = Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"  # of finite weights alone
+            where = f"The weights before them are in {folder}" if folder.is_dir() else "No checkpoint was saved"
             raise TrainingDivergedError(
                 f"{self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite; stopped at step "
-                f"{state.global_step}. The weights before them are in {output_dir}/checkpoint-{state.global_step}. "
+                f"{state.global_step}. {where}. "
                 "Try a lower learning rate, a larger beta, or bf16 instead of fp16; `max_skipped_steps` sets the limit."
             )
 
@@ -222,17 +261,31 @@ class StepGuard(TrainerCallback):
             return
         if state.global_step == 0:
             raise NothingTrainedError("The run has trained nothing: there was no step, because the data gave no batch.")
-        dropped: Counter[str] = Counter()
-        for log in state.log_history:
-            dropped.update({name.partition("/")[2]: int(n) for name, n in log.items() if name.startswith("dropped/")})
-        prompts = int(sum(log.get("prompts", 0) for log in state.log_history))
-        message = f"The run has trained nothing. Dropped of {prompts} prompts: {_counts(dropped)}."
+        message = f"The run has trained nothing. {_dropped(state.log_history)}."
         if steps := self.untrained.total():  # none of a run that was over when it was resumed
             message += (
                 f" Of {steps} steps: {_counts(self.untrained)}. The weights are those of the start; the run's state is "
                 f"in {output_dir}/checkpoint-{state.global_step}."
             )
+        if self.stalled:
+            message += f" It stopped after {self.max_idle_steps} steps; `max_idle_steps` sets the limit."
         raise NothingTrainedError(message)
+
+    def raise_if_stalled(self, state: TrainerState, output_dir: str) -> None:
+        """Raise an error that counts the reasons, if this guard has stopped a run that trained something before.
+
+        Raises:
+            TrainingStalledError: too many steps in a row trained nothing.
+        """
+        if not self.stalled:
+            return
+        steps = self.idle.total()
+        logs = [log for log in state.log_history if log["step"] > state.global_step - steps]
+        raise TrainingStalledError(
+            f"{steps} steps in a row trained nothing ({_counts(self.idle)}); stopped at step {state.global_step}. "
+            f"{_dropped(logs)}. The run is saved in {output_dir}/{PREFIX_CHECKPOINT_DIR}-{state.global_step}. See why "
+            "the completions of a prompt get no different scores; `max_idle_steps` sets the limit."
+        )
 
     def files(self, rank: int) -> Sequence[str]:
         """Return the name of the file with the counts."""
@@ -241,16 +294,41 @@ class StepGuard(TrainerCallback):
     def save(self, folder: Path, rank: int) -> None:
         """Save the counts to a checkpoint, on rank 0."""
         if rank == 0:
-            write_json(folder / self.FILE, GuardCounts(self.trained_steps))
+            counts = GuardCounts(self.trained_steps, self.skipped, self.skipped_in_a_row, self.idle, self.backoff.debt)
+            write_json(folder / self.FILE, counts)
 
     def restore(self, folder: Path, rank: int) -> None:
         """Restore the counts of a checkpoint.
 
+        A checkpoint of an earlier version has the first count alone.
+
         Raises:
             CheckpointError: the file is damaged.
         """
-        self.trained_steps = read_json(folder / self.FILE, GuardCounts).trained_steps
+        counts = read_json(folder / self.FILE, GuardCounts)
+        self.trained_steps = counts.trained_steps
+        self.skipped, self.skipped_in_a_row = counts.skipped_steps, counts.skipped_in_a_row
+        self.idle = Counter(counts.idle)
+        self.backoff.debt = counts.learning_rate_debt
+
+
+def _check_learning_rates(optimizer: Any, state: TrainerState) -> None:
+    rates = [group["lr"] for group in optimizer.param_groups if group["lr"] is not None]
+    wrong = [rate for rate in rates if not math.isfinite(rate)]
+    if wrong:
+        raise TrainingDivergedError(
+            f"The learning rate of step {state.global_step + 1} is {float(wrong[0])}: check the schedule, or the "
+            "callback that sets it. The step was not made."
+        )
 
 
 def _counts(of: Counter[str]) -> str:
     return ", ".join(f"{reason} {count}" for reason, count in of.most_common() if count) or "none"
+
+
+def _dropped(logs: Sequence[Mapping[str, Any]]) -> str:
+    """The prompts of these logs, and why they gave no pair."""
+    dropped: Counter[str] = Counter()
+    for log in logs:
+        dropped.update({name.partition("/")[2]: int(n) for name, n in log.items() if name.startswith("dropped/")})
+    return f"Dropped of {int(sum(log.get('prompts', 0) for log in logs))} prompts: {_counts(dropped)}"

@@ -203,6 +203,8 @@ class OnlineDPOTrainer(GuardedTrainer):
         self.reference = build_reference(ref_model, policy, args)
         vocabulary = build_vocabulary(policy, None if ref_model is None else self.reference, tokenizer, datasets)
         self.add_callback(ReferenceSteps(self.reference))
+        if self.reference.model is not None:
+            self.finite.add("the reference", self.reference.model, frozen=not args.sync_ref_model)
         self.sampler = build_sampler(policy, vocabulary, tokenizer, args, self.accelerator)
         self.reference_answers = build_reference_answers(self.reference, self.sampler, tokenizer, args)
         self.method = METHODS[args.method]

@@ -67,12 +67,24 @@ def test_one_process_is_the_identity():
         collectives.raise_first_ranks(ValueError("mine"))
 
 
-def test_errors_of_this_package_are_raised_together_and_others_at_once():
+def raising(error):
+    raise error
+
+
+def test_errors_of_every_class_are_raised_together_and_ctrl_c_at_once():
     errors = RankErrors(CPU)
     assert errors.run(lambda: 3) == 3 and not errors.raised
-    with pytest.raises(ZeroDivisionError):
-        errors.run(lambda: 1 // 0)
+    with pytest.raises(KeyboardInterrupt):
+        errors.run(lambda: raising(KeyboardInterrupt()))
     assert not errors.raised
+    for error in (ZeroDivisionError("x"), SystemExit(0), MemoryError(), GeneratorExit()):
+        errors.begin_run()
+        with pytest.raises(type(error)):
+            errors.run(lambda error=error: raising(error))
+        assert errors.raised
+    errors.begin_run()
+    with pytest.raises(LookupError):  # there is no other rank to wait for
+        errors.defer(LookupError("at once"))
     with pytest.raises(ScoringError, match="away"):
         errors.raise_if_any(ScoringError("away"))
     assert errors.raised and not isinstance(ScoringError("away"), FeedbackLostError)

@@ -20,7 +20,7 @@ from online_dpo.cli.runfile.references import Reference, parse_module, parse_ref
 from online_dpo.cli.runfile.run_config import COUNTS, RunConfig
 from online_dpo.cli.runfile.schema import load_fields
 from online_dpo.config import requirements
-from online_dpo.config.hf_ranges import out_of_range
+from online_dpo.config.hf_ranges import absurd, out_of_range, shown
 from online_dpo.config.input import MAPPINGS, mapping_from_text
 from online_dpo.config.llm_judge import LLM
 from online_dpo.config.registry import KINDS
@@ -114,8 +114,7 @@ class RunChecker:
             if self._given(name):
                 yield from self._input_path(name)
         yield from self._scorers()
-        yield from self._counts()
-        for name, problem in (*model_problems(self.values, is_trained=True), *out_of_range(self.values)):
+        for name, problem in (*model_problems(self.values, is_trained=True), *self._numbers().items()):
             yield f"{self._where(name)}: `{name}` {problem}"
         yield from self._output()
         yield from self._resume()
@@ -126,10 +125,13 @@ class RunChecker:
         for name, problem in requirements.problems(self.values):
             yield f"{self._where(name)}: {problem}"
 
-    def _counts(self) -> Iterator[str]:
+    def _numbers(self) -> dict[str, str]:
+        """What is wrong with numbers, by field: one problem each."""
+        problems = {**dict(absurd(self.values)), **dict(out_of_range(self.values))}
         for name in COUNTS:
             if self._given(name) and self.values[name] < 1:
-                yield f"{self._where(name)}: `{name}` is {self.values[name]}; wanted: 1 or more."
+                problems[name] = f"is {shown(self.values[name])}; wanted: 1 or more."
+        return problems
 
     def warnings(self) -> Iterator[str]:
         """Yield a line for each field that is ignored or likely to be a mistake."""

@@ -95,12 +95,14 @@ class FunctionScorer:
     def _arguments(self, groups: Sequence[Group]) -> dict[str, Any]:
         samples = [(group.prompt, completion) for group in groups for completion in group.completions]
         column_names = dict.fromkeys(name for group in groups for name in group.prompt.columns)
-        available: dict[str, Any] = {name: [prompt.columns.get(name) for prompt, _ in samples] for name in column_names}
-        # Each completion gets its own copy of the messages: a function that changes them must not change the prompt.
+        # Each completion gets its own copy of values and messages: a function that changes them changes no prompt.
+        available: dict[str, Any] = {
+            name: [copy.deepcopy(prompt.columns.get(name)) for prompt, _ in samples] for name in column_names
+        }
         available["prompts"] = [copy.deepcopy(prompt.content) for prompt, _ in samples]
         available["completions"] = [_completion_argument(prompt, completion) for prompt, completion in samples]
         available["completion_ids"] = [list(completion.token_ids) for _, completion in samples]
-        available["trainer_state"] = None if self._state is None else self._state()
+        available["trainer_state"] = None if self._state is None else _copied(self._state())
         available["log_extra"], available["log_metric"] = log_functions(len(samples))
 
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in self._parameters):
@@ -159,6 +161,13 @@ def is_async_function(function: Any) -> bool:
     while isinstance(function, functools.partial):
         function = function.func
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+def _copied(state: Any) -> Any:
+    """A copy of the trainer's state, with lists of its own (the log): a function that writes into it changes no run."""
+    copied = copy.copy(state)
+    vars(copied).update({name: [*map(copy.copy, v)] for name, v in vars(state).items() if isinstance(v, list)})
+    return copied
 
 
 def _completion_argument(prompt: Prompt, completion: Completion) -> Any:

@@ -1,0 +1,22 @@
+"""Every fault of the catalogue, in a real run (see `harness.py`)."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from faults.catalogue import all_faults
+from faults.checks import check
+from faults.harness import Fault
+from faults.runs import Stage
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    every = metafunc.config.getoption("--every")
+    faults = [fault for fault in all_faults().values() if fault.quick or every]
+    metafunc.parametrize("fault", faults, ids=[fault.id for fault in faults])
+
+
+def test_fault(fault: Fault, stage: Stage) -> None:
+    check(stage, fault, re.sub(r"[^\w.-]+", "-", fault.id))
