@@ -76,10 +76,18 @@ def _differences(saved: Mapping[str, Any], own: Mapping[str, Any], prefix: str) 
     for name in own:
         if name not in saved or saved[name] == own[name]:
             continue
-        if isinstance(saved[name], dict) and isinstance(own[name], dict):
-            yield from _differences(saved[name], own[name], f"{prefix}{name}.")
+        before, now = _by_place(saved[name]), _by_place(own[name])
+        if isinstance(before, dict) and isinstance(now, dict) and (before.keys() & now.keys()):
+            yield from _differences(before, now, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}: checkpoint has {_shown(saved[name])}, this run has {_shown(own[name])}"
+
+
+def _by_place(value: Any) -> Any:
+    """A list of mappings, such as scorers, as one mapping."""
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        return {f"{place}.{name}": entry for place, item in enumerate(value) for name, entry in item.items()}
+    return value
 
 
 def _shown(value: Any) -> str:
