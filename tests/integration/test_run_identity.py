@@ -10,7 +10,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import LlamaForSequenceClassification
 
-from online_dpo.errors import CheckpointError
+from online_dpo.errors import CheckpointError, OnlineDPOError
 from support import tiny
 from support.training import LORA, dataset, trainer, weights, word_reward
 
@@ -90,8 +90,8 @@ def test_several_differences_are_told_together_with_the_two_ways_on(folder):
         resumes(folder, seed=1, temperature=0.5)
     assert str(caught.value) == (
         f"{folder}/checkpoint-1 is of a run that computes something else: seed: checkpoint has 42, this run has 1; "
-        "temperature: checkpoint has 0.9, this run has 0.5. Put this back as it was, or go on from it all the same with "
-        "`resume_anyway: true` (`--resume_anyway`, `resume_anyway=True`)."
+        "temperature: checkpoint has 0.9, this run has 0.5. Put this back as it was, or go on from it all the same "
+        "with `resume_anyway: true` (`--resume_anyway`, `resume_anyway=True`)."
     )
 
 
@@ -184,11 +184,40 @@ def test_a_run_does_not_start_among_the_checkpoints_of_another(tmp_path):
     with pytest.raises(CheckpointError) as caught:
         trainer(tmp_path, **OPTIONS, seed=1).train()
     assert str(caught.value) == (
-        f"{tmp_path} holds checkpoint-1 to checkpoint-2 of an earlier run. To go on from there, resume "
+        f"{tmp_path} holds checkpoint-1 to checkpoint-2 of another run (seed: checkpoint has 42, this run has 1). To "
+        "go on from there, resume "
         "(`--resume_from_checkpoint`, `trainer.train(resume_from_checkpoint=True)`); to start anew, give another "
         "`output_dir`, or `overwrite_output_dir: true`, which deletes these checkpoints."
     )
     assert kept == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_a_run_that_is_over_may_be_repeated(tmp_path, caplog):
+    """The commands of the README are run twice by many."""
+    trainer(tmp_path, **OPTIONS).train()
+    again = trainer(tmp_path, **OPTIONS)
+    again.train()
+    assert again.state.global_step == 2
+    assert "of an earlier run with the same settings, which is over: this one starts anew" in caplog.text
+    ids = {json.loads((p / "manifest.json").read_text())["extra"]["run"]["id"] for p in tmp_path.glob("checkpoint-*")}
+    assert len(ids) == 1
+
+
+def test_a_run_that_is_not_over_is_not_begun_again_by_mistake(tmp_path):
+    def fails(completions, trainer_state, **_):
+        if trainer_state.global_step == 1:
+            raise ConnectionError("away")
+        return word_reward(completions)
+
+    for message in (None, "holds checkpoint-1 of a run with these settings that is not over. To go on from there, re"):
+        with pytest.raises(OnlineDPOError, match=message):
+            trainer(tmp_path, reward_funcs=fails, **{**OPTIONS, "max_staleness": 0}).train()
+
+
+def test_checkpoints_of_other_programs_are_not_mixed_with_a_runs_own(tmp_path):
+    (tmp_path / "checkpoint-7").mkdir()
+    with pytest.raises(CheckpointError, match=r"holds checkpoint-7 of another run\. To go on from there, resume"):
+        trainer(tmp_path, **OPTIONS).train()
 
 
 def test_overwriting_deletes_the_checkpoints_of_the_other_run(tmp_path):

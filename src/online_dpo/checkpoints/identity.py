@@ -12,6 +12,7 @@ from typing import Any
 
 from online_dpo.checkpoints.folders import checkpoints_in, located
 from online_dpo.checkpoints.manifest import manifest_of
+from online_dpo.checkpoints.needed import STATE
 
 BLOCK = "run"
 """The block of a manifest's ``extra`` that holds the identity of its run."""
@@ -125,11 +126,25 @@ def of_other_runs(run_dir: Path, own: set[str]) -> list[Path]:
     return [folder for folder in checkpoints_in(run_dir) if (identity_of(folder) or {}).get("id") not in own]
 
 
-def taken(run_dir: Path, others: list[Path]) -> str:
-    """The error message for a folder that holds checkpoints of another run."""
+def is_over(folder: Path) -> bool:
+    """Whether a checkpoint is that of the last step of its run."""
+    try:
+        state = json.loads((located(folder) / STATE).read_bytes())
+        return state["global_step"] >= state["max_steps"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return False
+
+
+def taken(run_dir: Path, others: list[Path], different: list[str] | None) -> str:
+    """The error message for a folder that holds checkpoints of another run, or of one that is not over.
+
+    Args:
+        different: how that run differs; ``None`` if it does not say what it computed with.
+    """
     names = others[-1].name if len(others) == 1 else f"{others[0].name} to {others[-1].name}"
+    what = f"another run ({'; '.join(different)})" if different else "a run with these settings that is not over"
     return (
-        f"{run_dir} holds {names} of an earlier run. To go on from there, resume "
+        f"{run_dir} holds {names} of {'another run' if different is None else what}. To go on from there, resume "
         "(`--resume_from_checkpoint`, `trainer.train(resume_from_checkpoint=True)`); to start anew, give another "
         "`output_dir`, or `overwrite_output_dir: true`, which deletes these checkpoints."
     )

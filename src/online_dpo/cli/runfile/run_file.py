@@ -11,7 +11,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from online_dpo.checkpoints.identity import of_other_runs, taken
 from online_dpo.cli.judging.plan import BuiltInJudge, plan_llm, plan_pairwise_model
 from online_dpo.cli.runfile.entries import COMMAND_LINE, Entry, UsageError, read_overrides, read_run_file, read_values
 from online_dpo.cli.runfile.model_options import ignored_options, model_init_kwargs, model_problems
@@ -292,11 +291,6 @@ class RunChecker:
         if given is not None and (not given or Path(given).expanduser().is_file()):
             what = "a file" if given else "empty"
             yield f"{self._where('output_dir')}: `output_dir` is {what}. Give the name of a folder, new or old."
-            return
-        if not self.values.get("resume_from_checkpoint") and not self.values.get("overwrite_output_dir"):
-            folder = Path(given or DEFAULT_OUTPUT).expanduser()
-            if others := of_other_runs(folder, set()):
-                yield f"{self._where('output_dir') if given else self.file}: {taken(folder, others)}"
 
     def _resume(self) -> Iterator[str]:
         checkpoint = self.values.get("resume_from_checkpoint")
