@@ -142,8 +142,7 @@ def build_trainer(plan: RunPlan, display: ProgressDisplay) -> OnlineDPOTrainer:
         rewards = load_rewards(plan.reward_funcs, given.pop("reward_model_path", None))
         gold = load_rewards(plan.eval_reward_funcs, given.pop("eval_reward_model_path", None))
     args = OnlineDPOConfig(**{**given, "disable_tqdm": True})
-    if resume := plan.training.get("resume_from_checkpoint"):
-        check_options(resume, args)
+    check_options(plan.training.get("resume_from_checkpoint"), args)
     train_dataset = load_prompts(
         run.dataset_name,
         split=run.dataset_train_split,
