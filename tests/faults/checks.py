@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from faults.ground import write_files
 from faults.harness import ANY, RESUME, ByRank, Either, Ending, Fault, Killed, OneLine, Resumes, Stops, Survived, Writes
-from faults.runs import Ended, Stage, as_resumed, weights_hash, without_fault
+from faults.runs import Ended, Stage, weights_hash, without_fault
 
 COMMAND = ("train", "run.yaml")
 
