@@ -29,6 +29,7 @@ from online_dpo.errors import (
     CheckpointError,
     NothingTrainedError,
     OnlineDPOError,
+    RankLostError,
     TrainingInterrupted,
     is_out_of_memory,
     named_error,
@@ -55,7 +56,7 @@ def train(plan: RunPlan, words: Sequence[str], *, show_traceback: bool) -> int:
             raise
         if is_out_of_memory(error):
             return report_error(named_memory_error(error, "while the run was set up"), 1, show_traceback)
-        return report_error(error, 2, show_traceback)
+        return report_error(error, 1 if isinstance(error, RankLostError) else 2, show_traceback)
     if trainer.is_world_process_zero():
         print_lines(describe_trainer(trainer), INDENT)
     end = EndOfRun()
@@ -145,8 +146,7 @@ def build_trainer(plan: RunPlan, display: ProgressDisplay) -> OnlineDPOTrainer:
         rewards = load_rewards(plan.reward_funcs, given.pop("reward_model_path", None))
         gold = load_rewards(plan.eval_reward_funcs, given.pop("eval_reward_model_path", None))
     args = OnlineDPOConfig(**{**given, "disable_tqdm": True})
-    if resume := plan.training.get("resume_from_checkpoint"):
-        check_options(resume, args)
+    check_options(plan.training.get("resume_from_checkpoint"), args)
     train_dataset = load_prompts(
         run.dataset_name,
         split=run.dataset_train_split,

@@ -119,7 +119,7 @@ def test_placed_models_are_not_moved(tmp_path):
         ([length, length], tokenizer(), {}, ValueError, "has 1 entries, but there are 2 reward functions"),
         (length, "gpt2", {}, TypeError, "must be a tokenizer or None; one is str 'gpt2'"),
         (length, None, {"reward_weights": [1.0, 2.0]}, ValueError, "has 2 numbers, but there are 1 reward functions"),
-        (length, None, {"reward_weights": [math.nan]}, ValueError, "must be finite numbers"),
+        (length, None, {"reward_weights": [math.nan]}, ValueError, "must be a finite number"),
         (
             [length, length],
             None,
