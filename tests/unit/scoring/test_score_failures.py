@@ -64,7 +64,7 @@ def test_none_is_no_failure_and_no_answer() -> None:
 
     made = assessor(half)
     made.assess(groups(14))  # 28 completions, 19 of them scored
-    with pytest.raises(FeedbackStopped, match="to 10 of the last 20 questions"):
+    with pytest.raises(FeedbackStopped, match="to 11 of the last 20 questions"):
         made.assess(groups(1))
 
 
