@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
 import warnings
 from collections.abc import Callable, Collection, Sequence
@@ -67,8 +66,6 @@ def check_scorers(
             f"`reward_weights` has {len(weights)} numbers, but there are {len(rewards)} reward functions. "
             "Give one for each."
         )
-    if weights is not None and not all(math.isfinite(weight) for weight in weights):
-        raise ValueError(f"`reward_weights` must be finite numbers; they are {weights}.")
     kinds = args.reward_normalization
     if not isinstance(kinds, str) and len(kinds) != len(rewards):
         raise ValueError(
