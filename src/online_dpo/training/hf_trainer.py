@@ -93,10 +93,10 @@ class GuardedTrainer(Trainer):
         self.add_callback(self.guard)
         self.updates = UpdatedRatio(lambda: self.guard.trained_steps, warns=not keeps_small_steps(args))
         self.add_callback(self.updates)
-        self.others = OtherRanks(watch_ranks(args.ddp_timeout), args.max_staleness > 0)
-        self.add_callback(self.others)
         self.log_state = LogState(self.metrics)
         self.add_callback(self.log_state)
+        self.others = OtherRanks(watch_ranks(args.ddp_timeout), self.log_state, args.max_staleness > 0)
+        self.add_callback(self.others)
         self.steps_done = StepsDone(self.raise_callback_failure)
         self.add_callback(self.steps_done)
         self.add_callback(self.backoff)
@@ -335,6 +335,7 @@ class GuardedTrainer(Trainer):
             with self.evaluation_weights():
                 super()._save_checkpoint(model, trial)
             self.run_state.save(folder, self.accelerator.process_index)
+            self.others.write_files(folder)
         if self.args.push_to_hub:
             super()._push_from_checkpoint(str(folder_of(run_dir, self.state.global_step)))
         self.checkpoints.rotate(run_dir)
@@ -343,8 +344,8 @@ class GuardedTrainer(Trainer):
         """Does nothing: the parent calls it before the checkpoint is in its place; `_save_checkpoint` pushes later."""
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """The parent's; if this process saves for others that are lost, the states of all."""
-        if not self.others.write_rng_states(Path(output_dir)):
+        """The parent's, unless this process saves for others that are lost: then there are the files of all."""
+        if not self.others.stands_in:
             super()._save_rng_state(output_dir)
 
     def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:

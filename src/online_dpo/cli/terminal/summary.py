@@ -121,7 +121,7 @@ def places(output_dir: str) -> Iterator[str]:
     folder = Path(output_dir)
     yield f"Model saved in {folder}"
     yield f"  log of every metric: {folder / TRAINER_STATE_NAME}"
-    steps = [step_of(path) for path in checkpoints_in(folder)]
+    steps = [step_of(checkpoint) for checkpoint in checkpoints_in(folder)]
     if steps:
         names = ", ".join(map(str, steps)) if len(steps) <= 5 else f"{steps[0]} to {steps[-1]}, {len(steps)} of them"
         yield f"  checkpoints: {folder / PREFIX_CHECKPOINT_DIR}-STEP, of {_plural('step', len(steps))} {names}"
