@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from online_dpo.checkpoints.folders import by_age, checkpoints_in, located, step_of
+from online_dpo.checkpoints.folders import NAME, by_age, checkpoints_in, located, step_of
 from online_dpo.checkpoints.manifest import FILE, has_manifest, manifest_of, problem_of
 from online_dpo.checkpoints.needed import STATE, Needs
 
@@ -48,6 +48,9 @@ def newest_whole(run_dir: Path, needs: Needs) -> Choice:
         unknown = folder not in passed_over and manifest_of(located(folder)) is None
         if unknown and (chosen is None or step_of(folder) > step_of(chosen)):
             passed_over[folder] = _problem(located(folder), needs)
+    for path in run_dir.glob("checkpoint-*") if run_dir.is_dir() else ():
+        if NAME.fullmatch(path.name) and not path.is_dir() and (chosen is None or step_of(path) > step_of(chosen)):
+            passed_over[path] = "it is no folder"
     return Choice(chosen, tuple(sorted(passed_over.items(), key=lambda item: -step_of(item[0]))))
 
 

@@ -65,7 +65,9 @@ def located(folder: Path) -> Path:
 def put_in_place(folder: Path) -> None:
     """Renames a checkpoint that is whole from aside to its folder, in whose place there may be another one."""
     aside, old = aside_of(folder), _beside(folder, "removed")
-    if folder.exists():
+    if folder.is_symlink() or folder.is_file():
+        folder.unlink()
+    elif folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.rename(folder, old)
     os.rename(aside, folder)

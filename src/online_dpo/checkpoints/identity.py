@@ -61,6 +61,8 @@ IN_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "ad
 def compared_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that are compared, of all fields of a configuration, as JSON has them."""
     kept = {name: value for name, value in options.items() if name not in NOT_COMPARED}
+    if isinstance(kept.get("accelerator_config"), dict):  # null and false mean the same here, and become false
+        kept["accelerator_config"] = {**kept["accelerator_config"], "dispatch_batches": False}
     return json.loads(json.dumps(kept, default=str))
 
 

@@ -20,11 +20,12 @@ FILE = "manifest.json"
 FORMAT = 1
 THREADS = 4
 """Files that are read at the same time. hashlib releases Python's lock while it computes."""
-READ_BY_NAME = (
+STATE = (
     *("trainer_state.json", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth"),
-    *("model.safetensors*", "pytorch_model.bin*", "adapter_model.*", "adapter_config.json"),
     *("beta.json", "guard.json", "reference.*", "lookahead-*", "metrics-*.json"),
 )
+"""Files of a run beside its weights."""
+READ_BY_NAME = (*STATE, "model.safetensors*", "pytorch_model.bin*", "adapter_model.*", "adapter_config.json")
 """Files that a resumed run reads wherever they are. Others may be added to a checkpoint, by a callback for example."""
 
 
@@ -123,6 +124,19 @@ def problem_of(folder: Path) -> str | None:
     except ValueError as error:
         return str(error)
     return _first(_size_problem(folder, files), _unknown_file(folder, files)) or _hash_problem(folder, files)
+
+
+def model_problem_of(folder: Path) -> str | None:
+    """Why the model in a checkpoint is not as it was written. What a resumed run needs beside it may be gone."""
+    manifest = manifest_of(folder)
+    if manifest is None:
+        return f"{FILE} is damaged" if has_manifest(folder) else None
+    of_model = {name: entry for name, entry in manifest.files.items() if not _is_state(name)}
+    return _size_problem(folder, of_model) or _hash_problem(folder, of_model)
+
+
+def _is_state(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in (*STATE, "training_args.bin"))
 
 
 def _first(*problems: str | None) -> str | None:

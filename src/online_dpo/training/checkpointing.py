@@ -24,7 +24,7 @@ from online_dpo.checkpoints.needed import Needs
 from online_dpo.checkpoints.rotation import keep_only, rotate
 from online_dpo.checkpoints.writer import CheckpointWriter, Facts, Role
 from online_dpo.config.trainer_config import OnlineDPOConfig
-from online_dpo.distributed.collectives import from_first_rank, raise_first_ranks
+from online_dpo.distributed.collectives import from_every_rank, from_first_rank
 from online_dpo.errors import CheckpointError, named_error
 from online_dpo.training.run_identity import RunIdentity
 
@@ -78,7 +78,9 @@ class Checkpoints:
             error = problem
         except OSError as problem:
             error = CheckpointError(f"No checkpoint could be read: {named_error(problem)}.")
-        raise_first_ranks(error)
+        for of_rank in from_every_rank(error):
+            if of_rank is not None:
+                raise of_rank
         self.identity.follow(from_first_rank(self.identity.origin))
         return from_first_rank(folder)
 

@@ -50,9 +50,11 @@ def test_steps_are_numbers(tmp_path, make_checkpoint):
 def test_nothing_to_resume_from(tmp_path, make_checkpoint):
     assert none_found(tmp_path, newest_whole(tmp_path / "none", PLAIN)).startswith(f"{tmp_path} holds no checkpoint.")
     (tmp_path / "checkpoint-x").mkdir()
-    (tmp_path / "checkpoint-7").touch()
     (tmp_path / ".checkpoint-8.partial" / "checkpoint-8").mkdir(parents=True)
     assert newest_whole(tmp_path, PLAIN).passed_over == ()
+    (tmp_path / "checkpoint-7").touch()
+    assert passed_over(newest_whole(tmp_path, PLAIN)) == {"checkpoint-7": "it is no folder"}
+    (tmp_path / "checkpoint-7").unlink()
     (make_checkpoint(3) / "model.safetensors").write_text("cut")
     choice = newest_whole(tmp_path, PLAIN)
     assert choice.folder is None

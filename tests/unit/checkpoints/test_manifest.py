@@ -6,7 +6,7 @@ import os
 import pytest
 
 from online_dpo.checkpoints import manifest as manifests
-from online_dpo.checkpoints.manifest import Manifest, entries_of, files_in, manifest_of, problem_of
+from online_dpo.checkpoints.manifest import Manifest, entries_of, files_in, manifest_of, model_problem_of, problem_of
 
 
 @pytest.mark.smoke
@@ -101,6 +101,19 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(make_checkpoint):
     (folder / "optimizer.pt").unlink()
     os.mkfifo(folder / "optimizer.pt")
     assert problem_of(folder) == "optimizer.pt is missing"
+
+
+def test_a_model_in_a_checkpoint_is_whole_without_the_state_of_its_run(make_checkpoint):
+    folder = make_checkpoint(1)
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "guard.json"):
+        (folder / name).unlink()
+    assert model_problem_of(folder) is None and problem_of(folder) is not None
+    flipped(folder / "model.safetensors")
+    assert model_problem_of(folder).startswith("model.safetensors has other content")
+    (folder / "manifest.json").write_text("{")
+    assert model_problem_of(folder) == "manifest.json is damaged"
+    (folder / "manifest.json").unlink()
+    assert model_problem_of(folder) is None
 
 
 def test_files_in_folders_count(tmp_path):

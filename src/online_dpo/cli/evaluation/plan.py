@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from online_dpo.checkpoints.folders import checkpoints_in
+from online_dpo.checkpoints.manifest import model_problem_of
 from online_dpo.cli.evaluation.options import CALLED_HERE, FROM_THE_RUN, RUN_FIELDS, EvalConfig
 from online_dpo.cli.judging.plan import BuiltInJudge
 from online_dpo.cli.runfile.entries import Entry, UsageError, read_overrides, read_run_file, read_values
@@ -228,7 +230,7 @@ class EvalChecker(RunChecker):
 
     def _output_folder(self, folder: Path) -> Iterator[str]:
         if not holds_model(folder):
-            checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: (len(path.name), path.name))
+            checkpoints = checkpoints_in(folder)
             example = f", such as --model {checkpoints[-1]}" if checkpoints else ""
             yield f"{self.file}: {folder}, the run's `output_dir`, holds no model. Give --model{example}."
 
@@ -238,6 +240,8 @@ class EvalChecker(RunChecker):
             if not holds_model(path):
                 files = " or ".join(MODEL_FILES)
                 yield f"{self._where(name)}: `{name}`: {text} is no model folder: it holds no {files}."
+            elif (problem := model_problem_of(path)) or (problem := model_problem_of(path)):
+                yield f"{self._where(name)}: `{name}`: {text} is a damaged checkpoint: {problem}."
             elif problem := requirements.adapter_problem(text):
                 yield f"{self._where(name)}: `{name}`: {problem}"
         elif looks_like_path(text) or path.parent != Path() and path.parent.is_dir():
