@@ -15,6 +15,8 @@ from online_dpo.distributed.waiting import waiting_for
 from online_dpo.errors import OnlineDPOError, ScoringError, named_error, one_line
 from online_dpo.types import Group, Prompt
 
+ENDS_COROUTINE = (asyncio.CancelledError, GeneratorExit)
+"""What a coroutine gets when it is cancelled or closed."""
 SHOWN_CHARACTERS, SHOWN_ROWS = 60, 8
 
 
@@ -47,13 +49,21 @@ def foreign(
     try:
         with kept_settings(who), waiting_for(who) if waits else nullcontext():
             yield
-    except (OnlineDPOError, torch.OutOfMemoryError, MemoryError, asyncio.CancelledError, GeneratorExit, *passes):
+    except (OnlineDPOError, torch.OutOfMemoryError, MemoryError, *passes):
         raise
     except BaseException as error:
-        if is_interruption(error):
+        if is_interruption(error) or (isinstance(error, ENDS_COROUTINE) and _in_event_loop()):
             raise
         rows = where if isinstance(where, str) else where()
         raise raises(f"{who} raised {named_error(error)}{rows and ' '}{rows}") from error
+
+
+def _in_event_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def loading(path: str) -> AbstractContextManager[None]:
