@@ -25,7 +25,14 @@ from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.data.load import load_prompts
 from online_dpo.distributed.settings import kept_settings
 from online_dpo.distributed.signals import StoppedBySignal, handling, is_interruption, name_of, write_now
-from online_dpo.errors import CheckpointError, NothingTrainedError, OnlineDPOError, TrainingInterrupted, named_error
+from online_dpo.errors import (
+    CheckpointError,
+    NothingTrainedError,
+    OnlineDPOError,
+    RankLostError,
+    TrainingInterrupted,
+    named_error,
+)
 from online_dpo.foreign import foreign, loading
 from online_dpo.scoring.judges.llm.judge import LLMJudge
 from online_dpo.scoring.judges.pairwise.judge import PairwiseModelJudge
@@ -45,7 +52,7 @@ def train(plan: RunPlan, words: Sequence[str], *, show_traceback: bool) -> int:
     except BaseException as error:  # libraries have their own for a file, a hub or a tracker that they cannot use
         if is_interruption(error):
             raise
-        return report_error(error, 2, show_traceback)
+        return report_error(error, 1 if isinstance(error, RankLostError) else 2, show_traceback)
     if trainer.is_world_process_zero():
         print_lines(describe_trainer(trainer), INDENT)
     end = EndOfRun()
@@ -135,8 +142,7 @@ def build_trainer(plan: RunPlan, display: ProgressDisplay) -> OnlineDPOTrainer:
         rewards = load_rewards(plan.reward_funcs, given.pop("reward_model_path", None))
         gold = load_rewards(plan.eval_reward_funcs, given.pop("eval_reward_model_path", None))
     args = OnlineDPOConfig(**{**given, "disable_tqdm": True})
-    if resume := plan.training.get("resume_from_checkpoint"):
-        check_options(resume, args)
+    check_options(plan.training.get("resume_from_checkpoint"), args)
     train_dataset = load_prompts(
         run.dataset_name,
         split=run.dataset_train_split,
