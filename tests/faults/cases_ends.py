@@ -1,20 +1,17 @@
-"""Signals, and other ways in which a run ends: whatever user code raises, output that breaks, threads that hang."""
+"""How a run ends: signals outside of steps, whatever user code raises, output that breaks, threads that hang."""
 
 from __future__ import annotations
 
 import os
-import random
 import signal
 from collections.abc import Callable
 
-from faults.harness import Either, Fault, Killed, OneLine, Resumes, Stops, Survived, scorer
+from faults.harness import Fault, OneLine, Resumes, Stops, Survived, scorer
 from faults.injection import Child, raises, sends
-from faults.runs import Running
 
 INT, TERM = signal.SIGINT, signal.SIGTERM
 SIGNALS = (INT, TERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 SAVES = dict(save_steps=2)
-EVALUATES = dict(eval_dataset_name="data.jsonl", eval_strategy="steps", eval_steps=2)
 
 
 def said(number: signal.Signals) -> str:
@@ -38,7 +35,6 @@ def at(target: str, action: Callable[[], None], number: int = 1) -> Callable[[Ch
 
 
 IN_A_SAVE = "transformers.trainer:Trainer._save_optimizer_and_scheduler"
-IN_AN_EVALUATION = "online_dpo.evaluation.evaluator:Evaluator.evaluate"
 FINAL_SAVE = "online_dpo.training.hf_trainer:GuardedTrainer.save_model"
 CARD = "online_dpo.training.trainer:OnlineDPOTrainer.create_model_card"
 BEFORE = {
@@ -53,7 +49,6 @@ def of_each_signal() -> list[Fault]:
         name = number.name
         ending = Resumes(stops(number, "checkpoint-2"))
         made += [
-            Fault("signal", f"{name} in step 2", ending, inject=lambda c, n=number: c.at_step(2, sends(n))),
             Fault(
                 "signal",
                 f"{name} in a save",
@@ -68,14 +63,6 @@ def of_each_signal() -> list[Fault]:
                 inject=lambda c, n=number: c.at_step(4, sends(n)),
             ),
             Fault("signal", f"{name} in the final save", Survived(), inject=at(FINAL_SAVE, often(number, 1))),
-            Fault(
-                "signal",
-                f"{name} to rank 1 alone",
-                ending,
-                inject=lambda c, n=number: c.at_step(2, sends(n)) if c.rank else None,
-                processes=2,
-                limit=40.0,
-            ),
         ]
         made += [
             Fault("signal", f"{name} {when}", Stops(128 + number), inject=at(target, often(number, 1)))
@@ -84,38 +71,7 @@ def of_each_signal() -> list[Fault]:
     return made
 
 
-def ignored(child: Child) -> None:
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    child.at_step(2, sends(signal.SIGHUP))
-
-
-def later_than(part: float) -> Callable[[Running], None]:
-    def send(running: Running) -> None:
-        running.wait_until(part * running.whole_seconds)
-        running.kill(TERM)
-
-    return send
-
-
-def at_random_moments(processes: int) -> list[Fault]:
-    moments = random.Random(processes)
-    early_or_late = Killed(TERM)  # before `main`, or after it
-    return [
-        Fault(
-            "signal",
-            f"SIGTERM at random moment {number} of {processes} process{'es' * (processes > 1)}",
-            Resumes(Either(Stops(143, "SIGTERM"), Survived(), early_or_late)),
-            options=dict(max_steps=6),
-            outside=later_than(moments.uniform(0.2, 1.0)),
-            processes=processes,
-            limit=40.0,
-        )
-        for number in range(1, 11)
-    ]
-
-
 OTHER_SIGNALS = [
-    Fault("signal", "SIGHUP under nohup", Survived(), inject=ignored),
     Fault("signal", "SIGTERM three times", Resumes(stops(TERM)), inject=lambda c: c.at_step(2, often(TERM, 3))),
     Fault(
         "signal", "Ctrl-C twice", Resumes(Stops(130, "second", "at once")), inject=lambda c: c.at_step(2, often(INT, 2))
@@ -136,20 +92,6 @@ OTHER_SIGNALS = [
     ),
     Fault("signal", "Ctrl-C twice in the final save", Survived(), inject=at(FINAL_SAVE, often(INT, 2))),
     Fault("signal", "Ctrl-C three times in the final save", Stops(130), inject=at(FINAL_SAVE, often(INT, 3))),
-    Fault(
-        "signal",
-        "SIGTERM in an evaluation",
-        Resumes(stops(TERM, "checkpoint-2")),
-        options=EVALUATES,
-        inject=at(IN_AN_EVALUATION, often(TERM, 1)),
-    ),
-    Fault(
-        "signal",
-        "SIGTERM in a step that takes too long",
-        Resumes(stops(TERM, "checkpoint-2")),
-        options=dict(stop_timeout=0.2),
-        files={"feedback.py": scorer("if calls == 3:\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(60)")},
-    ),
     Fault(
         "signal",
         "SIGTERM with lookahead",
@@ -416,10 +358,6 @@ OUTPUT = [
         Fault("output", f"standard output {how}", Survived("standard output cannot be written"), inject=break_it(1))
         for how, break_it in BROKEN.items()
     ),
-    *(
-        Fault("output", f"standard error {how}", Survived("Model saved"), inject=break_it(2))
-        for how, break_it in BROKEN.items()
-    ),
     *(Fault("output", f"all output {how}", Survived(), inject=break_it(1, 2)) for how, break_it in BROKEN.items()),
     Fault(
         "output",
@@ -469,8 +407,6 @@ LATE = [
 FAULTS = [
     *of_each_signal(),
     *OTHER_SIGNALS,
-    *at_random_moments(1),
-    *at_random_moments(2),
     *raising(),
     *ELSEWHERE,
     *done(),
