@@ -71,8 +71,8 @@ def train(plan: RunPlan, words: Sequence[str], *, show_traceback: bool) -> int:
         return report_error(error, 3, show_traceback)
     except Exception as error:  # every end of a run is reported in one line; --traceback shows the rest
         # transformers and torch check some settings only when training starts
-        own = isinstance(error, OnlineDPOError) and not isinstance(error, CheckpointError)
-        is_wrong_setting = trainer.state.global_step == 0 and not own
+        is_wrong_setting = trainer.state.global_step == 0 and not isinstance(error, OnlineDPOError)
+        is_wrong_setting |= isinstance(error, CheckpointError) and trainer.steps_done.step < 0  # it cannot be resumed
         code = report_error(error, 2 if is_wrong_setting else 1, show_traceback)
         if trainer.interrupt.checkpoint is not None:
             _print_how_to_resume("Before that:", trainer.interrupt.checkpoint, words)
