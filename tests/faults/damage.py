@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -33,18 +34,25 @@ def stopped_after(step: int, *then: Change) -> Change:
     return all_of(stop, *then)
 
 
-def removed(name: str) -> Change:
+def every(pattern: str, change_file: Callable[[Path], None]) -> Change:
+    """Something is done to each file, or folder, that a pattern finds; there is one at least."""
+
+    def change(folder: Path) -> None:
+        paths = list(folder.glob(pattern))
+        assert paths, f"there is no {pattern}"
+        for path in paths:
+            change_file(path)
+
+    return change
+
+
+def removed(pattern: str) -> Change:
     """A file, or a folder with all that is in it, is gone."""
-
-    def remove(folder: Path) -> None:
-        path = folder / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-    return remove
+    return every(pattern, lambda path: shutil.rmtree(path) if path.is_dir() else path.unlink())
 
 
 def written(name: str, data: str | bytes) -> Change:
-    """A file holds other data."""
+    """A file holds other data, or is there now."""
 
     def write(folder: Path) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -53,36 +61,59 @@ def written(name: str, data: str | bytes) -> Change:
     return write
 
 
-def emptied(name: str) -> Change:
-    return written(name, b"")
+def edited(pattern: str, edit: Callable[[bytes], bytes]) -> Change:
+    return every(pattern, lambda path: path.write_bytes(edit(path.read_bytes())) and None)
 
 
-def cut_in_half(name: str) -> Change:
+def edited_json(pattern: str, edit: Callable[[dict], object]) -> Change:
+    """A file of JSON is changed in place."""
+
+    def change(data: bytes) -> bytes:
+        values = json.loads(data)
+        edit(values)
+        return json.dumps(values).encode()
+
+    return edited(pattern, change)
+
+
+def edited_tensors(pattern: str, edit: Callable[[dict], object]) -> Change:
+    """A file of tensors is changed in place."""
+
+    def change(path: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(path)
+        edit(tensors)
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    return every(pattern, change)
+
+
+def emptied(pattern: str) -> Change:
+    return edited(pattern, lambda data: b"")
+
+
+def cut_in_half(pattern: str) -> Change:
     """A file ends in the middle."""
-
-    def cut(folder: Path) -> None:
-        data = (folder / name).read_bytes()
-        (folder / name).write_bytes(data[: len(data) // 2])
-
-    return cut
+    return edited(pattern, lambda data: data[: len(data) // 2])
 
 
-def flipped(name: str, where: float = 0.5) -> Change:
+def lengthened(pattern: str) -> Change:
+    """A file has more at its end."""
+    return edited(pattern, lambda data: data + b"\0" * 64)
+
+
+def flipped(pattern: str, where: float = 0.5) -> Change:
     """One bit of a file is another, at this part of its length."""
 
-    def flip(folder: Path) -> None:
-        data = bytearray((folder / name).read_bytes())
-        data[int(where * (len(data) - 1))] ^= 1
-        (folder / name).write_bytes(data)
+    def flip(data: bytes) -> bytes:
+        changed = bytearray(data)
+        changed[int(where * (len(changed) - 1))] ^= 1
+        return bytes(changed)
 
-    return flip
+    return edited(pattern, flip)
 
 
-def zeroed(name: str) -> Change:
+def zeroed(pattern: str) -> Change:
     """The second half of a file is zeros, as some file systems leave it after a loss of power."""
-
-    def zero(folder: Path) -> None:
-        data = (folder / name).read_bytes()
-        (folder / name).write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
-
-    return zero
+    return edited(pattern, lambda data: data[: len(data) // 2] + bytes(len(data) - len(data) // 2))

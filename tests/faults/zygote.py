@@ -66,6 +66,8 @@ def main() -> None:
     faults = all_faults()
     load_fields()
     load_model(Path(sys.argv[1]))
+    for thread in set(threading.enumerate()) - {threading.main_thread()}:
+        thread.join(5.0)  # of a pool that is closed already
     gc.collect()
     gc.freeze()
     assert threading.active_count() == 1, threading.enumerate()

@@ -140,6 +140,11 @@ class CountingScorer(Protocol):
         ...
 
 
+def is_own(scorer: object) -> bool:
+    """Whether a scorer is one of this package."""
+    return type(scorer).__module__.partition(".")[0] == __name__.partition(".")[0]
+
+
 def is_fair(judge: PairwiseScorer) -> bool:
     """Whether the judge says that its preferences are free of position bias."""
     return isinstance(judge, FairScorer) and judge.is_fair

@@ -38,14 +38,17 @@ class Checkpoints:
     """
 
     def __init__(self, args: OnlineDPOConfig, accelerator: Accelerator, state: Callable[[], TrainerState]) -> None:
-        self._args, self._state = args, state
-        rank = accelerator.process_index
-        publisher = rank - accelerator.local_process_index if args.save_on_each_node else 0
-        self._writer = CheckpointWriter(Role(rank, args.should_save, publisher))
+        self._args, self._accelerator, self._state = args, accelerator, state
+        self._writer = CheckpointWriter(self._role())
         self._needs = Needs(vars(args), accelerator.num_processes)
         self.identity = RunIdentity(args, _versions())
         self._hidden = False
         self.part = self._writer.part
+
+    def _role(self) -> Role:
+        rank = self._accelerator.process_index
+        publisher = rank - self._accelerator.local_process_index if self._args.save_on_each_node else 0
+        return Role(rank, self._args.should_save, publisher)
 
     @property
     def aside(self) -> Path | None:
@@ -84,7 +87,7 @@ class Checkpoints:
             return self._newest(required=resume is True)
         if not resume:
             return None
-        folder = Path(resume)
+        folder = Path(resume).expanduser()
         problem = problem_of_named(folder, self._needs)
         if problem is not None:
             raise CheckpointError(problem)
@@ -114,6 +117,7 @@ class Checkpoints:
         Raises:
             CheckpointError: on every process, if any could not write its part. The folder is as it was.
         """
+        self._writer.role = self._role()  # another one where this process stands in for others that are lost
         facts = Facts(versions=_versions(), extra=self.identity.extra())
         with self._writer.writing(run_dir, self._state().global_step, facts) as folder:
             yield folder

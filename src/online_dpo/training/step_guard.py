@@ -236,6 +236,16 @@ class StepGuard(TrainerCallback):
         """Whether so many steps in a row trained nothing that the run must stop."""
         return self.max_idle_steps is not None and self.idle.total() >= self.max_idle_steps
 
+    def raise_at_end(self, state: TrainerState, output_dir: str) -> None:
+        """Raise an error if this guard has stopped the run, or if no step trained anything.
+
+        Raises:
+            TrainingDivergedError, NothingTrainedError, TrainingStalledError: see the methods below.
+        """
+        self.raise_if_diverged(state, output_dir)
+        self.raise_if_nothing_trained(state, output_dir)
+        self.raise_if_stalled(state, output_dir)
+
     def raise_if_diverged(self, state: TrainerState, output_dir: str) -> None:
         """Raise an error if this guard has stopped the run.
 
