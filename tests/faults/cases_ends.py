@@ -36,6 +36,8 @@ def at(target: str, action: Callable[[], None], number: int = 1) -> Callable[[Ch
 
 IN_A_SAVE = "transformers.trainer:Trainer._save_optimizer_and_scheduler"
 FINAL_SAVE = "online_dpo.training.hf_trainer:GuardedTrainer.save_model"
+SECOND = 2
+"""The first call is that of the last checkpoint."""
 CARD = "online_dpo.training.trainer:OnlineDPOTrainer.create_model_card"
 BEFORE = {
     "while the run file is read": "online_dpo.cli.runfile.run_file:plan_run",
@@ -62,7 +64,7 @@ def of_each_signal() -> list[Fault]:
                 Survived(),
                 inject=lambda c, n=number: c.at_step(4, sends(n)),
             ),
-            Fault("signal", f"{name} in the final save", Survived(), inject=at(FINAL_SAVE, often(number, 1))),
+            Fault("signal", f"{name} in the final save", Survived(), inject=at(FINAL_SAVE, often(number, 1), SECOND)),
         ]
         made += [
             Fault("signal", f"{name} {when}", Stops(128 + number), inject=at(target, often(number, 1)))
@@ -90,8 +92,8 @@ OTHER_SIGNALS = [
         options=SAVES,
         inject=at(IN_A_SAVE, often(INT, 3)),
     ),
-    Fault("signal", "Ctrl-C twice in the final save", Survived(), inject=at(FINAL_SAVE, often(INT, 2))),
-    Fault("signal", "Ctrl-C three times in the final save", Stops(130), inject=at(FINAL_SAVE, often(INT, 3))),
+    Fault("signal", "Ctrl-C twice in the final save", Survived(), inject=at(FINAL_SAVE, often(INT, 2), SECOND)),
+    Fault("signal", "Ctrl-C three times in the final save", Stops(130), inject=at(FINAL_SAVE, often(INT, 3), SECOND)),
     Fault(
         "signal",
         "SIGTERM with lookahead",
@@ -130,8 +132,8 @@ RAISED = {
     "type('Mute', (Exception,), {'__str__': lambda self: 1 / 0})": "its message cannot be shown: ZeroDivisionError",
     "ExceptionGroup('two', [OSError('a'), ValueError('b')])": "OSError: a; ValueError: b",
     "ValueError('one\\ntwo\\n' + 'x' * 10**6)": "one two",
-    "ValueError('\\x1b[2J\\x1b[31mred')": "\\x1b[2J",
-    "ValueError('half \\ud83d')": "\\ud83d",
+    "ValueError('\\x1b[2J\\x1b[31mred')": "ValueError: red",
+    "ValueError('half \\ud83d')": "ValueError: half",
     "UnicodeDecodeError('utf-8', b'x', 0, 1, 'bad')": "UnicodeDecodeError",
     "DeprecationWarning('old')": "DeprecationWarning: old",
 }
@@ -264,21 +266,34 @@ ELSEWHERE = [
         files={"feedback.py": scorer("if calls == 3: os._exit(7)")},
     ),
     *(
-        Fault("raised", f"{type(error).__name__} in {what}", OneLine(code, *words), inject=at(target, raises(error)))
-        for what, target, error, code, words in (
-            ("the final save", FINAL_SAVE, OSError("no space left"), 1, ("Saving the trained model", "checkpoint-4")),
-            ("the final save", FINAL_SAVE, SystemExit(0), 1, ("Saving the trained model", "checkpoint-4")),
-            ("the last model card", CARD, KeyError("x"), 1, ("is saved in", "card", "checkpoint-4")),
+        Fault(
+            "raised",
+            f"{type(error).__name__} in {what}",
+            OneLine(code, *words),
+            inject=at(target, raises(error), number),
+        )
+        for what, target, number, error, code, words in (
+            (
+                "the final save",
+                FINAL_SAVE,
+                SECOND,
+                OSError("no space left"),
+                1,
+                ("Saving the trained model", "checkpoint-4"),
+            ),
+            ("the final save", FINAL_SAVE, SECOND, SystemExit(0), 1, ("Saving the trained model", "checkpoint-4")),
+            ("the last model card", CARD, SECOND, KeyError("x"), 1, ("is saved in", "card", "checkpoint-4")),
             (
                 "the log at the end",
-                "transformers.trainer:Trainer.save_state",
+                "online_dpo.training.trainer:OnlineDPOTrainer.save_state",
+                1,
                 OSError("full"),
                 1,
                 ("is saved in", "log"),
             ),
-            ("the making of the trainer", BEFORE["while models are loaded"], RuntimeError("odd"), 2, ("odd",)),
-            ("the making of the trainer", BEFORE["while models are loaded"], SystemExit(0), 2, ("SystemExit",)),
-            ("a library in step 1", "torch.optim:AdamW.step", ArithmeticError("odd"), 1, ("Optimizer", "odd")),
+            ("the making of the trainer", BEFORE["while models are loaded"], 1, RuntimeError("odd"), 2, ("odd",)),
+            ("the making of the trainer", BEFORE["while models are loaded"], 1, SystemExit(0), 2, ("SystemExit",)),
+            ("a library in step 1", "torch.optim:AdamW.step", 1, ArithmeticError("odd"), 1, ("Optimizer", "odd")),
         )
     ),
 ]
@@ -305,7 +320,7 @@ DONE = {
     "closes standard output": ("sys.stdout.close()", "Model saved"),
     "closes standard error": ("sys.stderr.close()", "Model saved"),
     "closes the descriptors": ("os.close(1)\nos.close(2)", ""),
-    "replaces standard output": ("sys.stdout = None", ""),
+    "replaces standard output": ("sys.stdout = None", "changed standard output"),
     "clears the environment": ("os.environ.clear()", ""),
     "starts a thread that fails": (
         "threading.Thread(target=lambda: 1 / 0).start()",
