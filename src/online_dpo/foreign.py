@@ -13,6 +13,8 @@ from online_dpo.distributed.waiting import waiting_for
 from online_dpo.errors import OnlineDPOError, ScoringError, is_out_of_memory, named_error, one_line
 from online_dpo.types import Group, Prompt
 
+ENDS_COROUTINE = (asyncio.CancelledError, GeneratorExit)
+"""What a coroutine gets when it is cancelled or closed."""
 SHOWN_CHARACTERS, SHOWN_ROWS = 60, 8
 
 
@@ -45,13 +47,22 @@ def foreign(
     try:
         with kept_settings(who), waiting_for(who) if waits else nullcontext():
             yield
-    except (OnlineDPOError, asyncio.CancelledError, GeneratorExit, *passes):
+    except (OnlineDPOError, *passes):
         raise
     except BaseException as error:
-        if is_interruption(error) or is_out_of_memory(error):
+        ends_coroutine = isinstance(error, ENDS_COROUTINE) and _in_event_loop()
+        if is_interruption(error) or is_out_of_memory(error) or ends_coroutine:
             raise
         rows = where if isinstance(where, str) else where()
         raise raises(f"{who} raised {named_error(error)}{rows and ' '}{rows}") from error
+
+
+def _in_event_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def loading(path: str) -> AbstractContextManager[None]:

@@ -142,9 +142,9 @@ def run_command(request: dict[str, Any], faults: dict[str, Any]) -> int:
         faults[request["inject"]].inject(Child(Path(request["folder"]), rank))
     if request["writes"]:
         arm_writes(**request["writes"])
-    from online_dpo.cli.main import main
+    from online_dpo.cli.process import run
 
-    return main(request["words"])
+    run()
 
 
 def arm_writes(below: str, number: int, what: int, error: int, log: str) -> None:

@@ -200,14 +200,14 @@ def test_ctrl_c_after_another_signal_stops_at_once(tmp_path):
 
 
 def slow_at_step(step, seconds, calls):
-    def reward(completions, trainer_state, **_):
+    def word_reward(completions, trainer_state, **_):  # the name by which checkpoints know it
         calls.append(trainer_state.global_step)
         if trainer_state.global_step == step and len(calls) == step + 1:
             signal.raise_signal(signal.SIGTERM)
             time.sleep(seconds)
         return training.word_reward(completions)
 
-    return reward
+    return word_reward
 
 
 def test_a_step_that_takes_too_long_is_dropped_and_the_resumed_run_equals_the_whole_one(tmp_path):
@@ -220,7 +220,7 @@ def test_a_step_that_takes_too_long_is_dropped_and_the_resumed_run_equals_the_wh
     with pytest.raises(TrainingTerminated, match="SIGTERM stopped the run after step 2 of 4. Checkpoint: ") as stop:
         made.train()
     assert time.monotonic() - since < 30
-    resumed = training.trainer(tmp_path / "run", max_steps=4)
+    resumed = training.trainer(tmp_path / "run", max_steps=4, resume_anyway=True)  # with the reward that is not slow
     resumed.train(resume_from_checkpoint=stop.value.checkpoint)
     expected = training.weights(whole.model)
     assert all(torch.equal(weight, expected[name]) for name, weight in training.weights(resumed.model).items())

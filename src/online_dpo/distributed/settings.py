@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,6 +44,8 @@ SETTINGS = (
     Setting("torch's default type", torch.get_default_dtype, torch.set_default_dtype),
     Setting("torch's default device", torch.get_default_device, torch.set_default_device),
     Setting("torch's number of threads", torch.get_num_threads, torch.set_num_threads),
+    Setting("standard output", lambda: sys.stdout, lambda stream: setattr(sys, "stdout", stream)),
+    Setting("standard error", lambda: sys.stderr, lambda stream: setattr(sys, "stderr", stream)),
     Setting("the level below which nothing is logged", lambda: logging.root.manager.disable, logging.disable),
 )
 """They decide where a run writes, what it computes, or whether it can tell anything."""

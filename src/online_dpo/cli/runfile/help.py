@@ -21,6 +21,8 @@ Train a model. The YAML file has the fields, one `name: value` a line; fields on
   --traceback    show where in the code an error came from
   --help         show this text; `--help beta` (a field), `--help pairs` (a group) or `--help judge` (any word)
   --help-all     every field with its type, default and meaning
+
+Exit code: 0 the model is trained and saved; 1 the run failed; 2 wrong input; 3 nothing was trained; 128 + n signal n.
 """
 
 EVAL_USAGE = """\
