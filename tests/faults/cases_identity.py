@@ -81,7 +81,7 @@ FAULTS = [
     other("temperature", 0.5),
     other("loss_type", "ipo"),
     other("max_new_tokens", 4, was=3),
-    other("max_staleness", 1),
+    other("max_staleness", 2, was=1),
     other("weight_decay", 0.1),
     Fault(
         "resumed with others",

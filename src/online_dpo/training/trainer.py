@@ -188,11 +188,7 @@ class OnlineDPOTrainer(GuardedTrainer):
         self._build_models(ref_model, datasets)
         self._build_feedback(reward_funcs, reward_processing_classes, judge, eval_reward_funcs, eval_judge)
         self._compose()
-        self.checkpoints.identity.add(
-            **model_facts(self.policy, peft_config, ref_model, self.reference, self.tokenizer),
-            **feedback_facts(self.scorers, self.judge, train_dataset, args),
-            **users_parts(data_collator, optimizers),
-        )
+        self._describe(peft_config, ref_model, data_collator, optimizers)
         check_same_models(self.policy, self.reference, self._sources())
 
     def _sources(self) -> list[Any]:
@@ -259,6 +255,14 @@ class OnlineDPOTrainer(GuardedTrainer):
             splits=not self.is_fsdp_enabled,
         )
         self.run_state.add(self.collector, self.reference, self.adaptive_beta)
+
+    def _describe(self, peft_config: Any, ref_model: Any, data_collator: Any, optimizers: tuple[Any, Any]) -> None:
+        """Describes the run before anything is trained, for its checkpoints."""
+        self.checkpoints.identity.add(
+            **model_facts(self.policy, peft_config, ref_model, self.reference, self.tokenizer),
+            **feedback_facts(self.scorers, self.judge, self.train_dataset, self.args),
+            **users_parts(data_collator, optimizers),
+        )
 
     # --- one optimizer step -----------------------------------------------------------------------------------------
 
