@@ -11,6 +11,7 @@ from importlib import import_module
 from online_dpo import __version__
 from online_dpo.cli.parser import WRONG_INPUT, OneLineParser
 from online_dpo.distributed.processes import why_not_alone
+from online_dpo.errors import printable
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
@@ -53,7 +54,7 @@ def _run(words: list[str]) -> int:
 def _without_command(words: list[str]) -> int:
     """Print help or the version, or say what is wrong with the first word."""
     if words and words[0] not in ("-h", "--help", "--version"):
-        print(f"error: {_no_command(words[0])}", file=sys.stderr)
+        print(f"error: {printable(_no_command(words[0]))}", file=sys.stderr)
         return WRONG_INPUT
     _parser().parse_args(words[:1])
     raise AssertionError("the parser exits: it requires a command")
