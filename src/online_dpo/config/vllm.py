@@ -100,7 +100,7 @@ def check_vllm(args: VLLMFields) -> None:
     Raises:
         ValueError: vLLM is used, and a field has a value that cannot be used.
     """
-    if any(map(holds_secret, args.vllm_server_urls)):
+    if any(map(holds_secret, (args.vllm_server_base_url or "").split(","))):
         raise ValueError(
             "`vllm_server_base_url` holds a user name, a password or a key, which would be shown in logs. Servers of "
             "`online-dpo serve` take none: leave it out."
