@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import Counter, deque
 from collections.abc import Sequence
 
 from online_dpo.errors import FeedbackStopped
 from online_dpo.scoring.protocols import Counts
+
+logger = logging.getLogger(__name__)
 
 WINDOW = 200
 """Latest questions over which the share of failures is taken."""
@@ -77,6 +80,8 @@ class FailureWindow:
         Raises:
             FeedbackStopped: the share of failures is above the limit.
         """
+        if cause is not None and not self.last_cause:
+            logger.warning("%s gave no usable answer, which is counted as a failure: %s", self._scorer, cause)
         self._failures.append(cause is not None)
         self.last_cause = cause or self.last_cause
         failed, asked = sum(self._failures), len(self._failures)
