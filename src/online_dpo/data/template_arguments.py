@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from online_dpo.data.convert import UnusablePrompt, without_nulls
+from online_dpo.data.convert import without_nulls
+from online_dpo.data.text import UnusablePrompt
 
 _DATA = ("tools", "documents")
 """Arguments of `apply_chat_template` that are variables of the template as well."""
