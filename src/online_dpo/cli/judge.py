@@ -19,6 +19,7 @@ from online_dpo.cli.runfile.run_file import judge_of_run
 from online_dpo.cli.runfile.schema import FieldSpec, read_fields_of
 from online_dpo.cli.runfile.yaml_text import parse_yaml
 from online_dpo.config.llm_judge import JudgeSettings
+from online_dpo.errors import error_text
 
 KINDS = {"str": str, "int": int, "float": float}
 CALLED_HERE = {
@@ -71,7 +72,7 @@ def judge(words: Sequence[str]) -> int:
             print(f"error: {problem}", file=sys.stderr)
         return 2
     except ValueError as problem:
-        print(f"error: {problem}", file=sys.stderr)
+        print(f"error: {error_text(problem)}", file=sys.stderr)
         return 2
     from online_dpo.cli.judging.report import judge_pairs
 

@@ -18,7 +18,7 @@ from online_dpo.cli.terminal.errors import report_error
 from online_dpo.cli.terminal.streams import Streams, sturdy_streams
 from online_dpo.distributed.processes import why_not_alone
 from online_dpo.distributed.signals import StoppedBySignal, handling, is_interruption, raise_stopped
-from online_dpo.errors import TrainingInterrupted
+from online_dpo.errors import TrainingInterrupted, printable
 
 FAILED = 1
 
@@ -96,7 +96,7 @@ def _run(words: list[str], streams: Streams) -> int:
 def _without_command(words: list[str]) -> int:
     """Print help or the version, or say what is wrong with the first word."""
     if words and words[0] not in ("-h", "--help", "--version"):
-        print(f"error: {_no_command(words[0])}", file=sys.stderr)
+        print(f"error: {printable(_no_command(words[0]))}", file=sys.stderr)
         return WRONG_INPUT
     _parser().parse_args(words[:1])
     raise AssertionError("the parser exits: it requires a command")

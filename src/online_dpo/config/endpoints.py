@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
@@ -63,20 +63,24 @@ def holds_secret(url: str) -> bool:
     return "@" in authority or any(_SECRET_PARAMETER.search(name) for name, _ in parameters)
 
 
-def secrets_in(value: Any, depth: int = 0) -> Iterator[str]:
-    """Where a value of a run file holds an address with a secret: one text for each, without the secret."""
-    if isinstance(value, str):
-        if any(holds_secret(address) for address in _ADDRESS.findall(value)):
-            yield (
-                "holds an address with a user name, a password or a key, which would be shown in logs and model cards. "
-                "Put the key into an environment variable, and take it out of the address"
-            )
-    elif isinstance(value, Mapping) and depth < 20:
-        for item in value.values():
-            yield from secrets_in(item, depth + 1)
-    elif isinstance(value, Sequence) and not isinstance(value, bytes) and depth < 20:
-        for item in value:
-            yield from secrets_in(item, depth + 1)
+def check_no_secrets(value: Any) -> None:
+    """Check that no text in a value, such as that of a field of a run file, is an address with a secret.
+
+    Raises:
+        ValueError: one is. The message goes on from the name of the field, and does not show the address.
+    """
+    waiting, seen = [value], set()
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            if any(holds_secret(address) for address in _ADDRESS.findall(item)):
+                raise ValueError(
+                    "holds an address with a user name, a password or a key, which would be shown in logs and model "
+                    "cards. Put the key into an environment variable, and take it out of the address."
+                )
+        elif isinstance(item, (Mapping, list, tuple)) and id(item) not in seen:  # aliases of YAML make them shared
+            seen.add(id(item))
+            waiting += item.values() if isinstance(item, Mapping) else item
 
 
 def secret_fields(value: Any) -> list[str]:

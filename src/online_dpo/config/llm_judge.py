@@ -64,7 +64,7 @@ class JudgeSettings:
 
     template: str = "direct"
     """`direct` (answers with one letter), `reasoned` (thinks first, then gives its verdict), or a file that holds
-    `{prompt}`, `{first}` and `{second}`, and `{rubric}` if there is one."""
+    `{prompt}`, `{first}` and `{second}`, `{rubric}` if there is one, and best `{nonce}` in the marks around them."""
 
     rubric: str | None = None
     """What makes an answer the better one, in words. When not set, a general one."""
@@ -144,7 +144,8 @@ class JudgeSettings:
     # --- the cache --------------------------------------------------------------------------------------------------
 
     cache: str | None = "~/.cache/online-dpo/judge.sqlite3"
-    """File that keeps answers, on a local disk; several runs may share it. Null: they are kept in memory only."""
+    """File that keeps answers, on a local disk, readable by its owner alone; several runs may share it. If it cannot be
+    used, there is a warning and the run goes on. Null: answers are kept in memory only."""
 
     def __post_init__(self) -> None:
         if not self.model:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from online_dpo.config.checking import check_numbers, warn_ignored
+from online_dpo.config.endpoints import holds_secret
 from online_dpo.config.field_specs import documented
 
 
@@ -99,6 +100,11 @@ def check_vllm(args: VLLMFields) -> None:
     Raises:
         ValueError: vLLM is used, and a field has a value that cannot be used.
     """
+    if any(map(holds_secret, (args.vllm_server_base_url or "").split(","))):
+        raise ValueError(
+            "`vllm_server_base_url` holds a user name, a password or a key, which would be shown in logs. Servers of "
+            "`online-dpo serve` take none: leave it out."
+        )
     names = [field.name for field in fields(VLLMFields) if field.name.startswith("vllm_")]
     changed = [name for name in names if getattr(args, name) != getattr(VLLMFields, name)]
     if not args.use_vllm:

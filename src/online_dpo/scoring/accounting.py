@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 from collections import Counter, deque
@@ -17,6 +18,8 @@ from collections.abc import Sequence
 
 from online_dpo.errors import FeedbackStopped
 from online_dpo.scoring.protocols import Counts, FailureCountingScorer, PointwiseScorer
+
+logger = logging.getLogger(__name__)
 
 WINDOW = 200
 """Latest questions over which the share of failures is taken."""
@@ -85,12 +88,15 @@ class FailureWindow:
             FeedbackStopped: the share of failures is above the limit.
         """
         with self._lock:
+            is_first = cause is not None and not self.last_cause
             self._failures.append(cause is not None)
             self.last_cause = cause or self.last_cause
             failed, asked = sum(self._failures), len(self._failures)
             stops = asked >= MIN_QUESTIONS and failed > self._max_share * asked
             if stops:
                 self._failures.clear()  # a caller that catches the error and continues starts with an empty window
+        if is_first:
+            logger.warning("%s gave no usable answer, which is counted as a failure: %s", self._scorer, cause)
         if stops:
             raise FeedbackStopped(
                 f"{self._scorer} gave no usable answer to {failed} of the last {asked} questions, more than "

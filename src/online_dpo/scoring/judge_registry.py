@@ -55,6 +55,11 @@ def check_judge(judge: Any, argument: str) -> None:
     if judge == LLM:
         raise ValueError(f"A language model as `{argument}` needs settings: give `LLMJudge(model=..., ...)`.")
     if isinstance(judge, str):
+        if judge.startswith(("http://", "https://")):
+            raise ValueError(
+                f"A path as `{argument}` is a pairwise model's folder or hub name, not an address of HTTP. For a "
+                "language model behind an endpoint, give `LLMJudge(model=..., base_url=address)`."
+            )
         if not os.path.exists(os.path.expanduser(judge)) and nearest(judge, JUDGES):
             raise ValueError(f"`{argument}`: there is no folder {judge!r}, and {JUDGES.unknown(judge)}")
         check_model_path(judge, argument)

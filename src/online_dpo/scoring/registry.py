@@ -174,6 +174,11 @@ def _check_reward(reward: Any, tokenizer: PreTrainedTokenizerBase | None) -> Non
 
 
 def _check_path(path: str) -> None:
+    if path.startswith(("http://", "https://")):
+        raise ValueError(
+            "A reward given as text is a reward model's folder or hub name, not an address of HTTP. For a service, "
+            "give `HTTPReward(address)` from `online_dpo.scoring`."
+        )
     expanded = os.path.expanduser(path)
     if not os.path.exists(expanded):
         if nearest(path, REWARDS):

@@ -13,7 +13,9 @@ import yaml
 from online_dpo.cli.runfile.schema import FieldSpec
 from online_dpo.cli.runfile.values import BadValue, convert, convert_words
 from online_dpo.cli.runfile.yaml_text import StrictLoader
+from online_dpo.config.endpoints import check_no_secrets
 from online_dpo.config.names_elsewhere import CALLED_HERE, hint_for
+from online_dpo.errors import printable
 
 COMMAND_LINE = "command line"
 MAX_BYTES = 2**20
@@ -28,8 +30,8 @@ class UsageError(Exception):
     """The user's input is wrong. ``problems`` has one line for each problem."""
 
     def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = tuple(problems)
+        self.problems = tuple(printable(problem) for problem in problems)
+        super().__init__("\n".join(self.problems))
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,9 @@ def read_values(
             problems.append(f"{entry.where}: `{name}` is not a field.{hint or f' See: {help_command}'}")
             continue
         try:
+            check_no_secrets(entry.value if entry.words is None else list(entry.words))
             values[name] = entry_value(spec, entry)
-        except BadValue as problem:
+        except (BadValue, ValueError) as problem:
             problems.append(f"{entry.where}: `{name}` {problem}")
     return values
 

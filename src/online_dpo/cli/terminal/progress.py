@@ -20,6 +20,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from online_dpo.cli.terminal.screen import print_lines
 from online_dpo.cli.terminal.summary import summary_of_figures
+from online_dpo.errors import one_line
 from online_dpo.training.display.figures import SHOWN, SUMMARY, duration, evaluation_prefix, shown_figures
 from online_dpo.training.display.protocol import RunDisplay
 
@@ -49,7 +50,7 @@ def plain_warnings() -> Iterator[None]:
 
     def formatted(message: Warning | str, category: type[Warning], *place: Any, **line: Any) -> str:
         if category is UserWarning:
-            return f"warning: {' '.join(str(message).split())}\n"
+            return f"warning: {one_line(str(message))}\n"
         return original(message, category, *place, **line)
 
     warnings.formatwarning = formatted

@@ -8,6 +8,8 @@ import textwrap
 from collections.abc import Iterable
 from typing import Any, TextIO
 
+from online_dpo.errors import printable
+
 
 def print_lines(lines: Iterable[str], indent: int = 4, stream: TextIO | None = None) -> None:
     """Print lines. On a terminal, a line that does not fit continues ``indent`` columns from the left.
@@ -15,7 +17,7 @@ def print_lines(lines: Iterable[str], indent: int = 4, stream: TextIO | None = N
     Long words, such as paths, are not broken.
     """
     out: TextIO = sys.stdout if stream is None else stream
-    for line in lines:
+    for line in map(printable, lines):
         print(wrapped(line, indent) if out.isatty() else line, file=out, flush=True)
 
 

@@ -134,5 +134,7 @@ class VLLMClient:
             with _opener.open(request, timeout=self.timeout) as response:
                 answer = _read(response, until)
         except urllib.error.HTTPError as error:
-            raise _ErrorStatus(error.code, f"{error.code} {error.reason} {error.read(2000).decode()}") from error
+            raise _ErrorStatus(
+                error.code, f"{error.code} {error.reason} {error.read(2000).decode(errors='replace')}"
+            ) from error
         return json.loads(answer) if answer and path not in PLAIN_TEXT else None
