@@ -81,7 +81,7 @@ LINES = {
     "train unclosed.yaml": "unclosed.yaml:6: no valid YAML: found unexpected end of stream.",
     "train env.yaml": "env.yaml:1: `model_name_or_path` is '$MODEL_DIR/x': environment variables are not filled in her",
     "train run.txt": "run.txt:1: no valid YAML: mapping values are not allowed here.",
-    "train huge.yaml": "huge.yaml:5: no valid YAML: '1e400' is beyond the range of a float; text is written in quotes.",
+    "train huge.yaml": "huge.yaml:5: `max_new_tokens` is '1e400'; wanted: a whole number.",
     "train nan.yaml": "nan.yaml:5: `learning_rate` is nan; wanted: a number.",
     "train date.yaml": "date.yaml:5: `max_steps` is '2024-01-31'; wanted: a whole number.",
     "train none.yaml": "none.yaml:5: `learning_rate` is 'None'; wanted: a number.",

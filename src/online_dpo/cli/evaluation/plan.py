@@ -9,8 +9,10 @@ from typing import Any
 
 from online_dpo.cli.evaluation.options import CALLED_HERE, FROM_THE_RUN, RUN_FIELDS, EvalConfig
 from online_dpo.cli.judging.plan import BuiltInJudge
+from online_dpo.cli.runfile.data_fields import data_problems
 from online_dpo.cli.runfile.entries import Entry, UsageError, read_overrides, read_run_file, read_values
 from online_dpo.cli.runfile.model_options import OF_4BIT, QUANTISATION, model_init_kwargs, model_problems
+from online_dpo.cli.runfile.paths import path_problem, same_file
 from online_dpo.cli.runfile.plugins import Plugins, RegisteredName, are_given, checked_later
 from online_dpo.cli.runfile.references import Reference, parse_reference
 from online_dpo.cli.runfile.run_file import GOLD_REWARDS, MODEL_FILES, RunChecker, holds_model, looks_like_path
@@ -107,7 +109,7 @@ class EvalChecker(RunChecker):
         yield from self._scoring()
         yield from self._models()
         yield from self._prompts()
-        for name, problem in model_problems(self.values, is_trained=False):
+        for name, problem in (*model_problems(self.values, is_trained=False), *data_problems(self.values)):
             yield f"{self._where(name)}: `{name}` {problem}"
         read = {name: self.values[name] for name in RUN_FIELDS if name in self.values}
         for name, problem in requirements.problems(read):
@@ -120,6 +122,13 @@ class EvalChecker(RunChecker):
         yield from self._files()
 
     def _files(self) -> Iterator[str]:
+        given = [name for name in ("json", "output") if self._given(name)]
+        written = [Path(self.values[name]).expanduser().absolute() for name in given]
+        if len(written) == 2 and written[0] == written[1]:
+            yield f"{self._where('output')}: `output` is the file of `json`. Give another one."
+        for name, path in zip(given, written, strict=True):
+            if self.prompts is not None and same_file(path, Path(self.prompts.source).expanduser()):
+                yield f"{self._where(name)}: `{name}` is the file of the prompts. Give another one."
         for name in ("json", "output"):
             if self._given(name) and not Path(self.values[name]).expanduser().absolute().parent.is_dir():
                 yield f"{self._where(name)}: `{name}`: there is no folder {Path(self.values[name]).parent}."
@@ -234,7 +243,9 @@ class EvalChecker(RunChecker):
 
     def _model_folder(self, name: str, text: str) -> Iterator[str]:
         path = Path(text).expanduser()
-        if path.is_dir():
+        if problem := path_problem(text):
+            yield f"{self._where(name)}: `{name}` {problem}"
+        elif path.is_dir():
             if not holds_model(path):
                 files = " or ".join(MODEL_FILES)
                 yield f"{self._where(name)}: `{name}`: {text} is no model folder: it holds no {files}."
