@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -123,16 +124,16 @@ class EvalChecker(RunChecker):
 
     def _files(self) -> Iterator[str]:
         given = [name for name in ("json", "output") if self._given(name)]
-        written = [Path(self.values[name]).expanduser().absolute() for name in given]
+        written = [Path(os.path.expanduser(self.values[name])).absolute() for name in given]
         if len(written) == 2 and written[0] == written[1]:
             yield f"{self._where('output')}: `output` is the file of `json`. Give another one."
         for name, path in zip(given, written, strict=True):
-            if self.prompts is not None and same_file(path, Path(self.prompts.source).expanduser()):
+            if self.prompts is not None and same_file(path, Path(os.path.expanduser(self.prompts.source))):
                 yield f"{self._where(name)}: `{name}` is the file of the prompts. Give another one."
         for name in ("json", "output"):
-            if self._given(name) and not Path(self.values[name]).expanduser().absolute().parent.is_dir():
+            if self._given(name) and not Path(os.path.expanduser(self.values[name])).absolute().parent.is_dir():
                 yield f"{self._where(name)}: `{name}`: there is no folder {Path(self.values[name]).parent}."
-            elif self._given(name) and Path(self.values[name]).expanduser().is_dir():
+            elif self._given(name) and Path(os.path.expanduser(self.values[name])).is_dir():
                 yield f"{self._where(name)}: `{name}`: {self.values[name]} is a folder. Give the name of a file."
 
     def plan(self) -> EvalPlan:
@@ -221,7 +222,7 @@ class EvalChecker(RunChecker):
             yield from self._model_folder("model", self.model)
         elif self._given("output_dir"):
             self.model = self.values["output_dir"]
-            yield from self._output_folder(Path(self.model).expanduser())
+            yield from self._output_folder(Path(os.path.expanduser(self.model)))
         else:
             yield f"{self.file}: `model` is missing: the model to evaluate. Give --model."
         if self._given("against"):
@@ -242,7 +243,7 @@ class EvalChecker(RunChecker):
             yield f"{self.file}: {folder}, the run's `output_dir`, holds no model. Give --model{example}."
 
     def _model_folder(self, name: str, text: str) -> Iterator[str]:
-        path = Path(text).expanduser()
+        path = Path(os.path.expanduser(text))
         if problem := path_problem(text):
             yield f"{self._where(name)}: `{name}` {problem}"
         elif path.is_dir():

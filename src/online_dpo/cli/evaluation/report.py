@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -237,7 +238,7 @@ def _side(group: Group, scores: Sequence[float | None] | None, k: int) -> dict[s
 def _write(path: str | None, lines: Iterable[str]) -> bool:
     """Write lines to a file, if a path is given; returns whether it is."""
     if path is not None:
-        Path(path).expanduser().write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        Path(os.path.expanduser(path)).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return path is not None
 
 
