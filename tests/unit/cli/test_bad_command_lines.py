@@ -79,6 +79,7 @@ FILES = {
     "run/checkpoint-5/trainer_state.json": "{}",
     "file": "x",
 }
+COMPARE = "--model a/b --against a/c --prompts prompts.jsonl --reward a/r"
 AT = "--model m --base-url http://localhost:1"
 LINES = {
     # run files
@@ -202,11 +203,9 @@ LINES = {
     f"judge /dev/zero {AT}": "/dev/zero: this is a pipe or a device.",
     f"judge pairs.jsonl {AT} --output ./pairs.jsonl": "--output: pairs.jsonl is the file of the pairs. Give another on",
     f"judge pairs.jsonl {AT} --extra '&a {{x: *a}}'": "--extra is '&a {x: *a}'; wanted: such as '{seed: 0}'.",
-    "eval --model a/b --against a/c --prompts prompts.jsonl --reward a/r --output prompts.jsonl": "command line: `output` "
-    "is the file of the prompts. Give another one.",
-    "eval --model a/b --against a/c --prompts prompts.jsonl --reward a/r --output x --json ./x": "command line: `output` "
-    "is the file of `json`. Give another one.",
-    "eval --model 'a/b ' --against a/c --prompts prompts.jsonl --reward a/r": "command line: `model` is 'a/b ': there is",
+    f"eval {COMPARE} --output prompts.jsonl": "command line: `output` is the file of the prompts. Give another one.",
+    f"eval {COMPARE} --output x --json ./x": "command line: `output` is the file of `json`. Give another one.",
+    f"eval {COMPARE} --model 'a/b '": "command line: `model` is 'a/b ': there is white space at an end",
     f"judge empty.jsonl {AT}": "empty.jsonl: there are no pairs in it.",
     "judge pairs.jsonl --judge-model m": "unrecognized arguments: --judge-model m. Here it is `model`.",
     "judge pairs.jsonl --config judge.yaml": "judge.yaml:6: `judge: llm`: `modle` is not one of `judge_kwargs`. Did yo",
