@@ -29,6 +29,7 @@ Of `Fault`:
         `running.kill(signal)` sends a signal to all ranks or some.
     writes: `Writes("kill within")` and the like: the run is done again for every operation that writes into `out`, or
         for a part of them, and the fault is at that one.
+    service: `Service(faulty, right)`, an HTTP server beside the run. `{url}` in options and files is its address.
     processes: 2 starts two ranks (gloo).  limit: seconds until it counts as hanging.
     quick: `False` for the longer list, which `make test-faults` leaves out and `make test-faults-all` runs.
 
@@ -40,6 +41,7 @@ Endings:
     Stops(code, *words): as that, without such a line: a run that was asked to stop.
     Killed(signal): ended by this signal.
     Either(*endings): the one of them that has its exit code, for faults that may come too late.
+    ByRank(*endings): one for each rank.
     Resumes(first, mend=None): it ends as ``first`` says; then ``mend(folder)`` is called, which by default puts the
         files back as they are without the fault, and the same command with `--resume_from_checkpoint true` (without
         it, if there is no checkpoint yet) ends with the weights and the log of the uninterrupted run, each step once.
@@ -58,6 +60,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from faults.injection import Child
     from faults.runs import Running
+    from support.endpoint import Answer
 
 ANY: dict[str, Any] = {"any": True}
 """As ``like``: the weights need not equal another run's."""
@@ -124,15 +127,26 @@ class Either:
 
 
 @dataclass(frozen=True)
+class ByRank:
+    endings: tuple[OneLine | Killed, ...]
+
+    def __init__(self, *endings: OneLine | Killed) -> None:
+        object.__setattr__(self, "endings", endings)
+
+    def __str__(self) -> str:
+        return next(str(ending) for ending in self.endings if isinstance(ending, OneLine))
+
+
+@dataclass(frozen=True)
 class Resumes:
-    first: OneLine | Stops | Killed | Survived | Either
+    first: OneLine | Stops | Killed | Survived | Either | ByRank
     mend: Callable[[Path], None] | None = None
 
     def __str__(self) -> str:
         return f"{self.first}; resumed to the same weights"
 
 
-Ending = Survived | OneLine | Stops | Killed | Either | Resumes
+Ending = Survived | OneLine | Stops | Killed | Either | ByRank | Resumes
 
 
 WriteFault = Literal["kill before", "kill within", "fail once", "fail from there"]
@@ -154,6 +168,21 @@ class Writes:
     rank: int = 0
 
 
+Respond = Callable[[dict[str, Any], int], "Answer"]
+
+
+@dataclass(frozen=True)
+class Service:
+    """An HTTP server beside the run; ``{url}`` in options, files and environment is its address.
+
+    ``faulty`` makes the answers to the run with the fault; ``right`` those to the runs without it and to the one that
+    resumes. See `support/endpoint.py`.
+    """
+
+    faulty: Respond
+    right: Respond
+
+
 @dataclass(frozen=True)
 class Fault:
     kind: str
@@ -168,6 +197,7 @@ class Fault:
     inject: Callable[[Child], None] | None = None
     outside: Callable[[Running], None] | None = None
     writes: Writes | None = None
+    service: Service | None = None
     processes: int = 1
     limit: float = 20.0
     quick: bool = True

@@ -27,12 +27,6 @@ MEANT = {
     "model": "assistant",
     "chatbot": "assistant",
 }
-RESERVED_ARGUMENTS = (
-    *("conversation", "messages", "tokenize", "add_generation_prompt", "continue_final_message"),
-    *("return_assistant_tokens_mask", "tokenizer_kwargs", "padding", "truncation", "max_length"),
-    *("return_tensors", "return_dict"),
-)
-"""Arguments of `apply_chat_template` that are set here, or have no meaning for a text."""
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], arguments: Mapping[str, Any]) -> str:

@@ -18,10 +18,11 @@ from transformers import PreTrainedTokenizerBase
 
 from online_dpo.config.json_text import parse_json
 from online_dpo.config.trainer_config import OnlineDPOConfig
-from online_dpo.data.chat import RESERVED_ARGUMENTS, settled_messages
+from online_dpo.data.chat import settled_messages
 from online_dpo.data.convert import PromptSource, find_source, without_nulls
 from online_dpo.data.cut import cut_message
 from online_dpo.data.json_columns import dataset_from_rows, json_columns_of, reading_json
+from online_dpo.data.template_arguments import check_arguments, row_arguments
 from online_dpo.data.text import UnusablePrompt
 from online_dpo.data.tokens import fit_messages, fit_text
 from online_dpo.distributed.process_state import kept_environment
@@ -72,7 +73,7 @@ def prepare_prompts(
         InvalidPromptError: a row is unusable and ``args.invalid_prompts`` is "error"; for a stream, when it is read.
     """
     rows = _as_dataset(dataset, name)
-    source, kind = _settle_kind(rows, _checked_source(rows, args, name), tokenizer, args, name)
+    source, kind = _settle_kind(rows, _checked_source(rows, tokenizer, args, name), tokenizer, args, name)
     keeps_json = kind == "messages" and (source.column in json_columns_of(rows) or _holds_parts(rows, source))
     prepare_row = PromptRow(
         tokenizer=tokenizer,
@@ -162,12 +163,8 @@ class PromptRow:
 
     def _template_arguments(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of the chat template: the configuration's, overridden by the row's, and the row's tools."""
-        own = row.get("chat_template_kwargs") or {}
-        if not isinstance(own, Mapping):
-            raise UnusablePrompt(f"its `chat_template_kwargs` are of type {type(own).__name__}, not a dict")
-        if taken := [key for key in own if key in (*RESERVED_ARGUMENTS, "chat_template")]:
-            raise UnusablePrompt(f"its `chat_template_kwargs` must not hold {', '.join(taken)}")
-        arguments = {**self.chat_template_kwargs, **without_nulls(own)}
+        own = row_arguments(row.get("chat_template_kwargs") or {}, self.tokenizer)
+        arguments = {**self.chat_template_kwargs, **own}
         tools = row.get("tools")
         if isinstance(tools, str) and tools:
             try:
@@ -198,29 +195,26 @@ def _as_dataset(dataset: Any, name: str) -> Dataset | IterableDataset:
     )
 
 
-def _checked_source(rows: Dataset | IterableDataset, args: OnlineDPOConfig, name: str) -> PromptSource:
+def _checked_source(
+    rows: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, args: OnlineDPOConfig, name: str
+) -> PromptSource:
     """Find where the prompts are, after checks of the columns and arguments."""
     first = next(iter(rows), None)
     if first is None:
         raise ValueError(f"{name} is empty. Give it at least one row.")
     columns = rows.column_names or list(first)
-    _check_arguments(columns, args, name)
+    _check_arguments(columns, tokenizer, args, name)
     source = find_source(columns, args.prompt_column, args.prompt_template)
     if "prompt" in columns and source.template is None and source.column != "prompt":
         logger.warning("%s: the prompts are read from %s and replace the column `prompt`.", name, source)
     return source
 
 
-def _check_arguments(columns: list[str], args: OnlineDPOConfig, name: str) -> None:
+def _check_arguments(columns: list[str], tokenizer: PreTrainedTokenizerBase, args: OnlineDPOConfig, name: str) -> None:
     taken = [column for column in ADDED_COLUMNS if column in columns]
     if taken:
         raise ValueError(f"{name} already has the columns {', '.join(taken)}, which preparation adds. Rename them.")
-    reserved = [key for key in _template_kwargs(args) if key in RESERVED_ARGUMENTS]
-    if reserved:
-        raise ValueError(
-            f"`chat_template_kwargs` must not hold {', '.join(reserved)}: set for each prompt here, or of no use. "
-            "Leave it out."
-        )
+    check_arguments(_template_kwargs(args), tokenizer)
     if args.prompt_template is not None and args.prompt_column is not None:
         logger.warning("`prompt_column` is ignored: `prompt_template` is set.")
 

@@ -21,29 +21,35 @@ T = TypeVar("T")
 
 SHOWN = 3
 
-_alone = False
-"""Whether this process acts as the only one, since others are lost; see `without_others`."""
+_alone_of: int | None = None
+"""While this process acts as the only one, since others are lost: the number that there were; see `without_others`."""
 
 
 def world_size() -> int:
     """Returns the number of processes. Not a collective operation."""
-    return 1 if _alone else processes_of_run()
+    return processes_of_run() if _alone_of is None else 1
 
 
 def processes_of_run() -> int:
     """Returns the number of processes that the run was started with. Not a collective operation."""
+    if _alone_of is not None:
+        return _alone_of
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 @contextmanager
 def without_others() -> Iterator[None]:
-    """Inside, collective operations have one process, which is the first: the others are lost."""
-    global _alone
-    _alone = True
+    """Inside, collective operations have one process, which is the first: the others are lost.
+
+    For torch there is no process group: transformers asks torch for the rank when it saves a model.
+    """
+    global _alone_of
+    _alone_of, group = processes_of_run(), dist.group.WORLD
+    dist.group.WORLD = None
     try:
         yield
     finally:
-        _alone = False
+        dist.group.WORLD, _alone_of = group, None
 
 
 @contextmanager
@@ -121,6 +127,8 @@ def check_same(facts: Mapping[str, Any], what: str) -> None:
     Raises:
         ValueError: some differ.
     """
+    if world_size() == 1:
+        return
     first, *others = from_every_rank(dict(facts))
     for rank, other in enumerate(others, start=1):
         names = [name for name in {**first, **other} if first.get(name) != other.get(name)]

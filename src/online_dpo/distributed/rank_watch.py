@@ -20,12 +20,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from online_dpo.distributed.waiting import WAITS
+from online_dpo.distributed.waiting import WAITS, Waits
 from online_dpo.errors import OnlineDPOError, RankLostError, error_text, named_error
 
 BEAT_SECONDS, RANKS_PER_BEAT = 0.5, 128  # with more ranks, each of them writes and reads less often
 SILENT_SECONDS = 3.0
-END_SECONDS = 10.0
+END_SECONDS = 5.0
 """How long the main thread may take to end by itself once another rank has failed."""
 
 STORE_SECONDS = 5.0
@@ -67,10 +67,23 @@ class RankWatch:
         size: the number of processes.
         limit: seconds after which a collective operation gives up (``ddp_timeout``).
         holder: the rank that holds the store; ``None`` if torchrun does.
+        raises: whether a collective operation that fails raises an error, as with gloo, or ends the process, as with
+            NCCL.
+        waits: what this process waits for.
     """
 
-    def __init__(self, store: Any, rank: int, size: int, limit: float, holder: int | None) -> None:
-        self.rank, self.size, self.limit, self._holder = rank, size, limit, holder
+    def __init__(
+        self,
+        store: Any,
+        rank: int,
+        size: int,
+        limit: float,
+        holder: int | None,
+        raises: bool = True,
+        waits: Waits = WAITS,
+    ) -> None:
+        self.rank, self.size, self.limit, self._holder, self._waits = rank, size, limit, holder, waits
+        self._patience = limit + END_SECONDS if raises else 0.9 * limit
         self.step = 0
         """The steps that are done."""
         self._interval = BEAT_SECONDS * max(1.0, size / RANKS_PER_BEAT)
@@ -80,12 +93,18 @@ class RankWatch:
         self._began = self._answered = time.monotonic()
         self._seen = {other: Seen(0, "", 0.0, 0, self._began) for other in range(size) if other != rank}
         self._number = 0
-        self._store_is_lost = False
+        self._lost_store: float | None = None
+        """When the store was lost."""
         self._guarded = False
+        self._closed = threading.Event()
 
     def start(self) -> None:
         """Starts the thread."""
         threading.Thread(target=self._run, name="online-dpo-ranks", daemon=True).start()
+
+    def close(self) -> None:
+        """Ends the thread: this rank falls silent."""
+        self._closed.set()
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
@@ -107,7 +126,7 @@ class RankWatch:
 
     def get(self, name: str) -> bytes | None:
         """Reads what a rank has written; ``None`` if nothing was, or if there is no store any more."""
-        if self._store_is_lost:
+        if self._lost_store is not None:
             return None
         with suppress(RuntimeError):
             return self._notes.get(name) if self._notes.check([name]) else None
@@ -133,7 +152,7 @@ class RankWatch:
         failed = sorted(rank for rank, seen in self._seen.items() if seen.failure)
         if failed:
             return failed
-        if self._store_is_lost or time.monotonic() - self._answered > self._silent:
+        if self._lost_store is not None or time.monotonic() - self._answered > self._silent:
             return [-1 if self._holder is None else self._holder]
         return sorted(rank for rank, seen in self._seen.items() if self._answered - seen.changed > self._silent)
 
@@ -170,20 +189,25 @@ class RankWatch:
         return clone
 
     def _run(self) -> None:
-        while not self._store_is_lost:
-            try:
-                self._beat()
-                self._read()
-                self._answered = time.monotonic()
-            except dist.DistStoreError:  # a time-out
-                pass
-            except RuntimeError:
-                self._store_is_lost = True
+        wait = 0.0
+        while not self._closed.wait(wait):
+            if self._lost_store is None:
+                self._exchange()
             self._end_if_stuck()
-            time.sleep(self._interval)
+            wait = self._interval
+
+    def _exchange(self) -> None:
+        try:
+            self._beat()
+            self._read()
+            self._answered = time.monotonic()
+        except dist.DistStoreError:  # a time-out
+            pass
+        except RuntimeError:
+            self._lost_store = time.monotonic()
 
     def _beat(self) -> None:
-        doing = next((wait for wait in WAITS.innermost() if not wait.on_ranks), None)
+        doing = next((wait for wait in self._waits.innermost() if not wait.on_ranks), None)
         self._number += 1
         beat = [self._number, doing.who if doing else "", doing.seconds if doing else 0.0, self.step]
         self._store.set(f"beat-{self.rank}", json.dumps(beat))
@@ -208,16 +232,24 @@ class RankWatch:
         backend which raises errors, as gloo does, would have raised one. NCCL's ends the process without a word, so
         that this thread must come first.
         """
-        own = next((wait for wait in WAITS.innermost() if not wait.on_ranks), None)
-        now, patience = time.monotonic(), 0.9 * self.limit if dist.get_backend() == "nccl" else self.limit + END_SECONDS
-        if own is not None:
-            lost = [rank for rank, seen in self._seen.items() if seen.failure and now - seen.failed > END_SECONDS]
-        else:
-            lost = [rank for rank in self.missing() if rank in self._seen and self._seen[rank].silence > patience]
+        own = next((wait for wait in self._waits.innermost() if not wait.on_ranks), None)
+        lost = self._ended() if own is not None else self._silent_for_good()
         if lost and self._guarded:
-            where = f" This process was still in {own.who}." if own is not None else ""
-            os.write(2, f"error: {self._describe(lost[0])}{where} It ends without a further checkpoint.\n".encode())
+            line = self._describe(lost[0])
+            if own is not None:
+                line = f"The run has ended on other processes while this one was still in {own.who}."
+            os.write(2, f"error: {line} This process ends without a further checkpoint.\n".encode())
             os._exit(1)
+
+    def _ended(self) -> list[int]:
+        """Returns the ranks that have ended some time ago."""
+        before = time.monotonic() - END_SECONDS
+        if self._lost_store is not None and self._lost_store < before:
+            return self.missing()
+        return [rank for rank, seen in self._seen.items() if seen.failure and seen.failed < before]
+
+    def _silent_for_good(self) -> list[int]:
+        return [rank for rank in self.missing() if rank in self._seen and self._seen[rank].silence > self._patience]
 
 
 _watch: RankWatch | None = None
@@ -231,7 +263,8 @@ def watch_ranks(limit: float) -> RankWatch | None:
     if _watch is None:
         store = dist.distributed_c10d._get_default_store()  # pyright: ignore[reportAttributeAccessIssue]
         holder = None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
-        _watch = RankWatch(store, dist.get_rank(), dist.get_world_size(), limit, holder)
+        raises = "nccl" not in dist.get_backend()
+        _watch = RankWatch(store, dist.get_rank(), dist.get_world_size(), limit, holder, raises)
         _watch.start()
         WAITS.details = _watch.describe_others
     return _watch

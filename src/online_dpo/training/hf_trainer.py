@@ -93,10 +93,10 @@ class GuardedTrainer(Trainer):
         self.add_callback(self.guard)
         self.updates = UpdatedRatio(lambda: self.guard.trained_steps, warns=not keeps_small_steps(args))
         self.add_callback(self.updates)
-        self.others = OtherRanks(watch_ranks(args.ddp_timeout), args.max_staleness > 0)
-        self.add_callback(self.others)
         self.log_state = LogState(self.metrics)
         self.add_callback(self.log_state)
+        self.others = OtherRanks(watch_ranks(args.ddp_timeout), self.log_state, args.max_staleness > 0)
+        self.add_callback(self.others)
         self.steps_done = StepsDone(self.raise_callback_failure)
         self.add_callback(self.steps_done)
         self.add_callback(self.backoff)
@@ -304,7 +304,9 @@ class GuardedTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """The parent's. The files take their places together, when all are written."""
+        """The parent's. The files take their places together, when all are written. In a checkpoint, an error waits
+        for the other processes, which the parent has meet after this.
+        """
         folder = Path(str(self.args.output_dir) if output_dir is None else output_dir)
         with self.checkpoints.part(), self.checkpoints.model_folder(folder) as aside:
             super()._save(str(aside), state_dict)
@@ -333,6 +335,7 @@ class GuardedTrainer(Trainer):
             with self.evaluation_weights():
                 super()._save_checkpoint(model, trial)
             self.run_state.save(folder, self.accelerator.process_index)
+            self.others.write_files(folder)
         if self.args.push_to_hub:
             super()._push_from_checkpoint(str(folder_of(run_dir, self.state.global_step)))
         self.checkpoints.rotate(run_dir)
@@ -340,20 +343,10 @@ class GuardedTrainer(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Does nothing: the parent calls it before the checkpoint is in its place; `_save_checkpoint` pushes later."""
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """The parent's; where one process fails, all do, after the last part of the checkpoint."""
-        with self.checkpoints.part():
-            super()._save_optimizer_and_scheduler(output_dir)
-
-    def _save_scaler(self, output_dir: str) -> None:
-        with self.checkpoints.part():
-            super()._save_scaler(output_dir)
-
     def _save_rng_state(self, output_dir: str) -> None:
-        """The parent's; if this process saves for others that are lost, the states of all."""
-        with self.checkpoints.part():
-            if not self.others.write_rng_states(Path(output_dir)):
-                super()._save_rng_state(output_dir)
+        """The parent's, unless this process saves for others that are lost: then there are the files of all."""
+        if not self.others.stands_in:
+            super()._save_rng_state(output_dir)
 
     def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
         """The parent's; checkpoints that it would delete are deleted after it."""

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from online_dpo.checkpoints.choice import AUTO, newest_whole, none_found, problem_of_named
-from online_dpo.checkpoints.identity import of_other_runs, taken
 from online_dpo.checkpoints.needed import Needs
 from online_dpo.cli.judging.plan import BuiltInJudge, plan_llm, plan_pairwise_model
 from online_dpo.cli.runfile.data_fields import data_problems
@@ -301,11 +300,6 @@ class RunChecker:
         read = [(name, self.values[name]) for name in INPUT_PATHS if self._given(name)]
         if given is not None and (problem := output_problem(given, read)):
             yield f"{self._where('output_dir')}: `output_dir` {problem}"
-            return
-        if not self.values.get("resume_from_checkpoint") and not self.values.get("overwrite_output_dir"):
-            folder = Path(os.path.expanduser(given or DEFAULT_OUTPUT))
-            if others := of_other_runs(folder, set()):
-                yield f"{self._where('output_dir') if given else self.file}: {taken(folder, others)}"
 
     def _resume(self) -> Iterator[str]:
         checkpoint = self.values.get("resume_from_checkpoint")
