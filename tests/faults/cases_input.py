@@ -122,7 +122,7 @@ ROW_FAULTS = [
             + "\n"
             for _ in range(8)
         ),
-        "must not hold chat_template",
+        "hold chat_template",
     ),
     data("null in a template", '{"a": "w1"}\n{"a": null}\n', "Row 1", "`a`", prompt_template="{a}"),
 ]

@@ -151,7 +151,7 @@ def test_a_table_of_parts_becomes_text_for_scorers_as_well() -> None:
 def test_a_row_cannot_replace_the_template() -> None:
     for key in ("chat_template", "conversation", "messages", "tokenize", "return_dict", "max_length"):
         row = {"prompt": [user("hi")], "chat_template_kwargs": {key: "x"}}
-        with pytest.raises(InvalidPromptError, match=f"its `chat_template_kwargs` must not hold {key}"):
+        with pytest.raises(InvalidPromptError, match=f"its `chat_template_kwargs` hold {key}"):
             prepare([row], tokenizer(CHATML))
     with pytest.raises(ValueError, match="`chat_template_kwargs` must not hold padding"):
         prepare([{"prompt": [user("hi")]}], tokenizer(CHATML), chat_template_kwargs={"padding": True})
