@@ -15,6 +15,7 @@ from online_dpo.cli.judging.pairs_file import read_pairs
 from online_dpo.cli.judging.plan import BuiltInJudge, plan_pairwise_model
 from online_dpo.cli.parser import OneLineParser, with_hyphens
 from online_dpo.cli.runfile.entries import UsageError
+from online_dpo.cli.runfile.paths import same_file
 from online_dpo.cli.runfile.run_file import judge_of_run
 from online_dpo.cli.runfile.schema import FieldSpec, read_fields_of
 from online_dpo.cli.runfile.yaml_text import parse_yaml
@@ -66,7 +67,7 @@ def judge(words: Sequence[str]) -> int:
         if arguments["limit"] is not None and arguments["limit"] < 1:
             raise ValueError(f"--limit must be 1 or more; it is {arguments['limit']}.")
         pairs = read_pairs(arguments["file"], arguments["limit"])
-        _check_output(arguments["output"])
+        _check_output(arguments["output"], arguments["file"])
     except UsageError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
@@ -79,7 +80,9 @@ def judge(words: Sequence[str]) -> int:
     return judge_pairs(pairs, chosen, arguments["output"])
 
 
-def _check_output(output: Path | None) -> None:
+def _check_output(output: Path | None, file: Path) -> None:
+    if output is not None and same_file(output, file):
+        raise ValueError(f"--output: {output} is the file of the pairs. Give another one.")
     if output is not None and not output.absolute().parent.is_dir():
         raise ValueError(f"--output: there is no folder {output.absolute().parent}.")
     if output is not None and output.is_dir():

@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import IO, Any
 
 MAX_DEPTH = 100
 """Levels of lists and objects inside each other. Whatever walks values afterwards recurses as deeply."""
+MAX_LINE = 64 * 2**20
+"""Characters of a line of a file. A small compressed file may hold an endless one."""
 EXACT_DIGITS = 17
 """A float cannot hold a whole part of as many digits."""
 
@@ -35,6 +37,20 @@ def parse_json(text: str) -> Any:
     if text.count("[") + text.count("{") > MAX_DEPTH and _is_too_deep(text):
         raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
     return json.loads(text, object_pairs_hook=_object, parse_float=_float, parse_int=_int)
+
+
+def bounded_lines(text: IO[str]) -> Iterator[str]:
+    """The lines of an open text.
+
+    Raises:
+        ValueError: a line is too long to be one.
+    """
+    number = 0
+    while line := text.readline(MAX_LINE):
+        number += 1
+        if len(line) == MAX_LINE:
+            raise ValueError(f"line {number} is longer than {MAX_LINE} characters")
+        yield line
 
 
 def depth_of(value: Any, limit: int = MAX_DEPTH) -> int:

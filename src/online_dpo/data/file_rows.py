@@ -22,14 +22,12 @@ from typing import IO, Any
 import pyarrow as pa
 from datasets import Value
 
-from online_dpo.config.json_text import parse_json
+from online_dpo.config.json_text import MAX_LINE, bounded_lines, parse_json
 from online_dpo.data.json_columns import check_names
 
 CSV_SUFFIXES = {".csv": ",", ".csv.gz": ",", ".tsv": "\t", ".tsv.gz": "\t"}
 """File name endings of CSV files, and their separators."""
 
-MAX_LINE = 64 * 2**20
-"""Characters of a line, or of a field that goes over several lines. A small compressed file may hold an endless one."""
 MAX_ARRAY = 2**30
 """Bytes of a file that is one JSON array, which is read as a whole."""
 
@@ -75,7 +73,7 @@ def file_rows(files: list[Path], types: Mapping[str, str]) -> Iterator[dict[str,
             yield from _csv_rows(file, types) if suffix_of(file) in CSV_SUFFIXES else _json_rows(file)
         except UnicodeDecodeError as error:
             raise ValueError(f"Cannot read {file}: the text is not in UTF-8 ({error}). Save it as UTF-8.") from error
-        except (OSError, EOFError, zlib.error, csv.Error, Malformed) as error:
+        except (OSError, EOFError, ValueError, zlib.error, Malformed) as error:
             raise ValueError(f"Cannot read {file}: {error}.") from error
 
 
@@ -94,20 +92,6 @@ def check_types(types: Mapping[str, str]) -> None:
                 f"Column `{column}` has the type {name!r}, which does not exist ({error}). Common types: int64, "
                 "float64, bool, string, date32, timestamp[s]."
             ) from None
-
-
-def bounded_lines(text: IO[str]) -> Iterator[str]:
-    """The lines of an open text.
-
-    Raises:
-        Malformed: a line is too long to be one.
-    """
-    number = 0
-    while line := text.readline(MAX_LINE):
-        number += 1
-        if len(line) == MAX_LINE:
-            raise Malformed(f"line {number} is longer than {MAX_LINE} characters")
-        yield line
 
 
 @contextmanager

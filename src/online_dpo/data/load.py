@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import itertools
 import logging
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,9 @@ _HEAD_ROWS = 1000
 
 _STORED_VERSION = 1
 """Increase it when rows are stored in another form, so that tables cached by older versions are not reused."""
+
+_LONGEST_NAME = 255
+"""Bytes of one name in a path."""
 
 _READ_ERRORS = (ValueError, OSError, DatasetsError, StopIteration)
 """What `datasets` raises for unreadable data. The errors of pyarrow and pandas are ValueErrors; StopIteration means no
@@ -88,6 +92,8 @@ def load_prompts(
         if not text or text != text.strip() or "\0" in text:
             raise ValueError(f"The {what} is {text!r}. Give it without blanks around it, and not empty.")
     check_types(types or {})
+    if any(len(os.fsencode(name)) > _LONGEST_NAME for name in source.split("/")):
+        raise ValueError(f"The source {source[:40]!r}... is too long for the name of a file.")
     dataset = _load_split(source, split, config, streaming, types or {})
     if limit is None:
         return dataset
@@ -97,7 +103,7 @@ def load_prompts(
 def _load_split(
     source: str, split: str, config: str | None, streaming: bool, types: Mapping[str, str]
 ) -> Dataset | IterableDataset:
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     is_folder = path.is_dir() and not _is_saved(path)
     are_files = path.is_file() or (not path.is_dir() and _looks_like_files(source))
     if types and not (is_folder or are_files):
@@ -163,7 +169,10 @@ def _what_exists(folder: Path) -> str:
 
 def _files_of_folder(folder: Path, config: str | None) -> dict[str, list[Path]]:
     """The files of each split, assigned by name in the way of `datasets`."""
-    known = sorted(file for file in folder.rglob("*") if file.is_file() and suffix_of(file) in FORMATS)
+    try:
+        known = sorted(file for file in folder.rglob("*") if suffix_of(file) in FORMATS and file.is_file())
+    except OSError as error:
+        raise ValueError(f"Cannot read the folder {folder}: {error}") from error
     formats = sorted({FORMATS[suffix_of(file)] for file in known})
     if not known:
         raise ValueError(f"{folder} holds no file ending in {', '.join(FORMATS)}. {_what_exists(folder)}")
@@ -284,7 +293,7 @@ def _map_rows(source: str, files: dict[str, list[Path]], split: str, types: Mapp
         raise ValueError(f"Cannot read {source}: {error_text(_first_cause(error))}") from error
     _check_unchanged(source, every_file, version)
     parts = [
-        stored[part.splitname].select(range(min(part.from_, part.to), part.to))
+        stored[part.splitname].select(range(part.from_, part.to) if part.from_ < part.to else [])
         for part in instruction.to_absolute({name: len(rows) for name, rows in stored.items()})
     ]
     rows = concatenate_datasets(parts)

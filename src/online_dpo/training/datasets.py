@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from typing import Any
 
@@ -12,7 +13,10 @@ from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.data.cut import CutPromptsCallback
 from online_dpo.data.prompts import PREPARED_COLUMNS, prepare_prompts
 from online_dpo.data.stream import EndlessStream
+from online_dpo.scoring.rewards.function import BUILT_IN_ARGUMENTS
 from online_dpo.training.arguments import check_batches, check_columns, check_stream, named_datasets
+
+logger = logging.getLogger(__name__)
 
 
 class DatasetPreparer:
@@ -41,6 +45,14 @@ class DatasetPreparer:
         with self._args.main_process_first(desc=f"preparing {name}"):
             dataset, dropped = prepare_prompts(dataset, self._tokenizer, self._args, name=name)
         self.dropped += dropped
+        taken = [column for column in dataset.column_names or () if column in BUILT_IN_ARGUMENTS]
+        if taken and self._args.process_index == 0:
+            logger.warning(
+                "%s: the columns %s do not reach reward functions, which get arguments of these names from the "
+                "trainer. Rename them.",
+                name,
+                ", ".join(taken),
+            )
         return dataset
 
     def prepare_training(self, dataset: Any) -> Any:

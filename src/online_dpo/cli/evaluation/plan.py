@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,8 +12,10 @@ from online_dpo.checkpoints.folders import checkpoints_in
 from online_dpo.checkpoints.manifest import model_problem_of
 from online_dpo.cli.evaluation.options import CALLED_HERE, FROM_THE_RUN, RUN_FIELDS, EvalConfig
 from online_dpo.cli.judging.plan import BuiltInJudge
+from online_dpo.cli.runfile.data_fields import data_problems
 from online_dpo.cli.runfile.entries import Entry, UsageError, read_overrides, read_run_file, read_values
 from online_dpo.cli.runfile.model_options import OF_4BIT, QUANTISATION, model_init_kwargs, model_problems
+from online_dpo.cli.runfile.paths import path_problem, same_file
 from online_dpo.cli.runfile.plugins import Plugins, RegisteredName, are_given, checked_later
 from online_dpo.cli.runfile.references import Reference, parse_reference
 from online_dpo.cli.runfile.run_file import GOLD_REWARDS, MODEL_FILES, RunChecker, holds_model, looks_like_path
@@ -109,7 +112,7 @@ class EvalChecker(RunChecker):
         yield from self._scoring()
         yield from self._models()
         yield from self._prompts()
-        for name, problem in model_problems(self.values, is_trained=False):
+        for name, problem in (*model_problems(self.values, is_trained=False), *data_problems(self.values)):
             yield f"{self._where(name)}: `{name}` {problem}"
         read = {name: self.values[name] for name in RUN_FIELDS if name in self.values}
         for name, problem in requirements.problems(read):
@@ -122,10 +125,17 @@ class EvalChecker(RunChecker):
         yield from self._files()
 
     def _files(self) -> Iterator[str]:
+        given = [name for name in ("json", "output") if self._given(name)]
+        written = [Path(os.path.expanduser(self.values[name])).absolute() for name in given]
+        if len(written) == 2 and written[0] == written[1]:
+            yield f"{self._where('output')}: `output` is the file of `json`. Give another one."
+        for name, path in zip(given, written, strict=True):
+            if self.prompts is not None and same_file(path, Path(os.path.expanduser(self.prompts.source))):
+                yield f"{self._where(name)}: `{name}` is the file of the prompts. Give another one."
         for name in ("json", "output"):
-            if self._given(name) and not Path(self.values[name]).expanduser().absolute().parent.is_dir():
+            if self._given(name) and not Path(os.path.expanduser(self.values[name])).absolute().parent.is_dir():
                 yield f"{self._where(name)}: `{name}`: there is no folder {Path(self.values[name]).parent}."
-            elif self._given(name) and Path(self.values[name]).expanduser().is_dir():
+            elif self._given(name) and Path(os.path.expanduser(self.values[name])).is_dir():
                 yield f"{self._where(name)}: `{name}`: {self.values[name]} is a folder. Give the name of a file."
 
     def plan(self) -> EvalPlan:
@@ -214,7 +224,7 @@ class EvalChecker(RunChecker):
             yield from self._model_folder("model", self.model)
         elif self._given("output_dir"):
             self.model = self.values["output_dir"]
-            yield from self._output_folder(Path(self.model).expanduser())
+            yield from self._output_folder(Path(os.path.expanduser(self.model)))
         else:
             yield f"{self.file}: `model` is missing: the model to evaluate. Give --model."
         if self._given("against"):
@@ -235,8 +245,10 @@ class EvalChecker(RunChecker):
             yield f"{self.file}: {folder}, the run's `output_dir`, holds no model. Give --model{example}."
 
     def _model_folder(self, name: str, text: str) -> Iterator[str]:
-        path = Path(text).expanduser()
-        if path.is_dir():
+        path = Path(os.path.expanduser(text))
+        if problem := path_problem(text):
+            yield f"{self._where(name)}: `{name}` {problem}"
+        elif path.is_dir():
             if not holds_model(path):
                 files = " or ".join(MODEL_FILES)
                 yield f"{self._where(name)}: `{name}`: {text} is no model folder: it holds no {files}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -256,7 +257,7 @@ def _write(path: str | None, lines: Iterable[str]) -> bool:
     """Write lines to a file, if a path is given; returns whether it is."""
     if path is not None:
         text = "".join(f"{line}\n" for line in lines)
-        Path(path).expanduser().write_text(text, encoding="utf-8", errors=ESCAPED)
+        Path(os.path.expanduser(path)).write_text(text, encoding="utf-8", errors=ESCAPED)
     return path is not None
 
 

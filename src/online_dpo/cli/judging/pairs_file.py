@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from online_dpo.config.json_text import bounded_lines, parse_json
+from online_dpo.data.text import is_blank
 
 LABELS = {"a": 1.0, "response_a": 1.0, "0": 1.0, "b": 0.0, "response_b": 0.0, "1": 0.0, "tie": None}
 """Labels in a file, and the preference for the first answer that they mean; a tie counts as no label."""
@@ -39,17 +43,19 @@ def read_pairs(path: Path, limit: int | None) -> list[LabelledPair]:
     if path.is_dir():
         raise ValueError(f"{path}: this is a folder. Give a file in it.")
     if not path.is_file():
-        raise ValueError(f"{path}: there is no such file.")
+        is_pipe = path.exists()
+        what = "this is a pipe or a device. Copy its content to a file." if is_pipe else "there is no such file."
+        raise ValueError(f"{path}: {what}")
     pairs: list[LabelledPair] = []
-    with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
-        for number, line in enumerate(lines, start=1):
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as text:
+        for number, line in enumerate(_lines(path, text), start=1):
             if limit is not None and len(pairs) == limit:
                 break
             if any("\udc80" <= letter <= "\udcff" for letter in line):
                 raise ValueError(f"{path}:{number}: the text is not in UTF-8. Save the file as UTF-8.")
             if line.strip():
                 try:
-                    pairs.append(_pair(json.loads(line)))
+                    pairs.append(_pair(parse_json(line)))
                 except json.JSONDecodeError as problem:
                     raise ValueError(f"{path}:{number}: the line is no JSON: {problem}") from None
                 except ValueError as problem:
@@ -57,6 +63,13 @@ def read_pairs(path: Path, limit: int | None) -> list[LabelledPair]:
     if not pairs:
         raise ValueError(f"{path}: there are no pairs in it.")
     return pairs
+
+
+def _lines(path: Path, text: IO[str]) -> Iterator[str]:
+    try:
+        yield from bounded_lines(text)
+    except (ValueError, OSError) as problem:
+        raise ValueError(f"{path}: cannot be read: {problem}.") from None
 
 
 def _pair(row: Any) -> LabelledPair:
@@ -69,6 +82,8 @@ def _pair(row: Any) -> LabelledPair:
     prompt = row["prompt"]
     if not isinstance(prompt, str) and not _is_conversation(prompt):
         raise ValueError("`prompt` must be text or a list of messages.")
+    if not _has_text(prompt):
+        raise ValueError("`prompt` is empty.")
     first, second = (_answer(name, row[name]) for name in names)
     label = 1.0 if labelled else _label(row.get("label"))
     return LabelledPair(row, prompt, first, second, label, ordered=not labelled)
@@ -81,6 +96,11 @@ def _answer(name: str, value: Any) -> str:
     if _is_conversation(value) and isinstance(value[-1]["content"], str):
         return value[-1]["content"]
     raise ValueError(f"`{name}` must be text or a list of messages.")
+
+
+def _has_text(prompt: str | list[dict[str, Any]]) -> bool:
+    contents = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+    return any(not isinstance(content, str) or not is_blank(content) for content in contents)
 
 
 def _is_conversation(value: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,8 @@ def plan_llm(given: dict[str, Any], folders: Sequence[Path]) -> BuiltInJudge:
     options = _converted(given, read_fields_of("online_dpo.config.llm_judge", "JudgeSettings"))
     for name in FILES:
         if options.get(name) is not None and options[name] not in TEMPLATES:
-            existing = (path for folder in folders if (path := folder / Path(options[name]).expanduser()).is_file())
+            given_path = Path(os.path.expanduser(options[name]))
+            existing = (path for folder in folders if (path := folder / given_path).is_file())
             options[name] = str(next(existing, options[name]))
     if "model" not in options:
         raise ValueError("`judge_kwargs` needs at least `model`, the judging model's name at the endpoint.")

@@ -6,6 +6,7 @@ Heavy packages must not be imported here.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -83,4 +84,4 @@ def _computed_in(values: Mapping[str, Any]) -> str:
 
 
 def _is_adapter(model: str | None) -> bool:
-    return model is not None and (Path(model).expanduser() / "adapter_config.json").is_file()
+    return model is not None and (Path(os.path.expanduser(model)) / "adapter_config.json").is_file()

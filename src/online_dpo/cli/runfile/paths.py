@@ -38,13 +38,13 @@ def output_problem(text: str, inputs: Iterable[tuple[str, str]]) -> str | None:
         return f"{problem} Give the name of a folder, new or old."
     if "$" in text:
         return f"is {text!r}: environment variables are not filled in here. Give it on the command line."
-    folder = Path(text).expanduser()
+    folder = Path(os.path.expanduser(text))
     if folder.exists() and not folder.is_dir():
         return "is a file. Give the name of a folder, new or old."
     if folder.resolve() == Path(folder.resolve().anchor):
         return "is the root of the file system. Give the name of a folder, new or old."
     for name, path in inputs:
-        if Path(path).is_dir() and folder.resolve() == Path(path).resolve():
+        if path_problem(path) is None and Path(path).is_dir() and folder.resolve() == Path(path).resolve():
             return f"is the folder of `{name}`, whose files the run would replace. Give another one."
     above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not above.is_dir():

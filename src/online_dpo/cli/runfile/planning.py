@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -70,7 +71,7 @@ def split_words(words: Sequence[str]) -> tuple[Path | None, list[str]]:
         files.append(value)
     if len(files) > 1:
         raise UsageError([f"{COMMAND_LINE}: there are two run files, {' and '.join(files)}. Give one of them."])
-    return (Path(files[0]).expanduser() if files else None), rest
+    return (Path(os.path.expanduser(files[0])) if files else None), rest
 
 
 def print_version_warning() -> None:

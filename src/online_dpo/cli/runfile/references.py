@@ -6,6 +6,7 @@ import ast
 import importlib
 import importlib.machinery
 import importlib.util
+import os
 import sys
 import traceback
 import zlib
@@ -126,7 +127,7 @@ def load_reference(reference: Reference) -> Any:
 
 
 def _find_file(text: str, folders: Sequence[Path]) -> Path:
-    candidates = [folder / Path(text).expanduser() for folder in folders]
+    candidates = [folder / Path(os.path.expanduser(text)) for folder in folders]
     file = next((path for path in candidates if path.is_file()), None)
     if file is None:
         raise ValueError(f"there is no file {' or '.join(dict.fromkeys(map(str, candidates)))}")

@@ -220,7 +220,7 @@ class RunChecker:
                 f"--{name} on the command line, where the shell does."
             )
             return
-        candidates = [folder / Path(given).expanduser() for folder in self._folders(name)]
+        candidates = [folder / Path(os.path.expanduser(given)) for folder in self._folders(name)]
         existing = next((path for path in candidates if exists(path)), None)
         if existing is not None:
             self.values[name] = str(existing)
@@ -273,7 +273,7 @@ class RunChecker:
     def _judge(self, name: str) -> Iterator[str]:
         text, options = self.values[name], self.values.get(f"{name}_kwargs") or {}
         folders = self._folders(name)
-        candidates = [folder / Path(text).expanduser() for folder in folders]
+        candidates = [folder / Path(os.path.expanduser(text)) for folder in folders]
         model = None if text == LLM else next((path for path in candidates if path.is_dir()), None)
         if text != LLM and model is None:
             if ":" not in text and not self._may_be_registered(text):
@@ -309,11 +309,11 @@ class RunChecker:
         started = started_together()
         needs = Needs(self.values, 1 if started is None else started.count)
         if checkpoint is True or checkpoint == AUTO:
-            output = Path(self.values.get("output_dir") or DEFAULT_OUTPUT).expanduser()
+            output = Path(os.path.expanduser(self.values.get("output_dir") or DEFAULT_OUTPUT))
             choice = newest_whole(output, needs)
             if choice.folder is None and (checkpoint is True or choice.passed_over):
                 yield f"{where}: {none_found(output, choice)}"
-        elif problem := path_problem(checkpoint) or problem_of_named(Path(checkpoint).expanduser(), needs):
+        elif problem := path_problem(checkpoint) or problem_of_named(Path(os.path.expanduser(checkpoint)), needs):
             yield f"{where}: {problem}"
 
     def _evaluation(self) -> Iterator[str]:

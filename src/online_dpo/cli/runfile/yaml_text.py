@@ -65,9 +65,8 @@ class StrictLoader(yaml.SafeLoader):
             value = getattr(self, f"construct_yaml_{kind}")(node)
         except (ValueError, KeyError):
             raise _problem(f"{_shortened(node.value)} is no {kind}", node) from None
-        if isinstance(value, float) and math.isinf(value) and "inf" not in node.value.lower():
-            raise _problem(f"{_shortened(node.value)} is beyond the range of a float; text is written in quotes", node)
-        return value
+        is_beyond = isinstance(value, float) and math.isinf(value) and "inf" not in node.value.lower()
+        return node.value if is_beyond else value  # as text: each field says what it takes
 
 
 def parse_yaml(text: str) -> Any:

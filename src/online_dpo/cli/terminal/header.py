@@ -61,7 +61,7 @@ def _resumed(settings: dict[str, Any], checkpoint: str | bool) -> str:
     """The checkpoint that a run goes on from."""
     if isinstance(checkpoint, str) and checkpoint != AUTO:
         return checkpoint
-    output = Path(settings["output_dir"] or "trainer_output").expanduser()
+    output = Path(os.path.expanduser(settings["output_dir"] or "trainer_output"))
     folder = newest_whole(output, Needs(settings, int(os.environ.get("WORLD_SIZE", "1")))).folder
     return "nothing: the output folder holds no checkpoint" if folder is None else f"{folder}, the newest whole one"
 
