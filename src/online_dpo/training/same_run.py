@@ -14,6 +14,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from online_dpo.distributed.collectives import check_same
+from online_dpo.distributed.rank_watch import watch_ranks
 from online_dpo.modeling.fingerprint import weights_fingerprint
 from online_dpo.modeling.reference import Reference
 from online_dpo.scoring.protocols import PairwiseScorer, PointwiseScorer
@@ -27,11 +28,13 @@ ROWS = 16
 
 
 def check_same_settings(args: TrainingArguments) -> None:
-    """Checks the configuration and the versions of packages. A collective operation.
+    """Checks the configuration and the versions of packages, the first of what ranks do together. From here on they
+    are watched. A collective operation.
 
     Raises:
         ValueError: on every rank, if one has another value in any field.
     """
+    watch_ranks(args.ddp_timeout)
     settings = {name: _text(value) for name, value in args.to_dict().items() if name not in OF_PROCESS}
     check_same(settings, "settings")
     check_same({name: version(name) for name in PACKAGES} | {"python": platform.python_version()}, "packages")
