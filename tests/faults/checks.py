@@ -13,8 +13,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from faults.ground import write_files
 from faults.harness import ANY, RESUME, ByRank, Either, Ending, Fault, Killed, OneLine, Resumes, Stops, Survived, Writes
-from faults.runs import Ended, Stage, as_resumed, weights_hash
+from faults.runs import Ended, Stage, weights_hash, without_fault
 
 COMMAND = ("train", "run.yaml")
 
@@ -38,7 +39,16 @@ def check(stage: Stage, fault: Fault, name: str) -> None:
 
 
 def check_run(stage: Stage, fault: Fault, name: str, write: tuple[Writes, int] | None) -> None:
-    folder = stage.folder(fault, name)
+    with stage.served(fault) as served:
+        folder = stage.folder(fault, name, served.url)
+        check_first(stage, fault, folder, name, write)
+        if isinstance(fault.ending, Resumes):
+            served.respond = fault.service and fault.service.right
+            check_resumed(stage, fault, folder, name, served.url)
+
+
+def check_first(stage: Stage, fault: Fault, folder: Path, name: str, write: tuple[Writes, int] | None) -> None:
+    """The run with the fault."""
     before = {path.name for path in (folder / "out").glob("checkpoint-*")}
     seconds = stage.whole_seconds(fault) if fault.outside is not None else 0.0
     words = (*COMMAND, *fault.words)
@@ -46,35 +56,32 @@ def check_run(stage: Stage, fault: Fault, name: str, write: tuple[Writes, int] |
     if fault.outside is not None:
         running.whole_seconds = seconds
         fault.outside(running)
-    if write is not None and write[0].what.startswith("kill"):
+    kills = write is not None and write[0].what.startswith("kill")
+    if write is not None and kills:
         running.wait_rank(write[0].rank)
         running.kill()
     ended = running.wait()
-    if write is not None and write[0].what.startswith("kill"):
+    if write is not None and kills:
         ended = [ended[write[0].rank]]  # the others may have noticed
     first = fault.ending.first if isinstance(fault.ending, Resumes) else fault.ending
     check_end(stage, fault, first, folder, ended, before)
-    if isinstance(fault.ending, Resumes):
-        check_resumed(stage, fault, folder, name)
 
 
-def check_resumed(stage: Stage, fault: Fault, folder: Path, name: str) -> None:
+def check_resumed(stage: Stage, fault: Fault, folder: Path, name: str, url: str) -> None:
+    """The run that resumes it."""
     assert isinstance(fault.ending, Resumes)
-    plain = as_resumed(fault)
+    plain = without_fault(fault)
     if fault.ending.mend is None:
-        from faults.ground import write_files
-
         for path in fault.files:
             (folder / path).unlink()
-        write_files(folder, plain)
+        write_files(folder, plain, url)
     else:
         fault.ending.mend(folder)
     resume = RESUME if list((folder / "out").glob("checkpoint-*")) else ()
     words = (*COMMAND, *(word for word in fault.words if word not in RESUME), *resume)
     ended = stage.start(folder, plain, words, False, stage.root / f"{name}-logs" / "resumed").wait()
     check_end(stage, plain, Survived(), folder, ended, set())
-    whole = stage.whole(fault.options, fault.processes)
-    assert step_logs(folder) == step_logs(whole)
+    assert step_logs(folder) == step_logs(stage.whole(fault))
 
 
 def check_end(
@@ -105,7 +112,7 @@ def check_ending(stage: Stage, fault: Fault, ending: Ending, folder: Path, ended
             assert all(one.code == 0 for one in ended), said
             check_words(words, said)
             if like is not ANY:
-                whole = stage.whole(fault.options if like is None else like, fault.processes)
+                whole = stage.whole(fault if like is None else fault.but(options=like))
                 assert weights_hash(folder / "out") == weights_hash(whole / "out"), f"other weights\n{said}"
         case OneLine(code, words) | Stops(code, words):
             assert {one.code for one in ended} == {code}, said

@@ -37,14 +37,13 @@ def run_file(options: dict[str, Any]) -> str:
     return yaml.safe_dump({k: v for k, v in {**OPTIONS, **options}.items() if v is not None}, sort_keys=False)
 
 
-def write_files(folder: Path, fault: Fault) -> None:
+def write_files(folder: Path, fault: Fault, url: str) -> None:
     """The files of a run with a fault; `policy` and `data.jsonl` are there already."""
-    (folder / "run.yaml").write_text(run_file(fault.options))
-    (folder / "feedback.py").write_text(FEEDBACK)
-    for name, text in fault.files.items():
+    texts = {"feedback.py": FEEDBACK, "run.yaml": run_file(fault.options), **fault.files}
+    for name, text in texts.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        path.write_bytes(text if isinstance(text, bytes) else text.replace("{url}", url).encode())
 
 
 def make_ground(folder: Path) -> Path:

@@ -29,6 +29,7 @@ Of `Fault`:
         `running.kill(signal)` sends a signal to all ranks or some.
     writes: `Writes("kill within")` and the like: the run is done again for every operation that writes into `out`, or
         for a part of them, and the fault is at that one.
+    service: `Service(faulty, right)`, an HTTP server beside the run. `{url}` in options and files is its address.
     processes: 2 starts two ranks (gloo).  limit: seconds until it counts as hanging.
     quick: `False` for the longer list, which `make test-faults` leaves out and `make test-faults-all` runs.
 
@@ -59,6 +60,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from faults.injection import Child
     from faults.runs import Running
+    from support.endpoint import Answer
 
 ANY: dict[str, Any] = {"any": True}
 """As ``like``: the weights need not equal another run's."""
@@ -166,6 +168,21 @@ class Writes:
     rank: int = 0
 
 
+Respond = Callable[[dict[str, Any], int], "Answer"]
+
+
+@dataclass(frozen=True)
+class Service:
+    """An HTTP server beside the run; ``{url}`` in options, files and environment is its address.
+
+    ``faulty`` makes the answers to the run with the fault; ``right`` those to the runs without it and to the one that
+    resumes. See `support/endpoint.py`.
+    """
+
+    faulty: Respond
+    right: Respond
+
+
 @dataclass(frozen=True)
 class Fault:
     kind: str
@@ -180,6 +197,7 @@ class Fault:
     inject: Callable[[Child], None] | None = None
     outside: Callable[[Running], None] | None = None
     writes: Writes | None = None
+    service: Service | None = None
     processes: int = 1
     limit: float = 20.0
     quick: bool = True

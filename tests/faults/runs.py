@@ -11,14 +11,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from faults.ground import write_files
-from faults.harness import Fault, Writes
+from faults.harness import Fault, Respond, Writes
+from support.endpoint import Answer, serving
 from support.processes import environment
 
 HERE = Path(__file__).parent
@@ -118,6 +120,10 @@ class Running:
         while time.monotonic() < self._began + seconds and not self.ended():
             time.sleep(0.001)
 
+    def wait_more(self, seconds: float) -> None:
+        """Waits so many seconds, or until all have ended."""
+        self.wait_until(time.monotonic() - self._began + seconds)
+
     def wait_rank(self, rank: int) -> None:
         """Waits until this rank has ended, or the limit is over."""
         self._poll(rank, self._began + self._limit - time.monotonic())
@@ -166,13 +172,13 @@ class Stage:
         self._numbers = count()
         self._seconds: dict[str, float] = {}
 
-    def folder(self, fault: Fault, name: str) -> Path:
-        """A new folder with the files of this fault."""
+    def folder(self, fault: Fault, name: str, url: str = "") -> Path:
+        """A new folder with the files of this fault, whose service has this address."""
         folder = self.root / name
         shutil.copytree(self.ground, folder)
-        write_files(folder, fault)
+        write_files(folder, fault, url)
         if fault.trained is not None:
-            whole = self.whole({**fault.options, **fault.trained}, fault.processes)
+            whole = self.whole(fault.but(options={**fault.options, **fault.trained}))
             shutil.copytree(whole / "out", folder / "out")
         if fault.prepare is not None:
             fault.prepare(folder)
@@ -215,35 +221,61 @@ class Stage:
 
     def whole_seconds(self, fault: Fault) -> float:
         """How long a run takes with the options of this fault, and without it."""
-        return self._seconds[self.whole(fault.options, fault.processes).name]
+        return self._seconds[self.whole(fault).name]
 
     def writes(self, fault: Fault) -> list[str]:
         """What is written into the output folder by the rank that the fault concerns, without the fault."""
         assert fault.writes is not None
-        name = self.whole(fault.options, fault.processes).name
+        name = self.whole(fault).name
         return (self.root / f"{name}-logs" / f"rank-{fault.writes.rank}" / "writes").read_text().splitlines()
 
-    def whole(self, options: dict[str, Any], processes: int = 1) -> Path:
-        """The folder after a run with these options and without a fault, made once."""
-        key = json.dumps([options, processes], sort_keys=True)
+    def whole(self, fault: Fault) -> Path:
+        """The folder after a run with the options of this fault, and without it; made once for the same options."""
+        service = fault.service and fault.service.right
+        key = json.dumps([fault.options, fault.processes, service and service.__qualname__], sort_keys=True)
         if key not in self._whole:
-            fault = Fault("no fault", "at all", None, options=options, processes=processes)  # pyright: ignore[reportArgumentType]
             name = f"whole-{next(self._numbers)}"
-            folder = self.folder(fault, name)
-            began, logs = time.monotonic(), self.root / f"{name}-logs"
-            counting = (Writes("kill before"), 0)
-            ended = self.start(folder, fault, ("train", "run.yaml"), False, logs, counting).wait()
+            with self.served(fault) as served:
+                served.respond = service or served.respond
+                plain = without_fault(fault)
+                folder = self.folder(plain, name, served.url)
+                began, logs = time.monotonic(), self.root / f"{name}-logs"
+                counting = (Writes("kill before"), 0)
+                ended = self.start(folder, plain, ("train", "run.yaml"), False, logs, counting).wait()
             self._seconds[name] = time.monotonic() - began
             assert all(one.code == 0 for one in ended), [one.printed for one in ended]
             self._whole[key] = folder
         return self._whole[key]
 
+    @contextmanager
+    def served(self, fault: Fault) -> Iterator[Served]:
+        """The service of a fault, while it is needed; without one, there is no server."""
+        served = Served(fault.service and fault.service.faulty)
+        if fault.service is None:
+            yield served
+            return
+        with serving(lambda body, number: served.answer(body, number)) as endpoint:
+            served.url = endpoint.url
+            yield served
+
     def close(self) -> None:
         self.zygote.close()
 
 
-def as_resumed(fault: Fault) -> Fault:
-    """The run that resumes, with nothing done to it."""
+@dataclass
+class Served:
+    """The address of a service, and what makes its answers now."""
+
+    respond: Respond | None
+    url: str = ""
+
+    def answer(self, body: dict[str, Any], number: int) -> Answer:
+        assert self.respond is not None
+        return self.respond(body, number)
+
+
+def without_fault(fault: Fault) -> Fault:
+    """The run with nothing done to it."""
     return replace(fault, files={}, environment={}, trained=None, prepare=None, inject=None, outside=None, writes=None)
 
 

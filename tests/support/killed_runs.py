@@ -67,4 +67,5 @@ def kill_at(folder: Path, number: int) -> None:
 def limit_file_size(size: int) -> None:
     """No file of this process may grow beyond ``size`` bytes: a write beyond it fails, as on a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))

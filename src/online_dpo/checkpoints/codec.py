@@ -10,7 +10,7 @@ import json
 import operator
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
@@ -126,9 +126,14 @@ def _dataclass(as_type: Any, value: Any) -> Any:
         f"a {as_type.__name__}",
     )
     types = _types(as_type)
-    if missing := types.keys() - value.keys():
-        raise ValueError(f"a {as_type.__name__} lacks {', '.join(sorted(missing))}")
-    return as_type(**{name: from_json(kind, value[name]) for name, kind in types.items()})
+    present = {name: from_json(kind, value[name]) for name, kind in types.items() if name in value}
+    if missing := [field.name for field in fields(as_type) if field.name not in present and not _has_default(field)]:
+        raise ValueError(f"a {as_type.__name__} lacks {', '.join(missing)}")
+    return as_type(**present)
+
+
+def _has_default(field: Field[Any]) -> bool:
+    return field.default is not MISSING or field.default_factory is not MISSING
 
 
 def _one_of(types: tuple[Any, ...], value: Any) -> Any:

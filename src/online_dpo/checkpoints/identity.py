@@ -12,6 +12,7 @@ from typing import Any
 
 from online_dpo.checkpoints.folders import checkpoints_in, located
 from online_dpo.checkpoints.manifest import manifest_of
+from online_dpo.checkpoints.needed import STATE
 
 BLOCK = "run"
 """The block of a manifest's ``extra`` that holds the identity of its run."""
@@ -33,6 +34,7 @@ NOT_COMPARED = frozenset(
         # how long a run is, how it is resumed, and when it gives up
         *("max_steps", "num_train_epochs", "resume_from_checkpoint", "resume_anyway", "ignore_data_skip"),
         *("restore_callback_states_from_checkpoint", "max_skipped_steps", "sync_check_steps"),
+        *("max_idle_steps", "stop_timeout", "reward_timeout"),
         # memory, speed and machines: the same numbers but for rounding
         *("use_cpu", "local_rank", "torch_compile", "torch_compile_backend", "torch_compile_mode", "use_cache"),
         *("activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing"),
@@ -75,10 +77,18 @@ def _differences(saved: Mapping[str, Any], own: Mapping[str, Any], prefix: str) 
     for name in own:
         if name not in saved or saved[name] == own[name]:
             continue
-        if isinstance(saved[name], dict) and isinstance(own[name], dict):
-            yield from _differences(saved[name], own[name], f"{prefix}{name}.")
+        before, now = _by_place(saved[name]), _by_place(own[name])
+        if isinstance(before, dict) and isinstance(now, dict) and (before.keys() & now.keys()):
+            yield from _differences(before, now, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}: checkpoint has {_shown(saved[name])}, this run has {_shown(own[name])}"
+
+
+def _by_place(value: Any) -> Any:
+    """A list of mappings, such as scorers, as one mapping."""
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        return {f"{place}.{name}": entry for place, item in enumerate(value) for name, entry in item.items()}
+    return value
 
 
 def _shown(value: Any) -> str:
@@ -116,11 +126,25 @@ def of_other_runs(run_dir: Path, own: set[str]) -> list[Path]:
     return [folder for folder in checkpoints_in(run_dir) if (identity_of(folder) or {}).get("id") not in own]
 
 
-def taken(run_dir: Path, others: list[Path]) -> str:
-    """The error message for a folder that holds checkpoints of another run."""
+def is_over(folder: Path) -> bool:
+    """Whether a checkpoint is that of the last step of its run."""
+    try:
+        state = json.loads((located(folder) / STATE).read_bytes())
+        return state["global_step"] >= state["max_steps"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return False
+
+
+def taken(run_dir: Path, others: list[Path], different: list[str] | None) -> str:
+    """The error message for a folder that holds checkpoints of another run, or of one that is not over.
+
+    Args:
+        different: how that run differs; ``None`` if it does not say what it computed with.
+    """
     names = others[-1].name if len(others) == 1 else f"{others[0].name} to {others[-1].name}"
+    what = f"another run ({'; '.join(different)})" if different else "a run with these settings that is not over"
     return (
-        f"{run_dir} holds {names} of an earlier run. To go on from there, resume "
+        f"{run_dir} holds {names} of {'another run' if different is None else what}. To go on from there, resume "
         "(`--resume_from_checkpoint`, `trainer.train(resume_from_checkpoint=True)`); to start anew, give another "
         "`output_dir`, or `overwrite_output_dir: true`, which deletes these checkpoints."
     )

@@ -304,7 +304,9 @@ class GuardedTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """The parent's. The files take their places together, when all are written."""
+        """The parent's. The files take their places together, when all are written. In a checkpoint, an error waits
+        for the other processes, which the parent has meet after this.
+        """
         folder = Path(str(self.args.output_dir) if output_dir is None else output_dir)
         with self.checkpoints.part(), self.checkpoints.model_folder(folder) as aside:
             super()._save(str(aside), state_dict)
@@ -341,20 +343,10 @@ class GuardedTrainer(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Does nothing: the parent calls it before the checkpoint is in its place; `_save_checkpoint` pushes later."""
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """The parent's; where one process fails, all do, after the last part of the checkpoint."""
-        with self.checkpoints.part():
-            super()._save_optimizer_and_scheduler(output_dir)
-
-    def _save_scaler(self, output_dir: str) -> None:
-        with self.checkpoints.part():
-            super()._save_scaler(output_dir)
-
     def _save_rng_state(self, output_dir: str) -> None:
         """The parent's, unless this process saves for others that are lost: then there are the files of all."""
-        with self.checkpoints.part():
-            if not self.others.stands_in:
-                super()._save_rng_state(output_dir)
+        if not self.others.stands_in:
+            super()._save_rng_state(output_dir)
 
     def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
         """The parent's; checkpoints that it would delete are deleted after it."""

@@ -16,6 +16,7 @@ from online_dpo.checkpoints.identity import (
     differences,
     gone_on_anyway,
     identity_of,
+    is_over,
     of_other_runs,
     refusal,
     taken,
@@ -91,8 +92,13 @@ class RunIdentity:
     def _take(self, run_dir: Path) -> None:
         others = of_other_runs(run_dir, {*self._ids, self._id})
         if others and not self._args.overwrite_output_dir:
-            raise CheckpointError(taken(run_dir, others))
-        if self._args.should_save:
+            _check_repeats(run_dir, others, self.block())
+            logger.warning(
+                "%s holds checkpoints of an earlier run with the same settings, which is over: this one starts anew "
+                "and replaces them as it saves its own.",
+                run_dir,
+            )
+        elif self._args.should_save:
             for folder in others:
                 remove(folder)
 
@@ -123,22 +129,38 @@ def options_of(args: OnlineDPOConfig) -> dict[str, Any]:
     return compared_options(args.to_dict()) | {"engine": args.engine_name}
 
 
-def check_options(resume: str | bool, args: OnlineDPOConfig) -> None:
+def check_options(resume: str | bool | None, args: OnlineDPOConfig) -> None:
     """Compares options with those of a checkpoint's run, before any model is loaded; `RunIdentity` compares the rest.
 
     Args:
-        resume: the value of ``resume_from_checkpoint``: a folder, or anything that means the newest checkpoint.
+        resume: the value of ``resume_from_checkpoint``: a folder, anything that means the newest checkpoint, or
+            ``None`` for a run that starts anew.
 
     Raises:
-        CheckpointError: they differ, and ``resume_anyway`` is off.
+        CheckpointError: they differ, and nothing in the options says that they may.
     """
+    run_dir, options = Path(str(args.output_dir)), {"options": options_of(args)}
+    if not resume:
+        others = of_other_runs(run_dir, set())
+        if others and not args.overwrite_output_dir:
+            _check_repeats(run_dir, others, options)
+        return
     named = isinstance(resume, str) and resume != AUTO
-    for folder in [Path(resume)] if named else by_age(Path(str(args.output_dir)))[-1:]:
+    for folder in [Path(resume)] if named else by_age(run_dir)[-1:]:
         saved = identity_of(folder)
         if saved is None or args.resume_anyway:
             return
-        if different := differences(_flat({**saved, "facts": {}}), options_of(args)):
+        if different := differences(_flat(saved), _flat(options)):
             raise CheckpointError(refusal(folder, different))
+
+
+def _check_repeats(run_dir: Path, others: list[Path], own: Mapping[str, Any]) -> None:
+    """Lets a run start anew where all checkpoints are of one that is over and computed the same."""
+    newest = (by_age(run_dir) or others)[-1]
+    saved = identity_of(newest)
+    different = None if saved is None else differences(_flat(saved), _flat(own))
+    if saved is None or different or not is_over(newest):
+        raise CheckpointError(taken(run_dir, others, different))
 
 
 def _flat(block: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,10 @@ class GuardCounts:
     """What a checkpoint holds of a `StepGuard`."""
 
     trained_steps: int
-    skipped_steps: int
-    skipped_in_a_row: int
-    idle: Counter[str]
-    learning_rate_debt: int
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    idle: Counter[str] = field(default_factory=Counter)
+    learning_rate_debt: int = 0
 
 
 class StepGuard(TrainerCallback):
@@ -310,13 +310,16 @@ class StepGuard(TrainerCallback):
     def restore(self, folder: Path, rank: int) -> None:
         """Restore the counts of a checkpoint.
 
+        A checkpoint of an earlier version has the first count alone.
+
         Raises:
             CheckpointError: the file is damaged.
         """
         counts = read_json(folder / self.FILE, GuardCounts)
         self.trained_steps = counts.trained_steps
         self.skipped, self.skipped_in_a_row = counts.skipped_steps, counts.skipped_in_a_row
-        self.idle, self.backoff.debt = counts.idle, counts.learning_rate_debt
+        self.idle = Counter(counts.idle)
+        self.backoff.debt = counts.learning_rate_debt
 
 
 def _check_learning_rates(optimizer: Any, state: TrainerState) -> None:

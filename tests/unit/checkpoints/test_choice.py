@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the newest whole one, or the named one if it is whole and holds what it needs."""
+"""Which checkpoint a run goes on from: the newest whole one, or the named one if it is whole and has all it needs."""
 
 import json
 
@@ -62,10 +62,11 @@ def test_nothing_to_resume_from(tmp_path, make_checkpoint):
     )
 
 
-def test_one_that_was_whole_when_its_process_was_killed_counts(tmp_path, make_checkpoint):
+def test_one_that_was_just_replacing_another_counts(tmp_path, make_checkpoint):
     make_checkpoint(1)
     make_checkpoint(2, folder=aside_of(tmp_path / "checkpoint-2"))
-    make_checkpoint(3, folder=aside_of(tmp_path / "checkpoint-3"), manifest=False)
+    make_checkpoint(2, folder=tmp_path / ".checkpoint-2.removed")
+    make_checkpoint(3, folder=aside_of(tmp_path / "checkpoint-3"))
     assert newest_whole(tmp_path, PLAIN).folder == tmp_path / "checkpoint-2"
     assert problem_of_named(tmp_path / "checkpoint-2", PLAIN) is None
     assert problem_of_named(tmp_path / "checkpoint-3", PLAIN) == f"there is no folder {tmp_path / 'checkpoint-3'}."
@@ -80,8 +81,8 @@ def test_one_that_was_whole_when_its_process_was_killed_counts(tmp_path, make_ch
         ("rng_state.pth", PLAIN, "rng_state.pth is missing: the random state of process 0"),
         ("model.safetensors", PLAIN, "model.safetensors is missing: the weights"),
         ("", Needs({"target_kl": 3.0}, 1), "beta.json is missing: beta, which `target_kl` adapts"),
-        ("", Needs({"sync_ref_model": True}, 1), "reference.pt is missing: the reference, which follows"),
-        ("", Needs({"max_staleness": 1}, 1), "lookahead-0.* is missing: the completions that `max_staleness`"),
+        ("", Needs({"sync_ref_model": True}, 1), "reference.safetensors is missing: the reference, which"),
+        ("", Needs({"max_staleness": 1}, 1), "lookahead-0.json is missing: the completions that"),
     ],
 )
 def test_what_the_options_need_must_be_there(make_checkpoint, name, needs, problem, manifest):

@@ -5,7 +5,6 @@ All problems are collected before they are reported, each with its file and line
 
 from __future__ import annotations
 
-import glob
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -13,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from online_dpo.checkpoints.choice import AUTO, newest_whole, none_found, problem_of_named
-from online_dpo.checkpoints.identity import of_other_runs, taken
 from online_dpo.checkpoints.needed import Needs
 from online_dpo.cli.judging.plan import BuiltInJudge, plan_llm, plan_pairwise_model
+from online_dpo.cli.runfile.data_fields import data_problems
 from online_dpo.cli.runfile.entries import COMMAND_LINE, Entry, UsageError, read_overrides, read_run_file, read_values
 from online_dpo.cli.runfile.model_options import ignored_options, model_init_kwargs, model_problems
+from online_dpo.cli.runfile.paths import exists, output_problem, path_problem
 from online_dpo.cli.runfile.plugins import FIELD, Plugin, Plugins, RegisteredName, are_given, checked_later
 from online_dpo.cli.runfile.references import Reference, parse_module, parse_reference
 from online_dpo.cli.runfile.run_config import COUNTS, RunConfig
@@ -118,7 +118,8 @@ class RunChecker:
             if self._given(name):
                 yield from self._input_path(name)
         yield from self._scorers()
-        for name, problem in (*model_problems(self.values, is_trained=True), *self._numbers().items()):
+        options = (*model_problems(self.values, is_trained=True), *self._numbers().items(), *data_problems(self.values))
+        for name, problem in options:
             yield f"{self._where(name)}: `{name}` {problem}"
         yield from self._output()
         yield from self._resume()
@@ -210,6 +211,9 @@ class RunChecker:
 
     def _input_path(self, name: str) -> Iterator[str]:
         given = self.values[name]
+        if problem := path_problem(given):
+            yield f"{self._where(name)}: `{name}` {problem}"
+            return
         if "$" in given:
             yield (
                 f"{self._where(name)}: `{name}` is {given!r}: environment variables are not filled in here. Give "
@@ -217,7 +221,7 @@ class RunChecker:
             )
             return
         candidates = [folder / Path(given).expanduser() for folder in self._folders(name)]
-        existing = next((path for path in candidates if glob.glob(str(path), recursive=True)), None)
+        existing = next((path for path in candidates if exists(path)), None)
         if existing is not None:
             self.values[name] = str(existing)
             if "model" in name and not holds_model(existing):
@@ -293,14 +297,9 @@ class RunChecker:
 
     def _output(self) -> Iterator[str]:
         given = self.values.get("output_dir")
-        if given is not None and (not given or Path(given).expanduser().is_file()):
-            what = "a file" if given else "empty"
-            yield f"{self._where('output_dir')}: `output_dir` is {what}. Give the name of a folder, new or old."
-            return
-        if not self.values.get("resume_from_checkpoint") and not self.values.get("overwrite_output_dir"):
-            folder = Path(given or DEFAULT_OUTPUT).expanduser()
-            if others := of_other_runs(folder, set()):
-                yield f"{self._where('output_dir') if given else self.file}: {taken(folder, others)}"
+        read = [(name, self.values[name]) for name in INPUT_PATHS if self._given(name)]
+        if given is not None and (problem := output_problem(given, read)):
+            yield f"{self._where('output_dir')}: `output_dir` {problem}"
 
     def _resume(self) -> Iterator[str]:
         checkpoint = self.values.get("resume_from_checkpoint")
@@ -314,7 +313,7 @@ class RunChecker:
             choice = newest_whole(output, needs)
             if choice.folder is None and (checkpoint is True or choice.passed_over):
                 yield f"{where}: {none_found(output, choice)}"
-        elif problem := problem_of_named(Path(checkpoint).expanduser(), needs):
+        elif problem := path_problem(checkpoint) or problem_of_named(Path(checkpoint).expanduser(), needs):
             yield f"{where}: {problem}"
 
     def _evaluation(self) -> Iterator[str]:

@@ -12,6 +12,7 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from online_dpo.checkpoints.folders import checkpoints_in, step_of
 from online_dpo.cli.terminal.header import line
 from online_dpo.training.arguments import named_datasets
 from online_dpo.training.display.figures import count, duration, evaluation_prefix, number
@@ -120,7 +121,7 @@ def places(output_dir: str) -> Iterator[str]:
     folder = Path(output_dir)
     yield f"Model saved in {folder}"
     yield f"  log of every metric: {folder / TRAINER_STATE_NAME}"
-    steps = sorted(int(path.name.rpartition("-")[2]) for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+    steps = [step_of(checkpoint) for checkpoint in checkpoints_in(folder)]
     if steps:
         names = ", ".join(map(str, steps)) if len(steps) <= 5 else f"{steps[0]} to {steps[-1]}, {len(steps)} of them"
         yield f"  checkpoints: {folder / PREFIX_CHECKPOINT_DIR}-STEP, of {_plural('step', len(steps))} {names}"

@@ -31,6 +31,7 @@ from online_dpo.modeling.onednn import onednn_linears
 from online_dpo.packing.prefix_tree import Tree
 from online_dpo.scoring.protocols import chat_messages, one_at_a_time, regroup
 from online_dpo.scoring.rewards.shared_prefix import Text, group_trees, may_share, passes, score_trees
+from online_dpo.scoring.special_tokens import SpecialTokens
 from online_dpo.scoring.time_limit import call_in_time
 from online_dpo.types import Completion, Group, Prompt
 
@@ -98,6 +99,7 @@ class RewardModelScorer:
         # Some configs use another name for it. It only serves to estimate costs, so a typical size will do.
         self._hidden_size = getattr(self._config, "hidden_size", 1024)
         self._known_tokens = embedding_rows(model)
+        self._special_tokens = SpecialTokens(tokenizer)
         self._max_tokens = longest_text(model, tokenizer)
 
     def check_chat_template(self) -> None:
@@ -172,7 +174,8 @@ class RewardModelScorer:
             chosen = [i for i, (prompt, _) in enumerate(samples) if prompt.is_conversational is conversational]
             if not chosen:
                 continue
-            texts = [self._conversation(*samples[i]) if conversational else _text(*samples[i]) for i in chosen]
+            written = self._conversation if conversational else self._text
+            texts = [written(*samples[i]) for i in chosen]
             # The chat template writes the special tokens itself.
             encoded: Mapping[str, Any] = self.tokenizer(
                 texts, add_special_tokens=not conversational, truncation=False, verbose=False
@@ -188,13 +191,18 @@ class RewardModelScorer:
         self._need_chat_template()
         messages = chat_messages(prompt)
         if messages[-1]["role"] == "assistant":
-            messages[-1]["content"] = messages[-1]["content"] + completion.text
+            begun = messages[-1]["content"]
+            messages[-1]["content"] = begun + self._special_tokens.as_text(completion.text, begun)
         else:
-            messages.append({"role": "assistant", "content": completion.text})
+            messages.append({"role": "assistant", "content": self._special_tokens.as_text(completion.text)})
         with foreign(f"The chat template of reward model `{self.name}`", lambda: at_row(prompt)):
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
         assert isinstance(text, str)
         return text
+
+    def _text(self, prompt: Prompt, completion: Completion) -> str:
+        assert isinstance(prompt.content, str)
+        return prompt.content + self._special_tokens.as_text(completion.text, prompt.content)
 
     def _with_own_ends(self, ids: list[int], ended: bool) -> list[int]:
         """The ids with one BOS, even if the prompt's text begins with it, and one EOS if the completion ended, else
@@ -367,11 +375,6 @@ def _no_tokenizer(name: str) -> str:
 
 def _not_one_label(name: str, actual: Any) -> str:
     return f"Reward model `{name}` must have a head with one label (num_labels=1); it has {actual}."
-
-
-def _text(prompt: Prompt, completion: Completion) -> str:
-    assert isinstance(prompt.content, str)
-    return prompt.content + completion.text
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from online_dpo.scoring.judges.llm.prompts import GENERAL_RUBRIC, Verdict, load_
 from online_dpo.scoring.judges.llm.rate_limit import Budget, RateLimiter
 from online_dpo.scoring.protocols import Counts, check_comparisons
 from online_dpo.scoring.service import gather
+from online_dpo.scoring.special_tokens import without_chat_marks
 from online_dpo.types import Group
 
 COUNTS = ("requests", "cached", "failed", "unparsable", "input_tokens", "output_tokens", "cost", "seconds")
@@ -189,7 +190,7 @@ class LLMJudge(PreferenceJudge):
                 self._statistics.add("cached")
             else:
                 async with self._connected().slots:
-                    question = template.fill(rubric, prompt, first, second)
+                    question = template.fill(rubric, prompt, without_chat_marks(first), without_chat_marks(second))
                     answer = await self._shielded(self._ask_and_cache(key, question, temperature))
         if answer is None:
             return None
@@ -202,8 +203,13 @@ class LLMJudge(PreferenceJudge):
         """The answer to a question that goes on when this one is cancelled (see `_finish_in_flight`)."""
         task = asyncio.ensure_future(question)
         self._in_flight.add(task)
-        task.add_done_callback(self._in_flight.discard)
+        task.add_done_callback(self._landed)
         return await asyncio.shield(task)
+
+    def _landed(self, task: asyncio.Future[Answer | None]) -> None:
+        self._in_flight.discard(task)
+        if not task.cancelled():
+            task.exception()  # looked at: asyncio prints the traceback of an error that nobody waits for any more
 
     async def _ask_and_cache(self, key: str, question: str, temperature: float) -> Answer | None:
         answer = await self._ask(question, temperature)

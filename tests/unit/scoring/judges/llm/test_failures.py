@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import pickle
 import time
@@ -199,3 +200,17 @@ def test_extra_fields_of_the_request():
     body = endpoint.seen[0].body
     assert body.keys() == {"model", "messages", "temperature", "max_completion_tokens", "seed"}
     assert (body["max_completion_tokens"], body["seed"]) == (50, 3)
+
+
+def test_questions_that_nobody_waits_for_any_more_print_no_traceback(caplog):
+    """asyncio logs errors of tasks that nobody has looked at, once they are collected."""
+    delays = [0.0, 0.05, 0.1, 0.2]
+    with serving(lambda body, number: error(401, "bad key", code=None) if number else says("A")) as endpoint:
+        for delay in delays:
+            judge = judge_of(endpoint, concurrency=4)
+            with pytest.raises(FeedbackStopped, match="bad key"):
+                judge.prefer(comparisons(20))
+            time.sleep(delay)
+            del judge
+            gc.collect()
+    assert not [record for record in caplog.records if record.name == "asyncio"]
