@@ -11,8 +11,8 @@ from typing import Any
 
 from datasets import Dataset
 from torch import nn
-from transformers import TrainingArguments
 
+from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.distributed.collectives import check_same
 from online_dpo.distributed.rank_watch import watch_ranks
 from online_dpo.modeling.fingerprint import weights_fingerprint
@@ -27,9 +27,9 @@ ROWS = 16
 """How many rows of a dataset stand for all of them."""
 
 
-def check_same_settings(args: TrainingArguments) -> None:
-    """Checks the configuration and the versions of packages, the first of what ranks do together. From here on they
-    are watched. A collective operation.
+def same_settings(args: OnlineDPOConfig) -> OnlineDPOConfig:
+    """Returns the configuration if all ranks have the same, and the same versions of packages. From here on, ranks are
+    watched. A collective operation.
 
     Raises:
         ValueError: on every rank, if one has another value in any field.
@@ -38,6 +38,7 @@ def check_same_settings(args: TrainingArguments) -> None:
     settings = {name: _text(value) for name, value in args.to_dict().items() if name not in OF_PROCESS}
     check_same(settings, "settings")
     check_same({name: version(name) for name in PACKAGES} | {"python": platform.python_version()}, "packages")
+    return args
 
 
 def check_same_data(datasets: Mapping[str, Any]) -> None:

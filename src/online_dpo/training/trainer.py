@@ -72,7 +72,7 @@ from online_dpo.training.model_card import as_list, write_model_card
 from online_dpo.training.objective_step import ObjectiveStep
 from online_dpo.training.pair_former import PairFormer
 from online_dpo.training.run_facts import feedback_facts, model_facts, users_parts
-from online_dpo.training.same_run import check_same_data, check_same_models, check_same_settings
+from online_dpo.training.same_run import check_same_data, check_same_models, same_settings
 from online_dpo.training.trl_attributes import with_trl_attributes
 from online_dpo.types import Feedback, Group, PackedRows, Pair
 
@@ -146,7 +146,7 @@ class OnlineDPOTrainer(GuardedTrainer):
         eval_reward_funcs: Any = None,
         eval_judge: Any = None,
     ) -> None:
-        args = checked_config(args)
+        args = same_settings(checked_config(args))
         reward_funcs, judge = choose_scorers(reward_funcs, reward_model, judge, args)
         check_arguments(
             model=model,
@@ -161,7 +161,6 @@ class OnlineDPOTrainer(GuardedTrainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         check_gold(eval_reward_funcs, eval_judge, args)
-        check_same_settings(args)
         self.args, self.tokenizer = args, tokenizer_of(processing_class)
         self.data = DatasetPreparer(self.tokenizer, args)
         self.dropped_rows = self.data.dropped
