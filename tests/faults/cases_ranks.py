@@ -54,6 +54,7 @@ def lost(name: str, rank: int, inject: Callable[[Child], None], *words: str, res
 
 BACKWARD = "accelerate.accelerator:Accelerator.backward"
 SCORING = "online_dpo.scoring.assess:Assessor.assess"
+PUBLISHES = "online_dpo.checkpoints.writer:CheckpointWriter._publish"
 WRITES = "online_dpo.checkpoints.writer:CheckpointWriter._own_entries"
 EVALUATION = "online_dpo.evaluation.evaluator:Evaluator.evaluate"
 BUILDING = "online_dpo.training.trainer:build_policy"
@@ -117,7 +118,7 @@ FAULTS = [
     lost("is stopped in a save", 1, at_call(WRITES, 1, STOPS), SILENT, STEP_2, options=SAVED),
     lost("is killed in a save", 1, at_call(WRITES, 1, KILLS), SILENT, STEP_2, options=SAVED),
     lost("is killed in a save", 0, at_call(WRITES, 1, KILLS), "cannot be reached", options=SAVED),
-    lost("is killed in a second save", 0, at_call(WRITES, 2, KILLS), "cannot be reached", STEP_2, options=SAVED),
+    lost("is killed in a second save", 0, at_call(PUBLISHES, 2, KILLS), "cannot be reached", STEP_2, options=SAVED),
     lost("is stopped while it builds the model", 1, at_call(BUILDING, 1, STOPS), SILENT, resumes=False),
     lost("is killed while it builds the model", 1, at_call(BUILDING, 1, KILLS), SILENT, resumes=False),
     hangs(1),

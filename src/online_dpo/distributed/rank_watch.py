@@ -31,7 +31,7 @@ END_SECONDS = 5.0
 STORE_SECONDS = 5.0
 """How long the store may take to answer."""
 
-BACKEND_ERROR = re.compile(r"gloo|NCCL|nccl|ProcessGroup|Connection (closed|reset) by peer|Timed out waiting")
+BACKEND_ERROR = re.compile(r"gloo|nccl|ProcessGroup|pair closure|Connection (closed|reset)|Timed out waiting", re.I)
 SHOWN = 3
 
 
@@ -294,4 +294,4 @@ def explained(error: BaseException) -> BaseException:
     if _watch is None or isinstance(error, OnlineDPOError) or not isinstance(error, RuntimeError):
         return error
     of_backend = isinstance(error, dist.DistError) or BACKEND_ERROR.search(str(error))  # pyright: ignore
-    return _watch.explain(error) if of_backend else error
+    return _watch.explain(error) if of_backend or _watch.missing() else error

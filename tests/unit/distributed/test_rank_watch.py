@@ -118,3 +118,19 @@ def test_only_errors_of_collective_operations_are_explained(store, monkeypatch):
         for error in (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("gloo"), ScoringError("x")):
             assert explained(error) is error
         assert isinstance(explained(CLOSED), RankLostError)
+        other_words = RuntimeError("unheard of")
+        assert isinstance(explained(other_words), RankLostError)  # a rank is known to be missing by now
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        str(CLOSED),
+        str(TIMED_OUT),
+        "Application timeout caused pair closure",
+        "NCCL error in: ProcessGroupNCCL.cpp:1234, remote process exited",
+        "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7)",
+    ],
+)
+def test_errors_of_backends_are_known(text):
+    assert rank_watch.BACKEND_ERROR.search(text)
