@@ -7,6 +7,7 @@ can tell the two apart, and name who is missing.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import re
@@ -102,11 +103,15 @@ class RankWatch:
 
     def start(self) -> None:
         """Starts the thread."""
-        threading.Thread(target=self._run, name="online-dpo-ranks", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="online-dpo-ranks", daemon=True)
+        self._thread.start()
 
     def close(self) -> None:
-        """Ends the thread: this rank falls silent."""
+        """Ends the thread: this rank falls silent. Before the interpreter ends, the thread must have left torch's code,
+        which would abort the process. Where an answer of the store is late, it is waited for no longer than it may take.
+        """
         self._closed.set()
+        self._thread.join(STORE_SECONDS)
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
@@ -280,6 +285,7 @@ def watch_ranks(limit: float) -> RankWatch | None:
         raises = "nccl" not in dist.get_backend()
         _watch = RankWatch(store, dist.get_rank(), dist.get_world_size(), limit, holder, raises)
         _watch.start()
+        atexit.register(_watch.close)
         WAITS.details = _watch.describe_others
     return _watch
 
