@@ -108,7 +108,7 @@ class RankWatch:
 
     def close(self) -> None:
         """Ends the thread: this rank falls silent. Before the interpreter ends, the thread must have left torch's code,
-        which would abort the process. Where an answer of the store is late, it is waited for no longer than it may take.
+        which would abort the process. An answer of the store is waited for no longer than it may take.
         """
         self._closed.set()
         self._thread.join(STORE_SECONDS)
