@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 
 from faults.harness import ByRank, Fault, Killed, OneLine, Resumes, scorer
 from faults.injection import Action, Child, kills, raises, sends
@@ -47,12 +48,13 @@ def lost(name: str, rank: int, inject: Callable[[Child], None], *words: str, res
         Resumes(ending) if resumes else ending,
         inject=on(rank, inject),
         outside=frees(rank),
-        **{"options": OPTIONS, "processes": 2, "limit": 25.0, **fields},
+        **{"options": OPTIONS, "processes": 2, "limit": 45.0, **fields},
     )
 
 
 BACKWARD = "accelerate.accelerator:Accelerator.backward"
 SCORING = "online_dpo.scoring.assess:Assessor.assess"
+PUBLISHES = "online_dpo.checkpoints.writer:CheckpointWriter._publish"
 WRITES = "online_dpo.checkpoints.writer:CheckpointWriter._own_entries"
 EVALUATION = "online_dpo.evaluation.evaluator:Evaluator.evaluate"
 BUILDING = "online_dpo.training.trainer:build_policy"
@@ -70,8 +72,19 @@ def hangs(rank: int, **fields) -> Fault:
         f"rank {rank} hangs in a reward function",
         Resumes(ByRank(*endings[:: -1 if rank == 0 else 1])),
         files={"feedback.py": HANGS.replace("{}", str(rank))},
-        **{"options": OPTIONS, "processes": 2, "limit": 25.0, **fields},
+        **{"options": OPTIONS, "processes": 2, "limit": 45.0, **fields},
     )
+
+
+def fetches_nothing_in_step_3(child: Child) -> None:
+    """As from a stream that is over."""
+
+    def wrap(fetch):
+        return lambda collector, step, *rest: replace(
+            fetch(collector, step, *rest), **({"prompts": [], "num_batches": 0} if step == 2 else {})
+        )
+
+    child.patch("online_dpo.training.collector:FeedbackCollector._fetch", wrap)
 
 
 def with_words(*words: str) -> Callable[[Child], None]:
@@ -80,7 +93,15 @@ def with_words(*words: str) -> Callable[[Child], None]:
 
 
 def differs(name: str, inject: Callable[[Child], None], *words: str, **fields) -> Fault:
-    return Fault("ranks", name, OneLine(2, *words), inject=on(1, inject), processes=2, **{"options": OPTIONS, **fields})
+    return Fault(
+        "ranks",
+        name,
+        OneLine(2, *words),
+        inject=on(1, inject),
+        processes=2,
+        limit=45.0,
+        **{"options": OPTIONS, **fields},
+    )
 
 
 FAULTS = [
@@ -97,7 +118,7 @@ FAULTS = [
     lost("is stopped in a save", 1, at_call(WRITES, 1, STOPS), SILENT, STEP_2, options=SAVED),
     lost("is killed in a save", 1, at_call(WRITES, 1, KILLS), SILENT, STEP_2, options=SAVED),
     lost("is killed in a save", 0, at_call(WRITES, 1, KILLS), "cannot be reached", options=SAVED),
-    lost("is killed in a second save", 0, at_call(WRITES, 2, KILLS), "cannot be reached", STEP_2, options=SAVED),
+    lost("is killed in a second save", 0, at_call(PUBLISHES, 2, KILLS), "cannot be reached", STEP_2, options=SAVED),
     lost("is stopped while it builds the model", 1, at_call(BUILDING, 1, STOPS), SILENT, resumes=False),
     lost("is killed while it builds the model", 1, at_call(BUILDING, 1, KILLS), SILENT, resumes=False),
     hangs(1),
@@ -111,6 +132,7 @@ FAULTS = [
         inject=on(1, at_call(BACKWARD, 3, raises(RuntimeError("bad kernel")))),
         options=OPTIONS,
         processes=2,
+        limit=45.0,
     ),
     Fault(
         "ranks",
@@ -119,6 +141,16 @@ FAULTS = [
         inject=on(1, lambda child: KILLS()),
         options=OPTIONS,
         processes=2,
+        limit=45.0,
+    ),
+    Fault(
+        "ranks",
+        "rank 1 has a shorter stream",
+        OneLine(1, "do not have the same data for step 3: `batches` (1 and 0)", STEP_2),
+        inject=on(1, fetches_nothing_in_step_3),
+        options=OPTIONS,
+        processes=2,
+        limit=45.0,
     ),
     differs("rank 1 has another seed", with_words("--seed", "7"), "Rank 0 and rank 1", "`seed` ('42' and '7')"),
     differs("rank 1 samples more completions", with_words("--num_completions", "4"), "`num_completions` ('2' and '4')"),

@@ -82,7 +82,8 @@ def _train(trainer: OnlineDPOTrainer, plan: RunPlan, words: Sequence[str], show_
         is_wrong_setting = trainer.state.global_step == 0 and not isinstance(error, OnlineDPOError)
         is_wrong_setting |= isinstance(error, CheckpointError) and trainer.steps_done.step < 0  # it cannot be resumed
         code = report_error(error, 2 if is_wrong_setting else 1, show_traceback)
-        _print_checkpoint_before(trainer, words)
+        first_is_lost = isinstance(error, RankLostError) and 0 in error.ranks
+        _print_checkpoint_before(trainer, words, speaks=first_is_lost or trainer.is_world_process_zero())
         return code
     return 0
 
@@ -105,7 +106,7 @@ def _save(trainer: OnlineDPOTrainer, words: Sequence[str], show_traceback: bool)
             failure = OnlineDPOError(f"{what} failed: {named_error(error)}")
             failure.__cause__ = error
             code = report_error(failure, 1, show_traceback)
-            _print_checkpoint_before(trainer, words)
+            _print_checkpoint_before(trainer, words, speaks=trainer.is_world_process_zero())
             return code
     if trainer.is_world_process_zero():
         print_lines(places(folder))
@@ -245,8 +246,8 @@ def load_judge(judge: Reference | RegisteredName | BuiltInJudge, args: OnlineDPO
         return loaded()
 
 
-def _print_checkpoint_before(trainer: OnlineDPOTrainer, words: Sequence[str]) -> None:
-    if trainer.interrupt.checkpoint is not None and trainer.is_world_process_zero():
+def _print_checkpoint_before(trainer: OnlineDPOTrainer, words: Sequence[str], speaks: bool) -> None:
+    if trainer.interrupt.checkpoint is not None and speaks:
         _print_how_to_resume("Before that:", trainer.interrupt.checkpoint, words)
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from online_dpo.distributed.rank_watch import explained
 from online_dpo.distributed.signals import is_interruption
 from online_dpo.distributed.waiting import waiting_for
-from online_dpo.errors import FeedbackLostError
+from online_dpo.errors import FeedbackLostError, ForeignCodeError
 
 T = TypeVar("T")
 
@@ -187,6 +187,18 @@ class RankErrors:
         if any_rank(problem is not None, self._device):
             self.raised = True
             raise problem or FeedbackLostError("Another process of this run failed; its error says why.")
+
+    def check_same(self, facts: Mapping[str, Any], what: str) -> None:
+        """Ends all ranks together unless the facts are equal on all of them; see `check_same`.
+
+        Raises:
+            ForeignCodeError: some differ.
+        """
+        try:
+            check_same(facts, what)
+        except ValueError as error:
+            self.raised = True
+            raise ForeignCodeError(str(error)) from None
 
     def run(self, action: Callable[[], T]) -> T:
         """Calls ``action`` and returns its result, unless it fails on any rank.

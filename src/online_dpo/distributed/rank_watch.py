@@ -7,6 +7,7 @@ can tell the two apart, and name who is missing.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import re
@@ -31,7 +32,7 @@ END_SECONDS = 5.0
 STORE_SECONDS = 5.0
 """How long the store may take to answer."""
 
-BACKEND_ERROR = re.compile(r"gloo|NCCL|nccl|ProcessGroup|Connection (closed|reset) by peer|Timed out waiting")
+BACKEND_ERROR = re.compile(r"gloo|nccl|ProcessGroup|pair closure|Connection (closed|reset)|Timed out waiting", re.I)
 SHOWN = 3
 
 
@@ -95,16 +96,22 @@ class RankWatch:
         self._number = 0
         self._lost_store: float | None = None
         """When the store was lost."""
+        self._blamed: float | None = None
+        """When another rank has given up waiting for this one."""
         self._guarded = False
         self._closed = threading.Event()
 
     def start(self) -> None:
         """Starts the thread."""
-        threading.Thread(target=self._run, name="online-dpo-ranks", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="online-dpo-ranks", daemon=True)
+        self._thread.start()
 
     def close(self) -> None:
-        """Ends the thread: this rank falls silent."""
+        """Ends the thread: this rank falls silent. Before the interpreter ends, the thread must have left torch's code,
+        which would abort the process. An answer of the store is waited for no longer than it may take.
+        """
         self._closed.set()
+        self._thread.join(STORE_SECONDS)
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
@@ -115,8 +122,15 @@ class RankWatch:
         finally:
             self._guarded = False
 
+    @property
+    def has_lost_store(self) -> bool:
+        """Whether nothing more can be learned of the others."""
+        return self._lost_store is not None
+
     def tell_failure(self, error: BaseException) -> None:
-        """Tells the other ranks that this one has failed alone."""
+        """Tells the other ranks that this one ends with an error; and those that are to blame, that they are."""
+        for rank in error.ranks if isinstance(error, RankLostError) else ():
+            self.put(f"blamed-{rank}", b"")
         self.put(f"failure-{self.rank}", named_error(error).encode())
 
     def put(self, name: str, value: bytes) -> None:
@@ -224,13 +238,15 @@ class RankWatch:
             if not seen.failure and self._store.check([f"failure-{rank}"]):
                 seen.failure, seen.failed = self._store.get(f"failure-{rank}").decode(), now
             self._seen[rank] = seen
+        if self._blamed is None and self._store.check([f"blamed-{self.rank}"]):
+            self._blamed = now
 
     def _end_if_stuck(self) -> None:
         """Ends the process if another rank is lost and the main thread cannot come to know of it.
 
-        That is, it hangs in a function while another rank has failed; or it waits for a silent rank for so long that a
-        backend which raises errors, as gloo does, would have raised one. NCCL's ends the process without a word, so
-        that this thread must come first.
+        That is, it hangs in a function and others have given up waiting for it; or it waits for a silent rank for so
+        long that a backend which raises errors, as gloo does, would have raised one. NCCL's ends the process without a
+        word, so that this thread must come first.
         """
         own = next((wait for wait in self._waits.innermost() if not wait.on_ranks), None)
         lost = self._ended() if own is not None else self._silent_for_good()
@@ -242,11 +258,14 @@ class RankWatch:
             os._exit(1)
 
     def _ended(self) -> list[int]:
-        """Returns the ranks that have ended some time ago."""
-        before = time.monotonic() - END_SECONDS
-        if self._lost_store is not None and self._lost_store < before:
+        """Returns the ranks that have ended, if this one cannot save anything in place of them: it is to blame itself,
+        or the store is lost. After another failure it has as long as in a collective operation.
+        """
+        now = time.monotonic()
+        known = [since for since in (self._lost_store, self._blamed) if since is not None]
+        if known and now - min(known) > END_SECONDS:
             return self.missing()
-        return [rank for rank, seen in self._seen.items() if seen.failure and seen.failed < before]
+        return [rank for rank, seen in self._seen.items() if seen.failure and now - seen.failed > self._patience]
 
     def _silent_for_good(self) -> list[int]:
         return [rank for rank in self.missing() if rank in self._seen and self._seen[rank].silence > self._patience]
@@ -266,6 +285,7 @@ def watch_ranks(limit: float) -> RankWatch | None:
         raises = "nccl" not in dist.get_backend()
         _watch = RankWatch(store, dist.get_rank(), dist.get_world_size(), limit, holder, raises)
         _watch.start()
+        atexit.register(_watch.close)
         WAITS.details = _watch.describe_others
     return _watch
 
@@ -280,4 +300,4 @@ def explained(error: BaseException) -> BaseException:
     if _watch is None or isinstance(error, OnlineDPOError) or not isinstance(error, RuntimeError):
         return error
     of_backend = isinstance(error, dist.DistError) or BACKEND_ERROR.search(str(error))  # pyright: ignore
-    return _watch.explain(error) if of_backend else error
+    return _watch.explain(error) if of_backend or _watch.missing() else error

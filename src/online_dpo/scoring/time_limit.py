@@ -75,8 +75,9 @@ async def await_in_time(awaitable: Awaitable[T], who: str, rows: Rows = "") -> T
         ScoringError: it took too long.
     """
     seconds = _limit.get()
+    limit = asyncio.timeout(seconds)
     try:
-        async with asyncio.timeout(seconds) as limit:
+        async with limit:
             return await awaitable
     except TimeoutError as error:
         if not limit.expired() or seconds is None:  # an error of its own

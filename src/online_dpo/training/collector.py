@@ -13,7 +13,7 @@ from typing import Any
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.data.collate import prompts_from_batch
 from online_dpo.data.cut import CUT
-from online_dpo.distributed.collectives import check_same, from_every_rank
+from online_dpo.distributed.collectives import from_every_rank
 from online_dpo.errors import ForeignCodeError
 from online_dpo.evaluation.evaluator import FormPairs
 from online_dpo.foreign import foreign
@@ -83,7 +83,7 @@ class FeedbackCollector:
                 self.run.step, batches, lambda step: self._fetch(step, batches, num_batches), self.sample_and_assess
             )
         )
-        check_same({"number of batches": fetched.num_batches}, f"data for step {self.run.step + 1}")
+        self.run.errors.check_same({"batches": fetched.num_batches}, f"data for step {self.run.step + 1}")
         if feedback.pairing is None:
             feedback = self._paired(feedback, self.run.step)
         assert feedback.pairing is not None

@@ -135,7 +135,12 @@ class OtherRanks(TrainerCallback):
         saver, until = min(left, default=self._watch.rank), time.monotonic() + self._watch.limit
         if self._keeps_feedback or saver == self._watch.rank:
             return
-        while time.monotonic() < until and saver not in self._watch.missing() and self._watch.get(SAVED) is None:
+        while (
+            time.monotonic() < until
+            and not self._watch.has_lost_store
+            and saver not in self._watch.missing()
+            and self._watch.get(SAVED) is None
+        ):
             time.sleep(POLL_SECONDS)
 
 

@@ -11,9 +11,10 @@ from typing import Any
 
 from datasets import Dataset
 from torch import nn
-from transformers import TrainingArguments
 
+from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.distributed.collectives import check_same
+from online_dpo.distributed.rank_watch import watch_ranks
 from online_dpo.modeling.fingerprint import weights_fingerprint
 from online_dpo.modeling.reference import Reference
 from online_dpo.scoring.protocols import PairwiseScorer, PointwiseScorer
@@ -26,15 +27,18 @@ ROWS = 16
 """How many rows of a dataset stand for all of them."""
 
 
-def check_same_settings(args: TrainingArguments) -> None:
-    """Checks the configuration and the versions of packages. A collective operation.
+def same_settings(args: OnlineDPOConfig) -> OnlineDPOConfig:
+    """Returns the configuration if all ranks have the same, and the same versions of packages. From here on, ranks are
+    watched. A collective operation.
 
     Raises:
         ValueError: on every rank, if one has another value in any field.
     """
+    watch_ranks(args.ddp_timeout)
     settings = {name: _text(value) for name, value in args.to_dict().items() if name not in OF_PROCESS}
     check_same(settings, "settings")
     check_same({name: version(name) for name in PACKAGES} | {"python": platform.python_version()}, "packages")
+    return args
 
 
 def check_same_data(datasets: Mapping[str, Any]) -> None:

@@ -31,7 +31,6 @@ from online_dpo.config.names_elsewhere import ARGUMENTS, hint_for
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.data.collate import UsersCollator, collate_prompts, prompts_from_batch
 from online_dpo.distributed.collectives import from_every_rank, samples_of_every_rank
-from online_dpo.distributed.rank_watch import watch_ranks
 from online_dpo.errors import ForeignCodeError
 from online_dpo.evaluation.evaluator import Evaluator
 from online_dpo.evaluation.gold import build_gold, check_gold
@@ -73,7 +72,7 @@ from online_dpo.training.model_card import as_list, write_model_card
 from online_dpo.training.objective_step import ObjectiveStep
 from online_dpo.training.pair_former import PairFormer
 from online_dpo.training.run_facts import feedback_facts, model_facts, users_parts
-from online_dpo.training.same_run import check_same_data, check_same_models, check_same_settings
+from online_dpo.training.same_run import check_same_data, check_same_models, same_settings
 from online_dpo.training.trl_attributes import with_trl_attributes
 from online_dpo.types import Feedback, Group, PackedRows, Pair
 
@@ -147,7 +146,7 @@ class OnlineDPOTrainer(GuardedTrainer):
         eval_reward_funcs: Any = None,
         eval_judge: Any = None,
     ) -> None:
-        args = checked_config(args)
+        args = same_settings(checked_config(args))
         reward_funcs, judge = choose_scorers(reward_funcs, reward_model, judge, args)
         check_arguments(
             model=model,
@@ -162,8 +161,6 @@ class OnlineDPOTrainer(GuardedTrainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         check_gold(eval_reward_funcs, eval_judge, args)
-        watch_ranks(args.ddp_timeout)
-        check_same_settings(args)
         self.args, self.tokenizer = args, tokenizer_of(processing_class)
         self.data = DatasetPreparer(self.tokenizer, args)
         self.dropped_rows = self.data.dropped
@@ -172,7 +169,6 @@ class OnlineDPOTrainer(GuardedTrainer):
         if data_collator is None:  # one's own may add columns
             check_reward_functions(reward_funcs, eval_reward_funcs, train_dataset, eval_dataset, args)
         datasets = {"train_dataset": train_dataset, **named_datasets(eval_dataset)}
-        check_same_data(datasets)
         self.policy = self._build_policy(model, peft_config, optimizers[0], datasets)
         super().__init__(
             model=self.policy,
@@ -188,14 +184,10 @@ class OnlineDPOTrainer(GuardedTrainer):
         self._build_models(ref_model, datasets)
         self._build_feedback(reward_funcs, reward_processing_classes, judge, eval_reward_funcs, eval_judge)
         self._compose()
-        self._describe(peft_config, ref_model, data_collator, optimizers)
-        check_same_models(self.policy, self.reference, self._sources())
-
-    def _sources(self) -> list[Any]:
-        """The scorers and the judge that training uses."""
-        return [*self.scorers, *([] if self.judge is None else [self.judge])]
+        self._identify(peft_config, ref_model, users_parts(data_collator, optimizers))
 
     def _build_policy(self, model: Any, peft_config: Any, optimizer: Any, datasets: dict[str, Any]) -> nn.Module:
+        check_same_data(datasets)
         train_on_one_device_per_process(self.args)
         set_seed(self.args.seed)  # an adapter's first weights are random
         policy = build_policy(model, peft_config, self.args, optimizer)
@@ -256,13 +248,18 @@ class OnlineDPOTrainer(GuardedTrainer):
         )
         self.run_state.add(self.collector, self.reference, self.adaptive_beta)
 
-    def _describe(self, peft_config: Any, ref_model: Any, data_collator: Any, optimizers: tuple[Any, Any]) -> None:
-        """Describes the run before anything is trained, for its checkpoints."""
+    def _identify(self, peft_config: Any, ref_model: Any, parts: dict[str, Any]) -> None:
+        """Says what the run computes with: for its checkpoints, and to the other ranks, which must do the same."""
         self.checkpoints.identity.add(
             **model_facts(self.policy, peft_config, ref_model, self.reference, self.tokenizer),
             **feedback_facts(self.scorers, self.judge, self.train_dataset, self.args),
-            **users_parts(data_collator, optimizers),
+            **parts,
         )
+        check_same_models(self.policy, self.reference, self._sources())
+
+    def _sources(self) -> list[Any]:
+        """The scorers and the judge that training uses."""
+        return [*self.scorers, *([] if self.judge is None else [self.judge])]
 
     # --- one optimizer step -----------------------------------------------------------------------------------------
 

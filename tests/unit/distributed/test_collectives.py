@@ -1,6 +1,7 @@
 """Collectives in one process, and in two real ones."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 import online_dpo
 from online_dpo.distributed import collectives
 from online_dpo.distributed.collectives import RankErrors
-from online_dpo.errors import FeedbackLostError, ScoringError
+from online_dpo.errors import FeedbackLostError, ForeignCodeError, ScoringError
 
 CPU = torch.device("cpu")
 
@@ -103,3 +104,29 @@ def test_two_processes(tmp_path):
         subprocess.Popen([sys.executable, "-c", PROGRAM, str(rank), address], env=environment) for rank in range(2)
     ]
     assert [process.wait(timeout=120) for process in running] == [0, 0]
+
+
+def test_facts_that_differ_between_ranks_are_named(monkeypatch):
+    def on_three_ranks(facts):
+        return [facts, facts, {**facts, "seed": "7", "rows": 3, "new": 1, "last": 2}]
+
+    monkeypatch.setattr(collectives, "world_size", lambda: 3)
+    monkeypatch.setattr(collectives, "from_every_rank", lambda facts: [facts] * 3)
+    collectives.check_same({"seed": "42"}, "settings")
+    monkeypatch.setattr(collectives, "from_every_rank", on_three_ranks)
+    message = (
+        "Rank 0 and rank 2 do not have the same settings: `seed` ('42' and '7'), `rows` (4 and 3), `new` (None and 1) "
+        "and 1 more. Start all processes with the same program, options, data and models."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        collectives.check_same({"seed": "42", "rows": 4}, "settings")
+    errors = RankErrors(torch.device("cpu"))
+    with pytest.raises(ForeignCodeError, match="do not have the same settings"):
+        errors.check_same({"seed": "42", "rows": 4}, "settings")
+    assert errors.raised  # all ranks together, so that they can save
+
+
+def test_a_process_without_others_is_the_only_one_for_a_while():
+    with collectives.without_others():
+        assert (collectives.world_size(), collectives.is_first_rank(), collectives.from_every_rank(3)) == (1, True, [3])
+        assert collectives.processes_of_run() == 1

@@ -72,6 +72,13 @@ def test_a_rank_that_has_failed_is_named_with_its_error(store):
         assert error.ranks == (1,)
 
 
+def test_a_rank_is_told_that_it_is_to_blame(store):
+    with watches(store, 0, 1) as (first, second):
+        first.tell_failure(RankLostError("Rank 1 has been in a function.", [1]))
+        soon(lambda: second._blamed is not None)
+        assert first._blamed is None and second.missing() == [0]
+
+
 def test_a_rank_that_never_began_is_named(store):
     with watches(store, 0) as (first,):
         error = first.explain(CLOSED)
@@ -101,7 +108,7 @@ def test_ranks_read_what_others_have_written(store):
     with watches(store, 0, 1) as (first, second):
         assert first.get("random") is None
         second.put("random", b"\x00\xff")
-        assert first.get("random") == b"\x00\xff"
+        soon(lambda: first.get("random") == b"\x00\xff")  # a store does not confirm what is written
 
 
 def test_only_errors_of_collective_operations_are_explained(store, monkeypatch):
@@ -111,3 +118,19 @@ def test_only_errors_of_collective_operations_are_explained(store, monkeypatch):
         for error in (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("gloo"), ScoringError("x")):
             assert explained(error) is error
         assert isinstance(explained(CLOSED), RankLostError)
+        other_words = RuntimeError("unheard of")
+        assert isinstance(explained(other_words), RankLostError)  # a rank is known to be missing by now
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        str(CLOSED),
+        str(TIMED_OUT),
+        "Application timeout caused pair closure",
+        "NCCL error in: ProcessGroupNCCL.cpp:1234, remote process exited",
+        "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7)",
+    ],
+)
+def test_errors_of_backends_are_known(text):
+    assert rank_watch.BACKEND_ERROR.search(text)

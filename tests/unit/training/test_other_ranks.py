@@ -21,6 +21,8 @@ class Board:
     def __init__(self, rank, size, notes):
         self.rank, self.size, self.limit, self.step, self._notes, self.told = rank, size, 0.5, 0, notes, []
 
+    has_lost_store = False
+
     def put(self, name, value):
         self._notes[name] = value
 
