@@ -66,8 +66,8 @@ def serving(respond: Respond) -> Iterator[str]:
 
 def _fair(body: dict[str, Any]) -> float:
     question = body["messages"][0]["content"]
-    [prompt] = re.findall(r"<<<REQUEST\n(.*?)\nREQUEST>>>", question, re.DOTALL)
-    [(_, first), (_, second)] = re.findall(r"<<<ANSWER ([AB])\n(.*?)\nANSWER \1>>>", question, re.DOTALL)
+    [(_, prompt)] = re.findall(r"<<<REQUEST (\w+)\n(.*?)\nREQUEST \1>>>", question, re.DOTALL)
+    [(_, first), (_, second)] = re.findall(r"<<<ANSWER ([AB] \w+)\n(.*?)\nANSWER \1>>>", question, re.DOTALL)
     one, other = rubric(prompt, first), rubric(prompt, second)
     return 0.5 if one == other else 0.98 if one > other else 0.02
 

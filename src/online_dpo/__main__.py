@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
-from online_dpo.cli.main import main
+from online_dpo.cli.process import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -5,7 +5,18 @@ Wrong input raises a plain ``ValueError`` or ``TypeError`` whose message says wh
 
 from __future__ import annotations
 
+import re
 import signal
+from collections.abc import Sequence
+
+LONGEST_ERROR = 2000
+"""Characters of an error that are shown: a service, or a library, may put a whole answer into its message."""
+
+_ESCAPES = re.compile(
+    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # colours, moves of the cursor
+    r"|(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f])[^\x07\x1b\x9c]{0,4096}(?:\x07|\x1b\\|\x9c)"  # titles, clipboard, links
+    r"|\x1b[ -/]*[0-~]"
+)
 
 
 class OnlineDPOError(Exception):
@@ -46,6 +57,16 @@ class OutOfSyncError(OnlineDPOError, RuntimeError):
 
 class FeedbackLostError(OnlineDPOError, RuntimeError):
     """Another process of the run could not get its completions or scores; the error of that process says why."""
+
+
+class RankLostError(OnlineDPOError, RuntimeError):
+    """Another process of the run was stopped or killed, hangs, or has failed. The message names it; ``ranks`` are those
+    that are missing, as far as known.
+    """
+
+    def __init__(self, message: str, ranks: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)
 
 
 class TrainingDivergedError(OnlineDPOError, RuntimeError):
@@ -96,12 +117,31 @@ class TrainingTerminated(TrainingInterrupted, SystemExit):
         self.code = 128 + number
 
 
-SHOWN_CHARACTERS = 2000
-"""An error's message is cut after as many: some libraries put a whole answer or tensor into it."""
+def printable(text: str) -> str:
+    """A text without what could act on a terminal or mislead its reader: escape sequences, control characters, marks
+    that reverse the direction of writing. Line ends and tabs become blanks.
+
+    >>> printable("\\x1b[2Jgone\\u202egnp.exe\\n")
+    'gonegnp.exe '
+    """
+    if text.isprintable():
+        return text
+    text = _ESCAPES.sub("", text)
+    return "".join(character if character.isprintable() else " " * character.isspace() for character in text)
+
+
+def one_line(text: str, longest: int = LONGEST_ERROR) -> str:
+    """A text that was written by others, for a message: in one line, printable, and not longer than ``longest``.
+
+    >>> one_line("\\x1b[31mno\\x1b[0m\\n  such file", longest=10)
+    'no such fi...'
+    """
+    text = " ".join(printable(text[: 4 * longest + LONGEST_ERROR]).split())
+    return text if len(text) <= longest else f"{text[:longest]}..."
 
 
 def error_text(error: BaseException, *, first_line: bool = False) -> str:
-    """The message of an error in one line that a terminal can show; if it is empty, its type and its cause.
+    """The message of an error in one line, printable (see `one_line`); if it is empty, its type and its cause.
 
     With ``first_line``, only the message's first line: in torch's errors a C++ stack trace follows. Of a group of
     errors, the message also names the first few.
@@ -127,20 +167,6 @@ def named_error(error: BaseException, *, first_line: bool = False) -> str:
     """
     text, name = error_text(error, first_line=first_line), type(error).__name__
     return text if text.split(" ")[0] == name else f"{name}: {text}"
-
-
-def one_line(text: str) -> str:
-    """A text in one line: white space is one blank, other control characters (such as those that colour a terminal or
-    clear its screen) are escaped, and what is too long is cut.
-
-    >>> one_line("no\\n answer\\x1b[2J")
-    'no answer\\\\x1b[2J'
-    """
-    beginning = text[: 4 * SHOWN_CHARACTERS]
-    line = " ".join(beginning.split())
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line[:SHOWN_CHARACTERS])
-    is_cut = len(line) > SHOWN_CHARACTERS or len(text) > len(beginning)
-    return f"{shown}... ({len(text)} characters)" if is_cut else shown
 
 
 def _own_text(error: BaseException) -> str:

@@ -131,6 +131,15 @@ def test_what_fails_on_one_rank_ends_the_run_on_both_after_a_checkpoint(results,
     assert one["checkpoints"] == last["checkpoints"] == ["checkpoint-1"]
 
 
+def test_a_rank_that_cannot_write_its_part_of_a_checkpoint_ends_all_with_the_same_line(results):
+    one, two = results("fails_in_save")
+    for ended in (one, *two):
+        assert ended["error"].startswith("CheckpointError: checkpoint-2 could not be saved in ")
+        assert "earlier checkpoints are as they were. Mend this, then resume from " in ended["error"]
+        assert ended["step"] == 2 and ended["checkpoints"] == ["checkpoint-1"]
+    assert two[0]["error"] == two[1]["error"] and " (process 1 of 2)." in two[0]["error"]
+
+
 def test_ranks_tell_each_other_of_a_loss_that_is_not_finite(results):
     one, two = results("guard")
     assert one["dropped"] and all(rank["dropped"] for rank in two)

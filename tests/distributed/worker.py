@@ -2,6 +2,7 @@
 came out.
 """
 
+import resource
 import sys
 import zlib
 from contextlib import suppress
@@ -18,6 +19,7 @@ from online_dpo.scoring.judges.llm.judge import LLMJudge
 from online_dpo.training.learning_rate import LearningRateBackoff
 from online_dpo.training.step_guard import StepGuard
 from support import tiny
+from support.killed_runs import limit_file_size
 from support.training import KeepGradient, dataset, trainer, weights
 
 LENGTHS = (5, 9, 3, 7, 12, 4, 6, 8)
@@ -74,6 +76,14 @@ class FailsOnTheLastRank(TrainerCallback):
             raise OSError("no space left")
 
 
+class FullDiskOnTheLastRank(TrainerCallback):
+    """From the second step on, no file of that process grows beyond 100 bytes."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if on_last_rank() and state.global_step == 2:
+            limit_file_size(100)
+
+
 def fails_on_the_last_rank(completions, trainer_state=None, **_):
     if on_last_rank() and trainer_state.global_step == 1:
         raise ConnectionError("away")
@@ -93,6 +103,7 @@ def ends_in_failure(out, case, processes, kwargs=None, **options):
     try:
         made.train()
     except OnlineDPOError as error:
+        limit_file_size(resource.RLIM_INFINITY)
         ended = {"error": f"{type(error).__name__}: {error}", "step": made.state.global_step}
         ended["checkpoints"] = sorted(path.name for path in (out / case).glob("checkpoint-*"))
         torch.save(ended, out / f"{case}-of-{processes}-rank-{made.accelerator.process_index}.pt")
@@ -169,6 +180,8 @@ if __name__ == "__main__":
     guard_alone(out, processes)
     for event in ("on_step_begin", "on_pre_optimizer_step", "on_log"):
         ends_in_failure(out, event, processes, kwargs={"callbacks": [FailsOnTheLastRank(event)]})
+    full = dict(save_strategy="steps", save_steps=1, kwargs={"callbacks": [FullDiskOnTheLastRank()]})
+    ends_in_failure(out, "fails_in_save", processes, **full)
     ends_in_failure(out, "fails_in_step", processes, reward_funcs=fails_on_the_last_rank)
     evaluated = dict(eval_strategy="steps", eval_steps=1, kwargs={"eval_dataset": dataset(lengths=(3, 4, 5, 6))})
     ends_in_failure(out, "fails_in_evaluation", processes, reward_funcs=fails_on_the_last_rank, **evaluated)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from faults.ground import write_files
-from faults.harness import ANY, RESUME, Either, Ending, Fault, Killed, OneLine, Resumes, Stops, Survived, Writes
+from faults.harness import ANY, RESUME, ByRank, Either, Ending, Fault, Killed, OneLine, Resumes, Stops, Survived, Writes
 from faults.runs import Ended, Stage, weights_hash, without_fault
 
 COMMAND = ("train", "run.yaml")
@@ -105,6 +105,9 @@ def check_ending(stage: Stage, fault: Fault, ending: Ending, folder: Path, ended
             codes = {one.code for one in ended}
             found = next((one for one in endings if codes == {exit_code(one)}), endings[0])
             check_ending(stage, fault, found, folder, ended, said)
+        case ByRank(endings):
+            for one, own in zip(ended, endings, strict=True):
+                check_ending(stage, fault, own, folder, [one], said)
         case Survived(words, like):
             assert all(one.code == 0 for one in ended), said
             check_words(words, said)

@@ -41,6 +41,7 @@ Endings:
     Stops(code, *words): as that, without such a line: a run that was asked to stop.
     Killed(signal): ended by this signal.
     Either(*endings): the one of them that has its exit code, for faults that may come too late.
+    ByRank(*endings): one for each rank.
     Resumes(first, mend=None): it ends as ``first`` says; then ``mend(folder)`` is called, which by default puts the
         files back as they are without the fault, and the same command with `--resume_from_checkpoint true` (without
         it, if there is no checkpoint yet) ends with the weights and the log of the uninterrupted run, each step once.
@@ -126,15 +127,26 @@ class Either:
 
 
 @dataclass(frozen=True)
+class ByRank:
+    endings: tuple[OneLine | Killed, ...]
+
+    def __init__(self, *endings: OneLine | Killed) -> None:
+        object.__setattr__(self, "endings", endings)
+
+    def __str__(self) -> str:
+        return next(str(ending) for ending in self.endings if isinstance(ending, OneLine))
+
+
+@dataclass(frozen=True)
 class Resumes:
-    first: OneLine | Stops | Killed | Survived | Either
+    first: OneLine | Stops | Killed | Survived | Either | ByRank
     mend: Callable[[Path], None] | None = None
 
     def __str__(self) -> str:
         return f"{self.first}; resumed to the same weights"
 
 
-Ending = Survived | OneLine | Stops | Killed | Either | Resumes
+Ending = Survived | OneLine | Stops | Killed | Either | ByRank | Resumes
 
 
 WriteFault = Literal["kill before", "kill within", "fail once", "fail from there"]

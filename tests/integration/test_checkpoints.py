@@ -1,6 +1,7 @@
 """What a run saves, and how it goes on from that: invariants 5 and 9 of docs/architecture.md."""
 
 import json
+from functools import wraps
 
 import pytest
 import torch
@@ -54,6 +55,7 @@ def test_a_run_whose_rewards_failed_goes_on_from_where_it_was(tmp_path, failing_
     options = dict(max_steps=5, disable_dropout=False, lr_scheduler_type="linear")
     calls = []
 
+    @wraps(word_reward)
     def failing(completions, **_):
         calls.append(completions)
         if len(calls) == failing_step + 1:

@@ -138,9 +138,9 @@ def test_callbacks_hear_of_evaluations_and_they_may_come_first(tmp_path):
 
 def test_the_time_of_several_evaluation_sets_is_taken_off_once(tmp_path):
     made = trainer(tmp_path, kwargs={"eval_dataset": {"a": PROMPTS, "b": PROMPTS}})
-    made._last_log = 0.0
+    made.log_state.last_log = 0.0
     times = [value for name, value in made.evaluate().items() if name.endswith("_runtime")]
-    assert sum(times) <= made._last_log < 1.9 * sum(times)
+    assert sum(times) <= made.log_state.last_log < 1.9 * sum(times)
 
 
 # what the policy reads ----------------------------------------------------------------------------------------------

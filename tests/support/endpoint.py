@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
+import socket
+import socketserver
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -106,6 +108,37 @@ def serving(respond: Callable[[dict[str, Any], int], Answer], path: str = "/v1")
         server.server_close()
 
 
+@contextmanager
+def serving_bytes(send: Callable[[socket.socket], None]) -> Iterator[Endpoint]:
+    """A server whose answers are no HTTP, or more than HTTP should be: ``send`` writes what it likes.
+
+    ``seen`` of the endpoint stays empty but for its length: each request counts.
+    """
+    endpoint = Endpoint(lambda body, number: Answer())
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            reader = self.request.makefile("rb")
+            head = b"".join(iter(reader.readline, b"\r\n")).lower()
+            reader.read(int(head.partition(b"content-length:")[2].split()[0]))
+            endpoint.seen.append(Seen({}, {}, time.monotonic()))
+            with suppress(OSError):  # the client has given up
+                send(self.request)
+
+    class Server(socketserver.ThreadingTCPServer):
+        daemon_threads = allow_reuse_address = True
+        request_queue_size = 128
+
+    server = Server(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    endpoint.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    try:
+        yield endpoint
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 def says(text: str, p_first: float | None = None, usage: tuple[int, int] = (100, 1), **options: Any) -> Answer:
     """A chat completion. With ``p_first``, its last token has log-probabilities: A and B in that ratio make up 0.9."""
     choice: dict[str, Any] = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
@@ -135,9 +168,11 @@ def error(status: int, message: str = "no", code: str | None = None, **headers: 
 def shown(body: dict[str, Any]) -> tuple[str, str]:
     """The two answers in a question that was made with one of the templates, in their order."""
     question = body["messages"][0]["content"]
-    first, second = (re.search(rf"<<<ANSWER {letter}\n(.*?)\nANSWER {letter}>>>", question, re.S) for letter in "AB")
+    first, second = (
+        re.search(rf"<<<ANSWER {letter}( \w+)?\n(.*?)\nANSWER {letter}\1?>>>", question, re.S) for letter in "AB"
+    )
     assert first and second
-    return first[1], second[1]
+    return first[2], second[2]
 
 
 def comparison(first: str, second: str, prompt: Any = "Say something.", **columns: Any) -> Group:

@@ -62,6 +62,7 @@ def config(tmp_path, **fields):
         max_length=64,
         max_grad_norm=0.0,
         gradient_checkpointing=False,
+        overwrite_output_dir=True,
     )
     return OnlineDPOConfig(**{**defaults, **fields})
 

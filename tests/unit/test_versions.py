@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import os
 import re
 import tomllib
 import warnings
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from accelerate.state import GradientState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -27,7 +28,7 @@ from support.processes import run_python
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src/online_dpo"
-OPTIONS = {"_devices", "_timeout"}
+OPTIONS = {"_devices"}
 MODULE = {"_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks"}
 PRIVATE = {
     "_wrap_model": lambda: Trainer._wrap_model,
@@ -45,6 +46,9 @@ PRIVATE = {
     "_inductor": lambda: importlib.import_module("torch._inductor").list_mode_options,
     "_Options": lambda: torch.distributed.ProcessGroupGloo._Options,
     **{name: lambda name=name: getattr(torch.distributed.ProcessGroupGloo._Options(), name) for name in OPTIONS},
+    "_exit": lambda: os._exit,
+    "_get_default_store": lambda: torch.distributed.distributed_c10d._get_default_store,
+    "_shared_state": lambda: (PartialState._shared_state, AcceleratorState._shared_state),
     "_option_string_actions": lambda: ArgumentParser()._option_string_actions,
 }
 """What other packages do not promise, and how it is found."""

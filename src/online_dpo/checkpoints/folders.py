@@ -35,13 +35,14 @@ def step_of(folder: Path) -> int:
 
 
 def checkpoints_in(run_dir: Path) -> list[Path]:
-    """The folders named as checkpoints, by step; also one that is whole and was about to get its name when its process
-    was killed.
+    """The folders named as checkpoints, by step; also one that had lost its name to a newer one, which had none yet
+    when the process was killed (see `located`).
     """
     if not run_dir.is_dir():
         return []
     names = {path.name for path in run_dir.iterdir() if NAME.fullmatch(path.name) and path.is_dir()}
-    names |= {path.name for path in run_dir.glob(".checkpoint-*.partial/checkpoint-*") if problem_of(path) is None}
+    removed = (found[1] for path in run_dir.iterdir() if (found := LEFTOVER.fullmatch(path.name)))
+    names |= {name for name in removed if located(run_dir / name) != run_dir / name}
     return sorted((run_dir / name for name in names), key=step_of)
 
 
@@ -53,11 +54,12 @@ def by_age(run_dir: Path) -> list[Path]:
 
 
 def located(folder: Path) -> Path:
-    """Where the files of a checkpoint are now: in ``folder``, or beside it if its process was killed just before it
-    was renamed.
+    """Where the files of a checkpoint are now: in ``folder``, or aside, if the process was killed while the newer one
+    of the same step took the place of an older one: between the two renames.
     """
     aside = aside_of(folder)
-    return aside if not folder.is_dir() and aside.is_dir() and problem_of(aside) is None else folder
+    between = not folder.is_dir() and _beside(folder, "removed").is_dir() and aside.is_dir()
+    return aside if between and problem_of(aside) is None else folder
 
 
 def put_in_place(folder: Path) -> None:
@@ -87,7 +89,9 @@ def discard_aside(folder: Path) -> None:
 
 
 def recover(run_dir: Path) -> None:
-    """Ends what a killed process has left half done: a whole checkpoint gets its name, all else aside is deleted."""
+    """Ends what a killed process has left half done: a checkpoint between two renames gets its name, and all else aside
+    is deleted.
+    """
     if not run_dir.is_dir():
         return
     for name in sorted({found[1] for path in run_dir.iterdir() if (found := LEFTOVER.fullmatch(path.name))}):

@@ -23,7 +23,7 @@ THREADS = 4
 READ_BY_NAME = (
     *("trainer_state.json", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth"),
     *("model.safetensors*", "pytorch_model.bin*", "adapter_model.*", "adapter_config.json"),
-    *("beta.json", "guard.json", "reference.pt", "lookahead-*"),
+    *("beta.json", "guard.json", "reference.*", "lookahead-*", "metrics-*.json"),
 )
 """Files that a resumed run reads wherever they are. Others may be added to a checkpoint, by a callback for example."""
 

@@ -33,6 +33,11 @@ class Needs:
     options: Mapping[str, Any]
     world_size: int
 
+    @property
+    def _anyway(self) -> bool:
+        """Whether options may have changed since: their state then begins anew, and what was written is still whole."""
+        return bool(self.options.get("resume_anyway"))
+
     def problem_of(self, folder: Path) -> str | None:
         """Why a run with these needs cannot go on from this checkpoint; ``None`` if it can."""
         return next(self._problems(folder), None)
@@ -40,7 +45,7 @@ class Needs:
     def _problems(self, folder: Path) -> Iterator[str]:
         for names, what in self._files(folder):
             if not any(any(folder.glob(name)) for name in names):
-                yield f"{names[0]} is missing: {what}"
+                yield _missing(folder, names[0], what)
         yield from _state_problem(folder)
         yield from _shard_problem(folder)
 
@@ -52,22 +57,26 @@ class Needs:
         yield OPTIMIZER, f"the optimizer's state{only_model}"
         yield SCHEDULER, "the state of the learning rate's schedule"
         yield from self._of_processes(folder)
+        if self._anyway:
+            return
         if self.options.get("target_kl") is not None:
             yield ("beta.json",), "beta, which `target_kl` adapts"
         if self.options.get("sync_ref_model"):
-            yield ("reference.pt",), "the reference, which follows the policy with `sync_ref_model`"
+            yield ("reference.safetensors",), "the reference, which follows the policy with `sync_ref_model`"
 
     def _of_processes(self, folder: Path) -> Iterator[tuple[tuple[str, ...], str]]:
+        if self._anyway:
+            return
         for rank in range(self.world_size):
             name = "rng_state.pth" if self.world_size == 1 else f"rng_state_{rank}.pth"
             yield (name,), f"the random state of process {rank}"
             if self.options.get("max_staleness"):
-                yield (f"lookahead-{rank}.*",), "the completions that `max_staleness` samples ahead"
+                yield (f"lookahead-{rank}.json",), "the completions that `max_staleness` samples ahead"
 
     def size_problem_of(self, folder: Path) -> str | None:
         """Why the number of processes does not fit; ``None`` if it does."""
         written = world_size_of(folder)
-        if written is None or written == self.world_size:
+        if written is None or written == self.world_size or self._anyway:
             return None
         return (
             f"{_processes(written)} wrote it, and this run has {_processes(self.world_size)}; each process goes on "
@@ -82,6 +91,16 @@ def world_size_of(folder: Path) -> int | None:
     if (folder / "rng_state.pth").is_file():
         return 1
     return sum(re.fullmatch(r"rng_state_\d+\.pth", path.name) is not None for path in folder.iterdir()) or None
+
+
+def _missing(folder: Path, name: str, what: str) -> str:
+    former = Path(name).with_suffix(".pt")
+    if former.name != name and (folder / former).is_file():
+        return (
+            f"{former} is of an earlier version of online-dpo, a pickle that could run any code, so it is not read; "
+            f"`resume_anyway` goes on without it ({what})"
+        )
+    return f"{name} is missing: {what}"
 
 
 def _state_problem(folder: Path) -> Iterator[str]:

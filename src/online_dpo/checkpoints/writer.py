@@ -20,10 +20,10 @@ from online_dpo.checkpoints.folders import (
     recover,
 )
 from online_dpo.checkpoints.manifest import Entry, Manifest, entries_of, files_in, manifest_of
-from online_dpo.distributed.collectives import from_every_rank, world_size
+from online_dpo.distributed.collectives import from_every_rank, processes_of_run, world_size
 from online_dpo.errors import CheckpointError, named_error
 
-OF_RANK = re.compile(r"(?:^|/)(?:rng_state_|lookahead-|__|zero_pp_rank_|bf16_zero_pp_rank_)(\d+)")
+OF_RANK = re.compile(r"(?:^|/)(?:rng_state_|lookahead-|metrics-|__|zero_pp_rank_|bf16_zero_pp_rank_)(\d+)")
 """Names of files that each process writes for itself: of transformers, of this package, of FSDP and of DeepSpeed."""
 
 
@@ -119,6 +119,8 @@ class CheckpointWriter:
         return {}
 
     def _is_own(self, name: str) -> bool:
+        if world_size() == 1:
+            return self.role.publishes
         found = OF_RANK.search(name)
         if found is not None and int(found[1]) < world_size():
             return int(found[1]) == self.role.rank
@@ -151,7 +153,7 @@ class CheckpointWriter:
                 )
         before = [manifest_of(path) for path in by_age(folder.parent)[-1:]]
         sequence = 1 + max((manifest.sequence for manifest in before if manifest is not None), default=0)
-        manifest = Manifest(int(folder.name.rpartition("-")[2]), world_size(), sequence, files, **vars(facts))
+        manifest = Manifest(int(folder.name.rpartition("-")[2]), processes_of_run(), sequence, files, **vars(facts))
         manifest.write(aside)
         for path in (aside.parent, aside, *(path for path in aside.rglob("*") if path.is_dir())):
             sync(path)

@@ -17,6 +17,7 @@ from online_dpo.cli.parser import OneLineParser, with_hyphens
 from online_dpo.cli.runfile.entries import UsageError
 from online_dpo.cli.runfile.run_file import judge_of_run
 from online_dpo.cli.runfile.schema import FieldSpec, read_fields_of
+from online_dpo.cli.runfile.yaml_text import parse_yaml
 from online_dpo.config.llm_judge import JudgeSettings
 
 KINDS = {"str": str, "int": int, "float": float}
@@ -133,7 +134,7 @@ def _pairwise_judge(folder: Path, options: str | None, given: dict[str, Any]) ->
 
 def _mapping(name: str, text: str, example: str) -> dict[str, Any]:
     try:
-        options = yaml.safe_load(text)
+        options = parse_yaml(text)
     except yaml.YAMLError:
         options = None
     if not isinstance(options, dict):

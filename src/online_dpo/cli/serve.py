@@ -38,7 +38,11 @@ def serve(words: Sequence[str]) -> int:
     if FLAGS["use_vllm"].missing:
         print(f"error: vLLM is not installed here. Install it with: {FLAGS['use_vllm'].install}", file=sys.stderr)
         return 2
-    _replace_process(command)
+    try:
+        _replace_process(command)
+    except OSError as error:
+        print(f"error: the server could not be started: {error}", file=sys.stderr)
+        return 2
 
 
 def server_command(words: Sequence[str]) -> list[str]:

@@ -4,76 +4,129 @@ from __future__ import annotations
 
 import inspect
 import shlex
+import signal
 import sys
-import traceback
 from collections.abc import Sequence
 from typing import Any
 
 from transformers import AutoTokenizer
 
 from online_dpo.cli.judging.plan import BuiltInJudge
-from online_dpo.cli.runfile.entries import UsageError
 from online_dpo.cli.runfile.plugins import RegisteredName
 from online_dpo.cli.runfile.references import Reference, load_reference
 from online_dpo.cli.runfile.run_config import RunConfig
 from online_dpo.cli.runfile.run_file import RunPlan
+from online_dpo.cli.terminal.errors import report_error
 from online_dpo.cli.terminal.header import INDENT
 from online_dpo.cli.terminal.progress import ProgressDisplay, no_progress_bars, plain_warnings
 from online_dpo.cli.terminal.screen import print_lines
 from online_dpo.cli.terminal.summary import describe_trainer, places
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.data.load import load_prompts
-from online_dpo.errors import NothingTrainedError, OnlineDPOError, TrainingInterrupted, error_text, named_error
-from online_dpo.foreign import loading
+from online_dpo.distributed.settings import kept_settings
+from online_dpo.distributed.signals import StoppedBySignal, handling, is_interruption, name_of, write_now
+from online_dpo.errors import (
+    CheckpointError,
+    NothingTrainedError,
+    OnlineDPOError,
+    RankLostError,
+    TrainingInterrupted,
+    named_error,
+)
+from online_dpo.foreign import foreign, loading
 from online_dpo.scoring.judges.llm.judge import LLMJudge
 from online_dpo.scoring.judges.pairwise.judge import PairwiseModelJudge
+from online_dpo.training.run_identity import check_options
 from online_dpo.training.trainer import OnlineDPOTrainer
-
-SETUP_ERRORS = (Exception,)
-"""What setting up a run may raise for wrong input. Libraries have their own exceptions for a file that cannot be read,
-a hub that cannot be reached, or a tracker without its key; all are reported in one line."""
-
-
-EXPLAINED = (ValueError, TypeError, OSError, ImportError, OnlineDPOError)
-"""Exceptions whose message is clear without the name of their type."""
 
 
 @no_progress_bars()
 @plain_warnings()
 def train(plan: RunPlan, words: Sequence[str], *, show_traceback: bool) -> int:
-    """Run a checked plan and return the exit code: 0, 1, 2, 3 (nothing was trained) or 130 (Ctrl-C).
+    """Run a checked plan and return the exit code: 0, 1, 2, 3 (nothing was trained) or 128 plus a signal's number.
 
     ``words`` are the words of the command, to print the command that resumes it.
     """
-    resume = plan.training.get("resume_from_checkpoint") or None
     try:
         trainer = build_trainer(plan, ProgressDisplay())
-    except SETUP_ERRORS as error:
-        return report_error(error, 2, show_traceback)
-    is_main = trainer.is_world_process_zero()
-    if is_main:
+    except BaseException as error:  # libraries have their own for a file, a hub or a tracker that they cannot use
+        if is_interruption(error):
+            raise
+        return report_error(error, 1 if isinstance(error, RankLostError) else 2, show_traceback)
+    if trainer.is_world_process_zero():
         print_lines(describe_trainer(trainer), INDENT)
+    end = EndOfRun()
+    with handling(end.receive):
+        code = _train(trainer, plan, words, show_traceback)
+        end.is_saving = True
+        return code or _save(trainer, words, show_traceback)
+
+
+def _train(trainer: OnlineDPOTrainer, plan: RunPlan, words: Sequence[str], show_traceback: bool) -> int:
     try:
-        trainer.train(resume_from_checkpoint=resume)
+        trainer.train(resume_from_checkpoint=plan.training.get("resume_from_checkpoint") or None)
     except TrainingInterrupted as stop:
-        if is_main:
+        if trainer.is_world_process_zero():
             _print_how_to_resume(str(stop).partition(". ")[0] + ":", stop.checkpoint, words)
-        return 130
+        return 128 + stop.signal
     except NothingTrainedError as error:
         return report_error(error, 3, show_traceback)
-    except Exception as error:  # every end of a run is reported in one line; --traceback shows the rest
+    except BaseException as error:  # every end of a run is reported in one line; --traceback shows the rest
+        if is_interruption(error):
+            raise
         # transformers and torch check some settings only when training starts
-        is_wrong_setting = trainer.state.global_step == 0 and not isinstance(error, OnlineDPOError)
+        own = isinstance(error, OnlineDPOError) and not isinstance(error, CheckpointError)
+        is_wrong_setting = trainer.state.global_step == 0 and not own
         code = report_error(error, 2 if is_wrong_setting else 1, show_traceback)
-        if trainer.interrupt.checkpoint is not None:
-            _print_how_to_resume("Before that:", trainer.interrupt.checkpoint, words)
+        _print_checkpoint_before(trainer, words)
         return code
-    trainer.save_model()
-    trainer.save_state()
-    trainer.create_model_card()
-    if is_main:
-        print_lines(places(str(trainer.args.output_dir)))
     return 0
+
+
+def _save(trainer: OnlineDPOTrainer, words: Sequence[str], show_traceback: bool) -> int:
+    """Save a trained model, its log and its card; where that fails, a checkpoint of the run."""
+    folder = str(trainer.args.output_dir)
+    steps = {
+        f"Saving the trained model in {folder}": trainer.save_model,
+        f"The model is saved in {folder}, but saving the run's log beside it": trainer.save_state,
+        f"The model is saved in {folder}, but writing its card (README.md)": trainer.create_model_card,
+    }
+    for what, step in steps.items():
+        try:
+            step()
+        except BaseException as error:
+            if is_interruption(error):
+                raise
+            trainer.leave_checkpoint(error)
+            failure = OnlineDPOError(f"{what} failed: {named_error(error)}")
+            failure.__cause__ = error
+            code = report_error(failure, 1, show_traceback)
+            _print_checkpoint_before(trainer, words)
+            return code
+    if trainer.is_world_process_zero():
+        print_lines(places(folder))
+    return 0
+
+
+class EndOfRun:
+    """Signals after the last step: a model that is being saved is saved, unless a third Ctrl-C insists."""
+
+    def __init__(self) -> None:
+        self.is_saving = False
+        self._presses = 0
+
+    def receive(self, number: signal.Signals) -> None:
+        """Handle a signal. One that comes before training has begun is handled when it begins.
+
+        Raises:
+            StoppedBySignal: at a third Ctrl-C.
+        """
+        self._presses += number is signal.SIGINT
+        if self._presses > 2:
+            raise StoppedBySignal(number)
+        if self.is_saving:
+            again = " Press Ctrl-C again to stop at once, without it." if self._presses == 2 else ""
+            write_now(f"\n{name_of(number)}: the run is over, and its model is being saved.{again}\n")
 
 
 def build_trainer(plan: RunPlan, display: ProgressDisplay) -> OnlineDPOTrainer:
@@ -82,12 +135,14 @@ def build_trainer(plan: RunPlan, display: ProgressDisplay) -> OnlineDPOTrainer:
     Raises:
         ValueError, TypeError, OSError, ImportError, OnlineDPOError: the run cannot be set up as asked.
     """
-    plan.plugins.load()
     run = plan.run
     given = {name: value for name, value in plan.training.items() if name != "resume_from_checkpoint"}
-    rewards = load_rewards(plan.reward_funcs, given.pop("reward_model_path", None))
-    gold = load_rewards(plan.eval_reward_funcs, given.pop("eval_reward_model_path", None))
+    with kept_settings("Importing the run's own code"):
+        plan.plugins.load()
+        rewards = load_rewards(plan.reward_funcs, given.pop("reward_model_path", None))
+        gold = load_rewards(plan.eval_reward_funcs, given.pop("eval_reward_model_path", None))
     args = OnlineDPOConfig(**{**given, "disable_tqdm": True})
+    check_options(plan.training.get("resume_from_checkpoint"), args)
     train_dataset = load_prompts(
         run.dataset_name,
         split=run.dataset_train_split,
@@ -179,20 +234,15 @@ def load_judge(judge: Reference | RegisteredName | BuiltInJudge, args: OnlineDPO
             return LLMJudge(**judge.options)
         return PairwiseModelJudge.load(str(judge.folder), args.device, **judge.options)
     loaded = load_reference(judge)
-    return loaded() if inspect.isclass(loaded) else loaded
+    if not inspect.isclass(loaded):
+        return loaded
+    with foreign(f"Making judge `{judge.text}`", raises=ValueError):
+        return loaded()
 
 
-def report_error(error: BaseException, code: int, show_traceback: bool) -> int:
-    """Print an error in one line, or its traceback, and return the exit code."""
-    if isinstance(error, UsageError):
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-    elif show_traceback:
-        traceback.print_exception(error)
-    else:
-        message = error_text(error) if isinstance(error, EXPLAINED) else named_error(error)
-        print(f"error: {message}\n(--traceback shows where it came from)", file=sys.stderr)
-    return code
+def _print_checkpoint_before(trainer: OnlineDPOTrainer, words: Sequence[str]) -> None:
+    if trainer.interrupt.checkpoint is not None and trainer.is_world_process_zero():
+        _print_how_to_resume("Before that:", trainer.interrupt.checkpoint, words)
 
 
 def _print_how_to_resume(beginning: str, checkpoint: str | None, words: Sequence[str]) -> None:

@@ -36,6 +36,12 @@ class FeedbackFields:
     reward_batch_size: int = 16
     """Texts in one forward pass of a reward model."""
 
+    reward_timeout: float | None = None
+    """Seconds that one call of a reward function, a reward model or a judge of your own may take; then the run ends
+    with a checkpoint. Such a call is made in another thread. When not set: any time, and a notice tells after a minute
+    who is waited for. Language models as judges and rewards over HTTP have time limits of their own.
+    """
+
     missing_eos_penalty: float | None = None
     """Subtracted from the score of a completion that did not end by itself, or, with a judge, from its log-odds against
     one that did; above 0.
@@ -116,6 +122,7 @@ def check_feedback(args: FeedbackFields, num_completions: int) -> None:
     unfinished, token = args.missing_eos_penalty, args.length_penalty
     checks = [
         (args.reward_batch_size >= 1, "reward_batch_size", "at least 1"),
+        (args.reward_timeout is None or 0 < args.reward_timeout < math.inf, "reward_timeout", "above 0"),
         (unfinished is None or 0 < unfinished < math.inf, "missing_eos_penalty", "above 0"),
         (token is None or 0 < token < math.inf, "length_penalty", "above 0"),
         (top is None or 2 <= top <= num_completions, "judge_top", f"from 2 to {num_completions} completions"),

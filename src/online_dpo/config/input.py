@@ -13,6 +13,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from online_dpo.config.field_specs import FieldSpec, specs_of
+from online_dpo.config.json_text import parse_json
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -93,12 +94,14 @@ def mapping_from_text(name: str, text: str) -> dict[str, Any]:
     Raises:
         ValueError: the text is no JSON object; the message begins with the field's ``name``.
     """
+    problem = ""
     try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
+        value = parse_json(text)
+    except ValueError as error:
+        value, problem = None, "" if isinstance(error, json.JSONDecodeError) else f" ({error})"
     if not isinstance(value, dict):
-        raise ValueError(f"`{name}` must be a dict, or a JSON object as text; it is {text!r}.")
+        shown = text if len(text) <= 80 else f"{text[:77]}..."
+        raise ValueError(f"`{name}` must be a dict, or a JSON object as text; it is {shown!r}{problem}.")
     return value
 
 

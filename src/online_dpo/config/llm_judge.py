@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
-import ipaddress
 import math
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
-from urllib.parse import urlsplit
 
+from online_dpo.config.endpoints import (
+    check_address,
+    check_variable,
+    in_own_network,
+    read_key,
+    secret_fields,
+    shown_variable,
+)
 from online_dpo.config.hf_ranges import absurd
 
 LLM = "llm"  # how run files name such a judge
@@ -19,6 +24,8 @@ OPENAI = "https://api.openai.com/v1"
 Order = Literal["both", "random", "given"]
 Inconsistent = Literal["soften", "skip", "revote"]
 TEMPLATES = ("direct", "reasoned")
+
+WHERE_KEYS_GO = "Put the key into an environment variable and name that in `api_key_env`."
 
 AT_LEAST_ONE = (
     "votes",
@@ -177,26 +184,24 @@ class JudgeSettings:
             raise ValueError(f"`max_failure_share` must be between 0 and 1; it is {self.max_failure_share}.")
 
     def _check_address(self) -> None:
-        parts = urlsplit(self.base_url)
-        if parts.username or parts.password or parts.query:
-            # Not shown: it may hold a key.
-            raise ValueError(
-                "`base_url` holds a user name, password or query. Put the key into an environment variable and name "
-                "that in `api_key_env`."
-            )
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"`base_url` must begin with http:// or https://; it is {self.base_url!r}.")
+        parts = check_address(self.base_url, "`base_url`", WHERE_KEYS_GO)
+        if parts.query or parts.fragment:
+            raise ValueError(f"`base_url` holds a query, which is no part of an endpoint's address. {WHERE_KEYS_GO}")
+        check_variable(self.api_key_env, "api_key_env")
+        if names := secret_fields(self.extra or {}):
+            raise ValueError(f"`extra` holds {', '.join(f'`{name}`' for name in names)}. {WHERE_KEYS_GO}")
 
     def check_environment(self) -> None:
         """Check that the judge can be asked from here.
 
         Raises:
-            ValueError: there is no API key for an endpoint outside one's own network, or a package is missing.
+            ValueError: there is no API key for an endpoint outside one's own network, the key cannot be sent, or a
+                package is missing.
         """
-        if not os.environ.get(self.api_key_env) and not self.is_local:
+        if read_key(self.api_key_env) is None and not self.is_local:
             raise ValueError(
-                f"There is no API key for {self.base_url}: set the environment variable {self.api_key_env}, or name "
-                "another one in `api_key_env`."
+                f"There is no API key for {self.base_url}: set {shown_variable(self.api_key_env)}, or name another one "
+                "in `api_key_env`."
             )
         if any(importlib.util.find_spec(package) is None for package in ("openai", "tenacity")):
             raise ValueError("A judge over HTTP needs openai and tenacity: pip install 'online-dpo[judge]'")
@@ -224,16 +229,3 @@ class JudgeSettings:
     def cost(self, input_tokens: int, output_tokens: int) -> float:
         """What a request of so many tokens costs."""
         return (input_tokens * self.input_price + output_tokens * self.output_price) / 1e6
-
-
-def in_own_network(url: str) -> bool:
-    """Whether an address names this machine or one that only its own network knows.
-
-    >>> in_own_network("http://10.0.0.7:8000/v1"), in_own_network("https://api.openai.com/v1")
-    (True, False)
-    """
-    host = urlsplit(url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_private
-    except ValueError:  # a name
-        return "." not in host or host.endswith((".local", ".internal"))

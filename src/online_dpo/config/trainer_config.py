@@ -28,6 +28,7 @@ from online_dpo.config.sampling import SamplingFields, check_sampling
 from online_dpo.config.training import TrainingFields, check_training
 from online_dpo.config.unsupported import check_accelerator, check_generation_kwargs, check_refused, check_unsupported
 from online_dpo.config.vllm import VLLMFields, check_vllm, unread_vllm_fields
+from online_dpo.distributed.joining import coming_together, join_on_cpu
 from online_dpo.versions import copy_checkpointing_fields
 
 
@@ -70,7 +71,10 @@ class OnlineDPOConfig(
         check_refused(self)
         check_names(self)
         copy_checkpointing_fields(self)
-        super().__post_init__()
+        with coming_together(self.ddp_timeout):
+            if self.use_cpu:
+                join_on_cpu(self.ddp_backend, self.ddp_timeout)
+            super().__post_init__()
         check_processes(self)
         check_choices(self, unread_vllm_fields(self))
         check_sampling(self)

@@ -84,6 +84,17 @@ class TrainingFields:
     checkpoint and stops, with the reasons counted. When not set (`null`), it goes on. Raise it where pairs are rare.
     """
 
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    resume_anyway: bool = False
+    """Resume from a checkpoint of a run that computed with something else: other options, data, models, scorers or
+    number of processes. What differs is told in a warning; off: in an error, before anything is trained.
+    """
+
+    overwrite_output_dir: bool = False
+    """Start a run in an `output_dir` that holds checkpoints of an earlier one: these are deleted when training begins.
+    """
+
     # --- models -----------------------------------------------------------------------------------------------------
 
     model_init_kwargs: dict[str, Any] | str | None = None

@@ -9,21 +9,17 @@ column is used unchanged.
 from __future__ import annotations
 
 import re
-import string
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from online_dpo.errors import named_error
+from online_dpo.data.template import fill_template, template_columns
+from online_dpo.data.text import UnusablePrompt, checked_text, is_blank
 from online_dpo.types import Message
 
 CONVERSATION_COLUMNS = ("chosen", "rejected")
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
-
-
-class UnusablePrompt(Exception):
-    """A row is not a usable prompt; the message is the reason. The row function turns it into an error or a count."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +51,11 @@ class PromptSource:
             UnusablePrompt: the row has no prompt that a model could answer.
         """
         if self.template is not None:
-            return _checked_text(_fill(self.template, row))
+            return checked_text(fill_template(self.template, row))
         assert self.column is not None
         value = row.get(self.column)
         if isinstance(value, str):
-            return self._read_transcript(value) if self.holds_transcripts else _checked_text(value)
+            return self._read_transcript(value) if self.holds_transcripts else checked_text(value)
         if isinstance(value, list):
             messages = _checked_messages(value)
             if self.column == "messages" or self.holds_transcripts:
@@ -70,7 +66,7 @@ class PromptSource:
         raise UnusablePrompt(f"the value is of type {type(value).__name__}, not text or a list of messages")
 
     def _read_transcript(self, transcript: str) -> str | list[Message]:
-        _checked_text(transcript)
+        checked_text(transcript)
         try:
             messages = transcript_to_messages(transcript)
         except ValueError as error:
@@ -103,24 +99,6 @@ def find_source(columns: Collection[str], prompt_column: str | None, prompt_temp
         f"No column holds the prompts: the columns are {existing}; none of them is `prompt`, `messages` or `chosen`. "
         "Set `prompt_column` to the column of the prompts, or `prompt_template` to a text over columns."
     )
-
-
-def template_columns(template: str) -> list[str]:
-    """List the columns that a ``str.format`` template uses, in order: ``"{a}: {b[0]}"`` uses ``["a", "b"]``.
-
-    Raises:
-        ValueError: the braces do not match, a field has no name, or there is no field at all.
-    """
-    try:
-        fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
-    except ValueError as error:
-        raise ValueError(
-            f"`prompt_template` {template!r} is malformed ({error}). To write a brace as text, double it."
-        ) from None
-    names = [re.split(r"[.\[]", field)[0] for field in fields]
-    if not names or any(not name or name.isdigit() for name in names):
-        raise ValueError(f"`prompt_template` {template!r} must name columns in braces, such as '{{question}}'.")
-    return list(dict.fromkeys(names))
 
 
 def transcript_to_messages(transcript: str) -> list[Message]:
@@ -190,23 +168,6 @@ def _prompt_turns(text: str) -> list[tuple[str, str, int]]:
     return turns[:-1] if turns[-1][0] == "assistant" else turns
 
 
-def _fill(template: str, row: Mapping[str, Any]) -> str:
-    """Fill a template with the columns of a row."""
-    for name in template_columns(template):
-        if row.get(name) is None:
-            raise UnusablePrompt(f"column `{name}` of the template is missing (null)")
-    try:
-        return template.format_map(row)
-    except (LookupError, AttributeError, ValueError, TypeError) as error:
-        raise UnusablePrompt(f"the template cannot be filled ({named_error(error)})") from None
-
-
-def _checked_text(text: str) -> str:
-    if not text.strip():
-        raise UnusablePrompt("the text is empty")
-    return text
-
-
 def _checked_messages(values: list[Any]) -> list[Message]:
     if not values:
         raise UnusablePrompt("the list of messages is empty")
@@ -218,9 +179,20 @@ def _checked_messages(values: list[Any]) -> list[Message]:
         content = value.get("content")
         if content is None and not value.get("tool_calls"):
             raise UnusablePrompt("a message has no `content`")
+        for part in content if isinstance(content, list) else ():
+            _check_part(part)
         if content is not None and not isinstance(content, (str, list)):
             raise UnusablePrompt(f"the `content` of a message is of type {type(content).__name__}, not text")
     return without_nulls(values)
+
+
+def _check_part(part: Any) -> None:
+    if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
+        raise UnusablePrompt("a part of a message is no dict with a `type`")
+    if part["type"] != "text":
+        raise UnusablePrompt(f"a part of a message is of the type {part['type']!r}; only text reaches the policy")
+    if not isinstance(part.get("text"), str):
+        raise UnusablePrompt("a part of a message has no `text`")
 
 
 def _without_answer(messages: list[Message]) -> list[Message]:
@@ -236,14 +208,7 @@ def _ready_to_answer(messages: list[Message]) -> list[Message]:
     if not messages:
         raise UnusablePrompt("no message is left before the assistant's answer")
     content = messages[-1].get("content", "")
-    texts = [content] if isinstance(content, str) else [_part_text(part) for part in content]
-    if not any(text.strip() for text in texts):
+    texts = [content] if isinstance(content, str) else [part["text"] for part in content]
+    if all(map(is_blank, texts)):
         raise UnusablePrompt("the last message is empty")
     return messages
-
-
-def _part_text(part: Any) -> str:
-    """The text of one part of a message; for a part that is not text, its type, so that it counts as content."""
-    if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
-        raise UnusablePrompt("a part of a message is no dict with a `type`")
-    return str(part.get("text", "")) if part["type"] == "text" else part["type"]

@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, Value
 
+from online_dpo.config.json_text import MAX_DEPTH, depth_of
+
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _NULL, _JSON, _OTHER = "null", "json", "other"
+
+MAX_COLUMNS = 1000
+"""A table with more takes minutes; what has more has data where names should stand."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +52,33 @@ def column_types(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
 
     >>> column_types([{"a": 1, "b": 18, "c": None}, {"a": 2, "b": 2.5}])
     {'a': 'int64', 'b': 'json', 'c': 'string'}
+
+    Raises:
+        ValueError: there are too many columns, a name holds half of a character, or a value is nested too deeply.
     """
     kinds_of: dict[str, set[str]] = {}
     for row in rows:
         for name, value in row.items():
-            kinds_of.setdefault(name, set()).add(_kind(value))
+            if name not in kinds_of:
+                kinds_of[name] = set()
+                check_names(kinds_of)
+            if isinstance(value, (list, dict)) and depth_of(value) > MAX_DEPTH:
+                raise ValueError(f"a value of column `{name}` is nested more than {MAX_DEPTH} levels deep")
+            kinds_of[name].add(_kind(value))
     return {name: _common_kind(kinds - {_NULL}) for name, kinds in kinds_of.items()}
+
+
+def check_names(names: Collection[str]) -> None:
+    """Check the names of columns.
+
+    Raises:
+        ValueError: there are too many of them, or one holds half of a character.
+    """
+    if len(names) > MAX_COLUMNS:
+        raise ValueError(f"there are more than {MAX_COLUMNS} columns; the names of columns look like data")
+    for name in names:
+        if _SURROGATE.search(name):
+            raise ValueError(f"the name of the column {name!r} holds half of a character (a lone surrogate)")
 
 
 def stored_features(types: Mapping[str, str]) -> Features:

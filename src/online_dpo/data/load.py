@@ -10,10 +10,11 @@ from __future__ import annotations
 import glob
 import itertools
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 from datasets import (
     Dataset,
     DatasetDict,
@@ -28,6 +29,7 @@ from datasets.exceptions import DatasetsError
 
 from online_dpo.data.file_rows import CSV_SUFFIXES, check_types, file_rows, suffix_of
 from online_dpo.data.json_columns import column_types, json_names, reading_json, stored_features, stored_row
+from online_dpo.errors import error_text, named_error
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +82,11 @@ def load_prompts(
         ValueError: the source or split does not exist (the message lists what exists), cannot be read (the message
             names file and line of malformed JSON; a stream may raise it only when it reaches the line), or is empty.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"`limit` must be at least 1; it is {limit}.")
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
+        raise ValueError(f"`limit` must be at least 1; it is {limit!r}.")
+    for what, text in (("source", source), ("split", split)):
+        if not text or text != text.strip() or "\0" in text:
+            raise ValueError(f"The {what} is {text!r}. Give it without blanks around it, and not empty.")
     check_types(types or {})
     dataset = _load_split(source, split, config, streaming, types or {})
     if limit is None:
@@ -121,8 +126,8 @@ def _load_saved(path: Path, split: str, config: str | None, streaming: bool) -> 
         saved = load_from_disk(str(path))
     except IndexError as error:  # what `datasets` makes of a saved dataset without rows
         raise ValueError(f"The dataset saved in {path} is empty.") from error
-    except _READ_ERRORS as error:
-        raise ValueError(f"Cannot read the dataset saved in {path}: {error}") from error
+    except (*_READ_ERRORS, KeyError, TypeError) as error:  # the last two for JSON files without what they should hold
+        raise ValueError(f"Cannot read the dataset saved in {path}: {named_error(error)}") from error
     if isinstance(saved, DatasetDict):
         if split not in saved:
             raise ValueError(f"{path} has no split {split!r}. Its splits are: {', '.join(map(str, saved))}.")
@@ -138,6 +143,8 @@ def _matching_files(path: Path) -> list[Path]:
     """The file, or the sorted files that match the glob, after a check that their formats are known."""
     matches = [path] if path.is_file() else [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
     files = [match for match in matches if match.is_file()]
+    if path.exists() and not files:
+        raise ValueError(f"{path} is no file but a pipe or a device. Copy its content to a file.")
     if not files:
         raise ValueError(f"No file {path}. {_what_exists(path.parent)}")
     unknown = [str(file) for file in files if suffix_of(file) not in FORMATS]
@@ -166,6 +173,8 @@ def _files_of_folder(folder: Path, config: str | None) -> dict[str, list[Path]]:
             f"{folder} mixes {' and '.join(formats)} files; only one format can be read at a time. Give a glob, such "
             f"as {folder / ('*' + suffix_of(known[0]))}."
         )
+    if glob.has_magic(str(folder)):
+        raise ValueError(f"{folder}: its name has *, ? or [ in it, a pattern to `datasets`. Rename it, or give a file.")
     try:
         data_files: Mapping[Any, Any] = load_dataset_builder(str(folder), config).config.data_files or {}
     except _READ_ERRORS as error:
@@ -207,15 +216,28 @@ def _load_files(
 def _load_parquet(source: str, files: dict[str, list[Path]], split: str, streaming: bool) -> Dataset | IterableDataset:
     # Brackets in the name of a folder must not be read as a glob pattern.
     data_files = {name: [glob.escape(str(file.absolute())) for file in group] for name, group in files.items()}
+    every_file = [file for split_files in files.values() for file in split_files]
     try:
+        _check_parquet(every_file)
         dataset = load_dataset("parquet", data_files=data_files, split=split, streaming=streaming)
         if streaming and next(iter(dataset), None) is None:
             raise ValueError("it holds no rows")
     except _READ_ERRORS as error:
-        every_file = [str(file) for split_files in files.values() for file in split_files]
-        raise ValueError(f"Cannot read {source} (files: {', '.join(every_file)}): {_first_cause(error)}") from error
+        listed = ", ".join(map(str, every_file))
+        raise ValueError(f"Cannot read {source} (files: {listed}): {error_text(_first_cause(error))}") from error
     assert isinstance(dataset, (Dataset, IterableDataset))
     return dataset
+
+
+def _check_parquet(files: list[Path]) -> None:
+    """Check the metadata of Parquet files: they hold rows, and each column has a name of its own."""
+    footers = [pq.read_metadata(file) for file in files]
+    if not sum(footer.num_rows for footer in footers):
+        raise ValueError("it holds no rows")
+    for file, footer in zip(files, footers, strict=True):
+        names = footer.schema.to_arrow_schema().names
+        if double := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{file} has {', '.join(map(repr, double))} more than once; rename the columns")
 
 
 def _stream_rows(source: str, files: list[Path], types: Mapping[str, str]) -> IterableDataset:
@@ -228,7 +250,7 @@ def _stream_rows(source: str, files: list[Path], types: Mapping[str, str]) -> It
     head = [row for file in files for row in itertools.islice(file_rows([file], types), rows_per_file)]
     if not head:
         raise ValueError(f"Cannot read {source}: it holds no rows.")
-    columns = tuple(dict.fromkeys(column for row in head for column in row))
+    columns = tuple(_column_types(source, head))
     _check_typed(source, columns, types)
     return IterableDataset.from_generator(
         _complete_rows, gen_kwargs={"files": files, "columns": columns, "types": dict(types)}
@@ -248,20 +270,45 @@ def _map_rows(source: str, files: dict[str, list[Path]], split: str, types: Mapp
         split_names = sorted({part.splitname for part in instruction.to_absolute(dict.fromkeys(files, 0))})
     except ValueError as error:
         raise ValueError(f"Cannot read {source}: {error}") from error
-    kinds = column_types(file_rows([file for name in split_names for file in files[name]], types))
+    every_file = [file for name in split_names for file in files[name]]
+    version = _version(every_file)
+    kinds = _column_types(source, file_rows(every_file, types))
     if not kinds:
         raise ValueError(f"Cannot read {source}: it holds no rows.")
     _check_typed(source, kinds, types)
     kinds |= types
-    stored = {name: _store(files[name], kinds, types) for name in split_names}
+    try:
+        stored = {name: _store(files[name], kinds, types) for name in split_names}
+    except DatasetsError as error:
+        _check_unchanged(source, every_file, version)
+        raise ValueError(f"Cannot read {source}: {error_text(_first_cause(error))}") from error
+    _check_unchanged(source, every_file, version)
     parts = [
-        stored[part.splitname].select(range(part.from_, part.to))
+        stored[part.splitname].select(range(min(part.from_, part.to), part.to))
         for part in instruction.to_absolute({name: len(rows) for name, rows in stored.items()})
     ]
     rows = concatenate_datasets(parts)
     if len(rows) == 0:
         raise ValueError(f'Cannot read {source}: split "{split}" corresponds to no data.')
     return reading_json(rows, json_names(kinds))
+
+
+def _column_types(source: str, rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    try:
+        return column_types(rows)
+    except ValueError as error:
+        names_file = str(error).startswith("Cannot read")
+        raise ValueError(str(error) if names_file else f"Cannot read {source}: {error}.") from error
+
+
+def _version(files: list[Path]) -> tuple[tuple[int, int], ...]:
+    """What changes when the files do: their sizes and times."""
+    return tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+
+
+def _check_unchanged(source: str, files: list[Path], version: Any) -> None:
+    if _version(files) != version:
+        raise ValueError(f"{source} has changed while it was read. Start again when nothing writes to it.")
 
 
 def _check_typed(source: str, columns: Collection[str], types: Mapping[str, str]) -> None:
@@ -284,7 +331,6 @@ def _warn_ignored(source: str) -> None:
 def _store(files: list[Path], kinds: Mapping[str, str], types: Mapping[str, str]) -> Dataset:
     """The cached table of the rows of some files. It is built again if a file has changed."""
     files = [file.absolute() for file in files]
-    sizes_and_times = tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files)
     return Dataset.from_generator(
         _stored_rows,
         features=stored_features(kinds),
@@ -292,7 +338,7 @@ def _store(files: list[Path], kinds: Mapping[str, str], types: Mapping[str, str]
             "files": files,
             "kinds": dict(kinds),
             "types": dict(types),
-            "version": (sizes_and_times, _STORED_VERSION),
+            "version": (_version(files), _STORED_VERSION),
         },
     )  # pyright: ignore[reportReturnType]
 
@@ -318,7 +364,7 @@ def _load_hub(source: str, split: str, config: str | None, streaming: bool) -> D
     return dataset
 
 
-def _first_cause(error: BaseException) -> str:
+def _first_cause(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(error) or type(error).__name__
+    return error

@@ -16,10 +16,14 @@ from typing import Any, Literal
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
+from online_dpo.config.json_text import parse_json
 from online_dpo.config.trainer_config import OnlineDPOConfig
-from online_dpo.data.convert import PromptSource, UnusablePrompt, find_source, without_nulls
+from online_dpo.data.chat import settled_messages
+from online_dpo.data.convert import PromptSource, find_source, without_nulls
 from online_dpo.data.cut import cut_message
 from online_dpo.data.json_columns import dataset_from_rows, json_columns_of, reading_json
+from online_dpo.data.template_arguments import check_arguments, row_arguments
+from online_dpo.data.text import UnusablePrompt
 from online_dpo.data.tokens import fit_messages, fit_text
 from online_dpo.distributed.process_state import kept_environment
 from online_dpo.errors import InvalidPromptError
@@ -29,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 ADDED_COLUMNS = ("prompt_ids", "prompt_row", "prompt_invalid", "prompt_cut")
 PREPARED_COLUMNS = ("prompt", *ADDED_COLUMNS)
-_RESERVED_TEMPLATE_ARGUMENTS = ("conversation", "tokenize", "add_generation_prompt", "continue_final_message")
 _PROBED_STREAM_ROWS = 100
 
 PromptKind = Literal["text", "messages"]
@@ -70,8 +73,8 @@ def prepare_prompts(
         InvalidPromptError: a row is unusable and ``args.invalid_prompts`` is "error"; for a stream, when it is read.
     """
     rows = _as_dataset(dataset, name)
-    source, kind = _settle_kind(rows, _checked_source(rows, args, name), tokenizer, args, name)
-    keeps_json = kind == "messages" and source.column in json_columns_of(rows)
+    source, kind = _settle_kind(rows, _checked_source(rows, tokenizer, args, name), tokenizer, args, name)
+    keeps_json = kind == "messages" and (source.column in json_columns_of(rows) or _holds_parts(rows, source))
     prepare_row = PromptRow(
         tokenizer=tokenizer,
         source=source,
@@ -98,8 +101,8 @@ def _prepare_rows(rows: Dataset, prepare_row: PromptRow, num_proc: int | None) -
         prepared = rows.map(
             prepare_row,
             with_indices=True,
-            features=_prepared_features(rows.features, prepare_row.source, prepare_row.kind),
-            num_proc=num_proc,
+            features=_prepared_features(rows.features, prepare_row),
+            num_proc=num_proc or None,  # 0: in this process
             desc=f"Preparing {prepare_row.name}",
         )
     others = [column for column in json_columns_of(rows) if column != "prompt"]
@@ -123,7 +126,7 @@ class PromptRow:
     name: str
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     prompt_as_json: bool = False
-    version: int = 3
+    version: int = 4
     """Increase it when results change, so that datasets cached by older versions of this code are not reused."""
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
@@ -140,6 +143,7 @@ class PromptRow:
                 fitted, ids = fit_text(self.tokenizer, content, self.limit, self.truncate)
             else:
                 arguments = self._template_arguments(row)
+                content = settled_messages(self.tokenizer, content, arguments)
                 fitted, ids = fit_messages(self.tokenizer, content, arguments, self.limit, self.truncate)
         except UnusablePrompt as why:
             if self.raise_invalid:
@@ -159,14 +163,12 @@ class PromptRow:
 
     def _template_arguments(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of the chat template: the configuration's, overridden by the row's, and the row's tools."""
-        own = row.get("chat_template_kwargs") or {}
-        if not isinstance(own, Mapping):
-            raise UnusablePrompt(f"its `chat_template_kwargs` are of type {type(own).__name__}, not a dict")
-        arguments = {**self.chat_template_kwargs, **without_nulls(own)}
+        own = row_arguments(row.get("chat_template_kwargs") or {}, self.tokenizer)
+        arguments = {**self.chat_template_kwargs, **own}
         tools = row.get("tools")
         if isinstance(tools, str) and tools:
             try:
-                tools = json.loads(tools)
+                tools = parse_json(tools)
             except ValueError as error:
                 raise UnusablePrompt(f"its `tools` are no JSON ({error})") from None
         return {**arguments, "tools": without_nulls(tools)} if tools else arguments
@@ -182,6 +184,9 @@ def _as_dataset(dataset: Any, name: str) -> Dataset | IterableDataset:
         wrong = [index for index, row in enumerate(dataset) if not isinstance(row, dict)]
         if wrong:
             raise TypeError(f"{name} is a list, so its rows must be dicts; row {wrong[0]} is {dataset[wrong[0]]!r}.")
+        keys = [key for row in dataset for key in row if not isinstance(key, str)]
+        if keys:
+            raise TypeError(f"{name} is a list whose rows must have names as keys; one has {keys[0]!r}.")
         return dataset_from_rows(dataset)  # types may differ between rows; the row function reports unusable ones
     hint = f" Choose a split: {', '.join(map(str, dataset))}." if isinstance(dataset, Mapping) else ""
     raise TypeError(
@@ -190,28 +195,26 @@ def _as_dataset(dataset: Any, name: str) -> Dataset | IterableDataset:
     )
 
 
-def _checked_source(rows: Dataset | IterableDataset, args: OnlineDPOConfig, name: str) -> PromptSource:
+def _checked_source(
+    rows: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, args: OnlineDPOConfig, name: str
+) -> PromptSource:
     """Find where the prompts are, after checks of the columns and arguments."""
     first = next(iter(rows), None)
     if first is None:
         raise ValueError(f"{name} is empty. Give it at least one row.")
     columns = rows.column_names or list(first)
-    _check_arguments(columns, args, name)
+    _check_arguments(columns, tokenizer, args, name)
     source = find_source(columns, args.prompt_column, args.prompt_template)
     if "prompt" in columns and source.template is None and source.column != "prompt":
         logger.warning("%s: the prompts are read from %s and replace the column `prompt`.", name, source)
     return source
 
 
-def _check_arguments(columns: list[str], args: OnlineDPOConfig, name: str) -> None:
+def _check_arguments(columns: list[str], tokenizer: PreTrainedTokenizerBase, args: OnlineDPOConfig, name: str) -> None:
     taken = [column for column in ADDED_COLUMNS if column in columns]
     if taken:
         raise ValueError(f"{name} already has the columns {', '.join(taken)}, which preparation adds. Rename them.")
-    reserved = [key for key in _template_kwargs(args) if key in _RESERVED_TEMPLATE_ARGUMENTS]
-    if reserved:
-        raise ValueError(
-            f"`chat_template_kwargs` must not hold {', '.join(reserved)}: set for each prompt here. Leave it out."
-        )
+    check_arguments(_template_kwargs(args), tokenizer)
     if args.prompt_template is not None and args.prompt_column is not None:
         logger.warning("`prompt_column` is ignored: `prompt_template` is set.")
 
@@ -260,12 +263,20 @@ def _kind_of(content: str | list[Message]) -> PromptKind:
     return "text" if isinstance(content, str) else "messages"
 
 
-def _prepared_features(features: Features, source: PromptSource, kind: PromptKind) -> Features:
+def _holds_parts(rows: Dataset | IterableDataset, source: PromptSource) -> bool:
+    """Whether the messages of a table have lists of parts as their content. As prompts, some of them become text."""
+    feature = (rows.features or {}).get(source.column)
+    message = feature.feature if isinstance(feature, List) else None
+    return isinstance(message, dict) and isinstance(message.get("content"), List)
+
+
+def _prepared_features(features: Features, prepare_row: PromptRow) -> Features:
     """The types of a prepared dataset's columns.
 
     They are explicit, because inferred from a batch without invalid rows, ``prompt_invalid`` would get the null type.
     """
-    if kind == "text":
+    source = prepare_row.source
+    if prepare_row.kind == "text" or prepare_row.prompt_as_json:
         prompt = Value("string")
     elif source.holds_transcripts and isinstance(features[source.column], Value):
         prompt = List({"role": Value("string"), "content": Value("string")})

@@ -11,8 +11,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from online_dpo.data.convert import UnusablePrompt
-from online_dpo.errors import error_text
+from online_dpo.data.chat import render
+from online_dpo.data.text import UnusablePrompt
 from online_dpo.types import Message
 
 
@@ -126,18 +126,7 @@ def tokenize_messages(
     Raises:
         UnusablePrompt: the template rejects the messages, or renders nothing.
     """
-    continues = messages[-1]["role"] == "assistant"
-    own: dict[str, Any] = {
-        "add_generation_prompt": not continues,
-        "continue_final_message": continues,
-        "tokenize": False,
-    }
-    try:
-        text = tokenizer.apply_chat_template(messages, **{**template_arguments, **own})
-    except Exception as error:  # a template is a program, and may raise anything
-        raise UnusablePrompt(f"the chat template refuses the messages ({error_text(error)})") from None
-    assert isinstance(text, str)
-    ids = _token_ids(tokenizer, text)
+    ids = _token_ids(tokenizer, render(tokenizer, messages, template_arguments))
     if not ids:
         raise UnusablePrompt("the prompt has no tokens")
     return ids

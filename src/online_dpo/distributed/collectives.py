@@ -5,21 +5,65 @@ Without a process group, or with one process, they return their input. Ranks are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from online_dpo.distributed.rank_watch import explained
 from online_dpo.distributed.signals import is_interruption
+from online_dpo.distributed.waiting import waiting_for
 from online_dpo.errors import FeedbackLostError
 
 T = TypeVar("T")
 
+SHOWN = 3
+
+_alone_of: int | None = None
+"""While this process acts as the only one, since others are lost: the number that there were; see `without_others`."""
+
 
 def world_size() -> int:
     """Returns the number of processes. Not a collective operation."""
+    return processes_of_run() if _alone_of is None else 1
+
+
+def processes_of_run() -> int:
+    """Returns the number of processes that the run was started with. Not a collective operation."""
+    if _alone_of is not None:
+        return _alone_of
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+@contextmanager
+def without_others() -> Iterator[None]:
+    """Inside, collective operations have one process, which is the first: the others are lost.
+
+    For torch there is no process group: transformers asks torch for the rank when it saves a model.
+    """
+    global _alone_of
+    _alone_of, group = processes_of_run(), dist.group.WORLD
+    dist.group.WORLD = None
+    try:
+        yield
+    finally:
+        dist.group.WORLD, _alone_of = group, None
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Inside, the other processes are waited for.
+
+    Raises:
+        RankLostError: one of them does not come.
+    """
+    with waiting_for("the other processes", on_ranks=True):
+        try:
+            yield
+        except RuntimeError as error:
+            raise explained(error) from error
 
 
 def is_first_rank() -> bool:
@@ -37,7 +81,8 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     if world_size() == 1:
         return values
     total = values.clone()
-    dist.all_reduce(total, op=dist.ReduceOp.SUM)
+    with _together():
+        dist.all_reduce(total, op=dist.ReduceOp.SUM)
     return total
 
 
@@ -46,7 +91,9 @@ def max_over_ranks(values: torch.Tensor) -> torch.Tensor:
     if world_size() == 1:
         return values
     gathered = [torch.empty_like(values) for _ in range(world_size())]
-    dist.all_gather(gathered, values.contiguous())  # not a MAX all-reduce: its result with nan depends on the backend
+    with _together():
+        # not a MAX all-reduce: its result with nan depends on the backend
+        dist.all_gather(gathered, values.contiguous())
     return torch.stack(gathered).amax(dim=0)
 
 
@@ -55,7 +102,8 @@ def from_every_rank(item: T) -> list[T]:
     if world_size() == 1:
         return [item]
     items: list[Any] = [None] * world_size()
-    dist.all_gather_object(items, item)
+    with _together():
+        dist.all_gather_object(items, item)
     return items
 
 
@@ -64,13 +112,39 @@ def from_first_rank(item: T) -> T:
     if world_size() == 1:
         return item
     box = [item]
-    dist.broadcast_object_list(box, src=0)
+    with _together():
+        dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def check_same(facts: Mapping[str, Any], what: str) -> None:
+    """Ends all ranks with the same error unless the facts, such as the settings of a run, are equal on all of them.
+
+    Args:
+        facts: their values by their names; picklable, and with a short text.
+        what: what they are, for the message.
+
+    Raises:
+        ValueError: some differ.
+    """
+    if world_size() == 1:
+        return
+    first, *others = from_every_rank(dict(facts))
+    for rank, other in enumerate(others, start=1):
+        names = [name for name in {**first, **other} if first.get(name) != other.get(name)]
+        if names:
+            shown = ", ".join(f"`{name}` ({first.get(name)!r} and {other.get(name)!r})" for name in names[:SHOWN])
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            raise ValueError(
+                f"Rank 0 and rank {rank} do not have the same {what}: {shown}{more}. Start all processes with the same "
+                "program, options, data and models."
+            )
 
 
 def samples_of_every_rank(accelerator: Any, samples: Sequence[T]) -> list[T]:
     """Returns the samples of all ranks, without those that a data loader repeats to give each rank the same number."""
-    return accelerator.gather_for_metrics(samples, use_gather_object=True)
+    with _together():
+        return accelerator.gather_for_metrics(samples, use_gather_object=True)
 
 
 def raise_first_ranks(error: Exception | None) -> None:

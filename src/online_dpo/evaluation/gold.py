@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.evaluation.records import EvalRecord, GoldRecord, judged_wins, win_share
-from online_dpo.scoring.assess import Assessor
+from online_dpo.scoring.assess import AssessmentOptions, Assessor
 from online_dpo.scoring.judge_registry import build_judge, check_judge, registered_judge
 from online_dpo.scoring.judges.llm.judge import check_share
 from online_dpo.scoring.notes import nothing_noted
@@ -23,13 +23,15 @@ from online_dpo.types import Group
 class Gold:
     """Assesses the completions of an evaluation by scorers or a judge that training never sees.
 
-    ``reward_weights``, ``reward_normalization`` and the penalties are part of what is trained on, and have no effect
-    here.
+    ``timeout`` is the number of seconds that one call of them may take. ``reward_weights``, ``reward_normalization``
+    and the penalties are part of what is trained on, and have no effect here.
     """
 
-    def __init__(self, scorers: Sequence[PointwiseScorer], judge: PairwiseScorer | None) -> None:
+    def __init__(
+        self, scorers: Sequence[PointwiseScorer], judge: PairwiseScorer | None, timeout: float | None = None
+    ) -> None:
         self.scorers = scorers
-        self._assessor = Assessor(scorers, judge)
+        self._assessor = Assessor(scorers, judge, lambda: AssessmentOptions(timeout=timeout))
 
     def assess(
         self, records: Sequence[EvalRecord], groups: Sequence[Group], reference_groups: Sequence[Group] | None
@@ -95,9 +97,12 @@ def build_gold(
 ) -> Gold | None:
     """Returns what assesses evaluations, or ``None`` where neither rewards nor a judge are given."""
     if judge is not None:
-        return Gold([], build_judge(judge, tokenizer, args))
+        return Gold([], build_judge(judge, tokenizer, args), args.reward_timeout)
     rewards = _gold_rewards(reward_funcs, args)
-    return None if rewards is None else Gold(build_scorers(rewards, None, _without_weights(args), state=state), None)
+    if rewards is None:
+        return None
+    scorers = build_scorers(rewards, None, _without_weights(args), state=state)
+    return Gold(scorers, None, args.reward_timeout)
 
 
 def _gold_rewards(reward_funcs: Any, args: OnlineDPOConfig) -> Any:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from online_dpo.errors import CheckpointError
 from online_dpo.modeling.borrowing import adapter_off, eval_mode
 from online_dpo.modeling.loading import disable_dropout
 
@@ -36,6 +39,10 @@ class Reference:
 
     def update_after_step(self, step: int) -> None:
         """Updates the weights of the reference after optimizer step ``step``, if they are to follow the policy."""
+
+    def files(self, rank: int) -> Sequence[str]:
+        """Returns the names of the files that `save` writes, none by default."""
+        return []
 
     def save(self, folder: Path, rank: int) -> None:
         """Writes what `restore` needs to a checkpoint's folder, on rank 0."""
@@ -88,7 +95,7 @@ class SyncedReference(Reference):
         ValueError: the parameters of the two models have different names or shapes.
     """
 
-    FILE = "reference.pt"
+    FILE = "reference.safetensors"
 
     def __init__(self, model: nn.Module, policy: nn.Module, alpha: float, every: int, description: str) -> None:
         if _shapes(model) != _shapes(policy):
@@ -128,14 +135,28 @@ class SyncedReference(Reference):
             weight = self._weights[name].lerp_(policy[name].float(), self._alpha)
             parameter.copy_(weight)
 
+    def files(self, rank: int) -> Sequence[str]:
+        """Returns the name of the file with the present weights."""
+        return [self.FILE]
+
     def save(self, folder: Path, rank: int) -> None:
-        """Writes the present weights to ``reference.pt``, on rank 0."""
+        """Writes the present weights to ``reference.safetensors``, on rank 0."""
         if rank == 0:
-            torch.save(self._copies(), folder / self.FILE)
+            save_file({name: weight.contiguous() for name, weight in self._copies().items()}, folder / self.FILE)
 
     def restore(self, folder: Path, rank: int) -> None:
-        """Reads the present weights from ``reference.pt``."""
-        self._set(torch.load(folder / self.FILE, map_location="cpu"))
+        """Reads the present weights from ``reference.safetensors``.
+
+        Raises:
+            CheckpointError: the file is damaged, or holds other weights than this reference has.
+        """
+        try:
+            weights = load_file(folder / self.FILE)
+        except (SafetensorError, OSError) as problem:
+            raise CheckpointError(f"{folder / self.FILE} is damaged ({problem}). Give another checkpoint.") from None
+        if {name: weight.shape for name, weight in weights.items()} != _shapes(self.model):
+            raise CheckpointError(f"{folder / self.FILE} holds other weights than the reference has.")
+        self._set(weights)
 
     def _copies(self) -> dict[str, torch.Tensor]:
         return {name: weight.to("cpu", copy=True) for name, weight in self._weights.items()}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from online_dpo.checkpoints.codec import read_json, write_json
 from online_dpo.config.trainer_config import OnlineDPOConfig
+from online_dpo.errors import CheckpointError
 
 LARGEST_ERROR = 0.2
 
@@ -23,6 +26,13 @@ def adapted(beta: float, kl: float, target: float, gain: float) -> float:
     """
     error = min(max((kl - target) / target, -LARGEST_ERROR), LARGEST_ERROR)
     return beta * (1 + gain * error)
+
+
+@dataclass(frozen=True)
+class AdaptedBeta:
+    """What a checkpoint holds of a `Beta` that is adapted."""
+
+    beta: float
 
 
 class Beta(TrainerCallback):
@@ -58,13 +68,23 @@ class Beta(TrainerCallback):
             beta = adapted(self._value, kl, target, self._args.beta_gain)
             self._value = min(max(beta, start / factor), start * factor)
 
+    def files(self, rank: int) -> Sequence[str]:
+        """Returns the name of beta's file, if it is adapted."""
+        return [self.FILE] if self.adapts else []
+
     def save(self, folder: Path, rank: int) -> None:
         """Writes ``beta.json`` to a checkpoint's folder, on rank 0, if beta is adapted."""
         if self.adapts and rank == 0:
-            (folder / self.FILE).write_text(json.dumps({"beta": self._value}) + "\n", encoding="utf-8")
+            write_json(folder / self.FILE, AdaptedBeta(self._value))
 
     def restore(self, folder: Path, rank: int) -> None:
-        """Continues from what `save` wrote. If beta was not adapted until now, it starts at the configured value."""
-        path = folder / self.FILE
-        if self.adapts and path.is_file():
-            self._value = json.loads(path.read_text(encoding="utf-8"))["beta"]
+        """Continues from what `save` wrote.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        if self.adapts:
+            beta = read_json(folder / self.FILE, AdaptedBeta).beta
+            if not 0 < beta < math.inf:
+                raise CheckpointError(f"{folder / self.FILE} is damaged (beta is {beta}). Give another checkpoint.")
+            self._value = beta

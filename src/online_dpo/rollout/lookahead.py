@@ -4,47 +4,46 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from online_dpo.checkpoints.codec import read_json, write_json
+from online_dpo.errors import CheckpointError
+from online_dpo.rollout.begun import BegunStep, Fetched, Samples, SavedStep, saved_step
 from online_dpo.types import Feedback, Prompt
 
-FILE = "lookahead-{rank}.pt"
+FILE = "lookahead-{rank}.json"
+
+Fetch = Callable[[int], Fetched | None]
+Answer = Callable[[], Feedback]
+Begin = Callable[[int, list[Prompt], Samples | None], tuple[Samples, Answer]]
 
 
 @dataclass(frozen=True)
-class Fetched:
-    """The prompts of a step: ``num_prompts`` were read, in ``num_batches`` batches; ``prompts`` are those without an
-    error.
-    """
+class SavedSteps:
+    """The content of the file: the steps that had been begun."""
 
-    prompts: list[Prompt]
-    num_prompts: int
-    num_batches: int
-
-
-Fetch = Callable[[int], Fetched | None]
-Begin = Callable[[int, list[Prompt]], Callable[[], Feedback]]
+    steps: list[SavedStep]
 
 
 class Lookahead:
     """A queue of steps whose feedback is computed in threads: up to ``depth`` steps ahead of the one that is trained.
     With ``depth`` 0 there is no thread, and no step is begun early.
 
-    The feedback of these steps is saved in checkpoints, so that a resumed run trains on the same completions as an
-    uninterrupted one.
+    What was sampled for these steps is saved in checkpoints, with their feedback if it is there, so that a resumed run
+    trains on the same completions as an uninterrupted one. Completions whose assessment failed are assessed again.
     """
 
     def __init__(self, depth: int) -> None:
         self.depth = depth
-        self._begun: deque[tuple[int, Fetched, Future[Feedback]]] = deque()
-        self._taken: tuple[int, Fetched, Future[Feedback]] | None = None
+        self._begun: deque[BegunStep] = deque()
+        self._taken: BegunStep | None = None
         self._source: object = None
-        self._saved: dict[int, tuple[list[Prompt], Feedback]] = {}
+        self._saved: dict[int, SavedStep] = {}
         self._threads = ThreadPoolExecutor(depth, thread_name_prefix="lookahead") if depth else None
 
     def take(self, step: int, source: object, fetch: Fetch, begin: Begin) -> tuple[Fetched, Feedback, float]:
@@ -53,70 +52,90 @@ class Lookahead:
         Args:
             source: identifies where prompts come from; steps that were begun with another source are discarded.
             fetch: returns the prompts of a step; ``None`` if the run ends before it.
-            begin: does the part of a step that must be done at once, in this thread, and returns a function for the
-                part that may run in another thread while the model is trained.
+            begin: does the part of a step that must be done at once, in this thread, unless it is given what was
+                sampled before; returns what is sampled, and a function for the part that may run in another thread
+                while the model is trained.
         """
         if source is not self._source:
-            self._source = source
+            self._source, self._taken = source, None
             self._begun.clear()
         while len(self._begun) <= self.depth:
             later = step + len(self._begun)
             fetched = fetch(later)
             if fetched is None:
                 break
-            self._begun.append((later, fetched, self._feedback(later, fetched.prompts, begin)))
-        self._taken = first, fetched, future = self._begun.popleft()
-        assert first == step
+            self._begun.append(self._begin(later, fetched, begin))
+        self._taken = first = self._begun.popleft()
+        assert first.step == step
         since = time.perf_counter()
-        return fetched, future.result(), time.perf_counter() - since
+        return first.fetched, first.feedback.result(), time.perf_counter() - since
 
     def wait(self) -> None:
         """Waits until no step is being computed. Errors are raised later by `take`, at the same time on every rank."""
-        wait([future for _, _, future in self._begun])
+        wait([begun.feedback for begun in self._begun])
+
+    def files(self, rank: int) -> Sequence[str]:
+        """Returns the name of the file that `save` writes, if there is a ``depth``."""
+        return [FILE.format(rank=rank)] if self.depth else []
 
     def save(self, folder: Path, rank: int, step: int) -> None:
-        """Waits for the feedback of ``step`` and later ones that were begun, and writes it to the checkpoint's folder.
+        """Waits for ``step`` and later ones that were begun, and writes them to the checkpoint's folder.
 
-        Steps that failed are left out, and computed again after a resume. With a ``depth`` above 0, a step that was
-        taken and whose training has not ended is saved too.
+        Of steps that failed, what was sampled is written. A step that was taken and whose training has not ended is
+        saved too.
         """
-        taken = [] if self._taken is None or not self.depth else [self._taken]
-        kept = {
-            begun: (fetched.prompts, future.result())
-            for begun, fetched, future in (*taken, *self._begun)
-            if begun >= step and future.exception() is None
-        }
-        if self.depth:  # also without a step: a file that is not there is missing
-            torch.save(kept, folder / FILE.format(rank=rank))
+        if not self.depth:
+            return
+        begun = [*([] if self._taken is None else [self._taken]), *self._begun]
+        kept = [saved_step(one) for one in begun if one.step >= step]
+        write_json(folder / FILE.format(rank=rank), SavedSteps([one for one in kept if one.rounds]))
 
     def restore(self, folder: Path, rank: int) -> None:
-        """Reads what `save` wrote. `take` then uses it instead of computing those steps again, if the prompts are
-        equal.
+        """Reads what `save` wrote. `take` then goes on from it instead of beginning those steps again.
+
+        Raises:
+            CheckpointError: the file is missing or damaged.
         """
-        path = folder / FILE.format(rank=rank)
-        if path.is_file():
-            # Our own dataclasses, so they must be unpickled; as trusted as the trainer's other files.
-            self._saved = torch.load(path, weights_only=False)
+        self._saved = {}
+        if not self.depth:
+            return
+        saved = read_json(folder / FILE.format(rank=rank), SavedSteps)
+        self._saved = {one.step: one for one in saved.steps}
+
+    @property
+    def restored(self) -> set[int]:
+        """The steps that a checkpoint holds and that have not been taken up yet."""
+        return set(self._saved)
+
+    def keep_restored(self, steps: Collection[int]) -> None:
+        """Forgets what the checkpoint holds of other steps than these."""
+        self._saved = {step: one for step, one in self._saved.items() if step in steps}
 
     def close(self) -> None:
         """Stops the threads; steps that have not started are cancelled."""
         if self._threads is not None:
             self._threads.shutdown(cancel_futures=True)
 
-    def _feedback(self, step: int, prompts: list[Prompt], begin: Begin) -> Future[Feedback]:
-        """The feedback of a step: from a checkpoint, or begun now."""
-        saved_prompts, saved = self._saved.pop(step, (None, None))
+    def _begin(self, step: int, fetched: Fetched, begin: Begin) -> BegunStep:
+        """Begins a step, or goes on from what a checkpoint holds of it."""
+        samples, feedback = self._restored(step, fetched.prompts)
         future: Future[Feedback] = Future()
-        if saved is not None and saved_prompts is not None and _identities(saved_prompts) == _identities(prompts):
-            future.set_result(saved)
-            return future
-        rest = begin(step, prompts)
+        if samples is not None and feedback is not None:
+            future.set_result(feedback)
+            return BegunStep(step, fetched, samples, future)
+        samples, answer = begin(step, fetched.prompts, samples)
         if self._threads is not None:
-            return self._threads.submit(torch.no_grad()(rest))
-        future.set_result(rest())
-        return future
+            return BegunStep(step, fetched, samples, self._threads.submit(torch.no_grad()(answer)))
+        future.set_result(answer())
+        return BegunStep(step, fetched, samples, future)
 
-
-def _identities(prompts: list[Prompt]) -> list[tuple[int, tuple[int, ...]]]:
-    """What identifies prompts: their rows and token ids."""
-    return [(prompt.row, prompt.token_ids) for prompt in prompts]
+    def _restored(self, step: int, prompts: list[Prompt]) -> tuple[Samples | None, Feedback | None]:
+        saved = self._saved.pop(step, None)
+        if saved is None:
+            return None, None
+        if not saved.is_of(prompts):
+            raise CheckpointError(
+                f"Step {step} has other prompts now than those that the checkpoint holds completions of: the data or "
+                "its order have changed. Put them back, or sample anew with `resume_anyway: true`."
+            )
+        return saved.restored(prompts)

@@ -11,6 +11,7 @@ from online_dpo.scoring.judges.tournament import ComparisonCounter, find_prefere
 from online_dpo.scoring.penalties import NO_PENALTIES, Penalties
 from online_dpo.scoring.protocols import CountingScorer, Counts, PairwiseScorer, PointwiseScorer
 from online_dpo.scoring.rewards.combine import score_groups
+from online_dpo.scoring.time_limit import time_limit
 from online_dpo.types import Group, Scores, Verdicts
 
 
@@ -20,7 +21,8 @@ class AssessmentOptions:
 
     ``weights`` are those of the scorers, 1 each by default; ``normalization`` is that of the scores within a group, as
     in `score_groups`; ``penalties`` are for the length of a completion and for a missing end; ``judge_top`` is the
-    number of completions that the judge compares if there are scorers as well.
+    number of completions that the judge compares if there are scorers as well; ``timeout`` is the number of seconds
+    that one call of a reward function, a reward model or a judge may take.
 
     >>> AssessmentOptions(weights=[1.0, 0.5], penalties=Penalties(missing_eos=1.0))
     """
@@ -29,11 +31,18 @@ class AssessmentOptions:
     normalization: str | Sequence[str] = "none"
     penalties: Penalties = NO_PENALTIES
     judge_top: int = 0
+    timeout: float | None = None
 
     @classmethod
     def from_config(cls, args: OnlineDPOConfig) -> AssessmentOptions:
         """Returns the options of a configuration."""
-        return cls(args.reward_weights, args.reward_normalization, Penalties.from_config(args), args.judge_top or 0)
+        return cls(
+            args.reward_weights,
+            args.reward_normalization,
+            Penalties.from_config(args),
+            args.judge_top or 0,
+            args.reward_timeout,
+        )
 
 
 class Assessor:
@@ -59,13 +68,14 @@ class Assessor:
         Raises:
             ScoringError: a scorer or the judge failed.
         """
-        if self.judge is not None and not self.scorers:
-            return find_preferences(groups, self.judge, self._options().penalties)
-        scores = self.scores(groups)
-        if self.judge is None:
-            return scores
         options = self._options()
-        return judge_the_top(groups, scores, self.judge, options.judge_top, options.penalties)
+        with time_limit(options.timeout):
+            if self.judge is not None and not self.scorers:
+                return find_preferences(groups, self.judge, options.penalties)
+            scores = self.scores(groups)
+            if self.judge is None:
+                return scores
+            return judge_the_top(groups, scores, self.judge, options.judge_top, options.penalties)
 
     def scores(self, groups: Sequence[Group]) -> Scores:
         """Return the scores without the judge, minus the penalties.
@@ -76,7 +86,8 @@ class Assessor:
         if not groups:
             return Scores([], {})
         options = self._options()
-        return score_groups(groups, self.scorers, options.weights, options.penalties, options.normalization)
+        with time_limit(options.timeout):
+            return score_groups(groups, self.scorers, options.weights, options.penalties, options.normalization)
 
     def preferences(self, comparisons: Sequence[Group]) -> list[float | None]:
         """Return the judge's probability that the first of two completions is better, minus the penalties.
@@ -88,7 +99,9 @@ class Assessor:
             ScoringError: the judge failed.
         """
         assert self.judge is not None
-        return ComparisonCounter(self.judge, self._options().penalties)(comparisons)
+        options = self._options()
+        with time_limit(options.timeout):
+            return ComparisonCounter(self.judge, options.penalties)(comparisons)
 
     def drain_counts(self) -> Counts:
         """Return the judge's counts since the last call, such as requests and failures, and reset them."""

@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Coroutine
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 from weakref import WeakSet
 
+from online_dpo.distributed.waiting import WAITS
 from online_dpo.errors import ScoringError
+from online_dpo.scoring.time_limit import current_limit
 
 T = TypeVar("T")
+
+LOOP_SECONDS = 1.0
+"""How long the loop may take to begin a coroutine before something in it is said to block."""
 
 
 def submit(coroutine: Coroutine[Any, Any, T]) -> Future[T]:
@@ -26,12 +31,32 @@ def wait_for(future: Future[T]) -> T:
     """Wait for the result of a submitted coroutine. An interruption (Ctrl-C) cancels the coroutine too.
 
     Raises:
-        ScoringError: code that runs on the loop has closed it.
+        ScoringError: code that runs on the loop has closed it; or, with a time limit, something has kept the loop from
+            running for longer than that.
     """
+    seconds = current_limit()
     try:
-        return future.result()
+        while True:
+            try:
+                return future.result(seconds)
+            except TimeoutError:
+                if future.done() or seconds is None:  # an error of its own
+                    raise
+                _check_loop_runs(seconds)
     finally:
         future.cancel()
+
+
+def _check_loop_runs(seconds: float) -> None:
+    """Raise if the loop does not run a coroutine in its turn, so that none of its time limits can end anything."""
+    if not wait([submit(asyncio.sleep(0))], LOOP_SECONDS).done:
+        assert _loop_thread is not None
+        running = [one.who for one in WAITS.innermost() if one.thread == _loop_thread[1].ident]
+        names = ", ".join(dict.fromkeys(running))
+        raise ScoringError(
+            f"Something that blocks took longer than `reward_timeout` allows, {seconds:g} seconds, in an `async` "
+            f"function ({names}). An `async` function must `await`, as with `asyncio.sleep` in place of `time.sleep`."
+        )
 
 
 _lock = threading.Lock()

@@ -123,12 +123,26 @@ class Counts:
 
 
 @runtime_checkable
+class Identified(Protocol):
+    """A scorer or judge that says what it scores with, so that checkpoints of runs with another one are known."""
+
+    def identity(self) -> Mapping[str, Any]:
+        """Returns what changes its scores beside its name, as values of JSON, without secrets."""
+        ...
+
+
+@runtime_checkable
 class CountingScorer(Protocol):
     """Optional member of a scorer that counts what it does."""
 
     def drain(self) -> Counts:
         """Return what was counted since the last call, and reset the counts."""
         ...
+
+
+def is_own(scorer: object) -> bool:
+    """Whether a scorer is one of this package."""
+    return type(scorer).__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
 def is_fair(judge: PairwiseScorer) -> bool:

@@ -26,6 +26,7 @@ from online_dpo.checkpoints.writer import CheckpointWriter, Facts, Role
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.distributed.collectives import from_first_rank, raise_first_ranks
 from online_dpo.errors import CheckpointError, named_error
+from online_dpo.training.run_identity import RunIdentity
 
 logger = logging.getLogger(__name__)
 
@@ -37,13 +38,17 @@ class Checkpoints:
     """
 
     def __init__(self, args: OnlineDPOConfig, accelerator: Accelerator, state: Callable[[], TrainerState]) -> None:
-        self._args, self._state = args, state
-        rank = accelerator.process_index
-        publisher = rank - accelerator.local_process_index if args.save_on_each_node else 0
-        self._writer = CheckpointWriter(Role(rank, args.should_save, publisher))
+        self._args, self._accelerator, self._state = args, accelerator, state
+        self._writer = CheckpointWriter(self._role())
         self._needs = Needs(vars(args), accelerator.num_processes)
+        self.identity = RunIdentity(args, _versions())
         self._hidden = False
         self.part = self._writer.part
+
+    def _role(self) -> Role:
+        rank = self._accelerator.process_index
+        publisher = rank - self._accelerator.local_process_index if self._args.save_on_each_node else 0
+        return Role(rank, self._args.should_save, publisher)
 
     @property
     def aside(self) -> Path | None:
@@ -68,11 +73,13 @@ class Checkpoints:
                 finish_model(Path(str(self._args.output_dir)))
             if self._writer.role.rank == 0:
                 folder = self._chosen(resume)
+                self.identity.begin(folder)
         except CheckpointError as problem:
             error = problem
         except OSError as problem:
             error = CheckpointError(f"No checkpoint could be read: {named_error(problem)}.")
         raise_first_ranks(error)
+        self.identity.follow(from_first_rank(self.identity.origin))
         return from_first_rank(folder)
 
     def _chosen(self, resume: Any) -> str | None:
@@ -80,7 +87,7 @@ class Checkpoints:
             return self._newest(required=resume is True)
         if not resume:
             return None
-        folder = Path(resume)
+        folder = Path(resume).expanduser()
         problem = problem_of_named(folder, self._needs)
         if problem is not None:
             raise CheckpointError(problem)
@@ -110,8 +117,8 @@ class Checkpoints:
         Raises:
             CheckpointError: on every process, if any could not write its part. The folder is as it was.
         """
-        packages = {"online-dpo": version("online-dpo"), "transformers": transformers.__version__}
-        facts = Facts(versions={**packages, "torch": torch.__version__})
+        self._writer.role = self._role()  # another one where this process stands in for others that are lost
+        facts = Facts(versions=_versions(), extra=self.identity.extra())
         with self._writer.writing(run_dir, self._state().global_step, facts) as folder:
             yield folder
             self._name_the_best(run_dir, folder)
@@ -162,3 +169,12 @@ class Checkpoints:
         if self._writer.aside is not None or not self._args.should_save:
             return nullcontext(folder)
         return replacing_model(folder)
+
+
+def _versions() -> dict[str, str]:
+    """The versions of the packages that compute."""
+    return {
+        "online-dpo": version("online-dpo"),
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+    }

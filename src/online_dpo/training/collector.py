@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from threading import Event
@@ -12,11 +13,13 @@ from typing import Any
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.data.collate import prompts_from_batch
 from online_dpo.data.cut import CUT
+from online_dpo.distributed.collectives import check_same, from_every_rank
 from online_dpo.errors import ForeignCodeError
 from online_dpo.evaluation.evaluator import FormPairs
 from online_dpo.foreign import foreign
 from online_dpo.pairing.rounds import latest, without_pair
-from online_dpo.rollout.lookahead import Fetched, Lookahead
+from online_dpo.rollout.begun import Fetched, SampledRound, Samples
+from online_dpo.rollout.lookahead import Lookahead
 from online_dpo.rollout.opponent import Opponent, joined
 from online_dpo.rollout.params import RolloutKey, Stream
 from online_dpo.rollout.sampler import Sampler
@@ -25,7 +28,7 @@ from online_dpo.scoring.notes import noting
 from online_dpo.training.metric_registry import METRICS, record_registered
 from online_dpo.training.metrics import record_counts, record_notes, record_pairs, record_resampling, record_rollout
 from online_dpo.training.run_context import RunContext
-from online_dpo.types import Feedback, Group, Pairing, Prompt, Round
+from online_dpo.types import Feedback, Pairing, Prompt, Round
 
 Batches = Iterator[dict[str, list[Any]]]
 
@@ -59,6 +62,7 @@ class FeedbackCollector:
         self.lookahead = Lookahead(args.max_staleness)
         self._sampler_is_free = Event()
         self._sampler_is_free.set()
+        self._has_restored = False
         self.last: Feedback | None = None
         """The feedback of the step that is trained on, on this process."""
 
@@ -72,11 +76,14 @@ class FeedbackCollector:
             OnlineDPOError: as it was raised.
             FeedbackLostError: on the other ranks.
         """
+        if self._has_restored:
+            self._agree_on_restored()
         fetched, feedback, waited = self.run.errors.run(
             lambda: self.lookahead.take(
                 self.run.step, batches, lambda step: self._fetch(step, batches, num_batches), self.sample_and_assess
             )
         )
+        check_same({"number of batches": fetched.num_batches}, f"data for step {self.run.step + 1}")
         if feedback.pairing is None:
             feedback = self._paired(feedback, self.run.step)
         assert feedback.pairing is not None
@@ -95,6 +102,7 @@ class FeedbackCollector:
             num_batches = self.args.gradient_accumulation_steps if step < state.max_steps else 0
         with foreign("Reading the training prompts", raises=ForeignCodeError):
             fetched = list(islice(batches, num_batches))
+        self.run.prompts_read()
         if later and not fetched:
             return None
         prompts = [prompt for batch in self.without_fill(fetched) for prompt in prompts_from_batch(batch)]
@@ -121,12 +129,18 @@ class FeedbackCollector:
         own = max(0, loader.remainder - first_place)
         return [*batches[:-1], {name: values[:own] for name, values in batches[-1].items()}]
 
-    def sample_and_assess(self, step: int, prompts: list[Prompt]) -> Callable[[], Feedback]:
+    def sample_and_assess(
+        self, step: int, prompts: list[Prompt], samples: Samples | None = None
+    ) -> tuple[Samples, Callable[[], Feedback]]:
         """Samples with the present weights, and returns what may run beside training.
 
         That is the assessment, and sampling as well if the engine has a device of its own. The policy's opponent
-        answers at once: it may be a model that is trained.
+        answers at once: it may be a model that is trained. ``samples`` are those of a checkpoint; they are only
+        assessed.
         """
+        if samples is not None:
+            self.sampler.vocabulary.check_groups([group for one in samples.rounds for group in one.groups])
+            return samples, partial(self._assess, samples, step)
         self._sampler_is_free.wait()
         if self.args.resample_rounds:
             with self.run.phase("waiting"):
@@ -135,27 +149,33 @@ class FeedbackCollector:
         with self.run.phase.stopwatch() as watch, self.sampler.autocast():
             key = RolloutKey(self.args.seed, step, Stream.OPPONENT)
             opponent_groups = self.opponent.answer(prompts, self.sampler.params, key)
-        opponent_seconds = watch.seconds
-
+        samples = Samples(opponent_groups, watch.seconds)
         self._sampler_is_free = done = Event()
 
-        def sample() -> tuple[list[Group], float]:
+        def sample() -> None:
             try:
-                groups, seconds = self._sample(opponent_groups, step)
+                self._sample_round(samples, 0, list(range(len(prompts))), step)
             finally:
                 done.set()
-            return groups, opponent_seconds + seconds
 
-        sampled = None if self.sampler.engine.overlaps else sample()
+        if not self.sampler.engine.overlaps:
+            sample()
 
-        def assess() -> Feedback:
-            groups, seconds = sampled or sample()
-            with self.run.phase.stopwatch() as watch, noting() as notes:
-                assessment = self.assessor.assess(groups)
-            first = Feedback(groups, assessment, {"rollout": seconds, "scoring": watch.seconds}, notes=notes)
-            return self._paired(self._answered_again(first, opponent_groups, step), step)
+        def answer() -> Feedback:
+            if not samples.rounds:
+                sample()
+            return self._assess(samples, step)
 
-        return assess
+        return samples, answer
+
+    def _assess(self, samples: Samples, step: int) -> Feedback:
+        """Assesses what was sampled, has prompts without a pair answered again, and forms pairs."""
+        first = samples.rounds[0]
+        with self.run.phase.stopwatch() as watch, noting() as notes:
+            assessment = self.assessor.assess(first.groups)
+        seconds = {"rollout": samples.opponent_seconds + first.seconds, "scoring": watch.seconds}
+        feedback = Feedback(first.groups, assessment, seconds, notes=notes)
+        return self._paired(self._answered_again(feedback, samples, step), step)
 
     def sync(self, prompts: Sequence[Prompt]) -> None:
         """Hands the policy's weights to the engine; a collective operation."""
@@ -164,20 +184,25 @@ class FeedbackCollector:
             # weights that an optimizer evaluates are none of those that a step samples from
             self.sampler.sync(prompts, step, -1 - step if self.run.holds_evaluation_weights() else step)
 
-    def _sample(self, opponent_groups: Sequence[Group], step: int, number: int = 0) -> tuple[list[Group], float]:
-        """Returns the policy's completions joined with its opponent's, and the seconds that they took.
+    def _sample_round(self, samples: Samples, number: int, places: list[int], step: int) -> SampledRound:
+        """Returns the policy's completions of the prompts at some places, joined with its opponent's.
 
-        Each round (``number``) draws other completions.
+        Each round (``number``) draws other completions. One that was sampled before is not sampled again.
         """
+        if number < len(samples.rounds) and samples.rounds[number].places == places:
+            return samples.rounds[number]
+        del samples.rounds[number:]
+        opponent_groups = [samples.opponent[place] for place in places]
         own = self.args.num_completions - self.opponent.completions
         key = RolloutKey(self.args.seed, step, Stream.TRAINING, first_sample=number * own)
         with self.run.phase.stopwatch() as watch:
             groups = self.sampler.sample([group.prompt for group in opponent_groups], own, key)
         groups = joined(groups, opponent_groups)
         self.sampler.vocabulary.check_groups(groups)
-        return groups, watch.seconds
+        samples.rounds.append(SampledRound(places, groups, watch.seconds))
+        return samples.rounds[number]
 
-    def _answered_again(self, first: Feedback, opponent_groups: Sequence[Group], step: int) -> Feedback:
+    def _answered_again(self, first: Feedback, samples: Samples, step: int) -> Feedback:
         """Has prompts without a pair answered again, up to ``resample_rounds`` times; the opponent's answers stay."""
         groups, assessment, places = first.groups, first.said, list(range(len(first.groups)))
         seconds, further = {**first.seconds}, first.further
@@ -185,11 +210,11 @@ class FeedbackCollector:
             places = [places[i] for i in without_pair(groups, self.form_pairs(groups, assessment, step))]
             if not places and self.run.accelerator.num_processes == 1:
                 break
-            again = [opponent_groups[place] for place in places]
-            groups, sampling = self._sample(again, step, number)  # on every rank equally often
+            again = self._sample_round(samples, number, places, step)  # on every rank equally often
+            groups = again.groups
             with self.run.phase.stopwatch() as watch:
                 assessment = self.assessor.assess(groups)
-            seconds = {"rollout": seconds["rollout"] + sampling, "scoring": seconds["scoring"] + watch.seconds}
+            seconds = {"rollout": seconds["rollout"] + again.seconds, "scoring": seconds["scoring"] + watch.seconds}
             if places:
                 further += (Round(places, groups, assessment),)
         return replace(first, seconds=seconds, further=further)
@@ -213,6 +238,10 @@ class FeedbackCollector:
         if self.args.resample_rounds:
             record_resampling(metrics, feedback.further, feedback.pairing)
 
+    def files(self, rank: int) -> Sequence[str]:
+        """Returns the name of the file of the steps that have been begun ahead of training."""
+        return self.lookahead.files(rank)
+
     def save(self, folder: Path, rank: int) -> None:
         """Writes the steps that have been begun ahead of training."""
         self.lookahead.save(folder, rank, self.run.step)
@@ -220,6 +249,15 @@ class FeedbackCollector:
     def restore(self, folder: Path, rank: int) -> None:
         """Takes the steps that `save` wrote for those that have been begun."""
         self.lookahead.restore(folder, rank)
+        self._has_restored = True
+
+    def _agree_on_restored(self) -> None:
+        """Forgets restored steps that only some ranks have saved, since all must begin such a step together; and all of
+        them if the run differs from the one that sampled them. A collective operation.
+        """
+        self._has_restored = False
+        steps = set.intersection(*from_every_rank(self.lookahead.restored))
+        self.lookahead.keep_restored(() if self.run.differs() else steps)
 
     def wait(self) -> None:
         """Waits until nothing that was begun asks the engine or the scorers any more."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
+from online_dpo.distributed.process_state import RandomState
 from online_dpo.errors import ForeignCodeError
 from online_dpo.foreign import foreign
+
+logger = logging.getLogger(__name__)
 
 OURS = __name__.partition(".")[0]
 
@@ -30,6 +33,7 @@ class NamedCallbacks(CallbackHandler):
         vars(self).update(vars(handler))
         self.failure: Exception | None = None
         self._defers = False
+        self._silenced: list[TrainerCallback] = []
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -66,15 +70,62 @@ class NamedCallbacks(CallbackHandler):
         return control
 
     def _foreign(self, callback: TrainerCallback, event: str, *args: Any, **kwargs: Any) -> TrainerControl | None:
+        if callback in self._silenced:
+            return None
         who = f"Callback `{type(callback).__name__}` in `{event}`"
         try:
-            with foreign(who, f"(step {args[1].global_step})", raises=ForeignCodeError):
+            with (
+                foreign(who, f"(step {args[1].global_step})", raises=ForeignCodeError),
+                nullcontext() if _is_of_transformers(callback) else kept_run(who, args[0], args[1]),
+            ):
                 return getattr(callback, event)(*args, **kwargs)
         except Exception as error:
+            if _is_tracker(callback) and self._defers and event not in ("on_init_end", "on_train_begin"):
+                self._silenced.append(callback)
+                logger.warning("%s It records nothing more; the run goes on, and its own log has every metric.", error)
+                return None
             if not self._defers:
                 raise
             self.failure = self.failure or error
             return None
+
+
+def _is_of_transformers(callback: TrainerCallback) -> bool:
+    return type(callback).__module__.partition(".")[0] == "transformers"
+
+
+def _is_tracker(callback: TrainerCallback) -> bool:
+    """Whether a callback only reports what happens, to TensorBoard or the like: training does not need it."""
+    return type(callback).__module__.startswith("transformers.integrations")
+
+
+OF_THE_RUN = ("global_step", "max_steps", "epoch", "num_train_epochs", "is_world_process_zero")
+"""What the trainer counts by. Other values of its state, such as the best metric, a callback may set."""
+
+
+@contextmanager
+def kept_run(who: str, args: TrainingArguments, state: TrainerState) -> Iterator[None]:
+    """Restores, at the end, the values of the state that the trainer counts by, and tells of them; tells of
+    changed configuration fields, which take effect in part or not at all.
+    """
+    counts, fields = {name: getattr(state, name) for name in OF_THE_RUN}, dict(vars(args))
+    try:
+        yield
+    finally:
+        for name, value in counts.items():
+            if getattr(state, name) != value:
+                logger.warning(
+                    "%s changed `state.%s` from %s to %s, which is put back. To end the run, set "
+                    "`control.should_training_stop`.",
+                    *(who, name, value, getattr(state, name)),
+                )
+                setattr(state, name, value)
+        now = vars(args)
+        for name in [name for name, value in fields.items() if now.get(name) is not value and now.get(name) != value]:
+            logger.warning(
+                "%s changed `args.%s` from %r to %r in the middle of the run, where most fields have been read.",
+                *(who, name, fields[name], now.get(name)),
+            )
 
 
 class StepsDone(TrainerCallback):
@@ -94,8 +145,10 @@ class StepsDone(TrainerCallback):
     def begin_run(self) -> None:
         """Reset the record for a new run."""
         self.step = self._saved = -1
-        self.rng_state: torch.Tensor | None = None
-        """Torch's random state on the CPU at the end of the step. A new epoch draws from it before its first step."""
+        self.random_state: RandomState | None = None
+        """The state of all random generators at the end of the step. A new epoch draws from it before its first step,
+        and so may code of the user's in a step that fails.
+        """
         self.updating = False
 
     def wants_checkpoint(self, state: TrainerState) -> bool:
@@ -113,7 +166,7 @@ class StepsDone(TrainerCallback):
         """Record the step as complete."""
         self.updating = False
         self.step = state.global_step
-        self.rng_state = torch.get_rng_state()
+        self.random_state = RandomState.now()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Record the step as saved."""

@@ -13,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from online_dpo.checkpoints.folders import by_age, checkpoints_in, located
+from online_dpo.checkpoints.manifest import problem_of
 from online_dpo.distributed.collectives import any_rank, from_every_rank
 from online_dpo.errors import TrainingDivergedError
 
@@ -149,10 +150,11 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def last_finite_checkpoint(output_dir: Path) -> Path | None:
-    """The newest checkpoint of a folder whose weights can be read and are finite; each is read to find out."""
-    steps = {path: path.name.rpartition("-")[2] for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
-    numbered = sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: -int(steps[path]))
-    return next((path for path in numbered if _holds_finite_weights(path)), None)
+    """The newest whole checkpoint of a folder whose weights are finite; each is read to find out."""
+    known = by_age(output_dir)
+    unknown = [folder for folder in checkpoints_in(output_dir) if folder not in known]  # of an earlier version
+    whole = (folder for folder in reversed(known) if problem_of(located(folder)) is None)
+    return next((folder for folder in (*whole, *reversed(unknown)) if _holds_finite_weights(located(folder))), None)
 
 
 def _holds_finite_weights(folder: Path) -> bool:

@@ -24,6 +24,7 @@ from online_dpo.checkpoints.folders import folder_of
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.distributed.collectives import RankErrors
 from online_dpo.distributed.process_state import kept_random_state
+from online_dpo.distributed.rank_watch import explained, watch_ranks
 from online_dpo.distributed.signals import is_interruption
 from online_dpo.errors import CheckpointError, ForeignCodeError, OnlineDPOError, TrainingInterrupted, named_error
 from online_dpo.modeling.borrowing import kept_flags
@@ -37,7 +38,9 @@ from online_dpo.training.failures import NamedCallbacks, StepsDone
 from online_dpo.training.finite import FiniteWeights
 from online_dpo.training.interrupt import Interrupt
 from online_dpo.training.learning_rate import LearningRateBackoff
+from online_dpo.training.log_state import LogState
 from online_dpo.training.metric_store import MetricStore
+from online_dpo.training.other_ranks import OtherRanks
 from online_dpo.training.passes import PassRunner
 from online_dpo.training.run_context import RunContext
 from online_dpo.training.run_state import RunState
@@ -90,6 +93,10 @@ class GuardedTrainer(Trainer):
         self.add_callback(self.guard)
         self.updates = UpdatedRatio(lambda: self.guard.trained_steps, warns=not keeps_small_steps(args))
         self.add_callback(self.updates)
+        self.log_state = LogState(self.metrics)
+        self.add_callback(self.log_state)
+        self.others = OtherRanks(watch_ranks(args.ddp_timeout), self.log_state, args.max_staleness > 0)
+        self.add_callback(self.others)
         self.steps_done = StepsDone(self.raise_callback_failure)
         self.add_callback(self.steps_done)
         self.add_callback(self.backoff)
@@ -100,11 +107,14 @@ class GuardedTrainer(Trainer):
             self.phase,
             state=lambda: self.state,
             holds_evaluation_weights=lambda: self.holds_evaluation_weights,
+            prompts_read=self._restore_random_state,
+            differs=lambda: self.checkpoints.identity.differs,
         )
         self.checkpoints = Checkpoints(args, self.accelerator, lambda: self.state)
         self.run_state = RunState()
-        self.run_state.add(self.guard)
-        self._last_log = time.perf_counter()
+        self.run_state.add(self.guard, self.log_state)
+        self._random_state_in: str | None = None
+        self._has_random_state = False
         self._beside_training = False
         self.holds_evaluation_weights = False
 
@@ -123,7 +133,7 @@ class GuardedTrainer(Trainer):
             ForeignCodeError: a callback, a metric, a data collator, a dataset or an optimizer failed; as after any
                 other error, there is a checkpoint of the steps done, unless an update was half done.
         """
-        self._last_log = time.perf_counter()
+        self.log_state.begin_run()
         self.guard.begin_run()
         self.steps_done.begin_run()
         self.errors.begin_run()
@@ -154,29 +164,35 @@ class GuardedTrainer(Trainer):
     def _failures_leave_checkpoint(self) -> Iterator[None]:
         """Inside, callbacks fail where all ranks can, and any error leaves a checkpoint, but for a second Ctrl-C."""
         try:
-            with self.callback_handler.deferred():
+            with self.callback_handler.deferred(), self.others.guarded():
                 yield
         except TrainingInterrupted:
             raise
-        except BaseException as error:
+        except BaseException as raised:
+            error = explained(raised)
             self.leave_checkpoint(error)
             self._blame_optimizer(error)
-            raise
+            if error is raised:
+                raise
+            raise error from raised
 
     def leave_checkpoint(self, error: BaseException) -> None:
         """Saves the steps that are done, if there is anything new in them. One rank that failed alone cannot: the
-        others would not take part.
+        others would not take part. They do, without it.
         """
         done = self.steps_done
         over = self.state.global_step >= self.state.max_steps and self.args.load_best_model_at_end  # other weights now
-        alone = self.accelerator.num_processes > 1 and not self.errors.raised
         full = isinstance(error, CheckpointError)  # a second try would end as the first
-        if alone or over or full or self.finite.found or not done.wants_checkpoint(self.state):
-            return
-        assert done.rng_state is not None
+        with self.others.saving_after(error, self.errors.raised, self.state.global_step) as may_save:
+            if may_save and not (over or full or self.finite.found) and done.wants_checkpoint(self.state):
+                self._save_steps_done(error)
+
+    def _save_steps_done(self, error: BaseException) -> None:
+        done = self.steps_done
+        assert done.random_state is not None
         try:
             with kept_random_state():
-                torch.set_rng_state(done.rng_state)
+                done.random_state.restore()
                 self._save_checkpoint(self.model, trial=None)  # pyright: ignore[reportArgumentType]
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)  # pyright: ignore
         except Exception as second:  # such as a full disk: the first error is the one to tell
@@ -204,7 +220,25 @@ class GuardedTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
+        in_mid_epoch = kwargs["epoch"] == kwargs["epochs_trained"] and kwargs["steps_trained_in_current_epoch"] > 0
+        self._random_state_in = kwargs["resume_from_checkpoint"] if in_mid_epoch else None
+        self._has_random_state = False
         super()._run_epoch(*args, **kwargs)
+
+    def _restore_random_state(self) -> None:
+        """Restores the random state of a checkpoint inside an epoch: after the data loader's first draw, which an
+        uninterrupted run has made before, and before those of reward functions. The parent does it after both.
+        """
+        checkpoint, self._random_state_in = self._random_state_in, None
+        if checkpoint is not None:
+            super()._load_rng_state(checkpoint)
+            self._has_random_state = True
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """The parent's, unless it has been done."""
+        if not self._has_random_state:
+            super()._load_rng_state(checkpoint)
+        self._has_random_state = False
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As the parent's, beside training (see `beside_training`)."""
@@ -229,7 +263,7 @@ class GuardedTrainer(Trainer):
             with kept_random_state():
                 yield
         finally:
-            self._last_log += time.perf_counter() - start
+            self.log_state.last_log += time.perf_counter() - start
             self._beside_training = False
 
     @contextmanager
@@ -270,7 +304,9 @@ class GuardedTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """The parent's. The files take their places together, when all are written."""
+        """The parent's. The files take their places together, when all are written. In a checkpoint, an error waits
+        for the other processes, which the parent has meet after this.
+        """
         folder = Path(str(self.args.output_dir) if output_dir is None else output_dir)
         with self.checkpoints.part(), self.checkpoints.model_folder(folder) as aside:
             super()._save(str(aside), state_dict)
@@ -299,6 +335,7 @@ class GuardedTrainer(Trainer):
             with self.evaluation_weights():
                 super()._save_checkpoint(model, trial)
             self.run_state.save(folder, self.accelerator.process_index)
+            self.others.write_files(folder)
         if self.args.push_to_hub:
             super()._push_from_checkpoint(str(folder_of(run_dir, self.state.global_step)))
         self.checkpoints.rotate(run_dir)
@@ -306,17 +343,9 @@ class GuardedTrainer(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Does nothing: the parent calls it before the checkpoint is in its place; `_save_checkpoint` pushes later."""
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """The parent's; where one process fails, all do, after the last part of the checkpoint."""
-        with self.checkpoints.part():
-            super()._save_optimizer_and_scheduler(output_dir)
-
-    def _save_scaler(self, output_dir: str) -> None:
-        with self.checkpoints.part():
-            super()._save_scaler(output_dir)
-
     def _save_rng_state(self, output_dir: str) -> None:
-        with self.checkpoints.part():
+        """The parent's, unless this process saves for others that are lost: then there are the files of all."""
+        if not self.others.stands_in:
             super()._save_rng_state(output_dir)
 
     def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
@@ -329,7 +358,7 @@ class GuardedTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self._evaluating_weights(False)  # the first step samples before it trains
-            self.run_state.restore(Path(checkpoint), self.accelerator.process_index)
+            self.errors.run(lambda: self.run_state.restore(Path(checkpoint), self.accelerator.process_index))
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """The parent's, after which what was frozen is frozen, and the same adapters are active."""
@@ -399,8 +428,7 @@ class GuardedTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the parent's; the log of a training step gains the metrics collected since the last one."""
         if "loss" in logs:
-            elapsed = time.perf_counter() - self._last_log
-            self._last_log = time.perf_counter()
+            elapsed = self.log_state.restart_clock()
             self.metrics.ratio("train/updated_ratio", *self.updates.drain_changed())
             own = self.metrics.drain()
             own["perf/tokens_per_second"] = own.pop("completion_tokens", 0.0) / elapsed

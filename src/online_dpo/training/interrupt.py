@@ -14,7 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from online_dpo.distributed.collectives import max_over_ranks, world_size
 from online_dpo.distributed.signals import Handled, StoppedBySignal, handling, is_interruption, name_of, write_now
-from online_dpo.errors import TrainingInterrupted, TrainingTerminated, named_error
+from online_dpo.errors import RankLostError, TrainingInterrupted, TrainingTerminated, named_error
 from online_dpo.training.display.protocol import RunDisplay
 from online_dpo.training.stop_request import StopRequest
 
@@ -83,7 +83,9 @@ class Interrupt(TrainerCallback):
         processes that it needs. What has been asked for is then what ends the run.
         """
         number = error.signal if isinstance(error, StoppedBySignal) else self.request.signal
-        if number is None:
+        if number is None or isinstance(
+            error, RankLostError
+        ):  # then torchrun has sent the signal, as it ends all ranks
             return
         name = name_of(number)
         why = "" if is_interruption(error) else f" (the step after it failed: {named_error(error)})"

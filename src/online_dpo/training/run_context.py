@@ -20,7 +20,9 @@ class RunContext:
     ``accelerator`` knows ranks, device and mixed precision; ``errors`` ends the run on all ranks where one fails;
     ``metrics`` records and ``phase`` measures seconds. ``state`` returns the trainer's state, which is another object
     after a checkpoint has been loaded. ``holds_evaluation_weights`` says whether the policy has the weights that its
-    optimizer evaluates, where these are others than it trains.
+    optimizer evaluates, where these are others than it trains. ``prompts_read`` is called when prompts have been read,
+    before anything else is done with them. ``differs`` says whether the checkpoint that was resumed is of a run that
+    computed with something else.
     """
 
     accelerator: Accelerator
@@ -29,6 +31,8 @@ class RunContext:
     phase: PhaseTimer
     state: Callable[[], TrainerState]
     holds_evaluation_weights: Callable[[], bool]
+    prompts_read: Callable[[], None] = lambda: None
+    differs: Callable[[], bool] = lambda: False
 
     @property
     def step(self) -> int:

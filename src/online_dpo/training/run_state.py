@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
+
+logger = logging.getLogger(__name__)
 
 
 class Stateful(Protocol):
@@ -12,12 +16,20 @@ class Stateful(Protocol):
     Each part decides what it writes and on which ranks; ``rank`` 0 writes what all ranks share.
     """
 
+    def files(self, rank: int) -> Sequence[str]:
+        """Returns the names of the files that `restore` reads on this rank, with the present options."""
+        ...
+
     def save(self, folder: Path, rank: int) -> None:
         """Writes its state into the folder of a checkpoint."""
         ...
 
     def restore(self, folder: Path, rank: int) -> None:
-        """Goes on from what `save` wrote; from a checkpoint without it, as its class says."""
+        """Goes on from what `save` wrote.
+
+        Raises:
+            CheckpointError: a file is damaged.
+        """
         ...
 
 
@@ -37,6 +49,14 @@ class RunState:
             part.save(folder, rank)
 
     def restore(self, folder: Path, rank: int) -> None:
-        """Restores every part from the folder of a checkpoint; called on all ranks."""
+        """Restores every part from the folder of a checkpoint; called on all ranks. What `Needs` has let pass without
+        its files (with ``resume_anyway``) starts anew.
+
+        Raises:
+            CheckpointError: a file is damaged.
+        """
         for part in self._parts:
-            part.restore(folder, rank)
+            if absent := [name for name in part.files(rank) if not (folder / name).is_file()]:
+                logger.warning("%s lacks %s: what it would say starts anew.", folder, ", ".join(absent))
+            else:
+                part.restore(folder, rank)

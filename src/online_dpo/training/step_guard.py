@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,26 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from online_dpo.checkpoints.codec import read_json, write_json
 from online_dpo.distributed.collectives import any_rank
 from online_dpo.errors import NothingTrainedError, TrainingDivergedError, TrainingStalledError
 from online_dpo.training.learning_rate import LearningRateBackoff
 from online_dpo.training.trained import check_trained, warn_of_untrained
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class GuardCounts:
+    """What a checkpoint holds of a `StepGuard`."""
+
+    trained_steps: int
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    idle: Counter[str] = field(default_factory=Counter)
+    learning_rate_debt: int = 0
 
 
 class StepGuard(TrainerCallback):
@@ -225,6 +236,16 @@ class StepGuard(TrainerCallback):
         """Whether so many steps in a row trained nothing that the run must stop."""
         return self.max_idle_steps is not None and self.idle.total() >= self.max_idle_steps
 
+    def raise_at_end(self, state: TrainerState, output_dir: str) -> None:
+        """Raise an error if this guard has stopped the run, or if no step trained anything.
+
+        Raises:
+            TrainingDivergedError, NothingTrainedError, TrainingStalledError: see the methods below.
+        """
+        self.raise_if_diverged(state, output_dir)
+        self.raise_if_nothing_trained(state, output_dir)
+        self.raise_if_stalled(state, output_dir)
+
     def raise_if_diverged(self, state: TrainerState, output_dir: str) -> None:
         """Raise an error if this guard has stopped the run.
 
@@ -276,32 +297,29 @@ class StepGuard(TrainerCallback):
             "the completions of a prompt get no different scores; `max_idle_steps` sets the limit."
         )
 
+    def files(self, rank: int) -> Sequence[str]:
+        """Return the name of the file with the counts."""
+        return [self.FILE]
+
     def save(self, folder: Path, rank: int) -> None:
         """Save the counts to a checkpoint, on rank 0."""
         if rank == 0:
-            counts = {
-                "trained_steps": self.trained_steps,
-                "skipped_steps": self.skipped,
-                "skipped_in_a_row": self.skipped_in_a_row,
-                "idle": dict(self.idle),
-                "learning_rate_debt": self.backoff.debt,
-            }
-            (folder / self.FILE).write_text(json.dumps(counts) + "\n", encoding="utf-8")
+            counts = GuardCounts(self.trained_steps, self.skipped, self.skipped_in_a_row, self.idle, self.backoff.debt)
+            write_json(folder / self.FILE, counts)
 
     def restore(self, folder: Path, rank: int) -> None:
         """Restore the counts of a checkpoint.
 
-        Without them, all of its steps count as trained. A checkpoint of an earlier version has the first count alone.
+        A checkpoint of an earlier version has the first count alone.
+
+        Raises:
+            CheckpointError: the file is damaged.
         """
-        path = folder / self.FILE
-        if not path.is_file():
-            self.trained_steps = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
-            return
-        counts = json.loads(path.read_text(encoding="utf-8"))
-        self.trained_steps = counts["trained_steps"]
-        self.skipped, self.skipped_in_a_row = counts.get("skipped_steps", 0), counts.get("skipped_in_a_row", 0)
-        self.idle = Counter(counts.get("idle", {}))
-        self.backoff.debt = counts.get("learning_rate_debt", 0)
+        counts = read_json(folder / self.FILE, GuardCounts)
+        self.trained_steps = counts.trained_steps
+        self.skipped, self.skipped_in_a_row = counts.skipped_steps, counts.skipped_in_a_row
+        self.idle = Counter(counts.idle)
+        self.backoff.debt = counts.learning_rate_debt
 
 
 def _check_learning_rates(optimizer: Any, state: TrainerState) -> None:

@@ -29,7 +29,7 @@ class StopRequest:
     Args:
         tell: shows a notice.
         at_once: returns the error that stops the run at once.
-        may_drop_step: whether the run can be stopped in the middle of its work, with a checkpoint of the steps done.
+        may_drop_step: whether the run can be stopped in the middle of a step, with a checkpoint of the steps done.
     """
 
     def __init__(

@@ -31,6 +31,7 @@ from online_dpo.config.names_elsewhere import ARGUMENTS, hint_for
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.data.collate import UsersCollator, collate_prompts, prompts_from_batch
 from online_dpo.distributed.collectives import from_every_rank, samples_of_every_rank
+from online_dpo.distributed.rank_watch import watch_ranks
 from online_dpo.errors import ForeignCodeError
 from online_dpo.evaluation.evaluator import Evaluator
 from online_dpo.evaluation.gold import build_gold, check_gold
@@ -71,6 +72,8 @@ from online_dpo.training.metrics import STEP_KL
 from online_dpo.training.model_card import as_list, write_model_card
 from online_dpo.training.objective_step import ObjectiveStep
 from online_dpo.training.pair_former import PairFormer
+from online_dpo.training.run_facts import feedback_facts, model_facts, users_parts
+from online_dpo.training.same_run import check_same_data, check_same_models, check_same_settings
 from online_dpo.training.trl_attributes import with_trl_attributes
 from online_dpo.types import Feedback, Group, PackedRows, Pair
 
@@ -159,6 +162,8 @@ class OnlineDPOTrainer(GuardedTrainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         check_gold(eval_reward_funcs, eval_judge, args)
+        watch_ranks(args.ddp_timeout)
+        check_same_settings(args)
         self.args, self.tokenizer = args, tokenizer_of(processing_class)
         self.data = DatasetPreparer(self.tokenizer, args)
         self.dropped_rows = self.data.dropped
@@ -167,6 +172,7 @@ class OnlineDPOTrainer(GuardedTrainer):
         if data_collator is None:  # one's own may add columns
             check_reward_functions(reward_funcs, eval_reward_funcs, train_dataset, eval_dataset, args)
         datasets = {"train_dataset": train_dataset, **named_datasets(eval_dataset)}
+        check_same_data(datasets)
         self.policy = self._build_policy(model, peft_config, optimizers[0], datasets)
         super().__init__(
             model=self.policy,
@@ -182,6 +188,16 @@ class OnlineDPOTrainer(GuardedTrainer):
         self._build_models(ref_model, datasets)
         self._build_feedback(reward_funcs, reward_processing_classes, judge, eval_reward_funcs, eval_judge)
         self._compose()
+        self.checkpoints.identity.add(
+            **model_facts(self.policy, peft_config, ref_model, self.reference, self.tokenizer),
+            **feedback_facts(self.scorers, self.judge, train_dataset, args),
+            **users_parts(data_collator, optimizers),
+        )
+        check_same_models(self.policy, self.reference, self._sources())
+
+    def _sources(self) -> list[Any]:
+        """The scorers and the judge that training uses."""
+        return [*self.scorers, *([] if self.judge is None else [self.judge])]
 
     def _build_policy(self, model: Any, peft_config: Any, optimizer: Any, datasets: dict[str, Any]) -> nn.Module:
         train_on_one_device_per_process(self.args)
@@ -252,6 +268,7 @@ class OnlineDPOTrainer(GuardedTrainer):
 
         With ``max_staleness``, the first four of the next steps begin here as well.
         """
+        self.log_state.begin_step()
         self.raise_callback_failure()
         pairing, num_fetched = self.collector.collect(epoch_iterator, num_batches)
         self.last_feedback = self.collector.last
@@ -358,14 +375,13 @@ class OnlineDPOTrainer(GuardedTrainer):
     ) -> None:
         """Writes README.md into the output folder: what is given, and the facts of the run."""
         if self.is_world_process_zero():
-            feedback = [*self.scorers, *([] if self.judge is None else [self.judge])]
             write_model_card(
                 self.args,
                 self.state,
                 self.policy,
                 name=model_name,
                 reference=self.reference.description,
-                feedback=", ".join(source.name for source in feedback),
+                feedback=", ".join(source.name for source in self._sources()),
                 num_processes=self.accelerator.num_processes,
                 language=language,
                 license=license,

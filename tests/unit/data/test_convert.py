@@ -97,7 +97,7 @@ def test_source_that_does_not_exist(column, template, message):
 
 
 def test_template_columns():
-    assert template_columns("{a}: {b[topic]} {c.real:>3} {{d}} {a!r}") == ["a", "b", "c"]
+    assert template_columns("{a}: {b[topic]} {c[0]:>3} {{d}} {a!r}") == ["a", "b", "c"]
 
 
 def test_template_is_filled_from_columns():

@@ -121,7 +121,7 @@ def test_text_without_tokens():
 def test_messages_without_tokens():
     tokenizer = word_tokenizer(chat_template="{{ messages[0].content if messages[0].content == 'a' }}")
     with pytest.raises(InvalidPromptError, match="Row 1 of train_dataset .*the prompt has no tokens"):
-        prepare([{"prompt": [user("a")]}, {"prompt": [user("b")]}], tokenizer)
+        prepare([{"prompt": [user("a")]}, {"prompt": [user("!")]}], tokenizer)
 
 
 def test_wrong_tools_and_arguments_of_a_row():

@@ -11,6 +11,7 @@ from transformers import ByT5Tokenizer
 from online_dpo.data.collate import collate_prompts, prompts_from_batch
 from online_dpo.data.cut import cut_message
 from online_dpo.data.tokens import tokenize_text, truncate_left
+from online_dpo.errors import InvalidPromptError
 from support.prompt_rows import CHAT, arguments, assistant, ids, prepare, system, user, word_tokenizer
 
 # prompts that are too long --------------------------------------------------------------------------------------------
@@ -193,3 +194,25 @@ def test_keys_that_arrow_filled_with_none_do_not_reach_the_template():
     first, second = prepare(rows, word_tokenizer(chat_template=template))[0]
     assert first["prompt_ids"] == ids("a", "e")
     assert second["prompt_ids"] == ids("b")
+
+
+RESERVED = ("chat_template", "tokenize", "add_generation_prompt", "continue_final_message", "conversation", "messages")
+
+
+@pytest.mark.parametrize("argument", [*RESERVED, "max_length", "return_dict", "tokenizer_kwargs", "bos_token"])
+def test_a_row_cannot_replace_its_template_or_how_it_is_applied(argument):
+    rows = [{"prompt": [user("a")], "chat_template_kwargs": {argument: "{{ 1 }}", "thinking": True}}]
+    with pytest.raises(InvalidPromptError, match=f"Row 0 .*hold {argument}, but a row sets variables of"):
+        prepare(rows, word_tokenizer(chat_template=CHAT))
+    if argument != "chat_template":  # which the configuration may say
+        with pytest.raises(ValueError, match=f"`chat_template_kwargs` must not hold {argument}"):
+            prepare([{"prompt": [user("a")]}], word_tokenizer(chat_template=CHAT), chat_template_kwargs={argument: "x"})
+
+
+def test_a_row_may_bring_documents_for_its_template():
+    rows = [{"prompt": [user("a")], "chat_template_kwargs": {"documents": [{"text": "a b"}]}}]
+    tokenizer = word_tokenizer(chat_template=CHAT)
+    tokenizer.chat_template = "{% for d in documents %}{{ d.text }} {% endfor %}" + CHAT
+    [row], _ = prepare(rows, tokenizer)
+    [without], _ = prepare([{"prompt": [user("a")]}], word_tokenizer(chat_template=CHAT))
+    assert len(row["prompt_ids"]) == len(without["prompt_ids"]) + 2

@@ -13,12 +13,14 @@ from rich.console import Console
 from rich.table import Table
 
 from online_dpo.cli.evaluation.plan import EvalPlan
+from online_dpo.cli.terminal.errors import report_error
 from online_dpo.cli.terminal.progress import no_progress_bars, plain_warnings
-from online_dpo.cli.train import SETUP_ERRORS, load_judge, load_reward, load_tokenizer, report_error
+from online_dpo.cli.train import load_judge, load_reward, load_tokenizer
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.data.load import load_prompts
 from online_dpo.data.prompts import PREPARED_COLUMNS
-from online_dpo.errors import OnlineDPOError, ScoringError
+from online_dpo.distributed.signals import is_interruption
+from online_dpo.errors import ScoringError
 from online_dpo.evaluation.comparison import PromptResult, compare
 from online_dpo.evaluation.conclusions import comparison_conclusion
 from online_dpo.evaluation.head_to_head import (
@@ -44,6 +46,9 @@ TRAINED_ON = (
     "The scorer is the one that the model was trained on. Training also exploits its weaknesses: give another scorer "
     "with --reward or --judge."
 )
+
+ESCAPED = "backslashreplace"
+"""Half a surrogate pair, which UTF-8 does not have, becomes what JSON writes for it."""
 
 
 @dataclass(frozen=True)
@@ -72,30 +77,43 @@ def run_evaluation(plan: EvalPlan, *, show_traceback: bool) -> int:
         answers = answer(setup.model, setup.against, setup.args, setup.sampling)
         # Written before scoring, which may fail: sampling the answers took long.
         _write(plan.options.output, map(_line, _rows(unscored_results(answers))))
-    except SETUP_ERRORS as error:
+    except BaseException as error:  # libraries have their own for a file or a hub that they cannot use
+        if is_interruption(error):
+            raise
         return report_error(error, 2, show_traceback)
     try:
         results = _assess(setup, answers)
         figures = {**_heading(plan, setup), **compare(results, setup.args.seed)}
         if figures["undecidable"] == figures["duels"]:
             raise ScoringError(_no_preference_message(setup))
-    except OnlineDPOError as error:
+    except BaseException as error:
+        if is_interruption(error):
+            raise
         report_error(error, 1, show_traceback)
         if plan.options.output is not None:
             print(f"The answers, without scores, are in {plan.options.output}", file=sys.stderr)
         return 1
-    _report(plan, figures, results)
-    return 0
-
-
-def _report(plan: EvalPlan, figures: dict[str, Any], results: Sequence[PromptResult]) -> None:
     report(Console(), figures)
-    if _write(plan.options.json, [json.dumps(figures, indent=2)]):
-        print(f"Figures written to {plan.options.json}")
-    if _write(plan.options.output, map(_line, _rows(results))):
-        print(f"Answers written to {plan.options.output}")
     if plan.trained_on:
         print(f"warning: {TRAINED_ON}", file=sys.stderr)
+    return _write_results(plan, figures, results, show_traceback)
+
+
+def _write_results(
+    plan: EvalPlan, figures: dict[str, Any], results: Sequence[PromptResult], show_traceback: bool
+) -> int:
+    """Write the files that were asked for, each of them also where another one cannot be written."""
+    code = 0
+    for what, path, lines in (
+        ("Figures", plan.options.json, [json.dumps(figures, indent=2)]),
+        ("Answers", plan.options.output, map(_line, _rows(results))),
+    ):
+        try:
+            if _write(path, lines):
+                print(f"{what} written to {path}")
+        except OSError as error:
+            code = report_error(OSError(f"{what} could not be written to {path}: {error.strerror}"), 1, show_traceback)
+    return code
 
 
 def set_up(plan: EvalPlan) -> Setup:
@@ -237,7 +255,8 @@ def _side(group: Group, scores: Sequence[float | None] | None, k: int) -> dict[s
 def _write(path: str | None, lines: Iterable[str]) -> bool:
     """Write lines to a file, if a path is given; returns whether it is."""
     if path is not None:
-        Path(path).expanduser().write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        text = "".join(f"{line}\n" for line in lines)
+        Path(path).expanduser().write_text(text, encoding="utf-8", errors=ESCAPED)
     return path is not None
 
 

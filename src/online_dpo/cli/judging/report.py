@@ -46,7 +46,7 @@ def judge_pairs(pairs: Sequence[LabelledPair], chosen: BuiltInJudge, output: Pat
     """Label the pairs and print the report. Returns the exit code: 0, 1 (judging failed) or 2 (cannot be loaded)."""
     try:
         judge = _load(chosen)
-    except (ValueError, OSError) as problem:
+    except Exception as problem:  # libraries have their own for a file or a hub that they cannot use
         print(f"error: {error_text(problem)}", file=sys.stderr)
         return 2
     try:
@@ -56,7 +56,11 @@ def judge_pairs(pairs: Sequence[LabelledPair], chosen: BuiltInJudge, output: Pat
         return 1
     print_lines(report(judge.name, pairs, preferences, judge.metrics()))
     if output is not None:
-        _write(output, judge.name, pairs, preferences)
+        try:
+            _write(output, judge.name, pairs, preferences)
+        except OSError as problem:
+            print(f"error: labels could not be written to {output}: {problem.strerror}", file=sys.stderr)
+            return 1
         print(f"Labels written to {output}")
     if all(preference is None for preference in preferences):
         print(f"error: no pair has a preference. Last cause: {judge.last_failure}", file=sys.stderr)
@@ -147,6 +151,7 @@ def _prefer(judge: LLMJudge | PairwiseModelJudge, pairs: Sequence[LabelledPair])
 
 
 def _write(path: Path, name: str, pairs: Sequence[LabelledPair], preferences: Sequence[float | None]) -> None:
-    with path.open("w", encoding="utf-8") as file:
+    # half a surrogate pair, which UTF-8 does not have, becomes what JSON writes for it
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
         for pair, preference in zip(pairs, preferences, strict=True):
             file.write(json.dumps({**pair.row, "preference": preference, "judge": name}, ensure_ascii=False) + "\n")

@@ -12,9 +12,16 @@ import yaml
 
 from online_dpo.cli.runfile.schema import FieldSpec
 from online_dpo.cli.runfile.values import BadValue, convert, convert_words
+from online_dpo.cli.runfile.yaml_text import StrictLoader
 from online_dpo.config.names_elsewhere import CALLED_HERE, hint_for
 
 COMMAND_LINE = "command line"
+MAX_BYTES = 2**20
+"""Size of a run file."""
+MAX_FIELDS = 1000
+"""Fields of a run file: there are about 300."""
+_LONG_DASH = re.compile("[\u2010-\u2015\u2212\ufe58\ufe63\uff0d-]*[\u2010-\u2015\u2212\ufe58\ufe63\uff0d]-*[A-Za-z]")
+"""An option that begins with a dash of a text processor in place of hyphens."""
 
 
 class UsageError(Exception):
@@ -43,9 +50,13 @@ def read_run_file(path: Path, problems: list[str]) -> dict[str, Entry]:
     if path.is_dir():
         raise UsageError([f"{path}: this is a folder. Give the run file in it."])
     if not path.is_file():
-        raise UsageError([f"{path}: there is no such file."])
+        is_pipe = path.exists()
+        what = "this is a pipe or a device. Copy its content to a file." if is_pipe else "there is no such file."
+        raise UsageError([f"{path}: {what}"])
     try:
-        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > MAX_BYTES:
+            raise UsageError([f"{path}: the file has {path.stat().st_size} bytes. A run file has at most {MAX_BYTES}."])
+        loader = StrictLoader(path.read_text(encoding="utf-8"))
         node = loader.get_single_node()
         if node is None or node.tag == "tag:yaml.org,2002:null":
             raise UsageError([f"{path}: the file is empty. It needs at least `model_name_or_path` and `dataset_name`."])
@@ -53,6 +64,8 @@ def read_run_file(path: Path, problems: list[str]) -> dict[str, Entry]:
             raise UsageError([f"{path}: wanted: a mapping of fields, one `name: value` a line."])
         problems.extend(f"{path}:{line}: `{key}` stands twice. Leave one out." for key, line in _duplicates(node, []))
         loader.flatten_mapping(node)  # `<<: *defaults`
+        if len(node.value) > MAX_FIELDS:
+            raise UsageError([f"{path}: there are {len(node.value)} fields. A run file has at most {MAX_FIELDS}."])
         named = [(key, value) for key, value in node.value if isinstance(key, yaml.ScalarNode)]
         if len(named) < len(node.value):
             problems.append(f"{path}: a list or a mapping stands where the name of a field is wanted.")
@@ -85,6 +98,9 @@ def read_overrides(words: Sequence[str], problems: list[str]) -> dict[str, Entry
             flag, equals, value = word[2:].partition("=")
             name = flag.replace("-", "_")
             entries[name] = Entry(COMMAND_LINE, words=(value,) if equals else ())
+        elif _LONG_DASH.match(word):
+            problems.append(f"{COMMAND_LINE}: `{word}` begins with a long dash. Fields have two hyphens: --field.")
+            name = word
         elif re.match("-[A-Za-z]", word):  # not a negative number: taking it for a value would hide a mistake
             problems.append(f"{COMMAND_LINE}: what is `{word}`? Fields have two hyphens: --field value.")
             name = word  # the values after it belong to it

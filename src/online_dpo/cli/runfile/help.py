@@ -57,6 +57,7 @@ GROUPS = {
     "training": "batches, memory and speed",
     "plugins": "Python files that add losses, strategies, methods, engines, rewards, judges and metrics",
     "guards": "conditions that stop a run",
+    "checkpoints": "what is refused, or not, where a folder holds checkpoints",
 }
 """Groups of fields and their headings, in the order of the help text."""
 

@@ -5,15 +5,19 @@ All problems are collected before they are reported, each with its file and line
 
 from __future__ import annotations
 
-import glob
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from online_dpo.checkpoints.choice import AUTO, newest_whole, none_found, problem_of_named
+from online_dpo.checkpoints.needed import Needs
 from online_dpo.cli.judging.plan import BuiltInJudge, plan_llm, plan_pairwise_model
+from online_dpo.cli.runfile.data_fields import data_problems
 from online_dpo.cli.runfile.entries import COMMAND_LINE, Entry, UsageError, read_overrides, read_run_file, read_values
 from online_dpo.cli.runfile.model_options import ignored_options, model_init_kwargs, model_problems
+from online_dpo.cli.runfile.paths import exists, output_problem, path_problem
 from online_dpo.cli.runfile.plugins import FIELD, Plugin, Plugins, RegisteredName, are_given, checked_later
 from online_dpo.cli.runfile.references import Reference, parse_module, parse_reference
 from online_dpo.cli.runfile.run_config import COUNTS, RunConfig
@@ -23,6 +27,7 @@ from online_dpo.config.hf_ranges import absurd, out_of_range, shown
 from online_dpo.config.input import MAPPINGS, mapping_from_text
 from online_dpo.config.llm_judge import LLM
 from online_dpo.config.registry import KINDS
+from online_dpo.distributed.processes import started_together
 
 MODEL_FILES = ("config.json", "adapter_config.json")
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
@@ -36,6 +41,7 @@ INPUT_PATHS = (
 )
 JSON_TEXTS = (*MAPPINGS, "gradient_checkpointing_kwargs", "lr_scheduler_kwargs")
 """Mappings that may also be written as JSON text."""
+DEFAULT_OUTPUT = "trainer_output"
 REWARDS = ("reward_funcs", "reward_model_path")
 SCORERS = (*REWARDS, "judge")
 JUDGES = ("judge", "eval_judge")
@@ -112,7 +118,8 @@ class RunChecker:
             if self._given(name):
                 yield from self._input_path(name)
         yield from self._scorers()
-        for name, problem in (*model_problems(self.values, is_trained=True), *self._numbers().items()):
+        options = (*model_problems(self.values, is_trained=True), *self._numbers().items(), *data_problems(self.values))
+        for name, problem in options:
             yield f"{self._where(name)}: `{name}` {problem}"
         yield from self._output()
         yield from self._resume()
@@ -204,6 +211,9 @@ class RunChecker:
 
     def _input_path(self, name: str) -> Iterator[str]:
         given = self.values[name]
+        if problem := path_problem(given):
+            yield f"{self._where(name)}: `{name}` {problem}"
+            return
         if "$" in given:
             yield (
                 f"{self._where(name)}: `{name}` is {given!r}: environment variables are not filled in here. Give "
@@ -211,7 +221,7 @@ class RunChecker:
             )
             return
         candidates = [folder / Path(given).expanduser() for folder in self._folders(name)]
-        existing = next((path for path in candidates if glob.glob(str(path), recursive=True)), None)
+        existing = next((path for path in candidates if exists(path)), None)
         if existing is not None:
             self.values[name] = str(existing)
             if "model" in name and not holds_model(existing):
@@ -287,28 +297,24 @@ class RunChecker:
 
     def _output(self) -> Iterator[str]:
         given = self.values.get("output_dir")
-        if given is not None and (not given or Path(given).expanduser().is_file()):
-            what = "a file" if given else "empty"
-            yield f"{self._where('output_dir')}: `output_dir` is {what}. Give the name of a folder, new or old."
+        read = [(name, self.values[name]) for name in INPUT_PATHS if self._given(name)]
+        if given is not None and (problem := output_problem(given, read)):
+            yield f"{self._where('output_dir')}: `output_dir` {problem}"
 
     def _resume(self) -> Iterator[str]:
         checkpoint = self.values.get("resume_from_checkpoint")
-        if not checkpoint:
+        if not checkpoint or os.environ.get("RANK", "0") != "0":  # the first process reads it for all
             return
-        where = self._where("resume_from_checkpoint")
-        if checkpoint is True:
-            output = Path(self.values.get("output_dir") or "trainer_output").expanduser()
-            if not any(path.is_dir() for path in output.glob("checkpoint-*")):
-                yield f"{where}: `resume_from_checkpoint`: {output} holds no checkpoint."
-        elif not Path(checkpoint).is_dir():
-            yield f"{where}: `resume_from_checkpoint`: there is no folder {checkpoint}."
-        elif not (Path(checkpoint) / "trainer_state.json").is_file():
-            inside = sorted(path.name for path in Path(checkpoint).glob("checkpoint-*"))
-            hint = f" It holds {', '.join(inside)}: give one of them." if inside else ""
-            yield (
-                f"{where}: `resume_from_checkpoint`: {checkpoint} is no checkpoint of a run (no trainer_state.json)."
-                f"{hint}"
-            )
+        where = f"{self._where('resume_from_checkpoint')}: `resume_from_checkpoint`"
+        started = started_together()
+        needs = Needs(self.values, 1 if started is None else started.count)
+        if checkpoint is True or checkpoint == AUTO:
+            output = Path(self.values.get("output_dir") or DEFAULT_OUTPUT).expanduser()
+            choice = newest_whole(output, needs)
+            if choice.folder is None and (checkpoint is True or choice.passed_over):
+                yield f"{where}: {none_found(output, choice)}"
+        elif problem := path_problem(checkpoint) or problem_of_named(Path(checkpoint).expanduser(), needs):
+            yield f"{where}: {problem}"
 
     def _evaluation(self) -> Iterator[str]:
         wanted = self.values.get("eval_strategy", "no") != "no" or self.values.get("eval_on_start")

@@ -22,7 +22,7 @@ PARENT = "transformers.TrainingArguments"
 """The group of the fields that transformers defines."""
 
 WIDER_TYPES = {
-    "resume_from_checkpoint": "bool | str | None",  # `true`: the last checkpoint in `output_dir`
+    "resume_from_checkpoint": "bool | str | None",  # `true` and `auto`: the newest whole one
     "fsdp": "bool | str | None",  # transformers annotates only its legacy form
 }
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import ast
 import math
+import re
 from typing import Any
 
 import yaml
 
 from online_dpo.cli.runfile.schema import FieldSpec
+from online_dpo.cli.runfile.yaml_text import parse_yaml
 from online_dpo.config.registry import nearest
 
 TRUE_WORDS = frozenset({"true", "yes", "on"})
 FALSE_WORDS = frozenset({"false", "no", "off"})
 NULL_WORDS = frozenset({"null", "Null", "NULL", "~"})
+
+_NO_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Control characters, and halves of characters: bytes of a command line that are not in UTF-8."""
 
 WANTED = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "None": "null"}
 
@@ -39,7 +44,7 @@ def convert(spec: FieldSpec, value: Any) -> Any:
         for kind in kinds:
             accepted, result = attempt(kind, value)
             if accepted:
-                return _check_choice(spec, result)
+                return _check_characters(_check_choice(spec, result))
     raise BadValue(f"is {_show(value)}; wanted: {wanted(spec)}.{_hint(spec, kinds, value)}")
 
 
@@ -157,12 +162,24 @@ def _check_choice(spec: FieldSpec, value: Any) -> Any:
     return value
 
 
+def _check_characters(value: Any) -> Any:
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, str) and (wrong := _NO_TEXT.search(item)):
+            raise BadValue(f"is {_show(value)}; it holds {wrong[0]!r}, which is no character of a text.")
+    return value
+
+
 def _parse_word(word: str) -> Any:
+    """The value of a word on the command line. A text is the word as it stands, unless it is in quotes: no comment, tag
+    or anchor is cut off, and no white space."""
     try:
-        parsed = yaml.safe_load(word)
+        parsed = parse_yaml(word)
     except yaml.YAMLError:
         return word
-    return word if parsed is None and word.strip() not in NULL_WORDS else parsed
+    if isinstance(parsed, (list, dict)) or word.lstrip()[:1] in ("'", '"'):
+        return parsed
+    is_plain = parsed is not None and not isinstance(parsed, str) and " #" not in word
+    return parsed if is_plain or word.strip() in NULL_WORDS else word
 
 
 def _describe(kind: ast.expr, spec: FieldSpec) -> str:

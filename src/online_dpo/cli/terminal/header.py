@@ -8,9 +8,12 @@ from __future__ import annotations
 import ast
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from online_dpo import __version__
+from online_dpo.checkpoints.choice import AUTO, newest_whole
+from online_dpo.checkpoints.needed import Needs
 from online_dpo.cli.judging.plan import BuiltInJudge
 from online_dpo.cli.runfile.plugins import RegisteredName
 from online_dpo.cli.runfile.references import Reference
@@ -51,7 +54,16 @@ def _extent(settings: dict[str, Any], checkpoint: str | bool | None) -> Iterator
         yield line("epochs", f"{settings['num_train_epochs']:g}")
     yield line("output", settings["output_dir"] or "trainer_output")
     if checkpoint:
-        yield line("resumes", "the last checkpoint in the output folder" if checkpoint is True else checkpoint)
+        yield line("resumes", _resumed(settings, checkpoint))
+
+
+def _resumed(settings: dict[str, Any], checkpoint: str | bool) -> str:
+    """The checkpoint that a run goes on from."""
+    if isinstance(checkpoint, str) and checkpoint != AUTO:
+        return checkpoint
+    output = Path(settings["output_dir"] or "trainer_output").expanduser()
+    folder = newest_whole(output, Needs(settings, int(os.environ.get("WORLD_SIZE", "1")))).folder
+    return "nothing: the output folder holds no checkpoint" if folder is None else f"{folder}, the newest whole one"
 
 
 def is_first_process() -> bool:

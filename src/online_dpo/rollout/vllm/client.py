@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import re
 import time
 import urllib.error
@@ -11,6 +12,7 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from online_dpo.distributed.waiting import waiting_for
 from online_dpo.errors import RolloutServerError, named_error
 
 T = TypeVar("T")
@@ -31,6 +33,21 @@ class _ErrorStatus(Exception):
     def __init__(self, code: int, text: str) -> None:
         super().__init__(text.strip())
         self.code = code
+
+
+def _read(response: http.client.HTTPResponse, until: float) -> bytes:
+    """Reads an answer.
+
+    Raises:
+        TimeoutError: it is not complete at this time, although bytes of it come. The connection's own time limit is for
+            a pause between two of them.
+    """
+    pieces = []
+    while piece := response.read1(1 << 20):
+        pieces.append(piece)
+        if time.monotonic() > until:
+            raise TimeoutError("the answer takes too long to arrive")
+    return b"".join(pieces)
 
 
 class VLLMClient:
@@ -73,9 +90,14 @@ class VLLMClient:
         Raises:
             RolloutServerError: it kept failing, or the server refused a request.
         """
-        first_failure: float | None = None
+        with waiting_for(f"vLLM server {self.url}"):
+            return self._keep_trying(path, attempt)
+
+    def _keep_trying(self, path: str, attempt: Callable[[], T]) -> T:
+        failing_since = math.inf
         pause = FIRST_PAUSE
         while True:
+            began = time.monotonic()
             try:
                 return attempt()
             except _ErrorStatus as error:
@@ -85,9 +107,12 @@ class VLLMClient:
                     raise RolloutServerError(f"{self.url}{path} failed: {cause}.{hint}") from error
             except (OSError, http.client.HTTPException, json.JSONDecodeError, RuntimeError) as error:
                 cause = named_error(error)
+                reason = error.reason if isinstance(error, urllib.error.URLError) else error
+                if isinstance(reason, TimeoutError):  # it has not answered since then
+                    failing_since = min(failing_since, began)
             now = time.monotonic()
-            first_failure = now if first_failure is None else first_failure
-            if now + pause - first_failure > self.timeout:
+            failing_since = min(failing_since, now)
+            if now + pause - failing_since > self.timeout:
                 raise RolloutServerError(
                     f"{self.url}{path} has failed for {self.timeout:g} seconds; last cause: {cause}. Start the server "
                     "with `online-dpo serve`, or raise `vllm_server_timeout` if it needs longer."
@@ -105,8 +130,9 @@ class VLLMClient:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         try:
+            until = time.monotonic() + self.timeout
             with _opener.open(request, timeout=self.timeout) as response:
-                answer = response.read()
+                answer = _read(response, until)
         except urllib.error.HTTPError as error:
             raise _ErrorStatus(error.code, f"{error.code} {error.reason} {error.read(2000).decode()}") from error
         return json.loads(answer) if answer and path not in PLAIN_TEXT else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import functools
 import inspect
 import math
 import numbers
@@ -21,6 +22,7 @@ from online_dpo.scoring.event_loop import submit, wait_for
 from online_dpo.scoring.judges.base import NO_ANSWER, Judge, PreferenceJudge
 from online_dpo.scoring.protocols import chat_messages, check_comparisons, describe, flat_list
 from online_dpo.scoring.rewards.function import is_async_function
+from online_dpo.scoring.time_limit import await_in_time, call_in_time
 from online_dpo.types import Group, Prompt
 
 
@@ -67,11 +69,16 @@ class FunctionJudge(PreferenceJudge):
         return [self._checked_probability(value) for value in returned]
 
     def _call(self, comparison: Group) -> Any:
+        arguments = _arguments(comparison)
         with self._foreign(comparison):
-            return self._function(*_arguments(comparison))
+            return call_in_time(lambda: self._function(*arguments), self._label, lambda: at_row(comparison.prompt))
 
     def _foreign(self, comparison: Group) -> AbstractContextManager[None]:
-        return foreign(f"Judge `{self.name}`", lambda: at_row(comparison.prompt))
+        return foreign(self._label, lambda: at_row(comparison.prompt))
+
+    @property
+    def _label(self) -> str:
+        return f"Judge `{self.name}`"
 
     async def _call_concurrently(self, comparisons: Sequence[Group]) -> list[Any]:
         """Call an ``async`` function for all comparisons. An error of one cancels the others."""
@@ -79,7 +86,8 @@ class FunctionJudge(PreferenceJudge):
         async def call(comparison: Group) -> Any:
             async with self._slots:
                 with self._foreign(comparison):
-                    return await self._function(*_arguments(comparison))
+                    answer = self._function(*_arguments(comparison))
+                    return await await_in_time(answer, self._label, lambda: at_row(comparison.prompt))
 
         tasks = [asyncio.ensure_future(call(comparison)) for comparison in comparisons]
         try:
@@ -170,8 +178,9 @@ class JudgeScorer:
             return []
         prompts = [self._text(group.prompt) for group in groups]
         pairs = [[completion.text for completion in group.completions] for group in groups]
-        with foreign(f"Judge `{self.name}`", lambda: among_rows(groups)):
-            returned = self._judge(prompts, pairs, shuffle_order=True)
+        who, rows = f"Judge `{self.name}`", functools.partial(among_rows, groups)
+        with foreign(who, rows):
+            returned = call_in_time(lambda: self._judge(prompts, pairs, shuffle_order=True), who, rows)
         ranks = flat_list(returned, f"Judge `{self.name}`")
         if len(ranks) != len(groups):
             raise ScoringError(

@@ -18,7 +18,8 @@ import torch
 from online_dpo.errors import ScoringError
 from online_dpo.foreign import among_rows, foreign
 from online_dpo.scoring.penalties import NO_PENALTIES, Penalties
-from online_dpo.scoring.protocols import PairwiseScorer, describe, flat_list
+from online_dpo.scoring.protocols import PairwiseScorer, describe, flat_list, is_own
+from online_dpo.scoring.time_limit import call_in_time
 from online_dpo.types import Group, Preference, Verdicts
 
 Comparison = tuple[int, int]
@@ -59,7 +60,7 @@ class ComparisonCounter:
         if asked:
             different = [comparisons[i] for i in asked]
             with foreign(f"Judge `{self._judge.name}`", lambda: among_rows(different)):
-                returned = self._judge.prefer(different)
+                returned = self._prefer(different)
             for i, answer in zip(asked, self._checked_list(returned, len(asked)), strict=True):
                 answers[i] = self._checked_probability(answer)
         self.comparisons += len(asked)
@@ -68,6 +69,13 @@ class ComparisonCounter:
             None if answer is None else self._penalties.shifted(answer, comparison)
             for answer, comparison in zip(answers, comparisons, strict=True)
         ]
+
+    def _prefer(self, comparisons: Sequence[Group]) -> Any:
+        """The judge's answers, with the time limit; a judge of this package puts it around what it calls."""
+        if is_own(self._judge):
+            return self._judge.prefer(comparisons)
+        who = f"Judge `{self._judge.name}`"
+        return call_in_time(lambda: self._judge.prefer(comparisons), who, lambda: among_rows(comparisons))
 
     def _checked_list(self, returned: Any, expected: int) -> list[Any]:
         answers = flat_list(returned, f"Judge `{self._judge.name}`")

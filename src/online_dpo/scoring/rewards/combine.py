@@ -10,11 +10,13 @@ from fractions import Fraction
 
 import torch
 
+from online_dpo.distributed.waiting import waiting_for
 from online_dpo.errors import ScoringError
 from online_dpo.foreign import among_rows, at_row, foreign
 from online_dpo.scoring.event_loop import submit, wait_for
 from online_dpo.scoring.penalties import NO_PENALTIES, Penalties
-from online_dpo.scoring.protocols import AsyncPointwiseScorer, PointwiseScorer, describe
+from online_dpo.scoring.protocols import AsyncPointwiseScorer, PointwiseScorer, describe, is_own
+from online_dpo.scoring.time_limit import await_in_time, call_in_time
 from online_dpo.types import Group, Scores
 
 Values = list[list[float | None]]
@@ -120,7 +122,7 @@ def _run(groups: Sequence[Group], scorers: Sequence[PointwiseScorer]) -> list[Va
     """The scores of each scorer; a scorer that is listed twice runs once."""
     distinct = {id(scorer): scorer for scorer in scorers}
     waiting = {
-        key: submit(scorer.score_async(groups))
+        key: submit(_in_time(scorer, groups))
         for key, scorer in distinct.items()
         if isinstance(scorer, AsyncPointwiseScorer) and scorer.is_async
     }
@@ -128,14 +130,30 @@ def _run(groups: Sequence[Group], scorers: Sequence[PointwiseScorer]) -> list[Va
     try:
         # Asynchronous scorers come last: they wait on a network while the others compute.
         for key, scorer in sorted(distinct.items(), key=lambda item: item[0] in waiting):
-            with foreign(f"Scorer `{scorer.name}`", lambda: among_rows(groups)):
-                scores = wait_for(waiting[key]) if key in waiting else scorer.score(groups)
+            with foreign(f"Scorer `{scorer.name}`", lambda: among_rows(groups), waits=key not in waiting):
+                scores = wait_for(waiting[key]) if key in waiting else _scores(scorer, groups)
                 results[key] = [list(row) for row in scores]
             _check_scores(scorer.name, results[key], groups)
     finally:
         for future in waiting.values():
             future.cancel()
     return [results[id(scorer)] for scorer in scorers]
+
+
+def _scores(scorer: PointwiseScorer, groups: Sequence[Group]) -> Values:
+    """The scores of a plain scorer, with the time limit. Ours put it around what they call."""
+    if is_own(scorer):
+        return scorer.score(groups)
+    return call_in_time(lambda: scorer.score(groups), f"Scorer `{scorer.name}`", lambda: among_rows(groups))
+
+
+async def _in_time(scorer: AsyncPointwiseScorer, groups: Sequence[Group]) -> Values:
+    """The scores of an asynchronous scorer, with the time limit, as in `_scores`."""
+    who = f"Scorer `{scorer.name}`"
+    with waiting_for(who):
+        if is_own(scorer):
+            return await scorer.score_async(groups)
+        return await await_in_time(scorer.score_async(groups), who, lambda: among_rows(groups))
 
 
 def _check_scores(name: str, scores: Values, groups: Sequence[Group]) -> None:

@@ -18,6 +18,7 @@ from online_dpo.foreign import among_rows, callable_name, foreign
 from online_dpo.scoring.event_loop import submit, wait_for
 from online_dpo.scoring.notes import log_functions
 from online_dpo.scoring.protocols import as_number, describe, flat_list, regroup
+from online_dpo.scoring.time_limit import await_in_time, call_in_time
 from online_dpo.types import Completion, Group, Prompt
 
 BUILT_IN_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
@@ -80,7 +81,7 @@ class FunctionScorer:
             return []
         arguments = self._arguments(groups)
         with self._foreign(groups):
-            returned = self.function(**arguments)
+            returned = call_in_time(lambda: self.function(**arguments), self._label, lambda: among_rows(groups))
         return self._checked(returned, groups)
 
     async def score_async(self, groups: Sequence[Group]) -> list[list[float | None]]:
@@ -89,7 +90,7 @@ class FunctionScorer:
             return []
         arguments = self._arguments(groups)
         with self._foreign(groups):
-            returned = await self.function(**arguments)
+            returned = await await_in_time(self.function(**arguments), self._label, lambda: among_rows(groups))
         return self._checked(returned, groups)
 
     def _arguments(self, groups: Sequence[Group]) -> dict[str, Any]:

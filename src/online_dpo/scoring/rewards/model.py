@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from online_dpo.errors import ScoringError, error_text
 from online_dpo.foreign import among_rows, at_row, foreign, loading
 from online_dpo.modeling.attention.masks import use_segments
 from online_dpo.modeling.borrowing import eval_mode
+from online_dpo.modeling.fingerprint import weights_fingerprint
 from online_dpo.modeling.introspection import context_length
 from online_dpo.modeling.known_tokens import check_known, check_tokenizer, embedding_rows
 from online_dpo.modeling.last_layer import enable_selective_last_layer
@@ -29,6 +31,8 @@ from online_dpo.modeling.onednn import onednn_linears
 from online_dpo.packing.prefix_tree import Tree
 from online_dpo.scoring.protocols import chat_messages, one_at_a_time, regroup
 from online_dpo.scoring.rewards.shared_prefix import Text, group_trees, may_share, passes, score_trees
+from online_dpo.scoring.special_tokens import SpecialTokens
+from online_dpo.scoring.time_limit import call_in_time
 from online_dpo.types import Completion, Group, Prompt
 
 MOST_TOKENS = {"cpu": 1024}
@@ -95,6 +99,7 @@ class RewardModelScorer:
         # Some configs use another name for it. It only serves to estimate costs, so a typical size will do.
         self._hidden_size = getattr(self._config, "hidden_size", 1024)
         self._known_tokens = embedding_rows(model)
+        self._special_tokens = SpecialTokens(tokenizer)
         self._max_tokens = longest_text(model, tokenizer)
 
     def check_chat_template(self) -> None:
@@ -113,12 +118,20 @@ class RewardModelScorer:
                 "prompts. Set its `chat_template` and pass it in `reward_processing_classes`, or use text prompts."
             )
 
+    def identity(self) -> dict[str, str]:
+        """Returns the fingerprint of the model's weights."""
+        return {"weights": weights_fingerprint(self.model)}
+
     def score(self, groups: Sequence[Group]) -> list[list[float | None]]:
         """Return P x K logits in fp32, including any that are not finite. Several threads take turns."""
-        with one_at_a_time, foreign(f"Reward model `{self.name}`", lambda: among_rows(groups)):
-            texts = self._token_ids([(group.prompt, answer) for group in groups for answer in group.completions])
-            with eval_mode(self.model), onednn_linears(self.model, pack=False):
-                values = self._values(regroup(texts, groups))
+        who, rows = f"Reward model `{self.name}`", partial(among_rows, groups)
+        with one_at_a_time, foreign(who, rows):
+            return call_in_time(partial(self._logits, groups), who, rows)
+
+    def _logits(self, groups: Sequence[Group]) -> list[list[float | None]]:
+        texts = self._token_ids([(group.prompt, answer) for group in groups for answer in group.completions])
+        with eval_mode(self.model), onednn_linears(self.model, pack=False):
+            values = self._values(regroup(texts, groups))
         return regroup([values[text] for text in texts], groups)
 
     def _values(self, texts_PK: list[list[Text]]) -> dict[Text, float]:
@@ -161,7 +174,8 @@ class RewardModelScorer:
             chosen = [i for i, (prompt, _) in enumerate(samples) if prompt.is_conversational is conversational]
             if not chosen:
                 continue
-            texts = [self._conversation(*samples[i]) if conversational else _text(*samples[i]) for i in chosen]
+            written = self._conversation if conversational else self._text
+            texts = [written(*samples[i]) for i in chosen]
             # The chat template writes the special tokens itself.
             encoded: Mapping[str, Any] = self.tokenizer(
                 texts, add_special_tokens=not conversational, truncation=False, verbose=False
@@ -177,13 +191,18 @@ class RewardModelScorer:
         self._need_chat_template()
         messages = chat_messages(prompt)
         if messages[-1]["role"] == "assistant":
-            messages[-1]["content"] = messages[-1]["content"] + completion.text
+            begun = messages[-1]["content"]
+            messages[-1]["content"] = begun + self._special_tokens.as_text(completion.text, begun)
         else:
-            messages.append({"role": "assistant", "content": completion.text})
+            messages.append({"role": "assistant", "content": self._special_tokens.as_text(completion.text)})
         with foreign(f"The chat template of reward model `{self.name}`", lambda: at_row(prompt)):
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
         assert isinstance(text, str)
         return text
+
+    def _text(self, prompt: Prompt, completion: Completion) -> str:
+        assert isinstance(prompt.content, str)
+        return prompt.content + self._special_tokens.as_text(completion.text, prompt.content)
 
     def _with_own_ends(self, ids: list[int], ended: bool) -> list[int]:
         """The ids with one BOS, even if the prompt's text begins with it, and one EOS if the completion ended, else
@@ -356,11 +375,6 @@ def _no_tokenizer(name: str) -> str:
 
 def _not_one_label(name: str, actual: Any) -> str:
     return f"Reward model `{name}` must have a head with one label (num_labels=1); it has {actual}."
-
-
-def _text(prompt: Prompt, completion: Completion) -> str:
-    assert isinstance(prompt.content, str)
-    return prompt.content + completion.text
 
 
 @contextmanager

@@ -9,7 +9,13 @@ import pytest
 from online_dpo.cli.runfile.references import load_reference, parse_reference
 from online_dpo.cli.runfile.run_config import RunConfig
 from online_dpo.cli.runfile.run_file import looks_like_path, plan_run
+from support.checkpoint_folders import whole_checkpoint
 from support.plans import GOOD, problems_of, write
+
+SO = (
+    "Leave `resume_from_checkpoint` out to start a run, or give `auto`, which starts one if there is no checkpoint and "
+    "resumes it if there is."
+)
 
 
 @pytest.mark.smoke
@@ -61,7 +67,7 @@ on: 1
         "`rewards.py:reward`.",
         "run.yaml:5: `reward_funcs` 'no_such_package.x:f': there is no module `no_such_package`.",
         "run.yaml:7: `dataset_limit` is 0; wanted: 1 or more.",
-        "run.yaml:9: `resume_from_checkpoint`: trainer_output holds no checkpoint.",
+        f"run.yaml:9: `resume_from_checkpoint`: trainer_output holds no checkpoint. {SO}",
         "run.yaml:6: `eval_strategy` needs prompts to evaluate on. Give `dataset_test_split` or `eval_dataset_name`.",
     ]
     write(run_file, text.replace("max_steps: ten\nmax_steps: 10\n", ""))
@@ -123,7 +129,8 @@ def test_names_of_the_hub_are_no_paths() -> None:
 def test_resuming(folder: Path) -> None:
     fields = {**GOOD, "resume_from_checkpoint": True}
     run_file = write(folder / "run.yaml", fields)
-    assert problems_of(run_file) == [f"{run_file}:5: `resume_from_checkpoint`: out holds no checkpoint."]
+    assert problems_of(run_file) == [f"{run_file}:5: `resume_from_checkpoint`: out holds no checkpoint. {SO}"]
+    assert plan_run(run_file, ["--resume_from_checkpoint", "auto"]).training["resume_from_checkpoint"] == "auto"
     assert problems_of(run_file, "--resume_from_checkpoint", "out/checkpoint-3") == [
         "command line: `resume_from_checkpoint`: there is no folder out/checkpoint-3."
     ]
@@ -132,10 +139,20 @@ def test_resuming(folder: Path) -> None:
         "command line: `resume_from_checkpoint`: out is no checkpoint of a run (no trainer_state.json). It holds "
         "checkpoint-3: give one of them."
     ]
-    (folder / "out" / "checkpoint-3" / "trainer_state.json").touch()
+    (folder / "out" / "checkpoint-3").rmdir()
+    made = whole_checkpoint(folder / "out", 3)
     assert plan_run(run_file, []).training["resume_from_checkpoint"] is True
     given = plan_run(run_file, ["--resume_from_checkpoint", "out/checkpoint-3"]).training["resume_from_checkpoint"]
     assert given == "out/checkpoint-3"
+    assert problems_of(run_file, "--target_kl", "6") == [
+        f"{run_file}:5: `resume_from_checkpoint`: out holds no checkpoint to resume from: not from checkpoint-3: "
+        "beta.json is missing: beta, which `target_kl` adapts."
+    ]
+    (made / "optimizer.pt").write_text("cut")
+    assert problems_of(run_file, "--resume_from_checkpoint", "out/checkpoint-3") == [
+        "command line: `resume_from_checkpoint`: out/checkpoint-3 cannot be resumed from: optimizer.pt has 3 bytes, "
+        "not the 12 that were written."
+    ]
 
 
 def test_references_to_modules_are_not_imported_when_checked(folder: Path) -> None:

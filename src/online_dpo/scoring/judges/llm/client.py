@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import os
+import math
 import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
@@ -13,12 +12,23 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
+from online_dpo.config.endpoints import read_key
 from online_dpo.config.llm_judge import JudgeSettings
-from online_dpo.errors import FeedbackStopped, error_text
+from online_dpo.errors import FeedbackStopped, error_text, one_line
 from online_dpo.scoring.accounting import JudgeStatistics
-from online_dpo.scoring.judges.llm.prompts import TokenChoice
+from online_dpo.scoring.judges.llm.prompts import LONG_ANSWER, TokenChoice
 from online_dpo.scoring.judges.llm.rate_limit import Budget, RateLimiter
 from online_dpo.scoring.retries import BUSY, FIRST_PAUSE, LONGEST_PAUSE
+from online_dpo.scoring.service import (
+    LONGEST_ANSWER,
+    AnswerRejected,
+    clean_cause,
+    client_options,
+    finite_number,
+    parse_json,
+    redirect_to,
+    without_surrogates,
+)
 
 if TYPE_CHECKING:
     from openai import APIStatusError, AsyncOpenAI
@@ -29,7 +39,9 @@ logger = logging.getLogger(__name__)
 REFUSED = (401, 402, 404)  # no key, no money, no such model: no question will be answered
 NO_LOGPROBS = (400, 422)  # statuses of an endpoint that does not support log-probabilities
 TOP_LOGPROBS = 20
-LONGEST_CAUSE = 300  # characters
+BYTES_A_TOKEN = 1 << 13  # of an answer with the log-probabilities of its tokens, beside `LONGEST_ANSWER`
+MOST_LOGPROB = 0.05  # what rounding may add to a probability of 1
+MOST_TOKENS = 10**9  # a larger count of tokens is no count
 NO_KEY = "none"  # sent to an endpoint that needs no key
 
 
@@ -128,8 +140,8 @@ class ChatEndpoint:
             with _suspended(limit):
                 await stack.enter_async_context(self._budget.reserve(self._settings.cost(input_estimate, max_tokens)))
                 entry = await self._limiter.acquire(input_estimate + max_tokens)
-            text = await self._request(self._body(question, max_tokens, temperature))
-            reply = _read_reply(text, question, self._settings.base_url)
+            content = await self._request(self._body(question, max_tokens, temperature))
+            reply = _read_reply(content, question, self._settings.base_url)
             entry.tokens = reply.input_tokens + reply.output_tokens
             cost = self._settings.cost(reply.input_tokens, reply.output_tokens)
             self._budget.spent += cost
@@ -141,7 +153,7 @@ class ChatEndpoint:
     def _body(self, question: str, max_tokens: int, temperature: float) -> dict[str, Any]:
         body: dict[str, Any] = {
             "model": self._settings.model,
-            "messages": [{"role": "user", "content": question}],
+            "messages": [{"role": "user", "content": without_surrogates(question)}],
             "max_tokens": max_tokens,
             "temperature": temperature,
         }
@@ -150,8 +162,8 @@ class ChatEndpoint:
         body |= self._settings.extra or {}
         return {name: value for name, value in body.items() if value is not None}
 
-    async def _request(self, body: dict[str, Any]) -> str:
-        """Send a request and return the text of the response."""
+    async def _request(self, body: dict[str, Any]) -> bytes:
+        """Send a request and return the content of the answer."""
         from openai import APIConnectionError, APIStatusError
 
         asked_logprobs = "logprobs" in body
@@ -163,20 +175,27 @@ class ChatEndpoint:
                     model=body.pop("model"), messages=body.pop("messages"), extra_body=body
                 )
                 # Not parsed by the client, which would accept any JSON, and any text, as a reply.
-                return response.http_response.text
+                return response.http_response.content
         except TimeoutError:
             raise _TemporaryFailure(
                 f"no reply within `request_timeout`, {self._settings.request_timeout:g} s"
             ) from None
         except APIStatusError as error:
             raise self._status_error(error, asked_logprobs) from None
-        except APIConnectionError as error:
-            cause = f"no connection to {self._settings.base_url}: {error_text(error.__cause__ or error)}"
-            raise _TemporaryFailure(self._clean(cause)) from None
+        except (APIConnectionError, AnswerRejected, OSError, ValueError) as error:
+            cause = error.__cause__ if isinstance(error, APIConnectionError) and error.__cause__ else error
+            what = "" if isinstance(cause, AnswerRejected) else f"no connection to {self._settings.base_url}: "
+            raise _TemporaryFailure(self._clean(what + error_text(cause))) from None
 
     def _status_error(self, error: APIStatusError, asked_logprobs: bool) -> Exception:
         """The exception for a response with an error status. Log-probabilities are switched off if not supported."""
         status = error.status_code
+        if 300 <= status < 400:
+            where = redirect_to(error.response.headers.get("location"))
+            return FeedbackStopped(
+                f"The judge's endpoint {self._settings.base_url} answers with {where}. Give the address that judges as "
+                "`base_url`."
+            )
         cause = self._clean(f"status {status}: {error.message}")
         if status in NO_LOGPROBS and asked_logprobs and "logprobs" in error.message:
             if self._asks_logprobs:
@@ -191,22 +210,19 @@ class ChatEndpoint:
         return QuestionFailed(cause)
 
     def _clean(self, text: str) -> str:
-        """A cause in one line of at most `LONGEST_CAUSE` characters, with the key hidden."""
-        if self._client.api_key != NO_KEY:
-            text = text.replace(self._client.api_key, "***")
-        return " ".join(text.split())[:LONGEST_CAUSE]
+        return clean_cause(text, None if self._client.api_key == NO_KEY else self._client.api_key)
 
 
 def _client(settings: JudgeSettings) -> AsyncOpenAI:
     from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
+    longest = LONGEST_ANSWER + BYTES_A_TOKEN * (settings.max_tokens or LONG_ANSWER)
     return AsyncOpenAI(
-        api_key=os.environ.get(settings.api_key_env) or NO_KEY,
+        api_key=read_key(settings.api_key_env) or NO_KEY,
         base_url=settings.base_url,
         max_retries=0,
         timeout=settings.request_timeout,
-        # A proxy from the environment must not be used for an endpoint in the user's own network.
-        http_client=DefaultAsyncHttpxClient(trust_env=not settings.is_local),
+        http_client=DefaultAsyncHttpxClient(**client_options(settings.base_url, longest)),
     )
 
 
@@ -242,36 +258,66 @@ def _retry_after(header: str | None) -> float | None:
     if header is None:
         return None
     try:
-        return max(float(header), 0.0) or None
+        seconds = float(header)
     except ValueError:
-        pass
-    try:
-        return max(parsedate_to_datetime(header).timestamp() - time.time(), 0.0) or None
-    except ValueError:
-        return None
+        try:
+            seconds = parsedate_to_datetime(header).timestamp() - time.time()
+        except (ValueError, OverflowError):  # no date, or none that the clock knows
+            return None
+    return seconds if seconds > 0 else None  # nan is not
 
 
-def _read_reply(text: str, question: str, address: str) -> Reply:
-    """Parse the text of a response. Token counts that it does not have are estimated from lengths.
+def _read_reply(content: bytes, question: str, address: str) -> Reply:
+    """Parse the content of a response. Token counts that it does not have are estimated from lengths.
 
     Raises:
-        _TemporaryFailure: the text is not a chat completion. Proxies send such texts while an endpoint starts or stops.
+        _TemporaryFailure: it is not a chat completion. Proxies send such answers while an endpoint starts or stops.
     """
     try:
-        body = json.loads(text)
+        body = parse_json(content)
         choice = body["choices"][0]
-        content = choice["message"]["content"] or ""
+        text = choice["message"]["content"] or ""
+        if not isinstance(text, str):
+            raise TypeError("the content of a message is a text")
         tokens = (choice.get("logprobs") or {}).get("content") or []
-        choices = [_token_choice(token) for token in tokens]
         usage = body.get("usage") or {}
-        input_tokens = usage.get("prompt_tokens", len(question) // 4)
-        output_tokens = usage.get("completion_tokens", len(content) // 4 + 1)
-        return Reply(content, choices, int(input_tokens), int(output_tokens))
+        return Reply(
+            without_surrogates(text),
+            [_token_choice(token) for token in tokens],
+            _count(usage.get("prompt_tokens"), len(question) // 4),
+            _count(usage.get("completion_tokens"), len(text) // 4 + 1),
+        )
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        raise _TemporaryFailure(f"no chat completion from {address}, but {' '.join(text.split())[:80]!r}") from None
+        shown = one_line(content[:1000].decode(errors="replace"), 80)
+        raise _TemporaryFailure(f"no chat completion from {address}, but {shown!r}") from None
+
+
+def _count(given: Any, estimate: int) -> int:
+    """A number of tokens; the estimate if there is none, or something that is none."""
+    is_count = isinstance(given, int) and not isinstance(given, bool) and 0 <= given <= MOST_TOKENS
+    return given if is_count else estimate
 
 
 def _token_choice(token: dict[str, Any]) -> TokenChoice:
-    content = bytes(token["bytes"]) if token.get("bytes") is not None else token["token"].encode()
-    top = {other["token"]: float(other["logprob"]) for other in token.get("top_logprobs") or []}
-    return TokenChoice(content, {token["token"]: float(token["logprob"]), **top})
+    """One token of an answer.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: it has another form, or numbers that are no log-probabilities.
+    """
+    written, given = token["token"].encode("utf-8", "replace"), token.get("bytes")
+    if not isinstance(given, list | None):
+        raise TypeError("the bytes of a token are a list")  # `bytes(10**12)` would be a terabyte of zeros
+    top = {other["token"]: _logprob(other["logprob"]) for other in token.get("top_logprobs") or []}
+    return TokenChoice(written if given is None else bytes(given), {token["token"]: _logprob(token["logprob"]), **top})
+
+
+def _logprob(value: Any) -> float:
+    """A log-probability, which may be above 0 by rounding, and -inf.
+
+    Raises:
+        ValueError: the value is none.
+    """
+    number = -math.inf if value == -math.inf else finite_number(value)
+    if number is None or number > MOST_LOGPROB:
+        raise ValueError("no log-probability")
+    return number

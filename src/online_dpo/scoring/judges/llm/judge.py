@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Awaitable, Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from weakref import WeakValueDictionary
 
 from online_dpo.config.llm_judge import JudgeSettings
@@ -21,9 +21,9 @@ from online_dpo.scoring.judges.llm.client import ChatEndpoint, QuestionFailed
 from online_dpo.scoring.judges.llm.prompts import GENERAL_RUBRIC, Verdict, load_template, prompt_text, read_verdict
 from online_dpo.scoring.judges.llm.rate_limit import Budget, RateLimiter
 from online_dpo.scoring.protocols import Counts, check_comparisons
+from online_dpo.scoring.service import gather
+from online_dpo.scoring.special_tokens import without_chat_marks
 from online_dpo.types import Group
-
-T = TypeVar("T")
 
 COUNTS = ("requests", "cached", "failed", "unparsable", "input_tokens", "output_tokens", "cost", "seconds")
 
@@ -76,7 +76,7 @@ class LLMJudge(PreferenceJudge):
         distinct = list(dict.fromkeys(texts))
         started = time.perf_counter()
         try:
-            answers = wait_for(submit(_gather(self._compare(*text) for text in distinct)))
+            answers = wait_for(submit(gather(self._compare(*text) for text in distinct)))
         except FeedbackStopped:
             wait_for(submit(self._finish_in_flight()))
             raise
@@ -84,6 +84,13 @@ class LLMJudge(PreferenceJudge):
             self._statistics.add("seconds", time.perf_counter() - started)
         preferences = dict(zip(distinct, answers, strict=True))
         return [preferences[text] for text in texts]
+
+    def identity(self) -> dict[str, Any]:
+        """Returns the settings that change answers; not where the model is served, nor how fast or dear it is."""
+        settings = self.settings
+        names = ("model", "order", "inconsistent", "logprobs", "votes", "revotes", "temperature", "vote_temperature")
+        of_answers = {name: getattr(settings, name) for name in (*names, "max_tokens", "template", "extra")}
+        return {**of_answers, "rubric": self._rubric}
 
     @property
     def is_fair(self) -> bool:
@@ -115,7 +122,7 @@ class LLMJudge(PreferenceJudge):
         swapped = self._orders(prompt, first, second)
         temperature = self.settings.temperature if self.settings.votes == 1 else self.settings.vote_temperature
         vote_numbers = range(self.settings.votes)
-        votes = await _gather(
+        votes = await gather(
             self._collect_votes(prompt, *_presented(first, second, swap), vote_numbers, temperature) for swap in swapped
         )
         if not all(votes):
@@ -140,7 +147,7 @@ class LLMJudge(PreferenceJudge):
         for number in range(self.settings.votes, self.settings.votes + self.settings.revotes):
             if _agree(_preferences(votes, swapped)):
                 break
-            new_votes = await _gather(
+            new_votes = await gather(
                 self._collect_votes(
                     prompt, *_presented(first, second, swap), range(number, number + 1), self.settings.vote_temperature
                 )
@@ -163,7 +170,7 @@ class LLMJudge(PreferenceJudge):
         verdict = await self._vote(prompt, first, second, numbers[0], temperature)
         if verdict is not None and verdict.final:
             return [verdict]
-        others = await _gather(self._vote(prompt, first, second, number, temperature) for number in numbers[1:])
+        others = await gather(self._vote(prompt, first, second, number, temperature) for number in numbers[1:])
         return [vote for vote in (verdict, *others) if vote is not None]
 
     async def _vote(self, prompt: str, first: str, second: str, number: int, temperature: float) -> Verdict | None:
@@ -183,7 +190,7 @@ class LLMJudge(PreferenceJudge):
                 self._statistics.add("cached")
             else:
                 async with self._connected().slots:
-                    question = template.fill(rubric, prompt, first, second)
+                    question = template.fill(rubric, prompt, without_chat_marks(first), without_chat_marks(second))
                     answer = await self._shielded(self._ask_and_cache(key, question, temperature))
         if answer is None:
             return None
@@ -196,8 +203,13 @@ class LLMJudge(PreferenceJudge):
         """The answer to a question that goes on when this one is cancelled (see `_finish_in_flight`)."""
         task = asyncio.ensure_future(question)
         self._in_flight.add(task)
-        task.add_done_callback(self._in_flight.discard)
+        task.add_done_callback(self._landed)
         return await asyncio.shield(task)
+
+    def _landed(self, task: asyncio.Future[Answer | None]) -> None:
+        self._in_flight.discard(task)
+        if not task.cancelled():
+            task.exception()  # looked at: asyncio prints the traceback of an error that nobody waits for any more
 
     async def _ask_and_cache(self, key: str, question: str, temperature: float) -> Answer | None:
         answer = await self._ask(question, temperature)
@@ -260,7 +272,7 @@ def stands_first(prompt: str, one: str, other: str) -> bool:
 
 
 def _digest(prompt: str, text: str) -> bytes:
-    return hashlib.sha256(f"{len(prompt)}:{prompt}{text}".encode()).digest()
+    return hashlib.sha256(f"{len(prompt)}:{prompt}{text}".encode("utf-8", "surrogatepass")).digest()
 
 
 def _presented(first: str, second: str, swapped: bool) -> tuple[str, str]:
@@ -282,16 +294,6 @@ def _contradict(preferences: Sequence[float]) -> bool:
 
 def _agree(preferences: Sequence[float]) -> bool:
     return min(preferences) > 0.5 or max(preferences) < 0.5
-
-
-async def _gather(coroutines: Iterable[Awaitable[T]]) -> list[T]:
-    """Run coroutines at the same time and return all results. The first error, or an interruption, cancels them."""
-    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
 
 
 def _rubric(settings: JudgeSettings) -> str:

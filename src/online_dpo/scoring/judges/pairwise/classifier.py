@@ -17,6 +17,7 @@ from online_dpo.modeling.known_tokens import embedding_rows
 from online_dpo.scoring.judges.llm.prompts import Template, prompt_text
 from online_dpo.scoring.judges.pairwise.reader import Text, device_of, padded, tokenised
 from online_dpo.scoring.rewards.model import longest_text, overridden
+from online_dpo.scoring.special_tokens import SpecialTokens
 from online_dpo.types import Group
 
 TEMPLATE = "Request: {prompt}\n\nFirst answer: {first}\n\nSecond answer: {second}"
@@ -39,6 +40,7 @@ class PairwiseClassifier:
             raise ValueError(f"A pairwise model's head must have one or two labels; this one has {config.num_labels}.")
         self.model = model
         self.tokenizer = tokenizer
+        self._special_tokens = SpecialTokens(tokenizer)
         self._template = Template("", template, max_tokens=0)
         self._config = config.get_text_config()
         self.max_tokens = longest_text(model, tokenizer)
@@ -49,10 +51,9 @@ class PairwiseClassifier:
 
     def token_ids(self, comparisons: Sequence[Group]) -> list[Text]:
         """The token ids of each comparison in the template."""
+        as_text = self._special_tokens.as_text
         texts = [
-            self._template.fill(
-                "", prompt_text(comparison.prompt), *(completion.text for completion in comparison.completions)
-            )
+            self._template.fill("", prompt_text(comparison.prompt), *(as_text(c.text) for c in comparison.completions))
             for comparison in comparisons
         ]
         return [tuple(ids) for ids in tokenised(self.tokenizer, texts)]

@@ -9,6 +9,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from transformers import (
 from online_dpo.config.pairwise_judge import LETTERS, PAIRRM, check_options, kind_of_class, pairwise_kind
 from online_dpo.foreign import among_rows, at_row, foreign, loading
 from online_dpo.modeling.borrowing import eval_mode
+from online_dpo.modeling.fingerprint import weights_fingerprint
 from online_dpo.modeling.known_tokens import check_known, check_tokenizer, embedding_rows
 from online_dpo.scoring.accounting import JudgeStatistics
 from online_dpo.scoring.judges.base import PreferenceJudge
@@ -32,6 +34,7 @@ from online_dpo.scoring.judges.pairwise.letters import LetterReader
 from online_dpo.scoring.judges.pairwise.reader import PairwiseReader, Text
 from online_dpo.scoring.protocols import Counts, check_comparisons, one_at_a_time
 from online_dpo.scoring.rewards.model import last_part
+from online_dpo.scoring.time_limit import call_in_time
 from online_dpo.types import Group
 
 
@@ -89,9 +92,14 @@ class PairwiseModelJudge(PreferenceJudge):
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.reader: PairwiseReader = _classes(kind)[1](model, tokenizer, **options)
+        self._options = options
         self._known_tokens = embedding_rows(model)
         self.last_failure = ""
         self._statistics = JudgeStatistics(("too_long", "failed", "seconds"))
+
+    def identity(self) -> dict[str, Any]:
+        """Returns the fingerprint of the model's weights, and the options of how it is asked."""
+        return {"weights": weights_fingerprint(self.model), **self._options}
 
     @classmethod
     def load(cls, path: str, device: str | torch.device = "cpu", **options: Any) -> PairwiseModelJudge:
@@ -127,10 +135,11 @@ class PairwiseModelJudge(PreferenceJudge):
         check_comparisons(comparisons)
         started = time.perf_counter()
         longest = self.reader.max_tokens
-        errors_named = foreign(f"Judge `{self.name}`", lambda: among_rows(comparisons))
-        with one_at_a_time, errors_named, eval_mode(self.model):
+        who, rows = f"Judge `{self.name}`", partial(among_rows, comparisons)
+        with one_at_a_time, foreign(who, rows), eval_mode(self.model):
             texts = [text for comparison in comparisons for text in self._both_orders(comparison)]
-            p_first = self._probabilities([text for text in dict.fromkeys(texts) if len(text) <= longest])
+            readable = [text for text in dict.fromkeys(texts) if len(text) <= longest]
+            p_first = call_in_time(partial(self._probabilities, readable), who, rows)
         by_order = [p_first.get(text) for text in texts]
         pairs = list(zip(by_order[::2], by_order[1::2], strict=True))
         self._count_failures(

@@ -17,6 +17,7 @@ from online_dpo.scoring.judges.llm.prompts import Template, prompt_text
 from online_dpo.scoring.judges.pairwise.reader import Text, device_of, padded, tokenised
 from online_dpo.scoring.protocols import chat_messages
 from online_dpo.scoring.rewards.model import longest_text
+from online_dpo.scoring.special_tokens import SpecialTokens
 from online_dpo.types import Group, Prompt
 
 RLHFLOW = "[CONTEXT] {prompt} [RESPONSE A] {first} [RESPONSE B] {second} \n"
@@ -49,6 +50,7 @@ class LetterReader:
             )
         self.model = model
         self.tokenizer = tokenizer
+        self._special_tokens = SpecialTokens(tokenizer)
         self.max_tokens = longest_text(model, tokenizer)
         self._published = template is None
         self._template = Template("", template or RLHFLOW, max_tokens=0)
@@ -76,7 +78,8 @@ class LetterReader:
 
     def _question(self, comparison: Group) -> str:
         prompt = _turns(comparison.prompt) if self._published else prompt_text(comparison.prompt)
-        return self._template.fill("", prompt, *(completion.text for completion in comparison.completions))
+        answers = (self._special_tokens.as_text(completion.text) for completion in comparison.completions)
+        return self._template.fill("", prompt, *answers)
 
     def _in_chat(self, question: str) -> str:
         text = self.tokenizer.apply_chat_template(

@@ -15,6 +15,7 @@ from transformers import DebertaV2Model, DebertaV2PreTrainedModel, PreTrainedTok
 
 from online_dpo.scoring.judges.llm.prompts import prompt_text
 from online_dpo.scoring.judges.pairwise.reader import Text, device_of, padded, tokenised
+from online_dpo.scoring.special_tokens import SpecialTokens
 from online_dpo.types import Group
 
 MARKS = {"source_prefix_id": "<|source|>", "cand1_prefix_id": "<|candidate1|>", "cand2_prefix_id": "<|candidate2|>"}
@@ -86,17 +87,16 @@ class PairRMReader:
                 )
         self.model = model
         self.tokenizer = tokenizer
+        self._special_tokens = SpecialTokens(tokenizer)
         self.max_tokens = max_tokens
 
     def token_ids(self, comparisons: Sequence[Group]) -> list[Text]:
         """The token ids of each comparison, its three parts one after the other."""
-        parts = [
-            mark + text
-            for comparison in comparisons
-            for mark, text in zip(
-                MARKS.values(), (prompt_text(comparison.prompt), *(c.text for c in comparison.completions)), strict=True
-            )
-        ]
+        parts = []
+        for comparison in comparisons:
+            answers = (self._special_tokens.as_text(completion.text) for completion in comparison.completions)
+            texts = (prompt_text(comparison.prompt), *answers)
+            parts += [mark + text for mark, text in zip(MARKS.values(), texts, strict=True)]
         ids = iter(tokenised(self.tokenizer, parts))
         return [(*source, *first, *second) for source, first, second in zip(ids, ids, ids, strict=True)]
 

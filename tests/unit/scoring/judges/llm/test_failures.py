@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import pickle
 import time
@@ -160,7 +161,12 @@ def test_a_key_is_needed_outside_ones_own_network_only(monkeypatch):
         ({"max_failure_share": 2.0}, "between 0 and 1"),
         ({"base_url": "localhost:8000"}, "must begin with http"),
         ({"base_url": f"https://me:{KEY}@example.org/v1"}, "holds a user name"),
-        ({"base_url": f"https://example.org/v1?key={KEY}"}, "holds a user name, password or query"),
+        ({"base_url": f"https://example.org/v1?key={KEY}"}, "holds a user name, a password or a key"),
+        ({"base_url": "https://example.org/v1?version=2"}, "holds a query"),
+        ({"base_url": "http://host:99999/v1"}, "is no address"),
+        ({"base_url": "http://[::1/v1"}, "is no address"),
+        ({"api_key_env": KEY}, "`api_key_env` is not the name of an environment variable"),
+        ({"extra": {"headers": {"X-Api-Key": KEY}}}, "`extra` holds `X-Api-Key`. Put the key into"),
         ({"rubric": "r", "rubric_file": "f"}, "not both"),
         ({"template": "nowhere.txt"}, "there is no file 'nowhere.txt'"),
     ],
@@ -194,3 +200,17 @@ def test_extra_fields_of_the_request():
     body = endpoint.seen[0].body
     assert body.keys() == {"model", "messages", "temperature", "max_completion_tokens", "seed"}
     assert (body["max_completion_tokens"], body["seed"]) == (50, 3)
+
+
+def test_questions_that_nobody_waits_for_any_more_print_no_traceback(caplog):
+    """asyncio logs errors of tasks that nobody has looked at, once they are collected."""
+    delays = [0.0, 0.05, 0.1, 0.2]
+    with serving(lambda body, number: error(401, "bad key", code=None) if number else says("A")) as endpoint:
+        for delay in delays:
+            judge = judge_of(endpoint, concurrency=4)
+            with pytest.raises(FeedbackStopped, match="bad key"):
+                judge.prefer(comparisons(20))
+            time.sleep(delay)
+            del judge
+            gc.collect()
+    assert not [record for record in caplog.records if record.name == "asyncio"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from online_dpo.scoring.judge_registry import pairwise_scorer
@@ -100,7 +102,8 @@ def test_conversations_are_shown_with_their_roles(content, text):
     with serving(longer_wins) as endpoint:
         judge_of(endpoint, order="given").prefer([comparison("{prompt}", "b", prompt=content)])
     question = endpoint.seen[0].body["messages"][0]["content"]
-    assert f"<<<REQUEST\n{text}\nREQUEST>>>" in question and shown(endpoint.seen[0].body) == ("{prompt}", "b")
+    assert re.search(rf"<<<REQUEST (\w+)\n{re.escape(text)}\nREQUEST \1>>>", question)
+    assert shown(endpoint.seen[0].body) == ("{prompt}", "b")
 
 
 # votes ----------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from online_dpo.scoring.accounting import JudgeStatistics
 from online_dpo.scoring.event_loop import submit, wait_for
 from online_dpo.scoring.judges.llm import cache as judge_cache
 from online_dpo.scoring.judges.llm.client import ChatEndpoint
-from online_dpo.scoring.judges.llm.judge import LLMJudge
 from online_dpo.scoring.judges.llm.rate_limit import Budget, RateLimiter
 from support.endpoint import comparison, comparisons, error, says, serving, shown
 from support.llm_judges import always_a, judge_of, longer_wins
@@ -67,13 +66,6 @@ def test_processes_share_a_cache(tmp_path):
     kept = [cache.get(str(number)) for number in range(300)]
     assert [answer.p_first for answer in kept if answer] == [number / 300 for number in range(300)]
     assert all(cache.get(f"{name} {number}") is not None for name in "pqr" for number in range(300))
-
-
-def test_a_file_that_is_no_cache(tmp_path):
-    path = tmp_path / "cache.sqlite3"
-    path.write_text("something else, and long enough to be read as a header of a database" * 20)
-    with pytest.raises(ValueError, match="`cache`: .* cannot be used"):
-        LLMJudge(model="m", base_url="http://localhost:1/v1", cache=str(path))
 
 
 # limits ---------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,86 @@
+"""What has been collected since the last log, as a part of checkpoints: a resumed run logs every step once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from online_dpo.checkpoints.codec import read_json, write_json
+from online_dpo.training.metric_store import MetricStore, Snapshot
+
+
+@dataclass(frozen=True)
+class SinceLastLog:
+    """What a checkpoint holds: what this rank has collected since the last log, and the seconds since then."""
+
+    sums: Mapping[str, float]
+    counts: Mapping[str, float]
+    totals: Mapping[str, float]
+    largest: Mapping[str, float]
+    seconds: float
+
+
+class LogState(TrainerCallback):
+    """Keeps the metrics of the steps that are done apart from those of a step that may fail.
+
+    ``last_log`` is the time of the last log.
+    """
+
+    FILE = "metrics-{rank}.json"
+
+    def __init__(self, metrics: MetricStore) -> None:
+        self._metrics = metrics
+        self.begin_run()
+
+    def begin_run(self) -> None:
+        """Start anew for a new run."""
+        self._metrics.restore(Snapshot({}, {}, {}, {}))
+        self._before_step: Snapshot | None = None
+        self.last_log = time.perf_counter()
+
+    def restart_clock(self) -> float:
+        """Return the seconds since the last log; they are counted from now on."""
+        before, self.last_log = self.last_log, time.perf_counter()
+        return self.last_log - before
+
+    def begin_step(self) -> None:
+        """Remember what belongs to the steps before."""
+        self._before_step = self._metrics.snapshot()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Count the step: it is done."""
+        self._before_step = None
+
+    def files(self, rank: int) -> Sequence[str]:
+        """Return no name: a checkpoint of an earlier version, without the file, loses part of a log only."""
+        return []
+
+    def save(self, folder: Path, rank: int) -> None:
+        """Save what was collected in the steps that are done, on every rank."""
+        now = self._before_step or self._metrics.snapshot()
+        parts = [
+            {name: float(value) for name, value in part.items()}
+            for part in (now.sums, now.counts, now.totals, now.largest)
+        ]
+        write_json(folder / self.FILE.format(rank=rank), SinceLastLog(*parts, time.perf_counter() - self.last_log))
+
+    def restore(self, folder: Path, rank: int) -> None:
+        """Go on from what `save` wrote.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        path = folder / self.FILE.format(rank=rank)
+        if not path.is_file():
+            return
+        saved = read_json(path, SinceLastLog)
+        largest = {name: torch.tensor(value, dtype=torch.float64) for name, value in saved.largest.items()}
+        self._metrics.restore(Snapshot(dict(saved.sums), dict(saved.counts), dict(saved.totals), largest))
+        self.last_log = time.perf_counter() - saved.seconds

@@ -1,0 +1,76 @@
+"""Checks that all processes of a run do the same: settings, data, models and feedback."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+from datasets import Dataset
+from torch import nn
+from transformers import TrainingArguments
+
+from online_dpo.distributed.collectives import check_same
+from online_dpo.modeling.fingerprint import weights_fingerprint
+from online_dpo.modeling.reference import Reference
+from online_dpo.scoring.protocols import PairwiseScorer, PointwiseScorer
+
+OF_PROCESS = ("output_dir", "logging_dir", "run_name", "local_rank", "log_level", "log_level_replica", "disable_tqdm")
+"""Fields that may differ: they say where a process writes and what it shows."""
+
+PACKAGES = ("online-dpo", "torch", "transformers", "accelerate")
+ROWS = 16
+"""How many rows of a dataset stand for all of them."""
+
+
+def check_same_settings(args: TrainingArguments) -> None:
+    """Checks the configuration and the versions of packages. A collective operation.
+
+    Raises:
+        ValueError: on every rank, if one has another value in any field.
+    """
+    settings = {name: _text(value) for name, value in args.to_dict().items() if name not in OF_PROCESS}
+    check_same(settings, "settings")
+    check_same({name: version(name) for name in PACKAGES} | {"python": platform.python_version()}, "packages")
+
+
+def check_same_data(datasets: Mapping[str, Any]) -> None:
+    """Checks datasets by their number of rows and some of these; a stream cannot be checked. A collective operation.
+
+    Raises:
+        ValueError: on every rank, if one has other data.
+    """
+    facts: dict[str, Any] = {}
+    for name, dataset in datasets.items():
+        if isinstance(dataset, Dataset):
+            facts[f"rows of {name}"] = len(dataset)
+            places = range(0, len(dataset), max(1, len(dataset) // ROWS))
+            facts[f"text of {name}"] = _hash(repr([dataset[place] for place in places]).encode())
+    check_same(facts, "data")
+
+
+def check_same_models(
+    policy: nn.Module, reference: Reference, sources: Sequence[PointwiseScorer | PairwiseScorer]
+) -> None:
+    """Checks policy and reference by their weights, and scorers and judge by their names. A collective operation. DDP
+    would give all ranks the first one's policy, but not its reference.
+
+    Raises:
+        ValueError: on every rank, if one has another model or scorer.
+    """
+    facts = {"policy": weights_fingerprint(policy), "scorers": ", ".join(source.name for source in sources)}
+    if reference.model is not None:
+        facts["reference"] = weights_fingerprint(reference.model)
+    check_same(facts, "models and scorers")
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:12]
+
+
+def _text(value: Any) -> str:
+    text = re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # where an object lies differs from process to process
+    return text if len(text) <= 60 else f"{text[:40]}... {_hash(text.encode())}"

@@ -1,0 +1,54 @@
+"""Which fields make a run another run, and how differences are told."""
+
+import dataclasses
+
+from online_dpo.checkpoints.identity import NOT_COMPARED, compared_options, differences, gone_on_anyway
+from online_dpo.config.trainer_config import OnlineDPOConfig
+
+COMPARED_FIELDS = """
+    per_device_train_batch_size learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim
+    optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon optim_target_modules gradient_accumulation_steps
+    average_tokens_across_devices max_grad_norm label_smoothing_factor bf16 fp16 bf16_full_eval fp16_full_eval
+    tf32 use_liger_kernel liger_kernel_config neftune_noise_alpha auto_find_batch_size metric_for_best_model
+    greater_is_better full_determinism seed data_seed accelerator_config parallelism_config dataloader_drop_last
+    remove_unused_columns label_names train_sampling_strategy length_column_name fsdp fsdp_config deepspeed
+    num_completions max_new_tokens max_length max_prompt_length truncate_prompts temperature top_p top_k min_p
+    repetition_penalty generation_kwargs max_staleness prompt_column prompt_template chat_template_kwargs
+    reward_weights reward_normalization missing_eos_penalty length_penalty judge_top pair_selection min_margin
+    max_margin max_length_ratio margin_weighting label_temperature tie_policy resample_rounds beta loss_type
+    loss_weights label_smoothing simpo_gamma dpop_lambda use_weighting reference_free sync_ref_model
+    ref_model_mixup_alpha ref_model_sync_steps disable_dropout method xpo_alpha mixture_coef target_kl beta_gain
+    beta_range vllm_structured_outputs_regex skipped_step_lr_factor skipped_step_lr_recovery
+"""
+"""Fields that change what is computed. A new field goes here, or into `NOT_COMPARED`."""
+COMPARED = set(COMPARED_FIELDS.split())
+
+
+def test_every_field_is_compared_or_known_not_to_change_what_is_computed():
+    fields = {field.name for field in dataclasses.fields(OnlineDPOConfig) if field.init}
+    assert not COMPARED & NOT_COMPARED
+    assert fields - COMPARED - NOT_COMPARED == set(), "decide for each new field: does it change what is computed?"
+    assert fields >= COMPARED
+
+
+def test_the_options_that_are_compared_are_json_without_secrets(tmp_path):
+    args = OnlineDPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], hub_token="hf_secret", beta=[0.1, 0.2])
+    options = compared_options(args.to_dict())
+    assert options["beta"] == [0.1, 0.2] and options["lr_scheduler_type"] == "linear" and options["seed"] == 42
+    assert "hf_secret" not in str(options) and str(tmp_path) not in str(options)
+
+
+def test_differences_are_named_with_both_values():
+    saved = {"seed": 0, "beta": [0.1], "peft_config": {"r": 4, "bias": "none"}, "gone": 1, "template": "x" * 200}
+    own = {"seed": 0, "beta": 0.1, "peft_config": {"r": 8, "bias": "none", "new": 1}, "added": 2, "template": None}
+    assert differences(saved, own) == [
+        "beta: checkpoint has [0.1], this run has 0.1",
+        "peft_config.r: checkpoint has 4, this run has 8",
+        f"template: checkpoint has {'x' * 77}..., this run has null",
+    ]
+
+
+def test_a_run_that_goes_on_anyway_is_told_what_the_optimizer_decides(tmp_path):
+    said = gone_on_anyway(tmp_path, ["seed: a", "learning_rate: b", "weight_decay: c"])
+    assert "The optimizer's state in it decides learning_rate, weight_decay." in said
+    assert "optimizer" not in gone_on_anyway(tmp_path, ["seed: a"])

@@ -1,0 +1,113 @@
+"""What two watches know of each other through a store; stopped and killed processes: `tests/faults/cases_ranks.py`."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from datetime import timedelta
+
+import pytest
+from torch.distributed import PrefixStore, TCPStore
+
+from online_dpo.distributed import rank_watch
+from online_dpo.distributed.rank_watch import RankWatch, explained
+from online_dpo.distributed.waiting import Waits
+from online_dpo.errors import RankLostError, ScoringError
+
+CLOSED = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:5")
+TIMED_OUT = RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 5000ms for recv operation")
+
+
+@pytest.fixture
+def store():
+    return PrefixStore("test", TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=5), wait_for_workers=False))
+
+
+@contextmanager
+def watches(store, *ranks, size=2, **options):
+    made = [RankWatch(store, rank, size, 5, None, waits=Waits(60, print), **options) for rank in ranks]
+    for watch in made:
+        watch.start()
+    yield made
+    for watch in made:
+        watch.close()
+    time.sleep(0.1)
+
+
+def soon(holds, seconds=8.0):
+    until = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def test_a_rank_that_hangs_in_a_function_is_named_with_its_seconds_and_its_steps(store):
+    with watches(store, 0, 1) as (first, second), second._waits.waiting_for("Reward function `f`"):
+        second.step = 12
+        soon(lambda: "for 1 s" in first.describe_others())
+        error = first.explain(TIMED_OUT)
+        assert str(error) == (
+            "Rank 1 has been in Reward function `f` for 1 s (after step 12). This process waited for `ddp_timeout`, 5 "
+            "seconds."
+        )
+        assert error.ranks == (1,) and first.missing() == []
+
+
+def test_a_rank_that_waits_for_others_is_not_to_blame(store):
+    with watches(store, 0, 1) as (first, second), second._waits.waiting_for("the other processes", on_ranks=True):
+        soon(lambda: first._seen[1].number > 1)
+        assert first.describe_others() == ""
+        error = first.explain(TIMED_OUT)
+        assert str(error).startswith("The other processes do not answer, although none of them is known to be missing")
+        assert error.ranks == ()
+
+
+def test_a_rank_that_has_failed_is_named_with_its_error(store):
+    with watches(store, 0, 1) as (first, second):
+        second.step = 3
+        soon(lambda: first._seen[1].step == 3)
+        second.tell_failure(ValueError("no\nroom."))
+        error = first.explain(CLOSED)
+        assert str(error) == "Rank 1 has failed after step 3: ValueError: no room."
+        assert error.ranks == (1,)
+
+
+def test_a_rank_that_never_began_is_named(store):
+    with watches(store, 0) as (first,):
+        error = first.explain(CLOSED)
+        assert str(error).startswith("Rank 1 has not been heard of since the start, ") and error.ranks == (1,)
+
+
+def test_a_rank_that_falls_silent_is_named_with_what_it_did(store):
+    with watches(store, 0, 1) as (first, second), second._waits.waiting_for("Judge `j`"):
+        second.step = 4
+        soon(lambda: first._seen[1].step == 4)
+        second.close()
+        start = time.monotonic()
+        error = first.explain(CLOSED)
+        assert 2.0 < time.monotonic() - start < 6.0
+        said = "(after step 4, in Judge `j`): it was stopped or killed, has ended, or its machine cannot be reached."
+        assert str(error).startswith("Rank 1 has not been heard of for ") and str(error).endswith(said)
+
+
+def test_many_missing_ranks_are_cut(store):
+    with watches(store, 0, size=6) as (first,):
+        error = first.explain(CLOSED)
+        assert str(error).count("has not been heard of") == 3 and str(error).endswith("2 more ranks are missing.")
+        assert error.ranks == (1, 2, 3, 4, 5)
+
+
+def test_ranks_read_what_others_have_written(store):
+    with watches(store, 0, 1) as (first, second):
+        assert first.get("random") is None
+        second.put("random", b"\x00\xff")
+        assert first.get("random") == b"\x00\xff"
+
+
+def test_only_errors_of_collective_operations_are_explained(store, monkeypatch):
+    assert explained(CLOSED) is CLOSED  # a single process
+    with watches(store, 0) as (first,):
+        monkeypatch.setattr(rank_watch, "_watch", first)
+        for error in (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("gloo"), ScoringError("x")):
+            assert explained(error) is error
+        assert isinstance(explained(CLOSED), RankLostError)

@@ -1,0 +1,65 @@
+"""Calls of a vLLM server that hangs, dies or answers too slowly: each ends in time, and names the server."""
+
+from __future__ import annotations
+
+import re
+import socket
+import time
+
+import pytest
+
+from online_dpo.distributed.waiting import WAITS
+from online_dpo.errors import RolloutServerError
+from online_dpo.rollout.vllm.client import VLLMClient
+from support.endpoint import Answer, error, serving
+
+BODY = {"prompt": [1, 2]}
+
+
+def fails(client, cause, seconds):
+    start = time.monotonic()
+    with pytest.raises(RolloutServerError, match=re.escape(client.url)) as caught:
+        client.call("/v1/completions", BODY)
+    took = time.monotonic() - start
+    assert cause in str(caught.value) and "`vllm_server_timeout`" in str(caught.value)
+    assert took < seconds, f"{took:.1f} s"
+
+
+def test_a_server_that_does_not_answer_is_given_up_after_the_time_out():
+    with serving(lambda body, number: Answer({}, delay=5), path="") as endpoint:
+        fails(VLLMClient(endpoint.url, timeout=0.5), "last cause: TimeoutError: timed out", seconds=0.9)
+        assert len(endpoint.seen) == 1
+
+
+def test_an_answer_that_drips_is_given_up_after_the_time_out():
+    with serving(lambda body, number: Answer({"text": "x" * 99}, drip=0.1), path="") as endpoint:
+        fails(VLLMClient(endpoint.url, timeout=0.5), "the answer takes too long to arrive", seconds=1.2)
+
+
+def test_a_server_that_is_gone_is_tried_until_the_time_out():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # nothing listens there
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        fails(VLLMClient(url, timeout=0.5), "Connection refused", seconds=1.2)
+
+
+def test_a_server_that_dies_late_has_the_whole_time_to_come_back():
+    """The time counts from when it died, not from when it was asked."""
+
+    def answer(body, number):
+        return Answer({}, 503, delay=0.7) if number == 0 else Answer({"fine": True}) if number > 2 else error(503)
+
+    with serving(answer, path="") as endpoint:
+        assert VLLMClient(endpoint.url, timeout=1.0).call("/x", BODY) == {"fine": True}
+
+
+def test_the_server_is_named_while_it_is_waited_for():
+    seen = []
+
+    def answer(body, number):
+        seen.extend(wait.who for wait in WAITS.innermost())
+        return Answer({})
+
+    with serving(answer, path="") as endpoint:
+        VLLMClient(endpoint.url, timeout=5).call("/x", BODY)
+        assert seen == [f"vLLM server {endpoint.url}"]
