@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from faults.harness import Either, Fault, OneLine, Resumes, Survived, scorer
+from faults.harness import ANY, Either, Fault, OneLine, Resumes, Survived, scorer
 from faults.injection import out_of_memory, raises
 
 SAVES = dict(max_steps=4, save_steps=2)
@@ -10,7 +10,7 @@ EVALUATES = dict(eval_dataset_name="data.jsonl", eval_strategy="steps", eval_ste
 TOLD = OneLine(1, "memory")
 PLACES = {
     "sampling": "online_dpo.rollout.builtin.engine:TransformersEngine.generate",
-    "log-probabilities": "online_dpo.modeling.logprobs:row_logprobs",
+    "log-probabilities": "online_dpo.training.objective_step:row_logprobs",
     "the loss": "online_dpo.training.trainer:OnlineDPOTrainer.compute_loss",
     "the backward pass": "torch:Tensor.backward",
     "clipping": "accelerate:Accelerator.clip_grad_norm_",
@@ -27,7 +27,7 @@ FAULTS = [
         Fault(
             "memory",
             f"once in {name}",
-            Resumes(Either(Survived(), TOLD, OneLine(2, "memory"))),
+            Resumes(Either(Survived(like=ANY), TOLD, OneLine(2, "memory"))),
             options=SAVES,
             inject=lambda child, target=target: child.at_call(
                 target, 2 if target != PLACES["loading the model"] else 1, out_of_memory()
@@ -86,8 +86,8 @@ FAULTS = [
             2,
             raises(
                 RuntimeError(
-                    "[enforce fail at alloc_cpu.cpp:114] data. DefaultCPUAllocator: can't allocate memory: you tried to "
-                    "allocate 4398046511104 bytes. Error code 12 (Cannot allocate memory)"
+                    "[enforce fail at alloc_cpu.cpp:114] data. DefaultCPUAllocator: can't allocate memory: "
+                    "you tried to allocate 4398046511104 bytes. Error code 12 (Cannot allocate memory)"
                 )
             ),
         ),

@@ -230,10 +230,4 @@ FAULTS = [
         OneLine(2, "policy", "zero"),
         prepare=edited_tensors("policy/model.safetensors", lambda ts: [t.zero_() for t in ts.values()]),
     ),
-    Fault(
-        "numbers",
-        "a learning rate that ruins the weights",
-        OneLine(1),
-        options=dict(learning_rate=100.0, max_steps=12, max_skipped_steps=2, max_grad_norm=0.0, optim="sgd"),
-    ),
 ]
