@@ -200,14 +200,14 @@ def test_ctrl_c_after_another_signal_stops_at_once(tmp_path):
 
 
 def slow_at_step(step, seconds, calls):
-    def reward(completions, trainer_state, **_):
+    def word_reward(completions, trainer_state, **_):  # the name by which checkpoints know it
         calls.append(trainer_state.global_step)
         if trainer_state.global_step == step and len(calls) == step + 1:
             signal.raise_signal(signal.SIGTERM)
             time.sleep(seconds)
         return training.word_reward(completions)
 
-    return reward
+    return word_reward
 
 
 def test_a_step_that_takes_too_long_is_dropped_and_the_resumed_run_equals_the_whole_one(tmp_path):

@@ -75,8 +75,8 @@ def _train(trainer: OnlineDPOTrainer, plan: RunPlan, words: Sequence[str], show_
         if is_interruption(error):
             raise
         # transformers and torch check some settings only when training starts
-        own = isinstance(error, OnlineDPOError) and not isinstance(error, CheckpointError)
-        is_wrong_setting = trainer.state.global_step == 0 and not own
+        is_wrong_setting = trainer.state.global_step == 0 and not isinstance(error, OnlineDPOError)
+        is_wrong_setting |= isinstance(error, CheckpointError) and trainer.steps_done.step < 0  # it cannot be resumed
         code = report_error(error, 2 if is_wrong_setting else 1, show_traceback)
         _print_checkpoint_before(trainer, words)
         return code
