@@ -8,7 +8,7 @@ import sqlite3
 from typing import Any
 
 from faults.damage import written
-from faults.harness import ANY, Either, Ending, Fault, OneLine, Resumes, Service, Survived
+from faults.harness import ANY, SECRET, Either, Ending, Fault, OneLine, Resumes, Service, Survived
 from support.endpoint import Answer, error, says, shown
 
 JUDGE = dict(
@@ -20,7 +20,7 @@ JUDGE = dict(
     request_timeout=1.0,
     question_timeout=3.0,
 )
-KEY = {"JUDGE_KEY": "sk-very-secret", "HOME": "/nonexistent"}
+KEY = {"JUDGE_KEY": SECRET, "HOME": "/nonexistent"}
 REWARD = """
 from online_dpo.scoring import HTTPReward
 words = HTTPReward("{url}", attempts=1, timeout=1.0, api_key_env="JUDGE_KEY")
@@ -75,7 +75,7 @@ ANSWERS: dict[str, Any] = {
     "500": lambda body, number: error(500),
     "503 with a long wait": lambda body, number: error(503, **{"Retry-After": "3600"}),
     "429": lambda body, number: error(429),
-    "401": lambda body, number: error(401, "your key sk-very-secret is wrong"),
+    "401": lambda body, number: error(401, "your key is wrong"),
     "402": lambda body, number: error(402, "pay"),
     "404": lambda body, number: error(404),
     "400": lambda body, number: error(400),
