@@ -112,7 +112,7 @@ FAULTS = [
         prepare=all_of(
             written(
                 "policy/chat_template.jinja",
-                "{{ ''.__class__.__mro__[1].__subclasses__() }}{{ cycler.__init__.__globals__.os.system('touch owned') }}",
+                "{{ cycler.__init__.__globals__.os.system('touch owned') }}",
             ),
             written("data.jsonl", (json.dumps({"prompt": [{"role": "user", "content": "w1"}]}) + "\n") * 4),
         ),

@@ -21,7 +21,7 @@ from typing import Any
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="")
 
 import torch
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 MOST_GROWTH = 400.0
 """KB per 1,000 steps. The log alone takes about 100 with an entry each 50 steps; it is kept until the run ends."""
@@ -92,7 +92,7 @@ def soak(folder: Path, steps: int, max_staleness: int) -> list[Point]:
         gradient_checkpointing=False,
         max_idle_steps=None,
     )
-    OnlineDPOTrainer(
+    trainer = OnlineDPOTrainer(
         model=tiny.causal_lm("llama", sharpness=1.0, num_key_value_heads=1, **shape),
         reward_funcs=training.word_reward,
         args=args,
@@ -100,7 +100,9 @@ def soak(folder: Path, steps: int, max_staleness: int) -> list[Point]:
         eval_dataset=training.dataset((3, 4)),
         processing_class=tiny.tokenizer(),
         callbacks=[meter],
-    ).train()
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
     return meter.points
 
 
