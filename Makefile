@@ -8,11 +8,13 @@
 #   make test-oldest  unit and integration tests with the oldest versions that pyproject.toml allows, in an environment of their own
 #   make test-newest  the same with the newest that it allows and pip finds
 #   make test-seams   in both, only the tests of what hangs on transformers, torch and accelerate
+#   make test-faults  faults in real runs of the command line: killed, full disks, hostile files; test-faults-all: the longer list
+#   make soak         10,000 tiny steps in one process: memory, threads, open files and child processes stay as they are
 #   make figures      what other feedback and methods are worth on the quickstart
 #   make benchmark    time and memory of a step against TRL's
 #   make lint         what CI checks before the tests
 #   make ci           everything that CI checks, two parts at a time: .ci/run
-#   make docs         docs/configuration.md and the schema of run files, from the fields
+#   make docs         docs/configuration.md, the schema of run files, and the table of docs/reliability.md
 #
 # TORCH_INDEX: a package index to take torch from, such as PyTorch's own index of CPU builds. Without it, pip's usual one.
 
@@ -51,13 +53,13 @@ SEAMS := tests/unit/test_versions.py tests/unit/modeling/test_patching.py tests/
 
 # What CI runs: make itself runs two of these at a time (-j 2), each in one process, and installs an environment when it is
 # first needed. What a part prints comes in one piece (-O). When one fails, no other is begun.
-CI_PARTS := lint ci-unit ci-integration ci-vllm-servers ci-vllm ci-seams-oldest ci-seams-newest ci-e2e test-distributed
+CI_PARTS := lint ci-unit ci-integration ci-faults ci-vllm-servers ci-vllm ci-seams-oldest ci-seams-newest ci-e2e test-distributed
 # about half of the time of all that use vLLM
 VLLM_SERVERS := $(addprefix tests/vllm_engines/test_,server.py broadcast.py judge.py ranks.py)
 # setuptools writes into src/ when it installs this package: not into two environments at once
 after = $(if $(IN_TURN),| $(1))
 
-.PHONY: venv quickstart smoke test test-slow test-distributed test-e2e test-vllm test-oldest test-newest test-seams test-all \
+.PHONY: venv quickstart smoke test test-slow test-distributed test-e2e test-faults test-faults-all soak test-vllm test-oldest test-newest test-seams test-all \
 	ci $(CI_PARTS) figures benchmark lint format docs clean
 .DELETE_ON_ERROR:
 
@@ -89,6 +91,15 @@ test-e2e: $(STAMP)
 	$(PYTEST) -n 2 tests/e2e --ignore tests/e2e/test_quickstart.py
 	$(PYTEST) tests/e2e/test_quickstart.py
 
+test-faults: $(STAMP)
+	$(PYTEST) -n 2 tests/faults
+
+test-faults-all: $(STAMP)
+	$(PYTEST) -n 2 --every tests/faults
+
+soak: $(STAMP)
+	PYTHONPATH=tests $(BIN)/python -m faults.soak --steps 10000
+
 # the quickstart takes both cores, as its users run it: it comes alone, at the end
 ci:
 	$(MAKE) --no-print-directory -j 2 -O IN_TURN=1 $(CI_PARTS)
@@ -99,6 +110,9 @@ ci-unit: $(STAMP)
 
 ci-integration: $(STAMP)
 	$(PYTEST) tests/integration
+
+ci-faults: $(STAMP)
+	$(PYTEST) tests/faults
 
 ci-e2e: $(STAMP)
 	$(PYTEST) tests/e2e --ignore tests/e2e/test_quickstart.py
@@ -155,7 +169,7 @@ test-seams: $(OLDEST_STAMP) $(NEWEST_STAMP)
 
 in_venv = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(1)/bin/python -m pytest -q -m "not slow" -p no:cacheprovider
 
-test-all: test test-slow test-distributed test-vllm test-oldest test-newest test-e2e
+test-all: test test-slow test-faults test-distributed test-vllm test-oldest test-newest test-e2e
 
 # the table of "Try it on the quickstart" in docs/feedback.md: 15 minutes on an idle machine of 2 cores
 figures: $(STAMP)
@@ -175,6 +189,7 @@ lint: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python -m online_dpo.cli.runfile.configuration_page > docs/configuration.md
 	$(BIN)/online-dpo schema > src/online_dpo/run.schema.json
+	PYTHONPATH=tests $(BIN)/python -m faults.table docs/reliability.md
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix src tests benchmarks recipes scripts

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 
-from faults.harness import Either, Fault, Resumes, Stops, Survived, scorer
+from faults.harness import Either, Fault, Killed, Resumes, Stops, Survived, scorer
 from faults.injection import Action, Child, sends
 from faults.runs import Running
 
@@ -73,7 +74,12 @@ def outputs() -> list[Fault]:
         return inject
 
     def closed(number: int):
-        return lambda child: os.close(number)
+        def inject(child: Child) -> None:
+            """As Python finds it where a shell has closed it: `>&-`."""
+            setattr(sys, {1: "stdout", 2: "stderr"}[number], None)
+            os.close(number)
+
+        return inject
 
     def broken_pipe(number: int):
         def inject(child: Child) -> None:
@@ -156,7 +162,7 @@ FAULTS = [
     Fault(
         "signal",
         "SIGTERM while the models load",
-        Stops(143),
+        Either(Stops(143), Killed(signal.SIGTERM)),
         inject=lambda child: child.at_call("online_dpo.training.build:load_causal_lm", 1, sends(signal.SIGTERM)),
     ),
     Fault(

@@ -14,7 +14,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from faults.ground import write_files
-from faults.harness import ANY, RESUME, ByRank, Either, Ending, Fault, Killed, OneLine, Resumes, Stops, Survived, Writes
+from faults.harness import (
+    ANY,
+    RESUME,
+    SECRET,
+    ByRank,
+    Either,
+    Ending,
+    Fault,
+    Killed,
+    OneLine,
+    Resumes,
+    Stops,
+    Survived,
+    Writes,
+)
 from faults.runs import Ended, Stage, weights_hash, without_fault
 
 COMMAND = ("train", "run.yaml")
@@ -92,6 +106,7 @@ def check_end(
         assert not one.hung, f"it hangs\n{said}\n{one.stack}"
         assert "Traceback" not in one.printed, said
     check_ending(stage, fault, ending, folder, ended, said)
+    check_nothing_leaks(folder, said)
     problems = problems_of(folder, before)
     assert not problems, f"{problems}\n{said}"
     if all(one.code == 0 for one in ended) and fault.words[:1] != ("--help",):
@@ -133,6 +148,17 @@ def exit_code(ending: Survived | OneLine | Stops | Killed) -> int:
             return -signal
         case _:
             return ending.code
+
+
+def check_nothing_leaks(folder: Path, said: str) -> None:
+    """No secret is told, no code of a file has run, and the model card holds no HTML of others."""
+    assert not (folder / "owned").exists(), f"code of a file has run\n{said}"
+    assert SECRET not in said, said
+    for path in (folder / "out").rglob("*"):
+        if path.is_file():
+            assert SECRET.encode() not in path.read_bytes(), f"{path} holds a secret\n{said}"
+    for card in (folder / "out").rglob("README.md"):
+        assert "<script" not in card.read_text(), f"HTML in {card}\n{said}"
 
 
 def check_words(words: Sequence[str], said: str) -> None:

@@ -64,6 +64,8 @@ if TYPE_CHECKING:
 
 ANY: dict[str, Any] = {"any": True}
 """As ``like``: the weights need not equal another run's."""
+SECRET = "sk-very-secret"
+"""Where a fault has it, it must be in no file and no line of the run."""
 RESUME = ("--resume_from_checkpoint", "true")
 
 
@@ -77,8 +79,8 @@ class Survived:
         object.__setattr__(self, "like", like)
 
     def __str__(self) -> str:
-        how = "as without it" if self.like is None else "" if self.like is ANY else "as a run with other options"
-        return ", ".join(filter(None, ["goes on", how]))
+        how = "to the same weights" if self.like is None else "to other weights" if self.like is ANY else "as asked"
+        return f"goes on, {how}"
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ class Killed:
     signal: int
 
     def __str__(self) -> str:
-        return "is killed"
+        return "dies at once"
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ class Either:
         object.__setattr__(self, "endings", endings)
 
     def __str__(self) -> str:
-        return str(self.endings[0])
+        return " or ".join(dict.fromkeys(map(str, self.endings)))
 
 
 @dataclass(frozen=True)
@@ -221,7 +223,8 @@ def scorer(before: str = "", returns: str = "scores", after: str = "") -> str:
             "import os, signal, sys, threading, time",
             "calls = 0",
             "def right(completions):",
-            "    return [sum(map(ord, text)) % 101 / 101 for text in completions]",
+            "    texts = [c if isinstance(c, str) else c[-1]['content'] for c in completions]",
+            "    return [sum(map(ord, text)) % 101 / 101 for text in texts]",
             "def words(completions, **columns):",
             "    global calls",
             "    calls += 1",

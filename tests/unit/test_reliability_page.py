@@ -1,0 +1,20 @@
+"""The table of docs/reliability.md says what the tests in tests/faults assert."""
+
+from pathlib import Path
+
+from faults.catalogue import all_faults
+from faults.table import filled
+
+PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
+KINDS = "kill checkpoint identity disk signal output numbers memory judge reward run data model security ranks".split()
+
+
+def test_the_page_is_current():
+    page = PAGE.read_text()
+    assert page == filled(page), "make docs writes it anew"
+
+
+def test_there_are_faults_of_every_kind():
+    faults = all_faults()
+    found = {fault.kind.split()[0] for fault in faults.values()}
+    assert len(faults) >= 300 and found >= set(KINDS), set(KINDS) - found
