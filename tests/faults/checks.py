@@ -38,6 +38,7 @@ def check(stage: Stage, fault: Fault, name: str) -> None:
     """Runs a fault, and what resumes it, and checks every end."""
     if fault.writes is None:
         check_run(stage, fault, name, None)
+        shutil.rmtree(stage.root / name)  # one that failed is left to look at
         return
     operations = stage.writes(fault)
     numbers = range(fault.writes.first, len(operations) + 1, fault.writes.every)
