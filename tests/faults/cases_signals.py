@@ -39,12 +39,12 @@ def sent(name: str, when: str, times: int = 1):
     return lambda child: AT_STEPS[when](child, action)
 
 
-def at_random_moments(processes: int) -> list[Fault]:
-    moments = random.Random(100 + processes)
+def at_random_moments(processes: int, seed: int) -> list[Fault]:
+    moments = random.Random(seed)
     return [
         Fault(
             "signal",
-            f"SIGTERM at random moment {number} of {processes} process{'es' * (processes > 1)}",
+            f"SIGTERM at random moment {number} of seed {seed}, {processes} process{'es' * (processes > 1)}",
             Resumes(Either(Stops(143, "SIGTERM", "checkpoint-"), Survived())),
             options=SAVES,
             outside=terminated_after(moments.uniform(0.0, 0.5)),
@@ -118,8 +118,8 @@ FAULTS = [
         for name in SIGNALS
         for when in AT_STEPS
     ),
-    *at_random_moments(1),
-    *at_random_moments(2),
+    *at_random_moments(1, seed=101),
+    *at_random_moments(2, seed=102),
     *(
         Fault(
             "signal",
