@@ -36,8 +36,8 @@ def check_tokens(hub_token: Any, model_init_kwargs: Any) -> None:
     """
     if hub_token is not None and not (isinstance(hub_token, str) and hub_token.isascii() and _is_word(hub_token)):
         raise ValueError(
-            f"`{FIELD}` must be the token alone, without blanks and line ends. Better: leave it out and set HF_TOKEN, or "
-            "log in with `hf auth login`."
+            f"`{FIELD}` must be the token alone, without blanks and line ends. Better: leave it out and set HF_TOKEN, "
+            "or log in with `hf auth login`."
         )
     given = model_init_kwargs if isinstance(model_init_kwargs, Mapping) else {}
     texts = {name: value for name, value in given.items() if not isinstance(value, bool) and value is not None}
