@@ -49,7 +49,7 @@ FAULTS = [
         Fault(
             "memory",
             f"{name} in evaluation",
-            Resumes(Either(Survived(), TOLD)),
+            Resumes(Either(Survived(like=ANY), TOLD)),
             options=SAVES | EVALUATES,
             inject=lambda child, times=times: child.at_call(
                 "online_dpo.evaluation.evaluator:Evaluator.evaluate", times, out_of_memory()
