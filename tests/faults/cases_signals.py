@@ -1,14 +1,13 @@
-"""Signals that stop a run, at any moment and on any rank, and outputs that cannot be written to."""
+"""Signals that stop a run, at any moment and on any rank."""
 
 from __future__ import annotations
 
 import os
 import random
 import signal
-import sys
 
 from faults.harness import Either, Fault, Killed, Resumes, Stops, Survived, scorer
-from faults.injection import Action, Child, sends
+from faults.injection import Action, sends
 from faults.runs import Running
 
 SAVES = dict(max_steps=6, save_steps=4)
@@ -64,41 +63,6 @@ def terminated_after(part: float):
         running.kill(signal.SIGTERM)
 
     return terminate
-
-
-def outputs() -> list[Fault]:
-    def full(number: int):
-        def inject(child: Child) -> None:
-            os.dup2(os.open("/dev/full", os.O_WRONLY), number)
-
-        return inject
-
-    def closed(number: int):
-        def inject(child: Child) -> None:
-            """As Python finds it where a shell has closed it: `>&-`."""
-            setattr(sys, {1: "stdout", 2: "stderr"}[number], None)
-            os.close(number)
-
-        return inject
-
-    def broken_pipe(number: int):
-        def inject(child: Child) -> None:
-            reader, writer = os.pipe()
-            os.close(reader)
-            os.dup2(writer, number)
-
-        return inject
-
-    fails = {"feedback.py": scorer("if calls == 3: raise ValueError('no')")}
-    ways = {"is full": full, "is closed": closed, "is a broken pipe": broken_pipe}
-    return [
-        Fault("output", f"{name} {how}", Survived(), inject=way(number))
-        for number, name in ((1, "stdout"), (2, "stderr"))
-        for how, way in ways.items()
-    ] + [
-        Fault("output", f"stderr {how} and the run fails", Resumes(Stops(1)), inject=way(2), files=fails)
-        for how, way in ways.items()
-    ]
 
 
 def on_rank(rank: int, action: Action, step: int):
@@ -184,5 +148,4 @@ FAULTS = [
         Survived(),
         inject=lambda child: (signal.signal(signal.SIGHUP, signal.SIG_IGN), child.at_step(2, sends(signal.SIGHUP))),
     ),
-    *outputs(),
 ]
