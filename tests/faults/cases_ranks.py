@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -29,11 +30,11 @@ def at_call(target: str, number: int | None, action: Action) -> Callable[[Child]
 
 
 def frees(rank: int) -> Callable[[Running], None]:
-    """A stopped process is killed once the other one has ended."""
+    """A stopped process is killed once the other one has ended by itself."""
 
     def free(running: Running) -> None:
-        running.wait_rank(1 - rank)
-        running.kill(ranks=[rank])
+        if running.wait_rank(1 - rank):
+            running.kill(ranks=[rank])
 
     return free
 
@@ -89,7 +90,7 @@ def fetches_nothing_in_step_3(child: Child) -> None:
 
 def with_words(*words: str) -> Callable[[Child], None]:
     """This process's command has more words than the other's."""
-    return lambda child: child.patch("online_dpo.cli.main:main", lambda main: lambda own: main([*own, *words]))
+    return lambda child: sys.argv.extend(words)
 
 
 def differs(name: str, inject: Callable[[Child], None], *words: str, **fields) -> Fault:
@@ -119,6 +120,8 @@ FAULTS = [
     lost("is killed in a save", 1, at_call(WRITES, 1, KILLS), SILENT, STEP_2, options=SAVED),
     lost("is killed in a save", 0, at_call(WRITES, 1, KILLS), "cannot be reached", options=SAVED),
     lost("is killed in a second save", 0, at_call(PUBLISHES, 2, KILLS), "cannot be reached", STEP_2, options=SAVED),
+    lost("is stopped in scoring", 0, at_call(SCORING, 3, STOPS), SILENT, "`ddp_timeout`"),
+    lost("is stopped in a save", 0, at_call(WRITES, 1, STOPS), SILENT, options=SAVED),
     lost("is stopped while it builds the model", 1, at_call(BUILDING, 1, STOPS), SILENT, resumes=False),
     lost("is killed while it builds the model", 1, at_call(BUILDING, 1, KILLS), SILENT, resumes=False),
     hangs(1),
