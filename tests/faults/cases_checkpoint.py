@@ -96,7 +96,7 @@ def poison(tensors: dict) -> None:
 OTHERS = [
     resumed("is an empty folder", all_of(removed(LAST), lambda folder: (folder / LAST).mkdir())),
     refused("is an empty folder", all_of(removed(LAST), lambda folder: (folder / LAST).mkdir())),
-    resumed("is a file", all_of(removed(LAST), written(LAST, "nothing"))),
+    resumed("is a file", all_of(removed(LAST), written(LAST, "nothing"))).but(ending=Survived("checkpoint-2")),
     refused("is a file", all_of(removed(LAST), written(LAST, "nothing"))),
     refused("is not there", removed(LAST)),
     resumed("has weights of another shape", edited_tensors(f"{LAST}/model.safetensors", lambda t: t.popitem())),

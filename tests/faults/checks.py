@@ -57,14 +57,17 @@ def check(stage: Stage, fault: Fault, name: str) -> None:
 def check_run(stage: Stage, fault: Fault, name: str, write: tuple[Writes, int] | None) -> None:
     with stage.served(fault) as served:
         folder = stage.folder(fault, name, served.url)
-        check_first(stage, fault, folder, name, write)
-        if isinstance(fault.ending, Resumes):
+        ended = check_first(stage, fault, folder, name, write)
+        is_over = all(one.code == 0 for one in ended)  # it has gone on: there is nothing to resume
+        if isinstance(fault.ending, Resumes) and not is_over:
             served.respond = fault.service and fault.service.right
             check_resumed(stage, fault, folder, name, served.url)
 
 
-def check_first(stage: Stage, fault: Fault, folder: Path, name: str, write: tuple[Writes, int] | None) -> None:
-    """The run with the fault."""
+def check_first(
+    stage: Stage, fault: Fault, folder: Path, name: str, write: tuple[Writes, int] | None
+) -> Sequence[Ended]:
+    """The run with the fault; returns how it ended."""
     before = {path.name for path in (folder / "out").glob("checkpoint-*")}
     seconds = stage.whole_seconds(fault) if fault.outside is not None else 0.0
     words = (*COMMAND, *fault.words)
@@ -81,6 +84,7 @@ def check_first(stage: Stage, fault: Fault, folder: Path, name: str, write: tupl
         ended = [ended[write[0].rank]]  # the others may have noticed
     first = fault.ending.first if isinstance(fault.ending, Resumes) else fault.ending
     check_end(stage, fault, first, folder, ended, before)
+    return ended
 
 
 def check_resumed(stage: Stage, fault: Fault, folder: Path, name: str, url: str) -> None:

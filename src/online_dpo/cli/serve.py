@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import ipaddress
+import itertools
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from online_dpo.cli.parser import OneLineParser, with_hyphens
+from online_dpo.config.endpoints import read_key
 from online_dpo.config.requirements import FLAGS
 
+KEY_VARIABLE = "VLLM_API_KEY"
+KEY_MIDDLEWARE = "online_dpo.rollout.vllm.key.RequireKey"
+WITHOUT_KEY = "--without-key"
 EXTENSION = "online_dpo.rollout.vllm.worker.WeightUpdates"
 PASSED_ON = {
-    "--host": (str, "address to listen on; anybody who can reach the server can replace its weights"),
+    "--host": (str, f"address to listen on; other than this machine's own one it needs a key in {KEY_VARIABLE}"),
     "--port": (int, "port to listen on"),
     "--tensor-parallel-size": (int, "GPUs over which one copy of the model is split"),
     "--data-parallel-size": (int, "copies of the model"),
@@ -34,7 +40,11 @@ DEFAULTS = {"--host": "127.0.0.1", "--port": 8000, "--dtype": "auto"}
 
 def serve(words: Sequence[str]) -> int:
     """Replace this process by the server. Returns (the exit code 2) only if the server cannot be started."""
-    command = server_command(words)
+    try:
+        command = server_command(words)
+    except ValueError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
     if FLAGS["use_vllm"].missing:
         print(f"error: vLLM is not installed here. Install it with: {FLAGS['use_vllm'].install}", file=sys.stderr)
         return 2
@@ -50,6 +60,9 @@ def server_command(words: Sequence[str]) -> list[str]:
 
     The server uses vLLM's own sampling defaults, not those in the model folder, so that only the trainer decides where
     a completion ends.
+
+    Raises:
+        ValueError: others could reach the server without a key, or the key cannot be used.
     """
     words = list(words)
     cut = words.index("--") if "--" in words else len(words)
@@ -64,7 +77,42 @@ def server_command(words: Sequence[str]) -> list[str]:
         # One adapter is in use, and the next one may be loaded before the first is removed.
         rank = str(next((known for known in LORA_RANKS if known >= arguments["lora_rank"]), arguments["lora_rank"]))
         command += ["--enable-lora", "--max-lora-rank", rank, "--max-loras", "1", "--max-cpu-loras", "2"]
-    return command + words[cut + 1 :]
+    return command + _asking_for_key(arguments, words[cut + 1 :]) + words[cut + 1 :]
+
+
+def _asking_for_key(arguments: dict[str, Any], passed_on: Sequence[str]) -> list[str]:
+    """The options with which the server asks for its key, if it has one."""
+    if any(word.partition("=")[0] in ("--api-key", "--api_key") for word in passed_on):
+        raise ValueError(
+            f"`--api-key` shows the key to everybody on this machine. Set the environment variable {KEY_VARIABLE}, here "
+            "and for the trainer."
+        )
+    if read_key(KEY_VARIABLE) is not None:
+        return ["--middleware", KEY_MIDDLEWARE]
+    hosts = _values(passed_on, "--host") or [arguments["host"]]
+    for host in itertools.filterfalse(_is_loopback, hosts):
+        danger = f"who reaches {host}:{arguments['port']} can run code in this server and replace its weights"
+        if not arguments["without_key"]:
+            raise ValueError(
+                f"Everybody {danger}. Set a key in the environment variable {KEY_VARIABLE}, here and for the trainer; "
+                f"on a network that you trust, `{WITHOUT_KEY}` goes without."
+            )
+        print(f"warning: everybody {danger} (`{WITHOUT_KEY}`)", file=sys.stderr)
+    return []
+
+
+def _values(words: Sequence[str], option: str) -> list[str]:
+    """The values of an option in words for vLLM."""
+    spaced = [value for word, value in itertools.pairwise(words) if word == option]
+    return spaced + [word.partition("=")[2] for word in words if word.startswith(f"{option}=")]
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _parser() -> OneLineParser:
@@ -80,6 +128,9 @@ def _parser() -> OneLineParser:
         default = DEFAULTS.get(option)
         shown = "vLLM's" if default is None else "%(default)s"
         parser.add_argument(option, type=kind, default=default, help=f"{text} (default: {shown})")
+    parser.add_argument(
+        WITHOUT_KEY, action="store_true", help="let everybody who can reach the address use the server without a key"
+    )
     parser.add_argument(
         LORA_RANK,
         type=int,

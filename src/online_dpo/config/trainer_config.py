@@ -25,6 +25,7 @@ from online_dpo.config.loss import LossFields, check_loss, without_reference
 from online_dpo.config.method import MethodFields, check_method, check_method_numbers, method_of
 from online_dpo.config.names_elsewhere import ARGUMENTS, IN_PYTHON, hint_for
 from online_dpo.config.sampling import SamplingFields, check_sampling
+from online_dpo.config.secrets import WithoutToken, check_tokens
 from online_dpo.config.training import TrainingFields, check_training
 from online_dpo.config.unsupported import check_accelerator, check_generation_kwargs, check_refused, check_unsupported
 from online_dpo.config.vllm import VLLMFields, check_vllm, unread_vllm_fields
@@ -39,8 +40,9 @@ def _hint_for_argument(name: str, known: Collection[str]) -> str:
 
 
 @names_unknown_arguments(_hint_for_argument)
-@dataclass
+@dataclass(repr=False)  # the parent's hides tokens
 class OnlineDPOConfig(
+    WithoutToken,
     VLLMFields,  # dataclasses put the fields of the last base class first
     EngineFields,
     MethodFields,
@@ -69,6 +71,7 @@ class OnlineDPOConfig(
         normalize_input(self)
         settle_engine(self)
         check_refused(self)
+        check_tokens(self.hub_token, self.model_init_kwargs)
         check_names(self)
         copy_checkpointing_fields(self)
         with coming_together(self.ddp_timeout):

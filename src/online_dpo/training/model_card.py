@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
+from html import escape
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,14 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from torch import nn
 from transformers import TrainerState
 
 from online_dpo.checkpoints.files import write_text
 from online_dpo.config.trainer_config import OnlineDPOConfig
+from online_dpo.errors import one_line
 from online_dpo.modeling.introspection import unwrapped
 
 SETTINGS = (
@@ -33,6 +38,9 @@ RESULTS = (
     *("completions/mean_length", "eval_loss", "eval_objective/scores", "eval_objective/kl", "eval_win_rate"),
     *("eval_gold_score", "eval_gold_win_rate"),
 )
+LONGEST = 200
+"""Characters of a name that are shown."""
+_MARKS = re.compile(r"[\\`*\[\]|~$!#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 TEXT = """# {name}
 
 This model was trained with Online DPO ([Guo et al. 2024](https://huggingface.co/papers/2402.04792)): completions are
@@ -93,14 +101,14 @@ def write_model_card(
     data = _card_data(policy, tags, base_model, metadata)
     output_dir = Path(str(args.output_dir))
     text = TEXT.format(
-        name=name or args.hub_model_id or output_dir.name,
-        policy=_describe(policy),
-        reference=reference,
-        feedback=feedback,
+        name=plain_text(name or args.hub_model_id or output_dir.name),
+        policy=plain_text(_describe(policy)),
+        reference=plain_text(reference),
+        feedback=plain_text(feedback),
         steps=state.global_step,
         processes=num_processes,
         results="\n".join(_result_rows(state.log_history)),
-        settings=json.dumps({setting: getattr(args, setting) for setting in SETTINGS}, indent=2, default=str),
+        settings=_as_json({setting: getattr(args, setting) for setting in SETTINGS}),
         version=version("online-dpo"),
         transformers=transformers.__version__,
         torch=torch.__version__,
@@ -109,17 +117,40 @@ def write_model_card(
     write_text(output_dir / "README.md", f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
+def plain_text(text: str) -> str:
+    """A text of others in Markdown that shows as it is, in one line: no mark-up, no HTML, no further cell of a table.
+
+    >>> print(plain_text("a|b [x](y) <b>"))
+    a\\|b \\[x\\](y) &lt;b&gt;
+    """
+    return _MARKS.sub(r"\\\g<0>", escape(one_line(text, LONGEST), quote=False))
+
+
+def _as_json(settings: dict[str, Any]) -> str:
+    """Settings as JSON without characters that HTML gives a meaning."""
+    text = json.dumps(settings, indent=2, default=str)
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e").replace("`", "\\u0060")
+
+
 def _card_data(policy: nn.Module, tags: Sequence[str], base_model: str | None, more: dict[str, Any]) -> ModelCardData:
     """The head of the card, which the hub reads. It never shows a path on this machine."""
     base = unwrapped(policy)
     source = str(base.config._name_or_path)
-    is_folder = Path(source).is_dir()
     return ModelCardData(
         library_name="peft" if base is not policy else "transformers",
-        base_model=base_model or (source if source and not is_folder else None),
+        base_model=base_model or (source if _is_hub_name(source) else None),
         tags=list(dict.fromkeys(["online-dpo", "dpo", "generated-from-trainer", *tags])),
         **{name: value for name, value in more.items() if value},
     )
+
+
+def _is_hub_name(source: str) -> bool:
+    """Whether a model can have been loaded from the hub by this name, and is not a folder here."""
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        return False
+    return bool(source) and not Path(source).is_dir()
 
 
 def _describe(policy: nn.Module) -> str:
@@ -137,7 +168,12 @@ def _result_rows(log_history: list[dict[str, Any]]) -> list[str]:
     """The rows of the table of results: the last value of each metric and its step."""
     rows = []
     for name in RESULTS:
-        logs = [log for log in log_history if name in log]
+        logs = [log for log in log_history if _is_number(log.get(name)) and _is_number(log.get("step"))]
         if logs:
             rows.append(f"| `{name}` | {logs[-1][name]:.4g} | {logs[-1]['step']} |")
     return rows or ["| none yet | | |"]
+
+
+def _is_number(value: Any) -> bool:
+    """A log may have been read from a checkpoint of others."""
+    return isinstance(value, (int, float))

@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from online_dpo.cli.evaluation.plan import EvalPlan
 from online_dpo.cli.terminal.errors import report_error
@@ -21,7 +22,7 @@ from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.data.load import load_prompts
 from online_dpo.data.prompts import PREPARED_COLUMNS
 from online_dpo.distributed.signals import is_interruption
-from online_dpo.errors import ScoringError
+from online_dpo.errors import ScoringError, printable
 from online_dpo.evaluation.comparison import PromptResult, compare
 from online_dpo.evaluation.conclusions import comparison_conclusion
 from online_dpo.evaluation.head_to_head import (
@@ -159,10 +160,11 @@ def set_up(plan: EvalPlan) -> Setup:
 
 def report(console: Console, figures: dict[str, Any]) -> None:
     """Print the figures of `compare` as a table and a few lines."""
-    table = Table(title=f"{figures['prompts']} prompts, scored by {figures['scored_by']}", title_justify="left")
+    title = Text(printable(f"{figures['prompts']} prompts, scored by {figures['scored_by']}"))  # no mark-up of rich
+    table = Table(title=title, title_justify="left")
     table.add_column("")
     for side in ("model", "against"):
-        table.add_column(figures[side], justify="right", overflow="fold")
+        table.add_column(Text(printable(figures[side])), justify="right", overflow="fold")
     if figures["score"] is not None:
         sides = [figures["score"][side] for side in ("model", "against")]
         table.add_row("score", *(_with_interval(side) for side in sides))

@@ -6,6 +6,7 @@ transfer, does not disturb the others. All servers receive at the same time.
 
 from __future__ import annotations
 
+import secrets
 import socket
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -13,14 +14,12 @@ from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from contextlib import nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 from threading import Thread
 from typing import Any
 from urllib.parse import urlsplit
 
 import torch
 from torch import nn
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.tensor import DTensor
 
 from online_dpo.errors import error_text
@@ -36,6 +35,7 @@ from online_dpo.rollout.weights.process_group import (
     local_address,
     send_weights,
 )
+from online_dpo.rollout.weights.store import StoreServer
 
 CAUSE_SECONDS = 2.0  # how long to wait, after a failure, for the server's own error message
 PORTS = {"http": 80, "https": 443}
@@ -69,12 +69,9 @@ class BroadcastTransfer:
     def __init__(self, clients: Sequence[VLLMClient], port: int, device: torch.device, overlaps: bool) -> None:
         self._device, self._overlaps = device, overlaps
         self._servers = {client.url: _Server(client, _address_for(client)) for client in clients}
-        listener = _listen([server.address for server in self._servers.values()], port)
-        self._port = listener.getsockname()[1]
-        address, limit = next(iter(self._servers.values())).address, timedelta(seconds=60)
-        self._store: TCPStore | None = TCPStore(
-            address, self._port, None, True, limit, wait_for_workers=False, master_listen_fd=listener.detach()
-        )
+        listeners = _listen([server.address for server in self._servers.values()], port)
+        self._port, self._secret = listeners[0].getsockname()[1], secrets.token_hex(32)
+        self._store = StoreServer(listeners, self._secret)
         self._weights: Callable[[], Iterator[tuple[str, torch.Tensor]]] | None = None
 
     def set_weights(self, model: nn.Module) -> None:
@@ -99,7 +96,8 @@ class BroadcastTransfer:
         """Frees the groups, the port and the weights."""
         for server in self._servers.values():
             self._close_group(server)
-        self._store = self._weights = None
+        self._store.close()
+        self._weights = None
 
     def _push_once(self, server: _Server, label: str) -> None:
         """One attempt of `push`: the server receives in an RPC, which runs in a thread while this side sends."""
@@ -110,9 +108,9 @@ class BroadcastTransfer:
         on_gpus = self._device.type == "cuda" and all(device.startswith("cuda") for device in devices)
         kind = "nccl" if on_gpus else "gloo"
         device = self._device if kind == "nccl" else torch.device("cpu")
-        arguments = [server.address, str(self._port), name, str(size), kind, str(client.timeout), label]
+        arguments = [server.address, str(self._port), self._secret, name, str(size), kind, str(client.timeout), label]
         call = {"method": "online_dpo_load_broadcast", "args": arguments}
-        rendezvous = Rendezvous(server.address, self._port, name, client.timeout)
+        rendezvous = Rendezvous(self._store.store, server.address, name, client.timeout)
         request = _in_thread(lambda: client.once("/collective_rpc", call))
         rendezvous.check_request = lambda: _check_answer(request)
         on_device = torch.cuda.device(device) if kind == "nccl" else nullcontext()
@@ -194,18 +192,22 @@ def _address_for(client: VLLMClient) -> str:
         raise ValueError(f"{client.url} cannot be reached: {error_text(error)}.") from error
 
 
-def _listen(addresses: Sequence[str], port: int) -> socket.socket:
-    """A listening socket, on the one address that all servers use, so that no other network reaches it; if they use
-    several, on all addresses.
-    """
-    host = addresses[0] if len(set(addresses)) == 1 else ""
+def _listen(addresses: Sequence[str], port: int) -> list[socket.socket]:
+    """Listening sockets, on the addresses that the servers use, so that no other network reaches them."""
+    listeners: list[socket.socket] = []
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        for host in dict.fromkeys(addresses):
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            listeners.append(socket.create_server((host, port), family=family))
+            port = listeners[0].getsockname()[1]
     except OSError as error:
+        for listener in listeners:
+            listener.close()
         raise ValueError(
             f"Port {port} cannot be used to send weights to vLLM servers: {error.strerror}. Set `vllm_group_port` to "
             "another; 0 takes any that is free."
         ) from error
+    return listeners
 
 
 def _in_thread(function: Callable[[], Any]) -> Future[Any]:

@@ -12,8 +12,10 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from online_dpo.config.endpoints import read_key
 from online_dpo.distributed.waiting import waiting_for
-from online_dpo.errors import RolloutServerError, named_error
+from online_dpo.errors import RolloutServerError, error_text, named_error
+from online_dpo.rollout.vllm.key import VARIABLE
 
 T = TypeVar("T")
 
@@ -21,10 +23,22 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds between two attempts; doubled e
 BUSY = (408, 429)  # statuses below 500 that ask the client to try again
 WORKER_RAISED = re.compile(r"Call to \w+ method failed")  # a status of 500 that would come again
 PLAIN_TEXT = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")  # these answer with text that is not JSON
+LONGEST_ANSWER = 256 << 20  # bytes; a completion of 100,000 tokens has about 20 million
 TAKES_NO_WEIGHTS = " Weights can only be sent to a server that was started with `online-dpo serve`."
+WRONG_KEY = f" Set {VARIABLE} to the key with which the server was started."
+REDIRECTS = " It sends to another address, which is not followed: give that one, if it is the server's."
 
 # Rollout servers are in the same network, so proxies that the environment sets must not be used for them.
-_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect is an error: the server's key and our weights are for the address that was given."""
+
+    def redirect_request(self, *args: Any) -> None:
+        return None
+
+
+_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect)
 
 
 class _ErrorStatus(Exception):
@@ -35,16 +49,24 @@ class _ErrorStatus(Exception):
         self.code = code
 
 
+class _AnswerTooLong(Exception):
+    """An answer that no vLLM server gives."""
+
+
 def _read(response: http.client.HTTPResponse, until: float) -> bytes:
     """Reads an answer.
 
     Raises:
         TimeoutError: it is not complete at this time, although bytes of it come. The connection's own time limit is for
             a pause between two of them.
+        _AnswerTooLong: it has more than `LONGEST_ANSWER` bytes.
     """
-    pieces = []
+    pieces, size = [], 0
     while piece := response.read1(1 << 20):
         pieces.append(piece)
+        size += len(piece)
+        if size > LONGEST_ANSWER:
+            raise _AnswerTooLong(f"the answer has more than {LONGEST_ANSWER >> 20} MiB")
         if time.monotonic() > until:
             raise TimeoutError("the answer takes too long to arrive")
     return b"".join(pieces)
@@ -103,8 +125,10 @@ class VLLMClient:
             except _ErrorStatus as error:
                 cause = str(error)
                 if (error.code < 500 and error.code not in BUSY) or WORKER_RAISED.search(cause):
-                    hint = TAKES_NO_WEIGHTS if error.code == 404 or "is not implemented" in cause else ""
-                    raise RolloutServerError(f"{self.url}{path} failed: {cause}.{hint}") from error
+                    raise RolloutServerError(f"{self.url}{path} failed: {cause}.{_hint(error)}") from error
+            except (_AnswerTooLong, RecursionError) as error:  # the latter from JSON that is nested too deeply
+                cause = error_text(error)
+                raise RolloutServerError(f"{self.url}{path} failed: {cause}. Is this a vLLM server?") from error
             except (OSError, http.client.HTTPException, json.JSONDecodeError, RuntimeError) as error:
                 cause = named_error(error)
                 reason = error.reason if isinstance(error, urllib.error.URLError) else error
@@ -128,7 +152,9 @@ class VLLMClient:
     def once(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """Makes one request, without retries; returns the JSON of the answer, or ``None``. For `keep_trying`."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        key = read_key(VARIABLE)
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        request = urllib.request.Request(self.url + path, data, headers)
         try:
             until = time.monotonic() + self.timeout
             with _opener.open(request, timeout=self.timeout) as response:
@@ -138,3 +164,12 @@ class VLLMClient:
                 error.code, f"{error.code} {error.reason} {error.read(2000).decode(errors='replace')}"
             ) from error
         return json.loads(answer) if answer and path not in PLAIN_TEXT else None
+
+
+def _hint(error: _ErrorStatus) -> str:
+    """What to do about an error status."""
+    if error.code in (401, 403):
+        return WRONG_KEY
+    if 300 <= error.code < 400:
+        return REDIRECTS
+    return TAKES_NO_WEIGHTS if error.code == 404 or "is not implemented" in str(error) else ""

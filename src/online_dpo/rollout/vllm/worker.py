@@ -90,9 +90,9 @@ class WeightUpdates:
         self.online_dpo_load(_read_folder(Path(folder)), label)
 
     def online_dpo_load_broadcast(
-        self, host: str, port: str, transfer: str, size: str, kind: str, timeout: str, label: str
+        self, host: str, port: str, secret: str, transfer: str, size: str, kind: str, timeout: str, label: str
     ) -> str:
-        """Loads weights that the trainer broadcasts (see `rollout.weights.process_group`).
+        """Loads weights that the trainer broadcasts (see `rollout.weights.process_group`), which knows the secret.
 
         Returns:
             Why the transfer was stopped, if it may be tried again; empty if all went well.
@@ -104,7 +104,7 @@ class WeightUpdates:
         rank = 1 + parallel.data_parallel_index * parallel.world_size + self.rank  # pyright: ignore[reportAttributeAccessIssue]
         device = self.device if kind == "nccl" else torch.device("cpu")  # pyright: ignore[reportAttributeAccessIssue]
         try:
-            rendezvous = Rendezvous(host, int(port), transfer, float(timeout))
+            rendezvous = Rendezvous.join(host, int(port), secret, transfer, float(timeout))
             with rendezvous.reporting_errors_as("a worker of the server"):
                 self.online_dpo_group = form_group_as_worker(rendezvous, rank, int(size), device, self.online_dpo_group)
                 self.online_dpo_load(receive_weights(self.online_dpo_group, rendezvous), label)

@@ -24,11 +24,12 @@ import torch
 from torch.distributed import (
     BroadcastOptions,
     PrefixStore,  # pyright: ignore[reportPrivateImportUsage]
-    TCPStore,  # pyright: ignore[reportPrivateImportUsage]
+    Store,  # pyright: ignore[reportPrivateImportUsage]
 )
 
 from online_dpo.distributed.process_state import environment
 from online_dpo.errors import error_text
+from online_dpo.rollout.weights.store import GuestStore, StoreLost
 
 BUCKET_BYTES = 256 << 20
 ALIGNMENT = 16  # bytes: the size of the largest dtype, so that every tensor can be a view of its bucket
@@ -43,33 +44,39 @@ class TransferStopped(RuntimeError):
 
 
 class Rendezvous:
-    """The communication of the members of one transfer, through the trainer's `TCPStore`.
+    """The communication of the members of one transfer, through the trainer's store.
 
     Args:
-        host: the address of the trainer's store.
-        port: its port.
+        members: the store; for workers a `GuestStore`, see `join`.
+        address: the address at which the others reach this member.
         name: the unique name of the transfer.
         timeout: the largest duration of the transfer, in seconds.
         check_request: called at intervals while waiting; raises if the other side has already failed.
-
-    Raises:
-        TransferStopped: the store cannot be reached.
     """
 
     def __init__(
-        self, host: str, port: int, name: str, timeout: float, check_request: Callable[[], None] | None = None
+        self, members: Store, address: str, name: str, timeout: float, check_request: Callable[[], None] | None = None
     ):
-        self.host, self.port, self.name, self.timeout, self.check_request = host, port, name, timeout, check_request
+        self.members, self.address, self.name, self.timeout = members, address, name, timeout
+        self.check_request = check_request
         self._deadline = time.monotonic() + timeout
+        self.store = PrefixStore(name, members)
+
+    @classmethod
+    def join(cls, host: str, port: int, secret: str, name: str, timeout: float) -> Rendezvous:
+        """A worker's side, which connects to the trainer.
+
+        Raises:
+            TransferStopped: the trainer cannot be reached, or does not know the secret.
+        """
         try:
-            limit = timedelta(seconds=min(timeout, CONNECT_SECONDS))
-            self.tcp = TCPStore(host, port, None, False, limit)
-        except RuntimeError as error:
+            members = GuestStore(host, port, secret, min(timeout, CONNECT_SECONDS))
+        except StoreLost as error:
             raise TransferStopped(
                 f"the trainer's port {port} cannot be reached at {host}: {_first_line(error)}. Open it (it is "
                 "`vllm_group_port`), or set `vllm_weight_transfer` to `http`"
             ) from error
-        self.store = PrefixStore(name, self.tcp)
+        return cls(members, members.address, name, timeout)
 
     def wait(self, done: Callable[[], bool], what: str) -> None:
         """Waits until ``done`` returns true.
@@ -121,18 +128,19 @@ class WeightGroup:
 
     Args:
         name: of the transfer in which it is formed.
+        rendezvous: of that transfer; gloo uses its address, NCCL finds one itself.
         rank: of this member; 0 is the trainer.
         size: number of members.
         device: where broadcast tensors are.
-        address: the address at which the others reach this member (for gloo only; NCCL finds one itself).
     """
 
-    def __init__(self, name: str, rendezvous: Rendezvous, rank: int, size: int, device: torch.device, address: str):
+    def __init__(self, name: str, rendezvous: Rendezvous, rank: int, size: int, device: torch.device):
         self.name, self.device = name, device
-        store, timeout = PrefixStore(f"group-{name}", rendezvous.tcp), timedelta(seconds=rendezvous.timeout)
+        self._members = rendezvous.members  # the group calls its methods, and does not keep the Python object
+        store, timeout = PrefixStore(f"group-{name}", self._members), timedelta(seconds=rendezvous.timeout)
         try:
             make = _nccl_group if device.type == "cuda" else _gloo_group
-            self._group: Any = make(store, rank, size, timeout, address)
+            self._group: Any = make(store, rank, size, timeout, rendezvous.address)
         except RuntimeError as error:
             raise TransferStopped(f"the group cannot be formed: {_first_line(error)}") from error
 
@@ -177,7 +185,7 @@ def form_group_as_trainer(
     if held is not None:
         held.close()
     rendezvous.store.set("group", rendezvous.name)
-    return WeightGroup(rendezvous.name, rendezvous, 0, size, device, rendezvous.host)
+    return WeightGroup(rendezvous.name, rendezvous, 0, size, device)
 
 
 def form_group_as_worker(
@@ -195,7 +203,7 @@ def form_group_as_worker(
         return held
     if held is not None:
         held.close()
-    return WeightGroup(name, rendezvous, rank, size, device, local_address(rendezvous.host, rendezvous.port))
+    return WeightGroup(name, rendezvous, rank, size, device)
 
 
 def local_address(host: str, port: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from rich.console import Console
 
+from online_dpo.cli.evaluation.report import report
 from online_dpo.rollout.builtin.engine import TransformersEngine
 from online_dpo.rollout.params import RolloutKey, SamplingParams, Stream
 from online_dpo.stats.intervals import wilson_interval
@@ -211,3 +214,26 @@ def test_a_judge_that_likes_a_place_is_even(folder, capsys):
         *SHORT,
     )
     assert result["ties"] == 16 and result["win_rate"]["value"] == 0.5
+
+
+def test_names_of_models_and_scorers_are_no_mark_up_of_the_terminal():
+    output = io.StringIO()
+    share = {"value": 0.5, "low": 0.0, "high": 1.0, "interval": "Wilson"}
+    both = {"model": 1.0, "against": 1.0}
+    report(
+        Console(file=output, width=200),
+        {
+            "prompts": 2,
+            "scored_by": "[/b][red]r\x1b[31m",
+            "model": "out[v2]",
+            "against": "[/x]",
+            "score": None,
+            **{name: both for name in ("tokens", "characters", "ended")},
+            **{"wins": 1, "ties": 0, "losses": 1, "undecidable": 0, "duels": 2},
+            "win_rate": share,
+            "length_controlled_win_rate": None,
+            "kl": None,
+        },
+    )
+    assert all(name in output.getvalue() for name in ("[/b][red]r", "out[v2]", "[/x]"))
+    assert "\x1b" not in output.getvalue()

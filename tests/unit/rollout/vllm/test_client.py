@@ -10,6 +10,7 @@ import pytest
 
 from online_dpo.distributed.waiting import WAITS
 from online_dpo.errors import RolloutServerError
+from online_dpo.rollout.vllm import client
 from online_dpo.rollout.vllm.client import VLLMClient
 from support.endpoint import Answer, error, serving
 
@@ -63,3 +64,48 @@ def test_the_server_is_named_while_it_is_waited_for():
     with serving(answer, path="") as endpoint:
         VLLMClient(endpoint.url, timeout=5).call("/x", BODY)
         assert seen == [f"vLLM server {endpoint.url}"]
+
+
+def refused(answer, seconds=2.0):
+    """The error of a call that is answered so; there is one attempt."""
+    with serving(lambda body, number: answer, path="") as endpoint:
+        start = time.monotonic()
+        with pytest.raises(RolloutServerError) as caught:
+            VLLMClient(endpoint.url, timeout=30.0).call("/x", BODY)
+        assert time.monotonic() - start < seconds and len(endpoint.seen) == 1
+    return str(caught.value)
+
+
+def test_an_endless_answer_is_not_read_to_its_end(monkeypatch):
+    monkeypatch.setattr(client, "LONGEST_ANSWER", 1 << 20)
+    assert "the answer has more than 1 MiB. Is this a vLLM server?" in refused(Answer({"text": "x" * (3 << 20)}))
+
+
+def test_an_answer_of_deep_json_is_refused():
+    assert "Is this a vLLM server?" in refused(Answer(b"[" * 200_000))
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_redirects_are_not_followed_and_get_no_key(monkeypatch, status):
+    monkeypatch.setenv("VLLM_API_KEY", "sk-1")
+    with serving(lambda body, number: Answer({"fine": True}), path="") as other:
+        told = refused(Answer(b"", status, {"Location": f"{other.url}/y"}))
+        assert "another address, which is not followed" in told and str(status) in told
+        assert not other.seen
+
+
+def test_the_key_is_sent_where_there_is_one_and_told_of_where_it_is_wrong(monkeypatch):
+    def answer(body, number):
+        seen = endpoint.seen[number].headers.get("authorization")
+        return Answer({"key": seen}) if seen in (None, "Bearer sk-1") else Answer(b"no", 401)
+
+    with serving(answer, path="") as endpoint:
+        calls = VLLMClient(endpoint.url, timeout=5.0)
+        monkeypatch.delenv("VLLM_API_KEY", raising=False)
+        assert calls.call("/x", BODY) == {"key": None}
+        monkeypatch.setenv("VLLM_API_KEY", " sk-1\n")
+        assert calls.call("/x", BODY) == {"key": "Bearer sk-1"}
+        monkeypatch.setenv("VLLM_API_KEY", "sk-2")
+        with pytest.raises(RolloutServerError, match="401.*Set VLLM_API_KEY to the key with which") as caught:
+            calls.call("/x", BODY)
+        assert "sk-2" not in str(caught.value)

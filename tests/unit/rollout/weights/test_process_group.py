@@ -3,11 +3,9 @@
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 
 import pytest
 import torch
-from torch.distributed import TCPStore
 
 from online_dpo.rollout.weights import process_group
 from online_dpo.rollout.weights.process_group import (
@@ -21,30 +19,30 @@ from online_dpo.rollout.weights.process_group import (
     receive_weights,
     send_weights,
 )
+from online_dpo.rollout.weights.store import StoreServer
 
 CPU = torch.device("cpu")
 SIZE = 3
 
 
+SECRET = "of the run"
+
+
 @pytest.fixture
-def store():
-    listener = socket.create_server(("127.0.0.1", 0))
-    port = listener.getsockname()[1]
-    return TCPStore(
-        "127.0.0.1",
-        port,
-        None,
-        True,
-        timedelta(seconds=5),
-        wait_for_workers=False,
-        master_listen_fd=listener.detach(),
-    )
+def server():
+    server = StoreServer([socket.create_server(("127.0.0.1", 0))], SECRET)
+    yield server
+    server.close()
 
 
 @pytest.fixture
 def threads():
     with ThreadPoolExecutor(SIZE) as pool:
         yield pool
+
+
+def port_of(server):
+    return server._listeners[0].getsockname()[1]
 
 
 def weights(seed=0):
@@ -62,32 +60,32 @@ def weights(seed=0):
     ]
 
 
-def send(port, name, held=None, tensors=None, timeout=10.0):
-    rendezvous = Rendezvous("127.0.0.1", port, name, timeout)
+def send(server, name, held=None, tensors=None, timeout=10.0):
+    rendezvous = Rendezvous(server.store, "127.0.0.1", name, timeout)
     with rendezvous.reporting_errors_as("the trainer"):
         group = form_group_as_trainer(rendezvous, SIZE, CPU, held)
         send_weights(group, rendezvous, weights() if tensors is None else tensors)
     return group
 
 
-def receive(port, name, rank, held=None, timeout=10.0):
-    rendezvous = Rendezvous("127.0.0.1", port, name, timeout)
+def receive(server, name, rank, held=None, timeout=10.0):
+    rendezvous = Rendezvous.join("127.0.0.1", port_of(server), SECRET, name, timeout)
     with rendezvous.reporting_errors_as(f"worker {rank}"):
         group = form_group_as_worker(rendezvous, rank, SIZE, CPU, held)
         return group, {name: tensor.clone() for name, tensor in receive_weights(group, rendezvous)}
 
 
-def transfer(threads, port, name, held=(None, None, None), tensors=None):
-    sender = threads.submit(send, port, name, held[0], tensors)
-    receivers = [threads.submit(receive, port, name, rank, held[rank]) for rank in (1, 2)]
+def transfer(threads, server, name, held=(None, None, None), tensors=None):
+    sender = threads.submit(send, server, name, held[0], tensors)
+    receivers = [threads.submit(receive, server, name, rank, held[rank]) for rank in (1, 2)]
     answers = [receiver.result() for receiver in receivers]
     return [sender.result(), *(group for group, _ in answers)], [received for _, received in answers]
 
 
 @pytest.mark.parametrize("bucket_bytes", [1, 200, 1 << 20])
-def test_all_workers_receive_all_weights_whatever_the_buckets(store, threads, monkeypatch, bucket_bytes):
+def test_all_workers_receive_all_weights_whatever_the_buckets(server, threads, monkeypatch, bucket_bytes):
     monkeypatch.setattr(process_group, "BUCKET_BYTES", bucket_bytes)
-    groups, received = transfer(threads, store.port, "one")
+    groups, received = transfer(threads, server, "one")
     for copy in received:
         assert list(copy) == [name for name, _ in weights()]
         for name, tensor in weights():
@@ -96,25 +94,25 @@ def test_all_workers_receive_all_weights_whatever_the_buckets(store, threads, mo
         group.close()
 
 
-def test_a_group_is_kept_and_formed_anew_when_a_worker_has_lost_it(store, threads):
-    first, _ = transfer(threads, store.port, "one")
-    kept, received = transfer(threads, store.port, "two", first, weights(1))
+def test_a_group_is_kept_and_formed_anew_when_a_worker_has_lost_it(server, threads):
+    first, _ = transfer(threads, server, "one")
+    kept, received = transfer(threads, server, "two", first, weights(1))
     assert all(a is b for a, b in zip(first, kept, strict=True))
     assert received[0]["scalar"] == received[1]["scalar"] == 1.5
-    anew, received = transfer(threads, store.port, "three", (kept[0], kept[1], None), weights(2))
+    anew, received = transfer(threads, server, "three", (kept[0], kept[1], None), weights(2))
     assert {group.name for group in anew} == {"three"}
     assert received[0]["scalar"] == received[1]["scalar"] == 2.5
     for group in anew:
         group.close()
 
 
-def test_one_that_fails_stops_the_others_at_once(store, threads):
+def test_one_that_fails_stops_the_others_at_once(server, threads):
     def failing():
         yield from weights()[:2]
         raise ValueError("no more weights")
 
-    sender = threads.submit(send, store.port, "one", None, failing(), 30.0)
-    receivers = [threads.submit(receive, store.port, "one", rank, None, 30.0) for rank in (1, 2)]
+    sender = threads.submit(send, server, "one", None, failing(), 30.0)
+    receivers = [threads.submit(receive, server, "one", rank, None, 30.0) for rank in (1, 2)]
     started = time.monotonic()
     with pytest.raises(ValueError, match="no more weights"):
         sender.result()
@@ -124,9 +122,9 @@ def test_one_that_fails_stops_the_others_at_once(store, threads):
     assert time.monotonic() - started < 5
 
 
-def test_no_process_waits_longer_than_the_time_limit(store, threads):
-    sender = threads.submit(send, store.port, "one", None, None, 1.0)
-    receiver = threads.submit(receive, store.port, "one", 1, None, 1.0)  # the other never comes
+def test_no_process_waits_longer_than_the_time_limit(server, threads):
+    sender = threads.submit(send, server, "one", None, None, 1.0)
+    receiver = threads.submit(receive, server, "one", 1, None, 1.0)  # the other never comes
     started = time.monotonic()
     for member in (sender, receiver):
         with pytest.raises(TransferStopped, match="waiting for .* took longer than `vllm_server_timeout`, 1 seconds"):
@@ -138,7 +136,7 @@ def test_a_trainer_that_cannot_be_reached_is_told_of_with_its_port():
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     with pytest.raises(TransferStopped, match=f"port {port} cannot be reached at 127.0.0.1.*`vllm_group_port`"):
-        Rendezvous("127.0.0.1", port, "one", 0.5)
+        Rendezvous.join("127.0.0.1", port, SECRET, "one", 0.5)
 
 
 def test_buckets_hold_whole_weights_up_to_their_size():
