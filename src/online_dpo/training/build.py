@@ -16,10 +16,11 @@ from transformers import PreTrainedTokenizerBase
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.evaluation.evaluator import ReferenceAnswers
 from online_dpo.foreign import loading
+from online_dpo.modeling.adapters import adapting
 from online_dpo.modeling.attention.masks import use_flex_attention, use_segments
 from online_dpo.modeling.introspection import end_token_ids, unwrapped
 from online_dpo.modeling.known_tokens import VocabularyCheck, check_reference, check_room, embedding_rows
-from online_dpo.modeling.loading import adapting, disable_dropout, is_adapter, load_causal_lm, to_device
+from online_dpo.modeling.loading import disable_dropout, is_adapter, load_causal_lm, to_device
 from online_dpo.modeling.logprobs import enable_logprobs
 from online_dpo.modeling.malloc import keep_freed_memory
 from online_dpo.modeling.precision import (

@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from online_dpo.scoring.protocols import PointwiseScorer
-from online_dpo.scoring.rewards.model import RewardModelScorer, load_reward_model
+from online_dpo.scoring.rewards.loading import load_reward_model
+from online_dpo.scoring.rewards.model import RewardModelScorer
 from online_dpo.types import Completion, Group, Prompt
 
 VOCABULARY = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *"abcdefgh"])}

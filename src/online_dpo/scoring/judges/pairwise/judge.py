@@ -27,6 +27,7 @@ from online_dpo.foreign import among_rows, at_row, foreign, loading
 from online_dpo.modeling.borrowing import eval_mode
 from online_dpo.modeling.fingerprint import weights_fingerprint
 from online_dpo.modeling.known_tokens import check_known, check_tokenizer, embedding_rows
+from online_dpo.modeling.loaded import check_config, check_finite, check_loaded, without_report
 from online_dpo.modeling.memory import Halving
 from online_dpo.scoring.accounting import FailureWindow, JudgeStatistics
 from online_dpo.scoring.judges.base import PreferenceJudge
@@ -34,7 +35,7 @@ from online_dpo.scoring.judges.pairwise.classifier import PairwiseClassifier
 from online_dpo.scoring.judges.pairwise.letters import LetterReader
 from online_dpo.scoring.judges.pairwise.reader import PairwiseReader, Text
 from online_dpo.scoring.protocols import Counts, check_comparisons, one_at_a_time
-from online_dpo.scoring.rewards.model import last_part
+from online_dpo.scoring.rewards.loading import last_part
 from online_dpo.scoring.time_limit import call_in_time
 from online_dpo.types import Group
 
@@ -127,12 +128,14 @@ class PairwiseModelJudge(PreferenceJudge):
         check_options(
             kind, {option: value for option, value in options.items() if option not in ("name", "max_failure_share")}
         )
-        with loading(path):
-            model, info = _classes(kind)[0].from_pretrained(path, dtype="auto", output_loading_info=True)
+        with loading(path), without_report():
+            model, info = _classes(kind)[0].from_pretrained(
+                path, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+            )
+            check_loaded(model, info, path, "pairwise model")
+            check_config(model.config, path)
+            check_finite(model, path)
             tokenizer = AutoTokenizer.from_pretrained(path)
-        if info["missing_keys"]:
-            missing = ", ".join(sorted(info["missing_keys"]))
-            raise ValueError(f"`{path}` is no trained pairwise model: it has no weights for {missing}.")
         return cls(model.to(device), tokenizer, **options)
 
     def prefer(self, comparisons: Sequence[Group]) -> list[float | None]:
