@@ -89,7 +89,7 @@ def check_folder(path: Path, role: Role, options: Mapping[str, Any]) -> None:
         read_object(path / GENERATION_CONFIG)
     if any(options.get(name) is not None for name in CHOOSE_FILES):
         return
-    shapes = tensors_in(path, "model", "pytorch_model", quantised=_is_quantised(config, options))
+    shapes = tensors_in(path, "model", quantised=_is_quantised(config, options))
     if shapes is not None:
         _check_layers(config, len(shapes))
 
@@ -121,9 +121,8 @@ def _constant(text: str) -> float:
 
 
 def _check_config(config: dict[str, Any], role: Role) -> None:
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or not kind:
-        raise WrongFolder(f"{CONFIG} has no `model_type` that says which model this is.")
+    if not isinstance(config.get("model_type", ""), str):
+        raise WrongFolder(f"{CONFIG}: `model_type` is no name of a type of models.")
     for name in ("dtype", "torch_dtype"):
         if isinstance(config.get(name), str) and not DTYPE.fullmatch(config[name]):
             raise WrongFolder(f"{CONFIG}: `{name}` is {one_line(config[name], 40)!r}, which is no type of weights.")
@@ -194,12 +193,12 @@ def _check_layers(config: dict[str, Any], tensors: int) -> None:
 
 def _check_adapter(path: Path, role: Role, options: Mapping[str, Any]) -> None:
     config = read_object(path / ADAPTER_CONFIG)
-    if not isinstance(config.get("peft_type"), str):
-        raise WrongFolder(f"{ADAPTER_CONFIG} has no `peft_type` that says which kind of adapter this is.")
+    tensors_in(path, "adapter_model", quantised=False)
     base = config.get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise WrongFolder(f"{ADAPTER_CONFIG} names no base model. Set `base_model_name_or_path`.")
-    tensors_in(path, "adapter_model", "adapter_model", quantised=True)
+    if not base:
+        return  # whoever loads it says what it needs
+    if not isinstance(base, str):
+        raise WrongFolder(f"{ADAPTER_CONFIG}: `base_model_name_or_path` is no name.")
     folder = Path(base).expanduser()
     if not folder.is_dir():
         if base.startswith((os.sep, ".", "~")) or base.count("/") > 1:
@@ -207,7 +206,9 @@ def _check_adapter(path: Path, role: Role, options: Mapping[str, Any]) -> None:
         return
     if not (folder / CONFIG).is_file():
         raise WrongFolder(f"its base model {base} holds no {CONFIG}; an adapter needs a whole model as its base.")
+    if role == "reward":
+        return  # its head may come with the adapter
     try:
-        check_folder(folder, "policy" if role == "reference" else role, options) if role != "reward" else None
+        check_folder(folder, role, options)
     except (WrongFolder, WrongWeights) as problem:
         raise WrongFolder(f"its base model {base}: {problem}") from None

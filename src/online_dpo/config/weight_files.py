@@ -47,26 +47,23 @@ class WrongWeights(ValueError):
     """The files of weights of a folder cannot be used. The message names the file."""
 
 
-def tensors_in(folder: Path, name: str, pickled: str, quantised: bool) -> Header | None:
-    """The descriptions of all tensors of a folder, by name; ``None`` if they are not in safetensors.
+def tensors_in(folder: Path, name: str, quantised: bool) -> Header | None:
+    """The descriptions of all tensors of a folder, by name; ``None`` if it has none in safetensors.
 
     Args:
         name: of the file, without its ending: ``model`` or ``adapter_model``.
-        pickled: the same of a file in torch's older format.
         quantised: whether the model says how its quantised weights are read.
 
     Raises:
-        WrongWeights: there are none, or they are damaged, or of a type that no model computes with.
+        WrongWeights: they are damaged, or of a type that no model computes with.
     """
     single, index = folder / f"{name}.safetensors", folder / f"{name}.safetensors.index.json"
     if single.is_file():
         tensors = read_header(single)
     elif index.is_file():
         tensors = _read_shards(index)
-    elif any((folder / f"{pickled}.bin{ending}").is_file() for ending in ("", ".index.json")):
-        return None
     else:
-        raise WrongWeights(f"it holds no weights: there is no {single.name} and no {index.name}. {AGAIN}")
+        return None
     if not tensors:
         raise WrongWeights(f"{single.name if single.is_file() else index.name} holds no tensors.")
     if not quantised:

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from online_dpo.config.weight_files import tensors_in
-from online_dpo.errors import error_text
+from online_dpo.errors import ModelFolderError, error_text
 from online_dpo.modeling.loaded import check_loaded_adapter
 
 
@@ -34,16 +34,18 @@ def load_adapter(
         peft_class: such as `peft.PeftModelForCausalLM`.
 
     Raises:
-        ValueError: the base model is not there, or the adapter does not fit it.
+        ModelFolderError: no base model is named, or weights of the adapter are missing, left out or zero.
+        RuntimeError: the adapter is for a model of another shape.
     """
     from peft import PeftConfig
     from peft.utils.constants import TOKENIZER_CONFIG_NAME
 
     revision = options.pop("revision", None)
+    saved = _saved_names(path)
     config = PeftConfig.from_pretrained(path, revision=revision)
     base_path = config.base_model_name_or_path
     if not base_path:
-        raise ValueError(f"`{path}`: adapter_config.json names no base model. Set `base_model_name_or_path`.")
+        raise ModelFolderError(f"`{path}`: adapter_config.json names no base model. Set `base_model_name_or_path`.")
     base = load_base(base_path, revision=config.revision, **options)
     if (Path(path) / TOKENIZER_CONFIG_NAME).is_file():
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=options.get("trust_remote_code", False))
@@ -55,12 +57,19 @@ def load_adapter(
             model = peft_class.from_pretrained(base, path, is_trainable=is_trainable, config=config, revision=revision)
         except UserWarning as lacking:
             names = error_text(lacking).partition("checkpoint: ")[2]
-            raise ValueError(
+            raise ModelFolderError(
                 f"`{path}`: the adapter lacks weights that its adapter_config.json wants, which would be random: "
                 f"{names[:400]} Copy or download it again."
             ) from None
-        except RuntimeError as error:
-            raise ValueError(f"`{path}` does not fit its base model {base_path}: {error_text(error)}") from error
-    saved = tensors_in(Path(path), "adapter_model", "adapter_model", quantised=False) if os.path.isdir(path) else None
     check_loaded_adapter(model, saved, path)
     return model
+
+
+def _saved_names(path: str) -> set[str] | None:
+    """The names of a folder's tensors; ``None`` if it is no folder, or they are in a pickle."""
+    if not os.path.isdir(path):
+        return None
+    tensors = tensors_in(Path(path), "adapter_model", quantised=False)
+    if tensors is None and not (Path(path) / "adapter_model.bin").is_file():
+        raise ModelFolderError(f"`{path}` holds no weights of an adapter: there is no adapter_model.safetensors.")
+    return None if tensors is None else set(tensors)

@@ -20,7 +20,7 @@ from transformers.distributed.fsdp import is_fsdp_enabled
 from transformers.distributed.utils import is_local_dist_rank_0
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from online_dpo.errors import one_line
+from online_dpo.errors import ModelFolderError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def without_report() -> Iterator[None]:
     except RuntimeError as error:
         if not report.text or "above report" not in str(error):
             raise
-        raise ValueError(f"its weights do not fit its config ({one_line(report.text, 400)})") from error
+        raise ModelFolderError(f"its weights do not fit its config ({one_line(report.text, 400)})") from error
     finally:
         source.removeFilter(report)
 
@@ -68,16 +68,16 @@ def check_loaded(model: nn.Module, info: Mapping[str, Any], path: str, what: str
         what: the folder should hold.
 
     Raises:
-        ValueError: weights are missing, of another shape, left out, or a whole matrix of them is zero.
+        ModelFolderError: weights are missing, of another shape, left out, or a whole matrix of them is zero.
     """
     if info["mismatched_keys"]:
         name, saved, wanted = min(info["mismatched_keys"])
-        raise ValueError(
+        raise ModelFolderError(
             f"`{path}`: `{name}` has the shape {tuple(saved)}, and by its config.json {tuple(wanted)}. The weights "
             "belong to another config; copy or download both again."
         )
     if info["missing_keys"]:
-        raise ValueError(
+        raise ModelFolderError(
             f"`{path}` is no trained {what}: it has no weights for {_some(info['missing_keys'])}, which would be "
             "random. Copy or download it again, or give another model."
         )
@@ -91,7 +91,7 @@ def _check_left_out(model: nn.Module, names: Iterable[str], path: str) -> None:
     kinds = {_without_numbers(name) for name, _ in model.named_parameters()}
     layers = [name for name in names if re.search(r"\.\d+\.", name) and _without_numbers(name) in kinds]
     if layers:
-        raise ValueError(
+        raise ModelFolderError(
             f"`{path}` has weights of more layers than its config.json says, such as {_some(layers)}; they would be "
             "left out. Give the config that belongs to the weights."
         )
@@ -113,13 +113,13 @@ def check_not_zero(model: nn.Module, path: str) -> None:
     """Check that no matrix holds nothing but zeros, as a download or a disk that has failed leaves it.
 
     Raises:
-        ValueError: one does.
+        ModelFolderError: one does.
     """
     if is_fsdp_enabled() and not is_local_dist_rank_0():
         return  # the weights come from the first process later
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1 and not ZEROS_BY_DESIGN.search(name) and _is_zero(parameter):
-            raise ValueError(
+            raise ModelFolderError(
                 f"`{path}`: `{name}` holds nothing but zeros, as a download or a disk that has failed leaves it. Copy "
                 "or download it again."
             )
@@ -139,34 +139,35 @@ def check_loaded_adapter(model: Any, saved: Iterable[str] | None, path: str) -> 
         saved: the names of the folder's tensors, if they are known.
 
     Raises:
-        ValueError: a tensor of the folder has no place in the model, or a matrix is zero from which nothing is learnt.
+        ModelFolderError: a tensor of the folder has no place in the model, or a matrix is zero that nothing is
+            learnt from.
     """
     from peft import get_peft_model_state_dict
 
     if saved is not None:
         known = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
         if left := {name for name in saved if "lora_" in name and name not in known}:
-            raise ValueError(
+            raise ModelFolderError(
                 f"`{path}` holds adapter weights that its adapter_config.json has no place for: {_some(left)}. They "
                 "would be left out; give the config that belongs to the weights."
             )
     for name, parameter in model.named_parameters():
         if ".lora_A." in name and _is_zero(parameter):
-            raise ValueError(f"`{path}`: `{name}` holds nothing but zeros. Copy or download the adapter again.")
+            raise ModelFolderError(f"`{path}`: `{name}` holds nothing but zeros. Copy or download the adapter again.")
 
 
 def check_finite(model: nn.Module, path: str) -> None:
     """Check that all weights are numbers. For models that a run only reads; those that it trains are checked in it.
 
     Raises:
-        ValueError: a weight is NaN or infinite.
+        ModelFolderError: a weight is NaN or infinite.
     """
     for name, parameter in model.named_parameters():
         tensor = parameter.detach()
         if tensor.is_floating_point() and tensor.itemsize > 1 and tensor.numel() and not tensor.is_meta:
             least, most = torch.aminmax(tensor)
             if not bool(least.isfinite() & most.isfinite()):
-                raise ValueError(
+                raise ModelFolderError(
                     f"`{path}`: `{name}` holds numbers that are NaN or infinite. Give a model that is whole, and load "
                     "it in a type that holds its weights."
                 )
@@ -176,14 +177,14 @@ def check_config(config: PreTrainedConfig, path: str) -> None:
     """Check what a model's config says of its class and its quantisation.
 
     Raises:
-        ValueError: it names a class of another type of models, or a quantisation that transformers would skip.
+        ModelFolderError: it names a class of another type of models, or a quantisation that transformers would skip.
     """
     import transformers
 
     settings = getattr(config, "quantization_config", None)
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     if method is not None and str(method) not in AUTO_QUANTIZATION_CONFIG_MAPPING and not _is_bits(settings):
-        raise ValueError(
+        raise ModelFolderError(
             f"`{path}`: config.json wants the quantisation {one_line(str(method), 40)!r}, which this version of "
             "transformers does not know; the weights would be read as they stand. Give a version that does."
         )
@@ -191,7 +192,7 @@ def check_config(config: PreTrainedConfig, path: str) -> None:
         named = getattr(transformers, name, None)
         owner = getattr(named, "config_class", None)
         if owner is not None and owner.model_type != config.model_type:
-            raise ValueError(
+            raise ModelFolderError(
                 f"`{path}`: config.json contradicts itself: its class is {name}, and its `model_type` "
                 f"{config.model_type!r}. Copy or download it again."
             )

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trai
 
 from online_dpo.config.model_folder import Role, folder_problem
 from online_dpo.config.requirements import adapter_problem
+from online_dpo.errors import ModelFolderError
 from online_dpo.modeling.adapters import load_adapter
 from online_dpo.modeling.introspection import unwrapped
 from online_dpo.modeling.loaded import check_config, check_loaded, without_report
@@ -76,7 +77,13 @@ def load_causal_lm(
 def _load_whole(path: str, **kwargs: Any) -> PreTrainedModel:
     """Loads a model that is no adapter, and checks that all its weights are those of its folder."""
     named = {name: kwargs[name] for name in ("revision", "trust_remote_code", "subfolder", "token") if name in kwargs}
-    check_config(AutoConfig.from_pretrained(path, **named), path)
+    config = AutoConfig.from_pretrained(path, **named)
+    check_config(config, path)
+    if vars(config).get("is_decoder") is False:
+        raise ModelFolderError(
+            f"`{path}` is an encoder: each token of its texts reads those after it, so it cannot predict the next one. "
+            "Give a causal language model."
+        )
     with without_report():
         model, info = AutoModelForCausalLM.from_pretrained(
             path, **{**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}

@@ -41,6 +41,7 @@ from online_dpo.modeling.reference import (
     frozen_copy,
     trains_base_weights,
 )
+from online_dpo.modeling.tokenizers import check_same_words
 from online_dpo.rollout.params import SamplingParams
 from online_dpo.rollout.registry import build_engine, built_in_engine
 from online_dpo.rollout.sampler import Sampler
@@ -232,6 +233,7 @@ def build_vocabulary(
     if reference is None:
         return VocabularyCheck({"the policy": embedding_rows(policy)})
     with reference.active() as model:
+        check_same_words(model, tokenizer)
         check_reference(model, policy, tokenizer, datasets)
         return VocabularyCheck({"the policy": embedding_rows(policy), "the reference": embedding_rows(model)})
 

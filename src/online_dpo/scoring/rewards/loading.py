@@ -100,8 +100,7 @@ def _load_adapter(path: str, **options: Any) -> tuple[nn.Module, str, str | None
             "head that scores a text would be random. Give an adapter that was trained with SEQ_CLS."
         )
     try:
-        with loading(path):
-            model = load_adapter(path, _load_base, PeftModelForSequenceClassification, **options)
+        model = load_adapter(path, _load_base, PeftModelForSequenceClassification, **options)
     except RuntimeError as error:  # what torch and transformers raise if shapes differ
         raise ValueError(
             f"{not_one_label(path, 'other shapes')} Loading it failed with: {error_text(error)}"
@@ -114,7 +113,7 @@ def _load_adapter(path: str, **options: Any) -> tuple[nn.Module, str, str | None
 
 def _load_base(path: str, **options: Any) -> nn.Module:
     """The base model of an adapter; the head that it lacks comes with the adapter."""
-    with without_report():
+    with loading(path), without_report():
         return AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, **options)
 
 

@@ -5,6 +5,7 @@ Shapes: ``R`` texts of one forward pass, ``T`` tokens of a text, ``P`` prompts, 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from online_dpo.errors import ScoringError
+from online_dpo.errors import ModelFolderError, ScoringError
 from online_dpo.foreign import among_rows, at_row, foreign
 from online_dpo.modeling.attention.masks import use_segments
 from online_dpo.modeling.borrowing import eval_mode
@@ -30,12 +31,15 @@ from online_dpo.modeling.loading import empty_device_cache
 from online_dpo.modeling.memory import Halving, in_memory
 from online_dpo.modeling.onednn import onednn_linears
 from online_dpo.packing.prefix_tree import Tree
+from online_dpo.scoring.chat_templates import check_template
 from online_dpo.scoring.protocols import chat_messages, one_at_a_time, regroup
 from online_dpo.scoring.rewards.loading import check_reward_model, last_part, load_tokenizer, no_tokenizer
 from online_dpo.scoring.rewards.shared_prefix import Text, group_trees, may_share, passes, score_trees
 from online_dpo.scoring.special_tokens import SpecialTokens
 from online_dpo.scoring.time_limit import call_in_time
 from online_dpo.types import Completion, Group, Prompt
+
+logger = logging.getLogger(__name__)
 
 MOST_TOKENS = {"cpu": 1024}
 """Tokens of one forward pass over shared rows, by device type. On a CPU, larger passes are slower."""
@@ -113,6 +117,7 @@ class RewardModelScorer:
         """
         self._need_chat_template()
         check_tokenizer(self.model, self.tokenizer, f"Reward model `{self.name}`", chat=True)
+        check_template(self.tokenizer, f"reward model `{self.name}`")
 
     def _need_chat_template(self) -> None:
         if self.tokenizer.chat_template is None:
@@ -232,6 +237,13 @@ class RewardModelScorer:
         """Cut ids on the left to what the model can read, and count the text in ``truncated``."""
         if len(ids) <= self._max_tokens:
             return ids
+        if not self.truncated:
+            logger.warning(
+                "Reward model `%s` reads %d tokens at most. A text of %d was cut on the left; others are counted.",
+                self.name,
+                self._max_tokens,
+                len(ids),
+            )
         self.truncated += 1
         kept = 1 if ids[0] in (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id) else 0
         return ids[:kept] + ids[len(ids) - self._max_tokens + kept :]
@@ -282,7 +294,16 @@ class RewardModelScorer:
 
 
 def longest_text(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The longest text, in tokens, that both the model and its tokenizer accept."""
+    """The longest text, in tokens, that both the model and its tokenizer accept.
+
+    Raises:
+        ModelFolderError: it is no number above zero.
+    """
+    limit: Any = tokenizer.model_max_length
+    if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit >= 1:
+        raise ModelFolderError(
+            f"`{tokenizer.name_or_path}`: `model_max_length` of the tokenizer is {limit!r}. Correct it."
+        )
     return min(tokenizer.model_max_length, context_length(model) or tokenizer.model_max_length)
 
 

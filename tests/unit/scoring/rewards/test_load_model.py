@@ -76,7 +76,7 @@ def test_heads_that_are_refused(tmp_path):
         with pytest.raises(ValueError, match=rf"one label.*it has `score.weight` of shape \({labels}, 16\)"):
             load_reward_model(str(tmp_path / "classes"), tokenizer("<s> $A"))
     LlamaForCausalLM(llama().config).save_pretrained(tmp_path / "lm")
-    with pytest.raises(ValueError, match="no trained reward model: it has no weights for score.weight"):
+    with pytest.raises(ValueError, match="no trained reward model: it has no weights for `score.weight`"):
         load_reward_model(str(tmp_path / "lm"), tokenizer("<s> $A"))
 
 
