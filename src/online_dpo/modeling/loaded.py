@@ -68,7 +68,7 @@ def check_loaded(model: nn.Module, info: Mapping[str, Any], path: str, what: str
         what: the folder should hold.
 
     Raises:
-        ModelFolderError: weights are missing, of another shape, left out, or a whole matrix of them is zero.
+        ModelFolderError: weights are missing, of another shape, or layers of them left out.
     """
     if info["mismatched_keys"]:
         name, saved, wanted = min(info["mismatched_keys"])
@@ -83,7 +83,6 @@ def check_loaded(model: nn.Module, info: Mapping[str, Any], path: str, what: str
         )
     if not getattr(model, "is_quantized", False):
         _check_left_out(model, info["unexpected_keys"], path)
-    check_not_zero(model, path)
 
 
 def _check_left_out(model: nn.Module, names: Iterable[str], path: str) -> None:

@@ -59,8 +59,8 @@ def load_causal_lm(
         dtype: the dtype of the weights, unless ``init_kwargs`` has one; ``auto`` is the dtype they were saved in.
 
     Raises:
-        ValueError: ``init_kwargs["dtype"]`` is not the name of a torch dtype, or weights are missing, of another shape,
-            left out or zero.
+        ValueError: ``init_kwargs["dtype"]`` is not the name of a torch dtype, or weights are missing, of another shape
+            or left out.
     """
     path = os.path.expanduser(path)
     kwargs = {"trust_remote_code": trust_remote_code, **(init_kwargs or {})}

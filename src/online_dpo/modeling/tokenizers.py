@@ -34,8 +34,8 @@ def check_same_words(reference: nn.Module, tokenizer: PreTrainedTokenizerBase) -
         first = differing[0]
         raise ModelFolderError(
             f"`ref_model` {path} was trained with another tokenizer than the policy: token {first} is {its[first]!r} "
-            f"to it and {own[first]!r} to the policy, and {len(differing)} tokens differ in all. Give a reference with the "
-            "policy's tokenizer, or leave `ref_model` out."
+            f"to it and {own[first]!r} to the policy, and {len(differing)} tokens differ in all. Give a reference with "
+            "the policy's tokenizer, or leave `ref_model` out."
         )
 
 

@@ -20,7 +20,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from online_dpo.errors import error_text
 from online_dpo.foreign import loading
 from online_dpo.modeling.adapters import load_adapter
-from online_dpo.modeling.loaded import check_config, check_finite, check_loaded, without_report
+from online_dpo.modeling.loaded import check_config, check_finite, check_loaded, check_not_zero, without_report
 
 
 def load_reward_model(
@@ -85,6 +85,7 @@ def _load_model(path: str, **options: Any) -> nn.Module:
         if tuple(wanted)[:1] == (1,) and tuple(saved)[1:] == tuple(wanted)[1:]:
             raise ValueError(not_one_label(path, f"`{name}` of shape {tuple(saved)}"))
     check_loaded(model, info, path, "reward model")
+    check_not_zero(model, path)
     check_finite(model, path)
     return model
 

@@ -27,7 +27,7 @@ from online_dpo.foreign import among_rows, at_row, foreign, loading
 from online_dpo.modeling.borrowing import eval_mode
 from online_dpo.modeling.fingerprint import weights_fingerprint
 from online_dpo.modeling.known_tokens import check_known, check_tokenizer, embedding_rows
-from online_dpo.modeling.loaded import check_config, check_finite, check_loaded, without_report
+from online_dpo.modeling.loaded import check_config, check_finite, check_loaded, check_not_zero, without_report
 from online_dpo.modeling.memory import Halving
 from online_dpo.scoring.accounting import FailureWindow, JudgeStatistics
 from online_dpo.scoring.judges.base import PreferenceJudge
@@ -133,6 +133,7 @@ class PairwiseModelJudge(PreferenceJudge):
                 path, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
             )
             check_loaded(model, info, path, "pairwise model")
+            check_not_zero(model, path)
             check_config(model.config, path)
             check_finite(model, path)
             tokenizer = AutoTokenizer.from_pretrained(path)
