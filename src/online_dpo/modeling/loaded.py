@@ -27,6 +27,10 @@ logger = logging.getLogger(__name__)
 REPORT = "LOAD REPORT"
 PROBED = 1024
 SHOWN = 3
+CLASSIFIERS = re.compile(r"(score|classifier|qa_outputs)\.")
+"""Names of heads that predict no token."""
+EMBEDDINGS = re.compile(r"embed|lm_head|wte")
+"""Names of what PEFT saves beside an adapter."""
 ZEROS_BY_DESIGN = re.compile(r"token_type_embeddings|lora_embedding_A|\.lora_B\.|\.bias$")
 """Names of matrices that are zeros in published models, or in an adapter that is not trained yet."""
 
@@ -89,6 +93,12 @@ def _check_left_out(model: nn.Module, names: Iterable[str], path: str) -> None:
     """Check the weights that are in the folder and not in the model."""
     kinds = {_without_numbers(name) for name, _ in model.named_parameters()}
     layers = [name for name in names if re.search(r"\.\d+\.", name) and _without_numbers(name) in kinds]
+    heads = [name for name in names if CLASSIFIERS.match(name) and hasattr(model, "lm_head")]
+    if heads:
+        raise ModelFolderError(
+            f"`{path}` is no causal language model: it has the head of a classifier ({_some(heads)}). Give the model "
+            "that it was trained from."
+        )
     if layers:
         raise ModelFolderError(
             f"`{path}` has weights of more layers than its config.json says, such as {_some(layers)}; they would be "
@@ -144,15 +154,26 @@ def check_loaded_adapter(model: Any, saved: Iterable[str] | None, path: str) -> 
     from peft import get_peft_model_state_dict
 
     if saved is not None:
-        known = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
-        if left := {name for name in saved if "lora_" in name and name not in known}:
+        left = set(saved) - get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+        left = {name for name in left if not EMBEDDINGS.search(name)}
+        if any("lora_" in name for name in left):
             raise ModelFolderError(
                 f"`{path}` holds adapter weights that its adapter_config.json has no place for: {_some(left)}. They "
                 "would be left out; give the config that belongs to the weights."
             )
-    for name, parameter in model.named_parameters():
-        if ".lora_A." in name and _is_zero(parameter):
+        if left:
+            logger.warning(
+                "`%s` holds weights that its model has no place for; they are ignored: %s.", path, _some(left)
+            )
+    zero = {name: _is_zero(parameter) for name, parameter in model.named_parameters() if ".lora_" in name}
+    ends = {name: is_zero for name, is_zero in zero.items() if ".lora_B." in name}
+    for name, is_zero in zero.items():
+        if is_zero and ".lora_A." in name:
             raise ModelFolderError(f"`{path}`: `{name}` holds nothing but zeros. Copy or download the adapter again.")
+    if any(ends.values()) and not all(ends.values()):  # all are in an adapter that is not trained yet
+        logger.warning(
+            "`%s`: parts of the adapter are zeros: %s.", path, _some(n for n, is_zero in ends.items() if is_zero)
+        )
 
 
 def check_finite(model: nn.Module, path: str) -> None:

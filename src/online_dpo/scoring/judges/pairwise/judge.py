@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from online_dpo.config.pairwise_judge import LETTERS, PAIRRM, check_options, kind_of_class, pairwise_kind
+from online_dpo.errors import ModelFolderError
 from online_dpo.foreign import among_rows, at_row, foreign, loading
 from online_dpo.modeling.borrowing import eval_mode
 from online_dpo.modeling.fingerprint import weights_fingerprint
@@ -38,6 +39,9 @@ from online_dpo.scoring.protocols import Counts, check_comparisons, one_at_a_tim
 from online_dpo.scoring.rewards.loading import last_part
 from online_dpo.scoring.time_limit import call_in_time
 from online_dpo.types import Group
+
+FEWEST_TOKENS = 8
+"""That a comparison can have: two answers and the marks around them."""
 
 
 class PairwiseModelJudge(PreferenceJudge):
@@ -97,6 +101,11 @@ class PairwiseModelJudge(PreferenceJudge):
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.reader: PairwiseReader = _classes(kind)[1](model, tokenizer, **options)
+        if self.reader.max_tokens < FEWEST_TOKENS:
+            raise ModelFolderError(
+                f"Judge `{self.name}` reads {self.reader.max_tokens} tokens at most (`max_position_embeddings` of its "
+                "config, or `model_max_length` of its tokenizer): no comparison is as short. Correct it."
+            )
         self._options = options
         self._known_tokens = embedding_rows(model)
         self._fitting = Halving(f"Judge `{self.name}`")
