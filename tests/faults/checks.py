@@ -32,6 +32,7 @@ from faults.harness import (
 from faults.runs import Ended, Stage, weights_hash, without_fault
 
 COMMAND = ("train", "run.yaml")
+TIMES = ("time/", "perf/", "judge/seconds")
 
 
 def check(stage: Stage, fault: Fault, name: str) -> None:
@@ -227,7 +228,11 @@ def step_logs(folder: Path) -> list[dict[str, Any]]:
     """The log entries of steps, without times."""
     history = json.loads((folder / "out" / "trainer_state.json").read_text())["log_history"]
     return [
-        {name: _comparable(value) for name, value in log.items() if not name.startswith(("time/", "perf/"))}
+        {
+            name: _comparable(value)
+            for name, value in log.items()
+            if not name.startswith(("time/", "perf/")) and name != "judge/seconds"
+        }
         for log in history
         if "pairs/count" in log
     ]
