@@ -46,7 +46,7 @@ def at_random_moments(processes: int, seed: int) -> list[Fault]:
             f"SIGTERM at random moment {number} of seed {seed}, {processes} process{'es' * (processes > 1)}",
             Resumes(Either(Stops(143, "SIGTERM", "checkpoint-"), Survived())),
             options=SAVES,
-            outside=terminated_after(moments.uniform(0.0, 0.5)),
+            outside=terminated_after(moments.uniform(0.0, 0.35)),
             processes=processes,
             quick=number <= 10 // processes,
         )
