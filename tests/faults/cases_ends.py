@@ -226,6 +226,13 @@ ELSEWHERE = [
     ),
     Fault(
         "raised",
+        "OSError in the final save of rank 0 of 2",
+        OneLine(1, "Saving the trained model", "no space left", "Another process of this run failed", "checkpoint-4"),
+        inject=lambda child: child.rank or child.at_call(FINAL_SAVE, SECOND, raises(OSError("no space left"))),
+        processes=2,
+    ),
+    Fault(
+        "raised",
         "sys.exit in a plugin as it is imported",
         OneLine(2, "plugin.py", "SystemExit"),
         options=dict(plugins=["plugin.py"]),

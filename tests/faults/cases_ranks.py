@@ -58,6 +58,7 @@ SCORING = "online_dpo.scoring.assess:Assessor.assess"
 PUBLISHES = "online_dpo.checkpoints.writer:CheckpointWriter._publish"
 WRITES = "online_dpo.checkpoints.writer:CheckpointWriter._own_entries"
 EVALUATION = "online_dpo.evaluation.evaluator:Evaluator.evaluate"
+FINAL_SAVE = "online_dpo.training.hf_trainer:GuardedTrainer.save_model"
 BUILDING = "online_dpo.training.trainer:build_policy"
 STEP_2, STEP_4 = "checkpoint-2", "checkpoint-4"
 EVALUATED = dict(**OPTIONS, eval_strategy="steps", eval_steps=2, dataset_test_split="train")
@@ -130,6 +131,7 @@ FAULTS = [
         options=SAVED,
         quick=False,
     ),
+    lost("is killed in the final save", 0, at_call(FINAL_SAVE, 2, KILLS), "cannot be reached", "checkpoint-4"),
     lost("is stopped in scoring", 0, at_call(SCORING, 3, STOPS), SILENT, "`ddp_timeout`", quick=False),
     lost("is stopped in a save", 0, at_call(WRITES, 1, STOPS), SILENT, options=SAVED, quick=False),
     lost("is stopped while it builds the model", 1, at_call(BUILDING, 1, STOPS), SILENT, resumes=False, quick=False),

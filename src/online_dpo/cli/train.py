@@ -23,6 +23,7 @@ from online_dpo.cli.terminal.screen import print_lines
 from online_dpo.cli.terminal.summary import describe_trainer, places
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.data.load import load_prompts
+from online_dpo.distributed.rank_watch import explained
 from online_dpo.distributed.settings import kept_settings
 from online_dpo.distributed.signals import StoppedBySignal, handling, is_interruption, name_of, write_now
 from online_dpo.errors import (
@@ -82,14 +83,13 @@ def _train(trainer: OnlineDPOTrainer, plan: RunPlan, words: Sequence[str], show_
         is_wrong_setting = trainer.state.global_step == 0 and not isinstance(error, OnlineDPOError)
         is_wrong_setting |= isinstance(error, CheckpointError) and trainer.steps_done.step < 0  # it cannot be resumed
         code = report_error(error, 2 if is_wrong_setting else 1, show_traceback)
-        first_is_lost = isinstance(error, RankLostError) and 0 in error.ranks
-        _print_checkpoint_before(trainer, words, speaks=first_is_lost or trainer.is_world_process_zero())
+        _print_checkpoint_before(trainer, words, error)
         return code
     return 0
 
 
 def _save(trainer: OnlineDPOTrainer, words: Sequence[str], show_traceback: bool) -> int:
-    """Save a trained model, its log and its card; where that fails, a checkpoint of the run."""
+    """Save a trained model, its log and its card; where that fails on any rank, a checkpoint of the run."""
     folder = str(trainer.args.output_dir)
     steps = {
         f"Saving the trained model in {folder}": trainer.save_model,
@@ -98,15 +98,16 @@ def _save(trainer: OnlineDPOTrainer, words: Sequence[str], show_traceback: bool)
     }
     for what, step in steps.items():
         try:
-            step()
-        except BaseException as error:
-            if is_interruption(error):
+            trainer.errors.run(step)
+        except BaseException as raised:
+            if is_interruption(raised):
                 raise
+            error = explained(raised)
             trainer.rescue.leave_checkpoint(error)
             failure = OnlineDPOError(f"{what} failed: {named_error(error)}")
             failure.__cause__ = error
             code = report_error(failure, 1, show_traceback)
-            _print_checkpoint_before(trainer, words, speaks=trainer.is_world_process_zero())
+            _print_checkpoint_before(trainer, words, error)
             return code
     if trainer.is_world_process_zero():
         print_lines(places(folder))
@@ -246,7 +247,9 @@ def load_judge(judge: Reference | RegisteredName | BuiltInJudge, args: OnlineDPO
         return loaded()
 
 
-def _print_checkpoint_before(trainer: OnlineDPOTrainer, words: Sequence[str], speaks: bool) -> None:
+def _print_checkpoint_before(trainer: OnlineDPOTrainer, words: Sequence[str], error: BaseException) -> None:
+    """Say how to resume: on the first rank, or on the others where it is lost."""
+    speaks = trainer.is_world_process_zero() or (isinstance(error, RankLostError) and 0 in error.ranks)
     if trainer.interrupt.checkpoint is not None and speaks:
         _print_how_to_resume("Before that:", trainer.interrupt.checkpoint, words)
 
