@@ -123,9 +123,9 @@ def check_ending(stage: Stage, fault: Fault, ending: Ending, folder: Path, ended
     """That it ended as the fault says."""
     match ending:
         case Either(endings):
-            codes = {one.code for one in ended}
-            found = next((one for one in endings if codes == {exit_code(one)}), endings[0])
-            check_ending(stage, fault, found, folder, ended, said)
+            for code in sorted({one.code for one in ended}):  # one rank may have ended before the fault came
+                found = next((one for one in endings if code == exit_code(one)), endings[0])
+                check_ending(stage, fault, found, folder, [one for one in ended if one.code == code], said)
         case ByRank(endings):
             for one, own in zip(ended, endings, strict=True):
                 check_ending(stage, fault, own, folder, [one], said)

@@ -40,7 +40,7 @@ Endings:
     OneLine(code, *words): exactly one line on stderr begins with `error:`, and these words are in what was printed.
     Stops(code, *words): as that, without such a line: a run that was asked to stop.
     Killed(signal): ended by this signal.
-    Either(*endings): the one of them that has its exit code, for faults that may come too late.
+    Either(*endings): on each rank the one of them that has its exit code, for faults that may come too late.
     ByRank(*endings): one for each rank.
     Resumes(first, mend=None): it ends as ``first`` says; then ``mend(folder)`` is called, which by default puts the
         files back as they are without the fault, and the same command with `--resume_from_checkpoint true` (without
