@@ -85,9 +85,10 @@ def _load_whole(path: str, **kwargs: Any) -> PreTrainedModel:
             "Give a causal language model."
         )
     with without_report():
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, **{**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
         )
+    model, info = loaded
     check_loaded(model, info, path, "causal language model")
     return model
 
