@@ -92,10 +92,10 @@ test-e2e: $(STAMP)
 	$(PYTEST) tests/e2e/test_quickstart.py
 
 test-faults: $(STAMP)
-	$(PYTEST) -n 2 tests/faults
+	$(PYTEST) -n 2 --dist worksteal tests/faults
 
 test-faults-all: $(STAMP)
-	$(PYTEST) -n 2 --every tests/faults
+	$(PYTEST) -n 2 --dist worksteal --every tests/faults
 
 soak: $(STAMP)
 	PYTHONPATH=tests $(BIN)/python -m faults.soak --steps 10000
