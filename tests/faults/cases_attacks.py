@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from faults.damage import Change, all_of, edited_json, stopped_after, written
-from faults.harness import ANY, RESUME, SECRET, Either, Fault, OneLine, Survived
+from faults.damage import Change, edited_json, stopped_after, written
+from faults.harness import ANY, SECRET, Either, Fault, OneLine, Survived
 
 OUT = "out/checkpoint-2"
 NAMED = ("--resume_from_checkpoint", OUT)
@@ -60,6 +60,16 @@ def linked(name: str) -> Change:
         (folder / "elsewhere/inside/dear.txt").write_text("dear")
         (folder / "out").mkdir(exist_ok=True)
         (folder / "out" / name).symlink_to(folder / "elsewhere")
+
+    return link
+
+
+def file_link(name: str) -> Change:
+    """A link in the output folder that leads to the data."""
+
+    def link(folder: Path) -> None:
+        (folder / "out").mkdir(exist_ok=True)
+        (folder / "out" / name).symlink_to(folder / "data.jsonl")
 
     return link
 
@@ -148,13 +158,7 @@ FAULTS = [
         "security",
         "a link to a file in place of a file that is written aside",
         Survived(),
-        prepare=lambda folder: (
-            [
-                (folder / "out").mkdir(),
-                (folder / "out/.README.md.partial").symlink_to(folder / "data.jsonl"),
-            ]
-            and None
-        ),
+        prepare=file_link(".README.md.partial"),
     ),
     Fault("security", "a hub token with a line end", OneLine(2, "hub_token"), options=dict(hub_token=f"{SECRET}\n")),
     Fault(

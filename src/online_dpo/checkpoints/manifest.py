@@ -82,9 +82,9 @@ class Manifest:
             is_own = own == _hash_of({"format": version, **content})
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise ValueError(f"{FILE} is damaged") from None
-        if version != FORMAT and isinstance(version, int):
+        if isinstance(version, int) and version != FORMAT:
             raise ValueError(f"{FILE} has format {version}, which this version of online-dpo does not know")
-        if not is_own:
+        if version != FORMAT or not is_own:
             raise ValueError(f"{FILE} is damaged")
         try:
             manifest = from_json(cls, content)

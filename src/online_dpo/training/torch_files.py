@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import pickle  # for its exception alone  # nosec B403
 from pathlib import Path
 
 import torch
@@ -25,6 +25,6 @@ def check_loads(folder: Path) -> None:
                 torch.load(path, map_location="meta", weights_only=True, mmap=True)
         except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError, TypeError, AttributeError):
             raise CheckpointError(
-                f"{folder} cannot be resumed from: {path.name} is damaged, or holds other things than tensors and plain "
-                "values, which are not loaded because they could run any code."
+                f"{folder} cannot be resumed from: {path.name} is damaged, or holds other things than tensors and "
+                "plain values, which are not loaded because they could run any code."
             ) from None

@@ -45,7 +45,7 @@ def convert(spec: FieldSpec, value: Any) -> Any:
         for kind in kinds:
             accepted, result = attempt(kind, value)
             if accepted:
-                return _check_characters(_check_choice(spec, result))
+                return _check_characters(spec, _check_choice(spec, result))
     raise BadValue(f"is {_show(spec, value)}; wanted: {wanted(spec)}.{_hint(spec, kinds, value)}")
 
 
@@ -165,7 +165,7 @@ def _check_choice(spec: FieldSpec, value: Any) -> Any:
     return value
 
 
-def _check_characters(value: Any) -> Any:
+def _check_characters(spec: FieldSpec, value: Any) -> Any:
     for item in value if isinstance(value, list) else [value]:
         if isinstance(item, str) and (wrong := _NO_TEXT.search(item)):
             raise BadValue(f"is {_show(spec, value)}; it holds {wrong[0]!r}, which is no character of a text.")
