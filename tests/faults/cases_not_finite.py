@@ -1,48 +1,44 @@
-"""What is not finite, or absurd: scores, losses, gradients, weights, fields."""
+"""Numbers that become NaN or infinite in a run: scores, preferences, losses, gradients, weights; and idle steps."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Collection
 from typing import Any
 
-import yaml
-
 from faults.damage import edited_tensors
-from faults.ground import run_file
-from faults.harness import ANY, Fault, OneLine, Survived, scorer
+from faults.harness import ANY, Fault, OneLine, Resumes, Survived, scorer
 from faults.injection import Child
 
-SAVES = dict(max_steps=4, save_steps=1)
+LOSS = "online_dpo.training.trainer:OnlineDPOTrainer.compute_loss"
+Inject = Callable[[Child], None]
 
 
-def nan_weights(child: Child, step: int) -> None:
-    """The optimizer writes a NaN into the weights in this step."""
+class From:
+    """All numbers from this one on."""
 
-    def wrap(original):
-        calls = [0]
+    def __init__(self, first: int) -> None:
+        self.first = first
 
-        def call(self, *args: Any, **kwargs: Any) -> Any:
-            result = original(self, *args, **kwargs)
-            calls[0] += 1
-            if calls[0] == step:
-                self.param_groups[0]["params"][0].data.view(-1)[0] = float("nan")
-            return result
-
-        return call
-
-    child.patch("torch.optim.adamw:AdamW.step", wrap)
+    def __contains__(self, number: object) -> bool:
+        return isinstance(number, int) and number >= self.first
 
 
-def nan_results(target: str, numbers: set[int] | None):
-    """The calls with these numbers (all, if `None`) give NaN."""
+Steps = From | Collection[int]
+
+
+def each_call(target: str, before: Callable[..., Any] | None = None, after: Callable[..., Any] | None = None) -> Inject:
+    """``before(number, self)`` gives another ``self``, ``after(number, self, result)`` another result of a call."""
 
     def inject(child: Child) -> None:
-        calls = [0]
+        calls: list[int] = []
 
-        def wrap(original):
-            def call(*args: Any, **kwargs: Any) -> Any:
-                calls[0] += 1
-                result = original(*args, **kwargs)
-                return result * float("nan") if numbers is None or calls[0] in numbers else result
+        def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+            def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+                calls.append(1)
+                self = before(len(calls), self) if before else self
+                result = original(self, *args, **kwargs)
+                return after(len(calls), self, result) if after else result
 
             return call
 
@@ -51,182 +47,208 @@ def nan_results(target: str, numbers: set[int] | None):
     return inject
 
 
-def nan_gradients(numbers: set[int] | None):
-    """The backward passes with these numbers leave a NaN in a gradient."""
-
-    def inject(child: Child) -> None:
-        calls = [0]
-
-        def wrap(original):
-            def call(self, *args: Any, **kwargs: Any) -> Any:
-                calls[0] += 1
-                if numbers is None or calls[0] in numbers:
-                    self = self * float("nan")
-                return original(self, *args, **kwargs)
-
-            return call
-
-        child.patch("torch:Tensor.backward", wrap)
-
-    return inject
+def nan_loss(steps: Steps) -> Inject:
+    return each_call(LOSS, after=lambda number, _, loss: loss * math.nan if number in steps else loss)
 
 
-def set_to(value: float):
-    """The first number of each tensor."""
+def nan_gradients(steps: Steps) -> Inject:
+    return each_call("torch:Tensor.backward", lambda number, loss: loss * math.nan if number in steps else loss)
 
-    def change(tensors: dict[str, Any]) -> None:
+
+def weight_becomes(number: float, step: int) -> Inject:
+    """What the optimizer writes into a weight in this step."""
+
+    def write(call: int, optimizer: Any, result: Any) -> Any:
+        if call == step:
+            optimizer.param_groups[0]["params"][0].data.view(-1)[0] = number
+        return result
+
+    return each_call("torch.optim.adamw:AdamW.step", after=write)
+
+
+def on_rank_1(inject: Inject) -> Inject:
+    return lambda child: inject(child) if child.rank == 1 else None
+
+
+def policy_with(number: float) -> Any:
+    """The first number of each tensor of the policy's folder."""
+
+    def edit(tensors: dict[str, Any]) -> None:
         for tensor in tensors.values():
-            tensor.view(-1)[0] = value
+            tensor.view(-1)[0] = number
 
-    return change
-
-
-FIELDS = {
-    "learning_rate": [".nan", ".inf", "1.0e+30", "-1.0", "true", "fast"],
-    "beta": [".nan", ".inf", "-0.1", "1.0e+12"],
-    "temperature": [".nan", ".inf", "-1"],
-    "top_p": [".nan", "0"],
-    "min_p": [".nan", "-0.5"],
-    "weight_decay": [".nan", ".inf", "-1"],
-    "max_grad_norm": [".nan"],
-    "warmup_steps": [".nan", "-3"],
-    "skipped_step_lr_factor": [".nan", "-1"],
-    "max_skipped_steps": ["-1"],
-    "num_completions": ["0", "1000000000", "2.5", "1e9999"],
-    "max_new_tokens": ["-4", "1000000000000000"],
-    "per_device_train_batch_size": ["10000000000"],
-    "gradient_accumulation_steps": ["-1"],
-    "save_steps": [".nan"],
-    "logging_steps": [".nan"],
-    "seed": ["1e30", ".nan"],
-    "missing_eos_penalty": [".nan", ".inf"],
-    "label_temperature": [".nan", "-1"],
-    "reward_weights": ["[.nan]", "[.inf]", "[]", "[1, 2, 3]"],
-    "reward_timeout": [".nan", "0", "-1"],
-    "repetition_penalty": [".nan", "-1"],
-}
+    return edited_tensors("policy/model.safetensors", edit)
 
 
-def absurd_fields() -> list[Fault]:
-    return [
-        Fault(
-            "numbers",
-            f"{name}: {value}",
-            OneLine(2, name),
-            files={"run.yaml": yaml.safe_dump({**yaml.safe_load(run_file({})), name: "HERE"}).replace("HERE", value)},
-            quick=number == 0,
-        )
-        for name, values in FIELDS.items()
-        for number, value in enumerate(values)
-    ]
+def rewards(name: str, returns: str, ending: Any, quick: bool = True, **options: Any) -> Fault:
+    """A reward function that gives something else than ``scores``."""
+    files: dict[str, str | bytes] = {"feedback.py": scorer(returns=returns)}
+    return Fault("not finite", name, ending, options=options, files=files, quick=quick)
+
+
+def judged(name: str, returned: str, *words: str) -> Fault:
+    options = dict(reward_funcs=None, judge="judge.py:judge", max_steps=12, save_steps=4)
+    files: dict[str, str | bytes] = {"judge.py": f"def judge(prompt, first, second):\n    return {returned}\n"}
+    return Fault("not finite", f"a judge gives {name}", OneLine(1, *words), options=options, files=files)
+
+
+def injected(name: str, ending: Any, inject: Inject, quick: bool = True, processes: int = 1, **options: Any) -> Fault:
+    return Fault("not finite", name, ending, options=options, inject=inject, quick=quick, processes=processes)
 
 
 SCORES = {
-    "one score is NaN": "scores[:-1] + [float('nan')]",
-    "one score is infinite": "[float('inf')] + scores[1:]",
-    "one score is minus infinity": "[-float('inf')] + scores[1:]",
-    "one score is None": "[None] + scores[1:]",
-    "one score is 10**400": "[10 ** 400] + scores[1:]",
-    "one score is 1e308 and one -1e308": "[1e308, -1e308] + scores[2:]",
+    "NaN": "scores[:-1] + [float('nan')]",
+    "infinite": "[float('inf')] + scores[1:]",
+    "minus infinity": "[-float('inf')] + scores[1:]",
+    "None": "[None] + scores[1:]",
+    "10**400": "[10 ** 400] + scores[1:]",
+    "1e308 and another -1e308": "[1e308, -1e308] + scores[2:]",
 }
-
-FAULTS = [
-    *absurd_fields(),
+SCORED = [
     *(
-        Fault(
-            "numbers",
-            f"{name} in step 2",
-            Survived(like=ANY),
-            files={"feedback.py": scorer(returns=f"{expression} if calls == 2 else scores")},
-        )
-        for name, expression in SCORES.items()
+        rewards(f"one score of step 2 is {name}", f"{returns} if calls == 2 else scores", Survived(like=ANY))
+        for name, returns in SCORES.items()
     ),
     *(
-        Fault("numbers", f"all scores are {name}", OneLine(3, "words"), files={"feedback.py": scorer(returns=returns)})
-        for name, returns in {
-            "NaN": "[float('nan')] * len(scores)",
-            "None": "[None] * len(scores)",
-            "equal": "[1.0] * len(scores)",
-            "infinite": "[float('inf')] * len(scores)",
-        }.items()
+        rewards(f"all scores are {name}", f"[{value}] * len(scores)", OneLine(3, "words", reason), quick=name == "NaN")
+        for name, value, reason in [
+            ("NaN", "float('nan')", "missing_score"),
+            ("None", "None", "missing_score"),
+            ("infinite", "float('inf')", "missing_score"),
+            ("10**400", "10**400", "missing_score"),
+            ("equal", "1.0", "tie"),
+        ]
     ),
-    Fault(
-        "numbers",
-        "nothing is trained any more after step 2",
-        OneLine(1, "max_idle_steps", "checkpoint-"),
-        options=dict(max_steps=12, save_steps=100, max_idle_steps=3),
-        files={"feedback.py": scorer(returns="scores if calls <= 2 else [1.0] * len(scores)")},
+    rewards(
+        "all scores are NaN in a long run",
+        "[float('nan')] * len(scores)",
+        OneLine(1, "gave no usable answer to 20 of the last 20", "a score of nan"),
+        max_steps=20,
     ),
-    Fault(
-        "numbers",
-        "the loss of step 2 is NaN",
-        Survived(like=ANY),
-        options=SAVES,
-        inject=nan_results("online_dpo.training.trainer:OnlineDPOTrainer.compute_loss", {2}),
+    rewards(
+        "all scores are NaN from step 3 on",
+        "scores if calls <= 2 else [float('nan')] * len(scores)",
+        OneLine(1, "gave no usable answer", "`max_failure_share`", "checkpoint-4"),
+        max_steps=20,
     ),
-    Fault(
-        "numbers",
-        "every loss is NaN",
-        OneLine(1, "3 steps in a row"),
-        options=dict(max_skipped_steps=3, max_steps=6),
-        inject=nan_results("online_dpo.training.trainer:OnlineDPOTrainer.compute_loss", None),
+    rewards(
+        "all scores are equal from step 3 on",
+        "scores if calls <= 2 else [1.0] * len(scores)",
+        OneLine(1, "4 steps in a row trained nothing", "tie", "out/checkpoint-6"),
+        max_steps=8,
+        max_idle_steps=4,
     ),
-    Fault(
-        "numbers",
-        "every loss from step 3 on is NaN",
-        OneLine(1, "3 steps in a row", "checkpoint"),
-        options=dict(max_skipped_steps=3, max_steps=8),
-        inject=nan_results("online_dpo.training.trainer:OnlineDPOTrainer.compute_loss", {3, 4, 5, 6, 7, 8}),
+    rewards(
+        "all scores are equal, with `max_idle_steps`",
+        "[1.0] * len(scores)",
+        OneLine(3, "trained nothing", "tie", "`max_idle_steps`"),
+        max_steps=8,
+        max_idle_steps=3,
     ),
-    Fault("numbers", "the gradient of step 2 is NaN", Survived(like=ANY), options=SAVES, inject=nan_gradients({2})),
-    Fault(
-        "numbers",
-        "every gradient is NaN",
-        OneLine(1, "2 steps in a row"),
-        options=dict(max_skipped_steps=2, max_steps=6),
-        inject=nan_gradients(None),
+    judged("NaN", "float('nan')", "gave no usable answer", "preference is nan"),
+    judged("infinity", "float('inf')", "judge", "from 0 to 1"),
+    judged("10**400", "10**400", "judge", "from 0 to 1"),
+    judged("a number of 5000 digits", "10**5000", "judge", "from 0 to 1"),
+]
+WEIGHTS = [
+    injected(
+        "a weight becomes NaN in step 3",
+        Resumes(OneLine(1, "not finite", "out/checkpoint-2", "holds 1 of")),
+        weight_becomes(math.nan, 3),
+        save_steps=1,
     ),
-    Fault(
-        "numbers",
-        "the gradient of step 2 is NaN on one rank of two",
-        Survived(like=ANY),
+    injected(
+        "a weight becomes NaN in step 1",
+        OneLine(1, "not finite", "No checkpoint has finite weights"),
+        weight_becomes(math.nan, 1),
+        save_steps=1,
+    ),
+    injected(
+        "a weight becomes infinite in the last step",
+        OneLine(1, "not finite", "out/checkpoint-2"),
+        weight_becomes(math.inf, 4),
+        save_steps=2,
+    ),
+    injected(
+        "a weight becomes NaN without checkpoints",
+        OneLine(1, "not finite", "No checkpoint has finite weights"),
+        weight_becomes(math.nan, 2),
+        save_strategy="no",
+        quick=False,
+    ),
+    injected(
+        "a weight becomes NaN with rotation",
+        Resumes(OneLine(1, "not finite", "out/checkpoint-2")),
+        weight_becomes(math.nan, 3),
+        save_steps=1,
+        save_total_limit=1,
+    ),
+    injected(
+        "a weight becomes NaN on one of two ranks",
+        OneLine(1, "not finite", "out/checkpoint-2"),
+        on_rank_1(weight_becomes(math.nan, 3)),
         processes=2,
-        options=SAVES,
-        inject=lambda child: nan_gradients({2})(child) if child.rank == 1 else None,
+        save_steps=1,
+    ),
+    injected(
+        "Adam divides by zero",
+        OneLine(1, "not finite", "No checkpoint has finite weights"),
+        lambda child: None,
+        adam_epsilon=0.0,
+        learning_rate=100,
+        weight_decay=100.0,
+        max_steps=30,
+        max_grad_norm=0.0,
+        quick=False,
     ),
     *(
         Fault(
-            "numbers",
-            f"the optimizer writes NaN into the weights in step {step}",
-            OneLine(1, "finite", *([f"checkpoint-{step - 1}"] if step > 1 else [])),
-            options=SAVES,
-            inject=lambda child, step=step: nan_weights(child, step),
+            "not finite",
+            f"the policy holds {name}",
+            OneLine(2, "policy", "start from are not finite", "holds 1 of"),
+            prepare=policy_with(number),
+            quick=name == "NaN",
         )
-        for step in (1, 3, 4)
-    ),
-    Fault(
-        "numbers",
-        "the optimizer writes NaN into the weights without any checkpoint",
-        OneLine(1, "finite"),
-        options=dict(save_strategy="no"),
-        inject=lambda child: nan_weights(child, 3),
-    ),
-    Fault(
-        "numbers",
-        "the weights of the policy's folder are NaN",
-        OneLine(2, "policy", "finite"),
-        prepare=edited_tensors("policy/model.safetensors", set_to(float("nan"))),
-    ),
-    Fault(
-        "numbers",
-        "the weights of the policy's folder are infinite",
-        OneLine(2, "policy", "finite"),
-        prepare=edited_tensors("policy/model.safetensors", set_to(float("inf"))),
-    ),
-    Fault(
-        "numbers",
-        "the weights of the policy's folder are all zero",
-        OneLine(2, "policy", "zero"),
-        prepare=edited_tensors("policy/model.safetensors", lambda ts: [t.zero_() for t in ts.values()]),
+        for name, number in {"NaN": math.nan, "infinity": math.inf}.items()
     ),
 ]
+STEPS = [
+    injected("the loss of step 2 is NaN", Survived("skipped", like=ANY), nan_loss({2})),
+    injected("every loss is NaN", OneLine(1, "3 steps in a row"), nan_loss(From(1)), max_skipped_steps=3),
+    injected(
+        "every loss from step 3 on is NaN",
+        OneLine(1, "3 steps in a row", "weights before them are in out/checkpoint-5"),
+        nan_loss(From(3)),
+        max_steps=8,
+        max_skipped_steps=3,
+    ),
+    injected("the gradient of step 2 is NaN", Survived("skipped", like=ANY), nan_gradients({2}), save_steps=1),
+    injected(
+        "the gradient of step 2 is NaN, the learning rate falls",
+        Survived("skipped", like=ANY),
+        nan_gradients({2}),
+        skipped_step_lr_factor=0.5,
+        skipped_step_lr_recovery=2,
+    ),
+    injected(
+        "every gradient is NaN",
+        OneLine(1, "2 steps in a row"),
+        nan_gradients(From(1)),
+        quick=False,
+        max_skipped_steps=2,
+    ),
+    injected(
+        "every gradient from step 2 on is NaN",
+        OneLine(1, "3 steps in a row", "weights before them are in out/checkpoint-4"),
+        nan_gradients(From(2)),
+        max_steps=9,
+        max_skipped_steps=3,
+    ),
+    injected(
+        "the gradient of step 2 is NaN on one rank of two",
+        Survived("skipped", like=ANY),
+        on_rank_1(nan_gradients({2})),
+        processes=2,
+    ),
+]
+FAULTS = [*SCORED, *WEIGHTS, *STEPS]

@@ -139,7 +139,7 @@ SOURCES: dict[str, tuple[str, Ending]] = {
         "def words(completions, answer):\n    return [1.0] * len(completions)\n",
         OneLine(2, "answer"),
     ),
-    "takes nothing": ("def words():\n    return []\n", OneLine(2, "words")),
+    "takes nothing": ("def words():\n    return []\n", OneLine(2, "words", "takes no arguments")),
     "changes the folder as it is imported": ("import os\nos.chdir('/')\n" + scorer(), Survived()),
     "changes the random state as it is imported": ("import torch\ntorch.manual_seed(5)\n" + scorer(), Survived()),
 }

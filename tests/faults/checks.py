@@ -32,12 +32,14 @@ from faults.harness import (
 from faults.runs import Ended, Stage, weights_hash, without_fault
 
 COMMAND = ("train", "run.yaml")
+TIMES = ("time/", "perf/", "judge/seconds")
 
 
 def check(stage: Stage, fault: Fault, name: str) -> None:
     """Runs a fault, and what resumes it, and checks every end."""
     if fault.writes is None:
         check_run(stage, fault, name, None)
+        shutil.rmtree(stage.root / name)  # one that failed is left to look at
         return
     operations = stage.writes(fault)
     numbers = range(fault.writes.first, len(operations) + 1, fault.writes.every)
@@ -55,14 +57,17 @@ def check(stage: Stage, fault: Fault, name: str) -> None:
 def check_run(stage: Stage, fault: Fault, name: str, write: tuple[Writes, int] | None) -> None:
     with stage.served(fault) as served:
         folder = stage.folder(fault, name, served.url)
-        check_first(stage, fault, folder, name, write)
-        if isinstance(fault.ending, Resumes):
+        ended = check_first(stage, fault, folder, name, write)
+        is_over = all(one.code == 0 for one in ended)  # it has gone on: there is nothing to resume
+        if isinstance(fault.ending, Resumes) and not is_over:
             served.respond = fault.service and fault.service.right
             check_resumed(stage, fault, folder, name, served.url)
 
 
-def check_first(stage: Stage, fault: Fault, folder: Path, name: str, write: tuple[Writes, int] | None) -> None:
-    """The run with the fault."""
+def check_first(
+    stage: Stage, fault: Fault, folder: Path, name: str, write: tuple[Writes, int] | None
+) -> Sequence[Ended]:
+    """The run with the fault; returns how it ended."""
     before = {path.name for path in (folder / "out").glob("checkpoint-*")}
     seconds = stage.whole_seconds(fault) if fault.outside is not None else 0.0
     words = (*COMMAND, *fault.words)
@@ -79,6 +84,7 @@ def check_first(stage: Stage, fault: Fault, folder: Path, name: str, write: tupl
         ended = [ended[write[0].rank]]  # the others may have noticed
     first = fault.ending.first if isinstance(fault.ending, Resumes) else fault.ending
     check_end(stage, fault, first, folder, ended, before)
+    return ended
 
 
 def check_resumed(stage: Stage, fault: Fault, folder: Path, name: str, url: str) -> None:
@@ -222,7 +228,11 @@ def step_logs(folder: Path) -> list[dict[str, Any]]:
     """The log entries of steps, without times."""
     history = json.loads((folder / "out" / "trainer_state.json").read_text())["log_history"]
     return [
-        {name: _comparable(value) for name, value in log.items() if not name.startswith(("time/", "perf/"))}
+        {
+            name: _comparable(value)
+            for name, value in log.items()
+            if not name.startswith(("time/", "perf/")) and name != "judge/seconds"
+        }
         for log in history
         if "pairs/count" in log
     ]

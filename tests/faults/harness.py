@@ -35,8 +35,8 @@ Of `Fault`:
 
 Endings:
     Survived(*words): exit 0, and the final weights equal, bit for bit, those of the same run without the fault (options
-        alike, files and everything else as they are without it), or with ``like={...}`` those of a faultless run
-        with these options, or with ``like=ANY`` only the general checks.
+        alike; without a service, files and environment as they are without it), or with ``like={...}`` those of a
+        faultless run with these options, or with ``like=ANY`` only the general checks.
     OneLine(code, *words): exactly one line on stderr begins with `error:`, and these words are in what was printed.
     Stops(code, *words): as that, without such a line: a run that was asked to stop.
     Killed(signal): ended by this signal.

@@ -232,7 +232,8 @@ class Stage:
     def whole(self, fault: Fault) -> Path:
         """The folder after a run with the options of this fault, and without it; made once for the same options."""
         service = fault.service and fault.service.right
-        key = json.dumps([fault.options, fault.processes, service and service.__qualname__], sort_keys=True)
+        files = str(without_fault(fault).files)
+        key = json.dumps([fault.options, fault.processes, service and service.__qualname__, files], sort_keys=True)
         if key not in self._whole:
             name = f"whole-{next(self._numbers)}"
             with self.served(fault) as served:
@@ -275,8 +276,9 @@ class Served:
 
 
 def without_fault(fault: Fault) -> Fault:
-    """The run with nothing done to it."""
-    return replace(fault, files={}, environment={}, trained=None, prepare=None, inject=None, outside=None, writes=None)
+    """The run with nothing done to it. Beside a service, the files and the environment say how to ask it."""
+    needed = {} if fault.service else {"files": {}, "environment": {}}
+    return replace(fault, **needed, trained=None, prepare=None, inject=None, outside=None, writes=None)
 
 
 def weights_hash(folder: Path) -> str:

@@ -13,7 +13,7 @@ from faults.runs import Stage
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    every = metafunc.config.getoption("--every")
+    every = metafunc.config.getoption("--every", default=False)
     faults = [fault for fault in all_faults().values() if fault.quick or every]
     metafunc.parametrize("fault", faults, ids=[fault.id for fault in faults])
 

@@ -20,7 +20,10 @@ from online_dpo.types import Completion, Group, Prompt
 
 @dataclass
 class Answer:
-    """What the server sends: after ``delay`` seconds, and with ``drip`` a byte of it every so many seconds."""
+    """What the server sends: after ``delay`` seconds, and with ``drip`` a byte of it every so many seconds.
+
+    A ``body`` that is a function writes the whole answer, with its head, and then the connection is closed.
+    """
 
     body: Any = None
     status: int = 200
@@ -75,6 +78,11 @@ def serving(respond: Callable[[dict[str, Any], int], Answer], path: str = "/v1")
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             answer = endpoint.handle(body, {name.lower(): value for name, value in self.headers.items()})
+            if callable(answer.body):
+                self.close_connection = True
+                with suppress(OSError):  # the client has given up
+                    answer.body(self.wfile)
+                return
             data = answer.body if isinstance(answer.body, bytes) else json.dumps(answer.body).encode()
             try:
                 self.send_response(answer.status)

@@ -6,23 +6,10 @@ from faults.catalogue import all_faults
 from faults.table import filled
 
 PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
-KINDS = [
-    "kill",
-    "checkpoint",
-    "identity",
-    "disk",
-    "signal",
-    "output",
-    "numbers",
-    "memory",
-    "judge",
-    "reward",
-    "run",
-    "data",
-    "model",
-    "security",
-    "ranks",
-]
+KINDS = {"kill", "checkpoint", "identity", "disk", "signal", "output", "numbers", "memory"} | {
+    *("judge service", "judge cache", "reward function", "reward service", "run file", "data", "model folder"),
+    *("security", "ranks"),
+}
 
 
 def test_the_page_is_current():
@@ -32,5 +19,5 @@ def test_the_page_is_current():
 
 def test_there_are_faults_of_every_kind():
     faults = all_faults()
-    found = {fault.kind.split()[0] for fault in faults.values()}
-    assert len(faults) >= 300 and found >= set(KINDS), set(KINDS) - found
+    assert sum(fault.quick for fault in faults.values()) >= 300
+    assert {fault.kind for fault in faults.values()} >= KINDS

@@ -102,7 +102,7 @@ def _save(trainer: OnlineDPOTrainer, words: Sequence[str], show_traceback: bool)
         except BaseException as error:
             if is_interruption(error):
                 raise
-            trainer.leave_checkpoint(error)
+            trainer.rescue.leave_checkpoint(error)
             failure = OnlineDPOError(f"{what} failed: {named_error(error)}")
             failure.__cause__ = error
             code = report_error(failure, 1, show_traceback)

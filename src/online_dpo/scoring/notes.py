@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from online_dpo.scoring.protocols import as_number
+from online_dpo.scoring.protocols import as_number, describe
 from online_dpo.types import Notes
 
 _current: ContextVar[Notes | None] = ContextVar("notes", default=None)
@@ -57,7 +57,7 @@ def log_functions(count: int) -> tuple[Callable[[str, Sequence[Any]], None], Cal
     def log_metric(name: str, value: Any) -> None:
         number = as_number(value)
         if number is None:
-            raise TypeError(f"log_metric({name!r}, ...) got {value!r}; give a number")
+            raise TypeError(f"log_metric({name!r}, ...) got {describe(value)}; give a number")
         notes.metrics.setdefault(name, []).append(number)
 
     return log_extra, log_metric

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import reprlib
 import threading
@@ -197,15 +198,35 @@ def flat_list(returned: Any, owner: str) -> list[Any]:
 
 
 def as_number(value: Any) -> float | None:
-    """Convert a number of Python, numpy or torch (a scalar) to a float; ``None`` for anything else."""
+    """Convert a number of Python, numpy or torch (a scalar) to a float; ``None`` for anything else.
+
+    One that is too large for a float, such as ``10**400``, becomes infinite.
+    """
     if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) and value.ndim == 0:
         value = value.item()
-    return float(value) if isinstance(value, numbers.Real) else None
+    if not isinstance(value, numbers.Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # an int or a fraction of any length
+        return math.inf if value > 0 else -math.inf
+
+
+class ShortForm(reprlib.Repr):
+    """Shortens what is printed of a value, also integers that Python refuses to print for their length."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        """The digits of a number, or how many bits it has."""
+        return super().repr_int(x, level) if x.bit_length() < LONGEST_INT else f"of {x.bit_length()} bits"
+
+
+LONGEST_INT = 1_000
+"""Bits of an integer that is still printed."""
 
 
 def describe(value: Any) -> str:
     """The type and a shortened form of a value, for error messages."""
-    return "None" if value is None else f"{type(value).__name__} {reprlib.repr(value)}"
+    return "None" if value is None else f"{type(value).__name__} {ShortForm().repr(value)}"
 
 
 def chat_messages(prompt: Prompt) -> list[Message]:

@@ -5,7 +5,6 @@ It knows nothing of preferences; :class:`online_dpo.training.trainer.OnlineDPOTr
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
@@ -24,8 +22,7 @@ from online_dpo.checkpoints.folders import folder_of
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.distributed.collectives import RankErrors
 from online_dpo.distributed.process_state import kept_random_state
-from online_dpo.distributed.rank_watch import explained, watch_ranks
-from online_dpo.errors import CheckpointError, TrainingInterrupted, named_error
+from online_dpo.distributed.rank_watch import watch_ranks
 from online_dpo.modeling.borrowing import kept_flags
 from online_dpo.modeling.loading import ConfigKeeper, empty_device_cache
 from online_dpo.modeling.precision import keeps_small_steps
@@ -33,7 +30,8 @@ from online_dpo.packing.prefix_tree import PADDING
 from online_dpo.training.checkpointing import Checkpoints
 from online_dpo.training.display.choose import choose_displays
 from online_dpo.training.display.figures import in_order
-from online_dpo.training.failures import NamedCallbacks, StepsDone, blamed
+from online_dpo.training.evaluation_weights import EvaluationWeights
+from online_dpo.training.failures import NamedCallbacks, StepsDone
 from online_dpo.training.finite import FiniteWeights
 from online_dpo.training.interrupt import Interrupt
 from online_dpo.training.learning_rate import LearningRateBackoff
@@ -41,14 +39,13 @@ from online_dpo.training.log_state import LogState
 from online_dpo.training.metric_store import MetricStore
 from online_dpo.training.other_ranks import OtherRanks
 from online_dpo.training.passes import PassRunner
+from online_dpo.training.rescue import Rescue
 from online_dpo.training.run_context import RunContext
 from online_dpo.training.run_state import RunState
 from online_dpo.training.step_guard import StepGuard
 from online_dpo.training.stopwatch import PhaseTimer
 from online_dpo.training.update_ratio import UpdatedRatio
 from online_dpo.types import PackedRows
-
-logger = logging.getLogger(__name__)
 
 
 class GuardedTrainer(Trainer):
@@ -81,6 +78,27 @@ class GuardedTrainer(Trainer):
             drop_gradients=lambda: self.model.zero_grad(),  # pyright: ignore[reportOptionalMemberAccess]
             free_memory=self.free_memory,
         )
+        self.evaluation_weights = EvaluationWeights(lambda: self.optimizer, lambda: self.is_in_train)
+        self._build_guards(args)
+        self.context = RunContext(
+            self.accelerator,
+            self.errors,
+            self.metrics,
+            self.phase,
+            state=lambda: self.state,
+            holds_evaluation_weights=lambda: self.evaluation_weights.held,
+            prompts_read=self._restore_random_state,
+            differs=lambda: self.checkpoints.identity.differs,
+        )
+        self.checkpoints = Checkpoints(args, self.accelerator, lambda: self.state)
+        self.run_state = RunState()
+        self.run_state.add(self.guard, self.log_state)
+        self._random_state_in: str | None = None
+        self._has_random_state = False
+        self._beside_training = False
+
+    def _build_guards(self, args: OnlineDPOConfig) -> None:
+        """Builds what watches over the run, in the order in which the callbacks among it are called."""
         self.interrupt = Interrupt(is_updating=lambda: self.steps_done.updating)
         self.add_callback(self.interrupt)  # before the guard, which has a last log written
         self.finite = FiniteWeights(self.accelerator.device, lambda: self.optimizer)
@@ -99,23 +117,16 @@ class GuardedTrainer(Trainer):
         self.steps_done = StepsDone(self.raise_callback_failure)
         self.add_callback(self.steps_done)
         self.add_callback(self.backoff)
-        self.context = RunContext(
-            self.accelerator,
+        self.rescue = Rescue(
+            self.callback_handler,
+            self.others,
             self.errors,
-            self.metrics,
-            self.phase,
+            self.steps_done,
             state=lambda: self.state,
-            holds_evaluation_weights=lambda: self.holds_evaluation_weights,
-            prompts_read=self._restore_random_state,
-            differs=lambda: self.checkpoints.identity.differs,
+            updaters=lambda: (self.optimizer, self.lr_scheduler),
+            holds_steps=self._holds_steps_done,
+            save=self._rescue_steps,
         )
-        self.checkpoints = Checkpoints(args, self.accelerator, lambda: self.state)
-        self.run_state = RunState()
-        self.run_state.add(self.guard, self.log_state)
-        self._random_state_in: str | None = None
-        self._has_random_state = False
-        self._beside_training = False
-        self.holds_evaluation_weights = False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `transformers.Trainer.train`. ``resume_from_checkpoint=True`` goes on from the newest whole checkpoint;
@@ -139,14 +150,14 @@ class GuardedTrainer(Trainer):
         self.configs.remember(self.model)  # pyright: ignore[reportArgumentType]
         displays = choose_displays(self)
         try:
-            with self.interrupt.handled(displays, self.args.stop_timeout), self._failures_leave_checkpoint():  # pyright: ignore
+            with self.interrupt.handled(displays, self.args.stop_timeout), self.rescue.failures_leave_checkpoint():  # pyright: ignore
                 checkpoint = self.checkpoints.begin(resume_from_checkpoint)
                 result = super().train(checkpoint, *args, **kwargs)
                 self.raise_callback_failure()
         finally:
             self.configs.restore()
             self.is_in_train = False  # the parent leaves it on where training fails
-            self._evaluating_weights(True)
+            self.evaluation_weights.put(True)
             for display in displays:
                 display.close()
         self._check_finite("At the end")
@@ -157,45 +168,15 @@ class GuardedTrainer(Trainer):
         """Raises on every rank what a callback of the user's has raised on any; a collective operation."""
         self.errors.raise_if_any(self.callback_handler.failure)
 
-    @contextmanager
-    def _failures_leave_checkpoint(self) -> Iterator[None]:
-        """Inside, callbacks fail where all ranks can, and any error leaves a checkpoint, but for a second Ctrl-C."""
-        try:
-            with self.callback_handler.deferred(), self.others.guarded():
-                yield
-        except TrainingInterrupted:
-            raise
-        except BaseException as raised:
-            updating, parts = self.steps_done.updating, (self.optimizer, self.lr_scheduler)
-            error = blamed(explained(raised), updating, self.state.global_step + 1, *parts)
-            self.leave_checkpoint(error)
-            if error is raised:
-                raise
-            raise error from raised
+    def _holds_steps_done(self) -> bool:
+        """Whether the model holds finite weights of the steps done; at the end of a run, it may be the best ones."""
+        over = self.state.global_step >= self.state.max_steps and self.args.load_best_model_at_end
+        return not over and not self.finite.found
 
-    def leave_checkpoint(self, error: BaseException) -> None:
-        """Saves the steps that are done, if there is anything new in them. One rank that failed alone cannot: the
-        others would not take part. They do, without it.
-        """
-        done = self.steps_done
-        over = self.state.global_step >= self.state.max_steps and self.args.load_best_model_at_end  # other weights now
-        full = isinstance(error, CheckpointError)  # a second try would end as the first
-        with self.others.saving_after(error, self.errors.raised, self.state.global_step) as may_save:
-            if may_save and not (over or full or self.finite.found) and done.wants_checkpoint(self.state):
-                self._save_steps_done(error)
-
-    def _save_steps_done(self, error: BaseException) -> None:
-        done = self.steps_done
-        assert done.random_state is not None
-        try:
-            with kept_random_state():
-                done.random_state.restore()
-                self._save_checkpoint(self.model, trial=None)  # pyright: ignore[reportArgumentType]
-            self.control = self.callback_handler.on_save(self.args, self.state, self.control)  # pyright: ignore
-        except Exception as second:  # such as a full disk: the first error is the one to tell
-            logger.warning("No checkpoint could be saved of the steps done: %s", named_error(second))
-        else:
-            error.add_note(f"Before that, a checkpoint of the steps done was saved: {self.interrupt.checkpoint}")
+    def _rescue_steps(self) -> str | None:
+        self._save_checkpoint(self.model, trial=None)  # pyright: ignore[reportArgumentType]
+        self.control = self.callback_handler.on_save(self.args, self.state, self.control)  # pyright: ignore
+        return self.interrupt.checkpoint
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """The parent's, unless the checkpoint that is resumed was the run's last: it would train one more step."""
@@ -248,33 +229,11 @@ class GuardedTrainer(Trainer):
             self.log_state.last_log += time.perf_counter() - start
             self._beside_training = False
 
-    @contextmanager
-    def evaluation_weights(self) -> Iterator[None]:
-        """Puts the weights into the model that are evaluated and saved, where an optimizer (a schedule-free one) trains
-        others. Afterwards, if training goes on, the model has the trained ones, from which the next step samples.
-        """
-        if self.holds_evaluation_weights:
-            yield
-            return
-        self._evaluating_weights(True)
-        try:
-            yield
-        finally:
-            self._evaluating_weights(not self.is_in_train)
-
-    def _evaluating_weights(self, on: bool) -> None:
-        optimizer: Any = self.optimizer
-        if isinstance(optimizer, AcceleratedOptimizer):
-            optimizer = optimizer.optimizer
-        if callable(getattr(optimizer, "eval", None)):
-            optimizer.eval() if on else optimizer.train()
-            self.holds_evaluation_weights = on
-
     def _check_finite(self, when: str) -> None:
         self.finite.check(self.state, self.args.output_dir, when, agree=True)  # pyright: ignore[reportArgumentType]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As the parent's, with the weights that are evaluated (see `evaluation_weights`).
+        """As the parent's, with the weights that are evaluated (see `EvaluationWeights`).
 
         Raises:
             TrainingDivergedError: the weights are not finite; nothing is saved.
@@ -282,7 +241,7 @@ class GuardedTrainer(Trainer):
         if output_dir is None or not _internal_call:  # else they are a checkpoint's, which has checked them
             folder: Any = self.args.output_dir
             self.finite.check(self.state, folder, "Before a save", agree=self.is_fsdp_enabled, optimizer=False)
-        with self.evaluation_weights():
+        with self.evaluation_weights.in_model():
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -314,7 +273,7 @@ class GuardedTrainer(Trainer):
         with self.checkpoints.writing(run_dir) as folder:
             with self.checkpoints.part():
                 self.create_model_card()
-            with self.evaluation_weights():
+            with self.evaluation_weights.in_model():
                 super()._save_checkpoint(model, trial)
             self.run_state.save(folder, self.accelerator.process_index)
             self.others.write_files(folder)
@@ -339,7 +298,7 @@ class GuardedTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self._evaluating_weights(False)  # the first step samples before it trains
+            self.evaluation_weights.put(False)  # the first step samples before it trains
             self.errors.run(lambda: self.run_state.restore(Path(checkpoint), self.accelerator.process_index))
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -349,7 +308,7 @@ class GuardedTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self.checkpoints.check_best()
-        self._evaluating_weights(True)  # those are what was saved
+        self.evaluation_weights.put(True)  # those are what was saved
         with kept_flags(self.model):  # pyright: ignore[reportArgumentType]
             super()._load_best_model()
 

@@ -65,11 +65,12 @@ class LogState(TrainerCallback):
     def save(self, folder: Path, rank: int) -> None:
         """Save what was collected in the steps that are done, on every rank."""
         now = self._before_step or self._metrics.snapshot()
-        parts = [
+        sums, counts, totals, largest = (
             {name: float(value) for name, value in part.items()}
             for part in (now.sums, now.counts, now.totals, now.largest)
-        ]
-        write_json(folder / self.FILE.format(rank=rank), SinceLastLog(*parts, time.perf_counter() - self.last_log))
+        )
+        since = SinceLastLog(sums, counts, totals, largest, time.perf_counter() - self.last_log)
+        write_json(folder / self.FILE.format(rank=rank), since)
 
     def restore(self, folder: Path, rank: int) -> None:
         """Go on from what `save` wrote.

@@ -13,7 +13,7 @@ import json
 import random
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -73,6 +73,11 @@ class OtherRanks(TrainerCallback):
             self._tell_files(state.global_step)
 
     def _tell_files(self, step: int) -> None:
+        """Write the files for the other ranks. Where the disk is full, none of them can save in place of this one."""
+        with suppress(OSError):
+            self._write_for_others(step)
+
+    def _write_for_others(self, step: int) -> None:
         assert self._watch is not None
         rank = self._watch.rank
         with TemporaryDirectory(prefix="online-dpo-") as folder:

@@ -126,7 +126,7 @@ class RunIdentity:
 
 def options_of(args: OnlineDPOConfig) -> dict[str, Any]:
     """Returns the options of a configuration that are compared, with the name of its engine."""
-    options = compared_options(args.to_dict()) | {"engine": args.engine_name}
+    options: dict[str, Any] = compared_options(args.to_dict()) | {"engine": args.engine_name}
     batches = options["accelerator_config"]
     batches["dispatch_batches"] = bool(batches["dispatch_batches"])  # a trainer turns it off where nothing is said
     return options
@@ -148,8 +148,8 @@ def check_options(resume: str | bool | None, args: OnlineDPOConfig) -> None:
         if others and not args.overwrite_output_dir:
             _check_repeats(run_dir, others, options)
         return
-    named = isinstance(resume, str) and resume != AUTO
-    for folder in [Path(resume)] if named else by_age(run_dir)[-1:]:
+    newest = resume is True or resume == AUTO
+    for folder in by_age(run_dir)[-1:] if newest else [Path(str(resume))]:
         saved = identity_of(folder)
         if saved is None or args.resume_anyway:
             return

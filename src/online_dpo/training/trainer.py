@@ -327,7 +327,7 @@ class OnlineDPOTrainer(GuardedTrainer):
         users_metrics = named_metrics(self.compute_metrics, lambda: self.state.global_step)
         predictions = Predictions(self.args, users_metrics, loss_only)
         self.callback_handler.eval_dataloader = dataloader  # pyright: ignore[reportAttributeAccessIssue]
-        with eval_mode(model), self.evaluation_weights(), noting() as notes:
+        with eval_mode(model), self.evaluation_weights.in_model(), noting() as notes:
             self._evaluate_batches(model, iter(dataloader), predictions)
         records, values = predictions.records, self.errors.run(predictions.metrics)
         metrics = in_order({**mean_notes(from_every_rank(notes)), **summarise(records), **values})

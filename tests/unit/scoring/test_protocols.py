@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from online_dpo.errors import ScoringError
 from online_dpo.evaluation.head_to_head import Answers, BothOrders, judge_answers
 from online_dpo.scoring.judges.adapters import FunctionJudge
 from online_dpo.scoring.judges.llm.judge import LLMJudge
 from online_dpo.scoring.penalties import NO_PENALTIES
-from online_dpo.scoring.protocols import DiagnosingScorer, FairScorer, PairwiseScorer, is_fair
+from online_dpo.scoring.protocols import DiagnosingScorer, FairScorer, PairwiseScorer, describe, is_fair
 from online_dpo.types import Completion, Group, Prompt
 
 
@@ -54,3 +55,16 @@ def test_only_a_judge_that_is_not_fair_is_asked_in_both_orders(judge, preference
 def test_a_judge_may_say_why_an_answer_is_missing():
     assert isinstance(judge_of("both"), DiagnosingScorer) and judge_of("both").last_failure == ""
     assert not isinstance(FirstPlace(), DiagnosingScorer)
+
+
+def test_a_description_is_short_whatever_the_value():
+    assert describe(None) == "None" and describe(3) == "int 3" and describe([1, "a"]) == "list [1, 'a']"
+    assert describe(10**5000) == "int of 16610 bits" and describe([10**5000]) == "list [of 16610 bits]"
+    assert len(describe("x" * 10**6)) < 50
+
+
+@pytest.mark.parametrize("preference", [10**400, 10**5000, -(10**5000), 1.5], ids=["400", "5000", "below", "1.5"])
+def test_a_preference_beyond_one_is_refused_whatever_its_size(preference):
+    judge = FunctionJudge(lambda prompt, first, second: preference)
+    with pytest.raises(ScoringError, match="from 0 to 1"):
+        judge.prefer([group("a", "b")])

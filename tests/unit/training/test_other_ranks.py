@@ -132,6 +132,18 @@ def test_a_rank_that_fails_alone_tells_the_others_and_saves_nothing(ranks, tmp_p
         assert may_save and not ranks[1].stands_in
 
 
+def test_a_full_disk_does_not_end_the_step(ranks, tmp_path, monkeypatch):
+    def full(folder, rank):
+        raise OSError(28, "No space left on device")
+
+    for rank in ranks:
+        ends_step(rank, 6, 0)
+    monkeypatch.setattr(ranks[1]._own_part, "save", full)
+    for rank in ranks:
+        ends_step(rank, 7, 0)
+    assert not saving(ranks[0], RankLostError("gone", [2]), 7, tmp_path)
+
+
 def test_a_single_process_saves_as_ever(tmp_path):
     alone = OtherRanks(None, Metrics(), False)
     ends_step(alone, 1, 0)

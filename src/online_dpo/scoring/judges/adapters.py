@@ -113,7 +113,7 @@ class FunctionJudge(PreferenceJudge):
         if isinstance(value, float) and math.isnan(value):
             self._failures.add("its preference is nan")
             return None
-        if isinstance(value, numbers.Real) and 0 <= float(value) <= 1:
+        if isinstance(value, numbers.Real) and 0 <= value <= 1:
             self._failures.add(None)
             return float(value)
         raise ScoringError(

@@ -48,7 +48,7 @@ class FunctionScorer:
 
     Raises:
         TypeError: ``function`` cannot be called.
-        ValueError: it has a positional-only parameter, or (when scoring) needs an argument that does not exist.
+        ValueError: it takes no arguments or a positional-only one, or (when scoring) needs one that does not exist.
         ScoringError: (when scoring) it raised, or returned something that is not one number for each completion.
     """
 
@@ -62,6 +62,8 @@ class FunctionScorer:
         self.function = function
         self._state = state
         self._parameters = list(inspect.signature(function).parameters.values())
+        if not self._parameters:
+            raise ScoringError(f"{self._label} takes no arguments. Give it `completions`, what it is to score.")
         for parameter in self._parameters:
             if parameter.kind is parameter.POSITIONAL_ONLY and parameter.default is parameter.empty:
                 raise ScoringError(

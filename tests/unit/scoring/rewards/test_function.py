@@ -8,6 +8,7 @@ import math
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from types import SimpleNamespace
 
 import numpy as np
@@ -108,7 +109,10 @@ def test_threads_that_score_collect_their_own_notes():
     ("note", "message"),
     [
         (lambda log_extra, log_metric: log_extra("x", [1]), r"log_extra\('x', ...\) got 1 values for 4 completions"),
-        (lambda log_extra, log_metric: log_metric("x", "much"), r"log_metric\('x', ...\) got 'much'; give a number"),
+        (
+            lambda log_extra, log_metric: log_metric("x", "much"),
+            r"log_metric\('x', ...\) got str 'much'; give a number",
+        ),
     ],
 )
 def test_notes_that_are_none_are_refused_with_the_function_s_name(note, message):
@@ -173,6 +177,19 @@ def test_positional_only_is_refused_at_once():
 
     with pytest.raises(ValueError, match="`reward` has the positional-only parameter `completions`"):
         FunctionScorer(reward)
+
+
+def test_a_function_without_arguments_is_refused_at_once():
+    with pytest.raises(ValueError, match="`reward` takes no arguments. Give it `completions`"):
+        FunctionScorer(lambda: [], name="reward")
+
+
+@pytest.mark.parametrize(
+    ("score", "number"), [(10**400, math.inf), (-(10**400), -math.inf), (Fraction(10**5000), math.inf), (10**30, 1e30)]
+)
+def test_a_number_beyond_floats_is_infinite_which_counts_as_missing(score, number):
+    scores = FunctionScorer(lambda completions: [score] * len(completions)).score(GROUPS)
+    assert {value for group in scores for value in group} == {number}
 
 
 def test_what_cannot_be_called():

@@ -33,7 +33,7 @@ COLUMNS = ("key", "p_first", "final", "reply", "model", "input_tokens", "output_
 VERSION = 0
 """``user_version`` of the file. A later form of the table gets another number, and is left alone by this version."""
 
-BUSY_SECONDS = 20.0
+BUSY_SECONDS = 5.0
 """Seconds to wait while another process has locked the file."""
 
 FOR_THE_OWNER, FOLDER_FOR_THE_OWNER = 0o600, 0o700
