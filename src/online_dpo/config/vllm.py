@@ -65,8 +65,8 @@ class VLLMFields:
     def vllm_server_urls(self) -> list[str]:
         """Addresses of the servers, without blanks and trailing slashes."""
         if self.vllm_server_base_url is None:
-            given = self.vllm_server_host
-            host = "localhost" if given == "0.0.0.0" else given
+            is_default = self.vllm_server_host == VLLMFields.vllm_server_host  # which is no address to connect to
+            host = "localhost" if is_default else self.vllm_server_host
             return [f"http://{host}:{self.vllm_server_port}"]
         return [url.strip().rstrip("/") for url in self.vllm_server_base_url.split(",") if url.strip()]
 
