@@ -55,7 +55,7 @@ HUB_PROBLEMS = {
         "there is no such folder here, and no model of that name on the hub (or a private one: log in with "
         "`hf auth login`)."
     ),
-    ("Repo id must", "HFValidationError", "Incorrect path_or_model_id"): (
+    ("Repo id must", "Cannot have -- or ..", "HFValidationError", "Incorrect path_or_model_id"): (
         "there is no such folder here, and it is no name that a model on the hub can have. Correct the path."
     ),
 }

@@ -64,6 +64,8 @@ def load_causal_lm(
     """
     path = os.path.expanduser(path)
     kwargs = {"trust_remote_code": trust_remote_code, **(init_kwargs or {})}
+    if kwargs.get("weights_only", True) is not True:
+        raise ValueError("`model_init_kwargs`: `weights_only` stays on: without it a pickle's code would be run.")
     old_name = kwargs.pop("torch_dtype", None)  # transformers reads it only if `dtype` is not given
     requested = kwargs.pop("dtype", old_name)
     kwargs["dtype"] = dtype if requested is None else check_dtype(requested)

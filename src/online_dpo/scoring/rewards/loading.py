@@ -40,7 +40,9 @@ def load_reward_model(
     """
     path = os.path.expanduser(path)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    if find_adapter_config_file(path, revision=revision) is not None:
+    with loading(path):
+        adapter_config = find_adapter_config_file(path, revision=revision)
+    if adapter_config is not None:
         model, base_path, base_revision = _load_adapter(path, dtype=dtype, **options)
         if tokenizer is None and not has_file(path, "tokenizer_config.json", revision=revision):
             tokenizer = load_tokenizer(base_path, revision=base_revision, trust_remote_code=trust_remote_code)
