@@ -102,8 +102,7 @@ def wait(pid: int, seconds: float) -> dict[str, Any] | None:
     while True:
         found, status, usage = os.wait4(pid, os.WNOHANG)
         if found:
-            cpu = usage.ru_utime + usage.ru_stime
-            return {"code": os.waitstatus_to_exitcode(status), "memory": usage.ru_maxrss, "cpu": cpu}
+            return {"code": os.waitstatus_to_exitcode(status), "memory": usage.ru_maxrss}
         if time.monotonic() > until:
             return None
         time.sleep(0.002)
