@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForSequenceClassification
 
 from online_dpo.cli.main import main
-from online_dpo.errors import ScoringError
+from online_dpo.errors import ModelFolderError, ScoringError
 from support import snapshots, tiny
 from support.run_files import fill_folder, write_run_file
 from support.training import dataset, trainer, weights, word_reward
@@ -236,7 +236,7 @@ def test_where_a_trainer_cannot_be_made_the_users_models_are_as_they_were(tmp_pa
         eval_reward_funcs=str(tmp_path / "gold"),
         reward_processing_classes=tiny.tokenizer(),
     )
-    with pytest.raises(OSError):
+    with pytest.raises(ModelFolderError, match="no file named model.safetensors"):
         trainer(tmp_path, policy, reward, kwargs=arguments)
     for model, state in zip((policy, reference, reward), before, strict=True):
         assert snapshots.changed(state, snapshots.of_model(model)) == set()

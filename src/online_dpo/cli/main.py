@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import errno
-import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -137,8 +136,6 @@ def _train(words: Sequence[str]) -> int:
         if is_first_process():
             print_lines(describe_plan(plan), INDENT)
             print_lines(["Loading torch, transformers and the models"])
-        # torch reads it when it is imported. Otherwise it prints a stack of C++ calls where another process is lost.
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         from online_dpo.cli.train import train
 
         return train(plan, words, show_traceback=show_traceback)

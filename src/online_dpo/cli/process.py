@@ -27,6 +27,8 @@ THREADS, AT_EXIT = (10.0, 5.0), (600.0, 60.0)
 def run() -> NoReturn:
     """Run the command line of this process, and end the process with its exit code."""
     open_standard_descriptors()
+    # torch reads it when it is imported. Otherwise it prints a stack of C++ calls where another process is lost.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if "--traceback" not in sys.argv:
         _tell_errors_in_one_line()
     try:
