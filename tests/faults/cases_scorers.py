@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from faults.harness import ANY, Either, Ending, Fault, Killed, OneLine, Resumes, Survived, scorer
+from faults.injection import Child
+from online_dpo.cli import process
 
 NAMED = ("words", "feedback.py")
 
@@ -144,9 +146,21 @@ SOURCES: dict[str, tuple[str, Ending]] = {
     "changes the random state as it is imported": ("import torch\ntorch.manual_seed(5)\n" + scorer(), Survived()),
 }
 
+
+def waits_a_second(child: Child) -> None:
+    """For threads, after the end; 10 seconds otherwise."""
+    process.THREADS = (1.0, 1.0)
+
+
 FAULTS = [
     *(
-        Fault("reward function", name, ending, files={"feedback.py": scorer(before)})
+        Fault(
+            "reward function",
+            name,
+            ending,
+            files={"feedback.py": scorer(before)},
+            inject=waits_a_second if "never ends" in name else None,
+        )
         for name, (before, ending) in BEFORE.items()
     ),
     *(

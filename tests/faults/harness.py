@@ -20,7 +20,7 @@ compared with the fault's ending; whatever that is, these hold as well (`checks.
 checkpoint whole and finite, and exit code 0 only with a final model that loads, is finite and was trained.
 
 Of `Fault`:
-    options, files, environment, words: of the run. An option that is `None` is left out; a file's text may be bytes.
+    options, files, environment, words: of the run; ``command``, if it is another one than `train run.yaml`. An option that is `None` is left out; a file's text may be bytes.
     trained: a faultless run with ``options`` and these changes of them has been in the output folder before; such a
         run is made once, then copied. `stopped_after(step)` as ``prepare`` leaves its checkpoints up to a step.
     prepare(folder): anything else done to the folder before the run. `damage.py` has common things.
@@ -193,6 +193,7 @@ class Fault:
     options: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str | bytes] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    command: Sequence[str] = ("train", "run.yaml")
     words: Sequence[str] = ()
     trained: dict[str, Any] | None = None
     prepare: Callable[[Path], None] | None = None
