@@ -31,6 +31,10 @@ class ScoringError(OnlineDPOError, ValueError):
     """A reward function, reward model or judge failed, or returned something that is no score. The message names it."""
 
 
+class ModelFolderError(OnlineDPOError, ValueError):
+    """A model's folder, or what the hub has under its name, cannot be used. The message names it and what is wrong."""
+
+
 class UnknownTokenError(OnlineDPOError, ValueError):
     """A model would be given a token id for which it has no embedding. The message has the numbers and what to do."""
 

@@ -3,19 +3,78 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from online_dpo.distributed.settings import kept_settings
 from online_dpo.distributed.signals import is_interruption
 from online_dpo.distributed.waiting import waiting_for
-from online_dpo.errors import OnlineDPOError, ScoringError, is_out_of_memory, named_error, one_line
+from online_dpo.errors import (
+    ModelFolderError,
+    OnlineDPOError,
+    ScoringError,
+    error_text,
+    is_out_of_memory,
+    named_error,
+    one_line,
+)
 from online_dpo.types import Group, Prompt
 
 ENDS_COROUTINE = (asyncio.CancelledError, GeneratorExit)
 """What a coroutine gets when it is cancelled or closed."""
 SHOWN_CHARACTERS, SHOWN_ROWS = 60, 8
+
+HUB_PROBLEMS = {
+    ("gated repo", "restricted"): (
+        "the hub gives it to those alone who accepted its terms. Accept them on its page, and log in "
+    ),
+    ("Revision Not Found", "is not a valid git identifier"): "the hub has no such revision of it (`model_revision`).",
+    (
+        "couldn't connect",
+        "offline mode",
+        "outgoing traffic has been disabled",
+        "Cannot find the requested files in the disk cache",
+        "find the requested files in the local cache",
+        "Connection error",
+        "Max retries",
+        "connection attempts failed",
+    ): (
+        "there is no such folder here, and the hub cannot be reached to look for a model of that name. "
+        "Correct the path, or go online."
+    ),
+    (
+        "is not a local folder and is not a valid model identifier",
+        "Repository Not Found",
+        "is not a valid model identifier",
+        "404",
+    ): (
+        "there is no such folder here, and no model of that name on the hub (or a private one: log in with "
+        "`hf auth login`)."
+    ),
+    ("Repo id must", "HFValidationError", "Incorrect path_or_model_id"): (
+        "there is no such folder here, and it is no name that a model on the hub can have. Correct the path."
+    ),
+}
+"""What libraries say of a name on the hub, and what it means."""
+FOLDER_PROBLEMS = {
+    ("Weights only load failed", "Unsupported global"): (
+        "its weights are a pickle (.bin) that holds more than tensors, or is damaged. None of it was run. "
+        "Give weights in safetensors."
+    ),
+    ("contains custom code",): (
+        "it needs Python code of its own. Read that code, and set `trust_remote_code: true` if you trust it."
+    ),
+}
+"""The same of a folder."""
+LONG_ENDS = (
+    " Model type should be one of",
+    " You can update Transformers",
+    " If you were trying to load",
+    " Check your",
+)
+"""Where a library's message becomes a list or an advice that does not help."""
 
 
 @contextmanager
@@ -65,9 +124,33 @@ def _in_event_loop() -> bool:
     return True
 
 
-def loading(path: str) -> AbstractContextManager[None]:
-    """Inside, a library reads a model folder; its errors, such as that of a damaged file, then name the folder."""
-    return foreign(f"Loading `{path}`", raises=ValueError, passes=(OSError, ImportError))
+@contextmanager
+def loading(path: str) -> Iterator[None]:
+    """Inside, a library reads a model folder or asks the hub for it; its errors then name the folder in one line."""
+    try:
+        with foreign(f"Loading `{path}`", raises=ModelFolderError, passes=(Exception,)):
+            yield
+    except (OnlineDPOError, ImportError):
+        raise
+    except Exception as error:
+        if is_out_of_memory(error) or is_interruption(error):
+            raise
+        raise ModelFolderError(_loading_problem(path, error)) from error
+
+
+def _loading_problem(path: str, error: BaseException) -> str:
+    """One line for what a library says of a model that it cannot load: of many lines, those that help."""
+    text = error_text(error)
+    if not os.path.isdir(os.path.expanduser(path)):
+        for words, meaning in HUB_PROBLEMS.items():
+            if any(word in text for word in words):
+                return f"`{path}`: {meaning}"
+    for words, meaning in FOLDER_PROBLEMS.items():
+        if any(word in text for word in words):
+            return f"`{path}`: {meaning}"
+    for end in LONG_ENDS:
+        text = text.partition(end)[0].strip()
+    return f"Loading `{path}` raised {type(error).__name__}: {text}"
 
 
 def at_row(prompt: Prompt) -> str:

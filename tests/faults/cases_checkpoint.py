@@ -16,8 +16,8 @@ from faults.damage import (
     written,
     zeroed,
 )
-from faults.ground import OPTIONS
-from faults.harness import RESUME, Fault, OneLine, Survived
+from faults.ground import FEEDBACK, OPTIONS
+from faults.harness import ANY, RESUME, Fault, OneLine, Survived
 
 SAVES = dict(save_steps=1)
 LAST = "out/checkpoint-3"
@@ -198,7 +198,17 @@ def other_runs() -> list[Fault]:
         Fault(
             "identity",
             "resumed with another reward function",
-            OneLine(2, "feedback", "resume_anyway"),
+            OneLine(2, "reward_funcs", "resume_anyway"),
+            options=SAVES | dict(reward_funcs=["feedback.py:others"]),
+            files={"feedback.py": FEEDBACK + "def others(completions):\n    return list(map(len, completions))\n"},
+            trained=dict(reward_funcs=OPTIONS["reward_funcs"]),
+            prepare=stopped_after(2),
+            words=RESUME,
+        ),
+        Fault(
+            "identity",
+            "resumed with a reward function that was mended",
+            Survived(like=ANY),
             options=SAVES,
             trained={},
             prepare=stopped_after(2),

@@ -5,14 +5,14 @@ from __future__ import annotations
 import errno
 
 from faults.damage import Change, all_of, written
-from faults.harness import Either, Fault, OneLine, Resumes, Survived, Writes
+from faults.harness import Either, Fault, OneLine, Resumes, Survived, WriteFault, Writes
 
 FAILS = Resumes(Either(OneLine(1, "out"), Survived()))
 SAVES = dict(max_steps=4, save_steps=2)
-PARTS = 6
+PARTS = 24
 
 
-def at_writes(name: str, what, error: int, processes: int = 1) -> list[Fault]:
+def at_writes(name: str, what: WriteFault, error: int, quick: int, processes: int = 1) -> list[Fault]:
     return [
         Fault(
             "disk",
@@ -22,7 +22,7 @@ def at_writes(name: str, what, error: int, processes: int = 1) -> list[Fault]:
             writes=Writes(what, part, PARTS, error=error),
             processes=processes,
             limit=30.0,
-            quick=part == 2 or (error == errno.ENOSPC and processes == 1 and part == 4),
+            quick=part == quick,
         )
         for part in range(1, PARTS + 1)
     ]
@@ -33,10 +33,10 @@ def a_link(name: str, to: str) -> Change:
 
 
 FAULTS = [
-    *at_writes("the disk is full", "fail from there", errno.ENOSPC),
-    *at_writes("the disk is full", "fail from there", errno.ENOSPC, processes=2),
-    *at_writes("the quota is used up", "fail from there", errno.EDQUOT),
-    *at_writes("the disk fails once", "fail once", errno.EIO),
+    *at_writes("the disk is full", "fail from there", errno.ENOSPC, quick=3),
+    *at_writes("the disk is full", "fail from there", errno.ENOSPC, quick=9, processes=2),
+    *at_writes("the quota is used up", "fail from there", errno.EDQUOT, quick=15),
+    *at_writes("the disk fails once", "fail once", errno.EIO, quick=21),
     Fault("disk", "the output folder is a file", OneLine(2, "out"), prepare=written("out", "x")),
     Fault(
         "disk", "the output folder is below a file", OneLine(2, "data.jsonl"), options=dict(output_dir="data.jsonl/out")

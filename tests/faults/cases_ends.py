@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable
 
 from faults.harness import Fault, OneLine, Resumes, Stops, Survived, scorer
@@ -364,7 +365,13 @@ def no_reader(*descriptors: int) -> Callable[[Child], None]:
 
 
 def closed(*descriptors: int) -> Callable[[Child], None]:
-    return lambda child: [os.close(descriptor) for descriptor in descriptors] and None
+    def inject(child: Child) -> None:
+        """As Python finds it where a shell has closed them: `>&-`."""
+        for descriptor in descriptors:
+            setattr(sys, {1: "stdout", 2: "stderr"}[descriptor], None)
+            os.close(descriptor)
+
+    return inject
 
 
 BROKEN = {"is full": full, "has no reader": no_reader, "is closed": closed}
@@ -373,7 +380,18 @@ OUTPUT = [
         Fault("output", f"standard output {how}", Survived("standard output cannot be written"), inject=break_it(1))
         for how, break_it in BROKEN.items()
     ),
+    *(Fault("output", f"standard error {how}", Survived(), inject=break_it(2)) for how, break_it in BROKEN.items()),
     *(Fault("output", f"all output {how}", Survived(), inject=break_it(1, 2)) for how, break_it in BROKEN.items()),
+    *(
+        Fault(
+            "output",
+            f"standard error {how} and a reward fails",
+            Resumes(Stops(1)),
+            inject=break_it(2),
+            files={"feedback.py": scorer("if calls == 3: raise ValueError('away')")},
+        )
+        for how, break_it in BROKEN.items()
+    ),
     Fault(
         "output",
         "standard output has no reader from step 2 on",

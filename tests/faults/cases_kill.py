@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import signal
 
-from faults.harness import Either, Fault, Killed, Resumes, Survived, Writes
+from faults.harness import Either, Fault, Killed, Resumes, Survived, WriteFault, Writes
 from faults.runs import Running
 
 SAVES = dict(max_steps=6, save_steps=2)
@@ -23,43 +23,45 @@ def killed_after(part: float):
     return kill
 
 
-def at_random_moments(processes: int) -> list[Fault]:
-    moments = random.Random(processes)
+def at_random_moments(processes: int, seed: int) -> list[Fault]:
+    moments = random.Random(seed)
     return [
         Fault(
             "kill",
-            f"random moment {number} of {processes} process{'es' * (processes > 1)}",
+            f"random moment {number} of seed {seed}, {processes} process{'es' * (processes > 1)}",
             KILLED_OR_DONE,
             options=SAVES,
             outside=killed_after(moments.uniform(0.2, 1.0)),
             processes=processes,
-            quick=number <= 20,
+            limit=30.0,
+            quick=number <= 20 // processes,
         )
         for number in range(1, 41)
     ]
 
 
-def at_every_write(processes: int, parts: int, rank: int = 0, **options) -> list[Fault]:
+def at_every_write(what: WriteFault, processes: int, parts: int, quick: tuple[int, ...], rank: int = 0) -> list[Fault]:
     return [
         Fault(
             "kill",
             f"{what[5:]} write {part} and every {parts}th after it, rank {rank} of {processes}",
             KILLED_OR_DONE,
-            options=dict(max_steps=4, save_steps=2, **options),
+            options=dict(max_steps=4, save_steps=2),
             writes=Writes(what, part, parts, rank=rank),
             processes=processes,
             limit=30.0,
-            quick=what == "kill within" and (processes == 1 or part == 1),
+            quick=part in quick,
         )
-        for what in ("kill within", "kill before")
         for part in range(1, parts + 1)
     ]
 
 
 FAULTS = [
-    *at_random_moments(1),
-    *at_random_moments(2),
-    *at_every_write(1, 6),
-    *at_every_write(2, 6),
-    *at_every_write(2, 2, rank=1),
+    *at_random_moments(1, seed=1),
+    *at_random_moments(2, seed=2),
+    # one that is killed within an operation which is no write has done it: as if it were killed before the next one
+    *at_every_write("kill within", 1, parts=24, quick=(5, 17)),
+    *at_every_write("kill within", 2, parts=24, quick=(11,)),
+    *at_every_write("kill within", 2, parts=2, quick=(1,), rank=1),
+    *at_every_write("kill before", 1, parts=24, quick=()),
 ]

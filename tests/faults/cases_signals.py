@@ -1,14 +1,13 @@
-"""Signals that stop a run, at any moment and on any rank, and outputs that cannot be written to."""
+"""Signals that stop a run, at any moment and on any rank."""
 
 from __future__ import annotations
 
 import os
 import random
 import signal
-import sys
 
 from faults.harness import Either, Fault, Killed, Resumes, Stops, Survived, scorer
-from faults.injection import Action, Child, sends
+from faults.injection import Action, sends
 from faults.runs import Running
 
 SAVES = dict(max_steps=6, save_steps=4)
@@ -39,12 +38,12 @@ def sent(name: str, when: str, times: int = 1):
     return lambda child: AT_STEPS[when](child, action)
 
 
-def at_random_moments(processes: int) -> list[Fault]:
-    moments = random.Random(100 + processes)
+def at_random_moments(processes: int, seed: int) -> list[Fault]:
+    moments = random.Random(seed)
     return [
         Fault(
             "signal",
-            f"SIGTERM at random moment {number} of {processes} process{'es' * (processes > 1)}",
+            f"SIGTERM at random moment {number} of seed {seed}, {processes} process{'es' * (processes > 1)}",
             Resumes(Either(Stops(143, "SIGTERM", "checkpoint-"), Survived())),
             options=SAVES,
             outside=terminated_after(moments.uniform(0.0, 0.5)),
@@ -66,41 +65,6 @@ def terminated_after(part: float):
     return terminate
 
 
-def outputs() -> list[Fault]:
-    def full(number: int):
-        def inject(child: Child) -> None:
-            os.dup2(os.open("/dev/full", os.O_WRONLY), number)
-
-        return inject
-
-    def closed(number: int):
-        def inject(child: Child) -> None:
-            """As Python finds it where a shell has closed it: `>&-`."""
-            setattr(sys, {1: "stdout", 2: "stderr"}[number], None)
-            os.close(number)
-
-        return inject
-
-    def broken_pipe(number: int):
-        def inject(child: Child) -> None:
-            reader, writer = os.pipe()
-            os.close(reader)
-            os.dup2(writer, number)
-
-        return inject
-
-    fails = {"feedback.py": scorer("if calls == 3: raise ValueError('no')")}
-    ways = {"is full": full, "is closed": closed, "is a broken pipe": broken_pipe}
-    return [
-        Fault("output", f"{name} {how}", Survived(), inject=way(number))
-        for number, name in ((1, "stdout"), (2, "stderr"))
-        for how, way in ways.items()
-    ] + [
-        Fault("output", f"stderr {how} and the run fails", Resumes(Stops(1)), inject=way(2), files=fails)
-        for how, way in ways.items()
-    ]
-
-
 def on_rank(rank: int, action: Action, step: int):
     return lambda child: child.at_step(step, action) if child.rank == rank else None
 
@@ -118,8 +82,8 @@ FAULTS = [
         for name in SIGNALS
         for when in AT_STEPS
     ),
-    *at_random_moments(1),
-    *at_random_moments(2),
+    *at_random_moments(1, seed=101),
+    *at_random_moments(2, seed=102),
     *(
         Fault(
             "signal",
@@ -184,5 +148,4 @@ FAULTS = [
         Survived(),
         inject=lambda child: (signal.signal(signal.SIGHUP, signal.SIG_IGN), child.at_step(2, sends(signal.SIGHUP))),
     ),
-    *outputs(),
 ]

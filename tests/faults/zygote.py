@@ -101,7 +101,8 @@ def wait(pid: int, seconds: float) -> dict[str, Any] | None:
     while True:
         found, status, usage = os.wait4(pid, os.WNOHANG)
         if found:
-            return {"code": os.waitstatus_to_exitcode(status), "memory": usage.ru_maxrss}
+            cpu = usage.ru_utime + usage.ru_stime
+            return {"code": os.waitstatus_to_exitcode(status), "memory": usage.ru_maxrss, "cpu": cpu}
         if time.monotonic() > until:
             return None
         time.sleep(0.002)
@@ -157,7 +158,7 @@ def end_interpreter() -> int:
     threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
     atexit._run_exitfuncs()
     try:
-        if not sys.stdout.closed:
+        if sys.stdout is not None and not sys.stdout.closed:
             sys.stdout.flush()
     except OSError:
         return 120

@@ -43,35 +43,36 @@ class Needs:
         return next(self._problems(folder), None)
 
     def _problems(self, folder: Path) -> Iterator[str]:
-        for names, what in self._files(folder):
+        for names, what in self._files():
             if not any(any(folder.glob(name)) for name in names):
-                yield _missing(folder, names[0], what)
+                yield f"{names[0]} is missing: {what}"
+        for name, what in self._files_of_options():
+            if not (folder / name).is_file():
+                yield f"{_missing(folder, name, what)}; `resume_anyway` goes on without it"
         yield from _state_problem(folder)
         yield from _shard_problem(folder)
 
-    def _files(self, folder: Path) -> Iterator[tuple[tuple[str, ...], str]]:
+    def _files(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """Each file that must be there, or one of several, and what it holds."""
         yield (STATE,), "the steps done and their log"
         yield WEIGHTS, "the weights"
         only_model = " (with `save_only_model` a checkpoint cannot be resumed from)"
         yield OPTIMIZER, f"the optimizer's state{only_model}"
         yield SCHEDULER, "the state of the learning rate's schedule"
-        yield from self._of_processes(folder)
+        for rank in range(0 if self._anyway else self.world_size):
+            name = "rng_state.pth" if self.world_size == 1 else f"rng_state_{rank}.pth"
+            yield (name,), f"the random state of process {rank}"
+
+    def _files_of_options(self) -> Iterator[tuple[str, str]]:
+        """Each file that only runs with an option write, and what it holds."""
         if self._anyway:
             return
         if self.options.get("target_kl") is not None:
-            yield ("beta.json",), "beta, which `target_kl` adapts"
+            yield "beta.json", "beta, which `target_kl` adapts"
         if self.options.get("sync_ref_model"):
-            yield ("reference.safetensors",), "the reference, which follows the policy with `sync_ref_model`"
-
-    def _of_processes(self, folder: Path) -> Iterator[tuple[tuple[str, ...], str]]:
-        if self._anyway:
-            return
-        for rank in range(self.world_size):
-            name = "rng_state.pth" if self.world_size == 1 else f"rng_state_{rank}.pth"
-            yield (name,), f"the random state of process {rank}"
-            if self.options.get("max_staleness"):
-                yield (f"lookahead-{rank}.json",), "the completions that `max_staleness` samples ahead"
+            yield "reference.safetensors", "the reference, which follows the policy with `sync_ref_model`"
+        for rank in range(self.world_size if self.options.get("max_staleness") else 0):
+            yield f"lookahead-{rank}.json", "the completions that `max_staleness` samples ahead"
 
     def size_problem_of(self, folder: Path) -> str | None:
         """Why the number of processes does not fit; ``None`` if it does."""
@@ -95,12 +96,12 @@ def world_size_of(folder: Path) -> int | None:
 
 def _missing(folder: Path, name: str, what: str) -> str:
     former = Path(name).with_suffix(".pt")
-    if former.name != name and (folder / former).is_file():
+    if (folder / former).is_file():
         return (
-            f"{former} is of an earlier version of online-dpo, a pickle that could run any code, so it is not read; "
-            f"`resume_anyway` goes on without it ({what})"
+            f"{former} ({what}) is of an earlier version of online-dpo, a pickle that could run any code, so it is not "
+            "read"
         )
-    return f"{name} is missing: {what}"
+    return f"{name} is missing: {what} (a run without this option does not write it)"
 
 
 def _state_problem(folder: Path) -> Iterator[str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from online_dpo.data.template_limits import template_limits
 from online_dpo.data.text import UnusablePrompt, check_characters
 from online_dpo.errors import error_text
 from online_dpo.types import Message
@@ -45,7 +46,8 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], argument
         "tokenize": False,
     }
     try:
-        text = tokenizer.apply_chat_template(messages, **{**arguments, **own})
+        with template_limits(arguments.get("chat_template", tokenizer.chat_template)):
+            text = tokenizer.apply_chat_template(messages, **{**arguments, **own})
     except Exception as error:  # a template is a program, and may raise anything
         raise UnusablePrompt(f"the chat template refuses the messages ({error_text(error)})") from None
     assert isinstance(text, str)

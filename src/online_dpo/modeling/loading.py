@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import gc
 import os
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
+from online_dpo.config.model_folder import Role, folder_problem
 from online_dpo.config.requirements import adapter_problem
+from online_dpo.errors import ModelFolderError
+from online_dpo.modeling.adapters import load_adapter
 from online_dpo.modeling.introspection import unwrapped
+from online_dpo.modeling.loaded import check_config, check_loaded, without_report
 
 WRITTEN_BY_TRAINER = ("use_cache", "eos_token_id", "bos_token_id", "pad_token_id")
 """Fields of a model's configs that `transformers.Trainer` overwrites."""
@@ -26,16 +28,21 @@ def looks_local(path: str) -> bool:
     return path.startswith((os.sep, ".", "~")) or path.count("/") > 1
 
 
-def check_model_path(path: str, argument: str) -> None:
-    """Refuses, before anything is loaded, a path to a local folder that does not exist.
+def check_model_path(path: str, argument: str, role: Role = "policy", options: Mapping[str, Any] | None = None) -> None:
+    """Refuses, before anything is loaded, a local folder that does not exist or cannot be this model.
+
+    Args:
+        argument: the one that the path was given as.
+        options: further arguments of ``from_pretrained``.
 
     Raises:
         ValueError: ``path`` looks like a local folder (absolute, or starting with ``.`` or ``~``) that does not exist,
-            or a package is missing that is needed to load it.
+            the folder is damaged or holds another kind of model (see `config.model_folder`), or a package is missing
+            that is needed to load it.
     """
     if looks_local(path) and not Path(path).expanduser().is_dir():
         raise ValueError(f"`{argument}`: there is no folder {path!r}. Give a saved model's folder or a hub name.")
-    if problem := adapter_problem(path):
+    if problem := adapter_problem(path) or folder_problem(path, role, options):
         raise ValueError(f"`{argument}`: {problem}")
 
 
@@ -52,7 +59,8 @@ def load_causal_lm(
         dtype: the dtype of the weights, unless ``init_kwargs`` has one; ``auto`` is the dtype they were saved in.
 
     Raises:
-        ValueError: ``init_kwargs["dtype"]`` is not the name of a torch dtype.
+        ValueError: ``init_kwargs["dtype"]`` is not the name of a torch dtype, or weights are missing, of another shape
+            or left out.
     """
     path = os.path.expanduser(path)
     kwargs = {"trust_remote_code": trust_remote_code, **(init_kwargs or {})}
@@ -60,19 +68,28 @@ def load_causal_lm(
     requested = kwargs.pop("dtype", old_name)
     kwargs["dtype"] = dtype if requested is None else check_dtype(requested)
     if is_adapter(path):
-        from peft import AutoPeftModelForCausalLM
+        from peft import PeftModelForCausalLM
 
-        with adapting():
-            return AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True, **kwargs)
-    return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+        return load_adapter(path, _load_whole, PeftModelForCausalLM, is_trainable=True, **kwargs)
+    return _load_whole(path, **kwargs)
 
 
-@contextmanager
-def adapting() -> Iterator[None]:
-    """Inside, deprecation warnings that PEFT causes are hidden: it uses names that transformers has renamed in 5.23."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        yield
+def _load_whole(path: str, **kwargs: Any) -> PreTrainedModel:
+    """Loads a model that is no adapter, and checks that all its weights are those of its folder."""
+    named = {name: kwargs[name] for name in ("revision", "trust_remote_code", "subfolder", "token") if name in kwargs}
+    config = AutoConfig.from_pretrained(path, **named)
+    check_config(config, path)
+    if vars(config).get("is_decoder") is False:
+        raise ModelFolderError(
+            f"`{path}` is an encoder: each token of its texts reads those after it, so it cannot predict the next one. "
+            "Give a causal language model."
+        )
+    with without_report():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, **{**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        )
+    check_loaded(model, info, path, "causal language model")
+    return model
 
 
 def source_of(model: Any) -> str | None:

@@ -30,7 +30,8 @@ from online_dpo.quickstart.models import FULL, QuickstartArtifacts, QuickstartSi
 from online_dpo.quickstart.rubric import is_right, rubric
 from online_dpo.rollout.builtin.engine import TransformersEngine
 from online_dpo.rollout.params import RolloutKey, SamplingParams, Stream
-from online_dpo.scoring.rewards.model import RewardModelScorer, load_reward_model
+from online_dpo.scoring.rewards.loading import load_reward_model
+from online_dpo.scoring.rewards.model import RewardModelScorer
 from online_dpo.stats.intervals import win_rate
 from online_dpo.stats.preference import preference_by_score
 from online_dpo.training.trainer import OnlineDPOTrainer

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from online_dpo.scoring.rewards.combine import score_groups
     from online_dpo.scoring.rewards.function import FunctionScorer
     from online_dpo.scoring.rewards.http import HTTPReward
-    from online_dpo.scoring.rewards.model import RewardModelScorer, load_reward_model
+    from online_dpo.scoring.rewards.loading import load_reward_model
+    from online_dpo.scoring.rewards.model import RewardModelScorer
 
 __all__ = [
     "AsyncPointwiseScorer",
@@ -92,7 +93,7 @@ _HOMES = {
     "find_preferences": "online_dpo.scoring.judges.tournament",
     "judge": "online_dpo.scoring.judge_registry",
     "judge_the_top": "online_dpo.scoring.judges.top_k",
-    "load_reward_model": "online_dpo.scoring.rewards.model",
+    "load_reward_model": "online_dpo.scoring.rewards.loading",
     "nothing_noted": "online_dpo.scoring.notes",
     "noting": "online_dpo.scoring.notes",
     "pairwise_scorer": "online_dpo.scoring.judge_registry",

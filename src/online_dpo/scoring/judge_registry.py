@@ -62,7 +62,7 @@ def check_judge(judge: Any, argument: str) -> None:
             )
         if not os.path.exists(os.path.expanduser(judge)) and nearest(judge, JUDGES):
             raise ValueError(f"`{argument}`: there is no folder {judge!r}, and {JUDGES.unknown(judge)}")
-        check_model_path(judge, argument)
+        check_model_path(judge, argument, "judge")
         return
     known = isinstance(judge, (Judge, PairwiseScorer))
     if not known and not (callable(judge) and (takes_lists(judge) or takes(judge, "prompt", "first", "second"))):

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from online_dpo.config.model_folder import folder_problem
 from online_dpo.config.registry import Registry, made_once, nearest
 from online_dpo.config.requirements import adapter_problem
 from online_dpo.config.trainer_config import OnlineDPOConfig
@@ -18,7 +19,8 @@ from online_dpo.foreign import callable_name
 from online_dpo.modeling.loading import looks_local, same_source, source_of, to_device
 from online_dpo.scoring.protocols import PointwiseScorer, describe
 from online_dpo.scoring.rewards.function import FunctionScorer
-from online_dpo.scoring.rewards.model import RewardModelScorer, check_reward_model, last_part, load_reward_model
+from online_dpo.scoring.rewards.loading import check_reward_model, last_part, load_reward_model
+from online_dpo.scoring.rewards.model import RewardModelScorer
 
 RewardFunc = str | nn.Module | Callable[..., Any] | PointwiseScorer
 """Path or hub name of a reward model, a loaded reward model, a function, or the user's own scorer."""
@@ -190,8 +192,8 @@ def _check_path(path: str) -> None:
         raise ValueError(
             f"Reward model `{path}` is no model folder: it holds neither config.json nor adapter_config.json."
         )
-    if problem := adapter_problem(path):
-        raise ValueError(f"Reward model: {problem}")
+    if problem := adapter_problem(path) or folder_problem(path, "reward"):
+        raise ValueError(f"Reward model {problem}")
 
 
 def _as_list(reward_funcs: RewardFunc | Sequence[RewardFunc]) -> list[RewardFunc]:

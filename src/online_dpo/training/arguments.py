@@ -75,9 +75,10 @@ def check_arguments(
     if isinstance(model, nn.Module) and peft_config is None:
         check_trained(model)
     check_output_dir(args)
-    for argument, value in (("model", model), ("ref_model", ref_model)):
+    options: Any = args.model_init_kwargs
+    for argument, role, value in (("model", "policy", model), ("ref_model", "reference", ref_model)):
         if isinstance(value, str):
-            check_model_path(value, argument)
+            check_model_path(value, argument, role, options)
     if peft_config is not None and is_peft_model_object(model):
         raise ValueError("`model` is a PEFT model already; leave `peft_config` out, or give the base model.")
     if reward_funcs is not None:

@@ -16,10 +16,12 @@ from transformers import PreTrainedTokenizerBase
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.evaluation.evaluator import ReferenceAnswers
 from online_dpo.foreign import loading
+from online_dpo.modeling.adapters import adapting
 from online_dpo.modeling.attention.masks import use_flex_attention, use_segments
 from online_dpo.modeling.introspection import end_token_ids, unwrapped
 from online_dpo.modeling.known_tokens import VocabularyCheck, check_reference, check_room, embedding_rows
-from online_dpo.modeling.loading import adapting, disable_dropout, is_adapter, load_causal_lm, to_device
+from online_dpo.modeling.loaded import check_not_zero
+from online_dpo.modeling.loading import disable_dropout, is_adapter, load_causal_lm, to_device
 from online_dpo.modeling.logprobs import enable_logprobs
 from online_dpo.modeling.malloc import keep_freed_memory
 from online_dpo.modeling.precision import (
@@ -40,6 +42,7 @@ from online_dpo.modeling.reference import (
     frozen_copy,
     trains_base_weights,
 )
+from online_dpo.modeling.tokenizers import check_same_words
 from online_dpo.rollout.params import SamplingParams
 from online_dpo.rollout.registry import build_engine, built_in_engine
 from online_dpo.rollout.sampler import Sampler
@@ -94,7 +97,9 @@ def _load_policy(path: str, peft_config: Any, args: OnlineDPOConfig) -> nn.Modul
     init_kwargs: Any = args.model_init_kwargs
     dtype = policy_dtype(path, peft_config, args)
     with loading(path):
-        return load_causal_lm(path, init_kwargs, args.trust_remote_code, dtype)
+        model = load_causal_lm(path, init_kwargs, args.trust_remote_code, dtype)
+        check_not_zero(model, path)
+        return model
 
 
 def _with_adapter(model: Any, peft_config: Any) -> nn.Module:
@@ -161,7 +166,9 @@ def _given_reference(ref_model: Any, policy: nn.Module, args: OnlineDPOConfig) -
     if isinstance(ref_model, str):
         init_kwargs: Any = args.model_init_kwargs
         with loading(ref_model):
-            ref_model = load_causal_lm(ref_model, init_kwargs, args.trust_remote_code, unwrapped(policy).dtype)
+            path = ref_model
+            ref_model = load_causal_lm(path, init_kwargs, args.trust_remote_code, unwrapped(policy).dtype)
+            check_not_zero(ref_model, path)
         if not args.sync_ref_model:
             hold_linears(ref_model, args)
     else:
@@ -231,6 +238,7 @@ def build_vocabulary(
     if reference is None:
         return VocabularyCheck({"the policy": embedding_rows(policy)})
     with reference.active() as model:
+        check_same_words(model, tokenizer)
         check_reference(model, policy, tokenizer, datasets)
         return VocabularyCheck({"the policy": embedding_rows(policy), "the reference": embedding_rows(model)})
 

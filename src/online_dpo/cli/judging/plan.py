@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 from online_dpo.cli.runfile.schema import FieldSpec, read_fields_of
 from online_dpo.cli.runfile.values import BadValue, convert
 from online_dpo.config.llm_judge import TEMPLATES, JudgeSettings
+from online_dpo.config.model_folder import WrongFolder, folder_problem, read_object
 from online_dpo.config.pairwise_judge import OPTIONS, check_options, pairwise_kind
 from online_dpo.config.registry import nearest
 
@@ -64,10 +64,12 @@ def plan_pairwise_model(folder: Path, given: dict[str, Any]) -> BuiltInJudge:
         raise ValueError(f"{folder} is no model folder: it holds no config.json.")
     options = _converted(given, PAIRWISE_OPTIONS)
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as problem:
-        raise ValueError(f"{folder / 'config.json'} is no JSON: {problem}") from None
-    check_options(pairwise_kind(config), options)
+        config = read_object(folder / "config.json")
+        check_options(pairwise_kind(config), options)
+    except WrongFolder as problem:
+        raise ValueError(f"{folder}: {problem}") from None
+    if problem := folder_problem(str(folder), "judge"):
+        raise ValueError(problem)
     return BuiltInJudge(folder, options)
 
 

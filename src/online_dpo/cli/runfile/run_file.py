@@ -26,6 +26,7 @@ from online_dpo.config import requirements
 from online_dpo.config.hf_ranges import absurd, out_of_range, shown
 from online_dpo.config.input import MAPPINGS, mapping_from_text
 from online_dpo.config.llm_judge import LLM
+from online_dpo.config.model_folder import Role, folder_problem
 from online_dpo.config.registry import KINDS
 from online_dpo.distributed.processes import started_together
 
@@ -39,6 +40,13 @@ INPUT_PATHS = (
     "dataset_name",
     "eval_dataset_name",
 )
+ROLES: dict[str, Role] = {
+    "model_name_or_path": "policy",
+    "ref_model_name_or_path": "reference",
+    "reward_model_path": "reward",
+    "eval_reward_model_path": "reward",
+}
+"""What the model of a field is to do."""
 JSON_TEXTS = (*MAPPINGS, "gradient_checkpointing_kwargs", "lr_scheduler_kwargs")
 """Mappings that may also be written as JSON text."""
 DEFAULT_OUTPUT = "trainer_output"
@@ -227,12 +235,17 @@ class RunChecker:
             if "model" in name and not holds_model(existing):
                 files = " or ".join(MODEL_FILES)
                 yield f"{self._where(name)}: `{name}`: {existing} is no model folder: it holds no {files}."
-            elif problem := requirements.adapter_problem(str(existing)):
+            elif problem := requirements.adapter_problem(str(existing)) or self._folder_problem(name, existing):
                 yield f"{self._where(name)}: `{name}`: {problem}"
         elif looks_like_path(given):
             places = " or ".join(dict.fromkeys(map(str, candidates)))
             what = "a folder, or a name on the hub" if "model" in name else "a file or folder, or a name on the hub"
             yield f"{self._where(name)}: `{name}` is {given!r}, but there is no {places}. Give {what}."
+
+    def _folder_problem(self, name: str, folder: Path) -> str | None:
+        options = self.values.get("model_init_kwargs")
+        own = options if ROLES.get(name) in ("policy", "reference") and isinstance(options, dict) else None
+        return folder_problem(str(folder), ROLES[name], own) if name in ROLES else None
 
     def plugins(self) -> Plugins:
         """The plugins, with the names that are checked after they have been imported."""

@@ -5,8 +5,8 @@ Shapes: ``R`` texts of one forward pass, ``T`` tokens of a text, ``P`` prompts, 
 
 from __future__ import annotations
 
+import logging
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -14,27 +14,32 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.utils.hub import has_file
-from transformers.utils.peft_utils import find_adapter_config_file
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
-from online_dpo.errors import ScoringError, error_text
-from online_dpo.foreign import among_rows, at_row, foreign, loading
+from online_dpo.errors import ModelFolderError, ScoringError
+from online_dpo.foreign import among_rows, at_row, foreign
 from online_dpo.modeling.attention.masks import use_segments
 from online_dpo.modeling.borrowing import eval_mode
 from online_dpo.modeling.fingerprint import weights_fingerprint
 from online_dpo.modeling.introspection import context_length
 from online_dpo.modeling.known_tokens import check_known, check_tokenizer, embedding_rows
 from online_dpo.modeling.last_layer import enable_selective_last_layer
-from online_dpo.modeling.loading import adapting, empty_device_cache
+from online_dpo.modeling.loading import empty_device_cache
 from online_dpo.modeling.memory import Halving, in_memory
 from online_dpo.modeling.onednn import onednn_linears
 from online_dpo.packing.prefix_tree import Tree
+from online_dpo.scoring.chat_templates import check_template
 from online_dpo.scoring.protocols import chat_messages, one_at_a_time, regroup
+from online_dpo.scoring.rewards.loading import check_reward_model, last_part, load_tokenizer, no_tokenizer
 from online_dpo.scoring.rewards.shared_prefix import Text, group_trees, may_share, passes, score_trees
 from online_dpo.scoring.special_tokens import SpecialTokens
 from online_dpo.scoring.time_limit import call_in_time
 from online_dpo.types import Completion, Group, Prompt
+
+logger = logging.getLogger(__name__)
 
 MOST_TOKENS = {"cpu": 1024}
 """Tokens of one forward pass over shared rows, by device type. On a CPU, larger passes are slower."""
@@ -84,8 +89,8 @@ class RewardModelScorer:
         self.name = name or last_part(config._name_or_path) or type(model).__name__
         if tokenizer is None:
             if not config._name_or_path:
-                raise ValueError(_no_tokenizer(self.name))
-            tokenizer = _load_tokenizer(config._name_or_path)
+                raise ValueError(no_tokenizer(self.name))
+            tokenizer = load_tokenizer(config._name_or_path)
         check_tokenizer(model, tokenizer, f"Reward model `{self.name}`")
         if share_prompts and next(model.parameters()).device.type == "cpu":
             use_segments(model)
@@ -112,6 +117,7 @@ class RewardModelScorer:
         """
         self._need_chat_template()
         check_tokenizer(self.model, self.tokenizer, f"Reward model `{self.name}`", chat=True)
+        check_template(self.tokenizer, f"reward model `{self.name}`")
 
     def _need_chat_template(self) -> None:
         if self.tokenizer.chat_template is None:
@@ -231,6 +237,13 @@ class RewardModelScorer:
         """Cut ids on the left to what the model can read, and count the text in ``truncated``."""
         if len(ids) <= self._max_tokens:
             return ids
+        if not self.truncated:
+            logger.warning(
+                "Reward model `%s` reads %d tokens at most. A text of %d was cut on the left; others are counted.",
+                self.name,
+                self._max_tokens,
+                len(ids),
+            )
         self.truncated += 1
         kept = 1 if ids[0] in (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id) else 0
         return ids[:kept] + ids[len(ids) - self._max_tokens + kept :]
@@ -280,110 +293,18 @@ class RewardModelScorer:
         return text[:end]
 
 
-def load_reward_model(
-    path: str,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    trust_remote_code: bool = False,
-    revision: str | None = None,
-    dtype: str | torch.dtype = "auto",
-) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """Load a reward model and its tokenizer from a folder or the hub. A PEFT adapter is loaded with its base model.
-
-    ``dtype="auto"`` keeps the type that the weights were saved in. The tokenizer of an adapter is the one saved with
-    it, else the base model's.
-
-    Raises:
-        ValueError: the model's head has more than one label, the head was not trained, or there is no tokenizer.
-    """
-    path = os.path.expanduser(path)
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    if find_adapter_config_file(path, revision=revision) is not None:
-        model, base_path, base_revision = _load_adapter(path, dtype=dtype, **options)
-        if tokenizer is None and not has_file(path, "tokenizer_config.json", revision=revision):
-            tokenizer = _load_tokenizer(base_path, revision=base_revision, trust_remote_code=trust_remote_code)
-    else:
-        model = _load_model(path, dtype=dtype, **options)
-    return model, tokenizer or _load_tokenizer(path, **options)
-
-
-def check_reward_model(model: nn.Module) -> PreTrainedConfig:
-    """Check that a model can be a reward model, and return its config.
-
-    Raises:
-        TypeError: the model has no config.
-        ValueError: its head has more than one label.
-    """
-    config = getattr(model, "config", None)
-    if not isinstance(config, PreTrainedConfig):
-        raise TypeError(
-            f"A reward model must be a model of transformers or PEFT; {type(model).__name__} has no `config`. Wrap it "
-            "in a reward function instead."
-        )
-    if config.num_labels != 1:
-        raise ValueError(_not_one_label(last_part(config._name_or_path) or type(model).__name__, config.num_labels))
-    return config
-
-
 def longest_text(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The longest text, in tokens, that both the model and its tokenizer accept."""
+    """The longest text, in tokens, that both the model and its tokenizer accept.
+
+    Raises:
+        ModelFolderError: it is no number above zero.
+    """
+    limit: Any = tokenizer.model_max_length
+    if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit >= 1:
+        raise ModelFolderError(
+            f"`{tokenizer.name_or_path}`: `model_max_length` of the tokenizer is {limit!r}. Correct it."
+        )
     return min(tokenizer.model_max_length, context_length(model) or tokenizer.model_max_length)
-
-
-def last_part(path: str) -> str:
-    """The last part of a path or hub name: ``model`` for ``org/model`` and for ``/some/folder/model/``."""
-    return path.rstrip("/").split("/")[-1]
-
-
-def _load_model(path: str, **options: Any) -> nn.Module:
-    # Accept mismatched sizes here, to raise an error below that says what to do.
-    with loading(path):
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            path, num_labels=1, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
-    if info["mismatched_keys"]:
-        name, saved, _ = next(iter(info["mismatched_keys"]))
-        raise ValueError(_not_one_label(path, f"`{name}` of shape {tuple(saved)}"))
-    if info["missing_keys"]:
-        raise ValueError(
-            f"`{path}` is no trained reward model: it has no weights for {', '.join(sorted(info['missing_keys']))}, "
-            "which would be random. Give a model that was trained and saved for sequence classification with one label."
-        )
-    return model
-
-
-def _load_adapter(path: str, **options: Any) -> tuple[nn.Module, str, str | None]:
-    from peft import AutoPeftModelForSequenceClassification, PeftConfig
-
-    peft_config = PeftConfig.from_pretrained(path, revision=options["revision"])
-    base_path = peft_config.base_model_name_or_path
-    assert base_path is not None, "PEFT writes the base model's path into every adapter"
-    try:
-        with adapting():
-            model = AutoPeftModelForSequenceClassification.from_pretrained(path, num_labels=1, **options)
-    except RuntimeError as error:  # what torch and transformers raise if shapes differ
-        raise ValueError(
-            f"{_not_one_label(path, 'other shapes')} Loading it failed with: {error_text(error)}"
-        ) from error
-    return model, base_path, peft_config.revision
-
-
-def _load_tokenizer(path: str, **options: Any) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{_no_tokenizer(path)} Loading one failed with: {error_text(error)}") from error
-    # For some model types, transformers creates an empty tokenizer if there are no tokenizer files.
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        raise ValueError(_no_tokenizer(path))
-    return tokenizer
-
-
-def _no_tokenizer(name: str) -> str:
-    return f"Reward model `{name}` comes without a tokenizer. Pass its tokenizer in `reward_processing_classes`."
-
-
-def _not_one_label(name: str, actual: Any) -> str:
-    return f"Reward model `{name}` must have a head with one label (num_labels=1); it has {actual}."
 
 
 @contextmanager

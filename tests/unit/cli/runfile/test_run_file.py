@@ -146,7 +146,8 @@ def test_resuming(folder: Path) -> None:
     assert given == "out/checkpoint-3"
     assert problems_of(run_file, "--target_kl", "6") == [
         f"{run_file}:5: `resume_from_checkpoint`: out holds no checkpoint to resume from: not from checkpoint-3: "
-        "beta.json is missing: beta, which `target_kl` adapts."
+        "beta.json is missing: beta, which `target_kl` adapts (a run without this option does not write it); "
+        "`resume_anyway` goes on without it."
     ]
     (made / "optimizer.pt").write_text("cut")
     assert problems_of(run_file, "--resume_from_checkpoint", "out/checkpoint-3") == [

@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from online_dpo.scoring.protocols import PointwiseScorer
-from online_dpo.scoring.rewards.model import RewardModelScorer, load_reward_model
+from online_dpo.scoring.rewards.loading import load_reward_model
+from online_dpo.scoring.rewards.model import RewardModelScorer
 from online_dpo.types import Completion, Group, Prompt
 
 VOCABULARY = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *"abcdefgh"])}
@@ -75,7 +76,7 @@ def test_heads_that_are_refused(tmp_path):
         with pytest.raises(ValueError, match=rf"one label.*it has `score.weight` of shape \({labels}, 16\)"):
             load_reward_model(str(tmp_path / "classes"), tokenizer("<s> $A"))
     LlamaForCausalLM(llama().config).save_pretrained(tmp_path / "lm")
-    with pytest.raises(ValueError, match="no trained reward model: it has no weights for score.weight"):
+    with pytest.raises(ValueError, match="no trained reward model: it has no weights for `score.weight`"):
         load_reward_model(str(tmp_path / "lm"), tokenizer("<s> $A"))
 
 

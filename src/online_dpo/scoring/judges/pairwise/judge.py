@@ -23,10 +23,12 @@ from transformers import (
 )
 
 from online_dpo.config.pairwise_judge import LETTERS, PAIRRM, check_options, kind_of_class, pairwise_kind
+from online_dpo.errors import ModelFolderError
 from online_dpo.foreign import among_rows, at_row, foreign, loading
 from online_dpo.modeling.borrowing import eval_mode
 from online_dpo.modeling.fingerprint import weights_fingerprint
 from online_dpo.modeling.known_tokens import check_known, check_tokenizer, embedding_rows
+from online_dpo.modeling.loaded import check_config, check_finite, check_loaded, check_not_zero, without_report
 from online_dpo.modeling.memory import Halving
 from online_dpo.scoring.accounting import FailureWindow, JudgeStatistics
 from online_dpo.scoring.judges.base import PreferenceJudge
@@ -34,9 +36,12 @@ from online_dpo.scoring.judges.pairwise.classifier import PairwiseClassifier
 from online_dpo.scoring.judges.pairwise.letters import LetterReader
 from online_dpo.scoring.judges.pairwise.reader import PairwiseReader, Text
 from online_dpo.scoring.protocols import Counts, check_comparisons, one_at_a_time
-from online_dpo.scoring.rewards.model import last_part
+from online_dpo.scoring.rewards.loading import last_part
 from online_dpo.scoring.time_limit import call_in_time
 from online_dpo.types import Group
+
+FEWEST_TOKENS = 8
+"""That a comparison can have: two answers and the marks around them."""
 
 
 class PairwiseModelJudge(PreferenceJudge):
@@ -96,6 +101,11 @@ class PairwiseModelJudge(PreferenceJudge):
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.reader: PairwiseReader = _classes(kind)[1](model, tokenizer, **options)
+        if self.reader.max_tokens < FEWEST_TOKENS:
+            raise ModelFolderError(
+                f"Judge `{self.name}` reads {self.reader.max_tokens} tokens at most (`max_position_embeddings` of its "
+                "config, or `model_max_length` of its tokenizer): no comparison is as short. Correct it."
+            )
         self._options = options
         self._known_tokens = embedding_rows(model)
         self._fitting = Halving(f"Judge `{self.name}`")
@@ -127,12 +137,15 @@ class PairwiseModelJudge(PreferenceJudge):
         check_options(
             kind, {option: value for option, value in options.items() if option not in ("name", "max_failure_share")}
         )
-        with loading(path):
-            model, info = _classes(kind)[0].from_pretrained(path, dtype="auto", output_loading_info=True)
+        with loading(path), without_report():
+            model, info = _classes(kind)[0].from_pretrained(
+                path, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+            )
+            check_loaded(model, info, path, "pairwise model")
+            check_not_zero(model, path)
+            check_config(model.config, path)
+            check_finite(model, path)
             tokenizer = AutoTokenizer.from_pretrained(path)
-        if info["missing_keys"]:
-            missing = ", ".join(sorted(info["missing_keys"]))
-            raise ValueError(f"`{path}` is no trained pairwise model: it has no weights for {missing}.")
         return cls(model.to(device), tokenizer, **options)
 
     def prefer(self, comparisons: Sequence[Group]) -> list[float | None]:

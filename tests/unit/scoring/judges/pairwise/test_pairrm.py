@@ -84,7 +84,7 @@ def test_what_is_not_whole_is_refused(tmp_path):
     weights = load_file(folder / "model.safetensors")
     headless = {name: w for name, w in weights.items() if not name.startswith("head_layer.4")}
     save_file(headless, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="no trained pairwise model: .* head_layer.4.bias, head_layer.4.weight"):
+    with pytest.raises(ValueError, match="no trained pairwise model: .* `head_layer.4.bias`, `head_layer.4.weight`"):
         PairwiseModelJudge.load(str(folder))
     with pytest.raises(ValueError, match="PairRM as judge takes no `template`; it takes `max_tokens`, `batch_size`"):
         PairwiseModelJudge.load(str(folder), template="{prompt} {first} {second}")

@@ -1,0 +1,74 @@
+"""Limits of time and memory for chat templates: programs of their authors that may loop without an end, or fill memory.
+
+The sandbox that transformers runs them in keeps them from files and processes, but counts neither.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+SECONDS = 5.0
+"""For one text. Templates take less than a millisecond."""
+MORE_BYTES = 2**31
+"""Memory that the first text of a template may take beyond what the process has."""
+
+_tried: set[int] = set()
+
+
+class TemplateLimitError(Exception):
+    """A chat template took too long. The message says so."""
+
+
+@contextmanager
+def template_limits(template: Any) -> Iterator[None]:
+    """Inside, a chat template is applied. One that takes too long is stopped with `TemplateLimitError`; the first time
+    that a template is used, one that takes too much memory gets a `MemoryError`.
+
+    In other threads than the main one there are no limits: no signal can stop what runs there.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getitimer(signal.ITIMER_REAL)[0]:
+        yield
+        return
+    first = hash(str(template)) not in _tried
+    _tried.add(hash(str(template)))
+    before = signal.signal(signal.SIGALRM, _stop)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        if first:
+            with _memory_limit():
+                yield
+        else:
+            yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise TemplateLimitError(f"it was stopped after {SECONDS:.0f} seconds")
+
+
+@contextmanager
+def _memory_limit() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = _address_space() + MORE_BYTES
+    if resource.RLIM_INFINITY not in (soft,) and soft < most:
+        yield
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _address_space() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
