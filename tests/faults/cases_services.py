@@ -26,11 +26,11 @@ from support.endpoint import Answer, error, says
 
 MANY = {"per_device_train_batch_size": 8}
 """So many questions a step that the share of failures stops the run at once."""
-LATER = 6
-"""The number of the first request that fails in a run that has saved checkpoints by then."""
 STOPS = ("gave no usable answer", "Last cause")
-PART = ("500", "HTML", "nothing", "deep nesting")
-"""Answers with which the quick list fails later as well."""
+PART = ("500", "HTML", "nothing", "401", "a redirect to another host")
+"""Answers that the quick list has in a later step as well."""
+ALIKE = ("429", "403", "400", "422", "a JSON list", "a number", "no gzip, but says so", "no bytes", "204")
+"""Answers that the quick list leaves out."""
 SETTINGS = dict(model="m", base_url="{url}", api_key_env="SERVICE_KEY", cache=None, attempts=1, order="given")
 LIMITS = dict(request_timeout=0.5, question_timeout=2.0)
 
@@ -72,8 +72,9 @@ def judged(
     )
 
 
-def numbers(name: str, number: str) -> Fault:
-    return rewarded(f"gives {name}", number_for_each(number), OneLine(1, *STOPS, "a finite number"), **MANY)
+def numbers(name: str, number: str, *words: str) -> Fault:
+    words = words or ("a finite number",)
+    return rewarded(f"gives {name}", number_for_each(number), OneLine(1, *STOPS, *words), **MANY)
 
 
 def shapes(name: str, body: Any, *words: str) -> Fault:
@@ -95,7 +96,7 @@ def messages(content: Any) -> list[dict[str, Any]]:
 
 REWARDS = [
     *(
-        rewarded(f"answers {name}", always(answer), OneLine(1, *STOPS, reward), **MANY)
+        rewarded(f"answers {name}", always(answer), OneLine(1, *STOPS, reward), quick=name not in ALIKE, **MANY)
         for name, (answer, reward, _) in ANSWERS.items()
     ),
     *(
@@ -112,11 +113,12 @@ REWARDS = [
             f"refuses with {name} in step 3",
             after(2, scores, always(answer)),
             Resumes(OneLine(1, "`words`", "checkpoint-2")),
+            quick=name in PART,
         )
         for name, answer in REFUSALS.items()
     ),
     numbers("10**400", "1" + "0" * 400),
-    numbers("a number of 5000 digits", "1" * 5000),
+    numbers("a number of 5000 digits", "1" * 5000, "no JSON"),
     numbers("1e999", "1e999"),
     numbers("NaN", "NaN"),
     numbers("-Infinity", "-Infinity"),
@@ -175,7 +177,7 @@ def setting(name: str, *words: str, **settings: Any) -> Fault:
 
 JUDGES = [
     *(
-        judged(f"answers {name}", always(answer), OneLine(1, *STOPS, judge), **MANY)
+        judged(f"answers {name}", always(answer), OneLine(1, *STOPS, judge), quick=name not in ALIKE, **MANY)
         for name, (answer, _, judge) in ANSWERS.items()
     ),
     *(
@@ -187,6 +189,7 @@ JUDGES = [
             f"refuses with {name} in step 3",
             after(4, prefers, always(answer)),
             Resumes(OneLine(1, "judge", "checkpoint-2")),
+            quick=name in PART,
         )
         for name, answer in REFUSALS.items()
     ),
@@ -218,7 +221,7 @@ JUDGES = [
     setting("no address", "base_url", base_url="nowhere"),
     setting("a secret in its address", "address", base_url=f"http://me:{SECRET}@127.0.0.1:9/v1"),
     setting("a key in place of a variable", "`api_key_env`", api_key_env="sk-0-1"),
-    setting("a variable that is not set", "NOT_SET_KEY", api_key_env="NOT_SET_KEY"),
+    setting("a variable that is not set", "NOT_SET_KEY", api_key_env="NOT_SET_KEY", base_url="http://example.com/v1"),
     setting("a negative time limit", "request_timeout", request_timeout=-1),
     setting("no attempts", "attempts", attempts=0),
     setting("a time limit that is no number", "question_timeout", question_timeout=".nan"),

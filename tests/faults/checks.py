@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ def check(stage: Stage, fault: Fault, name: str) -> None:
 
 def check_run(stage: Stage, fault: Fault, name: str, write: tuple[Writes, int] | None) -> None:
     with stage.served(fault) as served:
+        fault = replace(fault, words=[word.replace("{url}", served.url) for word in fault.words])
         folder = stage.folder(fault, name, served.url)
         ended = check_first(stage, fault, folder, name, write)
         is_over = all(one.code == 0 for one in ended)  # it has gone on: there is nothing to resume

@@ -20,7 +20,8 @@ compared with the fault's ending; whatever that is, these hold as well (`checks.
 checkpoint whole and finite, and exit code 0 only with a final model that loads, is finite and was trained.
 
 Of `Fault`:
-    options, files, environment, words: of the run; ``command``, if it is another one than `train run.yaml`. An option that is `None` is left out; a file's text may be bytes.
+    options, files, environment, words: of the run. An option that is `None` is left out; a file's text may be bytes.
+    command: the one that is run in place of `train run.yaml`.
     trained: a faultless run with ``options`` and these changes of them has been in the output folder before; such a
         run is made once, then copied. `stopped_after(step)` as ``prepare`` leaves its checkpoints up to a step.
     prepare(folder): anything else done to the folder before the run. `damage.py` has common things.
@@ -29,7 +30,7 @@ Of `Fault`:
         `running.kill(signal)` sends a signal to all ranks or some.
     writes: `Writes("kill within")` and the like: the run is done again for every operation that writes into `out`, or
         for a part of them, and the fault is at that one.
-    service: `Service(faulty, right)`, an HTTP server beside the run. `{url}` in options and files is its address.
+    service: `Service(faulty, right)`, an HTTP server beside the run. `{url}` is its address: in options, files, words.
     processes: 2 starts two ranks (gloo).  limit: seconds until it counts as hanging.
     quick: `False` for the longer list, which `make test-faults` leaves out and `make test-faults-all` runs.
 
