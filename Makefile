@@ -13,6 +13,7 @@
 #   make figures      what other feedback and methods are worth on the quickstart
 #   make benchmark    time and memory of a step against TRL's
 #   make lint         what CI checks before the tests
+#   make audit        known weaknesses in the versions of constraints.txt; it needs the network, and runs once a week
 #   make ci           everything that CI checks, two parts at a time: .ci/run
 #   make docs         docs/configuration.md, the schema of run files, and the table of docs/reliability.md
 #
@@ -38,6 +39,7 @@ OLDEST_INSTALL := $(OLDEST_VENV)/bin/python $(INSTALL)
 NEWEST_VENV := .venv-newest
 NEWEST_STAMP := $(NEWEST_VENV)/.installed
 NEWEST_INSTALL := $(NEWEST_VENV)/bin/python $(INSTALL)
+AUDIT_VENV := .venv-audit
 TEST_TOOLS := hypothesis jsonschema pytest pytest-xdist
 
 # every forward that is patched, every method of Trainer that is overridden, and all that is private elsewhere
@@ -59,7 +61,7 @@ VLLM_SERVERS := $(addprefix tests/vllm_engines/test_,server.py broadcast.py judg
 # setuptools writes into src/ when it installs this package: not into two environments at once
 after = $(if $(IN_TURN),| $(1))
 
-.PHONY: venv quickstart smoke test test-slow test-distributed test-e2e test-faults test-faults-all soak test-vllm test-oldest test-newest test-seams test-all \
+.PHONY: audit venv quickstart smoke test test-slow test-distributed test-e2e test-faults test-faults-all soak test-vllm test-oldest test-newest test-seams test-all \
 	ci $(CI_PARTS) figures benchmark lint format docs clean
 .DELETE_ON_ERROR:
 
@@ -92,10 +94,10 @@ test-e2e: $(STAMP)
 	$(PYTEST) tests/e2e/test_quickstart.py
 
 test-faults: $(STAMP)
-	$(PYTEST) -n 2 tests/faults
+	$(PYTEST) -n 2 --dist worksteal tests/faults
 
 test-faults-all: $(STAMP)
-	$(PYTEST) -n 2 --every tests/faults
+	$(PYTEST) -n 2 --dist worksteal --every tests/faults
 
 soak: $(STAMP)
 	PYTHONPATH=tests $(BIN)/python -m faults.soak --steps 10000
@@ -184,7 +186,13 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check src tests benchmarks recipes scripts
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	$(BIN)/bandit -q -c pyproject.toml -r src scripts
 	$(BIN)/python scripts/check_limits.py
+
+# --strict: where the advisories of a package cannot be asked for, that is a failure and not a clean report
+audit:
+	test -x $(AUDIT_VENV)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT_VENV) && $(AUDIT_VENV)/bin/python $(INSTALL) pip-audit==2.10.1; }
+	$(AUDIT_VENV)/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
 docs: $(STAMP)
 	$(BIN)/python -m online_dpo.cli.runfile.configuration_page > docs/configuration.md
@@ -196,5 +204,5 @@ format: $(STAMP)
 	$(BIN)/ruff format src tests benchmarks recipes scripts
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(OLDEST_VENV) $(NEWEST_VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(AUDIT_VENV) $(VLLM_VENV) $(OLDEST_VENV) $(NEWEST_VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

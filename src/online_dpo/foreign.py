@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from online_dpo.distributed.settings import kept_settings
@@ -53,7 +55,7 @@ HUB_PROBLEMS = {
         "there is no such folder here, and no model of that name on the hub (or a private one: log in with "
         "`hf auth login`)."
     ),
-    ("Repo id must", "HFValidationError", "Incorrect path_or_model_id"): (
+    ("Repo id must", "Cannot have -- or ..", "HFValidationError", "Incorrect path_or_model_id"): (
         "there is no such folder here, and it is no name that a model on the hub can have. Correct the path."
     ),
 }
@@ -62,6 +64,13 @@ FOLDER_PROBLEMS = {
     ("Weights only load failed", "Unsupported global"): (
         "its weights are a pickle (.bin) that holds more than tensors, or is damaged. None of it was run. "
         "Give weights in safetensors."
+    ),
+    (
+        "Error no file named",
+        "no file named",
+    ): "it holds no weights, such as model.safetensors. Copy or download it again.",
+    ("Couldn't instantiate the backend tokenizer", "Can't load tokenizer"): (
+        "it has no tokenizer that can be read. Copy its tokenizer.json and tokenizer_config.json beside the weights."
     ),
     ("contains custom code",): (
         "it needs Python code of its own. Read that code, and set `trust_remote_code: true` if you trust it."
@@ -148,9 +157,21 @@ def _loading_problem(path: str, error: BaseException) -> str:
     for words, meaning in FOLDER_PROBLEMS.items():
         if any(word in text for word in words):
             return f"`{path}`: {meaning}"
+    if (broken := _broken_json(Path(path).expanduser())) is not None:
+        return f"`{path}`: {broken} is no valid JSON. Copy or download it again."
     for end in LONG_ENDS:
         text = text.partition(end)[0].strip()
     return f"Loading `{path}` raised {type(error).__name__}: {text}"
+
+
+def _broken_json(folder: Path) -> str | None:
+    """The first file of a folder that should be JSON and is not."""
+    for file in sorted(folder.glob("*.json")):
+        try:
+            json.loads(file.read_bytes())
+        except (ValueError, RecursionError, OSError):
+            return file.name
+    return None
 
 
 def at_row(prompt: Prompt) -> str:

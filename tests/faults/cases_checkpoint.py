@@ -46,7 +46,7 @@ FILES = {
 }
 """Files of a checkpoint, and the options with which it has them."""
 SAMPLES = {"model.safetensors", "optimizer.pt", "trainer_state.json", "lookahead-0.*"}
-"""Those for which each damage is in the shorter list."""
+"""Those for which each damage is in the shorter list, resumed by its path: that trains nothing."""
 
 
 def resumed(name: str, change: Change, **options) -> Fault:
@@ -79,13 +79,12 @@ def damaged() -> list[Fault]:
     made = []
     for number, (file, options) in enumerate(FILES.items()):
         for which, (damage, change) in enumerate(DAMAGES.items()):
-            quick = file in SAMPLES or which == 0 or number % (len(DAMAGES) - 1) == which - 1
-            shown = file.replace(".*", "")
-            faults = (
-                resumed(f"{shown} {damage}", change(f"{LAST}/{file}"), **options),
-                refused(f"{shown} {damage}", change(f"{LAST}/{file}"), shown, **options),
-            )
-            made += [fault.but(quick=quick) for fault in faults]
+            own, shown = number % (len(DAMAGES) - 1) == which - 1, file.replace(".*", "")
+            quick = file in SAMPLES or which == 0 or own
+            made += [
+                resumed(f"{shown} {damage}", change(f"{LAST}/{file}"), **options).but(quick=own),
+                refused(f"{shown} {damage}", change(f"{LAST}/{file}"), shown, **options).but(quick=quick),
+            ]
     return made
 
 
@@ -174,6 +173,8 @@ OTHER_RUNS = {
     "optim": dict(optim="sgd"),
 }
 """A run that was begun without these, and is resumed with them."""
+IN_IDENTITY = {"seed", "num_completions", "learning_rate", "beta", "loss_type", "max_new_tokens", "temperature"}
+"""Those that `cases_identity.py` has in the shorter list."""
 
 
 def other_runs() -> list[Fault]:
@@ -182,7 +183,14 @@ def other_runs() -> list[Fault]:
         reset = {field: OPTIONS.get(field) for field in options}
         common = dict(options=SAVES | options, trained=reset, prepare=stopped_after(2))
         made.append(
-            Fault("identity", f"resumed with another {name}", OneLine(2, name, "resume_anyway"), words=RESUME, **common)
+            Fault(
+                "identity",
+                f"resumed with another {name}",
+                OneLine(2, name, "resume_anyway"),
+                words=RESUME,
+                quick=name not in IN_IDENTITY,
+                **common,
+            )
         )
     return [
         *made,

@@ -9,7 +9,7 @@ from faults.harness import Either, Fault, OneLine, Resumes, Survived, WriteFault
 
 FAILS = Resumes(Either(OneLine(1, "out"), Survived()))
 SAVES = dict(max_steps=4, save_steps=2)
-PARTS = 24
+PARTS = 40
 
 
 def at_writes(name: str, what: WriteFault, error: int, quick: int, processes: int = 1) -> list[Fault]:
@@ -35,8 +35,8 @@ def a_link(name: str, to: str) -> Change:
 FAULTS = [
     *at_writes("the disk is full", "fail from there", errno.ENOSPC, quick=3),
     *at_writes("the disk is full", "fail from there", errno.ENOSPC, quick=9, processes=2),
-    *at_writes("the quota is used up", "fail from there", errno.EDQUOT, quick=15),
-    *at_writes("the disk fails once", "fail once", errno.EIO, quick=21),
+    *at_writes("the quota is used up", "fail from there", errno.EDQUOT, quick=25),
+    *at_writes("the disk fails once", "fail once", errno.EIO, quick=33),
     Fault("disk", "the output folder is a file", OneLine(2, "out"), prepare=written("out", "x")),
     Fault(
         "disk", "the output folder is below a file", OneLine(2, "data.jsonl"), options=dict(output_dir="data.jsonl/out")

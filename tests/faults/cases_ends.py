@@ -51,25 +51,33 @@ def of_each_signal() -> list[Fault]:
     for number in SIGNALS:
         name = number.name
         ending = Resumes(stops(number, "checkpoint-2"))
+        often_sent = number in (INT, TERM)
         made += [
-            Fault(
-                "signal",
-                f"{name} in a save",
-                ending,
-                options=SAVES,
-                inject=at(IN_A_SAVE, often(number, 1)),
-            ),
+            Fault("signal", f"{name} in a save", ending, options=SAVES, inject=at(IN_A_SAVE, often(number, 1))),
             Fault(
                 "signal",
                 f"{name} in the last step",
                 Survived(),
                 inject=lambda c, n=number: c.at_step(4, sends(n)),
+                quick=often_sent,
             ),
-            Fault("signal", f"{name} in the final save", Survived(), inject=at(FINAL_SAVE, often(number, 1), SECOND)),
-        ]
-        made += [
-            Fault("signal", f"{name} {when}", Stops(128 + number), inject=at(target, often(number, 1)))
-            for when, target in BEFORE.items()
+            Fault(
+                "signal",
+                f"{name} in the final save",
+                Survived(),
+                inject=at(FINAL_SAVE, often(number, 1), SECOND),
+                quick=often_sent,
+            ),
+            *(
+                Fault(
+                    "signal",
+                    f"{name} {when}",
+                    Stops(128 + number),
+                    inject=at(target, often(number, 1)),
+                    quick=often_sent,
+                )
+                for when, target in BEFORE.items()
+            ),
         ]
     return made
 
@@ -153,6 +161,7 @@ def raising() -> list[Fault]:
                 f"{name} {number} by a reward",
                 ending,
                 files={"feedback.py": scorer(f"if calls == 3: {code}")},
+                quick=number % 2 == 0,
             ),
             Fault(
                 "raised",
@@ -161,7 +170,7 @@ def raising() -> list[Fault]:
                 files={"feedback.py": of_one_rank},
                 processes=2,
                 limit=40.0,
-                quick=number < 4,
+                quick=number in (1, 3),
             ),
         ]
     return made

@@ -161,6 +161,7 @@ FAULTS = [
             options={"max_staleness": ahead, **more},
             files={"feedback.py": scorer(f"if calls == {call}: raise ConnectionError('away')")},
             processes=processes,
+            quick=call == ahead + 1 and (processes == 1 or ahead == 1),
         )
         for what, more, processes in (
             ("one process", {}, 1),

@@ -60,8 +60,8 @@ FAULTS = [
     *at_random_moments(1, seed=1),
     *at_random_moments(2, seed=2),
     # one that is killed within an operation which is no write has done it: as if it were killed before the next one
-    *at_every_write("kill within", 1, parts=24, quick=(5, 17)),
-    *at_every_write("kill within", 2, parts=24, quick=(11,)),
+    *at_every_write("kill within", 1, parts=40, quick=(5,)),
+    *at_every_write("kill within", 2, parts=40, quick=(11,)),
     *at_every_write("kill within", 2, parts=2, quick=(1,), rank=1),
-    *at_every_write("kill before", 1, parts=24, quick=()),
+    *at_every_write("kill before", 1, parts=40, quick=()),
 ]

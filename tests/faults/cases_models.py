@@ -78,9 +78,16 @@ ROLES: dict[str, tuple[dict[str, Any], Change]] = {
 
 
 def of(
-    role: str, name: str, change: Callable[[str], Change], *words: str, ending: Ending | None = None, **options: Any
+    role: str,
+    name: str,
+    change: Callable[[str], Change],
+    *words: str,
+    ending: Ending | None = None,
+    quick: bool = True,
+    **options: Any,
 ) -> Fault:
-    """A fault of the folder with this role; ``change`` gets its name."""
+    """A fault of the folder with this role; ``change`` gets its name. The short list has those of policies and adapters
+    that end in a line; the others are the same code."""
     own, make = ROLES[role]
     return Fault(
         "models",
@@ -88,7 +95,7 @@ def of(
         ending or OneLine(2, *(words or (role,))),
         options={**own, **options},
         prepare=all_of(make, change(role)),
-        quick=not options.get("slow", False),
+        quick=quick and role in ("policy", "adapter") and (ending is None or isinstance(ending, OneLine)),
     )
 
 
@@ -190,13 +197,19 @@ for role in ("policy", "reference", "reward", "judge", "adapter"):
     weights = "adapter_model.safetensors" if role == "adapter" else WEIGHTS
     part = "lora_B" if role == "adapter" else "mlp.up_proj"
     TENSORS += [
-        of(role, "with a matrix of zeros", tensors(replace_tensor(lambda t: t * 0, part), weights)),
+        of(
+            role,
+            "with a matrix of zeros",
+            tensors(replace_tensor(lambda t: t * 0, part), weights),
+            ending=Survived("are zeros", like=ANY) if role == "adapter" else None,
+        ),
         of(role, "with NaN in a tensor", tensors(replace_tensor(with_nan, part), weights)),
         of(role, "without one tensor", tensors(lambda t, part=part: t.pop(first_matrix(t, part)), weights)),
         of(
             role,
             "with an unknown tensor",
             tensors(lambda t, part=part: t.update({"other.weight": t[first_matrix(t, part)].clone()}), weights),
+            ending=Survived("ignored: `other.weight`", like=None if role == "policy" else ANY),
         ),
         of(role, "with a tensor of another shape", tensors(replace_tensor(lambda t: t[:1], part), weights)),
         of(role, "with a tensor of int8", tensors(replace_tensor(as_int8, part), weights)),
@@ -320,14 +333,7 @@ for role in ("policy", "reference", "reward", "judge"):
             "with rope of no kind",
             config(lambda c: c.update(rope_parameters={"rope_type": "nope", "rope_theta": 1.0})),
         ),
-        of(
-            role,
-            "with norms of NaN",
-            text(
-                "config.json",
-                '{"rms_norm_eps": NaN, "model_type": "llama", "vocab_size": 44, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": true}',
-            ),
-        ),
+        of(role, "with norms of NaN", config(lambda c: c.update(rms_norm_eps=float("nan")))),
         of(role, "that is a file", lambda r: all_of(removed(r), written(r, "x"))),
         of(role, "that is an empty folder", lambda r: all_of(removed(r), lambda folder: (folder / r).mkdir())),
         of(role, "that is a loop of links", lambda r: all_of(removed(r), lambda folder: os.symlink(r, folder / r))),
@@ -404,31 +410,36 @@ for role in ("policy", "reward", "judge"):
             role,
             "with an end token that is new",
             lambda r: edited_json(f"{r}/tokenizer_config.json", lambda c: c.update(eos_token="<new>")),
+            ending=Either(OneLine(2, role), Survived(like=ANY)),
         ),
         of(
             role,
             "with a model_max_length of 3",
             config(lambda c: c.update(model_max_length=3), "tokenizer_config.json"),
+            ending=Either(OneLine(2, role), Survived(like=ANY)),
         ),
         of(
             role,
             "with a negative model_max_length",
             config(lambda c: c.update(model_max_length=-3), "tokenizer_config.json"),
+            ending=Either(OneLine(2, role), Survived(like=ANY)),
         ),
         of(
             role,
             "with a model_max_length that is text",
             config(lambda c: c.update(model_max_length="many"), "tokenizer_config.json"),
+            ending=Either(OneLine(2, role), Survived(like=ANY)),
         ),
     ]
 
 CHAT = "".join(json.dumps({"prompt": [{"role": "user", "content": f"w{i} w{i + 1}"}]}) + "\n" for i in range(8))
 TEMPLATES: dict[str, str] = {
     "that is broken": "{% for m in %}",
-    "without an end": "{% for i in range(10**9) %}{% for j in range(10**9) %}{% endfor %}{% endfor %}x",
-    "that takes all memory": "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}",
+    "without an end": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}x",
+    "that takes all memory": "{% set ns = namespace(s='x') %}"
+    "{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}",
     "that multiplies a text": "{{ 'x' * 10**11 }}",
-    "that computes a power": "{{ 9 ** 9 ** 9 }}",
+    "that computes a power": "{{ 9 ** (9 ** 9) }}",
     "that pads a text": "{{ '%099999999999d' % 1 }}",
     "that calls itself": "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}",
     "that looks into objects": "{{ messages.__class__.__mro__[1].__subclasses__() }}",
@@ -625,7 +636,12 @@ for role in ("policy", "reference"):
             config(lambda c: c.update(architectures=None)),
             ending=Survived(like=ANY),
         ),
-        of(role, "that names an architecture of nobody", config(lambda c: c.update(architectures=["NopeForCausalLM"]))),
+        of(
+            role,
+            "that names an architecture of nobody",
+            config(lambda c: c.update(architectures=["NopeForCausalLM"])),
+            ending=Survived(like=ANY),
+        ),
     ]
 
 
@@ -695,6 +711,7 @@ KINDS += [
         kind_of_model(
             of_transformers("LlamaConfig", "LlamaForCausalLM", vocab_size=90, max_position_embeddings=128, **SMALL)
         ),
+        ending=Survived(like=ANY),
     ),
     of(
         "reference",
@@ -721,12 +738,12 @@ KINDS += [
     of(
         "reference", "of another architecture", kind_of_model(lambda: tiny.causal_lm("gpt2")), ending=Survived(like=ANY)
     ),
-    of("reference", "that is the policy", lambda r: lambda folder: None, ending=Survived()),
+    of("reference", "that is the policy", lambda r: lambda folder: None, ending=Survived(like={})),
     of(
         "reference",
         "that is the policy's folder",
         lambda r: lambda folder: None,
-        ending=Survived(),
+        ending=Survived(like={}),
         ref_model_name_or_path="./policy",
     ),
     of(
@@ -763,7 +780,15 @@ for name, options in {
         "that is a file": "data.jsonl",
         "that is a weights file": "policy/model.safetensors",
     }.items():
-        NAMES.append(Fault("models", f"{name} name {what}", OneLine(2, value), options={**options, field: value}))
+        NAMES.append(
+            Fault(
+                "models",
+                f"{name} name {what}",
+                OneLine(2, value),
+                options={**options, field: value},
+                quick=name == "policy",
+            )
+        )
 NAMES += [
     Fault(
         "models",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -29,11 +30,11 @@ def at_call(target: str, number: int | None, action: Action) -> Callable[[Child]
 
 
 def frees(rank: int) -> Callable[[Running], None]:
-    """A stopped process is killed once the other one has ended."""
+    """A stopped process is killed once the other one has ended by itself."""
 
     def free(running: Running) -> None:
-        running.wait_rank(1 - rank)
-        running.kill(ranks=[rank])
+        if running.wait_rank(1 - rank):
+            running.kill(ranks=[rank])
 
     return free
 
@@ -89,7 +90,7 @@ def fetches_nothing_in_step_3(child: Child) -> None:
 
 def with_words(*words: str) -> Callable[[Child], None]:
     """This process's command has more words than the other's."""
-    return lambda child: child.patch("online_dpo.cli.main:main", lambda main: lambda own: main([*own, *words]))
+    return lambda child: sys.argv.extend(words)
 
 
 def differs(name: str, inject: Callable[[Child], None], *words: str, **fields) -> Fault:
@@ -107,22 +108,34 @@ def differs(name: str, inject: Callable[[Child], None], *words: str, **fields) -
 FAULTS = [
     lost("is stopped in training", 1, at_step(3, STOPS), SILENT, "`ddp_timeout`", STEP_2),
     lost("is stopped in training", 0, at_step(3, STOPS), SILENT, "`ddp_timeout`"),
-    lost("is killed in training", 1, at_step(3, KILLS), SILENT, STEP_2),
+    lost("is killed in training", 1, at_step(3, KILLS), SILENT, STEP_2, quick=False),
     lost("is killed in training", 0, at_step(3, KILLS), "cannot be reached"),
-    lost("is stopped in a backward pass", 1, at_call(BACKWARD, 3, STOPS), SILENT, STEP_2),
-    lost("is killed in a backward pass", 1, at_call(BACKWARD, 3, KILLS), SILENT, STEP_2),
-    lost("is stopped in scoring", 1, at_call(SCORING, 3, STOPS), SILENT, STEP_2),
-    lost("is killed in scoring", 1, at_call(SCORING, 3, KILLS), SILENT, STEP_2),
-    lost("is stopped in an evaluation", 1, at_call(EVALUATION, 2, STOPS), SILENT, STEP_4, options=EVALUATED),
+    lost("is stopped in a backward pass", 1, at_call(BACKWARD, 3, STOPS), SILENT, STEP_2, quick=False),
+    lost("is killed in a backward pass", 1, at_call(BACKWARD, 3, KILLS), SILENT, STEP_2, quick=False),
+    lost("is stopped in scoring", 1, at_call(SCORING, 3, STOPS), SILENT, STEP_2, quick=False),
+    lost("is killed in scoring", 1, at_call(SCORING, 3, KILLS), SILENT, STEP_2, quick=False),
+    lost(
+        "is stopped in an evaluation", 1, at_call(EVALUATION, 2, STOPS), SILENT, STEP_4, options=EVALUATED, quick=False
+    ),
     lost("is killed in an evaluation", 1, at_call(EVALUATION, 2, KILLS), SILENT, STEP_4, options=EVALUATED),
-    lost("is stopped in a save", 1, at_call(WRITES, 1, STOPS), SILENT, STEP_2, options=SAVED),
+    lost("is stopped in a save", 1, at_call(WRITES, 1, STOPS), SILENT, STEP_2, options=SAVED, quick=False),
     lost("is killed in a save", 1, at_call(WRITES, 1, KILLS), SILENT, STEP_2, options=SAVED),
-    lost("is killed in a save", 0, at_call(WRITES, 1, KILLS), "cannot be reached", options=SAVED),
-    lost("is killed in a second save", 0, at_call(PUBLISHES, 2, KILLS), "cannot be reached", STEP_2, options=SAVED),
-    lost("is stopped while it builds the model", 1, at_call(BUILDING, 1, STOPS), SILENT, resumes=False),
+    lost("is killed in a save", 0, at_call(WRITES, 1, KILLS), "cannot be reached", options=SAVED, quick=False),
+    lost(
+        "is killed in a second save",
+        0,
+        at_call(PUBLISHES, 2, KILLS),
+        "cannot be reached",
+        STEP_2,
+        options=SAVED,
+        quick=False,
+    ),
+    lost("is stopped in scoring", 0, at_call(SCORING, 3, STOPS), SILENT, "`ddp_timeout`", quick=False),
+    lost("is stopped in a save", 0, at_call(WRITES, 1, STOPS), SILENT, options=SAVED, quick=False),
+    lost("is stopped while it builds the model", 1, at_call(BUILDING, 1, STOPS), SILENT, resumes=False, quick=False),
     lost("is killed while it builds the model", 1, at_call(BUILDING, 1, KILLS), SILENT, resumes=False),
     hangs(1),
-    hangs(0),
+    hangs(0, quick=False),
     Fault(
         "ranks",
         "rank 1 fails in a backward pass",
@@ -153,7 +166,12 @@ FAULTS = [
         limit=45.0,
     ),
     differs("rank 1 has another seed", with_words("--seed", "7"), "Rank 0 and rank 1", "`seed` ('42' and '7')"),
-    differs("rank 1 samples more completions", with_words("--num_completions", "4"), "`num_completions` ('2' and '4')"),
-    differs("rank 1 makes more steps", with_words("--max_steps", "7"), "`max_steps` ('4' and '7')"),
+    differs(
+        "rank 1 samples more completions",
+        with_words("--num_completions", "4"),
+        "`num_completions` ('2' and '4')",
+        quick=False,
+    ),
+    differs("rank 1 makes more steps", with_words("--max_steps", "7"), "`max_steps` ('4' and '7')", quick=False),
     differs("rank 1 has fewer prompts", with_words("--dataset_limit", "6"), "`rows of train_dataset` (8 and 6)"),
 ]

@@ -46,9 +46,9 @@ def at_random_moments(processes: int, seed: int) -> list[Fault]:
             f"SIGTERM at random moment {number} of seed {seed}, {processes} process{'es' * (processes > 1)}",
             Resumes(Either(Stops(143, "SIGTERM", "checkpoint-"), Survived())),
             options=SAVES,
-            outside=terminated_after(moments.uniform(0.0, 0.5)),
+            outside=terminated_after(moments.uniform(0.0, 0.35)),
             processes=processes,
-            quick=number <= 10,
+            quick=number <= 10 // processes,
         )
         for number in range(1, 21)
     ]
@@ -92,12 +92,20 @@ FAULTS = [
             options=SAVES,
             inject=on_rank(rank, sends(getattr(signal, name)), 3),
             processes=2,
+            quick=name == "SIGTERM" or (name, rank) == ("SIGINT", 1),
         )
         for name in ("SIGTERM", "SIGUSR1", "SIGINT")
         for rank in (0, 1)
     ),
     *(
-        Fault("signal", f"Ctrl-C twice {when}", Resumes(Stops(130)), options=SAVES, inject=sent("SIGINT", when, 2))
+        Fault(
+            "signal",
+            f"Ctrl-C twice {when}",
+            Resumes(Stops(130)),
+            options=SAVES,
+            inject=sent("SIGINT", when, 2),
+            quick=when in ("as step 3 begins", "while step 3 is sampled", "in the save of step 4"),
+        )
         for when in AT_STEPS
     ),
     Fault(

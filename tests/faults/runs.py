@@ -124,9 +124,9 @@ class Running:
         """Waits so many seconds, or until all have ended."""
         self.wait_until(time.monotonic() - self._began + seconds)
 
-    def wait_rank(self, rank: int) -> None:
-        """Waits until this rank has ended, or the limit is over."""
-        self._poll(rank, self._began + self._limit - time.monotonic())
+    def wait_rank(self, rank: int) -> bool:
+        """Waits until this rank has ended, or the limit is over; returns whether it has."""
+        return self._poll(rank, self._began + self._limit - time.monotonic())
 
     def ended(self) -> bool:
         """Whether all have."""

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="")
+os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as the command does before it imports torch
 
 # beside what `online-dpo train` imports: what it imports while it runs
 MODULES = [

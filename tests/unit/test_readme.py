@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "SECURITY.md"]
 LINKS = re.findall(r"\]\(([^)]+)\)", README)
 
 
@@ -37,3 +37,11 @@ def test_links_of_the_pages_lead_to_what_is_there(page):
 
 def test_no_link_is_relative():
     assert all(link.startswith("https://") for link in LINKS)
+
+
+def test_code_and_tests_that_the_page_on_security_names_are_there():
+    page = (ROOT / "SECURITY.md").read_text()
+    names = {name for name in re.findall(r"`([\w/]+\.py|(?:unit|faults|vllm_engines)/[\w/]*)`", page)}
+    assert len(names) > 30
+    places = (ROOT / "src/online_dpo", ROOT / "tests")
+    assert not [name for name in names if not any((place / name).exists() for place in places)]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,6 +26,7 @@ def replacing(path: Path) -> Iterator[Path]:
     then; after an error ``path`` stays as it was.
     """
     aside = path.with_name(f".{path.name}.partial")
+    aside.unlink(missing_ok=True)  # of a killed process; a link of somebody else's is not followed
     try:
         yield aside
         sync(aside)
@@ -32,6 +34,24 @@ def replacing(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def delete(path: Path) -> None:
+    """Deletes a folder with all that is in it, or a file. Of a link, only the link goes, not what it leads to.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
+
+
+def discard(path: Path) -> None:
+    """Deletes what is there, if anything is and if it can be (see `delete`)."""
+    with suppress(OSError):
+        delete(path)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from pathlib import Path
 
-from online_dpo.checkpoints.files import sync
+from online_dpo.checkpoints.files import delete, discard, sync
 from online_dpo.checkpoints.manifest import manifest_of, problem_of
 
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -68,26 +67,26 @@ def put_in_place(folder: Path) -> None:
     if folder.is_symlink() or folder.is_file():
         folder.unlink()
     elif folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
+        discard(old)
         os.rename(folder, old)
     os.rename(aside, folder)
     sync(folder.parent)
-    shutil.rmtree(aside.parent, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+    discard(aside.parent)
+    discard(old)
 
 
 def remove(folder: Path) -> None:
     """Deletes a checkpoint, which loses its name first."""
     gone = _beside(folder, "removed")
-    shutil.rmtree(gone, ignore_errors=True)
+    discard(gone)
     os.rename(folder, gone)
     sync(folder.parent)
-    shutil.rmtree(gone)
+    delete(gone)
 
 
 def discard_aside(folder: Path) -> None:
     """Deletes what was written aside for a checkpoint."""
-    shutil.rmtree(aside_of(folder).parent, ignore_errors=True)
+    discard(aside_of(folder).parent)
 
 
 def recover(run_dir: Path) -> None:
@@ -101,7 +100,7 @@ def recover(run_dir: Path) -> None:
         if located(folder) != folder:
             put_in_place(folder)
         discard_aside(folder)
-        shutil.rmtree(_beside(folder, "removed"), ignore_errors=True)
+        discard(_beside(folder, "removed"))
 
 
 def _beside(folder: Path, suffix: str) -> Path:

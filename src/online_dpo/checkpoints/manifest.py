@@ -11,13 +11,17 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from online_dpo.checkpoints.codec import from_json
 from online_dpo.checkpoints.files import digest, synced_digest, write_text
+from online_dpo.errors import one_line
 
 FILE = "manifest.json"
 FORMAT = 1
+LONGEST = 64 << 20
+"""Bytes of a manifest that are read; that of 1000 files has 150,000."""
 THREADS = 4
 """Files that are read at the same time. hashlib releases Python's lock while it computes."""
 STATE = (
@@ -70,17 +74,30 @@ class Manifest:
             ValueError: it is not as it was written, or a newer version of this package wrote it.
             FileNotFoundError: there is none.
         """
+        if (folder / FILE).stat().st_size > LONGEST:
+            raise ValueError(f"{FILE} is damaged")
         try:
             content = json.loads((folder / FILE).read_bytes())
             own, version = content.pop("sha256"), content.pop("format")
+            is_own = own == _hash_of({"format": version, **content})
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise ValueError(f"{FILE} is damaged") from None
-        if version != FORMAT and isinstance(version, int):
+        if isinstance(version, int) and version != FORMAT:
             raise ValueError(f"{FILE} has format {version}, which this version of online-dpo does not know")
-        if own != _hash_of({"format": version, **content}):
+        if version != FORMAT or not is_own:
             raise ValueError(f"{FILE} is damaged")
-        files = {name: Entry(**entry) for name, entry in content.pop("files").items()}
-        return cls(files=files, **content)
+        try:
+            manifest = from_json(cls, content)
+        except (ValueError, RecursionError):
+            raise ValueError(f"{FILE} is damaged") from None
+        if outside := [name for name in manifest.files if not _is_inside(name)]:
+            raise ValueError(f"{FILE} names {one_line(outside[0], 80)!r}, which is no file in this folder")
+        return manifest
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name is that of a file in a folder or below it, written as `files_in` does."""
+    return PurePosixPath(name).as_posix() == name and not {"", "..", "/", "."} & set(PurePosixPath(name).parts or ("",))
 
 
 def entries_of(folder: Path, names: Iterable[str]) -> dict[str, Entry]:

@@ -11,12 +11,11 @@ from __future__ import annotations
 import filecmp
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from online_dpo.checkpoints.files import sync
+from online_dpo.checkpoints.files import discard, sync
 from online_dpo.checkpoints.manifest import Manifest, entries_of, files_in, manifest_of
 from online_dpo.checkpoints.writer import with_free_space
 from online_dpo.errors import CheckpointError
@@ -45,12 +44,12 @@ def replacing_model(folder: Path) -> Iterator[Path]:
         _seal(aside)
     except Exception as error:
         text = with_free_space(error, folder)
-        shutil.rmtree(aside, ignore_errors=True)
+        discard(aside)
         raise CheckpointError(
             f"The model could not be saved in {folder}: {text}. What was there is as it was."
         ) from error
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        discard(aside)
         raise
     try:
         finish_model(folder)
@@ -66,7 +65,7 @@ def finish_model(folder: Path) -> None:
     aside = folder / ASIDE
     manifest = manifest_of(aside)
     if manifest is None:
-        shutil.rmtree(aside, ignore_errors=True)
+        discard(aside)
         return
     moving = [name for name in files_in(aside) if not _is_same(aside / name, folder / name)]
     stale = _stale(folder, manifest)
@@ -84,7 +83,7 @@ def finish_model(folder: Path) -> None:
     for name in {str(Path(name).parent) for name in moving}:
         sync(folder / name)
     sync(folder)
-    shutil.rmtree(aside, ignore_errors=True)
+    discard(aside)
 
 
 def _seal(aside: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from online_dpo.checkpoints.codec import from_json
 from online_dpo.checkpoints.manifest import Manifest, has_manifest
 
 STATE = "trainer_state.json"
@@ -21,6 +23,24 @@ WEIGHTS = (
 )
 OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_*", SHARDED)
 SCHEDULER = ("scheduler.pt", SHARDED)
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """What a resumed run computes with of `transformers.TrainerState`, which checks no types."""
+
+    global_step: int
+    epoch: float | None = 0.0
+    max_steps: int = 0
+    num_train_epochs: float = 0.0
+    train_batch_size: int | None = None
+    num_input_tokens_seen: int = 0
+    total_flos: float = 0.0
+    log_history: list[dict[str, Any]] | None = None
+    best_metric: float | None = None
+    best_global_step: int | None = None
+    best_model_checkpoint: str | None = None
+    stateful_callbacks: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -106,10 +126,10 @@ def _missing(folder: Path, name: str, what: str) -> str:
 
 def _state_problem(folder: Path) -> Iterator[str]:
     try:
-        state = json.loads((folder / STATE).read_bytes())
+        state = from_json(SavedState, json.loads((folder / STATE).read_bytes()))
     except (ValueError, RecursionError):
         state = None
-    if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):
+    if state is None or state.global_step < 0 or not math.isfinite(state.epoch or 0):
         yield f"{STATE} is damaged"
 
 
@@ -118,7 +138,7 @@ def _shard_problem(folder: Path) -> Iterator[str]:
     for index in (folder / "model.safetensors.index.json", folder / "pytorch_model.bin.index.json"):
         if index.is_file():
             try:
-                names = set(json.loads(index.read_bytes())["weight_map"].values())
+                names = {str(name) for name in json.loads(index.read_bytes())["weight_map"].values()}
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 yield f"{index.name} is damaged"
                 return

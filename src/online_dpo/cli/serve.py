@@ -84,8 +84,8 @@ def _asking_for_key(arguments: dict[str, Any], passed_on: Sequence[str]) -> list
     """The options with which the server asks for its key, if it has one."""
     if any(word.partition("=")[0] in ("--api-key", "--api_key") for word in passed_on):
         raise ValueError(
-            f"`--api-key` shows the key to everybody on this machine. Set the environment variable {KEY_VARIABLE}, here "
-            "and for the trainer."
+            f"`--api-key` shows the key to everybody on this machine. Set the environment variable {KEY_VARIABLE}, "
+            "here and for the trainer."
         )
     if read_key(KEY_VARIABLE) is not None:
         return ["--middleware", KEY_MIDDLEWARE]
@@ -142,4 +142,4 @@ def _parser() -> OneLineParser:
 def _replace_process(command: list[str]) -> NoReturn:
     """Run a command in place of this process, with the variables that enable weight updates and adapter loading."""
     enabled = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-    os.execvpe(command[0], command, {**os.environ, **enabled})
+    os.execvpe(command[0], command, {**os.environ, **enabled})  # the user's own words  # nosec B606

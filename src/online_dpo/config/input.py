@@ -67,11 +67,12 @@ def _plain_number(name: str, value: Any, is_whole: bool) -> Any:
             raise ValueError(f"`{name}` must be {what}; it is {value!r}.") from None
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(f"`{name}` must be {what}; it is {value!r}.")
-    if is_whole and not isinstance(value, numbers.Integral):
-        if not float(value).is_integer():  # nan and infinity are none either
-            raise ValueError(f"`{name}` must be {what}; it is {value!r}.")
-        return int(value)
-    return value
+    if not is_whole or isinstance(value, numbers.Integral):
+        return value
+    number = float(value)
+    if not number.is_integer():  # nan and infinity are none either
+        raise ValueError(f"`{name}` must be {what}; it is {value!r}.")
+    return int(number)
 
 
 def _normalized(spec: FieldSpec, value: Any) -> Any:

@@ -36,6 +36,7 @@ AT_LEAST = {
     "n_embd": 1,
 }
 """Sizes in a model's config, and the lowest number that makes sense."""
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 LAYERS = ("num_hidden_layers", "num_layers", "n_layer")
 NO_LANGUAGE_MODEL = re.compile(
     r"(For(Sequence|Token|Image|Audio|Video)\w*Classification|ForQuestionAnswering|ForMaskedLM|ForMultipleChoice"
@@ -43,7 +44,6 @@ NO_LANGUAGE_MODEL = re.compile(
 )
 """Names of classes that predict no next token."""
 DTYPE = re.compile(r"(torch\.)?(auto|half|float|double|bfloat16|float(16|32|64)|float8_\w+)")
-CLASSES = {"single_label_classification": "one class of several"}
 
 
 class WrongFolder(ValueError):
@@ -86,7 +86,7 @@ def check_folder(path: Path, role: Role, options: Mapping[str, Any]) -> None:
     config = read_object(path / CONFIG)
     _check_config(config, role)
     if (path / GENERATION_CONFIG).is_file():
-        read_object(path / GENERATION_CONFIG)
+        _check_token_ids(read_object(path / GENERATION_CONFIG), GENERATION_CONFIG)
     if any(options.get(name) is not None for name in CHOOSE_FILES):
         return
     shapes = tensors_in(path, "model", quantised=_is_quantised(config, options))
@@ -126,6 +126,7 @@ def _check_config(config: dict[str, Any], role: Role) -> None:
     for name in ("dtype", "torch_dtype"):
         if isinstance(config.get(name), str) and not DTYPE.fullmatch(config[name]):
             raise WrongFolder(f"{CONFIG}: `{name}` is {one_line(config[name], 40)!r}, which is no type of weights.")
+    _check_token_ids(config, CONFIG)
     text = config.get("text_config")
     for part in (config, text if isinstance(text, dict) else {}):
         for name, problem in _size_problems(part):
@@ -137,6 +138,17 @@ def _check_config(config: dict[str, Any], role: Role) -> None:
         _check_predicts_tokens(architectures, has_code="auto_map" in config)
     if role == "reward":
         _check_labels(config, architectures)
+
+
+def _check_token_ids(config: dict[str, Any], file: str) -> None:
+    for name in TOKEN_IDS:
+        value = config.get(name)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if any(isinstance(one, bool) or not isinstance(one, int) for one in ids):
+            raise WrongFolder(f"{file}: `{name}` is {one_line(repr(value), 40)}; wanted: the id of a token.")
+    pad, known = config.get("pad_token_id"), config.get("vocab_size")
+    if isinstance(pad, int) and isinstance(known, int) and pad >= known:
+        raise WrongFolder(f"{file}: `pad_token_id` is {pad}, but the vocabulary has {known} tokens (`vocab_size`).")
 
 
 def _size_problems(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -173,10 +185,10 @@ def _check_labels(config: dict[str, Any], architectures: list[str]) -> None:
         raise WrongFolder(
             f"{CONFIG} has {count} labels. A reward model must have a head with one label (num_labels=1)."
         )
-    if config.get("problem_type") == "single_label_classification":
+    if (kind := config.get("problem_type")) not in (None, "regression"):
         raise WrongFolder(
-            f"{CONFIG}: `problem_type` says that one class of several is chosen, but there is one label, so nothing "
-            "can have been learnt. Give a reward model, whose one label is a score."
+            f"{CONFIG}: `problem_type` is {one_line(str(kind), 40)!r}, which names classes; the one label of a reward "
+            "model is a score. If this one is, remove `problem_type`."
         )
 
 

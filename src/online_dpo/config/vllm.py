@@ -39,7 +39,7 @@ class VLLMFields:
     """With `server`: the address, or several separated by commas, which share the prompts. When not set, it is made of
     `vllm_server_host` and `vllm_server_port`."""
 
-    vllm_server_host: str = "0.0.0.0"
+    vllm_server_host: str = "0.0.0.0"  # TRL's default; nothing listens there  # nosec B104
     """With `server`: its host; `0.0.0.0` is this machine."""
 
     vllm_server_port: int = 8000
@@ -65,7 +65,8 @@ class VLLMFields:
     def vllm_server_urls(self) -> list[str]:
         """Addresses of the servers, without blanks and trailing slashes."""
         if self.vllm_server_base_url is None:
-            host = "localhost" if self.vllm_server_host == "0.0.0.0" else self.vllm_server_host
+            is_default = self.vllm_server_host == VLLMFields.vllm_server_host  # which is no address to connect to
+            host = "localhost" if is_default else self.vllm_server_host
             return [f"http://{host}:{self.vllm_server_port}"]
         return [url.strip().rstrip("/") for url in self.vllm_server_base_url.split(",") if url.strip()]
 

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from jinja2 import Environment, TemplateSyntaxError
+
 SECONDS = 5.0
 """For one text. Templates take less than a millisecond."""
 MORE_BYTES = 2**31
@@ -23,7 +25,7 @@ _tried: set[int] = set()
 
 
 class TemplateLimitError(Exception):
-    """A chat template took too long. The message says so."""
+    """A chat template took too long, or might. The message says so."""
 
 
 @contextmanager
@@ -37,6 +39,8 @@ def template_limits(template: Any) -> Iterator[None]:
         yield
         return
     first = hash(str(template)) not in _tried
+    if first:
+        _check_no_powers(template)
     _tried.add(hash(str(template)))
     before = signal.signal(signal.SIGALRM, _stop)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
@@ -51,6 +55,18 @@ def template_limits(template: Any) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+def _check_no_powers(template: Any) -> None:
+    """Refuse ``**``: one such operation can take hours, and no signal stops it."""
+    texts = template.values() if isinstance(template, dict) else [template]
+    for text in texts:
+        try:
+            tokens = list(Environment().lex(text)) if isinstance(text, str) else []
+        except TemplateSyntaxError:
+            continue  # it is told where the template is used
+        if any(kind == "operator" and value == "**" for _, kind, value in tokens):
+            raise TemplateLimitError("it computes powers, `**`, which may take without an end")
+
+
 def _stop(number: int, frame: FrameType | None) -> None:
     raise TemplateLimitError(f"it was stopped after {SECONDS:.0f} seconds")
 
@@ -59,7 +75,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 def _memory_limit() -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     most = _address_space() + MORE_BYTES
-    if resource.RLIM_INFINITY not in (soft,) and soft < most:
+    if soft != resource.RLIM_INFINITY and soft < most:
         yield
         return
     resource.setrlimit(resource.RLIMIT_AS, (most, hard))

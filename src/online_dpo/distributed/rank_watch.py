@@ -124,14 +124,14 @@ class RankWatch:
 
     @property
     def has_lost_store(self) -> bool:
-        """Whether nothing more can be learned of the others."""
-        return self._lost_store is not None
+        """Whether the store does not answer, so that nothing more can be learned of the others."""
+        return self._lost_store is not None or time.monotonic() - self._answered > self._silent
 
     def tell_failure(self, error: BaseException) -> None:
         """Tells the other ranks that this one ends with an error; and those that are to blame, that they are."""
         for rank in error.ranks if isinstance(error, RankLostError) else ():
             self.put(f"blamed-{rank}", b"")
-        self.put(f"failure-{self.rank}", named_error(error).encode())
+        self.put(f"failure-{self.rank}", json.dumps([self.step, named_error(error)]).encode())
 
     def put(self, name: str, value: bytes) -> None:
         """Writes something that all ranks can read; without a store it has no effect."""
@@ -139,12 +139,21 @@ class RankWatch:
             self._notes.set(name, value)
 
     def get(self, name: str) -> bytes | None:
-        """Reads what a rank has written; ``None`` if nothing was, or if there is no store any more."""
-        if self._lost_store is not None:
-            return None
-        with suppress(RuntimeError):
-            return self._notes.get(name) if self._notes.check([name]) else None
-        return None
+        """Reads what a rank has written; ``None`` if nothing was, or if the store does not answer any more."""
+        found: list[bytes] = []
+
+        def read() -> None:
+            with suppress(RuntimeError):
+                found.extend([self._notes.get(name)] if self._notes.check([name]) else [])
+
+        if not self.has_lost_store:
+            # in a thread: where the process that holds the store is stopped, `check` never returns
+            reading = threading.Thread(target=read, name="online-dpo-notes-of-ranks", daemon=True)
+            reading.start()
+            reading.join(STORE_SECONDS)
+            if reading.is_alive():
+                self._lost_store = time.monotonic()
+        return found[0] if found else None
 
     def explain(self, error: Exception) -> RankLostError:
         """Returns the error that names who is missing, for an error of a collective operation."""
@@ -166,7 +175,7 @@ class RankWatch:
         failed = sorted(rank for rank, seen in self._seen.items() if seen.failure)
         if failed:
             return failed
-        if self._lost_store is not None or time.monotonic() - self._answered > self._silent:
+        if self.has_lost_store:
             return [-1 if self._holder is None else self._holder]
         return sorted(rank for rank, seen in self._seen.items() if self._answered - seen.changed > self._silent)
 
@@ -234,9 +243,10 @@ class RankWatch:
             number, doing, seconds, step = json.loads(beat)
             seen = self._seen[rank]
             changed = now if seen.number != number else seen.changed
-            seen = Seen(number, doing, seconds, step, changed, seen.failure, seen.failed)
+            seen = Seen(number, doing, seconds, max(step, seen.step), changed, seen.failure, seen.failed)
             if not seen.failure and self._store.check([f"failure-{rank}"]):
-                seen.failure, seen.failed = self._store.get(f"failure-{rank}").decode(), now
+                seen.step, seen.failure = json.loads(self._store.get(f"failure-{rank}"))
+                seen.failed = now
             self._seen[rank] = seen
         if self._blamed is None and self._store.check([f"blamed-{self.rank}"]):
             self._blamed = now

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from online_dpo.config.weight_files import tensors_in
 from online_dpo.errors import ModelFolderError, error_text
+from online_dpo.foreign import loading
 from online_dpo.modeling.loaded import check_loaded_adapter
 
 
@@ -25,19 +26,20 @@ def adapting() -> Iterator[None]:
 
 
 def load_adapter(
-    path: str, load_base: Callable[..., Any], peft_class: Any, *, is_trainable: bool = False, **options: Any
+    path: str, load_base: Callable[..., Any], task: str, *, is_trainable: bool = False, **options: Any
 ) -> Any:
     """Load an adapter and its base model. If its tokenizer has more tokens, the base model gets embeddings for them.
 
     Args:
         load_base: loads the base model, given its path and the options of ``from_pretrained``.
-        peft_class: such as `peft.PeftModelForCausalLM`.
+        task: ``CAUSAL_LM`` or ``SEQ_CLS``.
 
     Raises:
         ModelFolderError: no base model is named, or weights of the adapter are missing, left out or zero.
         RuntimeError: the adapter is for a model of another shape.
     """
     from peft import PeftConfig
+    from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
     from peft.utils.constants import TOKENIZER_CONFIG_NAME
 
     revision = options.pop("revision", None)
@@ -46,7 +48,13 @@ def load_adapter(
     base_path = config.base_model_name_or_path
     if not base_path:
         raise ModelFolderError(f"`{path}`: adapter_config.json names no base model. Set `base_model_name_or_path`.")
-    base = load_base(base_path, revision=config.revision, **options)
+    if config.task_type not in (None, task):
+        raise ModelFolderError(
+            f"`{path}`: the adapter was trained for another task: its adapter_config.json says `task_type` "
+            f"{str(config.task_type)!r}, and {task!r} is wanted."
+        )
+    with loading(base_path):
+        base = load_base(base_path, revision=config.revision, **options)
     if (Path(path) / TOKENIZER_CONFIG_NAME).is_file():
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=options.get("trust_remote_code", False))
         if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
@@ -54,7 +62,9 @@ def load_adapter(
     with adapting(), warnings.catch_warnings():
         warnings.filterwarnings("error", "Found missing adapter keys")
         try:
-            model = peft_class.from_pretrained(base, path, is_trainable=is_trainable, config=config, revision=revision)
+            model = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task].from_pretrained(
+                base, path, is_trainable=is_trainable, config=config, revision=revision
+            )
         except UserWarning as lacking:
             names = error_text(lacking).partition("checkpoint: ")[2]
             raise ModelFolderError(

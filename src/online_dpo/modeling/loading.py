@@ -64,13 +64,13 @@ def load_causal_lm(
     """
     path = os.path.expanduser(path)
     kwargs = {"trust_remote_code": trust_remote_code, **(init_kwargs or {})}
+    if kwargs.get("weights_only", True) is not True:
+        raise ValueError("`model_init_kwargs`: `weights_only` stays on: without it a pickle's code would be run.")
     old_name = kwargs.pop("torch_dtype", None)  # transformers reads it only if `dtype` is not given
     requested = kwargs.pop("dtype", old_name)
     kwargs["dtype"] = dtype if requested is None else check_dtype(requested)
     if is_adapter(path):
-        from peft import PeftModelForCausalLM
-
-        return load_adapter(path, _load_whole, PeftModelForCausalLM, is_trainable=True, **kwargs)
+        return load_adapter(path, _load_whole, "CAUSAL_LM", is_trainable=True, **kwargs)
     return _load_whole(path, **kwargs)
 
 
@@ -85,9 +85,10 @@ def _load_whole(path: str, **kwargs: Any) -> PreTrainedModel:
             "Give a causal language model."
         )
     with without_report():
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, **{**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
         )
+    model, info = loaded
     check_loaded(model, info, path, "causal language model")
     return model
 
@@ -120,8 +121,11 @@ def check_dtype(given: Any) -> Any:
     """
     if not isinstance(given, str) or given == "auto":
         return given
-    if not isinstance(getattr(torch, given, None), torch.dtype):
+    dtype = getattr(torch, given, None)
+    if not isinstance(dtype, torch.dtype):
         raise ValueError(f"`model_init_kwargs`: {given!r} is not a torch dtype. Use 'auto', 'float32' or 'bfloat16'.")
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        raise ValueError(f"`model_init_kwargs`: no model computes in the dtype {given!r}. Use 'float32' or 'bfloat16'.")
     return getattr(torch, given)
 
 

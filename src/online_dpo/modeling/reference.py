@@ -54,6 +54,8 @@ class Reference:
 class FrozenReference(Reference):
     """A separate model that is never trained."""
 
+    model: nn.Module
+
     def __init__(self, model: nn.Module, description: str) -> None:
         self.description = description
         self.model = model
@@ -96,6 +98,7 @@ class SyncedReference(Reference):
     """
 
     FILE = "reference.safetensors"
+    model: nn.Module
 
     def __init__(self, model: nn.Module, policy: nn.Module, alpha: float, every: int, description: str) -> None:
         if _shapes(model) != _shapes(policy):

@@ -209,7 +209,7 @@ def as_number(value: Any) -> float | None:
     try:
         return float(value)
     except OverflowError:  # an int or a fraction of any length
-        return math.inf if value > 0 else -math.inf
+        return math.inf if value > 0 else -math.inf  # pyright: ignore[reportOperatorIssue]
 
 
 class ShortForm(reprlib.Repr):

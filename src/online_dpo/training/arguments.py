@@ -76,9 +76,10 @@ def check_arguments(
         check_trained(model)
     check_output_dir(args)
     options: Any = args.model_init_kwargs
-    for argument, role, value in (("model", "policy", model), ("ref_model", "reference", ref_model)):
-        if isinstance(value, str):
-            check_model_path(value, argument, role, options)
+    if isinstance(model, str):
+        check_model_path(model, "model", "policy", options)
+    if isinstance(ref_model, str):
+        check_model_path(ref_model, "ref_model", "reference", options)
     if peft_config is not None and is_peft_model_object(model):
         raise ValueError("`model` is a PEFT model already; leave `peft_config` out, or give the base model.")
     if reward_funcs is not None:

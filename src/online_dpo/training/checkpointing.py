@@ -27,6 +27,7 @@ from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.distributed.collectives import from_every_rank, from_first_rank
 from online_dpo.errors import CheckpointError, named_error
 from online_dpo.training.run_identity import RunIdentity
+from online_dpo.training.torch_files import check_loads
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +96,7 @@ class Checkpoints:
             raise CheckpointError(problem)
         if (warning := warning_of_named(folder)) is not None:
             logger.warning("%s", warning)
+            check_loads(located(folder))
         if located(folder) != folder:
             put_in_place(folder)
         return str(folder)

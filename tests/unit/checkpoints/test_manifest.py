@@ -130,3 +130,59 @@ def test_what_has_not_changed_is_read_once(make_checkpoint, monkeypatch):
     assert problem_of(folder) is None
     monkeypatch.setattr(manifests.digest.__globals__["hashlib"], "file_digest", None)
     assert problem_of(folder) is None
+
+
+def resealed(folder, edit):
+    """The manifest with a change, and the hash that a stranger would give it."""
+    content = json.loads((folder / "manifest.json").read_text())
+    content.pop("sha256")
+    edit(content)
+    (folder / "manifest.json").write_text(json.dumps({"sha256": manifests._hash_of(content), **content}))
+
+
+OUTSIDE = ["../x", "/etc/passwd", "a/../../x", "a//b", "./x", "x/", "", ".", "..", "a/..", "../../" * 50]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_name_that_leads_out_of_the_folder_is_refused(make_checkpoint, name):
+    folder = make_checkpoint(1)
+    resealed(folder, lambda content: content["files"].update({name: {"size": 1, "sha256": ""}}))
+    assert "which is no file in this folder" in problem_of(folder) and "\n" not in problem_of(folder)
+    assert manifest_of(folder) is None
+
+
+@pytest.mark.parametrize("name", ["a", "a/b.c", "global_step2/x..pt", "...", "-x", "~"])
+def test_usual_names_are_taken(make_checkpoint, name):
+    folder = make_checkpoint(1)
+    resealed(folder, lambda content: content["files"].update({name: {"size": 1, "sha256": ""}}))
+    assert problem_of(folder) == f"{name} is missing"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"files": []},
+        {"files": {"x": None}},
+        {"files": {"x": {"size": "1", "sha256": ""}}},
+        {"files": {"x": {"size": 1}}},
+        {"step": "1"},
+        {"world_size": 1.5},
+        {"sequence": None},
+        {"finite": 1},
+        {"extra": []},
+        {"format": [1]},
+    ],
+)
+def test_a_manifest_of_other_types_is_damaged(make_checkpoint, values):
+    folder = make_checkpoint(1)
+    resealed(folder, lambda content: content.update(values))
+    assert problem_of(folder) == "manifest.json is damaged" and manifest_of(folder) is None
+
+
+def test_a_manifest_that_is_nested_deeply_or_too_long_is_damaged(make_checkpoint, monkeypatch):
+    folder = make_checkpoint(1)
+    (folder / "manifest.json").write_text('{"a":' * 100_000)
+    assert problem_of(folder) == "manifest.json is damaged"
+    monkeypatch.setattr(manifests, "LONGEST", 1000)
+    (folder / "manifest.json").write_text('{"sha256": "' + "0" * 1000 + '"}')
+    assert problem_of(folder) == "manifest.json is damaged"

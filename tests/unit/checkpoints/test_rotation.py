@@ -4,6 +4,8 @@ import os
 
 import pytest
 
+from online_dpo.checkpoints.files import write_text
+from online_dpo.checkpoints.folders import recover
 from online_dpo.checkpoints.rotation import keep_only, rotate
 
 
@@ -77,3 +79,45 @@ def test_all_but_the_best_go_at_the_end_if_the_best_is_whole(tmp_path, make_chec
         (best / "model.safetensors").write_text("weightz of 2")
     keep_only(tmp_path, str(best))
     assert names(tmp_path) == (["checkpoint-1", "checkpoint-2", "checkpoint-3"] if spoiled else ["checkpoint-2"])
+
+
+def test_of_a_link_only_the_link_goes(tmp_path, make_checkpoint):
+    for step in range(1, 4):
+        make_checkpoint(step)
+    os.rename(tmp_path / "checkpoint-1", tmp_path / "elsewhere")
+    (tmp_path / "checkpoint-1").symlink_to(tmp_path / "elsewhere")
+    inside = names(tmp_path / "elsewhere")
+    rotate(tmp_path, 2, None)
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-3", "elsewhere"]
+    assert names(tmp_path / "elsewhere") == inside
+
+
+@pytest.mark.parametrize("suffix", ["removed", "partial"])
+def test_links_in_place_of_our_own_folders_are_not_followed(tmp_path, make_checkpoint, suffix):
+    for step in range(1, 3):
+        make_checkpoint(step)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/dear.txt").write_text("dear")
+    (tmp_path / f".checkpoint-1.{suffix}").symlink_to(tmp_path / "elsewhere")
+    recover(tmp_path)
+    rotate(tmp_path, 1, None)
+    assert names(tmp_path) == ["checkpoint-2", "elsewhere"] and names(tmp_path / "elsewhere") == ["dear.txt"]
+
+
+def test_a_link_in_place_of_a_file_aside_is_not_written_through(tmp_path):
+    (tmp_path / "dear.txt").write_text("dear")
+    (tmp_path / ".card.partial").symlink_to(tmp_path / "dear.txt")
+    write_text(tmp_path / "card", "new")
+    assert ((tmp_path / "card").read_text(), (tmp_path / "dear.txt").read_text()) == ("new", "dear")
+    assert names(tmp_path) == ["card", "dear.txt"]
+
+
+def test_files_and_folders_have_the_permissions_of_the_umask(tmp_path):
+    before = os.umask(0o077)
+    try:
+        write_text(tmp_path / "private", "x")
+        os.umask(0o002)
+        write_text(tmp_path / "shared", "x")
+    finally:
+        os.umask(before)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("private", "shared")] == [0o600, 0o664]

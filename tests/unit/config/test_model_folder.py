@@ -122,6 +122,8 @@ def test_an_index_promises_what_its_shards_hold(tmp_path, index, says):
         ({**GOOD, "num_attention_heads": 0}, "`num_attention_heads` is 0"),
         ({**GOOD, "hidden_size": "16"}, "`hidden_size` is '16'; wanted: a whole number"),
         ({**GOOD, "text_config": {"hidden_size": 1.5}}, "`hidden_size` is 1.5"),
+        ({**GOOD, "pad_token_id": 4}, "`pad_token_id` is 4, but the vocabulary has 4 tokens"),
+        ({**GOOD, "eos_token_id": "</s>"}, "`eos_token_id` is '</s>'; wanted: the id of a token"),
         ({**GOOD, "dtype": "float99"}, "`dtype` is 'float99'"),
         ({**GOOD, "architectures": "LlamaForCausalLM"}, "`architectures` is no list"),
         ({**GOOD, "architectures": ["BertForMaskedLM"]}, "says BertForMaskedLM, which is no causal language model"),
@@ -141,7 +143,10 @@ def test_configs_that_no_policy_has(tmp_path, config, says):
         ({"architectures": ["LlamaForTokenClassification"]}, "which is no reward model"),
         ({"id2label": {"0": "bad", "1": "good"}}, "config.json has 2 labels"),
         ({"num_labels": 3}, "config.json has 3 labels"),
-        ({"problem_type": "single_label_classification"}, "one class of several"),
+        (
+            {"problem_type": "single_label_classification"},
+            "`problem_type` is 'single_label_classification', which names classes",
+        ),
     ],
 )
 def test_labels_that_are_no_score(tmp_path, change, says):

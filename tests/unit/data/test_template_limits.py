@@ -29,7 +29,7 @@ def test_a_hostile_template_is_stopped(template, monkeypatch):
     monkeypatch.setattr(template_limits, "MORE_BYTES", 2**28)
     template_limits._tried.clear()
     began, limit, handler = time.monotonic(), resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGALRM)
-    with pytest.raises(UnusablePrompt, match=r"refuses the messages \((it was stopped|MemoryError)"):
+    with pytest.raises(UnusablePrompt, match=r"refuses the messages \((it was stopped|MemoryError|it computes powers)"):
         render(tokenizer(template), [{"role": "user", "content": "w1"}], {})
     assert time.monotonic() - began < 5.0
     assert resource.getrlimit(resource.RLIMIT_AS) == limit

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from contextlib import contextmanager
 from datetime import timedelta
@@ -64,8 +67,8 @@ def test_a_rank_that_waits_for_others_is_not_to_blame(store):
 
 def test_a_rank_that_has_failed_is_named_with_its_error(store):
     with watches(store, 0, 1) as (first, second):
-        second.step = 3
-        soon(lambda: first._seen[1].step == 3)
+        soon(lambda: first._seen[1].number == second._number > 0)
+        second.step = 3  # which no beat has told yet
         second.tell_failure(ValueError("no\nroom."))
         error = first.explain(CLOSED)
         assert str(error) == "Rank 1 has failed after step 3: ValueError: no room."
@@ -109,6 +112,34 @@ def test_ranks_read_what_others_have_written(store):
         assert first.get("random") is None
         second.put("random", b"\x00\xff")
         soon(lambda: first.get("random") == b"\x00\xff")  # a store does not confirm what is written
+
+
+HOLDER = """
+import os, signal, sys
+from torch.distributed import TCPStore
+store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+print(store.port, flush=True)
+sys.stdin.readline()
+os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+def test_a_store_whose_process_is_stopped_is_waited_for_no_longer_than_it_may_take(monkeypatch):
+    monkeypatch.setattr(rank_watch, "STORE_SECONDS", 1.0)
+    words = [sys.executable, "-c", HOLDER]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        store = TCPStore("127.0.0.1", int(holder.stdout.readline()), None, False, timedelta(seconds=5))
+        watch = RankWatch(PrefixStore("test", store), 1, 2, 5, 0, waits=Waits(60, print))
+        watch.put("note", b"text")
+        assert watch.get("note") == b"text" and not watch.has_lost_store
+        holder.stdin.write("stop\n")
+        holder.stdin.flush()
+        os.waitid(os.P_PID, holder.pid, os.WSTOPPED)
+        began = time.monotonic()
+        assert watch.get("note") is None and watch.get("note") is None
+        assert time.monotonic() - began < 2.0
+        assert watch.has_lost_store and watch.missing() == [0]
+        holder.kill()
 
 
 def test_only_errors_of_collective_operations_are_explained(store, monkeypatch):

@@ -11,6 +11,7 @@ import yaml
 
 from online_dpo.cli.runfile.schema import FieldSpec
 from online_dpo.cli.runfile.yaml_text import parse_yaml
+from online_dpo.config.endpoints import secret_fields
 from online_dpo.config.registry import nearest
 
 TRUE_WORDS = frozenset({"true", "yes", "on"})
@@ -44,8 +45,8 @@ def convert(spec: FieldSpec, value: Any) -> Any:
         for kind in kinds:
             accepted, result = attempt(kind, value)
             if accepted:
-                return _check_characters(_check_choice(spec, result))
-    raise BadValue(f"is {_show(value)}; wanted: {wanted(spec)}.{_hint(spec, kinds, value)}")
+                return _check_characters(spec, _check_choice(spec, result))
+    raise BadValue(f"is {_show(spec, value)}; wanted: {wanted(spec)}.{_hint(spec, kinds, value)}")
 
 
 def convert_words(spec: FieldSpec, words: list[str]) -> Any:
@@ -158,14 +159,16 @@ def _number(value: str | float) -> float | None:
 def _check_choice(spec: FieldSpec, value: Any) -> Any:
     for item in value if isinstance(value, list) else [value]:
         if spec.choices and isinstance(item, str) and item not in spec.choices:
-            raise BadValue(f"is {_show(value)}; wanted: {wanted(spec)}.{nearest(item.replace('-', '_'), spec.choices)}")
+            raise BadValue(
+                f"is {_show(spec, value)}; wanted: {wanted(spec)}.{nearest(item.replace('-', '_'), spec.choices)}"
+            )
     return value
 
 
-def _check_characters(value: Any) -> Any:
+def _check_characters(spec: FieldSpec, value: Any) -> Any:
     for item in value if isinstance(value, list) else [value]:
         if isinstance(item, str) and (wrong := _NO_TEXT.search(item)):
-            raise BadValue(f"is {_show(value)}; it holds {wrong[0]!r}, which is no character of a text.")
+            raise BadValue(f"is {_show(spec, value)}; it holds {wrong[0]!r}, which is no character of a text.")
     return value
 
 
@@ -205,7 +208,10 @@ def _hint(spec: FieldSpec, kinds: list[ast.expr], value: Any) -> str:
     return " Write it in quotes." if takes_text and not isinstance(value, (str, list, dict, type(None))) else ""
 
 
-def _show(value: Any) -> str:
+def _show(spec: FieldSpec, value: Any) -> str:
+    """A value for a message; a key is not shown."""
+    if secret_fields({spec.name: value}):
+        return "something that is not shown"
     if value is None:
         return "empty"
     if isinstance(value, bool):

@@ -7,7 +7,6 @@ import copy
 import functools
 import inspect
 import math
-import numbers
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -21,7 +20,7 @@ from online_dpo.foreign import among_rows, at_row, callable_name, foreign
 from online_dpo.scoring.accounting import FailureWindow
 from online_dpo.scoring.event_loop import submit, wait_for
 from online_dpo.scoring.judges.base import NO_ANSWER, Judge, PreferenceJudge
-from online_dpo.scoring.protocols import chat_messages, check_comparisons, describe, flat_list
+from online_dpo.scoring.protocols import as_number, chat_messages, check_comparisons, describe, flat_list
 from online_dpo.scoring.rewards.function import is_async_function
 from online_dpo.scoring.time_limit import await_in_time, call_in_time
 from online_dpo.types import Group, Prompt
@@ -110,12 +109,13 @@ class FunctionJudge(PreferenceJudge):
         value = returned.item() if is_scalar else returned
         if value is None:
             return None
-        if isinstance(value, float) and math.isnan(value):
+        number = as_number(value)
+        if number is not None and math.isnan(number):
             self._failures.add("its preference is nan")
             return None
-        if isinstance(value, numbers.Real) and 0 <= value <= 1:
+        if number is not None and 0 <= number <= 1:
             self._failures.add(None)
-            return float(value)
+            return number
         raise ScoringError(
             f"Judge `{self.name}` returned {describe(returned)}. Return the probability that the first text is better, "
             "from 0 to 1, or None."

@@ -17,7 +17,7 @@ from transformers import (
 from transformers.utils.hub import has_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from online_dpo.errors import error_text
+from online_dpo.errors import ModelFolderError, error_text
 from online_dpo.foreign import loading
 from online_dpo.modeling.adapters import load_adapter
 from online_dpo.modeling.loaded import check_config, check_finite, check_loaded, check_not_zero, without_report
@@ -40,7 +40,9 @@ def load_reward_model(
     """
     path = os.path.expanduser(path)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    if find_adapter_config_file(path, revision=revision) is not None:
+    with loading(path):
+        adapter_config = find_adapter_config_file(path, revision=revision)
+    if adapter_config is not None:
         model, base_path, base_revision = _load_adapter(path, dtype=dtype, **options)
         if tokenizer is None and not has_file(path, "tokenizer_config.json", revision=revision):
             tokenizer = load_tokenizer(base_path, revision=base_revision, trust_remote_code=trust_remote_code)
@@ -91,7 +93,7 @@ def _load_model(path: str, **options: Any) -> nn.Module:
 
 
 def _load_adapter(path: str, **options: Any) -> tuple[nn.Module, str, str | None]:
-    from peft import PeftConfig, PeftModelForSequenceClassification
+    from peft import PeftConfig
 
     with loading(path):
         peft_config = PeftConfig.from_pretrained(path, revision=options["revision"])
@@ -101,7 +103,7 @@ def _load_adapter(path: str, **options: Any) -> tuple[nn.Module, str, str | None
             "head that scores a text would be random. Give an adapter that was trained with SEQ_CLS."
         )
     try:
-        model = load_adapter(path, _load_base, PeftModelForSequenceClassification, **options)
+        model = load_adapter(path, _load_base, "SEQ_CLS", **options)
     except RuntimeError as error:  # what torch and transformers raise if shapes differ
         raise ValueError(
             f"{not_one_label(path, 'other shapes')} Loading it failed with: {error_text(error)}"
@@ -125,9 +127,12 @@ def load_tokenizer(path: str, **options: Any) -> PreTrainedTokenizerBase:
         ValueError: there is none, or it is damaged.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{no_tokenizer(path)} Loading one failed with: {error_text(error)}") from error
+        with loading(path):
+            tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    except ModelFolderError as error:
+        if os.path.isfile(os.path.join(path, "tokenizer.json")):
+            raise
+        raise ModelFolderError(f"{no_tokenizer(path)} Loading one failed with: {error_text(error)}") from error
     # For some model types, transformers creates an empty tokenizer if there are no tokenizer files.
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise ValueError(no_tokenizer(path))

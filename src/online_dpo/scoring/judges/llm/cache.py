@@ -115,8 +115,8 @@ class AnswerCache:
             self._memory[key] = answer
 
     def _read(self, key: str) -> tuple[Any, ...] | None:
-        columns = "p_first, final, reply, input_tokens, output_tokens"
-        return self._connection().execute(f"SELECT {columns} FROM answers WHERE key = ?", (key,)).fetchone()
+        query = "SELECT p_first, final, reply, input_tokens, output_tokens FROM answers WHERE key = ?"
+        return self._connection().execute(query, (key,)).fetchone()
 
     def _connection(self) -> sqlite3.Connection:
         """This process's connection, opened on first use: a forked process must not use its parent's."""

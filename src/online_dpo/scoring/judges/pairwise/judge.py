@@ -145,7 +145,7 @@ class PairwiseModelJudge(PreferenceJudge):
             check_not_zero(model, path)
             check_config(model.config, path)
             check_finite(model, path)
-            tokenizer = AutoTokenizer.from_pretrained(path)
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # unset, it would ask
         return cls(model.to(device), tokenizer, **options)
 
     def prefer(self, comparisons: Sequence[Group]) -> list[float | None]:
