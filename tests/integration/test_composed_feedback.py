@@ -218,7 +218,7 @@ def test_a_resumed_run_with_a_judge_among_the_best(tmp_path, max_staleness):
     resumed = run(tmp_path, {"judge": longer}, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert all(torch.equal(value, weights(resumed.model)[name]) for name, value in weights(whole.model).items())
-    assert (tmp_path / "checkpoint-2" / "lookahead-0.pt").is_file() == (max_staleness > 0)
+    assert (tmp_path / "checkpoint-2" / "lookahead-0.json").is_file() == (max_staleness > 0)
 
 
 @pytest.mark.parametrize(

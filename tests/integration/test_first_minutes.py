@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 
 from online_dpo import ProgressDisplay
 from online_dpo.cli.terminal.summary import describe_trainer
+from online_dpo.errors import CheckpointError
 from online_dpo.training.interrupt import Interrupt
 from support import tiny, training
 
@@ -36,6 +37,9 @@ def test_a_tied_weight_is_not_missing_from_a_checkpoint_and_a_lost_one_is(tmp_pa
     file = tmp_path / "checkpoint-1" / "model.safetensors"
     kept = {name: tensor for name, tensor in load_file(file).items() if name != "model.norm.weight"}
     save_file(kept, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"checkpoint-1.*model\.safetensors"):
+        training.trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=str(file.parent))
+    (file.parent / "manifest.json").unlink()  # as an earlier version left it
     training.trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=str(file.parent))
     assert "missing keys in the checkpoint model loaded: ['model.norm.weight']" in caplog.text
 

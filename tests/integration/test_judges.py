@@ -75,11 +75,11 @@ def test_completions_that_did_not_end_lose_before_a_judge(tmp_path):
         generation_kwargs={"eos_token_id": [1, 2, 5, 6, 7, 8]},
         per_device_train_batch_size=12,
     )
-    groups = made.collector.sample_and_assess(
-        0, [p for b in made.get_train_dataloader() for p in prompts_from_batch(b)]
-    )()
-    ended = [[c.finish_reason == "stop" for c in group.completions] for group in groups.groups]
-    chosen = [preference.chosen for preference in groups.said.preferences]
+    prompts = [p for b in made.get_train_dataloader() for p in prompts_from_batch(b)]
+    _, answer = made.collector.sample_and_assess(0, prompts)
+    feedback = answer()
+    ended = [[c.finish_reason == "stop" for c in group.completions] for group in feedback.groups]
+    chosen = [preference.chosen for preference in feedback.said.preferences]
     assert [False, True] in ended and chosen == [int(e == [False, True]) for e in ended]
 
 

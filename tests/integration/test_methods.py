@@ -88,7 +88,8 @@ def test_the_policy_learns_to_say_the_rewarded_words(tmp_path, kind):
 
 def feedback_of(made, step=0):
     prompts = tiny.prompts(LENGTHS)
-    return made.collector.sample_and_assess(step, prompts)().groups, prompts
+    _, answer = made.collector.sample_and_assess(step, prompts)
+    return answer().groups, prompts
 
 
 def test_xpos_groups_hold_what_the_policy_and_the_reference_would_say_alone(tmp_path):
@@ -331,7 +332,7 @@ def test_a_run_begins_to_adapt_where_it_is_resumed_with_a_target(tmp_path):
     options = dict(max_steps=4, save_strategy="steps", save_steps=1, learning_rate=0.02)
     trainer(tmp_path, **options).train()
     assert not (tmp_path / "checkpoint-2" / "beta.json").exists()
-    resumed = trainer(tmp_path, target_kl=0.5, beta=0.3, **options)
+    resumed = trainer(tmp_path, target_kl=0.5, beta=0.3, resume_anyway=True, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     betas = [log["beta"] for log in step_logs(resumed)][-2:]
     assert betas[0] == 0.3 and betas[1] != 0.3

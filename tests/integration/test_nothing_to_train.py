@@ -185,7 +185,8 @@ def test_what_was_trained_before_a_resumption_counts(tmp_path, trains):
         with pytest.raises(NothingTrainedError):
             first.train()
     for checkpoint in (2, 4):  # the last is that of a run that was over
-        resumed = trainer(tmp_path / "resumed", reward_funcs=constant, max_steps=4)
+        # another reward function: a run that trains nothing more
+        resumed = trainer(tmp_path / "resumed", reward_funcs=constant, max_steps=4, resume_anyway=True)
         if trains:
             resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{checkpoint}"))
             assert resumed.state.global_step == 4

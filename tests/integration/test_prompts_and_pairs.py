@@ -73,7 +73,8 @@ def test_each_completion_was_sampled_from_the_prompt_of_its_group(tmp_path, num_
     """The sampler's log-probabilities fit this prompt, and none of the others."""
     made = trainer(tmp_path, num_completions=num_completions, generation_kwargs=extra)
     prompts = prompts_from_batch(collate_prompts([made.train_dataset[i] for i in range(6)]))
-    groups = made.collector.sample_and_assess(0, prompts)().groups
+    _, answer = made.collector.sample_and_assess(0, prompts)
+    groups = answer().groups
     assert [group.prompt for group in groups] == prompts
     for group in groups:
         for completion in group.completions:

@@ -3,6 +3,7 @@
 import threading
 import time
 import zlib
+from functools import wraps
 
 import numpy as np
 import pytest
@@ -58,7 +59,8 @@ def test_each_prompt_is_answered_until_it_gives_a_pair_with_the_samples_that_com
     made, prompts = trainer(tmp_path, reward_funcs=coin, resample_rounds=rounds), tiny.prompts(LENGTHS)
     answers = by_hand(made, prompts, 5, rounds)
     calls = watched(made)
-    feedback = made.collector.sample_and_assess(5, prompts)()
+    _, answer = made.collector.sample_and_assess(5, prompts)
+    feedback = answer()
     groups, scores = latest(feedback)
     assert [tokens(group.completions) for group in groups] == [tokens(tries[-1]) for tries, _ in answers]
     assert scores.values == [values[-1] for _, values in answers] == scores.by_scorer["coin"]
@@ -165,7 +167,8 @@ def test_xpos_opponent_keeps_its_answer(tmp_path):
     options = dict(method="xpo", reward_funcs=coin, resample_rounds=2, kwargs={"ref_model": other})
     made, prompts = trainer(tmp_path, **options), tiny.prompts(LENGTHS)
     own = made.sampler.engine.generate(prompts, 3, made.sampler.params, RolloutKey(42, 4, 0))
-    feedback = made.collector.sample_and_assess(4, prompts)()
+    _, answer = made.collector.sample_and_assess(4, prompts)
+    feedback = answer()
     rounds = [0] * len(prompts)
     for again in feedback.further:
         for place in again.places:
@@ -176,14 +179,6 @@ def test_xpos_opponent_keeps_its_answer(tmp_path):
         assert last.completions[0].token_ids == own[p].completions[rounds[p]].token_ids
         assert last.completions[1] is first.completions[1]
         assert [completion.author for completion in last.completions] == ["policy", "reference"]
-
-
-def test_a_step_begun_before_there_were_rounds_has_none(tmp_path):
-    """It stands in the checkpoint of an earlier version as an object without the field."""
-    made = trainer(tmp_path, reward_funcs=coin)
-    feedback = made.collector.sample_and_assess(0, tiny.prompts(LENGTHS))()
-    vars(feedback).pop("further")
-    assert latest(feedback) == (feedback.groups, feedback.said)
 
 
 def test_evaluation_asks_once(tmp_path):
@@ -248,6 +243,7 @@ def test_a_run_that_failed_in_a_further_round_goes_on_from_where_it_was(tmp_path
     options = dict(max_steps=4, resample_rounds=2, disable_dropout=False, learning_rate=0.02)
     scored = []
 
+    @wraps(coin)
     def failing(completions, trainer_state, **_):
         scored.append((trainer_state.global_step, len(completions)))
         if trainer_state.global_step == 2 and len(completions) < 8:
