@@ -11,7 +11,7 @@ from faults.harness import ANY, Ending, Fault, OneLine, Resumes, Survived, score
 from faults.injection import Action, out_of_memory, raises
 
 ON_CPU = RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
-KINDS = {"on a GPU": out_of_memory(), "on a CPU": raises(ON_CPU), "of Python": raises(MemoryError("no room"))}
+KINDS = {"on a GPU": out_of_memory(), "on a CPU": raises(ON_CPU), "of Python": raises(MemoryError("no memory"))}
 SAMPLING = "online_dpo.rollout.builtin.engine:TransformersEngine._sample"
 GENERATE = "online_dpo.rollout.builtin.engine:TransformersEngine.generate"
 PASS = "online_dpo.training.objective_step:ObjectiveStep.losses"

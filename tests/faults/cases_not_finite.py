@@ -190,17 +190,6 @@ WEIGHTS = [
         processes=2,
         save_steps=1,
     ),
-    injected(
-        "Adam divides by zero",
-        OneLine(1, "not finite", "No checkpoint has finite weights"),
-        lambda child: None,
-        adam_epsilon=0.0,
-        learning_rate=100,
-        weight_decay=100.0,
-        max_steps=30,
-        max_grad_norm=0.0,
-        quick=False,
-    ),
     *(
         Fault(
             "not finite",

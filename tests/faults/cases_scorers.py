@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from faults.harness import ANY, Either, Ending, Fault, Killed, OneLine, Resumes, Survived, scorer
+from faults.injection import Child
+from online_dpo.cli import process
 
 NAMED = ("words", "feedback.py")
 
@@ -144,13 +146,44 @@ SOURCES: dict[str, tuple[str, Ending]] = {
     "changes the random state as it is imported": ("import torch\ntorch.manual_seed(5)\n" + scorer(), Survived()),
 }
 
+LATER = {
+    *("raises without a message", "raises several lines", "raises what is no text", "raises KeyError"),
+    *("raises StopIteration", "raises GeneratorExit", "raises RecursionError", "calls exit()", "raises a megabyte"),
+    *("draws random numbers", "changes the number of threads", "warns", "replaces stdout", "prints what is no UTF-8"),
+    *("sets an alarm", "starts a loop of its own", "leaves a pool that never ends", "empties its columns", "aborts"),
+    *("changes the environment", "makes the interpreter slow", "leaves a child process", "closes stdout"),
+    *("returns a tuple", "returns an array", "returns numbers of numpy", "returns booleans", "returns whole numbers"),
+    *("returns decimals", "returns one score too many", "returns nothing", "returns a tensor", "returns a number"),
+    *("returns nested lists", "returns complex numbers", "returns a dict", "returns itself"),
+}
+"""What shows the same as another one: in the longer list only."""
+
+
+def waits_a_second(child: Child) -> None:
+    """For threads, after the end; 10 seconds otherwise."""
+    process.THREADS = (1.0, 1.0)
+
+
 FAULTS = [
     *(
-        Fault("reward function", name, ending, files={"feedback.py": scorer(before)})
+        Fault(
+            "reward function",
+            name,
+            ending,
+            files={"feedback.py": scorer(before)},
+            inject=waits_a_second if "never ends" in name else None,
+            quick=name not in LATER,
+        )
         for name, (before, ending) in BEFORE.items()
     ),
     *(
-        Fault("reward function", f"returns {name}", ending, files={"feedback.py": scorer(returns=returns)})
+        Fault(
+            "reward function",
+            f"returns {name}",
+            ending,
+            files={"feedback.py": scorer(returns=returns)},
+            quick=f"returns {name}" not in LATER,
+        )
         for name, (returns, ending) in RETURNS.items()
     ),
     *(Fault("reward file", name, ending, files={"feedback.py": source}) for name, (source, ending) in SOURCES.items()),

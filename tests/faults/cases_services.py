@@ -1,218 +1,290 @@
-"""Services that rewards and judges ask over HTTP: dead, slow, endless, hostile; their keys; a judge's cache."""
+"""Rewards and judges behind HTTP that fail, lie, are hostile or do not answer; their settings; the judge's cache."""
 
 from __future__ import annotations
 
+import json
+import os
 import sqlite3
 from pathlib import Path
+from typing import Any
 
-from faults.harness import ANY, Fault, OneLine, Survived, scorer
+from faults.damage import Change, written
+from faults.harness import ANY, SECRET, Ending, Fault, OneLine, Resumes, Service, Survived
+from faults.services import (
+    ANSWERS,
+    KEY,
+    REFUSALS,
+    Respond,
+    after,
+    always,
+    number_for_each,
+    once,
+    prefers,
+    scores,
+)
+from support.endpoint import Answer, error, says
 
-SERVER = """
-import gzip, http.server, json, re, threading, time
-asked = 0
-class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    def do_POST(self):
-        global asked
-        asked += 1
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        try:
-            self.respond(asked, body)
-        except OSError:
-            self.close_connection = True
-    def send(self, data, status=200, **headers):
-        data = data if isinstance(data, bytes) else json.dumps(data).encode()
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-    def endless(self, piece, pause=0.0):
-        self.wfile.write(b"HTTP/1.1 200 OK\\r\\n\\r\\n")
-        while True:
-            self.wfile.write(piece)
-            time.sleep(pause)
-    def log_message(self, *a):
-        pass
-    def respond(self, number, body):
-        RESPOND
-class Server(http.server.ThreadingHTTPServer):
-    daemon_threads = True
-    def handle_error(self, *a):
-        pass
-server = Server(("127.0.0.1", 0), Handler)
-threading.Thread(target=server.serve_forever, daemon=True).start()
-address = f"http://127.0.0.1:{server.server_port}/v1"
-"""
-REWARD = """
-from online_dpo.scoring import HTTPReward
-words = HTTPReward(ADDRESS, "words", attempts=2, timeout=0.5, max_failure_share=SHARE)
-"""
-JUDGE = """
-from online_dpo.scoring import LLMJudge
-settings = dict(base_url=address, cache=CACHE, attempts=2, request_timeout=0.5, concurrency=2, order="given")
-judge = LLMJudge(model="m", **settings)
-"""
-RIGHT = "self.send({'scores': right(body['completions'])})"
-LETTER = """
-question = body["messages"][0]["content"]
-first, second = (re.search(rf"<<<ANSWER {x} (\\w+)\\n(.*?)\\nANSWER {x} \\1>>>", question, re.S)[2] for x in "AB")
-letter = "A" if right([first]) >= right([second]) else "B"
-answer = {"choices": [{"message": {"content": letter}}]}
-"""
-MANY = {"per_device_train_batch_size": 8, "num_completions": 8, "max_steps": 2}
-"""So many questions in the first step that the share of failures stops the run there."""
-BY_JUDGE = {"reward_funcs": None, "judge": "feedback.py:judge"}
+MANY = {"per_device_train_batch_size": 8}
+"""So many questions a step that the share of failures stops the run at once."""
+STOPS = ("gave no usable answer", "Last cause")
+PART = ("500", "HTML", "nothing", "401", "a redirect to another host")
+"""Answers that the quick list has in a later step as well."""
+ALIKE = ("429", "403", "400", "422", "a JSON list", "a number", "no gzip, but says so", "no bytes", "204")
+"""Answers that the quick list leaves out."""
+SETTINGS = dict(model="m", base_url="{url}", api_key_env="SERVICE_KEY", cache=None, attempts=1, order="given")
+LIMITS = dict(request_timeout=0.5, question_timeout=2.0)
 
 
-def service(respond: str, address: str = "address", share: float = 0.2) -> dict[str, str | bytes]:
-    """A feedback.py whose `words` asks a service, which ``respond``s."""
-    indented = "\n        ".join(respond.strip().splitlines())
-    reward = REWARD.replace("ADDRESS", address).replace("SHARE", str(share))
-    return {"feedback.py": scorer() + SERVER.replace("RESPOND", indented) + reward}
+def reward_file(address: str = "{url}", **settings: Any) -> dict[str, str | bytes]:
+    """A feedback.py whose `words` asks a service."""
+    words = "".join(f", {name}={value!r}" for name, value in ({"attempts": 1, "timeout": 0.5} | settings).items())
+    made = f'words = HTTPReward("{address}", "words", api_key_env="SERVICE_KEY"{words})\n'
+    return {"feedback.py": "from online_dpo.scoring import HTTPReward\n" + made}
 
 
-def judge(respond: str, cache: str = "None") -> dict[str, str | bytes]:
-    """A feedback.py whose `judge` asks an endpoint, which ``respond``s; ``answer`` is a right answer."""
-    indented = "\n        ".join((LETTER + respond).strip().splitlines())
-    return {"feedback.py": scorer() + SERVER.replace("RESPOND", indented) + JUDGE.replace("CACHE", cache)}
+def rewarded(
+    name: str, faulty: Respond, ending: Ending, quick: bool = True, settings: Any = None, **options: Any
+) -> Fault:
+    return Fault(
+        "reward service",
+        name,
+        ending,
+        options=options,
+        files=reward_file(**(settings or {})),
+        environment=KEY,
+        service=Service(faulty, scores),
+        quick=quick,
+    )
 
 
-STOPS = ("`words`", "gave no usable answer", "Last cause")
-HOSTILE = {
-    "no JSON": ("self.send(b'<html>It works!</html>')", "no JSON"),
-    "nothing": ("self.send(b'')", "the answer is empty"),
-    "nested 20,000 deep": ("""self.send(b'{"scores": ' + b'[' * 20000 + b']' * 20000 + b'}')""", "nested too deeply"),
-    "invalid UTF-8": ("""self.send(b'{"scores": ["\\xff"]}')""", "decode"),
-    "a key twice": ("""self.send(b'{"scores": [1], "scores": [2]}')""", "stands twice"),
-    "a list": ("self.send([1.0])", "the answer is list"),
-    "too few scores": ("self.send({'scores': [1.0]})", "1 scores for"),
-    "10**400": ("self.send(json.dumps({'scores': [10**400] * len(body['completions'])}).encode())", "a finite number"),
-    "1e999": ("""self.send(b'{"scores": [' + b', '.join([b'1e999'] * len(body['completions'])) + b']}')""", "finite"),
-    "NaN": ("self.send({'scores': [float('nan')] * len(body['completions'])})", "a finite number"),
-    "true": ("self.send({'scores': [True] * len(body['completions'])})", "a finite number"),
-    "texts": ("self.send({'scores': ['1.0'] * len(body['completions'])})", "a finite number"),
-    "without end": ("self.endless(b'x' * 65536)", "the answer is longer than"),
-    "a byte at a time": ("self.endless(b' ', 0.05)", "no whole answer within `timeout`"),
-    "never": ("time.sleep(30)", "no whole answer within `timeout`"),
-    "a gzip bomb": ("self.send(gzip.compress(b' ' * 10**7), Content_Encoding='gzip')", "the answer is compressed"),
-    "500": ("self.send('no', 500)", "status 500"),
-    "422": ("self.send('no', 422)", "status 422"),
-    "control characters": ("self.send(b'\\x1b[2J\\x1b]0;x\\x07gone', 400)", "status 400: gone"),
-    "closes the connection": ("self.connection.close()", "Last cause"),
-}
-REFUSES = {
-    "401": ("self.send('bad key', 401)", "refuses to score"),
-    "404": ("self.send('nothing here', 404)", "refuses to score"),
-    "a redirect": (
-        "self.send('', 307, Location='http://127.0.0.1:9/?token=sk-0')",
-        "http://127.0.0.1:9/, which is not",
+def judged(
+    name: str, faulty: Respond, ending: Ending, quick: bool = True, settings: Any = None, **options: Any
+) -> Fault:
+    kwargs = SETTINGS | LIMITS | (settings or {})
+    return Fault(
+        "judge service",
+        name,
+        ending,
+        options=dict(reward_funcs=None, judge="llm", judge_kwargs=kwargs) | options,
+        environment=KEY,
+        service=Service(faulty, prefers),
+        quick=quick,
+    )
+
+
+def numbers(name: str, number: str, *words: str) -> Fault:
+    words = words or ("a finite number",)
+    return rewarded(f"gives {name}", number_for_each(number), OneLine(1, *STOPS, *words), **MANY)
+
+
+def shapes(name: str, body: Any, *words: str) -> Fault:
+    return rewarded(f"gives {name}", always(Answer(body)), OneLine(1, *STOPS, *words), **MANY)
+
+
+def verdict(name: str, text: str, *words: str) -> Fault:
+    return judged(f"says {name}", always(says(text)), OneLine(1, *STOPS, *words), **MANY)
+
+
+def completion(name: str, *words: str, **changes: Any) -> Fault:
+    """A chat completion whose form is another one."""
+    return judged(f"answers {name}", always(Answer({**says("A").body, **changes})), OneLine(1, *STOPS, *words), **MANY)
+
+
+def messages(content: Any) -> list[dict[str, Any]]:
+    return [{"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": "stop"}]
+
+
+REWARDS = [
+    *(
+        rewarded(f"answers {name}", always(answer), OneLine(1, *STOPS, reward), quick=name not in ALIKE, **MANY)
+        for name, (answer, reward, _) in ANSWERS.items()
     ),
-    "a redirect to itself": ("self.send('', 301, Location='/v1')", "a redirect to /v1, which is not followed"),
-}
-PASSES = {
-    "503 once": "self.send('no', 503) if number == 1 else " + RIGHT,
-    "no JSON once": "self.send(b'<html>') if number == 1 else " + RIGHT,
-    "late once": "time.sleep(0.7) if number == 1 else None\n" + RIGHT,
-    "a byte order mark": "self.send(b'\\xef\\xbb\\xbf' + json.dumps({'scores': right(body['completions'])}).encode())",
-    "Retry-After of 30 years": "self.send('', 503, Retry_After='1000000000') if number == 1 else " + RIGHT,
-}
-URLS = {
-    "a password in the address": "'http://me:sk-0@127.0.0.1/'",
-    "a key in the address": "address + '?api_key=sk-0'",
-    "no address": "'127.0.0.1:80'",
-}
-
-JUDGE_FAILS = {
-    "without end": ("self.endless(b'x' * 65536)", "the answer is longer than"),
-    "nested 20,000 deep": ("self.send(b'[' * 20000 + b']' * 20000)", "no chat completion"),
-    "content is a list": ("answer['choices'][0]['message']['content'] = [1]\nself.send(answer)", "no chat completion"),
-    "no verdict": ("answer['choices'][0]['message']['content'] = 'Both.'\nself.send(answer)", "no verdict in 'Both.'"),
-    "500": ("self.send('no', 500)", "status 500"),
-}
-
-
-def no_database(folder: Path) -> None:
-    (folder / "cache.sqlite3").write_text("something else" * 200)
-
-
-def another_version(folder: Path) -> None:
-    with sqlite3.connect(folder / "cache.sqlite3") as connection:
-        connection.execute("PRAGMA user_version = 9")
-        connection.execute("CREATE TABLE answers (x)")
-
-
-def a_folder(folder: Path) -> None:
-    (folder / "cache.sqlite3").mkdir()
-
-
-FAULTS = [
-    Fault("service", "none", Survived(), files=service(RIGHT)),
-    *(Fault("service", f"answers {n}", OneLine(1, *STOPS, w), MANY, service(r)) for n, (r, w) in HOSTILE.items()),
-    *(Fault("service", f"answers {n}", OneLine(1, w), files=service(r)) for n, (r, w) in REFUSES.items()),
-    *(Fault("service", f"answers {n}", Survived(), files=service(r)) for n, r in PASSES.items()),
-    *(Fault("service", n, OneLine(2, "A reward's address"), files=service(RIGHT, url)) for n, url in URLS.items()),
+    *(
+        rewarded(
+            f"answers {name} in step 3",
+            after(2, scores, always(answer)),
+            Survived(like=ANY),
+            quick=name in PART,
+        )
+        for name, (answer, _, _) in ANSWERS.items()
+    ),
+    *(
+        rewarded(
+            f"refuses with {name} in step 3",
+            after(2, scores, always(answer)),
+            Resumes(OneLine(1, "`words`", "checkpoint-2")),
+            quick=name in PART,
+        )
+        for name, answer in REFUSALS.items()
+    ),
+    numbers("10**400", "1" + "0" * 400),
+    numbers("a number of 5000 digits", "1" * 5000, "no JSON"),
+    numbers("1e999", "1e999"),
+    numbers("NaN", "NaN"),
+    numbers("-Infinity", "-Infinity"),
+    numbers("true", "true"),
+    numbers("texts", '"1.0"'),
+    numbers("lists", "[1.0]"),
+    numbers("objects", '{"score": 1}'),
+    shapes("too few scores", {"scores": [1.0]}, "1 scores for"),
+    shapes("no scores", {"score": 1}),
+    shapes("an object of scores", {"scores": {"0": 1.0}}),
+    shapes("a number in place of scores", {"scores": 1.0}),
+    rewarded("gives null", number_for_each("null"), OneLine(3, "missing_score")),
+    *(
+        rewarded(f"answers {name} once", once(scores, always(answer)), Survived(), settings={"attempts": 2})
+        for name, answer in {
+            "503": error(503),
+            "HTML": Answer(b"<html>"),
+            "late": Answer({}, delay=0.7),
+            "Retry-After of 30 years": error(503, **{"Retry-After": "1000000000"}),
+        }.items()
+    ),
+    rewarded("answers with a byte order mark", lambda body, n: with_mark(scores(body, n)), Survived()),
+    *(
+        Fault("reward service", name, OneLine(2, "A reward's address"), files=reward_file(address), environment=KEY)
+        for name, address in {
+            "a password in the address": f"http://me:{SECRET}@127.0.0.1/",
+            "a key in the address": f"http://127.0.0.1/?api_key={SECRET}",
+            "no address": "127.0.0.1:80",
+        }.items()
+    ),
     Fault(
-        "service",
+        "reward service",
         "does not listen",
         OneLine(1, *STOPS, "Connect"),
         options=MANY,
-        files=service(RIGHT, "'http://127.0.0.1:9/v1'"),
-    ),
-    Fault("judge", "none", Survived(like=ANY), options=BY_JUDGE, files=judge("self.send(answer)")),
-    *(
-        Fault("judge", f"answers {n}", OneLine(1, "gave no usable answer", w), BY_JUDGE | MANY, judge(r))
-        for n, (r, w) in JUDGE_FAILS.items()
-    ),
-    Fault(
-        "judge",
-        "answers 401",
-        OneLine(1, "refuses to judge"),
-        options=BY_JUDGE,
-        files=judge("self.send('bad key', 401)"),
-    ),
-    Fault(
-        "judge",
-        "answers a redirect",
-        OneLine(1, "a redirect to http://127.0.0.1:9/x, which is not followed"),
-        options=BY_JUDGE,
-        files=judge("self.send('', 307, Location='http://127.0.0.1:9/x?key=sk-0')"),
-    ),
-    *(
-        Fault(
-            "judge",
-            f"its cache is {prepare.__name__.replace('_', ' ')}",
-            Survived("`cache`", "The run goes on", like=ANY),
-            options=BY_JUDGE,
-            files=judge("self.send(answer)", "'cache.sqlite3'"),
-            prepare=prepare,
-        )
-        for prepare in (no_database, another_version, a_folder)
-    ),
-    Fault(
-        "judge",
-        "its cache is removed in mid run",
-        Survived("`cache`", "nothing more can be written", like=ANY),
-        options=BY_JUDGE,
-        files=judge(
-            "os.path.exists('cache.sqlite3') and os.remove('cache.sqlite3')\nself.send(answer)", "'cache.sqlite3'"
-        ),
-    ),
-    Fault(
-        "run file",
-        "a key in an address",
-        OneLine(2, "`judge_kwargs` holds an address with a user name, a password or a key"),
-        options={
-            "reward_funcs": None,
-            "judge": "llm",
-            "judge_kwargs": {"model": "m", "base_url": "http://a:sk-0@b/v1"},
-        },
-    ),
-    Fault(
-        "run file",
-        "a key in place of a variable",
-        OneLine(2, "`api_key_env` is not the name of an environment variable"),
-        options={"reward_funcs": None, "judge": "llm", "judge_kwargs": {"model": "m", "api_key_env": "sk-0-1"}},
+        files=reward_file("http://127.0.0.1:9/v1"),
+        environment=KEY,
     ),
 ]
+
+
+def with_mark(answer: Answer) -> Answer:
+    return Answer(b"\xef\xbb\xbf" + json.dumps(answer.body).encode())
+
+
+def setting(name: str, *words: str, **settings: Any) -> Fault:
+    kwargs = SETTINGS | dict(base_url="http://127.0.0.1:9/v1") | settings
+    return Fault(
+        "judge setting",
+        name,
+        OneLine(2, *words),
+        options=dict(reward_funcs=None, judge="llm", judge_kwargs=kwargs),
+        environment=KEY,
+    )
+
+
+JUDGES = [
+    *(
+        judged(f"answers {name}", always(answer), OneLine(1, *STOPS, judge), quick=name not in ALIKE, **MANY)
+        for name, (answer, _, judge) in ANSWERS.items()
+    ),
+    *(
+        judged(f"answers {name} in step 3", after(4, prefers, always(answer)), Survived(like=ANY), quick=name in PART)
+        for name, (answer, _, _) in ANSWERS.items()
+    ),
+    *(
+        judged(
+            f"refuses with {name} in step 3",
+            after(4, prefers, always(answer)),
+            Resumes(OneLine(1, "judge", "checkpoint-2")),
+            quick=name in PART,
+        )
+        for name, answer in REFUSALS.items()
+    ),
+    verdict("nothing", "", "no verdict"),
+    verdict("something else", "I would rather talk about the weather", "no verdict"),
+    verdict("both", "A B A B", "no verdict"),
+    verdict("a refusal", "I cannot help with that", "no verdict"),
+    verdict("control characters", "\x1b[2J\x1b[31mgone\x07", "no verdict"),
+    verdict("half of a character", "\ud800", "no verdict"),
+    completion("no choices", choices=[]),
+    completion("choices that are null", choices=None),
+    completion("choices of another form", choices={"a": 1}),
+    completion("a choice that is a number", choices=[1]),
+    completion("a content that is a list", choices=messages([1])),
+    completion("a content that is a number", choices=messages(5)),
+    completion("a content that is null", choices=messages(None)),
+    completion("log-probabilities of another form", choices=[{**messages("A")[0], "logprobs": {"content": [[1]]}}]),
+    judged("counts no tokens", always(Answer({**says("A").body, "usage": None})), Survived(like=ANY)),
+    judged(
+        "counts tokens below nothing",
+        always(Answer({**says("A").body, "usage": {"prompt_tokens": -5, "completion_tokens": 10**30}})),
+        Survived(like=ANY),
+    ),
+    *(
+        judged(f"answers {name} once", once(prefers, always(answer)), Survived(), settings={"attempts": 2})
+        for name, answer in {"503": error(503), "HTML": Answer(b"<html>"), "late": Answer({}, delay=0.7)}.items()
+    ),
+    setting("a port where nothing listens", "judge").but(ending=OneLine(3, "no_answer")),
+    setting("no address", "base_url", base_url="nowhere"),
+    setting("a secret in its address", "address", base_url=f"http://me:{SECRET}@127.0.0.1:9/v1"),
+    setting("a key in place of a variable", "`api_key_env`", api_key_env="sk-0-1"),
+    setting("a variable that is not set", "NOT_SET_KEY", api_key_env="NOT_SET_KEY", base_url="http://example.com/v1"),
+    setting("a negative time limit", "request_timeout", request_timeout=-1),
+    setting("no attempts", "attempts", attempts=0),
+    setting("a time limit that is no number", "question_timeout", question_timeout=".nan"),
+    setting("less than no cost", "max_cost", max_cost=-1),
+    setting("a failure share above 1", "max_failure_share", max_failure_share=2),
+    setting("no such template", "template", template="no_such_template"),
+    setting("no rubric file", "rubric_file", rubric_file="none.txt"),
+    setting("no such setting", "modell", modell="m"),
+]
+
+
+def cached(name: str, prepare: Change, *words: str, faulty: Respond = prefers) -> Fault:
+    settings = {"cache": "cache/judge.sqlite3"}
+    fault = judged(name, faulty, Survived(*words, like=ANY), settings=settings)
+    return fault.but(kind="judge cache", prepare=prepare)
+
+
+def in_cache(statement: str) -> Change:
+    def change(folder: Path) -> None:
+        (folder / "cache").mkdir()
+        with sqlite3.connect(folder / "cache" / "judge.sqlite3") as made:
+            made.execute(statement)
+
+    return change
+
+
+def locked(folder: Path) -> None:
+    """By another process that does not let go."""
+    in_cache("create table other (x)")(folder)
+    locked_file(folder / "cache" / "judge.sqlite3")
+
+
+def locked_file(path: Path) -> None:
+    keep = sqlite3.connect(path, isolation_level=None)
+    keep.execute("begin exclusive")
+    LOCKS.append(keep)
+
+
+def nothing(folder: Path) -> None:
+    """It is made by the run."""
+
+
+LOCKS: list[sqlite3.Connection] = []
+GOES_ON = ("`cache`", "The run goes on")
+
+
+def a_folder(folder: Path) -> None:
+    (folder / "cache" / "judge.sqlite3").mkdir(parents=True)
+
+
+CACHES = [
+    cached("no database", written("cache/judge.sqlite3", "this is no database, " * 100), *GOES_ON),
+    cached("empty", written("cache/judge.sqlite3", "")),
+    cached("a folder", a_folder, *GOES_ON),
+    cached("locked", locked, *GOES_ON, "locked"),
+    cached("below a file", written("cache", "x"), *GOES_ON),
+    cached("a database of something else", in_cache("create table answers (x text)"), *GOES_ON),
+    cached("of another version", in_cache("pragma user_version = 9"), *GOES_ON),
+    cached("removed in step 2", nothing, "`cache`", "nothing more can be written").but(
+        inject=lambda child: child.at_step(2, lambda: os.remove("cache/judge.sqlite3"))
+    ),
+    cached("locked in step 2", nothing, "`cache`").but(
+        inject=lambda child: child.at_step(2, lambda: locked_file(Path("cache/judge.sqlite3")))
+    ),
+]
+FAULTS = [*REWARDS, *JUDGES, *CACHES]

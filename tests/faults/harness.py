@@ -21,6 +21,7 @@ checkpoint whole and finite, and exit code 0 only with a final model that loads,
 
 Of `Fault`:
     options, files, environment, words: of the run. An option that is `None` is left out; a file's text may be bytes.
+    command: the one that is run in place of `train run.yaml`.
     trained: a faultless run with ``options`` and these changes of them has been in the output folder before; such a
         run is made once, then copied. `stopped_after(step)` as ``prepare`` leaves its checkpoints up to a step.
     prepare(folder): anything else done to the folder before the run. `damage.py` has common things.
@@ -29,7 +30,7 @@ Of `Fault`:
         `running.kill(signal)` sends a signal to all ranks or some.
     writes: `Writes("kill within")` and the like: the run is done again for every operation that writes into `out`, or
         for a part of them, and the fault is at that one.
-    service: `Service(faulty, right)`, an HTTP server beside the run. `{url}` in options and files is its address.
+    service: `Service(faulty, right)`, an HTTP server beside the run. `{url}` is its address: in options, files, words.
     processes: 2 starts two ranks (gloo).  limit: seconds until it counts as hanging.
     quick: `False` for the longer list, which `make test-faults` leaves out and `make test-faults-all` runs.
 
@@ -193,6 +194,7 @@ class Fault:
     options: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str | bytes] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    command: Sequence[str] = ("train", "run.yaml")
     words: Sequence[str] = ()
     trained: dict[str, Any] | None = None
     prepare: Callable[[Path], None] | None = None

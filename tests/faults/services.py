@@ -71,6 +71,7 @@ ANSWERS: dict[str, tuple[Answer, str, str]] = {
     "500": (error(500), "status 500", "status 500"),
     "503 with a long wait": (error(503, **{"Retry-After": "3600"}), "status 503", "status 503"),
     "429": (error(429), "status 429", "status 429"),
+    "403": (error(403), "status 403", "status 403"),
     "400": (error(400), "status 400", "status 400"),
     "422": (error(422), "status 422", "status 422"),
     "an empty body": (Answer(b""), "the answer is empty", ""),
@@ -88,8 +89,8 @@ ANSWERS: dict[str, tuple[Answer, str, str]] = {
         "",
     ),
     "no gzip, but says so": (Answer(b"{}", headers={"Content-Encoding": "gzip"}), "the answer is compressed", ""),
-    "16 MB": (Answer(b'{"a": "' + b"x" * 16_000_000 + b'"}'), "the answer is longer than", "the answer is longer than"),
-    "without an end": (endless(b"x" * 65536), "the answer is longer than", "the answer is longer than"),
+    "20 MB": (Answer(b'{"a": "' + b"x" * 20_000_000 + b'"}'), "the answer is longer than", ""),
+    "without an end": (endless(b"x" * 65536), "the answer is longer than", ""),
     "a header without an end": (
         Answer(
             lambda stream: [stream.write(b"HTTP/1.1 200 OK\r\nX: ")] + [stream.write(b"x" * 65536) for _ in range(99)]
@@ -111,7 +112,6 @@ ANSWERS: dict[str, tuple[Answer, str, str]] = {
 REFUSALS: dict[str, Answer] = {
     "401": error(401, "your key is wrong"),
     "402": error(402, "pay"),
-    "403": error(403),
     "404": error(404),
     "a redirect to itself": Answer(b"", 302, {"Location": "/v1"}),
     "a redirect to another host": Answer(b"", 307, {"Location": f"http://127.0.0.2:9/x?key={SECRET}"}),

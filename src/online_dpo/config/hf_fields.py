@@ -111,6 +111,10 @@ def check_processes(args: TrainingArguments) -> None:
     )
 
 
+SCHEDULES_WITHOUT_SETTINGS = ("constant", "constant_with_warmup")
+"""`get_scheduler` ignores what it is given for them."""
+
+
 def _check_optimizer(args: TrainingArguments) -> None:
     """Create the optimizer and the schedule for a model of a single number."""
     if args.optim.startswith(OPTIMIZERS_OF_A_MODEL):
@@ -120,6 +124,8 @@ def _check_optimizer(args: TrainingArguments) -> None:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
         optimizer = kind([nn.Parameter(torch.zeros(1))], **options)
     name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    if name in SCHEDULES_WITHOUT_SETTINGS and args.lr_scheduler_kwargs:
+        raise ValueError(f"`lr_scheduler_kwargs` is given, but the schedule `{name}` has no settings. Leave it out.")
     with foreign(f"The schedule `{name}` cannot be made with these settings: it", raises=ValueError):
         schedule = get_scheduler(
             args.lr_scheduler_type,

@@ -46,6 +46,10 @@ SETTINGS = (
     Setting("torch's number of threads", torch.get_num_threads, torch.set_num_threads),
     Setting("standard output", lambda: sys.stdout, lambda stream: setattr(sys, "stdout", stream)),
     Setting("standard error", lambda: sys.stderr, lambda stream: setattr(sys, "stderr", stream)),
+    Setting("`sys.excepthook`", lambda: sys.excepthook, lambda hook: setattr(sys, "excepthook", hook)),
+    Setting(
+        "`threading.excepthook`", lambda: threading.excepthook, lambda hook: setattr(threading, "excepthook", hook)
+    ),
     Setting("the level below which nothing is logged", lambda: logging.root.manager.disable, logging.disable),
 )
 """They decide where a run writes, what it computes, or whether it can tell anything."""

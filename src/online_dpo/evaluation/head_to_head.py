@@ -24,6 +24,7 @@ from online_dpo.foreign import loading
 from online_dpo.modeling.forward_path import ForwardPath, choose_path
 from online_dpo.modeling.introspection import end_token_ids
 from online_dpo.modeling.known_tokens import VocabularyCheck, check_policy, embedding_rows
+from online_dpo.modeling.loaded import check_finite
 from online_dpo.modeling.loading import (
     check_model_path,
     disable_dropout,
@@ -276,6 +277,7 @@ def _load(compared: ComparedModel, args: OnlineDPOConfig, dtype: str | torch.dty
     init_kwargs: Any = args.model_init_kwargs
     with loading(compared.path):
         model = load_causal_lm(compared.path, init_kwargs, args.trust_remote_code, dtype)
+    check_finite(model, compared.path)
     check_policy(model, compared.tokenizer, {"prompts": compared.dataset})
     disable_dropout(model)
     enable_logprobs(model)

@@ -132,6 +132,11 @@ def test_a_schedule_whose_learning_rate_is_no_number() -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["constant", "constant_with_warmup"])
+def test_settings_of_a_schedule_that_has_none(name: str) -> None:
+    refused(f"the schedule `{name}` has no settings", lr_scheduler_type=name, lr_scheduler_kwargs={"power": 2})
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, 10**400, 1e308])
 def test_settings_of_a_judge_are_no_exception(value: float) -> None:
     for name in ("temperature", "request_timeout", "max_cost", "concurrency", "requests_per_minute"):

@@ -3,6 +3,8 @@
 import logging
 import os
 import random
+import sys
+import threading
 
 import pytest
 import torch
@@ -87,3 +89,11 @@ def test_a_removed_working_folder_is_no_error(tmp_path, monkeypatch):
     os.rmdir(tmp_path / "gone")
     with kept_settings("x"):
         pass
+
+
+def test_hooks_for_errors_come_back() -> None:
+    """Without them, Python starts no thread any more."""
+    before = sys.excepthook, threading.excepthook
+    with kept_settings("`words`"):
+        sys.excepthook = threading.excepthook = None  # pyright: ignore[reportAttributeAccessIssue]
+    assert (sys.excepthook, threading.excepthook) == before

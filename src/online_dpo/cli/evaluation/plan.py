@@ -21,6 +21,7 @@ from online_dpo.cli.runfile.references import Reference, parse_reference
 from online_dpo.cli.runfile.run_file import GOLD_REWARDS, MODEL_FILES, RunChecker, holds_model, looks_like_path
 from online_dpo.cli.runfile.schema import FieldSpec, load_fields, read_fields_of
 from online_dpo.config import requirements
+from online_dpo.config.hf_ranges import LARGEST
 
 HELP = "online-dpo eval --help"
 NO_ARGUMENTS = (
@@ -120,6 +121,8 @@ class EvalChecker(RunChecker):
         for name in ("limit", "samples"):
             if self._given(name) and self.values[name] < 1:
                 yield f"{self._where(name)}: `{name}` is {self.values[name]}; wanted: 1 or more."
+        if self._given("samples") and self.values["samples"] > LARGEST["num_completions"]:
+            yield f"{self._where('samples')}: `samples` is above {LARGEST['num_completions']:,}."
         if self.values.get("greedy") and self.values.get("samples", 1) > 1:
             yield f"{self._where('samples')}: `samples` is above 1, but with `greedy` all answers are the same."
         yield from self._files()

@@ -256,10 +256,17 @@ def _side(group: Group, scores: Sequence[float | None] | None, k: int) -> dict[s
 
 
 def _write(path: str | None, lines: Iterable[str]) -> bool:
-    """Write lines to a file, if a path is given; returns whether it is."""
+    """Write lines to a file, if a path is given; returns whether it is.
+
+    Raises:
+        OSError: it cannot be written; the error names it, which that of a full disk does not by itself.
+    """
     if path is not None:
         text = "".join(f"{line}\n" for line in lines)
-        Path(os.path.expanduser(path)).write_text(text, encoding="utf-8", errors=ESCAPED)
+        try:
+            Path(os.path.expanduser(path)).write_text(text, encoding="utf-8", errors=ESCAPED)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, path) from error
     return path is not None
 
 

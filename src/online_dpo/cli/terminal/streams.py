@@ -26,7 +26,11 @@ class SturdyStream:
         stream: the stream; ``None`` if it was closed when the process started.
         name: its name in messages.
         tell: called with the message of the first failure.
+
+    ``instead``, if it is set, is the stream that gets what is written once this one is gone.
     """
+
+    instead: SturdyStream | None = None
 
     def __init__(self, stream: TextIO | None, name: str, tell: Callable[[str], None] = lambda message: None) -> None:
         self._stream, self.name_shown, self.tell = stream or cast(TextIO, io.StringIO()), name, tell
@@ -39,6 +43,8 @@ class SturdyStream:
         """Write, or drop, a text."""
         if not self._is_gone:
             self._attempt(lambda: self._write(text))
+        if self._is_gone and self.instead is not None:
+            self.instead.write(text)
         return len(text)
 
     def flush(self) -> None:
@@ -69,6 +75,8 @@ class SturdyStream:
         except UnicodeEncodeError:
             encoding = self._stream.encoding or "ascii"
             self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        if self.instead is not None:
+            self._stream.flush()  # what fails now is known to be this text
 
     def _attempt(self, action: Callable[[], object]) -> None:
         try:
@@ -106,6 +114,7 @@ class Streams:
 
     def tell_failures(self) -> None:
         """From now on, say at once, on the other stream, when one of them fails: the command goes on without it."""
+        self.stderr.instead = self.stdout
         for stream, other in ((self.stdout, self.stderr), (self.stderr, self.stdout)):
 
             def tell(message: str, other: SturdyStream = other) -> None:

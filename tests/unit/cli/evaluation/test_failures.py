@@ -93,6 +93,7 @@ REWARD = ("--reward", "rewards.py:words")
         ((*MODELS, *PROMPTS, *REWARD, "--judge", "llm"), "command line: `judge` is given beside `reward`."),
         ((*MODELS, *PROMPTS, "--judge", "llm"), "command line: `judge: llm`: `judge_kwargs` needs at least `model`"),
         ((*MODELS, *PROMPTS, *REWARD, "--samples", "0"), "command line: `samples` is 0; wanted: 1 or more."),
+        ((*MODELS, *PROMPTS, *REWARD, "--samples", "1000000"), "command line: `samples` is above 10,000."),
         ((*MODELS, *PROMPTS, *REWARD, "--samples", "2", "--greedy"), "command line: `samples` is above 1, but with"),
         ((*MODELS, *PROMPTS, *REWARD, "--json", "no/x.json"), "command line: `json`: there is no folder no."),
         ((*MODELS, *PROMPTS, *REWARD, "--output", "empty"), "command line: `output`: empty is a folder."),

@@ -36,6 +36,17 @@ def test_a_pipe_that_is_closed_is_told_once_on_the_other_stream() -> None:
     assert not streams.stdout.isatty()
 
 
+def test_what_standard_error_cannot_take_goes_to_standard_output() -> None:
+    out, (read, written) = Recording(), os.pipe()
+    os.close(read)
+    streams = Streams(out, os.fdopen(written, "w"))  # buffered: it fails when it is flushed
+    streams.tell_failures()
+    print("error: no model", file=streams.stderr)
+    print("Before that: a checkpoint", file=streams.stderr)
+    told = "warning: standard error cannot be written (Broken pipe); the run goes on without it.\n"
+    assert out.getvalue() == f"{told}error: no model\nBefore that: a checkpoint\n"
+
+
 def test_after_a_full_disk_writes_are_tried_again() -> None:
     out, told = Recording(), []
     stream = SturdyStream(out, "standard output", told.append)
