@@ -23,5 +23,5 @@ def test_a_reference_that_was_trained_with_other_words(tmp_path):
     with pytest.raises(ModelFolderError, match=r"token 5 is 'w2' to it and 'w1' to the policy, and 2 tokens differ"):
         check_same_words(model, tiny.tokenizer())
     (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(ModelFolderError, match=f"Loading `{folder}` raised"):
+    with pytest.raises(ModelFolderError, match="tokenizer.json is no valid JSON"):
         check_same_words(model, tiny.tokenizer())
