@@ -5,9 +5,10 @@ The sandbox that transformers runs them in keeps them from files and processes, 
 
 from __future__ import annotations
 
+import importlib
 import os
-import resource
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,9 +34,11 @@ def template_limits(template: Any) -> Iterator[None]:
     """Inside, a chat template is applied. One that takes too long is stopped with `TemplateLimitError`; the first time
     that a template is used, one that takes too much memory gets a `MemoryError`.
 
-    In other threads than the main one there are no limits: no signal can stop what runs there.
+    In other threads than the main one there are no limits: no signal can stop what runs there. Nor are there where a
+    timer of other code runs, nor on other systems than Linux, which alone has been tried.
     """
-    if threading.current_thread() is not threading.main_thread() or signal.getitimer(signal.ITIMER_REAL)[0]:
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if sys.platform != "linux" or not in_main_thread or signal.getitimer(signal.ITIMER_REAL)[0]:
         yield
         return
     first = hash(str(template)) not in _tried
@@ -73,6 +76,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def _memory_limit() -> Iterator[None]:
+    resource: Any = importlib.import_module("resource")  # other systems do not have it
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     most = _address_space() + MORE_BYTES
     if soft != resource.RLIM_INFINITY and soft < most:

@@ -122,6 +122,7 @@ def show(notice: str) -> None:
 WAITS = Waits(NOTICE_SECONDS, show)
 """What this process waits for."""
 
-os.register_at_fork(after_in_child=WAITS.forget)
+if sys.platform != "win32":  # which has no fork
+    os.register_at_fork(after_in_child=WAITS.forget)
 
 waiting_for = WAITS.waiting_for
