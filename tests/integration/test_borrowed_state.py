@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForSequenceClassification
 
 from online_dpo.cli.main import main
@@ -223,8 +224,10 @@ def test_the_users_other_models_are_left_as_they_were(tmp_path, method):
 
 
 def test_where_a_trainer_cannot_be_made_the_users_models_are_as_they_were(tmp_path):
-    """The last thing a constructor does may fail: here, to load the gold reward, of which there are no weights."""
-    reward_model().config.save_pretrained(tmp_path / "gold")
+    """The last thing a constructor does may fail: here, to load the gold reward, which lacks a weight."""
+    reward_model().save_pretrained(tmp_path / "gold")
+    file = tmp_path / "gold" / "model.safetensors"
+    save_file({n: w for n, w in load_file(file).items() if n != "score.weight"}, file, metadata={"format": "pt"})
     policy = tiny.causal_lm(sharpness=1.0, attention_dropout=0.1).train()
     reference, reward, settings = tiny.causal_lm(seed=5), reward_model(), lora()
     policy.config.use_cache = True
@@ -236,7 +239,7 @@ def test_where_a_trainer_cannot_be_made_the_users_models_are_as_they_were(tmp_pa
         eval_reward_funcs=str(tmp_path / "gold"),
         reward_processing_classes=tiny.tokenizer(),
     )
-    with pytest.raises(ModelFolderError, match="no file named model.safetensors"):
+    with pytest.raises(ModelFolderError, match="score.weight"):
         trainer(tmp_path, policy, reward, kwargs=arguments)
     for model, state in zip((policy, reference, reward), before, strict=True):
         assert snapshots.changed(state, snapshots.of_model(model)) == set()
