@@ -337,7 +337,7 @@ def test_a_run_begins_to_adapt_where_it_is_resumed_with_a_target(tmp_path):
     betas = [log["beta"] for log in step_logs(resumed)][-2:]
     assert betas[0] == 0.3 and betas[1] != 0.3
     saved = json.loads((tmp_path / "checkpoint-3" / "beta.json").read_text())
-    assert saved == {"beta": betas[1]}
+    assert saved == {"kind": "AdaptedBeta", "beta": betas[1]}
 
 
 # evaluation and files -------------------------------------------------------------------------------------------------
