@@ -32,7 +32,8 @@ Of `Fault`:
         for a part of them, and the fault is at that one.
     service: `Service(faulty, right)`, an HTTP server beside the run. `{url}` is its address: in options, files, words.
     processes: 2 starts two ranks (gloo).  limit: seconds until it counts as hanging.
-    quick: `False` for the longer list, which `make test-faults` leaves out and `make test-faults-all` runs.
+    quick: `False` for the longer list, which `make test-faults` leaves out and `make test-faults-all` runs. Of many
+        quick faults of a kind, the shorter list has only some (`catalogue.shorter_list`).
 
 Endings:
     Survived(*words): exit 0, and the final weights equal, bit for bit, those of the same run without the fault (options

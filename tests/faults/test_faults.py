@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from faults.catalogue import all_faults
+from faults.catalogue import all_faults, shorter_list
 from faults.checks import check
 from faults.harness import Fault
 from faults.runs import Stage
@@ -14,7 +14,7 @@ from faults.runs import Stage
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     every = metafunc.config.getoption("--every", default=False)
-    faults = [fault for fault in all_faults().values() if fault.quick or every]
+    faults = list(all_faults().values()) if every else shorter_list()
     metafunc.parametrize("fault", faults, ids=[fault.id for fault in faults])
 
 

@@ -86,14 +86,6 @@ def test_a_run_that_is_killed_in_a_save_resumes_bit_for_bit(tmp_path, whole, sha
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(8))
-def test_a_run_that_is_killed_at_any_change_of_the_disk_resumes_bit_for_bit(tmp_path, whole, part):
-    expected, changes = whole
-    for number in range(part, len(changes), 8):
-        kill_and_resume(tmp_path, number, expected)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("size", [0, 100, 1000, 5000, 20_000, 40_000])
 def test_a_full_disk_ends_the_run_in_one_line_and_space_lets_it_go_on(tmp_path, whole, size, capfd):
     """A limit of file sizes from the second save on."""

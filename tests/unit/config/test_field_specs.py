@@ -108,6 +108,7 @@ def test_the_groups_of_the_configuration_are_its_base_classes() -> None:
         ("online_dpo.config.method", "MethodFields"),
         ("online_dpo.config.engine", "EngineFields"),
         ("online_dpo.config.vllm", "VLLMFields"),
+        ("online_dpo.config.secrets", "WithoutToken"),  # which has no fields
         ("online_dpo.config.trainer_config", "OnlineDPOConfig"),
     ]
 
