@@ -83,6 +83,7 @@ def test_a_resumed_run_has_the_same_learning_rates_and_counts(tmp_path, stop):
     ours, theirs = ([json.dumps(without_times(log), sort_keys=True) for log in step_logs(m)] for m in (resumed, whole))
     assert ours == theirs  # as text: NaN is no equal of itself
     assert json.loads((tmp_path / "checkpoint-3" / "guard.json").read_text()) == {
+        "kind": "GuardCounts",
         "trained_steps": 1,
         "skipped_steps": 2,
         "skipped_in_a_row": 2,
@@ -144,7 +145,7 @@ def test_a_run_that_trains_nothing_any_more_stops_with_a_checkpoint_and_says_why
         "`max_idle_steps` sets the limit."
     )
     assert (tmp_path / "checkpoint-6" / "guard.json").is_file()
-    went_on = trainer(tmp_path, reward_funcs=word_reward, max_steps=9, max_idle_steps=5)
+    went_on = trainer(tmp_path, reward_funcs=word_reward, max_steps=9, max_idle_steps=5, resume_anyway=True)
     went_on.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     assert went_on.guard.trained_steps == 5 and not went_on.guard.idle
 
