@@ -32,12 +32,12 @@ PART = ("500", "HTML", "nothing", "401", "a redirect to another host")
 ALIKE = ("429", "403", "400", "422", "a JSON list", "a number", "no gzip, but says so", "no bytes", "204")
 """Answers that the quick list leaves out."""
 SETTINGS = dict(model="m", base_url="{url}", api_key_env="SERVICE_KEY", cache=None, attempts=1, order="given")
-LIMITS = dict(request_timeout=0.5, question_timeout=2.0)
+LIMITS = dict(request_timeout=2.0, question_timeout=6.0)
 
 
 def reward_file(address: str = "{url}", **settings: Any) -> dict[str, str | bytes]:
     """A feedback.py whose `words` asks a service."""
-    words = "".join(f", {name}={value!r}" for name, value in ({"attempts": 1, "timeout": 0.5} | settings).items())
+    words = "".join(f", {name}={value!r}" for name, value in ({"attempts": 1, "timeout": 2.0} | settings).items())
     made = f'words = HTTPReward("{address}", "words", api_key_env="SERVICE_KEY"{words})\n'
     return {"feedback.py": "from online_dpo.scoring import HTTPReward\n" + made}
 
@@ -136,7 +136,7 @@ REWARDS = [
         for name, answer in {
             "503": error(503),
             "HTML": Answer(b"<html>"),
-            "late": Answer({}, delay=0.7),
+            "late": Answer({}, delay=3.0),
             "Retry-After of 30 years": error(503, **{"Retry-After": "1000000000"}),
         }.items()
     ),
@@ -215,7 +215,7 @@ JUDGES = [
     ),
     *(
         judged(f"answers {name} once", once(prefers, always(answer)), Survived(), settings={"attempts": 2})
-        for name, answer in {"503": error(503), "HTML": Answer(b"<html>"), "late": Answer({}, delay=0.7)}.items()
+        for name, answer in {"503": error(503), "HTML": Answer(b"<html>"), "late": Answer({}, delay=3.0)}.items()
     ),
     setting("a port where nothing listens", "judge").but(ending=OneLine(3, "no_answer")),
     setting("no address", "base_url", base_url="nowhere"),

@@ -99,7 +99,7 @@ ANSWERS: dict[str, tuple[Answer, str, str]] = {
         "",
     ),
     "a byte at a time": (endless(b" ", 0.05), "no whole answer within `timeout`", ""),
-    "nothing": (Answer({}, delay=1.0), "no whole answer within `timeout`", ""),
+    "nothing": (Answer({}, delay=5.0), "no whole answer within `timeout`", ""),
     "half of its length": (raw(HEAD[:-2] + b"Content-Length: 100\r\n\r\n{"), "", ""),
     "no HTTP": (raw(b"\x00\xff" * 20 + b"\r\n\r\n"), "", ""),
     "no bytes": (raw(b""), "", ""),
