@@ -63,7 +63,7 @@ def _check_no_powers(template: Any) -> None:
     texts = template.values() if isinstance(template, dict) else [template]
     for text in texts:
         try:
-            tokens = list(Environment().lex(text)) if isinstance(text, str) else []
+            tokens = list(Environment(autoescape=True).lex(text)) if isinstance(text, str) else []
         except TemplateSyntaxError:
             continue  # it is told where the template is used
         if any(kind == "operator" and value == "**" for _, kind, value in tokens):
