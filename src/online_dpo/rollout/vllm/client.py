@@ -119,7 +119,6 @@ class VLLMClient:
         failing_since = math.inf
         pause = FIRST_PAUSE
         while True:
-            began = time.monotonic()
             try:
                 return attempt()
             except _ErrorStatus as error:
@@ -131,9 +130,6 @@ class VLLMClient:
                 raise RolloutServerError(f"{self.url}{path} failed: {cause}. Is this a vLLM server?") from error
             except (OSError, http.client.HTTPException, json.JSONDecodeError, RuntimeError) as error:
                 cause = named_error(error)
-                reason = error.reason if isinstance(error, urllib.error.URLError) else error
-                if isinstance(reason, TimeoutError):  # it has not answered since then
-                    failing_since = min(failing_since, began)
             now = time.monotonic()
             failing_since = min(failing_since, now)
             if now + pause - failing_since > self.timeout:

@@ -26,15 +26,16 @@ def fails(client, cause, seconds):
     assert took < seconds, f"{took:.1f} s"
 
 
-def test_a_server_that_does_not_answer_is_given_up_after_the_time_out():
+def test_a_server_that_does_not_answer_is_given_up_after_a_second_try():
+    """A connection may have been lost: a request that hangs is made once more, with the time-out anew."""
     with serving(lambda body, number: Answer({}, delay=5), path="") as endpoint:
-        fails(VLLMClient(endpoint.url, timeout=0.5), "last cause: TimeoutError: timed out", seconds=0.9)
-        assert len(endpoint.seen) == 1
+        fails(VLLMClient(endpoint.url, timeout=0.5), "last cause: TimeoutError: timed out", seconds=2.0)
+        assert len(endpoint.seen) == 2
 
 
-def test_an_answer_that_drips_is_given_up_after_the_time_out():
+def test_an_answer_that_drips_is_given_up_as_well():
     with serving(lambda body, number: Answer({"text": "x" * 99}, drip=0.1), path="") as endpoint:
-        fails(VLLMClient(endpoint.url, timeout=0.5), "the answer takes too long to arrive", seconds=1.2)
+        fails(VLLMClient(endpoint.url, timeout=0.5), "the answer takes too long to arrive", seconds=2.0)
 
 
 def test_a_server_that_is_gone_is_tried_until_the_time_out():
