@@ -86,7 +86,9 @@ class Survived:
 
 
 @dataclass(frozen=True)
-class OneLine:
+class _Ended:
+    """An exit code, and words that are printed."""
+
     code: int
     words: tuple[str, ...]
 
@@ -94,19 +96,15 @@ class OneLine:
         object.__setattr__(self, "code", code)
         object.__setattr__(self, "words", words)
 
+
+@dataclass(frozen=True, init=False)
+class OneLine(_Ended):
     def __str__(self) -> str:
         return f"one line, exit {self.code}"
 
 
-@dataclass(frozen=True)
-class Stops:
-    code: int
-    words: tuple[str, ...]
-
-    def __init__(self, code: int, *words: str) -> None:
-        object.__setattr__(self, "code", code)
-        object.__setattr__(self, "words", words)
-
+@dataclass(frozen=True, init=False)
+class Stops(_Ended):
     def __str__(self) -> str:
         return f"stops, exit {self.code}"
 

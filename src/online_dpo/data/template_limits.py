@@ -41,10 +41,11 @@ def template_limits(template: Any) -> Iterator[None]:
     if sys.platform != "linux" or not in_main_thread or signal.getitimer(signal.ITIMER_REAL)[0]:
         yield
         return
-    first = hash(str(template)) not in _tried
+    key = hash(str(template))
+    first = key not in _tried
     if first:
         _check_no_powers(template)
-    _tried.add(hash(str(template)))
+        _tried.add(key)
     before = signal.signal(signal.SIGALRM, _stop)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:

@@ -126,10 +126,7 @@ class RunIdentity:
 
 def options_of(args: OnlineDPOConfig) -> dict[str, Any]:
     """Returns the options of a configuration that are compared, with the name of its engine."""
-    options: dict[str, Any] = compared_options(args.to_dict()) | {"engine": args.engine_name}
-    batches = options["accelerator_config"]
-    batches["dispatch_batches"] = bool(batches["dispatch_batches"])  # a trainer turns it off where nothing is said
-    return options
+    return compared_options(args.to_dict()) | {"engine": args.engine_name}
 
 
 def check_options(resume: str | bool | None, args: OnlineDPOConfig) -> None:
