@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
+from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import nn
@@ -38,6 +39,9 @@ class ZeROSharding:
         self.partial = plugin.zero_stage == WEIGHTS
         self._engine: Any = None
         self._dropped = False
+        if accelerator.device.type == "cpu":
+            # its collectives in shared memory would be compiled first, for minutes; gloo's do as well
+            deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
 
     def attach(self, model: nn.Module, optimizer: Any) -> Any:
         """Takes the engine; returns the optimizer that steps it."""
