@@ -75,6 +75,11 @@ def is_partitioned(parameter: torch.Tensor) -> bool:
     return hasattr(parameter, "ds_id")
 
 
+def is_whole(parameter: torch.Tensor) -> bool:
+    """Returns whether this rank holds the whole parameter at present."""
+    return not isinstance(parameter, DTensor) and shape_of(parameter) == parameter.shape
+
+
 def make_whole(model: nn.Module) -> None:
     """Gives a model that the caller has loaded in parts its whole weights, on every rank; a collective operation."""
     if any(is_partitioned(parameter) for parameter in model.parameters()):
