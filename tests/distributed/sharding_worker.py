@@ -1,4 +1,4 @@
-"""Run by torchrun with two processes (and by plain Python with one): trains in one way of sharding, in many settings."""
+"""Run by torchrun with two processes (and by plain Python with one): trains in one way of sharding, many times."""
 
 import copy
 import os
@@ -8,9 +8,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from transformers import TrainerCallback
 
-from support import tiny
 from support.training import LORA, dataset, step_logs, trainer, without_times
 
 LENGTHS = (5, 9, 3, 7, 12, 4, 6, 8)
