@@ -169,10 +169,9 @@ def make_whole(model: nn.Module) -> None:
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) not in whole:
-                whole_data = (
-                    joined(parameter, parameter.ds_tensor.data) if hasattr(parameter, "ds_id") else parameter.data
-                )
-                whole[id(parameter)] = nn.Parameter(whole_data.cpu(), parameter.requires_grad)
+                loaded: Any = parameter
+                values = joined(loaded, loaded.ds_tensor.data) if hasattr(loaded, "ds_id") else loaded.data
+                whole[id(parameter)] = nn.Parameter(values.cpu(), parameter.requires_grad)
             module._parameters[name] = whole[id(parameter)]
 
 

@@ -71,11 +71,11 @@ def build_policy(model: Any, peft_config: Any, args: OnlineDPOConfig, optimizer:
     loaded_here = isinstance(model, str)
     typed = given_dtype(args.model_init_kwargs) is not None
     trains_adapter = peft_config is not None
-    if isinstance(model, nn.Module):
-        make_whole(model)
     if loaded_here:
         model = _load_policy(model, peft_config, args)
         trains_adapter = trains_adapter or is_peft_model_object(model)
+    else:
+        make_whole(model)
     if model.config.is_encoder_decoder:
         raise ValueError("`model` is an encoder-decoder; Online DPO here trains decoder-only language models.")
     check_room(model, longest_sequence(args), "model")

@@ -78,8 +78,8 @@ class GuardedTrainer(Trainer):
             self.phase,
             lambda: args.row_capacity,
             self.accelerator.num_processes,
-            drop_gradients=lambda: self.sharding.drop_gradients(self.model),  # pyright: ignore[reportArgumentType]
-            free_memory=self.free_memory,
+            lambda: self.sharding.drop_gradients(self.model),  # pyright: ignore[reportArgumentType]
+            self.free_memory,
         )
         self.evaluation_weights = EvaluationWeights(lambda: self.optimizer, lambda: self.is_in_train)
         self._build_guards(args)
@@ -97,8 +97,7 @@ class GuardedTrainer(Trainer):
         self.run_state = RunState()
         self.run_state.add(self.guard, self.log_state)
         self._random_state_in: str | None = None
-        self._has_random_state = False
-        self._beside_training = False
+        self._has_random_state = self._beside_training = False
 
     def _build_guards(self, args: OnlineDPOConfig) -> None:
         """Builds what watches over the run, in the order in which the callbacks among it are called."""
@@ -109,9 +108,8 @@ class GuardedTrainer(Trainer):
         factor, recovery = args.skipped_step_lr_factor, args.skipped_step_lr_recovery
         self.backoff = LearningRateBackoff(factor, recovery, trains=lambda: self.guard.trains)
         limits = (args.max_skipped_steps, args.max_idle_steps)
-        self.guard = StepGuard(
-            self.accelerator, *limits, self.backoff, self._on_skip, self.finite.check_start, self.sharding
-        )
+        checks = (self._on_skip, self.finite.check_start)
+        self.guard = StepGuard(self.accelerator, *limits, self.backoff, *checks, self.sharding)
         self.add_callback(self.guard)
         self.updates = UpdatedRatio(lambda: self.guard.trained_steps, warns=not keeps_small_steps(args))
         self.add_callback(self.updates)
@@ -184,15 +182,14 @@ class GuardedTrainer(Trainer):
         return self.interrupt.checkpoint
 
     def create_accelerator_and_postprocess(self) -> None:
-        """The parent's, for which processes on CPUs shard as those on GPUs do."""
+        """The parent's; processes on CPUs shard as well."""
         with fsdp_on_cpu():
             super().create_accelerator_and_postprocess()
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """The parent's, after which an update of the weights is made when `optimizer.step()` is called."""
         model, dataloader = super()._prepare_for_training(*args, **kwargs)
-        self.optimizer = self.sharding.attach(model, self.optimizer)
-        self.callback_handler.optimizer = self.optimizer
+        self.optimizer = self.callback_handler.optimizer = self.sharding.attach(model, self.optimizer)
         return model, dataloader
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
