@@ -5,6 +5,7 @@ import itertools
 import os
 import sys
 import traceback
+import zlib
 from pathlib import Path
 
 import torch
@@ -17,6 +18,8 @@ from online_dpo.modeling.introspection import unwrapped
 from support import tiny
 from support.training import LORA, dataset, step_logs, trainer, without_times
 
+WHOLE = ("ddp", "zero1", "zero2")
+"""Ways in which each rank holds whole weights."""
 LENGTHS = (5, 9, 3, 7, 12, 4, 6, 8)
 ZERO = {
     "zero_optimization": {
@@ -36,7 +39,7 @@ ZERO = {
 def ways(name):
     """The configuration fields of a way of sharding."""
     if name == "fsdp2":
-        return {"fsdp": "full_shard", "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+        return {"fsdp": "full_shard"}
     if name.startswith("zero"):
         config = copy.deepcopy(ZERO)
         config["zero_optimization"]["stage"] = int(name[4])
@@ -76,6 +79,14 @@ class Watch(TrainerCallback):
 def whole_weights(made):
     names = {n.removeprefix("module."): p for n, p in made.model.named_parameters()}
     return {name: full(p).detach().clone() for name, p in names.items()}
+
+
+def ties_on_the_last_rank(completions, name, **_):
+    """The other rows, those of the first rank, give a pair at once."""
+    return [
+        float(i % 2 if int(n.split()[1]) % 8 < 4 else zlib.crc32(text.encode()) % 5 // 4)
+        for i, (text, n) in enumerate(zip(completions, name, strict=True))
+    ]
 
 
 def poisoned(step):
@@ -143,15 +154,33 @@ CASES = {
     "checkpointed": dict(gradient_checkpointing=True),
     "not finite": dict(optim="adamw_torch", max_grad_norm=1.0, learning_rate=1e-3, poisoned_step=2),
 }
+BIASED = LoraConfig(**{**LORA, "bias": "all"})
+STEPS = dict(steps=2, learning_rate=0.05)
+CASES_OF_MODELS = {
+    "xpo": dict(method="xpo", xpo_alpha=0.01, **STEPS),
+    "nash_md": dict(method="nash_md", mixture_coef=0.25, temperature=1.0, **STEPS),
+    "resampled": dict(reward_funcs=ties_on_the_last_rank, resample_rounds=2, **STEPS),
+    "other reference": dict(kwargs={"ref_model": tiny.causal_lm("gpt2", sharpness=1.0)}, **STEPS),
+    "trained biases": dict(
+        model=tiny.causal_lm("qwen2", sharpness=1.0), kwargs={"peft_config": BIASED}, learning_rate=0.5, steps=2
+    ),
+    "module head": dict(model=tiny.causal_lm("gemma2"), **STEPS),
+    "lora xpo": dict(
+        method="xpo", xpo_alpha=0.01, kwargs={"peft_config": LoraConfig(**LORA)}, learning_rate=0.5, steps=2
+    ),
+}
+"""What else touches models, for the ways in which their weights lie in parts."""
 
 
 def main():
     torch.set_num_threads(1)
     out, processes = Path(sys.argv[1]), int(sys.argv[2])
-    chosen = sys.argv[4].split(",") if len(sys.argv) > 4 else CASES
+    chosen = sys.argv[4].split(",") if len(sys.argv) > 4 else [*CASES, *CASES_OF_MODELS]
     for way, case in itertools.product(sys.argv[3].split(","), chosen):
+        if case in CASES_OF_MODELS and way in WHOLE:
+            continue
         try:
-            run(out, way, case, processes, **copy.deepcopy(CASES[case]))
+            run(out, way, case, processes, **copy.deepcopy({**CASES, **CASES_OF_MODELS}[case]))
         except BaseException:
             print(f"CASE {way} {case} rank {os.environ.get('RANK')}", file=sys.stderr)
             traceback.print_exc()

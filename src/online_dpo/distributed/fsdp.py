@@ -5,12 +5,15 @@ What is private in torch is used in this file alone: `FSDPModule._get_fsdp_state
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils.dataclasses import get_module_class_from_name
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -44,8 +47,22 @@ class FSDP2Sharding:
             parameter.grad = None
 
     def shard_frozen(self, model: nn.Module) -> None:
-        """Shards a frozen model layer by layer, as accelerate shards the policy."""
-        fsdp2_prepare_model(self._accelerator, model)
+        """Shards a frozen model layer by layer, as accelerate shards the policy. It may be of another architecture."""
+        accelerator = self._accelerator
+        plugin = copy.copy(accelerator.state.fsdp_plugin)  # it remembers the layers of the first model that it sees
+        plugin.cpu_ram_efficient_loading = False  # each rank has loaded the model whole
+        classes = plugin.transformer_cls_names_to_wrap
+        if classes is not None and any(get_module_class_from_name(model, name) is None for name in classes):
+            plugin.transformer_cls_names_to_wrap = None  # the model's own
+        as_for_policy: Any = SimpleNamespace(
+            state=SimpleNamespace(fsdp_plugin=plugin),
+            mixed_precision=accelerator.mixed_precision,
+            is_main_process=accelerator.is_main_process,
+            torch_device_mesh=accelerator.torch_device_mesh,
+            parallelism_config=accelerator.parallelism_config,
+            device=accelerator.device,
+        )
+        fsdp2_prepare_model(as_for_policy, model)
 
 
 @contextmanager
