@@ -14,7 +14,7 @@ FAMILY = "qwen2-tied"
 LENGTHS = (5, 9, 3, 40, 12, 4, 6, 8, 10, 5, 2, 11)
 
 
-def train(tmp_path, model=None, callbacks=(), prepare=lambda made: None, **fields):
+def train(tmp_path, model=None, callbacks=(), prepare=lambda made: None, reward=word_reward, **fields):
     options = dict(
         output_dir=str(tmp_path),
         use_cpu=True,
@@ -33,7 +33,7 @@ def train(tmp_path, model=None, callbacks=(), prepare=lambda made: None, **field
     )
     made = OnlineDPOTrainer(
         model=model or vllm_tools.policy(FAMILY, sharpness=1.0),
-        reward_funcs=word_reward,
+        reward_funcs=reward,
         args=OnlineDPOConfig(**{**options, **fields}),
         train_dataset=dataset(lengths=LENGTHS),
         processing_class=tiny.tokenizer(),
