@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from exports import exports
 from peft import LoraConfig
 from transformers import TrainerCallback
 
@@ -140,6 +141,8 @@ def run(out, way, case, processes, batch=8, steps=3, poisoned_step=None, **optio
     saved = {"logs": logs, "weights": whole_weights(made), "passes": watch.passes, "changed": watch.changed}
     if made.eval_dataset is not None:
         saved["eval"] = {k: v for k, v in made.evaluate().items() if "runtime" not in k and "per_second" not in k}
+    if case == "plain" and processes > 1:
+        saved["exports"] = exports(made.sharding)
     torch.save(saved, out / f"{way}-{case}-of-{processes}-rank-{made.accelerator.process_index}.pt")
 
 

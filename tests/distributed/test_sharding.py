@@ -12,6 +12,7 @@ from support.processes import environment
 from support.training import assert_same
 
 sys.path.insert(0, str(Path(__file__).parent))
+from exports import MODELS  # noqa: E402
 from sharding_worker import CASES, CASES_OF_MODELS, WHOLE  # noqa: E402
 
 WORKER = Path(__file__).with_name("sharding_worker.py")
@@ -91,3 +92,25 @@ def test_the_norm_is_that_of_the_whole_gradient_before_it_is_clipped(results, wa
     norms = [log["grad_norm"] for log in one["logs"]]
     assert [log["grad_norm"] for log in two[0]["logs"]] == pytest.approx(norms, rel=1e-5)
     assert min(norms) > 0.1  # each was clipped
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("way", WAYS)
+def test_what_vllm_gets_of_a_sharded_model_is_what_it_gets_of_the_whole_one(results, way, model):
+    for rank, two in enumerate(results(way, "plain")[1]):
+        found = two["exports"][model]
+        expected = found["expected"]
+        assert found["sharded"] == (way not in WHOLE)
+        for got in (found["weights"], found["written"], found.get("stopped", expected)):
+            assert got.keys() == (expected.keys() if got is not found["written"] or rank == 0 else set())
+            assert all(torch.equal(got[name], expected[name]) for name in got)
+        sharded, whole = found.get("adapter", ({}, {}))
+        assert sharded.keys() == whole.keys() and all(torch.equal(sharded[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("model", ["full", "experts"])
+@pytest.mark.parametrize("way", [way for way in WAYS if way not in WHOLE])
+def test_weights_are_gathered_one_at_a_time_or_layer_by_layer(results, way, model):
+    for two in results(way, "plain")[1]:
+        most, size = two["exports"][model]["bytes"]
+        assert 0 < most < size / 2

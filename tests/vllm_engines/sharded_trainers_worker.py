@@ -55,9 +55,8 @@ def run(whole_url, adapter_url, folder, way="", transfer=None, lora=False, adapt
             syncs.append(version)
             found["sharded"] = is_sharded(model)
             # the gradient of a bias of keys is 0, but for rounding
-            found["weights"].append(
-                {n: full(p).clone() for n, p in model.named_parameters() if p.requires_grad and "k_proj.bias" not in n}
-            )
+            trained = {n: p for n, p in model.named_parameters() if p.requires_grad and "k_proj.bias" not in n}
+            found["weights"].append({name: full(parameter).clone() for name, parameter in trained.items()})
 
         def forgetting(*given):
             if forgets and syncs == [0, 1] and not found.get("forgot"):

@@ -48,6 +48,13 @@ class Sampler:
         """The seed of the run."""
         return self._seed()
 
+    @property
+    def models(self) -> list[nn.Module]:
+        """The models that the engine reads when it samples. To gather them once serves many calls; for an engine with
+        its own weights they would be in its way.
+        """
+        return [] if self.engine.has_own_weights else [self.policy]
+
     def sync(self, prompts: Sequence[Prompt], step: int, version: int) -> None:
         """Sends the policy's weights to the engine, and checks at intervals that it samples with them.
 

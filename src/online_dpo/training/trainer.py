@@ -328,7 +328,7 @@ class OnlineDPOTrainer(GuardedTrainer):
         users_metrics = named_metrics(self.compute_metrics, lambda: self.state.global_step)
         predictions = Predictions(self.args, users_metrics, loss_only)
         self.callback_handler.eval_dataloader = dataloader  # pyright: ignore[reportAttributeAccessIssue]
-        with gathered(model), eval_mode(model), self.evaluation_weights.in_model(), noting() as notes:
+        with self.evaluation_weights.in_model(), gathered(*self.sampler.models), eval_mode(model), noting() as notes:
             self._evaluate_batches(model, iter(dataloader), predictions)
         records, values = predictions.records, self.errors.run(predictions.metrics)
         metrics = in_order({**mean_notes(from_every_rank(notes)), **summarise(records), **values})
@@ -337,7 +337,8 @@ class OnlineDPOTrainer(GuardedTrainer):
     def _evaluate_batches(self, model: nn.Module, batches: Iterator[dict[str, Any]], predictions: Predictions) -> None:
         while (batch := self.errors.run(partial(_next_batch, batches))) is not None:
             prompts = [prompt for prompt in prompts_from_batch(batch) if prompt.invalid is None]
-            own = self.errors.run(partial(self.evaluator.evaluate, model, prompts, self.collector.sync))
+            groups = self.errors.run(partial(self.evaluator.sample, prompts, self.collector.sync))
+            own = self.errors.run(partial(self.evaluator.evaluate, model, groups))
             records = samples_of_every_rank(self.accelerator, own)
             is_last = self.accelerator.gradient_state.end_of_dataloader
             self.errors.run(partial(predictions.add, records, is_last))

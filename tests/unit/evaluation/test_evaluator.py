@@ -51,7 +51,8 @@ class Parts:
         return rows, {"loss_N": torch.arange(1.0, len(pairs) + 1), "policy": policy, "reference": None}
 
     def evaluate(self, prompts=PROMPTS):
-        return self.evaluator.evaluate(self.sampler.policy, prompts, lambda given: self.asked.append(len(given)))
+        groups = self.evaluator.sample(prompts, lambda given: self.asked.append(len(given)))
+        return self.evaluator.evaluate(self.sampler.policy, groups)
 
     def policy_groups(self):
         key = RolloutKey(42, 0, Stream.EVALUATION)
