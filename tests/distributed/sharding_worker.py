@@ -43,6 +43,7 @@ def ways(name):
     if name.startswith("zero"):
         config = copy.deepcopy(ZERO)
         config["zero_optimization"]["stage"] = int(name[4])
+        config["bf16"] = {"enabled": "auto"}
         return {"deepspeed": config}
     return {}
 
@@ -156,6 +157,12 @@ CASES = {
 }
 BIASED = LoraConfig(**{**LORA, "bias": "all"})
 STEPS = dict(steps=2, learning_rate=0.05)
+HALF = dict(optim="adamw_torch", learning_rate=1e-3, max_grad_norm=1.0)
+CASES_IN_BF16 = {
+    "bf16": dict(bf16=True, **HALF),
+    "bf16 lora": dict(bf16=True, kwargs={"peft_config": LoraConfig(**LORA)}, **HALF),
+}
+"""Rounding differs between the ways: what must hold is that policy and reference agree before the first step."""
 CASES_OF_MODELS = {
     "xpo": dict(method="xpo", xpo_alpha=0.01, **STEPS),
     "nash_md": dict(method="nash_md", mixture_coef=0.25, temperature=1.0, **STEPS),
@@ -175,12 +182,12 @@ CASES_OF_MODELS = {
 def main():
     torch.set_num_threads(1)
     out, processes = Path(sys.argv[1]), int(sys.argv[2])
-    chosen = sys.argv[4].split(",") if len(sys.argv) > 4 else [*CASES, *CASES_OF_MODELS]
+    chosen = sys.argv[4].split(",") if len(sys.argv) > 4 else [*CASES, *CASES_OF_MODELS, *CASES_IN_BF16]
     for way, case in itertools.product(sys.argv[3].split(","), chosen):
         if case in CASES_OF_MODELS and way in WHOLE:
             continue
         try:
-            run(out, way, case, processes, **copy.deepcopy({**CASES, **CASES_OF_MODELS}[case]))
+            run(out, way, case, processes, **copy.deepcopy({**CASES, **CASES_OF_MODELS, **CASES_IN_BF16}[case]))
         except BaseException:
             print(f"CASE {way} {case} rank {os.environ.get('RANK')}", file=sys.stderr)
             traceback.print_exc()
