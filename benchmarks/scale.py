@@ -1,15 +1,16 @@
 """Step time and cost of N trainer and M sampling GPUs, from the phase times of runs that were measured.
 
-    python benchmarks/scale.py --run 1,1,0:out/checkpoint-20/trainer_state.json --completions 4 --gpus 2 8 16 --price 2.5
+    python benchmarks/scale.py --run 1,1,0:out/checkpoint-20/trainer_state.json --completions 4 --gpus 8 16 --price 2.5
 
 A ``--run`` is trainers,servers,max_staleness and a run's log; 0 servers means that trainers sample themselves. From one
 run, what a phase takes is divided by the number of processes that share it; from runs with other numbers (as many as
 there are), the part that does not divide is found as well (Amdahl). `scale_check.py` holds predictions against runs.
 
 The model. Sampling is shared by the servers, or by the trainers where there are none; training and scoring by the
-trainers; sending weights is done once for all servers, with a part for each. What is left of a step (fetching, pairing,
-the optimizer's end, logs) is the same for any number. With ``max_staleness`` 0 all of it happens in turn. With more, the
-next step is sampled while one is trained: a step takes as long as the longer of the two, and what nothing runs beside.
+trainers; sending weights is done once for all servers, with a part for each. What is left of a step (fetching,
+pairing, the optimizer's end, logs) is the same for any number. With ``max_staleness`` 0 all of it happens in turn. With
+more, the next step is sampled while one is trained: a step takes as long as the longer of the two, and what nothing
+runs beside.
 """
 
 from __future__ import annotations
@@ -256,7 +257,9 @@ def main() -> None:
     print("| GPUs | trainers | servers | step, s | completions/s | cost per million |\n|---:|---:|---:|---:|---:|---:|")
     for gpus, split in zip(args.gpus, splits, strict=True):
         speed = step.completions / split.seconds
-        cost = "" if args.price is None else f"{cost_per_million(gpus, args.price, split.seconds, step.completions):.2f}"
+        cost = (
+            "" if args.price is None else f"{cost_per_million(gpus, args.price, split.seconds, step.completions):.2f}"
+        )
         print(f"| {gpus} | {split.trainers} | {split.servers} | {split.seconds:.2f} | {speed:.1f} | {cost} |")
 
 

@@ -95,7 +95,9 @@ def test_learning_from_runs():
     learned = learn(runs, completions=4)
     assert learned.completions == 64
     for trainers, servers, staleness in ((1, 1, 0), (2, 2, 0), (8, 3, 1)):
-        assert learned.seconds(trainers, servers, staleness) == pytest.approx(STEP.seconds(trainers, servers, staleness))
+        assert learned.seconds(trainers, servers, staleness) == pytest.approx(
+            STEP.seconds(trainers, servers, staleness)
+        )
 
 
 def test_a_service_that_scores_is_not_divided():

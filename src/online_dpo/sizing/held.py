@@ -12,11 +12,11 @@ arXiv 2305.14314), section 3: blocks of 64 numbers with a scale in fp32, or in 8
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from online_dpo.sizing.plan import Plan, Sharding
-from online_dpo.sizing.shape import ModelShape, Weight
+from online_dpo.sizing.shape import Weight
 
 FP32, HALF = 4, 2
 MOMENTS = 2 * FP32
@@ -133,12 +133,14 @@ def _gradients_of_deepspeed(plan: Plan, trained: list[Weight]) -> Term:
 
 
 def _reference_bytes(plan: Plan) -> int:
-    """The frozen copy: linear layers in the type of their products, the rest in fp32 (`modeling.precision`)."""
-    return _each(plan.policy, plan, lambda weight: plan.compute_bytes if weight.linear else FP32)
-
-
-def _each(shape: ModelShape, plan: Plan, size: Callable[[Weight], int]) -> int:
-    return sum(size(weight) * _part(weight, plan.sharding, plan.gpus) for weight in shape.weights())
+    """The frozen copy: linear layers in the type of their products, the rest in fp32 (`modeling.precision`); under
+    DeepSpeed all in the type of its engine, as the policy is.
+    """
+    rest = plan.compute_bytes if plan.by_deepspeed else FP32
+    return sum(
+        (plan.compute_bytes if weight.linear else rest) * _part(weight, plan.sharding, plan.gpus)
+        for weight in plan.policy.weights()
+    )
 
 
 def _part(weight: Weight, sharding: Sharding, gpus: int) -> int:
