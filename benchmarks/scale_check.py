@@ -199,9 +199,8 @@ def main() -> None:
         "from three runs": learn([runs[case] for case in KNOWN], COMPLETIONS),
     }
     rows = [compare(run, models, cores) for run in runs.values()]
-    print(
-        "| trainers | servers | max_staleness | measured, s | from one run | from three runs |\n|---:|---:|---:|---:|---:|---:|"
-    )
+    print("| trainers | servers | max_staleness | measured, s | from one run | from three runs |")
+    print("|---:" * 6 + "|")
     for row in rows:
         numbers = [row["trainers"], row["servers"], row["max_staleness"], row["measured"]["all"]]
         print("| " + " | ".join(map(str, [*numbers, *row["predicted"].values()])) + " |")
