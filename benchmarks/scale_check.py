@@ -22,6 +22,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -205,15 +206,13 @@ def main() -> None:
         numbers = [row["trainers"], row["servers"], row["max_staleness"], row["measured"]["all"]]
         print("| " + " | ".join(map(str, [*numbers, *row["predicted"].values()])) + " |")
     if args.json is not None:
-        import vllm
-
         result = {
             "command": " ".join(["python", "benchmarks/scale_check.py", *sys.argv[1:]]),
             "machine": describe_machine("cpu", 1),
             "cores": cores,
             "load_before": round(load_before, 2),
             "load_after": round(os.getloadavg()[0], 2),
-            "versions": {**versions(), "vllm": vllm.__version__},
+            "versions": {**versions(), "vllm": version(packages_distributions()["vllm"][0])},
             "workload": {"prompts": PROMPTS, "completions": COMPLETIONS, "new_tokens": NEW_TOKENS, "steps": STEPS},
             "model": vars(SHAPE),
             "runs": rows,
