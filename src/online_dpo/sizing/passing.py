@@ -120,5 +120,6 @@ def _live_bytes(plan: Plan) -> int:
 
 
 def _bucket_bytes(plan: Plan) -> int:
-    """DeepSpeed's buckets of gradients on their way: one, or two where sending overlaps with computing."""
-    return plan.compute_bytes * plan.bucket if plan.by_deepspeed else 0
+    """DeepSpeed's buckets of gradients on their way."""
+    numbers = plan.policy.hidden**2 if plan.bucket is None else plan.bucket
+    return plan.compute_bytes * numbers if plan.by_deepspeed else 0

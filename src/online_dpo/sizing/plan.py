@@ -61,8 +61,9 @@ class Plan:
 
     tokens_per_pass: int = 16384
     gradient_checkpointing: bool = True
-    bucket: int = 500_000_000
-    """DeepSpeed's ``reduce_bucket_size``, in numbers. Its default is this; recipes/accelerate/ sets a smaller one."""
+    bucket: int | None = None
+    """DeepSpeed's ``reduce_bucket_size``, in numbers; ``None`` is ``auto``, the square of the hidden size. Where a file
+    leaves it out, DeepSpeed takes 500 million."""
     live: int = 1_000_000_000
     """DeepSpeed's ``stage3_max_live_parameters``: numbers of gathered weights at a time."""
 

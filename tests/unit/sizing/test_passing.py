@@ -121,3 +121,13 @@ def test_logits(trained, hidden):
 
 def test_chunk_of_logits_is_that_of_the_model():
     assert passing.CHUNK_LOGITS == logprobs.CHUNK_LOGITS_ELSEWHERE
+
+
+def test_buckets_of_deepspeed():
+    def bucket(**options):
+        terms = {term.name: term.gpu for term in passing.pass_terms(Plan(MODELS["7B"], gpus=8, **options))}
+        return terms["buckets"]
+
+    assert bucket(sharding="zero2") == 2 * 3584**2
+    assert bucket(sharding="zero2", bucket=500_000_000) == 1_000_000_000
+    assert bucket(sharding="fsdp2") == bucket() == 0
