@@ -42,7 +42,8 @@ def held_terms(plan: Plan) -> Iterator[Term]:
     """Yields what is held all the time, gradients apart."""
     yield from _policy_terms(plan)
     if plan.reference and plan.adapter == "none":
-        yield Term("reference", _reference_bytes(plan))
+        size = _reference_bytes(plan)
+        yield Term("reference", 0, size) if plan.offload_parameters else Term("reference", size)
     if plan.reward_model is not None:
         sharding = plan.sharding if plan.reward_model_sharded else "none"
         yield Term("reward model", HALF * sum(_part(w, sharding, plan.gpus) for w in plan.reward_model.weights()))

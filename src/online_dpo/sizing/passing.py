@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from online_dpo.sizing.held import FP32, HALF, Term, gradient_term
+from online_dpo.sizing.held import FP32, HALF, Term, gradient_term, stepped_numbers, trained_weights
 from online_dpo.sizing.plan import Plan
 from online_dpo.sizing.shape import ModelShape
 
@@ -57,6 +57,14 @@ def pass_terms(plan: Plan) -> Iterator[Term]:
     yield Term("gathered for a pass", _live_bytes(plan))
     yield Term("activations", activation_bytes(plan))
     yield Term("logits", logit_bytes(plan))
+
+
+def step_terms(plan: Plan) -> Iterator[Term]:
+    """Yields what the optimizer's step needs: the gradients, of which DeepSpeed makes a copy in fp32 for its part."""
+    yield gradient_term(plan)
+    copied = plan.by_deepspeed and plan.bf16 and not plan.offload_optimizer
+    stepped = stepped_numbers(trained_weights(plan), plan.sharding, plan.gpus)
+    yield Term("gradients in fp32", FP32 * stepped if copied else 0)
 
 
 def activation_bytes(plan: Plan) -> int:

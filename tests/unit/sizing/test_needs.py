@@ -57,3 +57,16 @@ def test_copies_of_linear_layers_are_made_only_where_weights_are_in_fp32():
     linears = sum(w.numbers * w.count for w in SEVEN.weights() if w.linear)
     assert copies() == 2 * linears
     assert copies(bf16=False) == copies(adapter="lora") == copies(sharding="zero3", gpus=8) == 0
+
+
+def test_deepspeeds_step_copies_its_part_of_the_gradients_in_fp32():
+    thirty_two = MODELS["32B"]
+    needs = memory_needs(Plan(thirty_two, "zero2", gpus=2, tokens_per_pass=1024, engine="servers"))
+    held, training, stepping = (sum(named(part).values()) for part in (needs.held, needs.training, needs.stepping))
+    assert stepping == pytest.approx((2 + 4) * thirty_two.parameters / 2, rel=1e-6) and stepping > training
+    assert needs.gpu == held + stepping
+
+
+def test_an_offloaded_reference_is_on_the_machine():
+    names = {t.name: t for t in memory_needs(Plan(SEVEN, "zero3", gpus=8, offload_parameters=True)).held}
+    assert names["reference"].gpu == 0 and names["reference"].host == pytest.approx(SEVEN.parameters / 4, rel=1e-6)
