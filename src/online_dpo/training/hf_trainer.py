@@ -22,7 +22,7 @@ from online_dpo.checkpoints.folders import folder_of
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.distributed.collectives import RankErrors
 from online_dpo.distributed.on_cpu import fsdp_on_cpu
-from online_dpo.distributed.process_state import kept_random_state
+from online_dpo.distributed.process_state import kept_environment, kept_random_state
 from online_dpo.distributed.rank_watch import watch_ranks
 from online_dpo.distributed.sharding import full, sharding_for
 from online_dpo.modeling.borrowing import kept_flags
@@ -182,8 +182,8 @@ class GuardedTrainer(Trainer):
         return self.interrupt.checkpoint
 
     def create_accelerator_and_postprocess(self) -> None:
-        """The parent's; processes on CPUs shard as well."""
-        with fsdp_on_cpu():
+        """The parent's; processes on CPUs shard as well, and the next trainer of this process chooses for itself."""
+        with fsdp_on_cpu(), kept_environment():
             super().create_accelerator_and_postprocess()
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
