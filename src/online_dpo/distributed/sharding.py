@@ -17,8 +17,6 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from online_dpo.distributed.collectives import world_size
-
 # --- the weights of a model -------------------------------------------------------------------------------------------
 
 
@@ -182,7 +180,7 @@ class NoSharding:
     partial = copies = False
 
     def __init__(self, accelerator: Accelerator) -> None:
-        self.name = "ddp" if world_size() > 1 else "none"
+        self.name = "ddp" if accelerator.num_processes > 1 else "none"
         self._accelerator = accelerator
 
     def attach(self, model: nn.Module, optimizer: Any) -> Any:
