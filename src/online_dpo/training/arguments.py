@@ -13,9 +13,12 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from online_dpo.config.checking import EPOCH_FIELDS
 from online_dpo.config.hf_fields import check_output_dir
+from online_dpo.config.quantization import NEEDS_ADAPTER, quantised_as
 from online_dpo.config.requirements import problems
 from online_dpo.config.trainer_config import OnlineDPOConfig
-from online_dpo.modeling.loading import check_model_path
+from online_dpo.modeling.introspection import is_quantized_by_bitsandbytes
+from online_dpo.modeling.loading import check_model_path, is_adapter
+from online_dpo.modeling.quantization import describe
 from online_dpo.rollout.params import SamplingParams
 from online_dpo.rollout.vllm.client import VLLMClient
 from online_dpo.rollout.vllm.requests import vllm_sampling
@@ -71,11 +74,13 @@ def check_arguments(
         )
     if args.model_init_kwargs is not None and not isinstance(model, str):
         raise ValueError("`model_init_kwargs` is only used when `model` is a name or folder, but it is a loaded model.")
+    options: Any = args.model_init_kwargs
+    if peft_config is None:
+        check_has_adapter(model, options)
     check_vllm(args)
     if isinstance(model, nn.Module) and peft_config is None:
         check_trained(model)
     check_output_dir(args)
-    options: Any = args.model_init_kwargs
     if isinstance(model, str):
         check_model_path(model, "model", "policy", options)
     if isinstance(ref_model, str):
@@ -139,6 +144,22 @@ def check_judged_pairs(args: OnlineDPOConfig) -> None:
     for name in ("min_margin", "max_margin", "margin_weighting", "label_temperature"):
         if getattr(args, name):
             raise ValueError(f"`{name}` needs scores to make the pairs; those of a judge have probabilities.")
+
+
+def check_has_adapter(model: Any, options: Mapping[str, Any] | None) -> None:
+    """Refuse a quantised model without an adapter, before it is loaded.
+
+    Raises:
+        ValueError: the model, or the folder or name of one, is such.
+    """
+    if is_peft_model_object(model) or (isinstance(model, str) and is_adapter(model)):
+        return
+    if isinstance(model, str):
+        method = quantised_as(model, options)
+    else:
+        method = describe(model) if is_quantized_by_bitsandbytes(model) else None
+    if method is not None:
+        raise ValueError(f"`model` is quantised ({method}) and {NEEDS_ADAPTER} Give a `peft_config`.")
 
 
 def is_peft_model_object(model: Any) -> bool:
