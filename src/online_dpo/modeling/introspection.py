@@ -82,6 +82,11 @@ def computing_dtype(model: nn.Module) -> torch.dtype:
     return max({plain, *(_computed_in(layer) for _, layer in layers_in_bits(model))}, key=lambda d: torch.finfo(d).eps)
 
 
+def is_quantized(model: nn.Module) -> bool:
+    """Whether linear layers of the model are quantised, in whatever way, so that an adapter cannot be merged."""
+    return bool(getattr(unwrapped(model), "is_quantized", False))
+
+
 def is_quantized_by_bitsandbytes(model: nn.Module) -> bool:
     """Whether bitsandbytes holds linear layers of the model in 4 or 8 bits."""
     base: Any = unwrapped(model)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from online_dpo.modeling.introspection import is_quantized_by_bitsandbytes, layers_in_bits, unwrapped
+from online_dpo.modeling.introspection import is_quantized, is_quantized_by_bitsandbytes, layers_in_bits, unwrapped
 
 PACKED_FOR_CPU = (
     "`{argument}` was used on this CPU before, and bitsandbytes has packed its 4-bit weights for reading alone: no "
@@ -79,7 +79,7 @@ def describe(model: nn.Module) -> str | None:
     if kinds:
         return " and ".join(kinds)
     base: Any = unwrapped(model)
-    return str(base.quantization_method) if getattr(base, "is_quantized", False) else None
+    return str(getattr(base.quantization_method, "value", base.quantization_method)) if is_quantized(model) else None
 
 
 def _scales(layer: Any) -> torch.Tensor:

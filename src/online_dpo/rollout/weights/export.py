@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 
-from online_dpo.modeling.introspection import unwrapped
+from online_dpo.modeling.introspection import is_quantized, unwrapped
 
 SHARD_BYTES = 1 << 30
 
@@ -33,10 +33,11 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         ValueError: the model is quantised, or has an adapter that cannot be merged weight by weight.
     """
     base = unwrapped(model)
-    if getattr(base, "is_quantized", False):
+    if is_quantized(model):
         raise ValueError(
-            "The weights of a quantised model (QLoRA) cannot be sent to vLLM, which holds them without quantisation. "
-            "Load the model without quantisation, or sample without `use_vllm`."
+            "The weights of a quantised model (QLoRA) cannot be sent to vLLM, its adapter alone can be. Start the servers "
+            "for adapters: `online-dpo serve MODEL --lora-rank RANK`, with the folder or name of the policy's base model "
+            "and the adapter's rank (`lora_r`)."
         )
     peft = is_peft_model(extract_model_from_parallel(model, keep_torch_compile=False))
     weights = _merged_weights(base) if peft else _plain_weights(base, "")
