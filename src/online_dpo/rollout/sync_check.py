@@ -83,7 +83,7 @@ class SyncCheck:
         """Says, after the first check, if sampler and trainer compute differently and how much that changes."""
         if self._first_difference is not None:
             return
-        self._first_difference = worst
+        self._first_difference = worst or None  # 0 without prompts
         if worst > rounding and is_first_rank():
             logger.warning(
                 "The trainer's base model is quantised (%s) and the sampler's is not, or in another way: "

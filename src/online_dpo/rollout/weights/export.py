@@ -22,6 +22,11 @@ from transformers.core_model_loading import revert_weight_conversion
 from online_dpo.modeling.introspection import is_quantized, unwrapped
 
 SHARD_BYTES = 1 << 30
+ADAPTERS_ALONE = (
+    "The weights of a quantised policy (QLoRA) cannot be sent to vLLM, its adapter alone can be. Start the servers with "
+    "`online-dpo serve MODEL --lora-rank RANK`: the folder or name of the policy's base model, and the adapter's rank "
+    "(`lora_r`)."
+)
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -34,11 +39,7 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """
     base = unwrapped(model)
     if is_quantized(model):
-        raise ValueError(
-            "The weights of a quantised model (QLoRA) cannot be sent to vLLM, its adapter alone can be. Start the servers "
-            "for adapters: `online-dpo serve MODEL --lora-rank RANK`, with the folder or name of the policy's base model "
-            "and the adapter's rank (`lora_r`)."
-        )
+        raise ValueError(ADAPTERS_ALONE)
     peft = is_peft_model(extract_model_from_parallel(model, keep_torch_compile=False))
     weights = _merged_weights(base) if peft else _plain_weights(base, "")
     tied = base.all_tied_weights_keys
