@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
-from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from support import tiny
@@ -38,8 +37,8 @@ def dequantized(quantized: PreTrainedModel) -> PreTrainedModel:
     for name, module in quantized.named_modules():
         if isinstance(module, Linear4bit):
             weights[f"{name}.weight"] = dequantize_4bit(module.weight.data, module.weight.quant_state).float()
-        elif isinstance(module, nn.Module):
-            weights |= {f"{name}.{key}": p.detach().float() for key, p in module.named_parameters(recurse=False)}
+        plain = {f"{name}.{key}": p.detach().float() for key, p in module.named_parameters(recurse=False)}
+        weights = plain | weights
     model.load_state_dict(weights)
     assert all(p.dtype == torch.float32 for p in model.parameters())
     return model.eval()

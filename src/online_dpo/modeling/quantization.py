@@ -6,6 +6,7 @@ parameters. Nothing but the adapter over them is trained.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from online_dpo.modeling.introspection import is_quantized, is_quantized_by_bitsandbytes, layers_in_bits, unwrapped
 
+HALF_PRECISION = (torch.bfloat16, torch.float16)
 PACKED_FOR_CPU = (
     "`{argument}` was used on this CPU before, and bitsandbytes has packed its 4-bit weights for reading alone: no "
     "gradient goes through them any more. Load it again, and give it before it has computed anything."
@@ -21,7 +23,7 @@ PACKED_FOR_CPU = (
 
 
 def keep_differentiable(model: nn.Module, argument: str) -> None:
-    """Keeps gradients flowing through 4-bit layers on a CPU.
+    """Keeps gradients flowing through 4-bit layers on a CPU; says once what is said in each pass otherwise.
 
     On a CPU that multiplies in bf16, bitsandbytes packs a layer's weights anew at the first pass in evaluation mode, in
     place, with scales rounded to bf16. Layers that are packed so have no gradient, silently, and cannot be unpacked.
@@ -33,6 +35,7 @@ def keep_differentiable(model: nn.Module, argument: str) -> None:
         ValueError: that has happened to a layer.
     """
     for _, layer in layers_in_bits(model):
+        quiet_casts()
         if _is_4bit(layer):
             if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):  # set when it happens, alone
                 raise ValueError(PACKED_FOR_CPU.format(argument=argument))
@@ -47,6 +50,43 @@ def ready_for_adapter(model: Any) -> Any:
 
     # Trainer turns checkpointing on, as the run asks for it
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+
+
+def check_biases(model: nn.Module) -> None:
+    """Checks that no trained bias is held in half precision by its layer.
+
+    Raises:
+        ValueError: bitsandbytes casts one to the type of products, in place, in every pass.
+    """
+    for name, layer in layers_in_bits(model):
+        bias = layer.bias
+        if bias is not None and bias.requires_grad and getattr(layer, "compute_dtype", None) in HALF_PRECISION:
+            raise ValueError(
+                f"`{name}.bias` is to be trained, and bitsandbytes rounds it to "
+                f"{str(layer.compute_dtype).removeprefix('torch.')} in every pass, so that small steps are lost. Set "
+                "`bnb_4bit_compute_dtype` to float32, or leave biases out of the adapter (`bias`)."
+            )
+
+
+def quiet_casts() -> None:
+    """Lets bitsandbytes say once, and not in each layer and pass, that it casts what an 8-bit layer reads."""
+    said = logging.getLogger("bitsandbytes.autograd._functions")
+    if not any(isinstance(one, _Once) for one in said.filters):
+        said.addFilter(_Once())
+
+
+class _Once(logging.Filter):
+    """Passes each text a single time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        new = text not in self._seen
+        self._seen.add(text)
+        return new
 
 
 def named_numbers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

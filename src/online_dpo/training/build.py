@@ -32,7 +32,7 @@ from online_dpo.modeling.precision import (
     train_in_fp32,
     warn_of_other_dtype,
 )
-from online_dpo.modeling.quantization import keep_differentiable, ready_for_adapter
+from online_dpo.modeling.quantization import check_biases, keep_differentiable, ready_for_adapter
 from online_dpo.modeling.reference import (
     AdapterOffReference,
     FrozenReference,
@@ -81,6 +81,7 @@ def build_policy(model: Any, peft_config: Any, args: OnlineDPOConfig, optimizer:
         model = _with_adapter(model, peft_config)
     if is_peft_model_object(model):
         _check_adapter(model)
+    check_biases(model)
     if trains_adapter:
         train_in_fp32(model, args, may_hold_all=loaded_here and not typed)
     check_trained(model, optimizer)
