@@ -34,7 +34,7 @@ class SyncCheck:
     """
 
     def __init__(self, device: torch.device, every: int) -> None:
-        self._device, self._every = device, every
+        self.device, self._every = device, every
         self._last: int | None = None
         self._first_difference: float | None = None
 
@@ -60,7 +60,7 @@ class SyncCheck:
         engine_dtype = engine.own_dtype or trainer_dtype
         rounding, kind = max(sync_tolerance(trainer_dtype), sync_tolerance(engine_dtype)), describe(model)
         allowed = quantized_tolerance(kind, rounding, self._first_difference)
-        worst = float(max_over_ranks(torch.tensor(difference, device=self._device)))
+        worst = float(max_over_ranks(torch.tensor(difference, device=self.device)))
         if not worst <= allowed:
             raise OutOfSyncError(
                 f"After the weights of step {step} were sent to it, the sampler's log-probabilities differ from the "

@@ -21,8 +21,10 @@ from online_dpo.checkpoints.files import replacing
 from online_dpo.checkpoints.folders import folder_of
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.distributed.collectives import RankErrors
-from online_dpo.distributed.process_state import kept_random_state
+from online_dpo.distributed.on_cpu import fsdp_on_cpu
+from online_dpo.distributed.process_state import kept_environment, kept_random_state
 from online_dpo.distributed.rank_watch import watch_ranks
+from online_dpo.distributed.sharding import full, sharding_for
 from online_dpo.modeling.borrowing import kept_flags
 from online_dpo.modeling.loading import ConfigKeeper, empty_device_cache
 from online_dpo.modeling.precision import keeps_small_steps
@@ -67,6 +69,7 @@ class GuardedTrainer(Trainer):
         self.callback_handler: NamedCallbacks = NamedCallbacks(self.callback_handler)
         self.add_callback(self.configs)
         self.model_accepts_loss_kwargs = True
+        self.sharding = sharding_for(self.accelerator)
         self.metrics = MetricStore()
         self.phase = PhaseTimer(self.metrics, self.accelerator.device)
         self.errors = RankErrors(self.accelerator.device)
@@ -75,8 +78,8 @@ class GuardedTrainer(Trainer):
             self.phase,
             lambda: args.row_capacity,
             self.accelerator.num_processes,
-            drop_gradients=lambda: self.model.zero_grad(),  # pyright: ignore[reportOptionalMemberAccess]
-            free_memory=self.free_memory,
+            lambda: self.sharding.drop_gradients(self.model),  # pyright: ignore[reportArgumentType]
+            self.free_memory,
         )
         self.evaluation_weights = EvaluationWeights(lambda: self.optimizer, lambda: self.is_in_train)
         self._build_guards(args)
@@ -94,8 +97,7 @@ class GuardedTrainer(Trainer):
         self.run_state = RunState()
         self.run_state.add(self.guard, self.log_state)
         self._random_state_in: str | None = None
-        self._has_random_state = False
-        self._beside_training = False
+        self._has_random_state = self._beside_training = False
 
     def _build_guards(self, args: OnlineDPOConfig) -> None:
         """Builds what watches over the run, in the order in which the callbacks among it are called."""
@@ -106,7 +108,8 @@ class GuardedTrainer(Trainer):
         factor, recovery = args.skipped_step_lr_factor, args.skipped_step_lr_recovery
         self.backoff = LearningRateBackoff(factor, recovery, trains=lambda: self.guard.trains)
         limits = (args.max_skipped_steps, args.max_idle_steps)
-        self.guard = StepGuard(self.accelerator, *limits, self.backoff, self._on_skip, self.finite.check_start)
+        checks = (self._on_skip, self.finite.check_start)
+        self.guard = StepGuard(self.accelerator, *limits, self.backoff, *checks, self.sharding)
         self.add_callback(self.guard)
         self.updates = UpdatedRatio(lambda: self.guard.trained_steps, warns=not keeps_small_steps(args))
         self.add_callback(self.updates)
@@ -177,6 +180,17 @@ class GuardedTrainer(Trainer):
         self._save_checkpoint(self.model, trial=None)  # pyright: ignore[reportArgumentType]
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)  # pyright: ignore
         return self.interrupt.checkpoint
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The parent's; processes on CPUs shard as well, and the next trainer of this process chooses for itself."""
+        with fsdp_on_cpu(), kept_environment():
+            super().create_accelerator_and_postprocess()
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """The parent's, after which an update of the weights is made when `optimizer.step()` is called."""
+        model, dataloader = super()._prepare_for_training(*args, **kwargs)
+        self.optimizer = self.callback_handler.optimizer = self.sharding.attach(model, self.optimizer)
+        return model, dataloader
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """The parent's, unless the checkpoint that is resumed was the run's last: it would train one more step."""
@@ -320,12 +334,10 @@ class GuardedTrainer(Trainer):
         def one_pass(rows: PackedRows) -> torch.Tensor:
             return super(GuardedTrainer, self).training_step(model, {"rows": rows}, num_items_in_batch)
 
-        *others, last = inputs["passes"]
         losses = []
-        for rows in others:
-            with self.accelerator.no_sync(model):
+        for number, rows in enumerate(inputs["passes"], start=1):
+            with self.sharding.one_pass(model, last=number == len(inputs["passes"])):
                 losses.append(self.passes.run(rows, one_pass))
-        losses.append(self.passes.run(last, one_pass))
         return torch.stack(losses).sum()
 
     def free_memory(self) -> None:
@@ -352,6 +364,7 @@ class GuardedTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = full(norm) if isinstance(norm, torch.Tensor) else norm
         self.guard.saw_gradient_norm(norm)  # pyright: ignore[reportArgumentType]
         return norm
 
