@@ -132,14 +132,18 @@ def test_biases_of_a_quantised_model_are_trained_with_a_reference_that_keeps_its
 
 def test_biases_that_a_layer_would_round_in_every_pass_are_not_trained(tmp_path):
     folder = quantized.base_folder(tmp_path / "base", attention_bias=True)
-    with pytest.raises(ValueError, match="q_proj.base_layer.bias` is to be trained.*bfloat16.*`bnb_4bit_compute_dtype` to float32"):
+    with pytest.raises(
+        ValueError, match="q_proj.base_layer.bias` is to be trained.*bfloat16.*`bnb_4bit_compute_dtype` to float32"
+    ):
         qlora(tmp_path, folder, BF16, lora={**ALL_LINEAR, "bias": "all"})
 
 
 @pytest.mark.parametrize("as_object", [False, True])
 def test_without_an_adapter_a_quantised_model_is_refused_before_it_is_loaded(tmp_path, base, as_object):
-    given = dict(model=quantized.loaded(base, NF4)) if as_object else dict(
-        model="never/loaded", model_init_kwargs={"quantization_config": NF4}
+    given = (
+        dict(model=quantized.loaded(base, NF4))
+        if as_object
+        else dict(model="never/loaded", model_init_kwargs={"quantization_config": NF4})
     )
     with pytest.raises(ValueError, match="is quantised .* needs an adapter.*Give a `peft_config`"):
         training.trainer(tmp_path, **given)

@@ -9,7 +9,6 @@ from online_dpo.config.checking import check_numbers, warn_ignored
 from online_dpo.config.endpoints import holds_secret
 from online_dpo.config.field_specs import documented
 
-
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The largest ranks of adapters that vLLM can be started for."""
 

@@ -161,7 +161,10 @@ QUANTIZED = [
     ({"quantization_config": {"quant_method": "bitsandbytes"}}, "says neither `load_in_4bit: true` nor"),
     ({"quantization_config": {"load_in_4bit": True, "load_in_8bit": True}}, "says both"),
     ({"quantization_config": {"load_in_4bit": "yes"}}, '`load_in_4bit` is "yes"; wanted: one of true, false'),
-    ({"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_typ": "nf4"}}, "Did you mean `bnb_4bit_quant_type`"),
+    (
+        {"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_typ": "nf4"}},
+        "Did you mean `bnb_4bit_quant_type`",
+    ),
     ({"quantization_config": {"load_in_4bit": True, "use_bnb_nested_quant": True}}, "mean `bnb_4bit_use_double_quant`"),
     ({"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf5"}}, 'is "nf5"; wanted: one of "nf4"'),
     ({"quantization_config": {"load_in_4bit": True, "bnb_4bit_compute_dtype": "bf16"}}, 'one of "float32", "bfloat16"'),

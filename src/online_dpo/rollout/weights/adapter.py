@@ -32,9 +32,7 @@ def check_adapter(model: nn.Module, most_rank: int | None, otherwise: str | None
     config = policy.active_peft_config
     plain = config.peft_type == "LORA" and len(policy.active_adapters) == 1
     if not plain or config.use_dora or config.lora_bias or config.modules_to_save or config.bias != "none":
-        raise ValueError(
-            f"vLLM takes one plain LoRA adapter: no DoRA, no biases, no `modules_to_save`. {otherwise}"
-        )
+        raise ValueError(f"vLLM takes one plain LoRA adapter: no DoRA, no biases, no `modules_to_save`. {otherwise}")
     rank = adapter_rank(policy)
     if most_rank is not None and rank > most_rank:
         raise ValueError(
