@@ -24,8 +24,8 @@ from online_dpo.modeling.introspection import is_quantized, unwrapped
 SHARD_BYTES = 1 << 30
 ADAPTERS_ALONE = (
     "The weights of a quantised policy (QLoRA) cannot be sent to vLLM, its adapter alone can be. Start the servers "
-    "with `online-dpo serve MODEL --lora-rank RANK`: the folder or name of the policy's base model, and the adapter's rank "
-    "(`lora_r`)."
+    "with `online-dpo serve MODEL --lora-rank RANK`: the folder or name of the policy's base model, and the "
+    "adapter's rank (`lora_r`)."
 )
 
 
