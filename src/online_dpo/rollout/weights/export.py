@@ -19,9 +19,14 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 
-from online_dpo.modeling.introspection import unwrapped
+from online_dpo.modeling.introspection import is_quantized, unwrapped
 
 SHARD_BYTES = 1 << 30
+ADAPTERS_ALONE = (
+    "The weights of a quantised policy (QLoRA) cannot be sent to vLLM, its adapter alone can be. Start the servers "
+    "with `online-dpo serve MODEL --lora-rank RANK`: the folder or name of the policy's base model, and the "
+    "adapter's rank (`lora_r`)."
+)
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -33,11 +38,8 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         ValueError: the model is quantised, or has an adapter that cannot be merged weight by weight.
     """
     base = unwrapped(model)
-    if getattr(base, "is_quantized", False):
-        raise ValueError(
-            "The weights of a quantised model (QLoRA) cannot be sent to vLLM, which holds them without quantisation. "
-            "Load the model without quantisation, or sample without `use_vllm`."
-        )
+    if is_quantized(model):
+        raise ValueError(ADAPTERS_ALONE)
     peft = is_peft_model(extract_model_from_parallel(model, keep_torch_compile=False))
     weights = _merged_weights(base) if peft else _plain_weights(base, "")
     tied = base.all_tied_weights_keys
