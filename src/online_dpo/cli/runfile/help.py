@@ -30,8 +30,8 @@ Exit code: 0 the model is trained and saved; 1 the run failed; 2 wrong input; 3 
 RAY_USAGE = """\
 usage: online-dpo ray [run.yaml] [--field value ...] [--ray.setting value ...] [--traceback]
 
-Train on a Ray cluster: the processes that train, and the vLLM servers that they sample from, as the section `ray` of the
-run file says. All other fields are those of `online-dpo train`. Processes that are lost are started again.
+Train on a Ray cluster: the processes that train, and the vLLM servers that they sample from, as the section `ray` of
+the run file says. All other fields are those of `online-dpo train`. Processes that are lost are started again.
 
   online-dpo ray run.yaml --ray.train_gpus 8 --ray.servers 2
 
