@@ -11,18 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from online_dpo.checkpoints.needed import Needs
+from online_dpo.cli.parser import WRONG_INPUT
 from online_dpo.cli.runfile.entries import UsageError
 from online_dpo.cli.runfile.help import RAY_USAGE, ray_help
 from online_dpo.cli.runfile.planning import run_checked, split_words
 from online_dpo.cli.runfile.ray_section import split_settings
 from online_dpo.cli.runfile.run_file import DEFAULT_OUTPUT, INPUT_PATHS, RunPlan, plan_run
-from online_dpo.cli.terminal.errors import report_error
 from online_dpo.config.requirements import RAY
 from online_dpo.launch.environment import passed_on
 from online_dpo.launch.job import Job
 from online_dpo.launch.settings import STARTED_AS
 
 KEY_VARIABLE = "VLLM_API_KEY"
+FAILED = 1
 
 
 def ray(words: Sequence[str]) -> int:
@@ -38,13 +39,17 @@ def _plan(run_file: Path | None, words: Sequence[str]) -> RunPlan:
 
 
 def _run(plan: RunPlan, words: list[str], show_traceback: bool) -> int:
-    from online_dpo.launch.failures import ClusterError
+    from online_dpo.launch.failures import ClusterError, ServerFailedError
     from online_dpo.launch.run import run_on_cluster
 
     try:
         return run_on_cluster(job_of(plan, words, show_traceback))
-    except ClusterError as error:
-        return report_error(error, 2, show_traceback)
+    except ClusterError as error:  # nothing is wrong here, so where it came from says nothing
+        print(f"error: {error}", file=sys.stderr)
+        return WRONG_INPUT
+    except ServerFailedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
 
 
 def job_of(plan: RunPlan, words: Sequence[str], show_traceback: bool = False) -> Job:

@@ -54,8 +54,8 @@ def shortfall(
         free: those of all machines together that are not in use.
         placed: the bundles that have their place already.
 
-    >>> shortfall([Bundle("trainer", 0, gpus=1, cpus=1)], [{"CPU": 8}], {"CPU": 8})
-    'Wanted: 1 GPU and 1 CPU (1 trainer with 1 GPU and 1 CPU). The cluster has no GPU and 8 CPUs on 1 node. Lacking: 1 GPU.'
+    >>> shortfall([Bundle("trainer", 0, gpus=1, cpus=0)], [{"CPU": 8}], {"CPU": 8})
+    'Wanted: 1 GPU (1 trainer with 1 GPU). The cluster has no GPU and 8 CPUs on 1 node. Lacking: 1 GPU.'
     """
     total = _sum(nodes)
     usable = _sum([free, *(bundle.resources for bundle in placed)])

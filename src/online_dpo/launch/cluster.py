@@ -5,6 +5,7 @@ Only this module imports Ray, and only the command `online-dpo ray` imports this
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
@@ -135,6 +136,7 @@ class Cluster:
 
     def worker(self, index: int, paths: Sequence[str]) -> RemoteWorker:
         """Starts a worker in a bundle. It says whether it sees the paths."""
+        assert self._group is not None
         bundle, place = self.bundles[index], PlacementGroupSchedulingStrategy(self._group, index)
         actor = ray.remote(Worker).options(
             num_cpus=bundle.cpus, num_gpus=bundle.gpus, scheduling_strategy=place, max_restarts=0
@@ -160,7 +162,7 @@ def joined(settings: RaySettings) -> Iterator[None]:
     """
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
-        ray.init(address=settings.address, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+        ray.init(address=settings.address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     except (RayError, ConnectionError, ValueError, RuntimeError, OSError, TimeoutError) as error:
         where = settings.address or os.environ.get("RAY_ADDRESS") or "this machine"
         raise ClusterError(

@@ -117,6 +117,10 @@ class ClusterRun:
             place = "the beginning: there is no checkpoint yet" if newest is None else newest.name
             self._logs.tell(f"{why}. All ranks are started again ({restarts} of {most}), from {place}")
 
+    @property
+    def _urls(self) -> list[str]:
+        return [server.url for server in self._servers]
+
     def close(self) -> None:
         """Ends all processes, and gives their places back."""
         self._trainers.kill()
@@ -142,7 +146,7 @@ class ClusterRun:
         self._deadline, self._server_lost = None, False
         try:
             self._wait_for_servers()
-            self._trainers.start([server.url for server in self._servers], checkpoint, self._stop.check)
+            self._trainers.start(self._urls, checkpoint, self._stop.check)
         except WorkerLost as lost:
             self._trainers.first_end = self._trainers.first_end or f"a worker is lost: {lost}"
             self._trainers.kill()
@@ -166,14 +170,13 @@ class ClusterRun:
         except ServerFailedError:
             self._let_trainers_end()
             raise
-        self._server_lost |= not all(server.is_ready for server in self._servers)
-        moved = all(server.is_ready for server in self._servers) and self._trainers.urls != [
-            s.url for s in self._servers
-        ]
-        if moved and self._stop.number is None:
-            self._trainers.first_end = "a server has another address now"
-            self._trainers.kill()
-        return moved and self._stop.number is None
+        ready = all(server.is_ready for server in self._servers)
+        self._server_lost |= not ready
+        if not ready or self._trainers.urls == self._urls or self._stop.number is not None:
+            return False
+        self._trainers.first_end = "a server has another address now"
+        self._trainers.kill()
+        return True
 
     def _let_trainers_end(self) -> None:
         """Let them save a checkpoint, where there is nothing any more to sample from."""

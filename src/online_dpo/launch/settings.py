@@ -121,7 +121,7 @@ def settings_problems(settings: RaySettings) -> Iterator[tuple[str, str]]:
         if _VARIABLE.fullmatch(name) is None:
             yield (
                 "env_vars",
-                f"has {name!r}; wanted: names of variables, without their values. `NCCL_*` is all of them.",
+                f"has {name!r}; wanted: names of variables, such as MY_TOKEN or MY_*, without values.",
             )
     yield from _server_problems(settings)
 

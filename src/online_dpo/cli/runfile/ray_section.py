@@ -63,15 +63,15 @@ def _merged(entries: Mapping[str, Entry]) -> dict[str, Entry]:
     """The settings by name, each with its place: those of the section, and over them those with a name like
     ``ray.servers``.
     """
+    dotted = {name.removeprefix(PREFIX): entry for name, entry in entries.items() if name.startswith(PREFIX)}
     section = entries.get(SECTION)
     if section is None:
-        given = {}
-    elif section.words is None:
+        return dotted
+    if section.words is None:
         given = section.value
     else:  # `--ray '{servers: 2}'`
         given = parse_yaml(section.words[0]) if len(section.words) == 1 else None
     found = {str(name): Entry(section.where, value) for name, value in given.items()} if isinstance(given, dict) else {}
-    dotted = {name.removeprefix(PREFIX): entry for name, entry in entries.items() if name.startswith(PREFIX)}
     return found | dotted
 
 
