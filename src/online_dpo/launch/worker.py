@@ -15,7 +15,7 @@ from online_dpo import __version__
 from online_dpo.launch.child import Child, Report
 from online_dpo.launch.environment import of_process
 
-HEALTH_SECONDS = 1.0
+STARTING_SECONDS, HEALTH_SECONDS = 0.5, 10.0
 ANSWER_SECONDS = 10.0
 SEEN_SECONDS = 5.0
 """How long a network file system may take to show a file that another machine has written."""
@@ -121,7 +121,7 @@ class Health:
         self._closed.set()
 
     def _run(self) -> None:
-        while not self._closed.wait(HEALTH_SECONDS):
+        while not self._closed.wait(STARTING_SECONDS if self._answered < 0 else HEALTH_SECONDS):
             try:
                 with self._opener.open(self._url, timeout=ANSWER_SECONDS):
                     self._answered = time.monotonic()

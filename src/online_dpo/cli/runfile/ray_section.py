@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import yaml
+
 from online_dpo.cli.runfile.entries import Entry, entry_value, read_overrides
 from online_dpo.cli.runfile.schema import read_fields_of
 from online_dpo.cli.runfile.values import BadValue
@@ -67,10 +69,10 @@ def _merged(entries: Mapping[str, Entry]) -> dict[str, Entry]:
     section = entries.get(SECTION)
     if section is None:
         return dotted
-    if section.words is None:
-        given = section.value
-    else:  # `--ray '{servers: 2}'`
-        given = parse_yaml(section.words[0]) if len(section.words) == 1 else None
+    try:  # `--ray '{servers: 2}'`; what is no mapping is reported with the other fields
+        given = section.value if section.words is None else parse_yaml(" ".join(section.words))
+    except yaml.YAMLError:
+        given = None
     found = {str(name): Entry(section.where, value) for name, value in given.items()} if isinstance(given, dict) else {}
     return found | dotted
 
