@@ -126,9 +126,10 @@ def score(prompts, completions):
     calls += 1
     if os.environ["RANK"] == "1" and calls == 4 and once("kill-trainer"):
         kill(os.getpid())
-    if os.environ["RANK"] == "0" and calls == 4 and once("kill-worker"):  # the process of Ray, above the keeper
+    is_second = (HERE / "done-kill-trainer").exists()
+    if os.environ["RANK"] == "0" and calls == 3 and is_second and once("kill-worker"):  # Ray's, above the keeper
         kill(parent_of(os.getppid()))
-    if os.environ["RANK"] == "1" and calls == 3 and (HERE / "done-kill-trainer").exists() and once("kill-server"):
+    if os.environ["RANK"] == "1" and calls == 3 and is_second and once("kill-server"):
         kill(server())
     if os.environ["RANK"] == "1" and calls == 3 and once("terminate"):
         os.kill(int((HERE / "command.pid").read_text()), signal.SIGTERM)

@@ -33,7 +33,9 @@ def test_a_server_splits_the_model_over_its_gpus_in_one_process_group():
     ]
 
 
-@pytest.mark.parametrize("given", [["--data-parallel-size", 2], ["--data-parallel-size=2"], ["--data_parallel_size", 2]])
+@pytest.mark.parametrize(
+    "given", [["--data-parallel-size", 2], ["--data-parallel-size=2"], ["--data_parallel_size", 2]]
+)
 def test_copies_of_the_model_are_the_users_choice(given):
     settings = RaySettings(train_gpus=1, servers=1, gpus_per_server=2, server_args=given)
     assert "--tensor-parallel-size" not in serve_words("m", settings, "h", 1, **LOCAL)
