@@ -50,6 +50,6 @@ def test_a_run_that_loses_a_process_and_then_its_server_ends_with_the_undisturbe
 def test_a_server_that_cannot_start_is_told_with_the_end_of_its_log(nodes, folder):
     words = ["--output_dir", folder / "wrong", "--ray.server_args", "[--max-model-len, 128, --, --no-such-option]"]
     code, _, errors = finished(start(folder / "run.yaml", nodes.address, *words))
-    assert code == 1
+    assert code == 2
     assert "error: The vLLM server 0 has ended with exit code 2 before it was ready." in errors
     assert "no-such-option" in errors.partition("ends with:")[2]

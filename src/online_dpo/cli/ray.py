@@ -39,7 +39,7 @@ def _plan(run_file: Path | None, words: Sequence[str]) -> RunPlan:
 
 
 def _run(plan: RunPlan, words: list[str], show_traceback: bool) -> int:
-    from online_dpo.launch.failures import ClusterError, ServerFailedError
+    from online_dpo.launch.failures import ClusterError, MachinesLostError, ServerFailedError
     from online_dpo.launch.run import run_on_cluster
 
     try:
@@ -47,9 +47,9 @@ def _run(plan: RunPlan, words: list[str], show_traceback: bool) -> int:
     except ClusterError as error:  # nothing is wrong here, so where it came from says nothing
         print(f"error: {error}", file=sys.stderr)
         return WRONG_INPUT
-    except ServerFailedError as error:
+    except (ServerFailedError, MachinesLostError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return FAILED
+        return WRONG_INPUT if isinstance(error, ServerFailedError) and error.wrong_input else FAILED
 
 
 def job_of(plan: RunPlan, words: Sequence[str], show_traceback: bool = False) -> Job:

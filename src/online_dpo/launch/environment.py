@@ -52,13 +52,15 @@ def in_order_of_ranks(nodes: Sequence[Hashable]) -> list[int]:
 def rank_variables(
     nodes: Sequence[Hashable], rank: int, address: str, port: int, *, one_gpu_each: bool
 ) -> dict[str, str]:
-    """The variables by which torchrun tells a process its place.
+    """The variables by which torchrun tells a process its place. One that trains alone has none of them.
 
     Args:
         nodes: the machine of each rank.
         address: of the machine of rank 0.
         one_gpu_each: each process sees one GPU alone, its first. Libraries take LOCAL_RANK for the number of the GPU.
     """
+    if len(nodes) == 1:
+        return {}
     on_node = [other for other, node in enumerate(nodes) if node == nodes[rank]]
     return {
         "RANK": str(rank),

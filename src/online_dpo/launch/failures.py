@@ -10,7 +10,20 @@ class ClusterError(OnlineDPOError, RuntimeError):
 
 
 class ServerFailedError(OnlineDPOError, RuntimeError):
-    """A vLLM server of a run could not be started, or was lost too often. The message has the end of its log."""
+    """A vLLM server of a run could not be started, or was lost too often. The message has the end of its log.
+
+    ``wrong_input``: it refused the words that it was given.
+    """
+
+    def __init__(self, message: str, wrong_input: bool = False) -> None:
+        super().__init__(message)
+        self.wrong_input = wrong_input
+
+
+class MachinesLostError(OnlineDPOError, RuntimeError):
+    """Machines were lost while a run trained, and the rest of the cluster has no room for it. The message says what is
+    missing.
+    """
 
 
 class WorkerLost(Exception):

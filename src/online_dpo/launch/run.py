@@ -13,14 +13,12 @@ from online_dpo.distributed.signals import StoppedBySignal, handling, name_of, w
 from online_dpo.launch.bundles import bundles_of
 from online_dpo.launch.cluster import TICK, Cluster, joined
 from online_dpo.launch.endings import run_code
-from online_dpo.launch.failures import ServerFailedError, WorkerLost
+from online_dpo.launch.failures import ClusterError, MachinesLostError, ServerFailedError, WorkerLost
 from online_dpo.launch.job import Job, OwnCheckpoints
 from online_dpo.launch.logs import FOLDER, Logs, rank_name
 from online_dpo.launch.servers import Server
 from online_dpo.launch.trainers import Trainers
 
-OTHERS_SECONDS = 60.0
-"""How long the other ranks may take to end once one has ended."""
 SERVERS_SECONDS = 10.0
 """How long servers may take to end."""
 
@@ -54,7 +52,8 @@ def run_on_cluster(job: Job) -> int:
     """Start a job on its cluster, and return the exit code: 0, 1, 2, 3 or 128 plus a signal's number.
 
     Raises:
-        ClusterError, ServerFailedError: it could not be started, or its servers fail.
+        ClusterError, ServerFailedError: it could not be started.
+        ServerFailedError, MachinesLostError: too much of it was lost.
         StoppedBySignal: a signal came before anything trained.
     """
     stop = StopSignal()
@@ -98,10 +97,23 @@ class ClusterRun:
         """Runs to the end, and returns the exit code.
 
         Raises:
-            ClusterError, ServerFailedError, StoppedBySignal: as `run_on_cluster`.
+            ClusterError, ServerFailedError, MachinesLostError, StoppedBySignal: as `run_on_cluster`.
         """
         self._cluster.place(self._stop.check)
+        if count := len(self._servers):
+            self._logs.tell(
+                f"starting {count} vLLM {'servers' if count > 1 else 'server'}; logs are in {self._logs.folder}"
+            )
         self._wait_for_servers()
+        try:
+            return self._train()
+        except ClusterError as error:
+            if not self._trainers.have_started:
+                raise
+            raise MachinesLostError(str(error)) from error
+
+    def _train(self) -> int:
+        """Train, again where processes were lost, and return the exit code."""
         restarts = 0
         while True:
             checkpoint = self._checkpoints.newest() if restarts else None
@@ -126,6 +138,9 @@ class ClusterRun:
         self._trainers.kill()
         for server in self._servers:
             server.end(signal.SIGTERM)
+        until = time.monotonic() + SERVERS_SECONDS
+        while not all(server.is_over() for server in self._servers) and time.monotonic() < until:
+            time.sleep(TICK)
         for server in self._servers:
             server.close()
         self._trainers.close()
@@ -167,7 +182,7 @@ class ClusterRun:
         try:
             for server in self._servers:
                 server.tick()
-        except ServerFailedError:
+        except (ServerFailedError, ClusterError):
             self._let_trainers_end()
             raise
         ready = all(server.is_ready for server in self._servers)
@@ -192,9 +207,8 @@ class ClusterRun:
         if self._deadline is None and self._stop.number is not None:
             self._deadline = now + settings.stop_timeout
             self._trainers.send(signal.SIGTERM)
-        elif self._deadline is None and self._trainers.codes:
-            well = not any(self._trainers.codes.values())
-            self._deadline = now + (settings.stop_timeout if well else OTHERS_SECONDS)
+        elif self._deadline is None and any(self._trainers.codes.values()):  # not while rank 0 saves the model
+            self._deadline = now + settings.stop_timeout
         if self._deadline is not None and (now > self._deadline or self._stop.insists):
             late = [rank for rank in range(settings.trainers) if rank not in self._trainers.codes]
             if late and not self._trainers.killed:

@@ -13,6 +13,8 @@ from online_dpo.launch.job import Job
 from online_dpo.launch.logs import Logs, server_name
 from online_dpo.launch.worker import Facts
 
+WRONG_INPUT = 2
+"""The exit code of `online-dpo serve`, and of vLLM, where their words are wrong."""
 SILENT_SECONDS = 60.0
 """How long a server may leave the question unanswered whether it is well."""
 
@@ -57,6 +59,16 @@ class Server:
         if self._worker is not None and self._launched:
             with suppress(WorkerLost):
                 self._worker.call("send", number)
+
+    def is_over(self) -> bool:
+        """Whether no process of it runs any more."""
+        if self._worker is None or not self._launched:
+            return True
+        try:
+            report = self._worker.report()
+        except WorkerLost:
+            return True
+        return report is not None and report.code is not None
 
     def close(self) -> None:
         """Kills it."""
@@ -105,11 +117,13 @@ class Server:
             return
         self._logs.of_server(self.number, report.lines)
         if report.code is not None:
-            self._replace(how_it_ended(report.code), fails_at_start=report.code > 0 and not self._was_ready)
+            if report.code > 0 and not self._was_ready:
+                raise self._failed_at_start(how_it_ended(report.code), wrong_input=report.code == WRONG_INPUT)
+            self._replace(how_it_ended(report.code))
         elif report.silent_seconds is None:
             if time.monotonic() - self._since > self._job.settings.server_start_timeout:
                 limit = f"{self._job.settings.server_start_timeout:g} seconds (`ray.server_start_timeout`)"
-                self._replace(f"has not answered within {limit}", fails_at_start=True)
+                raise self._failed_at_start(f"has not answered within {limit}")
         elif report.silent_seconds > SILENT_SECONDS:
             self._replace(f"has not answered for {SILENT_SECONDS:g} seconds")
         elif not self.is_ready:
@@ -117,16 +131,24 @@ class Server:
             self.is_ready = self._was_ready = True
             self._logs.tell(f"{server_name(self.number)} is ready{again} at {self.url}")
 
-    def _replace(self, why: str, fails_at_start: bool = False) -> None:
-        """Start it again, where that may help: on the machine that it was on, if that is there."""
+    def _failed_at_start(self, why: str, wrong_input: bool = False) -> ServerFailedError:
+        """The error where it would fail again."""
+        return ServerFailedError(
+            f"The vLLM {server_name(self.number)} {why} before it was ready. {self._end_of_log()}", wrong_input
+        )
+
+    def _end_of_log(self) -> str:
+        name = server_name(self.number)
+        return f"Its log is {self._logs.path_of(name)}, and ends with:{self._logs.end_of(name)}"
+
+    def _replace(self, why: str) -> None:
+        """Start it again: on the machine that it was on, if that is there."""
         self.is_ready = False
         name, most = server_name(self.number), self._job.settings.max_restarts
-        log = f"Its log is {self._logs.path_of(name)}, and ends with:{self._logs.end_of(name)}"
-        if fails_at_start:
-            raise ServerFailedError(f"The vLLM {name} {why} before it was ready. {log}")
         if self._restarts >= most:
             raise ServerFailedError(
-                f"The vLLM {name} {why}. It was started again {most} times before (`ray.max_restarts`). {log}"
+                f"The vLLM {name} {why}. It was started again {most} times before (`ray.max_restarts`). "
+                f"{self._end_of_log()}"
             )
         self._restarts += 1
         self._logs.tell(f"{name} {why}. It is started again ({self._restarts} of {most})")

@@ -41,6 +41,8 @@ class Trainers:
         """The exit code of each rank that has ended, or the negative number of a signal."""
         self.killed: set[int] = set()
         """The ranks that did not end by themselves, and were killed from here."""
+        self.have_started = False
+        """Whether they have been started once."""
         self.first_end = ""
         """How the first rank ended that did not end well."""
 
@@ -64,6 +66,9 @@ class Trainers:
         port = int(self._do(0, RemoteWorker.call, "free_port", address))
         words = train_words(self._job.run_file, self._job.words, urls, checkpoint)
         on_gpus = self._job.settings.train_gpus > 0
+        self.have_started = True
+        where = ", ".join(dict.fromkeys(facts[index].address for index in self._order))
+        self._logs.tell(f"starting {len(nodes)} {'processes' if len(nodes) > 1 else 'process'} to train on {where}")
         for rank in range(len(nodes)):
             own = rank_variables(nodes, rank, address, port, one_gpu_each=on_gpus)
             own |= {"PYTHONUNBUFFERED": "1", **({} if on_gpus else {"CUDA_VISIBLE_DEVICES": ""})}

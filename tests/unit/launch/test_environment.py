@@ -43,6 +43,10 @@ def test_with_one_visible_gpu_the_local_rank_is_0():
     }
 
 
+def test_a_process_that_trains_alone_is_told_nothing():
+    assert rank_variables(["a"], 0, "10.0.0.1", 29500, one_gpu_each=True) == {}
+
+
 def test_on_cpus_ranks_are_counted_on_their_machine():
     found = rank_variables(["a", "b", "b"], 2, "10.0.0.1", 29500, one_gpu_each=False)
     assert (found["LOCAL_RANK"], found["LOCAL_WORLD_SIZE"], found["GROUP_RANK"]) == ("1", "2", "1")
