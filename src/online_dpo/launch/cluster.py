@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from online_dpo.launch.worker import Facts, Worker
 
 TICK = 0.2
 NOTICE_SECONDS = 5.0
+CONNECT_SECONDS = 10.0
 CALL_SECONDS = 60.0
 """How long a worker may take to start a process, or to send it a signal."""
 REPORT_SECONDS = 120.0
@@ -160,14 +162,13 @@ def joined(settings: RaySettings) -> Iterator[None]:
     Raises:
         ClusterError: there is no cluster at this address.
     """
+    where = settings.address or os.environ.get("RAY_ADDRESS")
+    _check_that_it_listens(where)
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
         ray.init(address=settings.address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     except (RayError, ConnectionError, ValueError, RuntimeError, OSError, TimeoutError) as error:
-        where = settings.address or os.environ.get("RAY_ADDRESS") or "this machine"
-        raise ClusterError(
-            f"No Ray cluster could be joined at {where}: {error_text(error, first_line=True)}"
-        ) from error
+        raise _not_joined(where or "this machine", error) from error
     finally:
         for number, handler in handlers.items():  # Ray has one for SIGTERM
             signal.signal(number, handler)
@@ -175,3 +176,21 @@ def joined(settings: RaySettings) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_that_it_listens(address: str | None) -> None:
+    """Ray itself tries an address for minutes where nothing listens."""
+    host, _, port = (address or "").rpartition(":")
+    if host and port.isdecimal():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+        except (OSError, OverflowError) as error:
+            raise _not_joined(f"{host}:{port}", error) from error
+
+
+def _not_joined(where: str, error: BaseException) -> ClusterError:
+    cause = error_text(error, first_line=True).rstrip(".")
+    return ClusterError(
+        f"No Ray cluster could be joined at {where}: {cause}. Start one with `ray start --head`, or correct "
+        "`ray.address` (or the variable RAY_ADDRESS)."
+    )
