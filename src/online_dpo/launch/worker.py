@@ -17,6 +17,7 @@ from online_dpo.launch.environment import of_process
 
 STARTING_SECONDS, HEALTH_SECONDS = 0.5, 10.0
 ANSWER_SECONDS = 10.0
+PARENT_SECONDS = 1.0
 SEEN_SECONDS = 5.0
 """How long a network file system may take to show a file that another machine has written."""
 
@@ -45,6 +46,7 @@ class Worker:
     def __init__(self) -> None:
         self._child: Child | None = None
         self._health: Health | None = None
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
     def facts(self, paths: Sequence[str]) -> Facts:
         """Says which machine this is, and which of these paths are not seen from it."""
@@ -100,6 +102,13 @@ class Worker:
             self._health.close()
         if self._child is not None:
             self._child.kill()
+
+
+def _end_with(parent: int) -> None:
+    """End this process soon after Ray on this machine has ended: by itself it may stay, with its process, for long."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_SECONDS)
+    os._exit(1)
 
 
 class Health:

@@ -22,6 +22,7 @@ SERVERS = [Bundle("server", number, gpus=1, cpus=1) for number in range(2)]
 PAIR = [Bundle("server", 0, gpus=2, cpus=1)]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "bundles, nodes, free, placed, message",
     [

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from online_dpo.cli.runfile.help import GROUPS, USUAL
 from online_dpo.cli.runfile.ray_section import NAME as RAY_SETTINGS
+from online_dpo.cli.runfile.ray_section import PREFIX
 from online_dpo.cli.runfile.schema import PARENT, FieldSpec, load_fields, read_fields_of
 
 INTRODUCTION = """\
@@ -43,7 +45,7 @@ def configuration_page(fields: Mapping[str, FieldSpec]) -> str:
 
 def _settings_of_ray() -> Iterator[str]:
     yield f"## Settings of `ray`\n\n{RAY_INTRODUCTION}\n\n{HEADER}"
-    yield from (_row(spec) for spec in read_fields_of(*RAY_SETTINGS).values())
+    yield from (_row(replace(spec, name=PREFIX + name)) for name, spec in read_fields_of(*RAY_SETTINGS).items())
     yield ""
 
 

@@ -93,7 +93,7 @@ def run_file_schema(fields: Mapping[str, FieldSpec]) -> Schema:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "description": DESCRIPTION,
         **_mapping(fields, ranges),
-        "allOf": [_scored(), *(_settings_of(name) for name in JUDGES), _known_names(fields)],
+        "allOf": [_scored(), *(_settings_of(name) for name in JUDGES), _known_names(fields), _section()],
         "$defs": {
             **{_text_of(name): text for name, text in TEXTS_OF.items()},
             **_judges(),
@@ -135,8 +135,13 @@ def _judges() -> dict[str, Schema]:
     }
 
 
+def _section() -> Schema:
+    """What the section `ray` holds."""
+    return {"properties": {SECTION: {"anyOf": [{"$ref": f"#/$defs/{SECTION}"}, {"type": "null"}]}}}
+
+
 def _settings_of_ray() -> Schema:
-    """The section `ray`."""
+    """The settings of the section `ray`."""
     ranges = dict.fromkeys(RAY_COUNTS, AT_LEAST_0) | dict.fromkeys(RAY_SECONDS, ABOVE_0)
     return {"description": "How a run is started on a Ray cluster.", **_mapping(read_fields_of(*RAY_SETTINGS), ranges)}
 
@@ -205,7 +210,7 @@ def _of_kind(kind: ast.expr, spec: FieldSpec, allowed: Range | None) -> list[Sch
         case "str":
             return _words(spec.name, spec.choices)
         case "dict":
-            return [{"$ref": f"#/$defs/{SECTION}"} if spec.name == SECTION else {"type": "object"}]
+            return [{"type": "object"}]
         case "list":  # one value is a list of one
             items = _options(inside, spec, allowed)
             return [*items, {"type": "array", **({"items": _any_of(items)} if items else {"maxItems": 0})}]
