@@ -148,6 +148,7 @@ FLAGS = {
 """Fields that are on or off."""
 
 PEFT = FLAGS["use_peft"]
+RAY = pip("'online-dpo[ray]'", "ray")
 KERNELS = pip("kernels")
 
 
