@@ -13,6 +13,7 @@ import torch.distributed as dist
 from peft import LoraConfig
 from transformers import TrainerCallback
 
+from online_dpo.distributed import sampling
 from online_dpo.distributed.sharding import full, part
 from online_dpo.modeling.introspection import unwrapped
 from support import tiny
@@ -119,7 +120,8 @@ def on_last_rank():
     return not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1
 
 
-def run(out, way, case, processes, batch=8, steps=3, poisoned_step=None, **options):
+def run(out, way, case, processes, batch=8, steps=3, poisoned_step=None, fits=True, **options):
+    sampling.ROOM = 1.25 if fits else 1e18
     kwargs = dict(options.pop("kwargs", {}))
     if poisoned_step is not None:
         options["model"] = poisoned(poisoned_step)
@@ -172,6 +174,7 @@ CASES_OF_MODELS = {
         model=tiny.causal_lm("qwen2", sharpness=1.0), kwargs={"peft_config": BIASED}, learning_rate=0.5, steps=2
     ),
     "module head": dict(model=tiny.causal_lm("gemma2"), **STEPS),
+    "layer by layer": dict(fits=False, **STEPS),
     "lora xpo": dict(
         method="xpo", xpo_alpha=0.01, kwargs={"peft_config": LoraConfig(**LORA)}, learning_rate=0.5, steps=2
     ),

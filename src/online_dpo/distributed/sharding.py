@@ -78,6 +78,11 @@ def is_whole(parameter: torch.Tensor) -> bool:
     return not isinstance(parameter, DTensor) and shape_of(parameter) == parameter.shape
 
 
+def holds_all(model: nn.Module) -> bool:
+    """Returns whether this rank holds all weights of a model at present."""
+    return all(is_whole(parameter) for parameter in model.parameters())
+
+
 def make_whole(model: nn.Module) -> None:
     """Gives a model that the caller has loaded in parts its whole weights, on every rank; a collective operation."""
     if any(is_partitioned(parameter) for parameter in model.parameters()):
