@@ -120,6 +120,12 @@ def on_last_rank():
     return not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1
 
 
+def evaluation_of(made):
+    if made.eval_dataset is None:
+        return {}
+    return {k: v for k, v in made.evaluate().items() if "runtime" not in k and "per_second" not in k}
+
+
 def run(out, way, case, processes, batch=8, steps=3, poisoned_step=None, fits=True, **options):
     sampling.ROOM = 1.25 if fits else 1e18
     kwargs = dict(options.pop("kwargs", {}))
@@ -138,11 +144,12 @@ def run(out, way, case, processes, batch=8, steps=3, poisoned_step=None, fits=Tr
     assert made.accelerator.num_processes == processes and made.sharding.name == (way if processes > 1 else "none")
     watch = Watch(made)
     made.add_callback(watch)
+    before = evaluation_of(made)
     made.train()
     logs = [without_times(log) for log in step_logs(made)]
     saved = {"logs": logs, "weights": whole_weights(made), "passes": watch.passes, "changed": watch.changed}
-    if made.eval_dataset is not None:
-        saved["eval"] = {k: v for k, v in made.evaluate().items() if "runtime" not in k and "per_second" not in k}
+    if before:
+        saved["eval"] = before | {f"{name} at the end": value for name, value in evaluation_of(made).items()}
     torch.save(saved, out / f"{way}-{case}-of-{processes}-rank-{made.accelerator.process_index}.pt")
 
 

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from online_dpo.distributed.collectives import any_rank, is_first_rank, max_over_ranks
-from online_dpo.distributed.sharding import gathered, holds_all, shape_of
+from online_dpo.distributed.sharding import gathered, holds_all, is_sharded, shape_of
+from online_dpo.errors import WholeModelDoesNotFit
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,32 @@ def callable_alone(model: nn.Module, device: torch.device) -> Iterator[None]:
         _tell_once(model)
         with _Together(model, device):
             yield
+
+
+@contextmanager
+def whole_on(device: torch.device, model: nn.Module) -> Iterator[None]:
+    """Inside, every rank holds the whole weights of a model on its device; afterwards they are where they were. Before
+    training begins, a policy that will be sharded is in host memory. A collective operation.
+
+    Raises:
+        WholeModelDoesNotFit: on every rank, if they do not fit on any.
+    """
+    parked = next(model.parameters()).device
+    moves = not is_sharded(model) and parked != device
+    if any_rank((moves or not holds_all(model)) and not fits_whole(model, device), device):
+        raise WholeModelDoesNotFit(
+            "An evaluation needs the whole policy in the memory of every process, where it does not fit beside what is "
+            "there. Use GPUs with more memory, train without evaluations (`eval_strategy: no`), and evaluate the saved "
+            "model with `online-dpo eval`."
+        )
+    if moves:
+        model.to(device)
+    try:
+        with gathered(model):
+            yield
+    finally:
+        if moves:
+            model.to(parked)
 
 
 def fits_whole(model: nn.Module, device: torch.device) -> bool:
