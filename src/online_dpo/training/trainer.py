@@ -32,13 +32,11 @@ from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.data.collate import UsersCollator, collate_prompts, prompts_from_batch
 from online_dpo.distributed.collectives import from_every_rank, samples_of_every_rank
 from online_dpo.distributed.sampling import whole_on
-from online_dpo.errors import ForeignCodeError
 from online_dpo.evaluation.evaluator import Evaluator
 from online_dpo.evaluation.gold import build_gold, check_gold
 from online_dpo.evaluation.overoptimization import OveroptimisationGuard
 from online_dpo.evaluation.predictions import Predictions, named_metrics
 from online_dpo.evaluation.records import mean_notes, prefixed, summarise
-from online_dpo.foreign import foreign
 from online_dpo.methods import METHODS
 from online_dpo.modeling.borrowing import eval_mode, restores_models_on_error
 from online_dpo.modeling.known_tokens import check_options, check_policy
@@ -65,7 +63,7 @@ from online_dpo.training.build import (
     train_on_one_device_per_process,
 )
 from online_dpo.training.collector import FeedbackCollector
-from online_dpo.training.datasets import DatasetPreparer, check_reward_functions
+from online_dpo.training.datasets import DatasetPreparer, check_reward_functions, next_batch
 from online_dpo.training.display.figures import in_order
 from online_dpo.training.hf_trainer import GuardedTrainer
 from online_dpo.training.metrics import STEP_KL
@@ -340,7 +338,7 @@ class OnlineDPOTrainer(GuardedTrainer):
         return EvalLoopOutput(*predictions.arrays(), prefixed(metrics, metric_key_prefix), num_samples=len(records))
 
     def _evaluate_batches(self, model: nn.Module, batches: Iterator[dict[str, Any]], predictions: Predictions) -> None:
-        while (batch := self.errors.run(partial(_next_batch, batches))) is not None:
+        while (batch := self.errors.run(partial(next_batch, batches))) is not None:
             prompts = [prompt for prompt in prompts_from_batch(batch) if prompt.invalid is None]
             own = self.errors.run(partial(self.evaluator.evaluate, model, prompts, self.collector.sync))
             records = samples_of_every_rank(self.accelerator, own)
@@ -397,8 +395,3 @@ class OnlineDPOTrainer(GuardedTrainer):
                 base_model=finetuned_from,
                 datasets=as_list(dataset_tags),
             )
-
-
-def _next_batch(batches: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
-    with foreign("Reading the prompts to evaluate on", raises=ForeignCodeError):
-        return next(batches, None)
