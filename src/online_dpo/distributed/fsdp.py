@@ -53,7 +53,9 @@ class FSDP2Sharding:
     def shard_frozen(self, model: nn.Module) -> None:
         """Shards a frozen model layer by layer, as accelerate shards the policy. It may be of another architecture."""
         accelerator = self._accelerator
-        plugin = copy.copy(accelerator.state.fsdp_plugin)  # it remembers the layers of the first model that it sees
+        plugin: Any = copy.copy(
+            accelerator.state.fsdp_plugin
+        )  # it remembers the layers of the first model that it sees
         plugin.cpu_ram_efficient_loading = False  # each rank has loaded the model whole
         classes = plugin.transformer_cls_names_to_wrap
         if classes is not None and any(get_module_class_from_name(model, name) is None for name in classes):
