@@ -14,6 +14,7 @@ from exports import exports
 from peft import LoraConfig
 from transformers import TrainerCallback
 
+from online_dpo.distributed import sampling
 from online_dpo.distributed.sharding import full, part
 from online_dpo.modeling.introspection import unwrapped
 from support import tiny
@@ -44,6 +45,7 @@ def ways(name):
     if name.startswith("zero"):
         config = copy.deepcopy(ZERO)
         config["zero_optimization"]["stage"] = int(name[4])
+        config["bf16"] = {"enabled": "auto"}
         return {"deepspeed": config}
     return {}
 
@@ -119,7 +121,14 @@ def on_last_rank():
     return not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1
 
 
-def run(out, way, case, processes, batch=8, steps=3, poisoned_step=None, **options):
+def evaluation_of(made):
+    if made.eval_dataset is None:
+        return {}
+    return {k: v for k, v in made.evaluate().items() if "runtime" not in k and "per_second" not in k}
+
+
+def run(out, way, case, processes, batch=8, steps=3, poisoned_step=None, fits=True, **options):
+    sampling.ROOM = 1.25 if fits else 1e18
     kwargs = dict(options.pop("kwargs", {}))
     if poisoned_step is not None:
         options["model"] = poisoned(poisoned_step)
@@ -136,11 +145,12 @@ def run(out, way, case, processes, batch=8, steps=3, poisoned_step=None, **optio
     assert made.accelerator.num_processes == processes and made.sharding.name == (way if processes > 1 else "none")
     watch = Watch(made)
     made.add_callback(watch)
+    before = evaluation_of(made)
     made.train()
     logs = [without_times(log) for log in step_logs(made)]
     saved = {"logs": logs, "weights": whole_weights(made), "passes": watch.passes, "changed": watch.changed}
-    if made.eval_dataset is not None:
-        saved["eval"] = {k: v for k, v in made.evaluate().items() if "runtime" not in k and "per_second" not in k}
+    if before:
+        saved["eval"] = before | {f"{name} at the end": value for name, value in evaluation_of(made).items()}
     if case == "plain" and processes > 1:
         saved["exports"] = exports(made.sharding)
     torch.save(saved, out / f"{way}-{case}-of-{processes}-rank-{made.accelerator.process_index}.pt")
@@ -159,6 +169,12 @@ CASES = {
 }
 BIASED = LoraConfig(**{**LORA, "bias": "all"})
 STEPS = dict(steps=2, learning_rate=0.05)
+HALF = dict(optim="adamw_torch", learning_rate=1e-3, max_grad_norm=1.0)
+CASES_IN_BF16 = {
+    "bf16": dict(bf16=True, **HALF),
+    "bf16 lora": dict(bf16=True, kwargs={"peft_config": LoraConfig(**LORA)}, **HALF),
+}
+"""Rounding differs between the ways: what must hold is that policy and reference agree before the first step."""
 CASES_OF_MODELS = {
     "xpo": dict(method="xpo", xpo_alpha=0.01, **STEPS),
     "nash_md": dict(method="nash_md", mixture_coef=0.25, temperature=1.0, **STEPS),
@@ -168,6 +184,7 @@ CASES_OF_MODELS = {
         model=tiny.causal_lm("qwen2", sharpness=1.0), kwargs={"peft_config": BIASED}, learning_rate=0.5, steps=2
     ),
     "module head": dict(model=tiny.causal_lm("gemma2"), **STEPS),
+    "layer by layer": dict(fits=False, **STEPS),
     "lora xpo": dict(
         method="xpo", xpo_alpha=0.01, kwargs={"peft_config": LoraConfig(**LORA)}, learning_rate=0.5, steps=2
     ),
@@ -178,12 +195,12 @@ CASES_OF_MODELS = {
 def main():
     torch.set_num_threads(1)
     out, processes = Path(sys.argv[1]), int(sys.argv[2])
-    chosen = sys.argv[4].split(",") if len(sys.argv) > 4 else [*CASES, *CASES_OF_MODELS]
+    chosen = sys.argv[4].split(",") if len(sys.argv) > 4 else [*CASES, *CASES_OF_MODELS, *CASES_IN_BF16]
     for way, case in itertools.product(sys.argv[3].split(","), chosen):
         if case in CASES_OF_MODELS and way in WHOLE:
             continue
         try:
-            run(out, way, case, processes, **copy.deepcopy({**CASES, **CASES_OF_MODELS}[case]))
+            run(out, way, case, processes, **copy.deepcopy({**CASES, **CASES_OF_MODELS, **CASES_IN_BF16}[case]))
         except BaseException:
             print(f"CASE {way} {case} rank {os.environ.get('RANK')}", file=sys.stderr)
             traceback.print_exc()

@@ -14,7 +14,15 @@ FAMILY = "qwen2-tied"
 LENGTHS = (5, 9, 3, 40, 12, 4, 6, 8, 10, 5, 2, 11)
 
 
-def train(tmp_path, model=None, callbacks=(), prepare=lambda made: None, reward=word_reward, **fields):
+def train(
+    tmp_path,
+    model=None,
+    callbacks=(),
+    prepare=lambda made: None,
+    peft_config=None,
+    reward=word_reward,
+    **fields,
+):
     options = dict(
         output_dir=str(tmp_path),
         use_cpu=True,
@@ -38,6 +46,7 @@ def train(tmp_path, model=None, callbacks=(), prepare=lambda made: None, reward=
         train_dataset=dataset(lengths=LENGTHS),
         processing_class=tiny.tokenizer(),
         callbacks=list(callbacks),
+        peft_config=peft_config,
     )
     prepare(made)
     made.train()

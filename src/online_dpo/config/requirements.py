@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from online_dpo.config.quantization import method_of, settings_of, settings_problems
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -58,6 +60,7 @@ TRACKERS = {
 """Values of `report_to`, besides `all` and `none`."""
 
 BITSANDBYTES, TORCHAO, SCHEDULEFREE = pip("bitsandbytes"), pip("torchao"), pip("schedulefree")
+QLORA = pip("'online-dpo[qlora]'", "bitsandbytes")
 GALORE, APOLLO = pip("galore-torch", "galore_torch"), pip("apollo-torch", "apollo_torch")
 OPTIMIZERS = {
     "adafactor": None,
@@ -126,7 +129,7 @@ QUANTIZATION = {
     "aqlm": pip("'aqlm[gpu,cpu]'", "aqlm"),
     "auto-round": pip("auto-round", "auto_round"),
     "awq": pip("gptqmodel"),
-    "bitsandbytes": BITSANDBYTES,
+    "bitsandbytes": QLORA,
     "compressed-tensors": pip("compressed-tensors", "compressed_tensors"),
     "eetq": pip("kernels"),
     "gptq": pip("optimum gptqmodel", "optimum", "gptqmodel"),
@@ -145,6 +148,7 @@ FLAGS = {
 """Fields that are on or off."""
 
 PEFT = FLAGS["use_peft"]
+RAY = pip("'online-dpo[ray]'", "ray")
 KERNELS = pip("kernels")
 
 
@@ -206,11 +210,9 @@ def _of_model(options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         needs = KERNELS if "/" in attention else ATTENTION.get(attention)
         if needs is not None:
             yield from _needed("model_init_kwargs", f" `attn_implementation` {attention!r}", needs)
-    quantization = options.get("quantization_config")
-    settings = quantization if isinstance(quantization, Mapping) else vars(quantization) if quantization else {}
-    loads_bits = settings.get("load_in_4bit") or settings.get("load_in_8bit")
-    method = settings.get("quant_method", "bitsandbytes" if loads_bits else "")
-    method = str(getattr(method, "value", method))
+    wrong = [*settings_problems(options)]
+    yield from (("model_init_kwargs", f"`model_init_kwargs`: {problem}") for problem in wrong)
+    method = "" if wrong else method_of(settings_of(options))
     if method in QUANTIZATION:
         yield from _needed("model_init_kwargs", f" `quantization_config` {method!r}", QUANTIZATION[method])
 

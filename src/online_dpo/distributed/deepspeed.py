@@ -81,13 +81,14 @@ class ZeROSharding:
         self._dropped = True
 
     def shard_frozen(self, model: nn.Module) -> None:
-        """Casts a frozen model to the type that DeepSpeed casts the policy to, and partitions its weights if those of
-        the policy are.
+        """Casts a frozen model's weights to the type that DeepSpeed casts the policy's to (not its buffers), and
+        partitions them if those of the policy are.
         """
         config = self._plugin.deepspeed_config
         for kind, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
             if config.get(kind, {}).get("enabled") is True:
-                model.to(dtype)
+                for parameter in model.parameters():
+                    parameter.data = parameter.data.to(dtype)
         if self.partial:
             partition(model, config)
 

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils.dataclasses import get_module_class_from_name
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -29,6 +29,10 @@ class FSDP2Sharding:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
+        plugin: Any = accelerator.state.fsdp_plugin
+        if (half := plugin.mixed_precision_policy) is not None:
+            # accelerate's own also rounds outputs and reduced gradients, and so log-probabilities to three digits
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(half.param_dtype, reduce_dtype=torch.float32)
 
     def attach(self, model: nn.Module, optimizer: Any) -> Any:
         """Returns the optimizer as it is: accelerate has given it the slices."""
@@ -49,7 +53,9 @@ class FSDP2Sharding:
     def shard_frozen(self, model: nn.Module) -> None:
         """Shards a frozen model layer by layer, as accelerate shards the policy. It may be of another architecture."""
         accelerator = self._accelerator
-        plugin = copy.copy(accelerator.state.fsdp_plugin)  # it remembers the layers of the first model that it sees
+        plugin: Any = copy.copy(
+            accelerator.state.fsdp_plugin
+        )  # it remembers the layers of the first model that it sees
         plugin.cpu_ram_efficient_loading = False  # each rank has loaded the model whole
         classes = plugin.transformer_cls_names_to_wrap
         if classes is not None and any(get_module_class_from_name(model, name) is None for name in classes):

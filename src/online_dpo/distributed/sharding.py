@@ -17,8 +17,6 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from online_dpo.distributed.collectives import world_size
-
 # --- the weights of a model -------------------------------------------------------------------------------------------
 
 
@@ -78,6 +76,11 @@ def is_partitioned(parameter: torch.Tensor) -> bool:
 def is_whole(parameter: torch.Tensor) -> bool:
     """Returns whether this rank holds the whole parameter at present."""
     return not isinstance(parameter, DTensor) and shape_of(parameter) == parameter.shape
+
+
+def holds_all(model: nn.Module) -> bool:
+    """Returns whether this rank holds all weights of a model at present."""
+    return all(is_whole(parameter) for parameter in model.parameters())
 
 
 def make_whole(model: nn.Module) -> None:
@@ -182,7 +185,7 @@ class NoSharding:
     partial = copies = False
 
     def __init__(self, accelerator: Accelerator) -> None:
-        self.name = "ddp" if world_size() > 1 else "none"
+        self.name = "ddp" if accelerator.num_processes > 1 else "none"
         self._accelerator = accelerator
 
     def attach(self, model: nn.Module, optimizer: Any) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from online_dpo.distributed.collectives import any_rank
+from online_dpo.distributed.sampling import whole_on
 from online_dpo.distributed.sharding import gathered
 from online_dpo.evaluation.gold import Gold
 from online_dpo.evaluation.records import EvalRecord, eval_records, judged_wins, win_share
@@ -129,8 +130,9 @@ class Evaluator:
 
         Raises:
             ScoringError: a scorer or the judge failed.
+            WholeModelDoesNotFit: on every rank, if the policy does not fit on any.
         """
-        with gathered(model, *self._reference_models):
+        with whole_on(self._sampler.sync_check.device, model), gathered(*self._reference_models):
             return self._evaluate(model, groups) if groups else []
 
     def _evaluate(self, model: nn.Module, groups: Sequence[Group]) -> list[EvalRecord]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 from torch import nn
 
+from online_dpo.distributed.sampling import whole_on
 from online_dpo.errors import ForeignCodeError
 from online_dpo.foreign import foreign
 from online_dpo.modeling.known_tokens import VocabularyCheck
@@ -48,12 +49,11 @@ class Sampler:
         """The seed of the run."""
         return self._seed()
 
-    @property
-    def models(self) -> list[nn.Module]:
-        """The models that the engine reads when it samples. To gather them once serves many calls; for an engine with
-        its own weights they would be in its way.
+    def reading(self, policy: nn.Module) -> AbstractContextManager[None]:
+        """Around several calls of `sample`: an engine that samples from the policy itself finds it whole. One with its
+        own weights does not read it, and whole weights would be in its way.
         """
-        return [] if self.engine.has_own_weights else [self.policy]
+        return nullcontext() if self.engine.has_own_weights else whole_on(self.sync_check.device, policy)
 
     def sync(self, prompts: Sequence[Prompt], step: int, version: int) -> None:
         """Sends the policy's weights to the engine, and checks at intervals that it samples with them.

@@ -15,7 +15,8 @@ from online_dpo.errors import OutOfSyncError
 from online_dpo.modeling.borrowing import eval_mode
 from online_dpo.modeling.introspection import computing_dtype
 from online_dpo.modeling.logprobs import row_logprobs
-from online_dpo.modeling.tolerance import is_full_precision, sync_tolerance
+from online_dpo.modeling.quantization import describe
+from online_dpo.modeling.tolerance import is_full_precision, quantized_tolerance, sync_tolerance
 from online_dpo.packing.pack import pack_groups
 from online_dpo.rollout.engine import Engine
 from online_dpo.rollout.params import RolloutKey, SamplingParams, Stream
@@ -37,6 +38,7 @@ class SyncCheck:
         self.device, self._every = device, every
         self._errors = RankErrors(device)
         self._last: int | None = None
+        self._first_difference: float | None = None
 
     def due(self, step: int) -> bool:
         """Whether the sync before this step is to be checked."""
@@ -48,7 +50,8 @@ class SyncCheck:
     ) -> None:
         """Compares the two right after a sync, on a few short completions of these prompts. A collective operation.
 
-        The tolerance is that of the coarser of the two dtypes (`sync_tolerance`).
+        The tolerance is that of the coarser of the two dtypes (`sync_tolerance`); where the trainer's weights are
+        quantised, what that changes (`quantized_tolerance`).
 
         Raises:
             OutOfSyncError: on every rank, if the two differ by more than rounding error on any.
@@ -62,24 +65,49 @@ class SyncCheck:
             difference = _difference(model, groups) if groups else 0.0
         trainer_dtype = computing_dtype(model)
         engine_dtype = engine.own_dtype or trainer_dtype
-        allowed = max(sync_tolerance(trainer_dtype), sync_tolerance(engine_dtype))
+        rounding, kind = max(sync_tolerance(trainer_dtype), sync_tolerance(engine_dtype)), describe(model)
+        allowed = quantized_tolerance(kind, rounding, self._first_difference)
         worst = float(max_over_ranks(torch.tensor(difference, device=self.device)))
         if not worst <= allowed:
             raise OutOfSyncError(
                 f"After the weights of step {step} were sent to it, the sampler's log-probabilities differ from the "
-                f"trainer's by {worst:.1e} nats a token, where {allowed:.1e} could be rounding. It may serve another "
+                f"trainer's by {worst:.1e} nats a token, where {allowed:.1e} could be "
+                f"{'rounding' if allowed == rounding else 'the quantisation'}. It may serve another "
                 "model, another dtype or quantisation, or a stale cache. Restart it with the policy's own folder and "
                 "dtype."
             )
-        coarser = is_full_precision(trainer_dtype) and allowed > sync_tolerance(trainer_dtype)
-        if self._last is None and coarser and is_first_rank():
+        self._tell_first(worst, rounding, kind, trainer_dtype, engine_dtype)
+        self._last = step
+
+    def _tell_first(
+        self,
+        worst: float,
+        rounding: float,
+        kind: str | None,
+        trainer_dtype: torch.dtype,
+        engine_dtype: torch.dtype,
+    ) -> None:
+        """Says, after the first check, if sampler and trainer compute differently and how much that changes."""
+        if self._first_difference is not None:
+            return
+        self._first_difference = worst or None  # 0 without prompts
+        if worst > rounding and is_first_rank():
+            logger.warning(
+                "The trainer's base model is quantised (%s) and the sampler's is not, or in another way: "
+                "log-probabilities differ by %.1e nats a token, where rounding gives up to %.1e, and completions are "
+                "not quite the policy's own.",
+                kind,
+                worst,
+                rounding,
+            )
+        coarser = is_full_precision(trainer_dtype) and rounding > sync_tolerance(trainer_dtype)
+        if worst <= rounding and coarser and is_first_rank():
             logger.warning(
                 "The sampler computes in %s, the trainer in %s: log-probabilities differ by %.1e nats a token, and "
                 "completions are not quite the policy's own. Start vLLM with `--dtype float32`, or train with `bf16`.",
                 *(str(dtype).removeprefix("torch.") for dtype in (engine_dtype, trainer_dtype)),
                 worst,
             )
-        self._last = step
 
 
 def _difference(model: nn.Module, groups: Sequence[Group]) -> float:

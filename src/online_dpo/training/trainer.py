@@ -31,14 +31,11 @@ from online_dpo.config.names_elsewhere import ARGUMENTS, hint_for
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.data.collate import UsersCollator, collate_prompts, prompts_from_batch
 from online_dpo.distributed.collectives import from_every_rank, samples_of_every_rank
-from online_dpo.distributed.sharding import gathered
-from online_dpo.errors import ForeignCodeError
 from online_dpo.evaluation.evaluator import Evaluator
 from online_dpo.evaluation.gold import build_gold, check_gold
 from online_dpo.evaluation.overoptimization import OveroptimisationGuard
 from online_dpo.evaluation.predictions import Predictions, named_metrics
 from online_dpo.evaluation.records import mean_notes, prefixed, summarise
-from online_dpo.foreign import foreign
 from online_dpo.methods import METHODS
 from online_dpo.modeling.borrowing import eval_mode, restores_models_on_error
 from online_dpo.modeling.known_tokens import check_options, check_policy
@@ -65,7 +62,7 @@ from online_dpo.training.build import (
     train_on_one_device_per_process,
 )
 from online_dpo.training.collector import FeedbackCollector
-from online_dpo.training.datasets import DatasetPreparer, check_reward_functions
+from online_dpo.training.datasets import DatasetPreparer, check_reward_functions, next_batch
 from online_dpo.training.display.figures import in_order
 from online_dpo.training.hf_trainer import GuardedTrainer
 from online_dpo.training.metrics import STEP_KL
@@ -328,14 +325,14 @@ class OnlineDPOTrainer(GuardedTrainer):
         users_metrics = named_metrics(self.compute_metrics, lambda: self.state.global_step)
         predictions = Predictions(self.args, users_metrics, loss_only)
         self.callback_handler.eval_dataloader = dataloader  # pyright: ignore[reportAttributeAccessIssue]
-        with self.evaluation_weights.in_model(), gathered(*self.sampler.models), eval_mode(model), noting() as notes:
+        with self.evaluation_weights.in_model(), self.sampler.reading(model), eval_mode(model), noting() as notes:
             self._evaluate_batches(model, iter(dataloader), predictions)
         records, values = predictions.records, self.errors.run(predictions.metrics)
         metrics = in_order({**mean_notes(from_every_rank(notes)), **summarise(records), **values})
         return EvalLoopOutput(*predictions.arrays(), prefixed(metrics, metric_key_prefix), num_samples=len(records))
 
     def _evaluate_batches(self, model: nn.Module, batches: Iterator[dict[str, Any]], predictions: Predictions) -> None:
-        while (batch := self.errors.run(partial(_next_batch, batches))) is not None:
+        while (batch := self.errors.run(partial(next_batch, batches))) is not None:
             prompts = [prompt for prompt in prompts_from_batch(batch) if prompt.invalid is None]
             groups = self.errors.run(partial(self.evaluator.sample, prompts, self.collector.sync))
             own = self.errors.run(partial(self.evaluator.evaluate, model, groups))
@@ -393,8 +390,3 @@ class OnlineDPOTrainer(GuardedTrainer):
                 base_model=finetuned_from,
                 datasets=as_list(dataset_tags),
             )
-
-
-def _next_batch(batches: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
-    with foreign("Reading the prompts to evaluate on", raises=ForeignCodeError):
-        return next(batches, None)

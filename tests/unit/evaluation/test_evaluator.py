@@ -83,7 +83,7 @@ def test_two_evaluations_are_the_same_and_the_reference_is_asked_once(tmp_path):
     parts = Parts(tmp_path)
     first = parts.evaluate()
     parts.answers.engine.generate = None
-    assert parts.evaluate() == first and parts.evaluate([]) == [] and parts.asked == [4, 4]
+    assert parts.evaluate() == first and parts.evaluate([]) == [] and parts.asked == [4, 4, 0]
 
 
 def test_a_judge_compares_with_the_reference(tmp_path):

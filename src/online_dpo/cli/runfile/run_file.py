@@ -19,6 +19,7 @@ from online_dpo.cli.runfile.entries import COMMAND_LINE, Entry, UsageError, read
 from online_dpo.cli.runfile.model_options import ignored_options, model_init_kwargs, model_problems
 from online_dpo.cli.runfile.paths import exists, output_problem, path_problem
 from online_dpo.cli.runfile.plugins import FIELD, Plugin, Plugins, RegisteredName, are_given, checked_later
+from online_dpo.cli.runfile.ray_section import read_section
 from online_dpo.cli.runfile.references import Reference, parse_module, parse_reference
 from online_dpo.cli.runfile.run_config import COUNTS, RunConfig
 from online_dpo.cli.runfile.schema import load_fields
@@ -29,6 +30,7 @@ from online_dpo.config.llm_judge import LLM
 from online_dpo.config.model_folder import Role, folder_problem
 from online_dpo.config.registry import KINDS
 from online_dpo.distributed.processes import started_together
+from online_dpo.launch.settings import RaySettings
 
 MODEL_FILES = ("config.json", "adapter_config.json")
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
@@ -69,10 +71,14 @@ class RunPlan:
     eval_judge: Reference | RegisteredName | BuiltInJudge | None
     plugins: Plugins
     warnings: tuple[str, ...]
+    ray: RaySettings
 
 
-def plan_run(run_file: Path | None, override_words: Sequence[str]) -> RunPlan:
+def plan_run(run_file: Path | None, override_words: Sequence[str], on_cluster: bool = False) -> RunPlan:
     """Check a run file and its overrides, and return the plan of the run.
+
+    Args:
+        on_cluster: the run is to be started as its section `ray` says, not as the process that plans it.
 
     Raises:
         UsageError: something is wrong; it lists every problem.
@@ -80,16 +86,17 @@ def plan_run(run_file: Path | None, override_words: Sequence[str]) -> RunPlan:
     problems: list[str] = []
     entries = read_run_file(run_file, problems) if run_file else {}
     entries |= read_overrides(override_words, problems)
+    entries, settings = read_section(entries, str(run_file or COMMAND_LINE), on_cluster, problems)
     specs = checked_later(load_fields()) if are_given(entries) else load_fields()
     values = read_values(entries, specs, problems, help_command="online-dpo train --help")
-    checker = RunChecker(entries, values, run_file)
+    checker = RunChecker(entries, values, run_file, settings.trainers if on_cluster else None)
     problems.extend(checker.problems())
     if problems:
         raise UsageError(problems)
-    return _plan(checker)
+    return _plan(checker, settings)
 
 
-def _plan(checker: RunChecker) -> RunPlan:
+def _plan(checker: RunChecker, settings: RaySettings) -> RunPlan:
     values, own = checker.values, {field.name for field in fields(RunConfig)}
     if options := model_init_kwargs(values):
         values["model_init_kwargs"] = options
@@ -102,13 +109,20 @@ def _plan(checker: RunChecker) -> RunPlan:
         eval_judge=checker.judges.get("eval_judge"),
         plugins=checker.plugins(),
         warnings=tuple(checker.warnings()),
+        ray=settings,
     )
 
 
 class RunChecker:
-    """Checks of a run that need several fields or the disk. Local paths in ``values`` are completed."""
+    """Checks of a run that need several fields or the disk. Local paths in ``values`` are completed.
 
-    def __init__(self, entries: dict[str, Entry], values: dict[str, Any], run_file: Path | None) -> None:
+    ``processes`` is the number of those that will train, where this process is not one of them.
+    """
+
+    def __init__(
+        self, entries: dict[str, Entry], values: dict[str, Any], run_file: Path | None, processes: int | None = None
+    ) -> None:
+        self._processes = processes
         self.entries = entries
         self.values = values
         self.file = str(run_file) if run_file else COMMAND_LINE
@@ -320,7 +334,7 @@ class RunChecker:
             return
         where = f"{self._where('resume_from_checkpoint')}: `resume_from_checkpoint`"
         started = started_together()
-        needs = Needs(self.values, 1 if started is None else started.count)
+        needs = Needs(self.values, self._processes or (1 if started is None else started.count))
         if checkpoint is True or checkpoint == AUTO:
             output = Path(os.path.expanduser(self.values.get("output_dir") or DEFAULT_OUTPUT))
             choice = newest_whole(output, needs)

@@ -73,7 +73,7 @@ class MixtureEngine(TransformersEngine):
             reference_1TV = self._reference(input_ids=ids_1T, use_cache=False).logits
         return mixed_logits(policy_1TV, reference_1TV, self._coefficient())
 
-    def _whole_weights(self) -> AbstractContextManager[None]:
+    def _callable_alone(self) -> AbstractContextManager[None]:
         return gathered(self.model, self._reference)
 
     @contextmanager

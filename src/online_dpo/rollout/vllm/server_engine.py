@@ -39,7 +39,7 @@ from online_dpo.rollout.vllm.requests import (
     from_response,
     vllm_sampling,
 )
-from online_dpo.rollout.vllm.worker import coarsest, shape_of
+from online_dpo.rollout.vllm.worker import coarsest, differing_shape
 from online_dpo.rollout.weights.adapter import check_adapter, write_adapter
 from online_dpo.rollout.weights.export import write_weights
 from online_dpo.types import Group, Prompt
@@ -235,18 +235,11 @@ class VLLMServerEngine:
 
     def _check_shapes(self, model: nn.Module) -> Exception | None:
         """The error, if any, of a server whose model has another shape than the policy."""
-        policy = shape_of(unwrapped(model).config.get_text_config())
         try:
             for client in self._clients:
                 served = client.rpc("online_dpo_shape")[0]
-                differ = [
-                    f"{name} {served.get(name)} there and {value} here"
-                    for name, value in policy.items()
-                    if served.get(name) != value
-                ]
-                if differ:
-                    message = f"{client.url} serves another model: {', '.join(differ)}. Serve the one that is trained."
-                    return ValueError(message)
+                if differ := differing_shape(served, unwrapped(model).config.get_text_config()):
+                    return ValueError(f"{client.url} serves another model: {differ}. Serve the one that is trained.")
         except RolloutServerError as error:
             return error
         return None

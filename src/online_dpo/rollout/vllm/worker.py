@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -155,6 +155,16 @@ def shape_of(config: Any) -> dict[str, Any]:
     """The fields of a text model's config that determine the shapes of its weights."""
     values = config.to_dict()
     return {name: values[name] for name in SHAPE_FIELDS if name in values}
+
+
+def differing_shape(served: Mapping[str, Any], config: Any) -> str:
+    """How the shape of a model that is served differs from that of the policy with this text config; empty if not."""
+    policy = shape_of(config)
+    return ", ".join(
+        f"{name} {served.get(name)} there and {value} here"
+        for name, value in policy.items()
+        if served.get(name) != value
+    )
 
 
 def coarsest(dtypes: Iterable[str]) -> torch.dtype:

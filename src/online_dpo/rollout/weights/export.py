@@ -24,9 +24,14 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 
 from online_dpo.distributed.sharding import full, is_sharded
-from online_dpo.modeling.introspection import unwrapped
+from online_dpo.modeling.introspection import is_quantized, unwrapped
 
 SHARD_BYTES = 1 << 30
+ADAPTERS_ALONE = (
+    "The weights of a quantised policy (QLoRA) cannot be sent to vLLM, its adapter alone can be. Start the servers "
+    "with `online-dpo serve MODEL --lora-rank RANK`: the folder or name of the policy's base model, and the "
+    "adapter's rank (`lora_r`)."
+)
 WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")
 """Submodules that stand for their parent: of FSDP's activation checkpointing, and of a compiled layer."""
 
@@ -63,11 +68,8 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         ValueError: the model is quantised, or has an adapter that cannot be merged weight by weight.
     """
     base = unwrapped(model)
-    if getattr(base, "is_quantized", False):
-        raise ValueError(
-            "The weights of a quantised model (QLoRA) cannot be sent to vLLM, which holds them without quantisation. "
-            "Load the model without quantisation, or sample without `use_vllm`."
-        )
+    if is_quantized(model):
+        raise ValueError(ADAPTERS_ALONE)
     peft = is_peft_model(extract_model_from_parallel(model, keep_torch_compile=False))
     tied = base.all_tied_weights_keys
     both = {*tied.keys(), *tied.values()} if peft else set()
