@@ -11,21 +11,22 @@ import base64
 import copy
 import json
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.distributed.collectives import RankErrors, from_first_rank, is_first_rank, raise_first_ranks
 from online_dpo.distributed.sharding import is_sharded
-from online_dpo.errors import RolloutServerError
+from online_dpo.errors import RolloutServerError, error_text
 from online_dpo.modeling.introspection import unwrapped
 from online_dpo.rollout.params import RolloutKey, SamplingParams
 from online_dpo.rollout.vllm.broadcast import BroadcastTransfer, choose_transfer
@@ -43,6 +44,8 @@ from online_dpo.rollout.vllm.worker import coarsest, differing_shape
 from online_dpo.rollout.weights.adapter import check_adapter, write_adapter
 from online_dpo.rollout.weights.export import write_weights
 from online_dpo.types import Group, Prompt
+
+T = TypeVar("T")
 
 CHUNK_BYTES = 32 << 20
 MAX_CONCURRENT_REQUESTS = 256  # to one server; vLLM decodes about as many in one batch
@@ -173,9 +176,9 @@ class VLLMServerEngine:
 
     def _written(self, model: nn.Module) -> TemporaryDirectory[str] | None:
         """Writes the weights or the adapter to files, on the first rank; a collective operation."""
-        files = TemporaryDirectory(prefix="online-dpo-weights-") if is_first_rank() else None
+        files = self._errors.run(lambda: _on_disk(_new_folder) if is_first_rank() else None)
         write = write_adapter if self._lora_rank else write_weights
-        self._errors.run(lambda: write(model, Path(files.name) if files else None))
+        self._errors.run(lambda: _on_disk(lambda: write(model, Path(files.name) if files else None)))
         return files
 
     def _set_broadcast(self, model: nn.Module, folder: Path | None) -> None:
@@ -331,6 +334,25 @@ class VLLMServerEngine:
         else:
             sizes = {file.name: file.stat().st_size for file in files}
             client.rpc("online_dpo_load_received", self._sender, json.dumps(sizes), self._label)
+
+
+def _new_folder() -> TemporaryDirectory[str]:
+    return TemporaryDirectory(prefix="online-dpo-weights-")
+
+
+def _on_disk(action: Callable[[], T]) -> T:
+    """Calls what writes to the temporary folder.
+
+    Raises:
+        RolloutServerError: the disk does not take it.
+    """
+    try:
+        return action()
+    except (OSError, SafetensorError) as error:
+        raise RolloutServerError(
+            f"The weights for vLLM servers cannot be written to the temporary folder: {error_text(error)}. Set "
+            "`TMPDIR` to a disk with room for them twice."
+        ) from error
 
 
 def _models(client: VLLMClient) -> set[str]:
