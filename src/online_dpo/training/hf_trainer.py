@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from transformers.trainer_utils import PredictionOutput
 from online_dpo.checkpoints.files import replacing
 from online_dpo.checkpoints.folders import folder_of
 from online_dpo.config.trainer_config import OnlineDPOConfig
+from online_dpo.distributed.agreement import Agreement
 from online_dpo.distributed.collectives import RankErrors
+from online_dpo.distributed.ddp import GuardedDDP
 from online_dpo.distributed.process_state import kept_random_state
 from online_dpo.distributed.rank_watch import watch_ranks
 from online_dpo.modeling.borrowing import kept_flags
@@ -70,12 +72,15 @@ class GuardedTrainer(Trainer):
         self.metrics = MetricStore()
         self.phase = PhaseTimer(self.metrics, self.accelerator.device)
         self.errors = RankErrors(self.accelerator.device)
+        self.agreement = Agreement(args.ddp_timeout_delta)
+        self._guarded = GuardedDDP(model, self.agreement.check)
         self.passes = PassRunner(
             self.metrics,
             self.phase,
             lambda: args.row_capacity,
-            self.accelerator.num_processes,
-            drop_gradients=lambda: self.model.zero_grad(),  # pyright: ignore[reportOptionalMemberAccess]
+            self.agreement,
+            self.errors,
+            abandon=self._abandon_pass,
             free_memory=self.free_memory,
         )
         self.evaluation_weights = EvaluationWeights(lambda: self.optimizer, lambda: self.is_in_train)
@@ -317,16 +322,20 @@ class GuardedTrainer(Trainer):
     ) -> torch.Tensor:
         """The parent's, once for each pass of the micro-batch; gradients add up; ranks exchange them in the last."""
 
-        def one_pass(rows: PackedRows) -> torch.Tensor:
-            return super(GuardedTrainer, self).training_step(model, {"rows": rows}, num_items_in_batch)
+        def one_pass(rows: PackedRows, last: bool) -> torch.Tensor:
+            with nullcontext() if last else self.accelerator.no_sync(model):
+                return super(GuardedTrainer, self).training_step(model, {"rows": rows}, num_items_in_batch)
 
-        *others, last = inputs["passes"]
-        losses = []
-        for rows in others:
-            with self.accelerator.no_sync(model):
-                losses.append(self.passes.run(rows, one_pass))
-        losses.append(self.passes.run(last, one_pass))
+        if self._guarded.model is not model:
+            self._guarded = GuardedDDP(model, self.agreement.check)
+        is_last = [False] * (len(inputs["passes"]) - 1) + [self.accelerator.sync_gradients]
+        passes = zip(inputs["passes"], is_last, strict=True)
+        losses = [self.passes.run(rows, one_pass, last) for rows, last in passes]
         return torch.stack(losses).sum()
+
+    def _abandon_pass(self) -> None:
+        self._guarded.abandon()
+        self.model.zero_grad()  # pyright: ignore[reportOptionalMemberAccess]
 
     def free_memory(self) -> None:
         """Gives back memory of the device that can be had again; called after a pass that did not fit."""
