@@ -131,10 +131,10 @@ class Injection:
         trained[len(trained) // 2].register_post_accumulate_grad_hook(accumulated)
 
     def here(self, where):
-        if where == self.spent.where and self.count in self.spent.passes:
-            if dist.get_rank() in self.spent.ranks and self.fired < self.count:
-                self.fired = self.count
-                raise self.spent.error
+        due = where == self.spent.where and self.count in self.spent.passes and dist.get_rank() in self.spent.ranks
+        if due and self.fired < self.count:
+            self.fired = self.count
+            raise self.spent.error
 
 
 def layers(policy):

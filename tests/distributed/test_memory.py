@@ -14,7 +14,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 from memory_worker import CASES, NEVER  # noqa: E402
 
 WORKER = Path(__file__).with_name("memory_worker.py")
-TIMED = ("train_", "time/", "perf/")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +38,9 @@ def test_gradient_weights_and_logs_are_those_of_a_run_with_room(results, case):
         assert got["raised"] == (rank in spent.ranks) and got["error"] is None
         assert_same(got["gradient"], expected["gradient"], 1e-5)
         assert_same(got["weights"], expected["weights"], 1e-5)
-        assert all(torch.equal(got["weights"][n], weight) for n, weight in results[0][run, str(spent)]["weights"].items())
+        assert all(
+            torch.equal(got["weights"][n], weight) for n, weight in results[0][run, str(spent)]["weights"].items()
+        )
         assert [log.keys() for log in got["logs"]] == [log.keys() for log in expected["logs"]]
         for ours, theirs in zip(got["logs"], expected["logs"], strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)

@@ -1,4 +1,4 @@
-"""Data parallelism (`DistributedDataParallel`): its collective operations, each after a check that all ranks make it."""
+"""Data parallelism (`DistributedDataParallel`), with a check before each collective operation of its passes."""
 
 from __future__ import annotations
 
