@@ -54,7 +54,7 @@ class GuardedDDP:
     def _guard_reducer(self, model: DistributedDataParallel) -> None:
         # a lambda: DDP compares annotations, which are strings here
         model.register_comm_hook(model.process_group, lambda group, bucket: self._checked_exchange(group, bucket))
-        model.reducer = _CheckedReducer(model.reducer, self._check)
+        model.reducer = _CheckedReducer(model.reducer, self._check)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _renew_reducer(self, model: DistributedDataParallel) -> None:
         """Replaces what exchanges gradients by a new one, without a collective operation: as after a copy."""
@@ -83,9 +83,11 @@ class GuardedDDP:
             future.wait()
         self._begun = []
         if isinstance(self.model, DistributedDataParallel):
-            if self.model.static_graph and not self.model.reducer.has_recorded:
+            reducer: Any = self.model.reducer
+            if self.model.static_graph and not reducer.has_recorded:
                 self._renew_reducer(self.model)
-            self.model.reducer._reset_state()
+            else:
+                reducer._reset_state()
             self.model.require_forward_param_sync = True  # a forward pass that did not end has not said whether
 
 
