@@ -9,9 +9,11 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig
 
+from online_dpo.distributed.sharding import full
 from online_dpo.modeling.memory import DoesNotFit
+from sharding_worker import ways
 from support import tiny
-from support.training import LORA, KeepGradient, dataset, trainer, weights
+from support.training import LORA, dataset, trainer
 
 LENGTHS = (5, 9, 3, 7, 12, 4, 6, 8, 2, 11, 5, 7, 3, 9, 4, 6)
 ON_CPU = RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
@@ -143,7 +145,7 @@ def layers(policy):
 
 
 def build(out, run):
-    options = dict(run.options)
+    options = ways(WAY) | dict(run.options)
     if run.lora:
         options["kwargs"] = {"peft_config": LoraConfig(**LORA)}
     else:
@@ -166,9 +168,8 @@ def build(out, run):
 
 
 def train(out, run, spent=None):
-    made, keep = build(out, run), KeepGradient()
+    made = build(out, run)
     injection = Injection(made, spent or Spent("nowhere"))
-    made.callback_handler.callbacks.insert(0, keep)
     done = {"error": None}
     try:
         made.train()
@@ -179,8 +180,7 @@ def train(out, run, spent=None):
         for log in made.state.log_history
     ]
     return done | {
-        "gradient": getattr(keep, "last", None),
-        "weights": weights(made.model),
+        "weights": {name.removeprefix("module."): full(p).detach().clone() for name, p in made.model.named_parameters()},
         "logs": logs,
         "passes": injection.count,
         "raised": injection.fired > 0,
@@ -190,12 +190,33 @@ def train(out, run, spent=None):
     }
 
 
+# of every way of sharding; DDP's own are above
+SHARDED = [
+    ("plain", Spent("reference")),
+    ("plain", Spent("first layer", ranks=(0,))),
+    ("plain", Spent("last layer", passes=(4,), error=ON_CPU)),
+    ("plain", Spent("loss", passes=(2,), error=PYTHON)),
+    ("plain", Spent("backward of the first layer", passes=(4, 12), ranks=(0,))),
+    ("plain", Spent("gradient of the last layer", passes=(4,), ranks=(0, 1))),
+    ("whole", Spent("backward of the last layer", passes=(1, 3), ranks=(0,))),
+    ("checkpointed", Spent("recomputation", passes=(4,))),
+    ("adapter", Spent("backward of the first layer", passes=(2,))),
+]
+WAY = sys.argv[2] if len(sys.argv) > 2 else "ddp"
+
+
+def cases(way):
+    return (CASES if way == "ddp" else SHARDED) + NEVER[: 2 if way == "ddp" else 1]
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     out = Path(sys.argv[1])
-    results = {(name, "undisturbed"): train(out, run) for name, run in RUNS.items()}
-    for name, spent in CASES + NEVER:
+    chosen = [case for number, case in enumerate(cases(WAY)) if len(sys.argv) < 4 or str(number) in sys.argv[3].split(",")]
+    results = {(name, "undisturbed"): train(out, RUNS[name]) for name in dict.fromkeys(name for name, _ in chosen)}
+    for name, spent in chosen:
+        print(name, spent, flush=True)
         results[name, str(spent)] = train(out / str(spent), RUNS[name], spent)
         torch.save(results, out / f"rank-{dist.get_rank()}.pt")
     dist.destroy_process_group()

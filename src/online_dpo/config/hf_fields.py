@@ -45,8 +45,6 @@ def check_names(args: TrainingArguments) -> None:
         ValueError: a field has a name that nothing has, needs a package that is not installed, is out of range, or asks
             for what this version does not do.
     """
-    if args.deepspeed is not None:
-        raise ValueError("`deepspeed` is not in this version. Use several processes without it (torchrun).")
     # the trainer looks for vLLM, so that a configuration can be created where it is not installed
     for _, problem in problems({**vars(args), "use_vllm": False, "engine": None}):
         raise ValueError(problem)

@@ -133,8 +133,6 @@ def check_unsupported(args: Any) -> None:
     Raises:
         ValueError: an argument of transformers asks for something that this version does not do.
     """
-    if args.fsdp:
-        raise ValueError("`fsdp` is not in this version. Use several processes without it (torchrun).")
     if args.remove_unused_columns:
         raise ValueError(
             "`remove_unused_columns` must be False: the prompt itself and the columns that reward functions "

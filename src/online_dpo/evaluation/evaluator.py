@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from online_dpo.distributed.collectives import any_rank
+from online_dpo.distributed.sharding import gathered
 from online_dpo.evaluation.gold import Gold
 from online_dpo.evaluation.records import EvalRecord, eval_records, judged_wins, win_share
 from online_dpo.modeling.memory import Halving
@@ -37,16 +39,24 @@ class ReferenceAnswers:
 
     def __init__(self, reference: Reference, engine: Engine, sampler: Sampler) -> None:
         self._reference, self.engine, self._sampler = reference, engine, sampler
+        self._device = sampler.sync_check.device
         self._kept: dict[tuple[int, tuple[int, ...]], tuple[Completion, ...]] = {}
 
-    def to(self, prompts: Sequence[Prompt]) -> list[Group]:
-        """Returns a group with one completion for each prompt."""
+    def prepare(self, prompts: Sequence[Prompt]) -> None:
+        """Samples the completions of these prompts that are not kept yet. A collective operation."""
         new = [prompt for prompt in prompts if (prompt.row, prompt.token_ids) not in self._kept]
-        if new:
+        if any_rank(bool(new), self._device):
             key = RolloutKey(self._sampler.seed, 0, Stream.REFERENCE)
             with self._reference.at_start(), self._sampler.autocast():
                 for group in self.engine.generate(new, 1, self._sampler.params, key):
                     self._kept[group.prompt.row, group.prompt.token_ids] = group.completions
+
+    def to(self, prompts: Sequence[Prompt]) -> list[Group]:
+        """Returns a group with one completion for each prompt. What `prepare` has not sampled is sampled now: then all
+        ranks must call this.
+        """
+        if any((prompt.row, prompt.token_ids) not in self._kept for prompt in prompts):
+            self.prepare(prompts)
         return [Group(prompt, self._kept[prompt.row, prompt.token_ids]) for prompt in prompts]
 
     def release(self) -> None:
@@ -67,8 +77,7 @@ class Evaluator:
         losses: computes the losses of these pairs.
         reference_answers: the completions that the policy's are compared with; ``None`` without a reference.
         gold: a second assessment that training never sees.
-        splits: whether losses may be computed in several calls where memory runs out; not where a forward pass needs
-            all processes.
+        reference_models: the reference's own, which is gathered if it is sharded.
     """
 
     def __init__(
@@ -80,18 +89,20 @@ class Evaluator:
         losses: Losses,
         reference_answers: ReferenceAnswers | None,
         gold: Gold | None,
-        splits: bool = True,
+        reference_models: Sequence[nn.Module] = (),
     ) -> None:
         self._num_completions = num_completions
         self._sampler, self._assessor, self._form_pairs, self._losses = sampler, assessor, form_pairs, losses
         self.reference_answers, self.gold = reference_answers, gold
-        self._fitting = Halving("An evaluation", splits=splits)
+        self._reference_models = reference_models
+        self._fitting = Halving("An evaluation")
 
     @torch.no_grad()
     def evaluate(
         self, model: nn.Module, prompts: Sequence[Prompt], sync: Callable[[Sequence[Prompt]], None]
     ) -> list[EvalRecord]:
-        """Returns one record for each prompt.
+        """Returns one record for each prompt. A collective operation: the policy is whole already, a sharded reference
+        is gathered here.
 
         Args:
             model: the policy, ready for a forward pass and in eval mode.
@@ -102,10 +113,14 @@ class Evaluator:
             UnknownTokenError: a prompt or completion has a token that a model does not know.
             ScoringError: a scorer or the judge failed.
         """
-        if not prompts:
-            return []
         self._sampler.vocabulary.check_prompts(prompts)
         sync(prompts)
+        if self.reference_answers is not None:
+            self.reference_answers.prepare(prompts)
+        with gathered(*self._reference_models):
+            return self._evaluate(model, prompts) if prompts else []
+
+    def _evaluate(self, model: nn.Module, prompts: Sequence[Prompt]) -> list[EvalRecord]:
         key = RolloutKey(self._sampler.seed, 0, Stream.EVALUATION)
         groups = self._sampler.sample(prompts, self._num_completions(), key)
         self._sampler.vocabulary.check_groups(groups)

@@ -96,14 +96,14 @@ class PathChoice:
 
     def __init__(self, device: torch.device, share: bool) -> None:
         self.path = ForwardPath()
-        self._device, self._share, self._settled = device, share, False
+        self._device, self._share, self.settled = device, share, False
 
     def settle(self, models: Mapping[str, ModelContext], groups: Sequence[Group]) -> None:
         """Chooses the path, at the first call in which groups decide it. A collective operation: it is fast only if it
         is right on every rank.
         """
         device = self._device
-        if self._settled or not any_rank(bool(groups), device):
+        if self.settled or not any_rank(bool(groups), device):
             return
         # A rank without groups cannot find anything wrong with the fastest path.
         choice = choose_path(models, groups, self._share) if groups else (ForwardPath(self._share, chunked=True), [])
@@ -111,7 +111,7 @@ class PathChoice:
             return
         path, reasons = choice
         self.path = ForwardPath(not any_rank(not path.shared, device), not any_rank(not path.chunked, device))
-        self._settled = True
+        self.settled = True
         for reason in reasons:
             logger.warning("Training takes a slower path: %s.", reason)
 

@@ -17,6 +17,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from online_dpo.distributed.sharding import shape_of
 from online_dpo.errors import UnknownTokenError
 from online_dpo.foreign import at_row
 from online_dpo.modeling.introspection import context_length, unwrapped
@@ -41,7 +42,7 @@ def embedding_rows(model: nn.Module) -> int:
     base: Any = unwrapped(model)
     if isinstance(base, PreTrainedModel):
         weight: Any = base.get_input_embeddings().weight
-        return weight.shape[0]
+        return shape_of(weight)[0]
     return base.config.get_text_config().vocab_size
 
 

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from online_dpo.distributed.sharding import is_whole
 from online_dpo.modeling.patching import replaced_forwards
 
 
 def supports_onednn(weight: torch.Tensor) -> bool:
     """Whether `linear` can compute products with this weight: a plain fp32 tensor on a CPU, and oneDNN is enabled."""
-    plain = type(weight) in (torch.Tensor, nn.Parameter) and weight.dtype == torch.float32
+    plain = type(weight) in (torch.Tensor, nn.Parameter) and weight.dtype == torch.float32 and is_whole(weight)
     return plain and weight.device.type == "cpu" and bool(torch.backends.mkldnn.enabled)
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from online_dpo.distributed.sharding import full_of_part, is_sharded, own_part, part, shape_of
 from online_dpo.errors import CheckpointError
 from online_dpo.modeling.borrowing import adapter_off, eval_mode
 from online_dpo.modeling.loading import disable_dropout
@@ -28,6 +29,11 @@ class Reference:
     description: str
     model: nn.Module | None = None
     """The model itself, where it is another than the policy."""
+
+    @property
+    def models(self) -> Sequence[nn.Module]:
+        """The model itself, where it is another than the policy; else nothing."""
+        return [] if self.model is None else [self.model]
 
     def active(self) -> AbstractContextManager[nn.Module]:
         """Inside, a forward pass of the model that the context yields gives the reference's present logits."""
@@ -109,8 +115,9 @@ class SyncedReference(Reference):
         self.description = f"{description}, {alpha} of the policy mixed in every {every} steps"
         self.model = model
         self._policy, self._alpha, self._every = policy, alpha, every
-        # `float()` copies half-precision weights only: fp32 ones share their memory with the model's parameters.
-        self._weights = {name: p.detach().float() for name, p in model.named_parameters()}
+        # Of sharded models, this rank's parts. `float()` copies half-precision weights only: fp32 ones share their
+        # memory with the model's parameters.
+        self._weights = {name: part(p).float() for name, p in model.named_parameters()}
         self._start = self._copies()
 
     def active(self) -> AbstractContextManager[nn.Module]:
@@ -135,17 +142,18 @@ class SyncedReference(Reference):
             return
         policy = dict(self._policy.named_parameters())
         for name, parameter in self.model.named_parameters():
-            weight = self._weights[name].lerp_(policy[name].float(), self._alpha)
-            parameter.copy_(weight)
+            weight = self._weights[name].lerp_(part(policy[name]).float(), self._alpha)
+            part(parameter).copy_(weight)
 
     def files(self, rank: int) -> Sequence[str]:
         """Returns the name of the file with the present weights."""
         return [self.FILE]
 
     def save(self, folder: Path, rank: int) -> None:
-        """Writes the present weights to ``reference.safetensors``, on rank 0."""
+        """Writes the present weights, in fp32, to ``reference.safetensors``, on rank 0."""
+        weights = self._copies() if not is_sharded(self.model) else self._whole_weights(keep=rank == 0)
         if rank == 0:
-            save_file({name: weight.contiguous() for name, weight in self._copies().items()}, folder / self.FILE)
+            save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / self.FILE)
 
     def restore(self, folder: Path, rank: int) -> None:
         """Reads the present weights from ``reference.safetensors``.
@@ -159,7 +167,14 @@ class SyncedReference(Reference):
             raise CheckpointError(f"{folder / self.FILE} is damaged ({problem}). Give another checkpoint.") from None
         if {name: weight.shape for name, weight in weights.items()} != _shapes(self.model):
             raise CheckpointError(f"{folder / self.FILE} holds other weights than the reference has.")
-        self._set(weights)
+        for name, parameter in self.model.named_parameters():
+            self._weights[name].copy_(own_part(parameter, weights[name]))
+            part(parameter).copy_(self._weights[name])
+
+    def _whole_weights(self, keep: bool) -> dict[str, torch.Tensor]:
+        """The whole weights, gathered one by one, in host memory; a collective operation."""
+        whole = ((name, full_of_part(p, self._weights[name])) for name, p in self.model.named_parameters())
+        return {name: weight.cpu() for name, weight in whole if keep}
 
     def _copies(self) -> dict[str, torch.Tensor]:
         return {name: weight.to("cpu", copy=True) for name, weight in self._weights.items()}
@@ -168,7 +183,7 @@ class SyncedReference(Reference):
     def _set(self, weights: Mapping[str, torch.Tensor]) -> None:
         for name, parameter in self.model.named_parameters():
             self._weights[name].copy_(weights[name])
-            parameter.copy_(self._weights[name])
+            part(parameter).copy_(self._weights[name])
 
 
 class ReferenceSteps(TrainerCallback):
@@ -183,7 +198,7 @@ class ReferenceSteps(TrainerCallback):
 
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:
-    return {name: parameter.shape for name, parameter in model.named_parameters()}
+    return {name: shape_of(parameter) for name, parameter in model.named_parameters()}
 
 
 def frozen_copy(policy: nn.Module) -> nn.Module:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 
 from torch import nn
 
+from online_dpo.distributed.sharding import gathered
 from online_dpo.errors import ForeignCodeError
 from online_dpo.foreign import foreign
 from online_dpo.modeling.known_tokens import VocabularyCheck
@@ -63,7 +64,8 @@ class Sampler:
         with self.autocast():
             self.engine.sync(self.policy, version)
             if self.engine.has_own_weights and self.sync_check.due(step):
-                self.sync_check.check(self.engine, self.policy, prompts, self.params, self.seed, step)
+                with gathered(self.policy):
+                    self.sync_check.check(self.engine, self.policy, prompts, self.params, self.seed, step)
 
     def sample(self, prompts: Sequence[Prompt], count: int, key: RolloutKey) -> list[Group]:
         """Returns ``count`` completions of each prompt, sampled with the weights of the last `sync`."""

@@ -33,7 +33,7 @@ class SyncCheck:
     """
 
     def __init__(self, device: torch.device, every: int) -> None:
-        self._device, self._every = device, every
+        self.device, self._every = device, every
         self._last: int | None = None
 
     def due(self, step: int) -> bool:
@@ -56,7 +56,7 @@ class SyncCheck:
         trainer_dtype = computing_dtype(model)
         engine_dtype = engine.own_dtype or trainer_dtype
         allowed = max(sync_tolerance(trainer_dtype), sync_tolerance(engine_dtype))
-        worst = float(max_over_ranks(torch.tensor(difference, device=self._device)))
+        worst = float(max_over_ranks(torch.tensor(difference, device=self.device)))
         if not worst <= allowed:
             raise OutOfSyncError(
                 f"After the weights of step {step} were sent to it, the sampler's log-probabilities differ from the "

@@ -14,6 +14,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from online_dpo.config.trainer_config import OnlineDPOConfig
+from online_dpo.distributed.loading import loading_whole
+from online_dpo.distributed.sharding import Sharding, make_whole
 from online_dpo.evaluation.evaluator import ReferenceAnswers
 from online_dpo.foreign import loading
 from online_dpo.modeling.adapters import adapting
@@ -72,6 +74,8 @@ def build_policy(model: Any, peft_config: Any, args: OnlineDPOConfig, optimizer:
     if loaded_here:
         model = _load_policy(model, peft_config, args)
         trains_adapter = trains_adapter or is_peft_model_object(model)
+    else:
+        make_whole(model)
     if model.config.is_encoder_decoder:
         raise ValueError("`model` is an encoder-decoder; Online DPO here trains decoder-only language models.")
     check_room(model, longest_sequence(args), "model")
@@ -96,7 +100,7 @@ def build_policy(model: Any, peft_config: Any, args: OnlineDPOConfig, optimizer:
 def _load_policy(path: str, peft_config: Any, args: OnlineDPOConfig) -> nn.Module:
     init_kwargs: Any = args.model_init_kwargs
     dtype = policy_dtype(path, peft_config, args)
-    with loading(path):
+    with loading(path), loading_whole():
         model = load_causal_lm(path, init_kwargs, args.trust_remote_code, dtype)
         check_not_zero(model, path)
         return model
@@ -134,12 +138,15 @@ def _prepare_attention(model: nn.Module, args: OnlineDPOConfig) -> None:
         use_segments(model)
 
 
-def build_reference(ref_model: Any, policy: nn.Module, args: OnlineDPOConfig) -> Reference:
+def build_reference(ref_model: Any, policy: nn.Module, args: OnlineDPOConfig, sharding: Sharding) -> Reference:
     """Returns the reference: the model given, else the policy with its adapter off, else a frozen copy. A reference
     with weights of its own may follow the policy.
 
     One that is created here computes as the policy does, so that both give the same numbers at the start: it has the
     policy's type, except for what mixed precision casts in each pass anyway.
+
+    Args:
+        sharding: shards a reference with weights of its own as the policy will be.
 
     Raises:
         ValueError: it is to follow the policy, and cannot; or its context is shorter than ``max_length``.
@@ -147,25 +154,26 @@ def build_reference(ref_model: Any, policy: nn.Module, args: OnlineDPOConfig) ->
     if args.reference_free:
         return NoReference()
     if ref_model is not None:
-        return _own_model(_given_reference(ref_model, policy, args), policy, args, "a model given separately")
+        given = _given_reference(ref_model, policy, args)
+        return _own_model(given, policy, args, "a model given separately", sharding)
     if args.sync_ref_model and is_peft_model_object(policy):
         raise ValueError(
             "`sync_ref_model` needs a reference with weights of its own, and with an adapter the reference is the "
             "policy without it. Train all weights, or leave it off."
         )
     if is_peft_model_object(policy):
-        return _reference_without_adapter(policy, args)
+        return _reference_without_adapter(policy, args, sharding)
     copy = frozen_copy(policy)
     if not args.sync_ref_model:  # one that follows is mixed in fp32
         hold_linears(copy, args)
-    return _own_model(to_device(copy, args.device), policy, args, "a frozen copy of the policy")
+    return _own_model(copy, policy, args, "a frozen copy of the policy", sharding)
 
 
 def _given_reference(ref_model: Any, policy: nn.Module, args: OnlineDPOConfig) -> nn.Module:
     """The reference that the user gave, loaded if given by name, ready to read rows on the device."""
     if isinstance(ref_model, str):
         init_kwargs: Any = args.model_init_kwargs
-        with loading(ref_model):
+        with loading(ref_model), loading_whole():
             path = ref_model
             ref_model = load_causal_lm(path, init_kwargs, args.trust_remote_code, unwrapped(policy).dtype)
             check_not_zero(ref_model, path)
@@ -176,10 +184,10 @@ def _given_reference(ref_model: Any, policy: nn.Module, args: OnlineDPOConfig) -
     check_room(ref_model, longest_sequence(args), "ref_model")
     enable_logprobs(ref_model)
     _prepare_attention(ref_model, args)
-    return to_device(ref_model, args.device)
+    return ref_model
 
 
-def _reference_without_adapter(policy: nn.Module, args: OnlineDPOConfig) -> Reference:
+def _reference_without_adapter(policy: nn.Module, args: OnlineDPOConfig, sharding: Sharding) -> Reference:
     with mixed_precision(args):
         changed = adapter_changes_output(policy)
     if changed:
@@ -192,11 +200,24 @@ def _reference_without_adapter(policy: nn.Module, args: OnlineDPOConfig) -> Refe
             "Weights outside the adapter are trained as well (its `bias`, or weights that are not frozen). So the "
             "reference is a copy of the policy with its adapter off, which takes as much memory again."
         )
-        return AdapterOffReference(frozen_copy(policy), "a copy of the policy with its adapter off")
+        reference = AdapterOffReference(frozen_copy(policy), "a copy of the policy with its adapter off")
+        reference.model = reference.policy
+        _place(reference.policy, args, sharding)
+        return reference
     return AdapterOffReference(policy)
 
 
-def _own_model(model: nn.Module, policy: nn.Module, args: OnlineDPOConfig, description: str) -> Reference:
+def _place(model: nn.Module, args: OnlineDPOConfig, sharding: Sharding) -> None:
+    """Puts a frozen model onto the device, each rank's part of it if the policy will be sharded."""
+    if not sharding.partial:
+        to_device(model, args.device)
+    sharding.shard_frozen(model)
+
+
+def _own_model(
+    model: nn.Module, policy: nn.Module, args: OnlineDPOConfig, description: str, sharding: Sharding
+) -> Reference:
+    _place(model, args, sharding)
     if not args.sync_ref_model:
         return FrozenReference(model, description)
     alpha, every = args.ref_model_mixup_alpha, args.ref_model_sync_steps

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from online_dpo.checkpoints.folders import folder_of
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.distributed.agreement import Agreement
 from online_dpo.distributed.collectives import RankErrors
-from online_dpo.distributed.ddp import GuardedDDP
-from online_dpo.distributed.process_state import kept_random_state
+from online_dpo.distributed.on_cpu import fsdp_on_cpu
+from online_dpo.distributed.process_state import kept_environment, kept_random_state
 from online_dpo.distributed.rank_watch import watch_ranks
+from online_dpo.distributed.sharding import full, sharding_for
 from online_dpo.modeling.borrowing import kept_flags
 from online_dpo.modeling.loading import ConfigKeeper, empty_device_cache
 from online_dpo.modeling.precision import keeps_small_steps
@@ -69,19 +70,19 @@ class GuardedTrainer(Trainer):
         self.callback_handler: NamedCallbacks = NamedCallbacks(self.callback_handler)
         self.add_callback(self.configs)
         self.model_accepts_loss_kwargs = True
+        agreement = Agreement(args.ddp_timeout_delta)
+        self.sharding = sharding_for(self.accelerator, agreement.check)
         self.metrics = MetricStore()
         self.phase = PhaseTimer(self.metrics, self.accelerator.device)
         self.errors = RankErrors(self.accelerator.device)
-        self.agreement = Agreement(args.ddp_timeout_delta)
-        self._guarded = GuardedDDP(model, self.agreement.check)
         self.passes = PassRunner(
             self.metrics,
             self.phase,
             lambda: args.row_capacity,
-            self.agreement,
+            agreement,
             self.errors,
-            abandon=self._abandon_pass,
-            free_memory=self.free_memory,
+            lambda: self.sharding.abandon_pass(self.model),  # pyright: ignore[reportArgumentType]
+            self.free_memory,
         )
         self.evaluation_weights = EvaluationWeights(lambda: self.optimizer, lambda: self.is_in_train)
         self._build_guards(args)
@@ -99,8 +100,7 @@ class GuardedTrainer(Trainer):
         self.run_state = RunState()
         self.run_state.add(self.guard, self.log_state)
         self._random_state_in: str | None = None
-        self._has_random_state = False
-        self._beside_training = False
+        self._has_random_state = self._beside_training = False
 
     def _build_guards(self, args: OnlineDPOConfig) -> None:
         """Builds what watches over the run, in the order in which the callbacks among it are called."""
@@ -111,7 +111,8 @@ class GuardedTrainer(Trainer):
         factor, recovery = args.skipped_step_lr_factor, args.skipped_step_lr_recovery
         self.backoff = LearningRateBackoff(factor, recovery, trains=lambda: self.guard.trains)
         limits = (args.max_skipped_steps, args.max_idle_steps)
-        self.guard = StepGuard(self.accelerator, *limits, self.backoff, self._on_skip, self.finite.check_start)
+        checks = (self._on_skip, self.finite.check_start)
+        self.guard = StepGuard(self.accelerator, *limits, self.backoff, *checks, self.sharding)
         self.add_callback(self.guard)
         self.updates = UpdatedRatio(lambda: self.guard.trained_steps, warns=not keeps_small_steps(args))
         self.add_callback(self.updates)
@@ -182,6 +183,17 @@ class GuardedTrainer(Trainer):
         self._save_checkpoint(self.model, trial=None)  # pyright: ignore[reportArgumentType]
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)  # pyright: ignore
         return self.interrupt.checkpoint
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The parent's; processes on CPUs shard as well, and the next trainer of this process chooses for itself."""
+        with fsdp_on_cpu(), kept_environment():
+            super().create_accelerator_and_postprocess()
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """The parent's, after which an update of the weights is made when `optimizer.step()` is called."""
+        model, dataloader = super()._prepare_for_training(*args, **kwargs)
+        self.optimizer = self.callback_handler.optimizer = self.sharding.attach(model, self.optimizer)
+        return model, dataloader
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """The parent's, unless the checkpoint that is resumed was the run's last: it would train one more step."""
@@ -323,19 +335,12 @@ class GuardedTrainer(Trainer):
         """The parent's, once for each pass of the micro-batch; gradients add up; ranks exchange them in the last."""
 
         def one_pass(rows: PackedRows, last: bool) -> torch.Tensor:
-            with nullcontext() if last else self.accelerator.no_sync(model):
+            with self.sharding.one_pass(model, last):
                 return super(GuardedTrainer, self).training_step(model, {"rows": rows}, num_items_in_batch)
 
-        if self._guarded.model is not model:
-            self._guarded = GuardedDDP(model, self.agreement.check)
-        is_last = [False] * (len(inputs["passes"]) - 1) + [self.accelerator.sync_gradients]
-        passes = zip(inputs["passes"], is_last, strict=True)
-        losses = [self.passes.run(rows, one_pass, last) for rows, last in passes]
-        return torch.stack(losses).sum()
-
-    def _abandon_pass(self) -> None:
-        self._guarded.abandon()
-        self.model.zero_grad()  # pyright: ignore[reportOptionalMemberAccess]
+        *others, last = inputs["passes"]
+        losses = [self.passes.run(rows, one_pass, last=False) for rows in others]
+        return torch.stack([*losses, self.passes.run(last, one_pass, last=True)]).sum()
 
     def free_memory(self) -> None:
         """Gives back memory of the device that can be had again; called after a pass that did not fit."""
@@ -361,6 +366,7 @@ class GuardedTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = full(norm) if isinstance(norm, torch.Tensor) else norm
         self.guard.saw_gradient_norm(norm)  # pyright: ignore[reportArgumentType]
         return norm
 

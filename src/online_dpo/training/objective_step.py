@@ -12,6 +12,7 @@ from torch import nn
 
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.distributed.collectives import max_over_ranks, sum_over_ranks
+from online_dpo.distributed.sharding import forward_only, gathered
 from online_dpo.errors import ForeignCodeError
 from online_dpo.foreign import foreign
 from online_dpo.methods.base import Method
@@ -96,10 +97,12 @@ class ObjectiveStep:
 
     def settle_path(self, model: nn.Module, groups: Sequence[Group]) -> None:
         """Finds out once, on the first groups, which fast ways to log-probabilities are right for the models."""
+        if self.choice.settled:
+            return
         models: dict[str, ModelContext] = {"the policy": lambda: eval_mode(model)}
         if not self.args.reference_free:
             models["the reference"] = self.reference.active
-        with self.run.accelerator.autocast():
+        with gathered(model, *self.reference.models), self.run.accelerator.autocast():
             self.choice.settle(models, groups)
 
     def totals(self, pairs: Sequence[Pair]) -> tuple[int, torch.Tensor]:
@@ -158,6 +161,7 @@ class ObjectiveStep:
         with (
             self.run.accelerator.autocast(),
             self.reference.active() as reference,
+            forward_only(reference),
             onednn_linears(reference, pack=False),
         ):
             return row_logprobs(reference, rows, entropy=False, chunked=self.choice.path.chunked)

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedType
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from online_dpo.checkpoints.codec import read_json, write_json
 from online_dpo.distributed.collectives import any_rank
+from online_dpo.distributed.sharding import NoSharding, Sharding
 from online_dpo.errors import NothingTrainedError, TrainingDivergedError, TrainingStalledError
 from online_dpo.training.learning_rate import LearningRateBackoff
 from online_dpo.training.trained import check_trained, warn_of_untrained
@@ -56,6 +56,7 @@ class StepGuard(TrainerCallback):
         backoff: lowers the learning rate after skipped steps.
         on_skip: called with the number of pairs when a step is skipped.
         check_start: called when training begins, with all weights loaded; raises if nothing can be trained from them.
+        sharding: removes gradients where they are kept; when not given, from the model.
     """
 
     FILE = "guard.json"
@@ -68,8 +69,9 @@ class StepGuard(TrainerCallback):
         backoff: LearningRateBackoff,
         on_skip: Callable[[int], None] = lambda pairs: None,
         check_start: Callable[[], None] = lambda: None,
+        sharding: Sharding | None = None,
     ) -> None:
-        self.accelerator = accelerator
+        self.accelerator, self.sharding = accelerator, sharding or NoSharding(accelerator)
         self.on_skip, self._check_start = on_skip, check_start
         self.max_skipped_steps, self.max_idle_steps, self.backoff = max_skipped_steps, max_idle_steps, backoff
         self._warned_idle = False
@@ -108,7 +110,7 @@ class StepGuard(TrainerCallback):
                 state.global_step,
                 state.max_steps,
             )
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:  # its optimizer holds flat copies of weights
+        if self.sharding.copies:
             return
         inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
         check_trained(model, inner)
@@ -148,8 +150,7 @@ class StepGuard(TrainerCallback):
         _check_learning_rates(optimizer, state)
         finite = not any_rank(not bool(self._finite), self.accelerator.device)
         if not finite or self._num_pairs == 0:
-            for parameter in model.parameters():
-                parameter.grad = None
+            self.sharding.drop_gradients(model)
         self.trains = finite and self._num_pairs > 0
         if finite:
             self.skipped_in_a_row = 0

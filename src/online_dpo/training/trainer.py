@@ -31,6 +31,7 @@ from online_dpo.config.names_elsewhere import ARGUMENTS, hint_for
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.data.collate import UsersCollator, collate_prompts, prompts_from_batch
 from online_dpo.distributed.collectives import from_every_rank, samples_of_every_rank
+from online_dpo.distributed.sharding import gathered
 from online_dpo.errors import ForeignCodeError
 from online_dpo.evaluation.evaluator import Evaluator
 from online_dpo.evaluation.gold import build_gold, check_gold
@@ -198,7 +199,7 @@ class OnlineDPOTrainer(GuardedTrainer):
     def _build_models(self, ref_model: Any, datasets: dict[str, Any]) -> None:
         """Builds the reference, the sampler, the reference's answers and the opponent."""
         args, policy, tokenizer = self.args, self.policy, self.tokenizer
-        self.reference = build_reference(ref_model, policy, args)
+        self.reference = build_reference(ref_model, policy, args, self.sharding)
         vocabulary = build_vocabulary(policy, None if ref_model is None else self.reference, tokenizer, datasets)
         self.add_callback(ReferenceSteps(self.reference))
         if self.reference.model is not None:
@@ -244,7 +245,7 @@ class OnlineDPOTrainer(GuardedTrainer):
             self._losses_of,
             self.reference_answers,
             self.gold,
-            splits=not self.is_fsdp_enabled,
+            self.reference.models,
         )
         self.run_state.add(self.collector, self.reference, self.adaptive_beta)
 
@@ -327,7 +328,7 @@ class OnlineDPOTrainer(GuardedTrainer):
         users_metrics = named_metrics(self.compute_metrics, lambda: self.state.global_step)
         predictions = Predictions(self.args, users_metrics, loss_only)
         self.callback_handler.eval_dataloader = dataloader  # pyright: ignore[reportAttributeAccessIssue]
-        with eval_mode(model), self.evaluation_weights.in_model(), noting() as notes:
+        with gathered(model), eval_mode(model), self.evaluation_weights.in_model(), noting() as notes:
             self._evaluate_batches(model, iter(dataloader), predictions)
         records, values = predictions.records, self.errors.run(predictions.metrics)
         metrics = in_order({**mean_notes(from_every_rank(notes)), **summarise(records), **values})

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from online_dpo.distributed.sharding import part
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class UpdatedRatio(TrainerCallback):
         """Choose the sample and record its values."""
         assert model is not None
         trained = [p for p in model.parameters() if p.requires_grad]
-        every = max(1, sum(_local(p).numel() for p in trained) // SAMPLE)
+        every = max(1, sum(part(p).numel() for p in trained) // SAMPLE)
         # The stride is odd, because rows have even lengths: otherwise some columns would never be sampled.
         self._sample = [(p, slice(i % every, None, every | 1)) for i, p in enumerate(trained)]
         self._last = self._values()
@@ -110,10 +111,4 @@ class UpdatedRatio(TrainerCallback):
             )
 
     def _values(self) -> list[torch.Tensor]:
-        return [_local(parameter).flatten()[part].clone() for parameter, part in self._sample]
-
-
-def _local(parameter: nn.Parameter) -> torch.Tensor:
-    """The part of a parameter, which may be sharded, that this process holds."""
-    tensor = parameter.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        return [part(parameter).flatten()[chosen].clone() for parameter, chosen in self._sample]

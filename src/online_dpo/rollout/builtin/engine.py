@@ -21,6 +21,7 @@ from torch import nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
+from online_dpo.distributed.sharding import gathered
 from online_dpo.errors import is_out_of_memory, named_error
 from online_dpo.modeling.borrowing import eval_mode, kept_attributes
 from online_dpo.modeling.introspection import computing_dtype, unwrapped, without_router_logits
@@ -93,7 +94,7 @@ class TransformersEngine:
         """Samples K completions for each prompt; returns the groups in the prompts' order."""
         waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))  # by length: little padding
         groups: dict[int, Group] = {}
-        with eval_mode(self.model), ExitStack() as stack:
+        with self._whole_weights(), eval_mode(self.model), ExitStack() as stack:
             if self._path is None and prompts:
                 self._path = self._choose_path([prompts[i] for i in {waiting[0], waiting[-1]}], params, key)
             stack.enter_context(self._fast_linears())
@@ -193,6 +194,10 @@ class TransformersEngine:
     @property
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    def _whole_weights(self) -> AbstractContextManager[None]:
+        """Inside, this rank holds all weights: ranks decode until different lengths, and then need not wait."""
+        return gathered(self.model)
 
     def _fast_linears(self) -> AbstractContextManager[None]:
         """Inside, linear layers on a CPU multiply with packed weights, which is worth it for many small products."""

@@ -10,13 +10,14 @@ Shapes: ``G`` groups, ``K`` completions, ``B = G * K`` sequences, ``T`` tokens, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from online_dpo.distributed.sharding import gathered
 from online_dpo.modeling.borrowing import ModelContext
 from online_dpo.modeling.introspection import unwrapped
 from online_dpo.modeling.onednn import onednn_linears
@@ -71,6 +72,9 @@ class MixtureEngine(TransformersEngine):
         with self._reference_context():
             reference_1TV = self._reference(input_ids=ids_1T, use_cache=False).logits
         return mixed_logits(policy_1TV, reference_1TV, self._coefficient())
+
+    def _whole_weights(self) -> AbstractContextManager[None]:
+        return gathered(self.model, self._reference)
 
     @contextmanager
     def _fast_linears(self) -> Iterator[None]:
