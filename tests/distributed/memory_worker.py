@@ -197,7 +197,7 @@ SHARDED = [
     ("plain", Spent("last layer", passes=(4,), error=ON_CPU)),
     ("plain", Spent("loss", passes=(2,), error=PYTHON)),
     ("plain", Spent("backward of the first layer", passes=(4, 12), ranks=(0,))),
-    ("plain", Spent("gradient of the last layer", passes=(4,), ranks=(0, 1))),
+    ("plain", Spent("backward of the last layer", passes=(4,), ranks=(0, 1))),
     ("whole", Spent("backward of the last layer", passes=(1, 3), ranks=(0,))),
     ("checkpointed", Spent("recomputation", passes=(4,))),
     ("adapter", Spent("backward of the first layer", passes=(2,))),

@@ -71,6 +71,8 @@ class FSDP2Sharding:
             device=accelerator.device,
         )
         fsdp2_prepare_model(as_for_policy, model)
+        check_operations(model, self._check)
+        self._frozen.append(model)
 
 
 @contextmanager
