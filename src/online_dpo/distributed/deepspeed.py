@@ -176,6 +176,7 @@ def abandon(offload: Any) -> None:
     if not coordinator.is_invalid_trace():
         coordinator._invalidate_trace()
     for module in offload.module.modules():
+        module._parameters._in_forward = False  # while it is true, looking at a weight gathers it
         for count in ("ds_grads_remaining", "applied_pre_backward_ref_cnt"):
             if count in vars(module):
                 setattr(module, count, 0)
