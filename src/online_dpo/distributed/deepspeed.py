@@ -101,6 +101,8 @@ class ZeROSharding:
         if not in_parts:
             optimizer._clear_previous_reduced_grads()
             optimizer._release_ipg_buffers()
+        for parameter in model.parameters():
+            parameter.grad = None  # ZeRO-3 expects here that it has taken them all
         self.drop_gradients(model)
         self._dropped = False
         del parameter_offload.FWD_MODULE_STACK[self._depth :]
