@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from peft import LoraConfig
-
-from online_dpo.distributed.sharding import full
-from online_dpo.modeling.memory import DoesNotFit
 from sharding_worker import ways
+
+from online_dpo.modeling.memory import DoesNotFit
 from support import tiny
 from support.training import LORA, dataset, trainer
 

@@ -75,15 +75,8 @@ class GuardedTrainer(Trainer):
         self.metrics = MetricStore()
         self.phase = PhaseTimer(self.metrics, self.accelerator.device)
         self.errors = RankErrors(self.accelerator.device)
-        self.passes = PassRunner(
-            self.metrics,
-            self.phase,
-            lambda: args.row_capacity,
-            agreement,
-            self.errors,
-            lambda: self.sharding.abandon_pass(self.model),  # pyright: ignore[reportArgumentType]
-            self.free_memory,
-        )
+        parts = (self.metrics, self.phase, lambda: args.row_capacity, agreement, self.errors)
+        self.passes = PassRunner(*parts, lambda: self.sharding.abandon_pass(self.model), self.free_memory)  # pyright: ignore[reportArgumentType]
         self.evaluation_weights = EvaluationWeights(lambda: self.optimizer, lambda: self.is_in_train)
         self._build_guards(args)
         self.context = RunContext(
