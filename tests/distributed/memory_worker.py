@@ -172,9 +172,7 @@ def train(out, run, spent=None):
         for log in made.state.log_history
     ]
     return done | {
-        "weights": {
-            name.removeprefix("module."): full(p).detach().clone() for name, p in made.model.named_parameters()
-        },
+        "weights": whole_weights(made),
         "logs": logs,
         "passes": injection.count,
         "raised": injection.fired > 0,
