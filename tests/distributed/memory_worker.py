@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from peft import LoraConfig
-from sharding_worker import ways
+from sharding_worker import ways, whole_weights
 
 from online_dpo.modeling.memory import DoesNotFit
 from support import tiny
