@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 
 from torch import nn
 
-from online_dpo.distributed.sharding import gathered
+from online_dpo.distributed.weights import gathered
 from online_dpo.errors import ForeignCodeError
 from online_dpo.foreign import foreign
 from online_dpo.modeling.known_tokens import VocabularyCheck
