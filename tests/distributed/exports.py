@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from online_dpo.distributed.collectives import is_first_rank
-from online_dpo.distributed.sharding import is_sharded
+from online_dpo.distributed.weights import is_sharded
 from online_dpo.rollout.weights.adapter import write_adapter
 from online_dpo.rollout.weights.export import streamed, write_weights
 from support import tiny

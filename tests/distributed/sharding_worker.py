@@ -15,7 +15,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from online_dpo.distributed import sampling
-from online_dpo.distributed.sharding import full, part
+from online_dpo.distributed.weights import full, part
 from online_dpo.modeling.introspection import unwrapped
 from support import tiny
 from support.training import LORA, dataset, step_logs, trainer, without_times

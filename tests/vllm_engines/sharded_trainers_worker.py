@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from online_dpo.distributed.sharding import full, is_sharded
+from online_dpo.distributed.weights import full, is_sharded
 from online_dpo.rollout.vllm import colocated_engine
 from support import vllm_tools
 from support.training import recording, without_times

@@ -10,7 +10,7 @@ from torch import nn
 
 from online_dpo.distributed.collectives import any_rank
 from online_dpo.distributed.sampling import whole_on
-from online_dpo.distributed.sharding import gathered
+from online_dpo.distributed.weights import gathered
 from online_dpo.evaluation.gold import Gold
 from online_dpo.evaluation.records import EvalRecord, eval_records, judged_wins, win_share
 from online_dpo.modeling.memory import Halving

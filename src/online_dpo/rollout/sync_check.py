@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from online_dpo.distributed.collectives import RankErrors, is_first_rank, max_over_ranks
-from online_dpo.distributed.sharding import gathered
+from online_dpo.distributed.weights import gathered
 from online_dpo.errors import OutOfSyncError
 from online_dpo.modeling.borrowing import eval_mode
 from online_dpo.modeling.introspection import computing_dtype

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.distributed.collectives import RankErrors, from_first_rank, is_first_rank, raise_first_ranks
-from online_dpo.distributed.sharding import is_sharded
+from online_dpo.distributed.weights import is_sharded
 from online_dpo.errors import RolloutServerError, error_text
 from online_dpo.modeling.introspection import unwrapped
 from online_dpo.rollout.params import RolloutKey, SamplingParams

@@ -8,7 +8,7 @@ from typing import Any
 from accelerate.utils import extract_model_from_parallel, is_peft_model
 from torch import nn
 
-from online_dpo.distributed.sharding import full
+from online_dpo.distributed.weights import full
 from online_dpo.modeling.introspection import is_quantized
 
 START_WITHOUT = "Start the server without `--lora-rank`, so that it takes the merged weights."

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 
-from online_dpo.distributed.sharding import full, is_sharded
+from online_dpo.distributed.weights import full, is_sharded
 from online_dpo.modeling.introspection import is_quantized, unwrapped
 
 SHARD_BYTES = 1 << 30
