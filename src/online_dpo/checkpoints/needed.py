@@ -12,17 +12,17 @@ from typing import Any
 
 from online_dpo.checkpoints.codec import from_json
 from online_dpo.checkpoints.manifest import Manifest, has_manifest
+from online_dpo.checkpoints.shard_names import INDEX
 
 STATE = "trainer_state.json"
-SHARDED = "global_step*"
-"""DeepSpeed's folder, which holds weights, optimizer and scheduler."""
+OF_OTHERS = ("global_step*", "pytorch_model_fsdp*")
+"""The files of DeepSpeed and of accelerate."""
 WEIGHTS = (
     *("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
     *("adapter_model.safetensors", "adapter_model.bin", "*/adapter_model.safetensors", "*/adapter_model.bin"),
-    *("pytorch_model_fsdp*", SHARDED),
 )
-OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_*", SHARDED)
-SCHEDULER = ("scheduler.pt", SHARDED)
+OPTIMIZER = ("optimizer.pt", INDEX)
+SCHEDULER = ("scheduler.pt",)
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,11 @@ class Needs:
         return next(self._problems(folder), None)
 
     def _problems(self, folder: Path) -> Iterator[str]:
+        if not (folder / INDEX).is_file() and (found := [path for name in OF_OTHERS for path in folder.glob(name)]):
+            yield (
+                f"{found[0].name} is of DeepSpeed's or accelerate's own format, pickles that could run any code, so it "
+                "is not read. Start a run from the model that is saved there, if there is one"
+            )
         for names, what in self._files():
             if not any(any(folder.glob(name)) for name in names):
                 yield f"{names[0]} is missing: {what}"

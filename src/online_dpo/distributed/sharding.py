@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 from weakref import WeakSet
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -143,17 +145,44 @@ def _is_fsdp(model: nn.Module) -> bool:
 # --- training the policy ----------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Span:
+    """Numbers of a parameter that lie in a tensor of the optimizer: those from ``start`` on, of the parameter as one
+    row; in the tensor, also as one row, they begin at ``offset``.
+
+    >>> Span("lm_head.weight", start=1024, offset=0, numel=512)
+    """
+
+    name: str
+    start: int
+    offset: int
+    numel: int
+
+
+@dataclass(frozen=True)
+class Updated:
+    """What this rank's optimizer updates: its tensors, which are the keys of its state, and what lies in each.
+
+    All of it may be changed in place, also ``scaling``: the state of a loss scaling that the optimizer does itself.
+    """
+
+    optimizer: torch.optim.Optimizer
+    tensors: list[tuple[torch.Tensor, list[Span]]]
+    scaling: dict[str, Any] = field(default_factory=dict)
+
+
 class Sharding(Protocol):
     """What the trainer does differently by how weights, gradients and optimizer lie on the ranks.
 
     ``name`` is for messages: ``fsdp2``, ``zero2``, or what :class:`NoSharding` says. ``partial``: the policy's weights
     will lie in parts on several ranks once training begins. ``copies``: the optimizer holds copies of weights, not the
-    model's parameters.
+    model's parameters. ``splits_state``: the optimizer's state lies in parts on several ranks.
     """
 
     name: str
     partial: bool
     copies: bool
+    splits_state: bool
 
     def attach(self, model: nn.Module, optimizer: Any) -> Any:
         """Takes the wrapped policy and the wrapped optimizer when training begins. Returns the optimizer whose ``step``
@@ -175,11 +204,27 @@ class Sharding(Protocol):
         """Shards a whole frozen model in place, as the policy will be."""
         ...
 
+    def updated(self, model: nn.Module, optimizer: Any) -> Updated:
+        """Returns what the optimizer of this rank updates, to be read or written in place."""
+        ...
+
+    def take_written(self) -> None:
+        """Makes the weights of the model those that were written into the optimizer's copies; a collective operation
+        if the optimizer holds copies.
+        """
+        ...
+
+    def full_trained(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Returns the whole of a parameter as the optimizer has it: in fp32 where it holds copies. A collective
+        operation if weights or copies are sharded.
+        """
+        ...
+
 
 class NoSharding:
     """One process, or several with whole models each (DDP)."""
 
-    partial = copies = False
+    partial = copies = splits_state = False
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.name = "ddp" if world_size() > 1 else "none"
@@ -203,6 +248,32 @@ class NoSharding:
 
     def shard_frozen(self, model: nn.Module) -> None:
         """Leaves the model whole."""
+
+    def updated(self, model: nn.Module, optimizer: Any) -> Updated:
+        """Returns the model's parameters, whole."""
+        return updated_parameters(model, optimizer, lambda parameter: (0, parameter.numel()))
+
+    def take_written(self) -> None:
+        """Does nothing: the optimizer updates the weights themselves."""
+
+    def full_trained(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Returns the parameter."""
+        return full(parameter)
+
+
+def updated_parameters(model: nn.Module, optimizer: Any, place: Callable[[torch.Tensor], tuple[int, int]]) -> Updated:
+    """Returns what an optimizer of the model's own parameters updates.
+
+    Args:
+        place: where the part of a parameter that this rank holds begins, and how many numbers it has.
+    """
+    inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    tensors = []
+    for parameter in (parameter for group in inner.param_groups for parameter in group["params"]):
+        start, numel = place(parameter)
+        tensors.append((parameter, [Span(names[id(parameter)], start, 0, numel)]))
+    return Updated(inner, tensors)
 
 
 def sharding_for(accelerator: Accelerator) -> Sharding:
