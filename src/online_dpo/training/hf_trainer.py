@@ -18,7 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PredictionOutput
 
 from online_dpo.checkpoints.files import replacing
-from online_dpo.checkpoints.folders import folder_of
+from online_dpo.checkpoints.folders import by_age, folder_of
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.distributed.collectives import RankErrors
 from online_dpo.distributed.on_cpu import fsdp_on_cpu
@@ -71,7 +71,7 @@ class GuardedTrainer(Trainer):
         self.add_callback(self.configs)
         self.model_accepts_loss_kwargs = True
         self.sharding = sharding_for(self.accelerator)
-        self.shards = ShardedState(self.sharding, model)
+        self.shards = ShardedState(self.sharding, model, args.save_on_each_node)
         self.metrics = MetricStore()
         self.phase = PhaseTimer(self.metrics, self.accelerator.device)
         self.errors = RankErrors(self.accelerator.device)
@@ -93,7 +93,7 @@ class GuardedTrainer(Trainer):
             state=lambda: self.state,
             holds_evaluation_weights=lambda: self.evaluation_weights.held,
             prompts_read=self._restore_random_state,
-            differs=lambda: self.checkpoints.identity.differs,
+            differs=lambda: self.checkpoints.identity.differs or self.checkpoints.from_others,
         )
         self.checkpoints = Checkpoints(args, self.accelerator, lambda: self.state)
         self.run_state = RunState()
@@ -117,7 +117,8 @@ class GuardedTrainer(Trainer):
         self.add_callback(self.updates)
         self.log_state = LogState(self.metrics)
         self.add_callback(self.log_state)
-        self.others = OtherRanks(watch_ranks(args.ddp_timeout), self.log_state, args.max_staleness > 0)
+        keeps_parts = self.sharding.splits_state or args.max_staleness > 0
+        self.others = OtherRanks(watch_ranks(args.ddp_timeout), self.log_state, keeps_parts)
         self.add_callback(self.others)
         self.steps_done = StepsDone(self.raise_callback_failure)
         self.add_callback(self.steps_done)
@@ -131,6 +132,7 @@ class GuardedTrainer(Trainer):
             updaters=lambda: (self.optimizer, self.lr_scheduler),
             holds_steps=self._holds_steps_done,
             save=self._rescue_steps,
+            newest=lambda: next(reversed(by_age(Path(str(self.args.output_dir)))), None),
         )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:

@@ -29,9 +29,18 @@ class ShardedState:
     Args:
         sharding: how they do.
         model: the policy as it was given, whole.
+        on_each_node: whether each machine saves into a folder of its own.
+
+    Raises:
+        ValueError: it does, and the state lies in parts on all machines.
     """
 
-    def __init__(self, sharding: Sharding, model: nn.Module) -> None:
+    def __init__(self, sharding: Sharding, model: nn.Module, on_each_node: bool = False) -> None:
+        if sharding.splits_state and on_each_node:
+            raise ValueError(
+                "`save_on_each_node` would leave a part of each sharded checkpoint on each machine, and none could be "
+                "resumed from. Leave it off, and give an `output_dir` that all machines share."
+            )
         self._sharding = sharding
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters(remove_duplicate=False)}
         self._order: list[str] = []
