@@ -95,7 +95,8 @@ class ShardedState:
         else:
             raise CheckpointError(f"{folder} is of a run without DeepSpeed's own optimizer, which this one has.")
         self._sharding.take_written()
-        scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, map_location="cpu", weights_only=True))
+        saved = torch.load(folder / SCHEDULER_NAME, map_location="cpu", weights_only=True)
+        scheduler.load_state_dict(_of_groups(saved, scheduler.state_dict(), folder))
         for group, rate in zip(updated.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
             group["lr"] = rate  # as the schedule has left it
 
@@ -154,6 +155,19 @@ class ShardedState:
         if not self._sharding.copies or given == tensor.dtype:
             return full(tensor)
         return self._sharding.full_trained(tensor).to(given)
+
+
+def _of_groups(saved: dict[str, Any], own: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The state of a schedule, which has lists with an entry for each group of parameters. DeepSpeed leaves out groups
+    without parameters; what is equal for all groups is equal for those as well.
+    """
+    fitted = dict(saved)
+    for name, entries in saved.items():
+        if isinstance(entries, list) and len(entries) != len(own.get(name, entries)):
+            if any(entry != entries[0] for entry in entries):
+                raise CheckpointError(f"{folder} has other groups of parameters, with learning rates of their own.")
+            fitted[name] = entries[:1] * len(own[name])
+    return fitted
 
 
 def _saved_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
