@@ -23,7 +23,6 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
 
 from online_dpo.distributed.sharding import Span, Updated, full, shape_of
-from online_dpo.errors import CheckpointError
 
 WEIGHTS = 3
 """The stage in which weights are partitioned."""
@@ -101,7 +100,7 @@ class ZeROSharding:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         if self.partial:
             if zero.swap_optimizer:
-                raise CheckpointError("What DeepSpeed has offloaded to NVMe cannot be saved; offload it to the CPU.")
+                raise ValueError("What DeepSpeed has offloaded to NVMe cannot be saved; offload it to the CPU.")
             groups = zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)
             tensors = [(flat, _spans_of_weights(names, group)) for flat, group in groups]
         else:
