@@ -18,7 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PredictionOutput
 
 from online_dpo.checkpoints.files import replacing
-from online_dpo.checkpoints.folders import folder_of
+from online_dpo.checkpoints.folders import by_age, folder_of
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.distributed.agreement import Agreement
 from online_dpo.distributed.collectives import RankErrors
@@ -27,7 +27,7 @@ from online_dpo.distributed.process_state import kept_environment, kept_random_s
 from online_dpo.distributed.rank_watch import watch_ranks
 from online_dpo.distributed.sharding import sharding_for
 from online_dpo.distributed.weights import full
-from online_dpo.modeling.borrowing import kept_flags
+from online_dpo.modeling.borrowing import kept_attributes, kept_flags
 from online_dpo.modeling.loading import ConfigKeeper, empty_device_cache
 from online_dpo.modeling.precision import keeps_small_steps
 from online_dpo.packing.prefix_tree import PADDING
@@ -46,6 +46,7 @@ from online_dpo.training.passes import PassRunner
 from online_dpo.training.rescue import Rescue
 from online_dpo.training.run_context import RunContext
 from online_dpo.training.run_state import RunState
+from online_dpo.training.sharded_state import ShardedState
 from online_dpo.training.step_guard import StepGuard
 from online_dpo.training.stopwatch import PhaseTimer
 from online_dpo.training.update_ratio import UpdatedRatio
@@ -73,6 +74,7 @@ class GuardedTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         agreement = Agreement(args.ddp_timeout_delta)
         self.sharding = sharding_for(self.accelerator, agreement.check)
+        self.shards = ShardedState(self.sharding, model, args.save_on_each_node)
         self.metrics = MetricStore()
         self.phase = PhaseTimer(self.metrics, self.accelerator.device)
         self.errors = RankErrors(self.accelerator.device)
@@ -88,7 +90,7 @@ class GuardedTrainer(Trainer):
             state=lambda: self.state,
             holds_evaluation_weights=lambda: self.evaluation_weights.held,
             prompts_read=self._restore_random_state,
-            differs=lambda: self.checkpoints.identity.differs,
+            differs=lambda: self.checkpoints.identity.differs or self.checkpoints.from_others,
         )
         self.checkpoints = Checkpoints(args, self.accelerator, lambda: self.state)
         self.run_state = RunState()
@@ -112,7 +114,8 @@ class GuardedTrainer(Trainer):
         self.add_callback(self.updates)
         self.log_state = LogState(self.metrics)
         self.add_callback(self.log_state)
-        self.others = OtherRanks(watch_ranks(args.ddp_timeout), self.log_state, args.max_staleness > 0)
+        keeps_parts = self.sharding.splits_state or args.max_staleness > 0
+        self.others = OtherRanks(watch_ranks(args.ddp_timeout), self.log_state, keeps_parts)
         self.add_callback(self.others)
         self.steps_done = StepsDone(self.raise_callback_failure)
         self.add_callback(self.steps_done)
@@ -126,6 +129,7 @@ class GuardedTrainer(Trainer):
             updaters=lambda: (self.optimizer, self.lr_scheduler),
             holds_steps=self._holds_steps_done,
             save=self._rescue_steps,
+            newest=lambda: next(reversed(by_age(Path(str(self.args.output_dir)))), None),
         )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -183,11 +187,34 @@ class GuardedTrainer(Trainer):
         with fsdp_on_cpu(), kept_environment():
             super().create_accelerator_and_postprocess()
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        """The parent's, after which an update of the weights is made when `optimizer.step()` is called."""
-        model, dataloader = super()._prepare_for_training(*args, **kwargs)
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As the parent's."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        self.shards.remember_order(self.model, optimizer)  # pyright: ignore[reportArgumentType]
+        return optimizer
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """The parent's, after which an update of the weights is made when `optimizer.step()` is called. A sharded run
+        goes on from files of ours.
+        """
+        folder = resume_from_checkpoint if self.shards.is_on else None
+        if folder is not None and not self.shards.reads_weights(folder, self.model):  # pyright: ignore
+            with self._unsharded():
+                self._load_from_checkpoint(folder)
+        of_parent = None if self.shards.is_on else resume_from_checkpoint
+        model, dataloader = super()._prepare_for_training(max_steps, train_dataloader, of_parent)
         self.optimizer = self.callback_handler.optimizer = self.sharding.attach(model, self.optimizer)
+        if folder is not None:
+            self._load_optimizer_and_scheduler(folder)
+            self._load_scaler(folder)
         return model, dataloader
+
+    @contextmanager
+    def _unsharded(self) -> Iterator[None]:
+        """Inside, the parent reads and writes a model as it does without sharding: in its plain files."""
+        with kept_attributes(self, "is_fsdp_enabled", "is_deepspeed_enabled"):
+            self.is_fsdp_enabled = self.is_deepspeed_enabled = False
+            yield
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """The parent's, unless the checkpoint that is resumed was the run's last: it would train one more step."""
@@ -251,8 +278,8 @@ class GuardedTrainer(Trainer):
         """
         if output_dir is None or not _internal_call:  # else they are a checkpoint's, which has checked them
             folder: Any = self.args.output_dir
-            self.finite.check(self.state, folder, "Before a save", agree=self.is_fsdp_enabled, optimizer=False)
-        with self.evaluation_weights.in_model():
+            self.finite.check(self.state, folder, "Before a save", agree=self.shards.is_on, optimizer=False)
+        with self.evaluation_weights.in_model(), self._unsharded():
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -260,8 +287,11 @@ class GuardedTrainer(Trainer):
         for the other processes, which the parent has meet after this.
         """
         folder = Path(str(self.args.output_dir) if output_dir is None else output_dir)
+        if self.shards.is_on:
+            state_dict = self.shards.whole_weights(self.model, keep=self.args.should_save)  # pyright: ignore
         with self.checkpoints.part(), self.checkpoints.model_folder(folder) as aside:
             super()._save(str(aside), state_dict)
+            self.shards.correct_config(aside)
 
     def save_state(self) -> None:
         """As the parent's; the file is whole or as it was."""
@@ -306,8 +336,18 @@ class GuardedTrainer(Trainer):
         with self.checkpoints.hidden(run_dir):
             return super()._finalize_training(trial, *args, **kwargs)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.shards.is_on:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        with self.checkpoints.part():
+            self.shards.save(Path(output_dir), self.model, self.optimizer, self.lr_scheduler)  # pyright: ignore
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.shards.reads(checkpoint):
+            self.shards.restore(Path(checkpoint), self.model, self.optimizer, self.lr_scheduler)  # pyright: ignore
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.evaluation_weights.put(False)  # the first step samples before it trains
             self.errors.run(lambda: self.run_state.restore(Path(checkpoint), self.accelerator.process_index))
@@ -320,6 +360,10 @@ class GuardedTrainer(Trainer):
     def _load_best_model(self) -> None:
         self.checkpoints.check_best()
         self.evaluation_weights.put(True)  # those are what was saved
+        if self.shards.is_on:
+            best = Path(str(self.state.best_model_checkpoint))
+            self.shards.restore_weights(best, self.model, self.optimizer)  # pyright: ignore[reportArgumentType]
+            return
         with kept_flags(self.model):  # pyright: ignore[reportArgumentType]
             super()._load_best_model()
 

@@ -11,6 +11,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from online_dpo.checkpoints.codec import read_json, write_json
+from online_dpo.distributed.collectives import world_size
 from online_dpo.training.metric_store import MetricStore, Snapshot
 
 
@@ -78,10 +79,24 @@ class LogState(TrainerCallback):
         Raises:
             CheckpointError: the file is damaged.
         """
-        path = folder / self.FILE.format(rank=rank)
-        if not path.is_file():
-            return
-        saved = read_json(path, SinceLastLog)
-        largest = {name: torch.tensor(value, dtype=torch.float64) for name, value in saved.largest.items()}
-        self._metrics.restore(Snapshot(dict(saved.sums), dict(saved.counts), dict(saved.totals), largest))
-        self.last_log = time.perf_counter() - saved.seconds
+        own, written = [folder / self.FILE.format(rank=rank)], sorted(folder.glob(self.FILE.format(rank="*")))
+        if len(written) != world_size():  # other processes wrote it: the first one takes up what all had collected
+            own = written if rank == 0 else []
+        saved = [read_json(path, SinceLastLog) for path in own if path.is_file()]
+        if saved:
+            largest = {n: max(o.largest[n] for o in saved if n in o.largest) for n in _names(saved, "largest")}
+            self._metrics.restore(
+                Snapshot(
+                    *(_added(saved, part) for part in ("sums", "counts", "totals")),
+                    {name: torch.tensor(value, dtype=torch.float64) for name, value in largest.items()},
+                )
+            )
+            self.last_log = time.perf_counter() - max(one.seconds for one in saved)
+
+
+def _names(saved: Sequence[SinceLastLog], part: str) -> list[str]:
+    return list(dict.fromkeys(name for one in saved for name in getattr(one, part)))
+
+
+def _added(saved: Sequence[SinceLastLog], part: str) -> dict[str, float]:
+    return {name: sum(getattr(one, part).get(name, 0.0) for one in saved) for name in _names(saved, part)}
