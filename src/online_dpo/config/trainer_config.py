@@ -26,10 +26,12 @@ from online_dpo.config.method import MethodFields, check_method, check_method_nu
 from online_dpo.config.names_elsewhere import ARGUMENTS, IN_PYTHON, hint_for
 from online_dpo.config.sampling import SamplingFields, check_sampling
 from online_dpo.config.secrets import WithoutToken, check_tokens
+from online_dpo.config.sharding import settle_precision, settle_sharding
 from online_dpo.config.training import TrainingFields, check_training
 from online_dpo.config.unsupported import check_accelerator, check_generation_kwargs, check_refused, check_unsupported
 from online_dpo.config.vllm import VLLMFields, check_vllm, unread_vllm_fields
 from online_dpo.distributed.joining import coming_together, join_on_cpu
+from online_dpo.distributed.process_state import environment
 from online_dpo.versions import copy_checkpointing_fields
 
 
@@ -66,6 +68,7 @@ class OnlineDPOConfig(
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, *MAPPINGS]
 
     def __post_init__(self) -> None:
+        self.bf16 = settle_precision(self.bf16, self.fp16)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and _device_computes_in_bf16()
         normalize_input(self)
@@ -74,7 +77,9 @@ class OnlineDPOConfig(
         check_tokens(self.hub_token, self.model_init_kwargs)
         check_names(self)
         copy_checkpointing_fields(self)
-        with coming_together(self.ddp_timeout):
+        settle_sharding(self)
+        # transformers would compare it with the launcher's words, from which it was made
+        with coming_together(self.ddp_timeout), environment(ACCELERATE_CONFIG_DS_FIELDS=""):
             if self.use_cpu:
                 join_on_cpu(self.ddp_backend, self.ddp_timeout)
             super().__post_init__()

@@ -28,6 +28,7 @@ from online_dpo.config.input import MAPPINGS, mapping_from_text
 from online_dpo.config.llm_judge import LLM
 from online_dpo.config.model_folder import Role, folder_problem
 from online_dpo.config.registry import KINDS
+from online_dpo.config.sharding import Asked, ShardingError, asked_sharding
 from online_dpo.distributed.processes import started_together
 
 MODEL_FILES = ("config.json", "adapter_config.json")
@@ -47,6 +48,8 @@ ROLES: dict[str, Role] = {
     "eval_reward_model_path": "reward",
 }
 """What the model of a field is to do."""
+OPTION_FILES = ("fsdp_config", "deepspeed")
+"""Fields that hold options, or the path of a file with them."""
 JSON_TEXTS = (*MAPPINGS, "gradient_checkpointing_kwargs", "lr_scheduler_kwargs")
 """Mappings that may also be written as JSON text."""
 DEFAULT_OUTPUT = "trainer_output"
@@ -69,6 +72,7 @@ class RunPlan:
     eval_judge: Reference | RegisteredName | BuiltInJudge | None
     plugins: Plugins
     warnings: tuple[str, ...]
+    sharding: Asked | None = None
 
 
 def plan_run(run_file: Path | None, override_words: Sequence[str]) -> RunPlan:
@@ -102,6 +106,7 @@ def _plan(checker: RunChecker) -> RunPlan:
         eval_judge=checker.judges.get("eval_judge"),
         plugins=checker.plugins(),
         warnings=tuple(checker.warnings()),
+        sharding=checker.sharding,
     )
 
 
@@ -116,6 +121,7 @@ class RunChecker:
         self.references: dict[str, list[Reference | RegisteredName]] = {}
         self.judges: dict[str, Reference | RegisteredName | BuiltInJudge] = {}
         self.modules: list[Plugin] = []
+        self.sharding: Asked | None = None
 
     def problems(self) -> Iterator[str]:
         """Check everything and yield one line for each problem."""
@@ -137,6 +143,20 @@ class RunChecker:
             yield f"{where}: `dataset_streaming` needs `max_steps`: a stream has no known length."
         for name, problem in requirements.problems(self.values):
             yield f"{self._where(name)}: {problem}"
+        yield from self._sharding()
+
+    def _sharding(self) -> Iterator[str]:
+        """Complete the paths of files with options of sharding, and check how the run shards its policy."""
+        for name in OPTION_FILES:
+            text = self.values.get(name)
+            if isinstance(text, str) and not text.lstrip().startswith("{"):
+                paths = [folder / Path(os.path.expanduser(text)) for folder in self._folders(name)]
+                self.values[name] = str(next((path for path in paths if path.is_file()), text))
+        try:
+            self.sharding = asked_sharding(self.values)
+        except ShardingError as error:
+            where = self.file if error.field not in self.entries else self._where(error.field)
+            yield f"{where}: {error}" if error.field else str(error)
 
     def _numbers(self) -> dict[str, str]:
         """What is wrong with numbers, by field: one problem each."""
