@@ -256,7 +256,7 @@ class OnlineDPOTrainer(GuardedTrainer):
             **feedback_facts(self.scorers, self.judge, self.train_dataset, self.args),
             **parts,
         )
-        check_same_models(self.policy, self.reference, self._sources())
+        check_same_models(self.policy, self.reference, self._sources(), self.gold)
 
     def _sources(self) -> list[Any]:
         """The scorers and the judge that training uses."""
