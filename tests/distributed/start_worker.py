@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForSequenceClassification
 
 from online_dpo import OnlineDPOTrainer
+from online_dpo.distributed.sharding import is_sharded
 from online_dpo.scoring.judges.pairwise.judge import PairwiseModelJudge
 from online_dpo.scoring.rewards.loading import load_reward_model
 from online_dpo.scoring.rewards.model import RewardModelScorer
@@ -76,17 +77,21 @@ def with_other_value(name, rank, out):
 
 
 def train(args, policy, reward):
-    """Trains a policy that the script has loaded."""
+    """Trains a policy that the script has loaded, with a sharded reward model, and scores as the second rank alone."""
     made = OnlineDPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(policy),
         reward_funcs=AutoModelForSequenceClassification.from_pretrained(reward, num_labels=1),
         reward_processing_classes=tiny.tokenizer(),
         args=args,
         train_dataset=dataset(),
+        eval_dataset=dataset(lengths=(4,)),  # the second rank has no prompt of its own
         processing_class=tiny.tokenizer(),
     )
     made.train()
-    return made.state.log_history
+    rewards = [log["reward"] for log in made.state.log_history if "reward" in log]
+    [scores] = [made.collector.assessor.assess(GROUPS if made.accelerator.process_index == 1 else []).values]
+    evaluated = made.evaluate()
+    return {"sharded": is_sharded(made.scorers[0].model), "rewards": rewards, "scores": scores, "evaluated": evaluated}
 
 
 def main():
@@ -95,10 +100,11 @@ def main():
     rank = int(os.environ["RANK"])
     policy, reward = folders(out / f"{way}-models-{rank}")
     whole = seen(None, policy, reward)  # before anything knows of sharding
-    args = config(out / way, **({"deepspeed": ZERO3} if way == "zero3" else {}))
+    options = {"deepspeed": ZERO3} if way == "zero3" else {}
+    args = config(out / way, reward_model_sharding="shard", train_sampling_strategy="sequential", **options)
     result = seen(args, policy, reward)
     result |= {f"whole {name}": value for name, value in whole.items()}
-    result["logs"] = train(args, policy, reward)
+    result["trained"] = train(args, policy, reward)
     if way == "fsdp2":
         names = ("policy", "reference", "scorer 0", "gold scorer 0")
         result["other value"] = {name: with_other_value(name, rank, out) for name in names}

@@ -75,7 +75,9 @@ def test_torchrun(folder, one_process, case):
     name = case.replace(" ", "-")
     done = run_python(*TORCHRUN, "29541", *TRAIN, run_file(folder, name, **fields), *words, env=OWN)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "  sharding    " + ("ZeRO-3" if "Deep" in case else "FSDP2") + " over 2 processes" in done.stdout + done.stderr
+    assert (
+        "  sharding    " + ("ZeRO-3" if "Deep" in case else "FSDP2") + " over 2 processes" in done.stdout + done.stderr
+    )
     assert_trained_as(one_process, folder / name)
 
 
@@ -134,3 +136,13 @@ def test_models_that_a_script_loads_are_whole_on_every_rank(scripts, way, rank):
 def test_one_other_value_on_one_rank_is_found_in_every_model(scripts, model, rank):
     assert model in scripts("fsdp2", rank)["other value"][model]
     assert "do not have the same models" in scripts("fsdp2", rank)["other value"][model]
+
+
+@pytest.mark.parametrize("way", ["zero3", "fsdp2"])
+def test_a_sharded_reward_model_gives_the_scores_of_a_whole_one(scripts, way):
+    """The first rank has nothing to score."""
+    first, second = (scripts(way, rank)["trained"] for rank in range(2))
+    assert first["sharded"] and second["sharded"]
+    assert first["scores"] == [] and second["scores"] == scripts(way, 1)["whole score"]
+    assert first["evaluated"]["eval_reward"] == second["evaluated"]["eval_reward"]
+    assert first["rewards"] == second["rewards"] and len(first["rewards"]) == 1

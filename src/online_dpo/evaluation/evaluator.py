@@ -117,7 +117,7 @@ class Evaluator:
         sync(prompts)
         if self.reference_answers is not None:
             self.reference_answers.prepare(prompts)
-        with gathered(*self._reference_models):
+        with gathered(*self._reference_models, *self._assessor.models):
             return self._evaluate(model, prompts) if prompts else []
 
     def _evaluate(self, model: nn.Module, prompts: Sequence[Prompt]) -> list[EvalRecord]:

@@ -128,7 +128,10 @@ def test_every_way_to_ask_for_fsdp_gives_one_form() -> None:
 @pytest.mark.parametrize("name", ["cpu_ram_efficient_loading", "activation_checkpointing"])
 def test_what_the_package_does_itself_is_switched_off(name: str) -> None:
     """All ranks load whole models, and `gradient_checkpointing` recomputes activations."""
-    for way in (asked_sharding(fsdp(**{name: True})), asked_sharding({}, TWO | FSDP_LAUNCH | {f"FSDP_{name.upper()}": "true"})):
+    for way in (
+        asked_sharding(fsdp(**{name: True})),
+        asked_sharding({}, TWO | FSDP_LAUNCH | {f"FSDP_{name.upper()}": "true"}),
+    ):
         assert way is not None and way.options[name] is False
 
 
