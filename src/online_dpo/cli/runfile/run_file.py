@@ -29,6 +29,7 @@ from online_dpo.config.input import MAPPINGS, mapping_from_text
 from online_dpo.config.llm_judge import LLM
 from online_dpo.config.model_folder import Role, folder_problem
 from online_dpo.config.registry import KINDS
+from online_dpo.config.sharding import Asked, ShardingError, asked_sharding
 from online_dpo.distributed.processes import started_together
 from online_dpo.launch.settings import RaySettings
 
@@ -49,6 +50,8 @@ ROLES: dict[str, Role] = {
     "eval_reward_model_path": "reward",
 }
 """What the model of a field is to do."""
+OPTION_FILES = ("fsdp_config", "deepspeed")
+"""Fields that hold options, or the path of a file with them."""
 JSON_TEXTS = (*MAPPINGS, "gradient_checkpointing_kwargs", "lr_scheduler_kwargs")
 """Mappings that may also be written as JSON text."""
 DEFAULT_OUTPUT = "trainer_output"
@@ -72,6 +75,7 @@ class RunPlan:
     plugins: Plugins
     warnings: tuple[str, ...]
     ray: RaySettings
+    sharding: Asked | None = None
 
 
 def plan_run(run_file: Path | None, override_words: Sequence[str], on_cluster: bool = False) -> RunPlan:
@@ -110,6 +114,7 @@ def _plan(checker: RunChecker, settings: RaySettings) -> RunPlan:
         plugins=checker.plugins(),
         warnings=tuple(checker.warnings()),
         ray=settings,
+        sharding=checker.sharding,
     )
 
 
@@ -130,6 +135,7 @@ class RunChecker:
         self.references: dict[str, list[Reference | RegisteredName]] = {}
         self.judges: dict[str, Reference | RegisteredName | BuiltInJudge] = {}
         self.modules: list[Plugin] = []
+        self.sharding: Asked | None = None
 
     def problems(self) -> Iterator[str]:
         """Check everything and yield one line for each problem."""
@@ -151,6 +157,20 @@ class RunChecker:
             yield f"{where}: `dataset_streaming` needs `max_steps`: a stream has no known length."
         for name, problem in requirements.problems(self.values):
             yield f"{self._where(name)}: {problem}"
+        yield from self._sharding()
+
+    def _sharding(self) -> Iterator[str]:
+        """Complete the paths of files with options of sharding, and check how the run shards its policy."""
+        for name in OPTION_FILES:
+            text = self.values.get(name)
+            if isinstance(text, str) and not text.lstrip().startswith("{"):
+                paths = [folder / Path(os.path.expanduser(text)) for folder in self._folders(name)]
+                self.values[name] = str(next((path for path in paths if path.is_file()), text))
+        try:
+            self.sharding = asked_sharding(self.values)
+        except ShardingError as error:
+            where = self.file if error.field not in self.entries else self._where(error.field)
+            yield f"{where}: {error}" if error.field else str(error)
 
     def _numbers(self) -> dict[str, str]:
         """What is wrong with numbers, by field: one problem each."""
