@@ -1,5 +1,5 @@
-"""The ways in which people start a sharded run, each by its real command with two processes on CPUs, and what it trains:
-the weights of one process.
+"""The ways in which people start a sharded run, each by its real command with two processes on CPUs, and what it
+trains: the weights of one process.
 """
 
 import json

@@ -5,7 +5,6 @@ It knows nothing of preferences; :class:`online_dpo.training.trainer.OnlineDPOTr
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,12 +27,11 @@ from online_dpo.distributed.rank_watch import watch_ranks
 from online_dpo.distributed.sharding import sharding_for
 from online_dpo.distributed.weights import full
 from online_dpo.modeling.borrowing import kept_attributes, kept_flags
-from online_dpo.modeling.loading import ConfigKeeper, empty_device_cache
+from online_dpo.modeling.loading import ConfigKeeper, empty_device_cache, forget_tied_names
 from online_dpo.modeling.precision import keeps_small_steps
-from online_dpo.packing.prefix_tree import PADDING
+from online_dpo.packing.microbatches import tokens_read
 from online_dpo.training.checkpointing import Checkpoints
 from online_dpo.training.display.choose import choose_displays
-from online_dpo.training.display.figures import in_order
 from online_dpo.training.evaluation_weights import EvaluationWeights
 from online_dpo.training.failures import NamedCallbacks, StepsDone
 from online_dpo.training.finite import FiniteWeights
@@ -44,6 +42,7 @@ from online_dpo.training.metric_store import MetricStore
 from online_dpo.training.other_ranks import OtherRanks
 from online_dpo.training.passes import PassRunner
 from online_dpo.training.rescue import Rescue
+from online_dpo.training.resumed_random_state import ResumedRandomState
 from online_dpo.training.run_context import RunContext
 from online_dpo.training.run_state import RunState
 from online_dpo.training.sharded_state import ShardedState
@@ -82,6 +81,7 @@ class GuardedTrainer(Trainer):
         self.passes = PassRunner(*parts, lambda: self.sharding.abandon_pass(self.model), self.free_memory)  # pyright: ignore[reportArgumentType]
         self.evaluation_weights = EvaluationWeights(lambda: self.optimizer, lambda: self.is_in_train)
         self._build_guards(args)
+        self.resumed_random_state = ResumedRandomState(super()._load_rng_state)
         self.context = RunContext(
             self.accelerator,
             self.errors,
@@ -89,14 +89,12 @@ class GuardedTrainer(Trainer):
             self.phase,
             state=lambda: self.state,
             holds_evaluation_weights=lambda: self.evaluation_weights.held,
-            prompts_read=self._restore_random_state,
+            prompts_read=self.resumed_random_state.restore,
             differs=lambda: self.checkpoints.identity.differs or self.checkpoints.from_others,
         )
         self.checkpoints = Checkpoints(args, self.accelerator, lambda: self.state)
         self.run_state = RunState()
         self.run_state.add(self.guard, self.log_state)
-        self._random_state_in: str | None = None
-        self._has_random_state = self._beside_training = False
 
     def _build_guards(self, args: OnlineDPOConfig) -> None:
         """Builds what watches over the run, in the order in which the callbacks among it are called."""
@@ -222,24 +220,12 @@ class GuardedTrainer(Trainer):
             self.control.should_training_stop = True
             return
         in_mid_epoch = kwargs["epoch"] == kwargs["epochs_trained"] and kwargs["steps_trained_in_current_epoch"] > 0
-        self._random_state_in = kwargs["resume_from_checkpoint"] if in_mid_epoch else None
-        self._has_random_state = False
+        self.resumed_random_state.begin_epoch(kwargs["resume_from_checkpoint"] if in_mid_epoch else None)
         super()._run_epoch(*args, **kwargs)
-
-    def _restore_random_state(self) -> None:
-        """Restores the random state of a checkpoint inside an epoch: after the data loader's first draw, which an
-        uninterrupted run has made before, and before those of reward functions. The parent does it after both.
-        """
-        checkpoint, self._random_state_in = self._random_state_in, None
-        if checkpoint is not None:
-            super()._load_rng_state(checkpoint)
-            self._has_random_state = True
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """The parent's, unless it has been done."""
-        if not self._has_random_state:
-            super()._load_rng_state(checkpoint)
-        self._has_random_state = False
+        self.resumed_random_state.load(checkpoint)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As the parent's, beside training (see `beside_training`)."""
@@ -256,16 +242,8 @@ class GuardedTrainer(Trainer):
         """Keeps what is done inside from changing training: its time does not count in ``perf/tokens_per_second``, and
         random numbers that are drawn meanwhile, by a reward function too, are drawn again.
         """
-        if self._beside_training:  # one of several datasets
+        with self.log_state.stopped_clock(), kept_random_state():
             yield
-            return
-        start, self._beside_training = time.perf_counter(), True
-        try:
-            with kept_random_state():
-                yield
-        finally:
-            self.log_state.last_log += time.perf_counter() - start
-            self._beside_training = False
 
     def _check_finite(self, when: str) -> None:
         self.finite.check(self.state, self.args.output_dir, when, agree=True)  # pyright: ignore[reportArgumentType]
@@ -390,12 +368,7 @@ class GuardedTrainer(Trainer):
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         """The parent's, over the rows that the policy reads: a prompt that completions share counts once."""
-        tokens = [rows.tokens for rows in inputs["passes"]]
-        counted = {
-            "input_ids": torch.cat([part.ids_RT.flatten() for part in tokens]),
-            "attention_mask": torch.cat([part.tree_RT.flatten() != PADDING for part in tokens]),
-        }
-        super()._track_num_input_tokens(counted)
+        super()._track_num_input_tokens(tokens_read(inputs["passes"]))
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """The parent's, over the same rows."""
@@ -409,30 +382,15 @@ class GuardedTrainer(Trainer):
         return norm
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """The parent's. A weight under several names (a tied ``lm_head``) is saved under one of them, so the other
-        names are not missing when it is loaded.
-        """
-        missing = set(load_result.missing_keys)
-        named = dict(self.model.named_parameters(remove_duplicate=False))  # pyright: ignore[reportOptionalMemberAccess]
-        loaded = {id(parameter) for name, parameter in named.items() if name not in missing}
-        for name in [name for name in missing if name in named and id(named[name]) in loaded]:
-            load_result.missing_keys.remove(name)
+        """The parent's, which knows no tied weights."""
+        forget_tied_names(self.model, load_result.missing_keys)  # pyright: ignore[reportArgumentType]
         super()._issue_warnings_after_load(load_result)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the parent's; the log of a training step gains the metrics collected since the last one."""
         if "loss" in logs:
-            elapsed = self.log_state.restart_clock()
             self.metrics.ratio("train/updated_ratio", *self.updates.drain_changed())
-            own = self.metrics.drain()
-            own["perf/tokens_per_second"] = own.pop("completion_tokens", 0.0) / elapsed
-            own["time/all"] = elapsed
-            # The parent's loss is a mean over steps, in which one without pairs counts 0; this one is over pairs.
-            others = {name: value for name, value in logs.items() if name != "loss"}
-            if self.backoff.is_on:
-                others["learning_rate"] *= self.backoff.used
-                own["guard/lr_factor"] = self.backoff.used
-            logs = in_order({**others, **own, "guard/skipped_steps": float(self.guard.skipped)})
+            logs = self.log_state.step_log(self.backoff.in_log(logs), self.guard.skipped)
         if self.state.epoch is not None:
             logs = {"epoch": self.state.epoch, **logs}  # the parent would put it last
         super().log(logs, start_time)

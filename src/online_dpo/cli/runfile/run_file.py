@@ -17,7 +17,7 @@ from online_dpo.cli.judging.plan import BuiltInJudge, plan_llm, plan_pairwise_mo
 from online_dpo.cli.runfile.data_fields import data_problems
 from online_dpo.cli.runfile.entries import COMMAND_LINE, Entry, UsageError, read_overrides, read_run_file, read_values
 from online_dpo.cli.runfile.model_options import ignored_options, model_init_kwargs, model_problems
-from online_dpo.cli.runfile.paths import exists, output_problem, path_problem
+from online_dpo.cli.runfile.paths import exists, looks_like_path, output_problem, path_problem
 from online_dpo.cli.runfile.plugins import FIELD, Plugin, Plugins, RegisteredName, are_given, checked_later
 from online_dpo.cli.runfile.ray_section import read_section
 from online_dpo.cli.runfile.references import Reference, parse_module, parse_reference
@@ -34,7 +34,6 @@ from online_dpo.distributed.processes import started_together
 from online_dpo.launch.settings import RaySettings
 
 MODEL_FILES = ("config.json", "adapter_config.json")
-DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
 INPUT_PATHS = (
     "model_name_or_path",
     "ref_model_name_or_path",
@@ -398,9 +397,3 @@ def judge_of_run(path: Path) -> BuiltInJudge:
 def holds_model(folder: Path) -> bool:
     """Whether a folder contains a model or an adapter."""
     return any((folder / name).is_file() for name in MODEL_FILES)
-
-
-def looks_like_path(text: str) -> bool:
-    """Whether a text can only be a path on this disk: names on the hub are ``name`` or ``owner/name``."""
-    is_file = text.removesuffix(".gz").endswith(DATA_SUFFIXES)
-    return is_file or text.startswith(("/", "./", "../", "~")) or text.endswith("/") or text.count("/") > 1
