@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from online_dpo.distributed import sampling
 from online_dpo.distributed.sharding import full, part
 from online_dpo.modeling.introspection import unwrapped
-from support import tiny
+from support import quantized, tiny
 from support.training import LORA, dataset, step_logs, trainer, without_times
 
 WHOLE = ("ddp", "zero1", "zero2")
@@ -129,6 +129,8 @@ def evaluation_of(made):
 def run(out, way, case, processes, batch=8, steps=3, poisoned_step=None, fits=True, **options):
     sampling.ROOM = 1.25 if fits else 1e18
     kwargs = dict(options.pop("kwargs", {}))
+    if "model_init_kwargs" in options:
+        options["model"] = str(out / options["model"])
     if poisoned_step is not None:
         options["model"] = poisoned(poisoned_step)
         kwargs["callbacks"] = [Poison(poisoned_step)]
@@ -187,17 +189,37 @@ CASES_OF_MODELS = {
     ),
 }
 """What else touches models, for the ways in which their weights lie in parts."""
+LINEAR = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+FLOATS = {"bnb_4bit_quant_storage": "float32"}
+SETTINGS = {
+    "4 bits as bf16": {**quantized.NF4, "bnb_4bit_quant_storage": "bfloat16"},
+    "4 bits": quantized.NF4,
+    "4 bits as floats": {**quantized.NF4, **FLOATS},
+    "4 bits double": {**quantized.NF4, **FLOATS, "bnb_4bit_use_double_quant": True},
+    "8 bits": quantized.INT8,
+}
+CASES_OF_QLORA = {
+    name: dict(
+        model="base",
+        model_init_kwargs={"quantization_config": settings},
+        kwargs={"peft_config": LINEAR, "eval_dataset": dataset(lengths=(3, 4, 5, 6, 7))},
+        learning_rate=0.5,
+    )
+    for name, settings in SETTINGS.items()
+}
+"""Adapters over weights that bitsandbytes holds."""
+ALL = {**CASES, **CASES_OF_MODELS, **CASES_IN_BF16, **CASES_OF_QLORA}
 
 
 def main():
     torch.set_num_threads(1)
     out, processes = Path(sys.argv[1]), int(sys.argv[2])
-    chosen = sys.argv[4].split(",") if len(sys.argv) > 4 else [*CASES, *CASES_OF_MODELS, *CASES_IN_BF16]
+    chosen = sys.argv[4].split(",") if len(sys.argv) > 4 else [*ALL]
     for way, case in itertools.product(sys.argv[3].split(","), chosen):
         if case in CASES_OF_MODELS and way in WHOLE:
             continue
         try:
-            run(out, way, case, processes, **copy.deepcopy({**CASES, **CASES_OF_MODELS, **CASES_IN_BF16}[case]))
+            run(out, way, case, processes, **copy.deepcopy(ALL[case]))
         except BaseException:
             print(f"CASE {way} {case} rank {os.environ.get('RANK')}", file=sys.stderr)
             traceback.print_exc()
