@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from exports import exports
 from peft import LoraConfig
 from transformers import TrainerCallback
 
 from online_dpo.distributed import sampling
-from online_dpo.distributed.sharding import full, part
+from online_dpo.distributed.weights import full, part
 from online_dpo.modeling.introspection import unwrapped
 from support import quantized, tiny
 from support.training import LORA, dataset, step_logs, trainer, without_times
@@ -152,6 +153,8 @@ def run(out, way, case, processes, batch=8, steps=3, poisoned_step=None, fits=Tr
     saved = {"logs": logs, "weights": whole_weights(made), "passes": watch.passes, "changed": watch.changed}
     if before:
         saved["eval"] = before | {f"{name} at the end": value for name, value in evaluation_of(made).items()}
+    if case == "plain" and processes > 1:
+        saved["exports"] = exports(made.sharding)
     torch.save(saved, out / f"{way}-{case}-of-{processes}-rank-{made.accelerator.process_index}.pt")
 
 

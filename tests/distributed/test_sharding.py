@@ -12,6 +12,7 @@ from support.processes import environment
 from support.training import assert_same
 
 sys.path.insert(0, str(Path(__file__).parent))
+from exports import MODELS  # noqa: E402
 from sharding_worker import CASES, CASES_IN_BF16, CASES_OF_MODELS, WHOLE  # noqa: E402
 
 WORKER = Path(__file__).with_name("sharding_worker.py")
@@ -105,3 +106,25 @@ def test_in_bf16_policy_and_reference_agree_before_the_first_step(load, way, cas
     for expected, got in zip(of_ddp, logs, strict=True):
         assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=0.02)
         assert got["logps/chosen"] == pytest.approx(expected["logps/chosen"], abs=0.02)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("way", WAYS)
+def test_what_vllm_gets_of_a_sharded_model_is_what_it_gets_of_the_whole_one(load, way, model):
+    for rank, two in enumerate(load(2, way, "plain")):
+        found = two["exports"][model]
+        expected = found["expected"]
+        assert found["sharded"] == (way not in WHOLE)
+        for got in (found["weights"], found["written"], found.get("stopped", expected)):
+            assert got.keys() == (expected.keys() if got is not found["written"] or rank == 0 else set())
+            assert all(torch.equal(got[name], expected[name]) for name in got)
+        sharded, whole = found.get("adapter", ({}, {}))
+        assert sharded.keys() == whole.keys() and all(torch.equal(sharded[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("model", ["full", "experts"])
+@pytest.mark.parametrize("way", [way for way in WAYS if way not in WHOLE])
+def test_weights_are_gathered_one_at_a_time_or_layer_by_layer(load, way, model):
+    for two in load(2, way, "plain"):
+        most, size = two["exports"][model]["bytes"]
+        assert 0 < most < size / 2

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from online_dpo.distributed.collectives import any_rank, is_first_rank, max_over_ranks
-from online_dpo.distributed.sharding import gathered, holds_all, is_sharded, shape_of
+from online_dpo.distributed.weights import gathered, holds_all, is_sharded, shape_of
 from online_dpo.errors import WholeModelDoesNotFit
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import hashlib
 import torch
 from torch import nn
 
-from online_dpo.distributed.sharding import gathered
+from online_dpo.distributed.weights import gathered
 
 VALUES = 64
 """Values of each tensor that are read, evenly spaced."""

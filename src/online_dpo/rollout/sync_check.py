@@ -9,7 +9,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from online_dpo.distributed.collectives import is_first_rank, max_over_ranks
+from online_dpo.distributed.collectives import RankErrors, is_first_rank, max_over_ranks
+from online_dpo.distributed.weights import gathered
 from online_dpo.errors import OutOfSyncError
 from online_dpo.modeling.borrowing import eval_mode
 from online_dpo.modeling.introspection import computing_dtype
@@ -19,7 +20,7 @@ from online_dpo.modeling.tolerance import is_full_precision, quantized_tolerance
 from online_dpo.packing.pack import pack_groups
 from online_dpo.rollout.engine import Engine
 from online_dpo.rollout.params import RolloutKey, SamplingParams, Stream
-from online_dpo.types import Prompt
+from online_dpo.types import Group, Prompt
 
 PROMPTS, COMPLETIONS, TOKENS = 2, 2, 16
 
@@ -35,6 +36,7 @@ class SyncCheck:
 
     def __init__(self, device: torch.device, every: int) -> None:
         self.device, self._every = device, every
+        self._errors = RankErrors(device)
         self._last: int | None = None
         self._first_difference: float | None = None
 
@@ -55,7 +57,12 @@ class SyncCheck:
             OutOfSyncError: on every rank, if the two differ by more than rounding error on any.
         """
         key = RolloutKey(seed, step, Stream.SYNC_CHECK)
-        difference = self._difference(engine, model, prompts[:PROMPTS], params, key)
+        short = replace(params, max_new_tokens=min(TOKENS, params.max_new_tokens))
+        chosen = prompts[:PROMPTS]
+        # sampled before the weights are gathered: vLLM in this process may have to wake beside them otherwise
+        groups = self._errors.run(lambda: engine.generate(chosen, COMPLETIONS, short, key) if chosen else [])
+        with gathered(model):
+            difference = _difference(model, groups) if groups else 0.0
         trainer_dtype = computing_dtype(model)
         engine_dtype = engine.own_dtype or trainer_dtype
         rounding, kind = max(sync_tolerance(trainer_dtype), sync_tolerance(engine_dtype)), describe(model)
@@ -102,15 +109,10 @@ class SyncCheck:
                 worst,
             )
 
-    def _difference(
-        self, engine: Engine, model: nn.Module, prompts: Sequence[Prompt], params: SamplingParams, key: RolloutKey
-    ) -> float:
-        """Mean absolute difference of log-probabilities on this rank, in nats per token; 0 without prompts."""
-        if not prompts:
-            return 0.0
-        short = replace(params, max_new_tokens=min(TOKENS, params.max_new_tokens))
-        groups = engine.generate(prompts, COMPLETIONS, short, key)
-        with eval_mode(model):
-            rows = pack_groups(groups, [], shared=False).to(next(model.parameters()).device)
-            trainer_logps_M = row_logprobs(model, rows, entropy=False, chunked=False).token_logps_M
-        return float((trainer_logps_M - rows.sampled_logps_M).abs().mean())
+
+def _difference(model: nn.Module, groups: Sequence[Group]) -> float:
+    """Mean absolute difference of log-probabilities on this rank, in nats per token."""
+    with eval_mode(model):
+        rows = pack_groups(groups, [], shared=False).to(next(model.parameters()).device)
+        trainer_logps_M = row_logprobs(model, rows, entropy=False, chunked=False).token_logps_M
+    return float((trainer_logps_M - rows.sampled_logps_M).abs().mean())

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.distributed.loading import loading_whole
-from online_dpo.distributed.sharding import Sharding, make_whole
+from online_dpo.distributed.sharding import Sharding
+from online_dpo.distributed.weights import make_whole
 from online_dpo.evaluation.evaluator import ReferenceAnswers
 from online_dpo.foreign import loading
 from online_dpo.modeling.adapters import adapting

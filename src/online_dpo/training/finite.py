@@ -15,7 +15,7 @@ from transformers import TrainerState
 from online_dpo.checkpoints.folders import by_age, checkpoints_in, located
 from online_dpo.checkpoints.manifest import problem_of
 from online_dpo.distributed.collectives import any_rank, from_every_rank
-from online_dpo.distributed.sharding import part
+from online_dpo.distributed.weights import part
 from online_dpo.errors import TrainingDivergedError
 from online_dpo.modeling.quantization import named_numbers
 

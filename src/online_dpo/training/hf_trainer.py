@@ -20,11 +20,13 @@ from transformers.trainer_utils import PredictionOutput
 from online_dpo.checkpoints.files import replacing
 from online_dpo.checkpoints.folders import folder_of
 from online_dpo.config.trainer_config import OnlineDPOConfig
+from online_dpo.distributed.agreement import Agreement
 from online_dpo.distributed.collectives import RankErrors
 from online_dpo.distributed.on_cpu import fsdp_on_cpu
 from online_dpo.distributed.process_state import kept_environment, kept_random_state
 from online_dpo.distributed.rank_watch import watch_ranks
-from online_dpo.distributed.sharding import full, sharding_for
+from online_dpo.distributed.sharding import sharding_for
+from online_dpo.distributed.weights import full
 from online_dpo.modeling.borrowing import kept_flags
 from online_dpo.modeling.loading import ConfigKeeper, empty_device_cache
 from online_dpo.modeling.precision import keeps_small_steps
@@ -69,18 +71,13 @@ class GuardedTrainer(Trainer):
         self.callback_handler: NamedCallbacks = NamedCallbacks(self.callback_handler)
         self.add_callback(self.configs)
         self.model_accepts_loss_kwargs = True
-        self.sharding = sharding_for(self.accelerator)
+        agreement = Agreement(args.ddp_timeout_delta)
+        self.sharding = sharding_for(self.accelerator, agreement.check)
         self.metrics = MetricStore()
         self.phase = PhaseTimer(self.metrics, self.accelerator.device)
         self.errors = RankErrors(self.accelerator.device)
-        self.passes = PassRunner(
-            self.metrics,
-            self.phase,
-            lambda: args.row_capacity,
-            self.accelerator.num_processes,
-            lambda: self.sharding.drop_gradients(self.model),  # pyright: ignore[reportArgumentType]
-            self.free_memory,
-        )
+        parts = (self.metrics, self.phase, lambda: args.row_capacity, agreement, self.errors)
+        self.passes = PassRunner(*parts, lambda: self.sharding.abandon_pass(self.model), self.free_memory)  # pyright: ignore[reportArgumentType]
         self.evaluation_weights = EvaluationWeights(lambda: self.optimizer, lambda: self.is_in_train)
         self._build_guards(args)
         self.context = RunContext(
@@ -331,14 +328,13 @@ class GuardedTrainer(Trainer):
     ) -> torch.Tensor:
         """The parent's, once for each pass of the micro-batch; gradients add up; ranks exchange them in the last."""
 
-        def one_pass(rows: PackedRows) -> torch.Tensor:
-            return super(GuardedTrainer, self).training_step(model, {"rows": rows}, num_items_in_batch)
+        def one_pass(rows: PackedRows, last: bool) -> torch.Tensor:
+            with self.sharding.one_pass(model, last):
+                return super(GuardedTrainer, self).training_step(model, {"rows": rows}, num_items_in_batch)
 
-        losses = []
-        for number, rows in enumerate(inputs["passes"], start=1):
-            with self.sharding.one_pass(model, last=number == len(inputs["passes"])):
-                losses.append(self.passes.run(rows, one_pass))
-        return torch.stack(losses).sum()
+        *others, last = inputs["passes"]
+        losses = [self.passes.run(rows, one_pass, last=False) for rows in others]
+        return torch.stack([*losses, self.passes.run(last, one_pass, last=True)]).sum()
 
     def free_memory(self) -> None:
         """Gives back memory of the device that can be had again; called after a pass that did not fit."""

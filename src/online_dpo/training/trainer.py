@@ -31,7 +31,6 @@ from online_dpo.config.names_elsewhere import ARGUMENTS, hint_for
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.data.collate import UsersCollator, collate_prompts, prompts_from_batch
 from online_dpo.distributed.collectives import from_every_rank, samples_of_every_rank
-from online_dpo.distributed.sampling import whole_on
 from online_dpo.evaluation.evaluator import Evaluator
 from online_dpo.evaluation.gold import build_gold, check_gold
 from online_dpo.evaluation.overoptimization import OveroptimisationGuard
@@ -326,12 +325,7 @@ class OnlineDPOTrainer(GuardedTrainer):
         users_metrics = named_metrics(self.compute_metrics, lambda: self.state.global_step)
         predictions = Predictions(self.args, users_metrics, loss_only)
         self.callback_handler.eval_dataloader = dataloader  # pyright: ignore[reportAttributeAccessIssue]
-        with (
-            whole_on(self.accelerator.device, model),
-            eval_mode(model),
-            self.evaluation_weights.in_model(),
-            noting() as notes,
-        ):
+        with self.evaluation_weights.in_model(), self.sampler.reading(model), eval_mode(model), noting() as notes:
             self._evaluate_batches(model, iter(dataloader), predictions)
         records, values = predictions.records, self.errors.run(predictions.metrics)
         metrics = in_order({**mean_notes(from_every_rank(notes)), **summarise(records), **values})
@@ -340,7 +334,8 @@ class OnlineDPOTrainer(GuardedTrainer):
     def _evaluate_batches(self, model: nn.Module, batches: Iterator[dict[str, Any]], predictions: Predictions) -> None:
         while (batch := self.errors.run(partial(next_batch, batches))) is not None:
             prompts = [prompt for prompt in prompts_from_batch(batch) if prompt.invalid is None]
-            own = self.errors.run(partial(self.evaluator.evaluate, model, prompts, self.collector.sync))
+            groups = self.errors.run(partial(self.evaluator.sample, prompts, self.collector.sync))
+            own = self.errors.run(partial(self.evaluator.evaluate, model, groups))
             records = samples_of_every_rank(self.accelerator, own)
             is_last = self.accelerator.gradient_state.end_of_dataloader
             self.errors.run(partial(predictions.add, records, is_last))

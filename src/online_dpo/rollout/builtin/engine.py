@@ -22,7 +22,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokeni
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
 from online_dpo.distributed.sampling import callable_alone
-from online_dpo.distributed.sharding import holds_all
+from online_dpo.distributed.weights import holds_all
 from online_dpo.errors import is_out_of_memory, named_error
 from online_dpo.modeling.borrowing import eval_mode, kept_attributes
 from online_dpo.modeling.introspection import computing_dtype, unwrapped, without_router_logits

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from online_dpo.distributed.sharding import gathered
+from online_dpo.distributed.weights import gathered
 from online_dpo.modeling.borrowing import ModelContext
 from online_dpo.modeling.introspection import unwrapped
 from online_dpo.modeling.onednn import onednn_linears

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from online_dpo.config.trainer_config import OnlineDPOConfig
-from online_dpo.distributed.collectives import world_size
+from online_dpo.distributed.collectives import RankErrors, world_size
 from online_dpo.distributed.process_state import environment, kept_random_state
 from online_dpo.errors import error_text
 from online_dpo.modeling.introspection import (
@@ -31,7 +31,7 @@ from online_dpo.rollout.params import RolloutKey, SamplingParams
 from online_dpo.rollout.vllm.colocated_adapter import ColocatedAdapter, base_options
 from online_dpo.rollout.vllm.requests import build_groups, build_requests, from_output, vllm_sampling
 from online_dpo.rollout.vllm.worker import EXTENSION, coarsest
-from online_dpo.rollout.weights.export import named_weights, write_weights
+from online_dpo.rollout.weights.export import streamed, write_weights
 from online_dpo.types import Group, Prompt
 
 SLEEP_LEVEL = 1  # weights are kept in host memory, so that `generate` works again without another `sync`
@@ -69,6 +69,7 @@ class VLLMColocateEngine:
         self._sleeps = args.vllm_enable_sleep_mode
         self._asleep: set[str] = set()
         self._version: int | None = None
+        self._errors = RankErrors(args.device)
         self._owns_process_group = not torch.distributed.is_initialized()
         _check_options(args)
         by_adapter = is_quantized(model)
@@ -83,22 +84,15 @@ class VLLMColocateEngine:
         self._fall_asleep()
 
     def sync(self, model: nn.Module, version: int) -> None:
-        """Copies the weights into vLLM, unless it already has those of this version."""
+        """Copies the weights into vLLM, unless it already has those of this version. A collective operation.
+
+        Sharded weights are gathered one by one (`streamed`), so that no rank holds all of them beside vLLM's copy.
+        """
         if version == self._version:
             return
-        self._wake("weights")
         self._version = None  # until all weights are loaded: an error may leave a mixture
-        label = str(version)
-        if self._adapter is not None:
-            self._adapter.load(model)
-        elif self._in_process:
-            self._llm.collective_rpc("online_dpo_load", args=(named_weights(model), label))
-        else:  # the workers are other processes on this machine
-            with TemporaryDirectory(prefix="online-dpo-weights-") as folder:
-                write_weights(model, Path(folder))
-                self._llm.collective_rpc("online_dpo_load_folder", args=(folder, label))
-        if not self._llm.reset_prefix_cache():  # it holds keys and values of the old weights
-            raise RuntimeError("vLLM could not empty its prefix cache: a request is still running.")
+        self._errors.run(lambda: self._wake("weights"))
+        self._errors.run(lambda: self._load(model, str(version)))
         self._version = version
 
     def generate(
@@ -139,6 +133,20 @@ class VLLMColocateEngine:
             destroy_model_parallel()
         del client
         empty_device_cache()
+
+    def _load(self, model: nn.Module, label: str) -> None:
+        """Loads the weights as they come. A collective operation if they are sharded: each rank has its own engine."""
+        if self._adapter is not None:
+            self._adapter.load(model)
+        elif self._in_process:
+            with streamed(model) as weights:
+                self._llm.collective_rpc("online_dpo_load", args=(weights, label))
+        else:  # the workers are other processes on this machine
+            with TemporaryDirectory(prefix="online-dpo-weights-") as folder:
+                write_weights(model, Path(folder))
+                self._llm.collective_rpc("online_dpo_load_folder", args=(folder, label))
+        if not self._llm.reset_prefix_cache():  # it holds keys and values of the old weights
+            raise RuntimeError("vLLM could not empty its prefix cache: a request is still running.")
 
     def _fall_asleep(self) -> None:
         if self._sleeps:

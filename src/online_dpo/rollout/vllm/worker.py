@@ -87,7 +87,7 @@ class WeightUpdates:
 
     def online_dpo_load_folder(self, folder: str, label: str) -> None:
         """Loads the safetensors files of a folder that this worker can read."""
-        self.online_dpo_load(_read_folder(Path(folder)), label)
+        self.online_dpo_load(read_folder(Path(folder)), label)
 
     def online_dpo_load_broadcast(
         self, host: str, port: str, secret: str, transfer: str, size: str, kind: str, timeout: str, label: str
@@ -224,7 +224,7 @@ def _noting_names(weights: Iterable[tuple[str, torch.Tensor]], names: set[str]) 
         yield name, tensor
 
 
-def _read_folder(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def read_folder(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of all safetensors files of a folder, with their names."""
     from safetensors import safe_open
 

@@ -8,8 +8,8 @@ from typing import Any
 from accelerate.utils import extract_model_from_parallel, is_peft_model
 from torch import nn
 
+from online_dpo.distributed.weights import full
 from online_dpo.modeling.introspection import is_quantized
-from online_dpo.rollout.weights.export import full_tensor
 
 START_WITHOUT = "Start the server without `--lora-rank`, so that it takes the merged weights."
 QUANTIZED = "Change the adapter, or sample without `use_vllm`: that of a quantised policy cannot be merged."
@@ -56,7 +56,8 @@ def write_adapter(model: nn.Module, folder: Path | None) -> None:
     """
     policy: Any = extract_model_from_parallel(model, keep_torch_compile=False)
     [name] = policy.active_adapters
-    weights = {key: full_tensor(t).cpu() for key, t in policy.state_dict().items() if f".{name}." in key}
+    whole = ((key, full(parameter)) for key, parameter in policy.named_parameters() if f".{name}." in key)
+    weights = {key: tensor.cpu() for key, tensor in whole if folder is not None}
     if folder is not None:
         policy.save_pretrained(str(folder), state_dict=weights, selected_adapters=[name], save_embedding_layers=False)
         if name != "default":  # PEFT writes other adapters to a subfolder
