@@ -16,8 +16,8 @@ from transformers import TrainerCallback
 
 from online_dpo.distributed import sampling
 from online_dpo.distributed.weights import full, part
-from online_dpo.modeling.introspection import unwrapped
-from support import tiny
+from online_dpo.modeling.introspection import layers_in_bits, unwrapped
+from support import quantized, tiny
 from support.training import LORA, dataset, step_logs, trainer, without_times
 
 WHOLE = ("ddp", "zero1", "zero2")
@@ -81,7 +81,9 @@ class Watch(TrainerCallback):
 
 def whole_weights(made):
     names = {n.removeprefix("module."): p for n, p in made.model.named_parameters()}
-    return {name: full(p).detach().clone() for name, p in names.items()}
+    packed = {id(layer.weight) for _, layer in layers_in_bits(made.model)}
+    whole = {name: full(p).detach().clone() for name, p in names.items()}
+    return {name: w.view(torch.uint8).float() if id(names[name]) in packed else w for name, w in whole.items()}
 
 
 def ties_on_the_last_rank(completions, name, **_):
@@ -130,6 +132,8 @@ def evaluation_of(made):
 def run(out, way, case, processes, batch=8, steps=3, poisoned_step=None, fits=True, **options):
     sampling.ROOM = 1.25 if fits else 1e18
     kwargs = dict(options.pop("kwargs", {}))
+    if "model_init_kwargs" in options:
+        options["model"] = str(out / options["model"])
     if poisoned_step is not None:
         options["model"] = poisoned(poisoned_step)
         kwargs["callbacks"] = [Poison(poisoned_step)]
@@ -156,6 +160,15 @@ def run(out, way, case, processes, batch=8, steps=3, poisoned_step=None, fits=Tr
     torch.save(saved, out / f"{way}-{case}-of-{processes}-rank-{made.accelerator.process_index}.pt")
 
 
+LINEAR = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+BF16 = {**quantized.NF4, "bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_quant_storage": "bfloat16"}
+
+
+def qlora(settings, **options):
+    """An adapter over weights that bitsandbytes holds; the folder of the base model stands beside the results."""
+    return dict(model="base", model_init_kwargs={"quantization_config": settings}, **{"learning_rate": 0.5, **options})
+
+
 CASES = {
     "plain": dict(steps=10),
     "accumulated": dict(gradient_accumulation_steps=2, batch=4, max_tokens_per_pass=50),
@@ -173,6 +186,7 @@ HALF = dict(optim="adamw_torch", learning_rate=1e-3, max_grad_norm=1.0)
 CASES_IN_BF16 = {
     "bf16": dict(bf16=True, **HALF),
     "bf16 lora": dict(bf16=True, kwargs={"peft_config": LoraConfig(**LORA)}, **HALF),
+    "bf16 qlora": qlora(BF16, bf16=True, kwargs={"peft_config": LINEAR}, **HALF),
 }
 """Rounding differs between the ways: what must hold is that policy and reference agree before the first step."""
 CASES_OF_MODELS = {
@@ -190,17 +204,31 @@ CASES_OF_MODELS = {
     ),
 }
 """What else touches models, for the ways in which their weights lie in parts."""
+AS_FLOATS = {**quantized.NF4, "bnb_4bit_quant_storage": "float32", "bnb_4bit_use_double_quant": True}
+CASES_OF_QLORA = {
+    "4 bits": qlora(quantized.NF4, kwargs={"peft_config": LINEAR, "eval_dataset": dataset(lengths=(3, 4, 5, 6, 7))}),
+    "4 bits as floats": qlora(AS_FLOATS, kwargs={"peft_config": LINEAR}, fits=False),
+    "8 bits": qlora(quantized.INT8, kwargs={"peft_config": LINEAR}),
+}
+ALL = {**CASES, **CASES_OF_MODELS, **CASES_IN_BF16, **CASES_OF_QLORA}
+
+
+def fitting(way, case):
+    """Whether a case belongs to a way of sharding."""
+    if case in CASES_OF_MODELS or case == "4 bits as floats":
+        return way not in WHOLE
+    return (way, case) != ("fsdp2", "8 bits")  # it is refused
 
 
 def main():
     torch.set_num_threads(1)
     out, processes = Path(sys.argv[1]), int(sys.argv[2])
-    chosen = sys.argv[4].split(",") if len(sys.argv) > 4 else [*CASES, *CASES_OF_MODELS, *CASES_IN_BF16]
+    chosen = sys.argv[4].split(",") if len(sys.argv) > 4 else [*ALL]
     for way, case in itertools.product(sys.argv[3].split(","), chosen):
-        if case in CASES_OF_MODELS and way in WHOLE:
+        if not fitting(way, case):
             continue
         try:
-            run(out, way, case, processes, **copy.deepcopy({**CASES, **CASES_OF_MODELS, **CASES_IN_BF16}[case]))
+            run(out, way, case, processes, **copy.deepcopy(ALL[case]))
         except BaseException:
             print(f"CASE {way} {case} rank {os.environ.get('RANK')}", file=sys.stderr)
             traceback.print_exc()

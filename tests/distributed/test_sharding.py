@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from support import quantized
 from support.processes import environment
 from support.training import assert_same
 
 sys.path.insert(0, str(Path(__file__).parent))
 from exports import MODELS  # noqa: E402
-from sharding_worker import CASES, CASES_IN_BF16, CASES_OF_MODELS, WHOLE  # noqa: E402
+from sharding_worker import CASES, CASES_IN_BF16, CASES_OF_MODELS, CASES_OF_QLORA, WHOLE, fitting  # noqa: E402
 
 WORKER = Path(__file__).with_name("sharding_worker.py")
 WAYS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
-RUNS = [(way, case) for way in WAYS for case in (*CASES, *CASES_OF_MODELS) if case in CASES or way not in WHOLE]
+RUNS = [(way, case) for way in WAYS for case in (*CASES, *CASES_OF_MODELS, *CASES_OF_QLORA) if fitting(way, case)]
 MANY_PASSES = {"plain": 2, "accumulated": 1, "one pass": 1}
 """Passes that the largest micro-batch of a case has at least."""
 
@@ -25,6 +26,7 @@ MANY_PASSES = {"plain": 2, "accumulated": 1, "one pass": 1}
 @pytest.fixture(scope="module")
 def load(tmp_path_factory):
     out = tmp_path_factory.mktemp("sharding")
+    quantized.base_folder(out / "base")
     own = environment(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", DS_ACCELERATOR="cpu")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29523"]
     commands = [([sys.executable], "1", "none"), (torchrun, "2", ",".join(WAYS))]

@@ -101,7 +101,7 @@ def quantised_as(path: str, options: Mapping[str, Any] | None) -> str | None:
     """The way in which a model will be quantised, so that it can be trained through an adapter alone; ``None`` if its
     own weights can be trained. A folder's own config counts as well; one of the hub is not looked up.
     """
-    settings = settings_of(options) or _settings_of_folder(Path(os.path.expanduser(path)))
+    settings = settings_of_model(path, options)
     method = method_of(settings)
     return method if method in TRAINED_THROUGH_ADAPTERS and not settings.get("dequantize") else None
 
@@ -113,3 +113,36 @@ def _settings_of_folder(folder: Path) -> dict[str, Any]:
         return {}  # whoever loads it says what is wrong with it
     settings = config.get("quantization_config") if isinstance(config, dict) else None
     return settings if isinstance(settings, dict) else {}
+
+
+def settings_of_model(path: str, options: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """The settings with which a model will be loaded: those given, or else those of its own folder."""
+    return settings_of(options) or _settings_of_folder(Path(os.path.expanduser(path)))
+
+
+def check_sharded(settings: Mapping[str, Any], args: Any, environment: Mapping[str, str] = os.environ) -> None:
+    """Checks that the way in which a run shards its policy leaves packed weights as they are.
+
+    Args:
+        settings: how the policy is quantised; empty if it is not.
+        args: the configuration of the run.
+
+    Raises:
+        ValueError: scales would be lost, or packed weights that are stored as floats would be rounded like numbers.
+    """
+    fsdp = bool(args.fsdp) or environment.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes", "on", "y", "t")
+    sharding = "FSDP2" if fsdp else "DeepSpeed" if args.deepspeed_plugin is not None else None
+    if sharding is None or method_of(settings) != BITSANDBYTES:
+        return
+    if fsdp and settings.get("load_in_8bit"):
+        raise ValueError(
+            "`load_in_8bit` does not go with FSDP2: its slices of weights lose their scales. Use `load_in_4bit: true`, "
+            "start the run without FSDP, or use DeepSpeed (`deepspeed`)."
+        )
+    storage = _plain(settings.get("bnb_4bit_quant_storage"))
+    computed = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
+    if settings.get("load_in_4bit") and "float" in str(storage) and computed not in (None, storage):
+        raise ValueError(
+            f"`bnb_4bit_quant_storage` is {storage}, and {sharding} would round the packed weights to {computed}, as "
+            f"it does with the other weights of this run. Set it to {computed}, or to uint8."
+        )

@@ -96,7 +96,7 @@ def is_quantized_by_bitsandbytes(model: nn.Module) -> bool:
 def layers_in_bits(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The linear layers that bitsandbytes holds in 4 or 8 bits, with their names."""
     if is_quantized_by_bitsandbytes(model):
-        from bitsandbytes.nn import Linear4bit, Linear8bitLt
+        from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
         for name, module in unwrapped(model).named_modules():
             if isinstance(module, (Linear4bit, Linear8bitLt)):

@@ -37,7 +37,7 @@ def keep_differentiable(model: nn.Module, argument: str) -> None:
     for _, layer in layers_in_bits(model):
         quiet_casts()
         if _is_4bit(layer):
-            if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):  # set when it happens, alone
+            if getattr(_state(layer), "packing_format_for_cpu", False):  # set when it happens, alone
                 raise ValueError(PACKED_FOR_CPU.format(argument=argument))
             layer.support_avx512bf16_for_cpu = False
 
@@ -109,7 +109,8 @@ def sizes(model: nn.Module) -> Iterable[tuple[int, str, bool]]:
         layer = packed.get(id(parameter))
         count, kind = parameter.numel(), str(parameter.dtype).removeprefix("torch.")
         if layer is not None and _is_4bit(layer):
-            count, kind = layer.weight.quant_state.shape.numel(), layer.weight.quant_state.quant_type
+            state = _state(layer)
+            count, kind = state.shape.numel(), state.quant_type
         yield count, kind, parameter.requires_grad
 
 
@@ -128,12 +129,19 @@ def _scales(layer: Any) -> torch.Tensor:
 
     if not _is_4bit(layer):
         return (layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB)[:, None]
-    state = layer.weight.quant_state
+    state = _state(layer)
     scales = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
     return scales[:, None]  # a matrix, as the weights were
 
 
+def _state(layer: Any) -> Any:
+    """The shape, type and scales of a layer in 4 bits. FSDP2 puts parameters of its own in the weight's place, and the
+    layer is left with the state alone.
+    """
+    return getattr(layer.weight, "quant_state", None) or layer.quant_state
+
+
 def _is_4bit(layer: nn.Module) -> bool:
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn.modules import Linear4bit
 
     return isinstance(layer, Linear4bit)

@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from online_dpo.config.checking import EPOCH_FIELDS
 from online_dpo.config.hf_fields import check_output_dir
-from online_dpo.config.quantization import NEEDS_ADAPTER, quantised_as
+from online_dpo.config.quantization import NEEDS_ADAPTER, check_sharded, quantised_as, settings_of, settings_of_model
 from online_dpo.config.requirements import problems
 from online_dpo.config.trainer_config import OnlineDPOConfig
-from online_dpo.modeling.introspection import is_quantized_by_bitsandbytes
+from online_dpo.modeling.introspection import is_quantized_by_bitsandbytes, unwrapped
 from online_dpo.modeling.loading import check_model_path, is_adapter
 from online_dpo.modeling.quantization import describe
 from online_dpo.rollout.params import SamplingParams
@@ -79,6 +79,8 @@ def check_arguments(
     quantized = quantization_of(model, options)
     if quantized is not None and peft_config is None and not _holds_adapter(model):
         raise ValueError(f"`model` is quantised ({quantized}) and {NEEDS_ADAPTER} Give a `peft_config`.")
+    if quantized is not None:
+        check_sharded(_settings_of(model, options), args)
     check_vllm(args, quantized)
     if isinstance(model, nn.Module) and peft_config is None:
         check_trained(model)
@@ -153,6 +155,12 @@ def quantization_of(model: Any, options: Mapping[str, Any] | None) -> str | None
     if isinstance(model, str):
         return quantised_as(model, options)
     return describe(model) if isinstance(model, nn.Module) and is_quantized_by_bitsandbytes(model) else None
+
+
+def _settings_of(model: Any, options: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    if isinstance(model, str):
+        return settings_of_model(model, options)
+    return settings_of({"quantization_config": unwrapped(model).config.quantization_config})
 
 
 def _holds_adapter(model: Any) -> bool:
