@@ -144,4 +144,4 @@ def test_a_sharded_reward_model_gives_the_scores_of_a_whole_one(scripts, way):
     first, second = (scripts(way, rank)["trained"] for rank in range(2))
     assert first["sharded"] and second["sharded"]
     assert first["scores"] == [] and second["scores"] == scripts(way, 1)["whole score"]
-    assert first["evaluated"]["eval_reward"] == second["evaluated"]["eval_reward"]
+    assert first["evaluated"]["eval_objective/scores"] == second["evaluated"]["eval_objective/scores"]

@@ -74,8 +74,8 @@ def deepspeed_options(environment: Mapping[str, str]) -> dict[str, Any] | str | 
         said = environment.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",")
         if beside := [name for name in IN_FILE if name in said]:
             raise ValueError(
-                f"accelerate's launcher has a `deepspeed_config_file` and `{beside[0]}` beside it, which DeepSpeed would "
-                "not read. Write it into that file."
+                f"accelerate's launcher has a `deepspeed_config_file` and `{beside[0]}` beside it, which DeepSpeed "
+                "would not read. Write it into that file."
             )
         return environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"]
     zero: dict[str, Any] = {"stage": int(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))}

@@ -73,7 +73,8 @@ def check_same_models(
     gold: Gold | None = None,
 ) -> None:
     """Checks policy, reference, reward models and models of judges by all of their weights, and other scorers and
-    judges by their names; those that are sharded, before they are (`check_same_weights`). A collective operation. DDP would give all ranks the first one's policy, but no other model.
+    judges by their names; those that are sharded, before they are (`check_same_weights`). A collective
+    operation. DDP would give all ranks the first one's policy, but no other model.
 
     Raises:
         ValueError: on every rank, if one has another model or scorer.
