@@ -10,6 +10,8 @@ from typing import Any
 
 AUTO = "auto"
 STAGES = (1, 2, 3)
+WEIGHTS = 3
+"""The stage in which weights are partitioned."""
 BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 TAKEN = (*BATCH, "gradient_clipping", "bf16", "fp16", "zero_optimization", "zero_allow_untested_optimizer")
 TAKEN += ("zero_force_ds_cpu_optimizer", "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state")
@@ -84,6 +86,8 @@ def settled(options: Mapping[str, Any], source: str, run: RunValues) -> dict[str
     _check_names(zero, ZERO_TAKEN, ZERO_REFUSED, f"{source}: `zero_optimization`")
     _check_stage(zero, source)
     _check_offload(zero, source)
+    if zero["stage"] == WEIGHTS:  # else a saved folder holds no model
+        zero.setdefault("stage3_gather_16bit_weights_on_model_save", True)
     _settle_types(result, source, run)
     _settle_numbers(result, source, run)
     if run.use_cpu:  # its own Adam for offloading would be compiled first, for minutes

@@ -53,6 +53,7 @@ from online_dpo.rollout.sampler import Sampler
 from online_dpo.rollout.sync_check import SyncCheck
 from online_dpo.training.arguments import is_peft_model_object, longest_sequence
 from online_dpo.training.policy_checks import check_unmerged, warn_of_auxiliary_loss
+from online_dpo.training.same_run import check_same_weights
 from online_dpo.training.trained import check_trained
 
 logger = logging.getLogger(__name__)
@@ -213,7 +214,9 @@ def _reference_without_adapter(policy: nn.Module, args: OnlineDPOConfig, shardin
 
 def _place(model: nn.Module, args: OnlineDPOConfig, sharding: Sharding) -> None:
     """Puts a frozen model onto the device, each rank's part of it if the policy will be sharded."""
-    if not sharding.partial:
+    if sharding.partial:
+        check_same_weights(model, "reference")
+    else:
         to_device(model, args.device)
     sharding.shard_frozen(model)
 

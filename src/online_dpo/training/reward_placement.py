@@ -12,6 +12,7 @@ from online_dpo.distributed.sharding import Sharding
 from online_dpo.scoring.assess import AssessmentOptions, Assessor
 from online_dpo.scoring.protocols import PairwiseScorer, PointwiseScorer
 from online_dpo.scoring.rewards.model import RewardModelScorer
+from online_dpo.training.same_run import check_same_weights
 
 
 def build_assessor(
@@ -36,7 +37,8 @@ def shard_rewards(scorers: Sequence[Any], sharding: Sharding) -> list[nn.Module]
     models = list(dict.fromkeys(scorer.model for scorer in scorers if isinstance(scorer, RewardModelScorer)))
     if not models:
         raise ValueError('`reward_model_sharding="shard"`: there is no reward model to shard. Leave it out.')
-    for model in models:
+    for number, model in enumerate(models):
+        check_same_weights(model, f"reward model {number}")
         model.requires_grad_(False)
         sharding.shard_frozen(model)
     return models

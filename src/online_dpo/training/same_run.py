@@ -15,6 +15,7 @@ from torch import nn
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.distributed.collectives import check_same, world_size
 from online_dpo.distributed.rank_watch import watch_ranks
+from online_dpo.distributed.weights import is_sharded
 from online_dpo.evaluation.gold import Gold
 from online_dpo.modeling.fingerprint import weights_checksum
 from online_dpo.modeling.reference import Reference
@@ -72,7 +73,8 @@ def check_same_models(
     gold: Gold | None = None,
 ) -> None:
     """Checks policy, reference, reward models and models of judges by all of their weights, and other scorers and
-    judges by their names. A collective operation. DDP would give all ranks the first one's policy, but no other model.
+    judges by their names; those that are sharded, before they are (`check_same_weights`). A collective
+    operation. DDP would give all ranks the first one's policy, but no other model.
 
     Raises:
         ValueError: on every rank, if one has another model or scorer.
@@ -84,12 +86,23 @@ def check_same_models(
     for what, some in {"scorer": sources, "gold scorer": [] if gold is None else gold.sources}.items():
         models = [source for source in some if isinstance(source, OwnsModel)]
         named |= {f"{what} {number} ({source.name})": source.model for number, source in enumerate(models)}
-    facts |= {
-        name: f"{type(model).__name__.removeprefix('FSDP')}, weights {weights_checksum(model)}"
-        for name, model in named.items()
-        if model is not None
-    }
+    facts |= {name: _described(model) for name, model in named.items() if model is not None and not is_sharded(model)}
     check_same(facts, "models and scorers")
+
+
+def check_same_weights(model: nn.Module, name: str) -> None:
+    """Checks a whole model before it is sharded: each rank keeps a part of its own weights, so that afterwards all have
+    the same model, whatever it is. A collective operation.
+
+    Raises:
+        ValueError: on every rank, if one has another model.
+    """
+    if world_size() > 1:
+        check_same({name: _described(model)}, "models and scorers")
+
+
+def _described(model: nn.Module) -> str:
+    return f"{type(model).__name__}, weights {weights_checksum(model)}"
 
 
 def _hash(data: bytes) -> str:

@@ -60,6 +60,7 @@ SAMPLES: dict[str, tuple[list[str], Any]] = {
     "reward_weights": (["1", "-0.5"], [1.0, -0.5]),
     "reward_normalization": (["group"], "group"),
     "reward_batch_size": (["4"], 4),
+    "reward_model_sharding": (["shard"], "shard"),
     "reward_timeout": (["2.5"], 2.5),
     "resume_anyway": ([], True),
     "overwrite_output_dir": ([], True),
