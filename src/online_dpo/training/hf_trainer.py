@@ -5,33 +5,29 @@ It knows nothing of preferences; :class:`online_dpo.training.trainer.OnlineDPOTr
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PredictionOutput
 
 from online_dpo.checkpoints.files import replacing
 from online_dpo.checkpoints.folders import by_age, folder_of
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.distributed.collectives import RankErrors
 from online_dpo.distributed.on_cpu import fsdp_on_cpu
-from online_dpo.distributed.process_state import kept_environment, kept_random_state
+from online_dpo.distributed.process_state import kept_environment
 from online_dpo.distributed.rank_watch import watch_ranks
 from online_dpo.distributed.sharding import full, sharding_for
-from online_dpo.modeling.borrowing import kept_attributes, kept_flags
+from online_dpo.modeling.borrowing import kept_flags
 from online_dpo.modeling.loading import ConfigKeeper, empty_device_cache
 from online_dpo.modeling.precision import keeps_small_steps
 from online_dpo.packing.prefix_tree import PADDING
 from online_dpo.training.checkpointing import Checkpoints
 from online_dpo.training.display.choose import choose_displays
 from online_dpo.training.display.figures import in_order
+from online_dpo.training.evaluating import EvaluatingTrainer
 from online_dpo.training.evaluation_weights import EvaluationWeights
 from online_dpo.training.failures import NamedCallbacks, StepsDone
 from online_dpo.training.finite import FiniteWeights
@@ -44,14 +40,14 @@ from online_dpo.training.passes import PassRunner
 from online_dpo.training.rescue import Rescue
 from online_dpo.training.run_context import RunContext
 from online_dpo.training.run_state import RunState
-from online_dpo.training.sharded_state import ShardedState
+from online_dpo.training.sharded_state import ShardedState, unsharded_files
 from online_dpo.training.step_guard import StepGuard
 from online_dpo.training.stopwatch import PhaseTimer
 from online_dpo.training.update_ratio import UpdatedRatio
 from online_dpo.types import PackedRows
 
 
-class GuardedTrainer(Trainer):
+class GuardedTrainer(EvaluatingTrainer):
     """A `Trainer` whose micro-batches hold a list of :class:`~online_dpo.types.PackedRows` under ``"passes"``.
 
     Each gets a forward and a backward pass of its own, as ``"rows"`` of the inputs of ``compute_loss``. Steps that are
@@ -99,7 +95,7 @@ class GuardedTrainer(Trainer):
         self.run_state = RunState()
         self.run_state.add(self.guard, self.log_state)
         self._random_state_in: str | None = None
-        self._has_random_state = self._beside_training = False
+        self._has_random_state = False
 
     def _build_guards(self, args: OnlineDPOConfig) -> None:
         """Builds what watches over the run, in the order in which the callbacks among it are called."""
@@ -117,8 +113,8 @@ class GuardedTrainer(Trainer):
         self.add_callback(self.updates)
         self.log_state = LogState(self.metrics)
         self.add_callback(self.log_state)
-        keeps_parts = self.sharding.splits_state or args.max_staleness > 0
-        self.others = OtherRanks(watch_ranks(args.ddp_timeout), self.log_state, keeps_parts)
+        parts = self.sharding.splits_state or args.max_staleness > 0
+        self.others = OtherRanks(watch_ranks(args.ddp_timeout), self.log_state, parts)
         self.add_callback(self.others)
         self.steps_done = StepsDone(self.raise_callback_failure)
         self.add_callback(self.steps_done)
@@ -197,27 +193,18 @@ class GuardedTrainer(Trainer):
         return optimizer
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        """The parent's, after which an update of the weights is made when `optimizer.step()` is called. A sharded run
-        goes on from files of ours.
-        """
+        """The parent's, after which `optimizer.step()` updates the weights. A sharded run goes on from our files."""
         folder = resume_from_checkpoint if self.shards.is_on else None
         if folder is not None and not self.shards.reads_weights(folder, self.model):  # pyright: ignore
-            with self._unsharded():
+            with unsharded_files(self):
                 self._load_from_checkpoint(folder)
-        of_parent = None if self.shards.is_on else resume_from_checkpoint
-        model, dataloader = super()._prepare_for_training(max_steps, train_dataloader, of_parent)
+        of_parent = (max_steps, train_dataloader, None if self.shards.is_on else resume_from_checkpoint)
+        model, dataloader = super()._prepare_for_training(*of_parent)
         self.optimizer = self.callback_handler.optimizer = self.sharding.attach(model, self.optimizer)
         if folder is not None:
             self._load_optimizer_and_scheduler(folder)
             self._load_scaler(folder)
         return model, dataloader
-
-    @contextmanager
-    def _unsharded(self) -> Iterator[None]:
-        """Inside, the parent reads and writes a model as it does without sharding: in its plain files."""
-        with kept_attributes(self, "is_fsdp_enabled", "is_deepspeed_enabled"):
-            self.is_fsdp_enabled = self.is_deepspeed_enabled = False
-            yield
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """The parent's, unless the checkpoint that is resumed was the run's last: it would train one more step."""
@@ -244,32 +231,6 @@ class GuardedTrainer(Trainer):
             super()._load_rng_state(checkpoint)
         self._has_random_state = False
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As the parent's, beside training (see `beside_training`)."""
-        with self.beside_training():
-            return super().evaluate(*args, **kwargs)
-
-    def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
-        """As the parent's, beside training (see `beside_training`)."""
-        with self.beside_training():
-            return super().predict(*args, **kwargs)
-
-    @contextmanager
-    def beside_training(self) -> Iterator[None]:
-        """Keeps what is done inside from changing training: its time does not count in ``perf/tokens_per_second``, and
-        random numbers that are drawn meanwhile, by a reward function too, are drawn again.
-        """
-        if self._beside_training:  # one of several datasets
-            yield
-            return
-        start, self._beside_training = time.perf_counter(), True
-        try:
-            with kept_random_state():
-                yield
-        finally:
-            self.log_state.last_log += time.perf_counter() - start
-            self._beside_training = False
-
     def _check_finite(self, when: str) -> None:
         self.finite.check(self.state, self.args.output_dir, when, agree=True)  # pyright: ignore[reportArgumentType]
 
@@ -282,7 +243,7 @@ class GuardedTrainer(Trainer):
         if output_dir is None or not _internal_call:  # else they are a checkpoint's, which has checked them
             folder: Any = self.args.output_dir
             self.finite.check(self.state, folder, "Before a save", agree=self.shards.is_on, optimizer=False)
-        with self.evaluation_weights.in_model(), self._unsharded():
+        with self.evaluation_weights.in_model(), unsharded_files(self):
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -340,15 +301,15 @@ class GuardedTrainer(Trainer):
             return super()._finalize_training(trial, *args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.shards.is_on:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
         with self.checkpoints.part():
-            self.shards.save(Path(output_dir), self.model, self.optimizer, self.lr_scheduler)  # pyright: ignore
+            if self.shards.is_on:
+                self.shards.save(output_dir, self.model, self.optimizer, self.lr_scheduler)  # pyright: ignore
+            else:
+                super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.shards.reads(checkpoint):
-            self.shards.restore(Path(checkpoint), self.model, self.optimizer, self.lr_scheduler)  # pyright: ignore
+            self.shards.restore(checkpoint, self.model, self.optimizer, self.lr_scheduler)  # pyright: ignore
         else:
             super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
@@ -363,12 +324,11 @@ class GuardedTrainer(Trainer):
     def _load_best_model(self) -> None:
         self.checkpoints.check_best()
         self.evaluation_weights.put(True)  # those are what was saved
-        if self.shards.is_on:
-            best = Path(str(self.state.best_model_checkpoint))
-            self.shards.restore_weights(best, self.model, self.optimizer)  # pyright: ignore[reportArgumentType]
-            return
         with kept_flags(self.model):  # pyright: ignore[reportArgumentType]
-            super()._load_best_model()
+            if self.shards.is_on:
+                self.shards.restore_weights(self.state.best_model_checkpoint, self.model, self.optimizer)  # pyright: ignore
+            else:
+                super()._load_best_model()
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
