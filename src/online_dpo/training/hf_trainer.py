@@ -255,7 +255,8 @@ class GuardedTrainer(EvaluatingTrainer):
             state_dict = self.shards.whole_weights(self.model, keep=self.args.should_save)  # pyright: ignore
         with self.checkpoints.part(), self.checkpoints.model_folder(folder) as aside:
             super()._save(str(aside), state_dict)
-            self.shards.correct_config(aside)
+            if self.args.should_save:  # the others would read while it is written
+                self.shards.correct_config(aside)
 
     def save_state(self) -> None:
         """As the parent's; the file is whole or as it was."""
