@@ -108,8 +108,8 @@ class Checkpoints:
     def _tell_of_other_processes(self, folder: Path) -> None:
         """Warns where a checkpoint is of another number of processes."""
         written, own = world_size_of(located(folder)), self._accelerator.num_processes
-        self.from_others = written is not None and written != own
-        if self.from_others:
+        if written is not None and written != own:
+            self.from_others = True
             ahead = " Completions that were sampled ahead are dropped." if self._args.max_staleness else ""
             logger.warning(
                 "%s was written by %s, and this run has %s: its steps go on, with the same prompts. Random numbers of "

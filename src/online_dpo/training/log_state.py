@@ -112,12 +112,9 @@ class LogState(TrainerCallback):
         saved = [read_json(path, SinceLastLog) for path in own if path.is_file()]
         if saved:
             largest = {n: max(o.largest[n] for o in saved if n in o.largest) for n in _names(saved, "largest")}
-            self._metrics.restore(
-                Snapshot(
-                    *(_added(saved, part) for part in ("sums", "counts", "totals")),
-                    {name: torch.tensor(value, dtype=torch.float64) for name, value in largest.items()},
-                )
-            )
+            sums, counts, totals = (_added(saved, part) for part in ("sums", "counts", "totals"))
+            tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in largest.items()}
+            self._metrics.restore(Snapshot(sums, counts, totals, tensors))
             self.last_log = time.perf_counter() - max(one.seconds for one in saved)
 
 
