@@ -6,6 +6,7 @@ This module loads nothing heavy: the command line compares options before it loa
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,15 +40,23 @@ NOT_COMPARED = frozenset(
         *("use_cpu", "local_rank", "torch_compile", "torch_compile_backend", "torch_compile_mode", "use_cache"),
         *("activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing"),
         *("gradient_checkpointing_kwargs", "torch_empty_cache_steps", "share_prompts", "flex_attention"),
-        *("max_tokens_per_pass", "rollout_batch_size", "reward_batch_size", "cuda_graphs", "cache_implementation"),
+        *(
+            "max_tokens_per_pass",
+            "rollout_batch_size",
+            "reward_batch_size",
+            "reward_model_sharding",
+            "cuda_graphs",
+            "cache_implementation",
+        ),
         *("dataset_num_proc", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
         *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataloader_in_order"),
         *("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph"),
+        *("fsdp", "fsdp_config", "deepspeed", "per_device_train_batch_size", "gradient_accumulation_steps"),
         *("ddp_backend", "ddp_timeout", "ds3_gather_for_generation", "vllm_model_impl"),
         *("vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "vllm_enable_sleep_mode"),
         *("vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout"),
         *("vllm_weight_transfer", "vllm_group_port"),
-        # compared in what comes of them: prompts, weights, the engine
+        # compared in what comes of them: prompts, weights, the engine (of the batch: `BATCH`, of DeepSpeed: `OF_ZERO`)
         *("invalid_prompts", "reward_model_path", "model_init_kwargs", "trust_remote_code"),
         *("use_vllm", "vllm_mode", "engine"),
     )
@@ -58,12 +67,29 @@ IN_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "ad
 """Fields that a resumed run reads from the optimizer's state in the checkpoint."""
 
 
-def compared_options(options: Mapping[str, Any]) -> dict[str, Any]:
+BATCH = "per_device_train_batch_size x gradient_accumulation_steps x processes"
+"""The prompts of an optimizer step: however they are cut and shared, the gradient is the same."""
+OF_ZERO = ("optimizer", "scheduler")
+"""Sections of a file for DeepSpeed that decide what is computed. The others are about memory and speed."""
+
+
+def compared_options(options: Mapping[str, Any], processes: int) -> dict[str, Any]:
     """The options that are compared, of all fields of a configuration, as JSON has them."""
     kept = {name: value for name, value in options.items() if name not in NOT_COMPARED}
     if isinstance(kept.get("accelerator_config"), dict):  # null and false mean the same here, and become false
         kept["accelerator_config"] = {**kept["accelerator_config"], "dispatch_batches": False}
+    if isinstance(options.get("deepspeed"), dict):
+        kept |= {f"deepspeed.{name}": options["deepspeed"].get(name) for name in OF_ZERO}
+    kept |= _batch(options, processes)
     return json.loads(json.dumps(kept, default=str))
+
+
+def _batch(options: Mapping[str, Any], processes: int) -> dict[str, int]:
+    sizes = [options.get("per_device_train_batch_size"), options.get("gradient_accumulation_steps", 1)]
+    if not all(isinstance(size, int) for size in sizes):
+        return {}
+    split = (options.get("accelerator_config") or {}).get("split_batches")  # then a batch is that of all processes
+    return {BATCH: math.prod(sizes) * (1 if split else processes)}
 
 
 def differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
@@ -120,7 +146,12 @@ def identity_of(folder: Path) -> dict[str, Any] | None:
     """What a checkpoint says of its run; ``None`` if nothing."""
     manifest = manifest_of(located(folder))
     block = None if manifest is None else manifest.extra.get(BLOCK)
-    return block if isinstance(block, dict) else None
+    if manifest is None or not isinstance(block, dict):
+        return None
+    options = block.get("options")
+    if isinstance(options, dict) and BATCH not in options:  # of an earlier version
+        block = {**block, "options": {**options, **_batch(options, manifest.world_size)}}
+    return block
 
 
 def of_other_runs(run_dir: Path, own: set[str]) -> list[Path]:

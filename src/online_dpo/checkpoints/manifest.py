@@ -27,6 +27,7 @@ THREADS = 4
 STATE = (
     *("trainer_state.json", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth"),
     *("beta.json", "guard.json", "reference.*", "lookahead-*", "metrics-*.json"),
+    *("shards.json", "shard-*.safetensors"),
 )
 """Files of a run beside its weights."""
 READ_BY_NAME = (*STATE, "model.safetensors*", "pytorch_model.bin*", "adapter_model.*", "adapter_config.json")

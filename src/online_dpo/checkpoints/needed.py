@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from online_dpo.checkpoints.codec import from_json
-from online_dpo.checkpoints.manifest import Manifest, has_manifest
+from online_dpo.checkpoints.manifest import Manifest, has_manifest, manifest_of
+from online_dpo.checkpoints.shard_names import INDEX
 
 STATE = "trainer_state.json"
-SHARDED = "global_step*"
-"""DeepSpeed's folder, which holds weights, optimizer and scheduler."""
+OF_OTHERS = ("global_step*", "pytorch_model_fsdp*")
+"""The files of DeepSpeed and of accelerate."""
 WEIGHTS = (
     *("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
     *("adapter_model.safetensors", "adapter_model.bin", "*/adapter_model.safetensors", "*/adapter_model.bin"),
-    *("pytorch_model_fsdp*", SHARDED),
 )
-OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_*", SHARDED)
-SCHEDULER = ("scheduler.pt", SHARDED)
+OPTIMIZER = ("optimizer.pt", INDEX)
+SCHEDULER = ("scheduler.pt",)
 
 
 @dataclass(frozen=True)
@@ -63,27 +63,36 @@ class Needs:
         return next(self._problems(folder), None)
 
     def _problems(self, folder: Path) -> Iterator[str]:
-        for names, what in self._files():
+        if not (folder / INDEX).is_file() and (found := [path for name in OF_OTHERS for path in folder.glob(name)]):
+            yield (
+                f"{found[0].name} is of DeepSpeed's or accelerate's own format, pickles that could run any code, so it "
+                "is not read. Start a run from the model that is saved there, if there is one"
+            )
+        for names, what in self._files(folder):
             if not any(any(folder.glob(name)) for name in names):
                 yield f"{names[0]} is missing: {what}"
-        for name, what in self._files_of_options():
+        for name, what in self._files_of_options(folder):
             if not (folder / name).is_file():
                 yield f"{_missing(folder, name, what)}; `resume_anyway` goes on without it"
         yield from _state_problem(folder)
         yield from _shard_problem(folder)
 
-    def _files(self) -> Iterator[tuple[tuple[str, ...], str]]:
+    def _files(self, folder: Path) -> Iterator[tuple[tuple[str, ...], str]]:
         """Each file that must be there, or one of several, and what it holds."""
         yield (STATE,), "the steps done and their log"
         yield WEIGHTS, "the weights"
         only_model = " (with `save_only_model` a checkpoint cannot be resumed from)"
         yield OPTIMIZER, f"the optimizer's state{only_model}"
         yield SCHEDULER, "the state of the learning rate's schedule"
-        for rank in range(0 if self._anyway else self.world_size):
-            name = "rng_state.pth" if self.world_size == 1 else f"rng_state_{rank}.pth"
+        for rank in range(0 if self._anyway else self._writers(folder)):
+            name = "rng_state.pth" if self._writers(folder) == 1 else f"rng_state_{rank}.pth"
             yield (name,), f"the random state of process {rank}"
 
-    def _files_of_options(self) -> Iterator[tuple[str, str]]:
+    def _writers(self, folder: Path) -> int:
+        """The number of processes that have written files of their own."""
+        return world_size_of(folder) or self.world_size
+
+    def _files_of_options(self, folder: Path) -> Iterator[tuple[str, str]]:
         """Each file that only runs with an option write, and what it holds."""
         if self._anyway:
             return
@@ -91,17 +100,19 @@ class Needs:
             yield "beta.json", "beta, which `target_kl` adapts"
         if self.options.get("sync_ref_model"):
             yield "reference.safetensors", "the reference, which follows the policy with `sync_ref_model`"
-        for rank in range(self.world_size if self.options.get("max_staleness") else 0):
+        for rank in range(self._writers(folder) if self.options.get("max_staleness") else 0):
             yield f"lookahead-{rank}.json", "the completions that `max_staleness` samples ahead"
 
     def size_problem_of(self, folder: Path) -> str | None:
-        """Why the number of processes does not fit; ``None`` if it does."""
+        """Why the number of processes does not fit; ``None`` if it does. Where a checkpoint says what its run computed
+        with, the prompts of a step are compared instead, which the processes share.
+        """
         written = world_size_of(folder)
-        if written is None or written == self.world_size or self._anyway:
+        if written is None or written == self.world_size or self._anyway or _says_options(folder):
             return None
         return (
-            f"{_processes(written)} wrote it, and this run has {_processes(self.world_size)}; each process goes on "
-            f"from a random state and data of its own, so start {_processes(written)}"
+            f"{processes(written)} wrote it, and this run has {processes(self.world_size)}; each process goes on "
+            f"from a random state and data of its own, so start {processes(written)}"
         )
 
 
@@ -112,6 +123,11 @@ def world_size_of(folder: Path) -> int | None:
     if (folder / "rng_state.pth").is_file():
         return 1
     return sum(re.fullmatch(r"rng_state_\d+\.pth", path.name) is not None for path in folder.iterdir()) or None
+
+
+def _says_options(folder: Path) -> bool:
+    manifest = manifest_of(folder)
+    return manifest is not None and "options" in (manifest.extra.get("run") or {})
 
 
 def _missing(folder: Path, name: str, what: str) -> str:
@@ -149,5 +165,6 @@ def _names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def _processes(count: int) -> str:
+def processes(count: int) -> str:
+    """Names a number of processes."""
     return "1 process" if count == 1 else f"{count} processes"

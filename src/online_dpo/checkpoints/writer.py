@@ -23,8 +23,8 @@ from online_dpo.checkpoints.manifest import Entry, Manifest, entries_of, files_i
 from online_dpo.distributed.collectives import from_every_rank, processes_of_run, world_size
 from online_dpo.errors import CheckpointError, named_error
 
-OF_RANK = re.compile(r"(?:^|/)(?:rng_state_|lookahead-|metrics-|__|zero_pp_rank_|bf16_zero_pp_rank_)(\d+)")
-"""Names of files that each process writes for itself: of transformers, of this package, of FSDP and of DeepSpeed."""
+OF_RANK = re.compile(r"(?:^|/)(?:rng_state_|lookahead-|metrics-|shard-)(\d+)")
+"""Names of files that each process writes for itself: of transformers and of this package."""
 
 
 @dataclass(frozen=True)

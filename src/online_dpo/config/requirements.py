@@ -10,6 +10,7 @@ import importlib.util
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 from online_dpo.config.quantization import method_of, settings_of, settings_problems
@@ -147,6 +148,14 @@ FLAGS = {
 }
 """Fields that are on or off."""
 
+DEEPSPEED = "0.19"
+"""The version whose private parts `distributed/deepspeed.py` uses."""
+SHARDING = {
+    "fsdp": Needs(""),
+    "deepspeed": pip("'online-dpo[deepspeed]'", "deepspeed"),
+}
+"""Ways of sharding."""
+
 PEFT = FLAGS["use_peft"]
 RAY = pip("'online-dpo[ray]'", "ray")
 KERNELS = pip("kernels")
@@ -190,6 +199,16 @@ def _of_backends(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield from _needed(flag, "", needs)
     if values.get("engine") == "vllm_colocate":
         yield from _needed("engine", " 'vllm_colocate'", FLAGS["use_vllm"])
+
+
+def sharding_problem(kind: str) -> str | None:
+    """What is missing to shard weights in this way: ``fsdp`` or ``deepspeed``; the message continues the field."""
+    needs = SHARDING[kind]
+    if needs.missing:
+        return f"needs {' and '.join(needs.missing)}, not installed here. Install it with: {needs.install}"
+    if kind == "deepspeed" and not (found := version("deepspeed")).startswith(f"{DEEPSPEED}."):
+        return f"needs deepspeed {DEEPSPEED}, and {found} is installed. Install it with: {needs.install}"
+    return None
 
 
 def adapter_problem(folder: str) -> str | None:

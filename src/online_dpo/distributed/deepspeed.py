@@ -6,7 +6,7 @@ What is private in DeepSpeed 0.19 is used in this file alone; a test looks wheth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,7 +21,11 @@ from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
+
+from online_dpo.distributed.updated import Span, Updated
+from online_dpo.distributed.weights import full, shape_of
 
 WEIGHTS = 3
 """The stage in which weights are partitioned."""
@@ -32,7 +36,7 @@ class ZeROSharding:
     pass, so that a step that is not finite can be skipped before anything has changed.
     """
 
-    copies = True
+    copies = splits_state = True
 
     def __init__(self, accelerator: Accelerator, check: Callable[[], None]) -> None:
         plugin: Any = accelerator.state.deepspeed_plugin
@@ -122,6 +126,42 @@ class ZeROSharding:
             partition(model, config)
             self._frozen.append(model)
 
+    def updated(self, model: nn.Module, optimizer: Any) -> Updated:
+        """Returns the copies in fp32 of this rank's part, of many parameters in each tensor."""
+        zero = self._engine.optimizer
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        if self.partial:
+            if zero.swap_optimizer:
+                raise ValueError("What DeepSpeed has offloaded to NVMe cannot be saved; offload it to the CPU.")
+            groups = zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)
+            tensors = [(flat, _spans_of_weights(names, group)) for flat, group in groups]
+        else:
+            groups = zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True)
+            tensors = [(flat, _spans_of_copies(names, group)) for flat, group in groups]
+        return Updated(zero.optimizer, tensors, vars(zero.loss_scaler))
+
+    def take_written(self) -> None:
+        """Rounds the copies to the model's weights, as after a step; a collective operation."""
+        zero = self._engine.optimizer
+        if not self.partial:
+            zero.update_lp_params()
+            return
+        zero._partition_all_parameters()
+        for group in range(len(zero.fp16_groups)):
+            zero._reassign_or_swap_out_partitioned_parameters(group)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+    def full_trained(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Returns the whole parameter in fp32 if it is trained, else as the model has it; a collective operation."""
+        zero = self._engine.optimizer
+        trained = {id(p) for group in (zero.fp16_groups if self.partial else zero.bit16_groups) for p in group}
+        if id(parameter) not in trained:
+            return full(parameter)
+        whole = safe_get_full_fp32_param(parameter)
+        assert whole is not None  # it is trained
+        return whole.view(shape_of(parameter))
+
     def _step(self) -> None:
         """Updates the weights, unless the gradients were dropped; the schedule goes on in both cases."""
         dropped, self._dropped = self._dropped, False
@@ -183,6 +223,28 @@ def abandon(offload: Any) -> None:
         for count in ("ds_grads_remaining", "applied_pre_backward_ref_cnt"):
             if count in vars(module):
                 setattr(module, count, 0)
+
+
+def _spans_of_weights(names: Mapping[int, str], group: Iterable[Any]) -> list[Span]:
+    """What ZeRO-3 has in a tensor: this rank's parts of parameters; the last part of each is filled up with zeros."""
+    spans, offset = [], 0
+    for parameter in group:
+        size = parameter.ds_tensor.ds_numel
+        start = dist.get_rank(parameter.ds_process_group) * size
+        numel = max(0, min(size, parameter.ds_numel - start))
+        spans.append(Span(names[id(parameter)], start if numel else 0, offset, numel))
+        offset += size
+    return spans
+
+
+def _spans_of_copies(names: Mapping[int, str], group: Iterable[Any]) -> list[Span]:
+    """What ZeRO-1 and 2 have in a tensor: an equal share of all parameters as one row."""
+    placed = ((names[id(parameter)], parameter._hp_mapping) for parameter in group)
+    return [
+        Span(name, at.lp_fragment_address.start, at.hp_fragment_address.start, at.lp_fragment_address.numel)
+        for name, at in placed
+        if at is not None
+    ]
 
 
 class _Backward:

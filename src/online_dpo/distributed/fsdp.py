@@ -1,11 +1,13 @@
 """FSDP2 through accelerate: each rank holds a slice of every parameter, its gradient and its optimizer state.
 
-What is private in torch is used in this file alone: `FSDPModule._get_fsdp_state` and the groups of its state.
+What is private in torch is used in this file alone: `FSDPModule._get_fsdp_state` and the groups of its state, and where
+a slice lies in its parameter.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -18,13 +20,17 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from online_dpo.distributed.updated import Updated, updated_parameters
+from online_dpo.distributed.weights import full
 
 
 class FSDP2Sharding:
     """Shards the policy, its gradient and its optimizer with FSDP2, as accelerate prepares it."""
 
     name = "fsdp2"
-    partial = True
+    partial = splits_state = True
     copies = False
 
     def __init__(self, accelerator: Accelerator, check: Callable[[], None]) -> None:
@@ -79,6 +85,25 @@ class FSDP2Sharding:
         fsdp2_prepare_model(as_for_policy, model)
         check_operations(model, self._check)
         self._frozen.append(model)
+
+    def updated(self, model: nn.Module, optimizer: Any) -> Updated:
+        """Returns the slices of the model's parameters."""
+        return updated_parameters(model, optimizer, _place)
+
+    def take_written(self) -> None:
+        """Does nothing: the optimizer updates the slices themselves."""
+
+    def full_trained(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Returns the whole parameter; a collective operation."""
+        return full(parameter)
+
+
+def _place(parameter: Any) -> tuple[int, int]:
+    """Where this rank's slice of a parameter begins, and how many numbers it has: rows that follow each other."""
+    shape, offsets = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    numel = math.prod(shape)
+    assert numel == 0 or tuple(shape[1:]) == tuple(parameter.shape[1:]), "FSDP2 shards the first dimension"
+    return (offsets[0] * math.prod(parameter.shape[1:]) if numel else 0), numel
 
 
 @contextmanager

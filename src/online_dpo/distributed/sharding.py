@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
 from online_dpo.distributed.ddp import GuardedDDP
+from online_dpo.distributed.updated import Updated, updated_parameters
+from online_dpo.distributed.weights import full
 
 Check = Callable[[], None]
 
@@ -23,12 +26,13 @@ class Sharding(Protocol):
 
     ``name`` is for messages: ``fsdp2``, ``zero2``, or what :class:`NoSharding` says. ``partial``: the policy's weights
     will lie in parts on several ranks once training begins. ``copies``: the optimizer holds copies of weights, not the
-    model's parameters.
+    model's parameters. ``splits_state``: the optimizer's state lies in parts on several ranks.
     """
 
     name: str
     partial: bool
     copies: bool
+    splits_state: bool
 
     def attach(self, model: nn.Module, optimizer: Any) -> Any:
         """Takes the wrapped policy and the wrapped optimizer when training begins. Returns the optimizer whose ``step``
@@ -56,11 +60,27 @@ class Sharding(Protocol):
         """Shards a whole frozen model in place, as the policy will be."""
         ...
 
+    def updated(self, model: nn.Module, optimizer: Any) -> Updated:
+        """Returns what the optimizer of this rank updates, to be read or written in place."""
+        ...
+
+    def take_written(self) -> None:
+        """Makes the weights of the model those that were written into the optimizer's copies; a collective operation
+        if the optimizer holds copies.
+        """
+        ...
+
+    def full_trained(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Returns the whole of a parameter as the optimizer has it: in fp32 where it holds copies. A collective
+        operation if weights or copies are sharded.
+        """
+        ...
+
 
 class NoSharding:
     """One process, or several with whole models each (DDP)."""
 
-    partial = copies = False
+    partial = copies = splits_state = False
 
     def __init__(self, accelerator: Accelerator, check: Check = lambda: None) -> None:
         self.name = "ddp" if accelerator.num_processes > 1 else "none"
@@ -93,6 +113,17 @@ class NoSharding:
 
     def shard_frozen(self, model: nn.Module) -> None:
         """Leaves the model whole."""
+
+    def updated(self, model: nn.Module, optimizer: Any) -> Updated:
+        """Returns the model's parameters, whole."""
+        return updated_parameters(model, optimizer, lambda parameter: (0, parameter.numel()))
+
+    def take_written(self) -> None:
+        """Does nothing: the optimizer updates the weights themselves."""
+
+    def full_trained(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Returns the parameter."""
+        return full(parameter)
 
 
 def sharding_for(accelerator: Accelerator, check: Check) -> Sharding:

@@ -132,7 +132,10 @@ class Evaluator:
             ScoringError: a scorer or the judge failed.
             WholeModelDoesNotFit: on every rank, if the policy does not fit on any.
         """
-        with whole_on(self._sampler.sync_check.device, model), gathered(*self._reference_models):
+        with (
+            whole_on(self._sampler.sync_check.device, model),
+            gathered(*self._reference_models, *self._assessor.models),
+        ):
             return self._evaluate(model, groups) if groups else []
 
     def _evaluate(self, model: nn.Module, groups: Sequence[Group]) -> list[EvalRecord]:

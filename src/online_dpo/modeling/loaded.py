@@ -16,8 +16,6 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig
-from transformers.distributed.fsdp import is_fsdp_enabled
-from transformers.distributed.utils import is_local_dist_rank_0
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from online_dpo.errors import ModelFolderError, one_line
@@ -125,8 +123,6 @@ def check_not_zero(model: nn.Module, path: str) -> None:
     Raises:
         ModelFolderError: one does.
     """
-    if is_fsdp_enabled() and not is_local_dist_rank_0():
-        return  # the weights come from the first process later
     for name, parameter in named_numbers(model):
         if parameter.dim() > 1 and not ZEROS_BY_DESIGN.search(name) and _is_zero(parameter):
             raise ModelFolderError(

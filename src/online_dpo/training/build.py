@@ -182,6 +182,7 @@ def _given_reference(ref_model: Any, policy: nn.Module, args: OnlineDPOConfig) -
         if not args.sync_ref_model:
             hold_linears(ref_model, args)
     else:
+        make_whole(ref_model)
         warn_of_other_dtype(ref_model, policy)
     check_room(ref_model, longest_sequence(args), "ref_model")
     keep_differentiable(ref_model, "ref_model")  # so that it computes as the policy does

@@ -20,7 +20,7 @@ from online_dpo.checkpoints.choice import AUTO, newest_whole, none_found, proble
 from online_dpo.checkpoints.folders import folder_of, located, put_in_place, recover
 from online_dpo.checkpoints.manifest import has_manifest, problem_of
 from online_dpo.checkpoints.model_files import finish_model, replacing_model
-from online_dpo.checkpoints.needed import Needs
+from online_dpo.checkpoints.needed import Needs, processes, world_size_of
 from online_dpo.checkpoints.rotation import keep_only, rotate
 from online_dpo.checkpoints.writer import CheckpointWriter, Facts, Role
 from online_dpo.config.trainer_config import OnlineDPOConfig
@@ -35,7 +35,8 @@ logger = logging.getLogger(__name__)
 class Checkpoints:
     """Reads and writes the checkpoints of a run, the same on every process.
 
-    ``aside`` is the folder that stands for the run's folder while a checkpoint is written, else ``None``.
+    ``aside`` is the folder that stands for the run's folder while a checkpoint is written, else ``None``;
+    ``from_others`` says whether another number of processes wrote the one that was resumed.
     """
 
     def __init__(self, args: OnlineDPOConfig, accelerator: Accelerator, state: Callable[[], TrainerState]) -> None:
@@ -43,7 +44,7 @@ class Checkpoints:
         self._writer = CheckpointWriter(self._role())
         self._needs = Needs(vars(args), accelerator.num_processes)
         self.identity = RunIdentity(args, _versions())
-        self._hidden = False
+        self._hidden = self.from_others = False
         self.part = self._writer.part
 
     def _role(self) -> Role:
@@ -67,7 +68,7 @@ class Checkpoints:
         Raises:
             CheckpointError: there is no such checkpoint, or it is not whole, or not all that this run needs is in it.
         """
-        error, folder = None, None
+        error, folder, self.from_others = None, None, False
         try:
             if self._args.should_save:
                 recover(Path(str(self._args.output_dir)))
@@ -75,6 +76,8 @@ class Checkpoints:
             if self._writer.role.rank == 0:
                 folder = self._chosen(resume)
                 self.identity.begin(folder)
+                if folder is not None:
+                    self._tell_of_other_processes(Path(folder))
         except CheckpointError as problem:
             error = problem
         except OSError as problem:
@@ -83,6 +86,7 @@ class Checkpoints:
             if of_rank is not None:
                 raise of_rank
         self.identity.follow(from_first_rank(self.identity.origin))
+        self.from_others = from_first_rank(self.from_others)
         return from_first_rank(folder)
 
     def _chosen(self, resume: Any) -> str | None:
@@ -100,6 +104,21 @@ class Checkpoints:
         if located(folder) != folder:
             put_in_place(folder)
         return str(folder)
+
+    def _tell_of_other_processes(self, folder: Path) -> None:
+        """Warns where a checkpoint is of another number of processes."""
+        written, own = world_size_of(located(folder)), self._accelerator.num_processes
+        self.from_others = written is not None and written != own
+        if self.from_others:
+            ahead = " Completions that were sampled ahead are dropped." if self._args.max_staleness else ""
+            logger.warning(
+                "%s was written by %s, and this run has %s: its steps go on, with the same prompts. Random numbers of "
+                "your own code (reward functions, callbacks) and dropout are others.%s",
+                folder,
+                processes(written),
+                processes(own),
+                ahead,
+            )
 
     def _newest(self, required: bool) -> str | None:
         output_dir = Path(str(self._args.output_dir))

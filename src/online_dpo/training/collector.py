@@ -62,7 +62,9 @@ class FeedbackCollector:
         self.lookahead = Lookahead(args.max_staleness)
         self._sampler_is_free = Event()
         self._sampler_is_free.set()
-        self._has_restored = False
+        self._has_restored = (
+            args.max_staleness > 0
+        )  # some ranks may have, with another number than wrote the checkpoint
         self.last: Feedback | None = None
         """The feedback of the step that is trained on, on this process."""
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from online_dpo.checkpoints.codec import read_json, write_json
+from online_dpo.distributed.collectives import world_size
+from online_dpo.training.display.figures import in_order
 from online_dpo.training.metric_store import MetricStore, Snapshot
 
 
@@ -34,7 +37,7 @@ class LogState(TrainerCallback):
     FILE = "metrics-{rank}.json"
 
     def __init__(self, metrics: MetricStore) -> None:
-        self._metrics = metrics
+        self._metrics, self._stopped = metrics, False
         self.begin_run()
 
     def begin_run(self) -> None:
@@ -47,6 +50,31 @@ class LogState(TrainerCallback):
         """Return the seconds since the last log; they are counted from now on."""
         before, self.last_log = self.last_log, time.perf_counter()
         return self.last_log - before
+
+    @contextmanager
+    def stopped_clock(self) -> Iterator[None]:
+        """Inside, no time passes for the log; one inside another changes nothing."""
+        if self._stopped:
+            yield
+            return
+        start, self._stopped = time.perf_counter(), True
+        try:
+            yield
+        finally:
+            self.last_log += time.perf_counter() - start
+            self._stopped = False
+
+    def step_log(self, logs: Mapping[str, float], skipped: int) -> dict[str, float]:
+        """Return the log of a training step with the metrics collected since the last one; a collective operation.
+
+        The parent's loss is a mean over steps, in which one without pairs counts 0; the one collected is over pairs.
+        """
+        elapsed = self.restart_clock()
+        own = self._metrics.drain()
+        own["perf/tokens_per_second"] = own.pop("completion_tokens", 0.0) / elapsed
+        own["time/all"] = elapsed
+        others = {name: value for name, value in logs.items() if name != "loss"}
+        return in_order({**others, **own, "guard/skipped_steps": float(skipped)})
 
     def begin_step(self) -> None:
         """Remember what belongs to the steps before."""
@@ -78,10 +106,24 @@ class LogState(TrainerCallback):
         Raises:
             CheckpointError: the file is damaged.
         """
-        path = folder / self.FILE.format(rank=rank)
-        if not path.is_file():
-            return
-        saved = read_json(path, SinceLastLog)
-        largest = {name: torch.tensor(value, dtype=torch.float64) for name, value in saved.largest.items()}
-        self._metrics.restore(Snapshot(dict(saved.sums), dict(saved.counts), dict(saved.totals), largest))
-        self.last_log = time.perf_counter() - saved.seconds
+        own, written = [folder / self.FILE.format(rank=rank)], sorted(folder.glob(self.FILE.format(rank="*")))
+        if len(written) != world_size():  # other processes wrote it: the first one takes up what all had collected
+            own = written if rank == 0 else []
+        saved = [read_json(path, SinceLastLog) for path in own if path.is_file()]
+        if saved:
+            largest = {n: max(o.largest[n] for o in saved if n in o.largest) for n in _names(saved, "largest")}
+            self._metrics.restore(
+                Snapshot(
+                    *(_added(saved, part) for part in ("sums", "counts", "totals")),
+                    {name: torch.tensor(value, dtype=torch.float64) for name, value in largest.items()},
+                )
+            )
+            self.last_log = time.perf_counter() - max(one.seconds for one in saved)
+
+
+def _names(saved: Sequence[SinceLastLog], part: str) -> list[str]:
+    return list(dict.fromkeys(name for one in saved for name in getattr(one, part)))
+
+
+def _added(saved: Sequence[SinceLastLog], part: str) -> dict[str, float]:
+    return {name: sum(getattr(one, part).get(name, 0.0) for one in saved) for name in _names(saved, part)}

@@ -1,6 +1,6 @@
 """What a run does about its other processes: it tells them of itself, and may save a checkpoint in place of all.
 
-Under data parallelism every rank has the same weights and the same state of the optimizer. What only its own rank has
+Without sharding every rank has the same weights and the same state of the optimizer. What only its own rank has
 is the state of its random generators, and its part of the metrics since the last log. Each rank writes these files into
 the store of the process group at the end of a step. So one that survives can write a checkpoint that is whole.
 """
@@ -43,11 +43,12 @@ class OtherRanks(TrainerCallback):
     Args:
         watch: the watch over them; ``None`` in a single process.
         own_part: what each rank saves for itself beside the random state.
-        keeps_feedback: whether each rank keeps feedback of steps begun ahead (``max_staleness``): it is lost with it.
+        keeps_parts: whether each rank keeps what no other has: its part of sharded weights or of the optimizer's state,
+            or feedback of steps begun ahead (``max_staleness``). It is lost with the rank, and no other can save.
     """
 
-    def __init__(self, watch: RankWatch | None, own_part: Stateful, keeps_feedback: bool) -> None:
-        self._watch, self._own_part, self._keeps_feedback = watch, own_part, keeps_feedback
+    def __init__(self, watch: RankWatch | None, own_part: Stateful, keeps_parts: bool) -> None:
+        self._watch, self._own_part, self.keeps_parts = watch, own_part, keeps_parts
         self._random_state = b""
         self._files: list[Files] | None = None
 
@@ -126,7 +127,7 @@ class OtherRanks(TrainerCallback):
     def _files_after(self, step: int) -> list[Files] | None:
         """The files of all ranks at the end of a step; ``None`` if those of one are not known, or are not all."""
         assert self._watch is not None
-        if self._keeps_feedback:
+        if self.keeps_parts:
             return None
         notes = [json.loads(self._watch.get(_name(rank, step)) or b"{}") for rank in range(self._watch.size)]
         if any(note.get("step") != step for note in notes):
@@ -138,7 +139,7 @@ class OtherRanks(TrainerCallback):
         assert self._watch is not None
         left = set(range(self._watch.size)) - set(lost)
         saver, until = min(left, default=self._watch.rank), time.monotonic() + self._watch.limit
-        if self._keeps_feedback or saver == self._watch.rank:
+        if self.keeps_parts or saver == self._watch.rank:
             return
         while (
             time.monotonic() < until

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerState
@@ -31,6 +32,7 @@ class Rescue:
         updaters: returns the optimizer and its schedule.
         holds_steps: returns whether the model holds finite weights of the steps done.
         save: saves a checkpoint, and returns its folder.
+        newest: returns the newest checkpoint there is.
     """
 
     def __init__(
@@ -43,9 +45,11 @@ class Rescue:
         updaters: Callable[[], tuple[Any, Any]],
         holds_steps: Callable[[], bool],
         save: Callable[[], str | None],
+        newest: Callable[[], Path | None],
     ) -> None:
         self._callbacks, self._others, self._errors, self._done = callbacks, others, errors, steps_done
-        self._state, self._updaters, self._holds_steps, self._save = state, updaters, holds_steps, save
+        self._state, self._updaters, self._holds_steps = state, updaters, holds_steps
+        self._save, self._newest = save, newest
 
     @contextmanager
     def failures_leave_checkpoint(self) -> Iterator[None]:
@@ -71,6 +75,10 @@ class Rescue:
         with self._others.saving_after(error, self._errors.raised, state.global_step) as may_save:
             if may_save and not full and self._holds_steps() and self._done.wants_checkpoint(state):
                 self._save_steps_done(error)
+        if not may_save and self._others.keeps_parts:
+            newest = self._newest()
+            where = "there is no checkpoint" if newest is None else f"the newest checkpoint is {newest}"
+            error.add_note(f"One process alone cannot save what all hold in parts: {where}.")
 
     def _save_steps_done(self, error: BaseException) -> None:
         assert self._done.random_state is not None

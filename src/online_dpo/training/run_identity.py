@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import uuid
 from collections.abc import Callable, Mapping
@@ -126,7 +127,13 @@ class RunIdentity:
 
 def options_of(args: OnlineDPOConfig) -> dict[str, Any]:
     """Returns the options of a configuration that are compared, with the name of its engine."""
-    return compared_options(args.to_dict()) | {"engine": args.engine_name}
+    return compared_options(_with_file(args.to_dict()), args.world_size) | {"engine": args.engine_name}
+
+
+def _with_file(options: dict[str, Any]) -> dict[str, Any]:
+    """Options with what the file says that configures DeepSpeed, in place of its name."""
+    given = options.get("deepspeed")
+    return options | ({"deepspeed": json.loads(Path(given).read_text())} if isinstance(given, str) else {})
 
 
 def check_options(resume: str | bool | None, args: OnlineDPOConfig) -> None:

@@ -41,7 +41,6 @@ from online_dpo.modeling.borrowing import eval_mode, restores_models_on_error
 from online_dpo.modeling.known_tokens import check_options, check_policy
 from online_dpo.modeling.reference import ReferenceSteps
 from online_dpo.objective.beta import Beta
-from online_dpo.scoring.assess import AssessmentOptions, Assessor
 from online_dpo.scoring.judge_registry import build_judge
 from online_dpo.scoring.notes import noting
 from online_dpo.scoring.registry import build_scorers
@@ -69,6 +68,7 @@ from online_dpo.training.metrics import STEP_KL
 from online_dpo.training.model_card import as_list, write_model_card
 from online_dpo.training.objective_step import ObjectiveStep
 from online_dpo.training.pair_former import PairFormer
+from online_dpo.training.reward_placement import build_assessor
 from online_dpo.training.run_facts import feedback_facts, model_facts, users_parts
 from online_dpo.training.same_run import check_same_data, check_same_models, same_settings
 from online_dpo.training.trl_attributes import with_trl_attributes
@@ -231,7 +231,7 @@ class OnlineDPOTrainer(GuardedTrainer):
     def _compose(self) -> None:
         """Puts the stages together."""
         args, form_pairs = self.args, PairFormer(self.method, self.args)
-        assessor = Assessor(self.scorers, self.judge, lambda: AssessmentOptions.from_config(args))
+        assessor = build_assessor(self.scorers, self.judge, args, self.sharding)
         self.collector = FeedbackCollector(args, self.sampler, self.opponent, assessor, form_pairs, self.context)
         self.objective = ObjectiveStep(args, self.method, self.reference, self.adaptive_beta, self.context)
         self.evaluator = Evaluator(
@@ -253,7 +253,7 @@ class OnlineDPOTrainer(GuardedTrainer):
             **feedback_facts(self.scorers, self.judge, self.train_dataset, self.args),
             **parts,
         )
-        check_same_models(self.policy, self.reference, self._sources())
+        check_same_models(self.policy, self.reference, self._sources(), self.gold)
 
     def _sources(self) -> list[Any]:
         """The scorers and the judge that training uses."""

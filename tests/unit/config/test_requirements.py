@@ -102,7 +102,7 @@ MISSING = [
 WRONG = [
     ({"torch_compile_backend": "indctor"}, "`torch_compile_backend` must be one of .*Did you mean `inductor`"),
     ({"torch_compile": True, "torch_compile_mode": "fast"}, "`torch_compile_mode` must be one of default, "),
-    ({"deepspeed": "there/is/none.json"}, "`deepspeed` is not in this version"),
+    ({"deepspeed": "there/is/none.json"}, "`deepspeed` is .there.is.none.json., but there is no such file"),
     ({"optim_args": "momentum"}, "The optimizer `adamw_torch.*` cannot be made with these settings: it raised Value"),
     ({"optim": "sgd", "optim_args": "momentum=-1"}, "The optimizer `sgd` .* raised ValueError: Invalid momentum value"),
     ({"lr_scheduler_type": "cosine_with_min_lr"}, "The schedule `cosine_with_min_lr` .*One of min_lr or min_lr_rate"),

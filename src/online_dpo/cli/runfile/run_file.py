@@ -17,7 +17,7 @@ from online_dpo.cli.judging.plan import BuiltInJudge, plan_llm, plan_pairwise_mo
 from online_dpo.cli.runfile.data_fields import data_problems
 from online_dpo.cli.runfile.entries import COMMAND_LINE, Entry, UsageError, read_overrides, read_run_file, read_values
 from online_dpo.cli.runfile.model_options import ignored_options, model_init_kwargs, model_problems
-from online_dpo.cli.runfile.paths import exists, output_problem, path_problem
+from online_dpo.cli.runfile.paths import exists, looks_like_path, output_problem, path_problem
 from online_dpo.cli.runfile.plugins import FIELD, Plugin, Plugins, RegisteredName, are_given, checked_later
 from online_dpo.cli.runfile.ray_section import read_section
 from online_dpo.cli.runfile.references import Reference, parse_module, parse_reference
@@ -29,11 +29,11 @@ from online_dpo.config.input import MAPPINGS, mapping_from_text
 from online_dpo.config.llm_judge import LLM
 from online_dpo.config.model_folder import Role, folder_problem
 from online_dpo.config.registry import KINDS
+from online_dpo.config.sharding import Asked, ShardingError, asked_sharding
 from online_dpo.distributed.processes import started_together
 from online_dpo.launch.settings import RaySettings
 
 MODEL_FILES = ("config.json", "adapter_config.json")
-DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
 INPUT_PATHS = (
     "model_name_or_path",
     "ref_model_name_or_path",
@@ -49,6 +49,8 @@ ROLES: dict[str, Role] = {
     "eval_reward_model_path": "reward",
 }
 """What the model of a field is to do."""
+OPTION_FILES = ("fsdp_config", "deepspeed")
+"""Fields that hold options, or the path of a file with them."""
 JSON_TEXTS = (*MAPPINGS, "gradient_checkpointing_kwargs", "lr_scheduler_kwargs")
 """Mappings that may also be written as JSON text."""
 DEFAULT_OUTPUT = "trainer_output"
@@ -72,6 +74,7 @@ class RunPlan:
     plugins: Plugins
     warnings: tuple[str, ...]
     ray: RaySettings
+    sharding: Asked | None = None
 
 
 def plan_run(run_file: Path | None, override_words: Sequence[str], on_cluster: bool = False) -> RunPlan:
@@ -110,6 +113,7 @@ def _plan(checker: RunChecker, settings: RaySettings) -> RunPlan:
         plugins=checker.plugins(),
         warnings=tuple(checker.warnings()),
         ray=settings,
+        sharding=checker.sharding,
     )
 
 
@@ -130,6 +134,7 @@ class RunChecker:
         self.references: dict[str, list[Reference | RegisteredName]] = {}
         self.judges: dict[str, Reference | RegisteredName | BuiltInJudge] = {}
         self.modules: list[Plugin] = []
+        self.sharding: Asked | None = None
 
     def problems(self) -> Iterator[str]:
         """Check everything and yield one line for each problem."""
@@ -151,6 +156,20 @@ class RunChecker:
             yield f"{where}: `dataset_streaming` needs `max_steps`: a stream has no known length."
         for name, problem in requirements.problems(self.values):
             yield f"{self._where(name)}: {problem}"
+        yield from self._sharding()
+
+    def _sharding(self) -> Iterator[str]:
+        """Complete the paths of files with options of sharding, and check how the run shards its policy."""
+        for name in OPTION_FILES:
+            text = self.values.get(name)
+            if isinstance(text, str) and not text.lstrip().startswith("{"):
+                paths = [folder / Path(os.path.expanduser(text)) for folder in self._folders(name)]
+                self.values[name] = str(next((path for path in paths if path.is_file()), text))
+        try:
+            self.sharding = asked_sharding(self.values)
+        except ShardingError as error:
+            where = self.file if error.field not in self.entries else self._where(error.field)
+            yield f"{where}: {error}" if error.field else str(error)
 
     def _numbers(self) -> dict[str, str]:
         """What is wrong with numbers, by field: one problem each."""
@@ -378,9 +397,3 @@ def judge_of_run(path: Path) -> BuiltInJudge:
 def holds_model(folder: Path) -> bool:
     """Whether a folder contains a model or an adapter."""
     return any((folder / name).is_file() for name in MODEL_FILES)
-
-
-def looks_like_path(text: str) -> bool:
-    """Whether a text can only be a path on this disk: names on the hub are ``name`` or ``owner/name``."""
-    is_file = text.removesuffix(".gz").endswith(DATA_SUFFIXES)
-    return is_file or text.startswith(("/", "./", "../", "~")) or text.endswith("/") or text.count("/") > 1

@@ -137,7 +137,8 @@ def _weights_of(module: nn.Module, prefix: str, tied: set[str]) -> Iterator[Weig
         yield from _refusing(tied, _merged_layer(module, prefix))
     elif peft is not None and isinstance(module, peft.utils.other.ModulesToSaveWrapper):
         adapters: Any = [] if module.disable_adapters else module.active_adapters
-        active: Any = module.modules_to_save[adapters[0]] if adapters else module.original_module
+        copies: Any = module.modules_to_save
+        active: Any = copies[adapters[0]] if adapters else module.original_module
         yield from _refusing(tied, _weights_of(active, prefix, tied))
     elif peft is not None and isinstance(module, peft.utils.other.AuxiliaryTrainingWrapper):
         raise ValueError(_cannot_merge(prefix, type(module).__name__))
