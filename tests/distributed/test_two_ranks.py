@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from support import tiny
+from support import quantized, tiny
 from support.endpoint import says, serving, shown
 from support.processes import environment
 from support.run_files import fill_folder, write_run_file
@@ -32,6 +32,7 @@ def shown_to(request):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("ranks")
+    quantized.base_folder(out / "base")  # by one process: ranks leave saving to the first
     own = environment(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
     asked = {}

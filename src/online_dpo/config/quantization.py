@@ -120,7 +120,7 @@ def settings_of_model(path: str, options: Mapping[str, Any] | None) -> Mapping[s
     return settings_of(options) or _settings_of_folder(Path(os.path.expanduser(path)))
 
 
-def check_sharded(settings: Mapping[str, Any], args: Any, environment: Mapping[str, str] = os.environ) -> None:
+def check_sharded(settings: Mapping[str, Any], args: Any) -> None:
     """Checks that the way in which a run shards its policy leaves packed weights as they are.
 
     Args:
@@ -130,11 +130,10 @@ def check_sharded(settings: Mapping[str, Any], args: Any, environment: Mapping[s
     Raises:
         ValueError: scales would be lost, or packed weights that are stored as floats would be rounded like numbers.
     """
-    fsdp = bool(args.fsdp) or environment.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes", "on", "y", "t")
-    sharding = "FSDP2" if fsdp else "DeepSpeed" if args.deepspeed_plugin is not None else None
+    sharding = "FSDP2" if args.fsdp else "DeepSpeed" if args.deepspeed else None
     if sharding is None or method_of(settings) != BITSANDBYTES:
         return
-    if fsdp and settings.get("load_in_8bit"):
+    if args.fsdp and settings.get("load_in_8bit"):
         raise ValueError(
             "`load_in_8bit` does not go with FSDP2: its slices of weights lose their scales. Use `load_in_4bit: true`, "
             "start the run without FSDP, or use DeepSpeed (`deepspeed`)."
