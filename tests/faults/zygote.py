@@ -52,10 +52,13 @@ MODULES = [
     "tenacity",
     "yaml",
     "peft",
+    "deepspeed",  # accelerate asks whether a model is one of its engines
 ]
 
 
 def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # deepspeed prints which accelerator it takes
     import torch
 
     torch.set_num_threads(1)
@@ -72,7 +75,7 @@ def main() -> None:
     gc.collect()
     gc.freeze()
     assert threading.active_count() == 1, threading.enumerate()
-    print(json.dumps({"ready": len(faults)}), flush=True)
+    print(json.dumps({"ready": len(faults)}), file=answers, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
@@ -82,7 +85,7 @@ def main() -> None:
             if not pid:
                 be_the_run(request, faults)
             answer = pid
-        print(json.dumps(answer), flush=True)
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 def load_model(folder: Path) -> None:
