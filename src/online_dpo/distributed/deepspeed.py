@@ -59,7 +59,7 @@ class ZeROSharding:
         if self.partial:
             _offloads[engine.module] = engine.optimizer.parameter_offload
         self._accelerator.deepspeed_engine_wrapped = _Backward(model)  # pyright: ignore[reportAttributeAccessIssue]
-        return _SteppingOptimizer(optimizer.optimizer, self._step)
+        return _SteppingOptimizer(optimizer, self._step)
 
     @contextmanager
     def one_pass(self, model: nn.Module, last: bool) -> Iterator[None]:
@@ -273,12 +273,13 @@ class _Backward:
 class _SteppingOptimizer(DeepSpeedOptimizerWrapper):
     """Accelerate's wrapper of DeepSpeed's optimizer, whose `step` does step."""
 
-    def __init__(self, optimizer: Any, step: Any) -> None:
-        super().__init__(optimizer)
-        self._step = step
+    def __init__(self, prepared: Any, step: Callable[[], None]) -> None:
+        super().__init__(prepared.optimizer)
+        self._prepared, self._step = prepared, step
 
     def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Updates the weights."""
+        self._prepared.step()  # does nothing, but the schedule was made for it, and looks whether it was called
         self._step()
 
 
