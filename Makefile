@@ -5,6 +5,7 @@
 #   make test         unit and integration tests
 #   make test-slow    those of them that take long
 #   make test-vllm    engines of vLLM on a CPU, in an environment of their own
+#   make test-ray     runs on a Ray cluster of two nodes of this machine, with and without a vLLM server
 #   make test-oldest  unit and integration tests with the oldest versions that pyproject.toml allows, in an environment of their own
 #   make test-newest  the same with the newest that it allows and pip finds
 #   make test-seams   in both, only the tests of what hangs on transformers, torch and accelerate
@@ -15,7 +16,7 @@
 #   make lint         what CI checks before the tests
 #   make audit        known weaknesses in the versions of constraints.txt; it needs the network, and runs once a week
 #   make ci           everything that CI checks, two parts at a time: .ci/run
-#   make docs         docs/configuration.md, the schema of run files, and the table of docs/reliability.md
+#   make docs         docs/configuration.md, the schema of run files, and the tables of docs/reliability.md and docs/scaling.md
 #
 # TORCH_INDEX: a package index to take torch from, such as PyTorch's own index of CPU builds. Without it, pip's usual one.
 
@@ -55,13 +56,15 @@ SEAMS := tests/unit/test_versions.py tests/unit/modeling/test_patching.py tests/
 
 # What CI runs: make itself runs two of these at a time (-j 2), each in one process, and installs an environment when it is
 # first needed. What a part prints comes in one piece (-O). When one fails, no other is begun.
-CI_PARTS := lint ci-unit ci-integration ci-faults ci-vllm-servers ci-vllm ci-seams-oldest ci-seams-newest ci-e2e test-distributed
+CI_PARTS := lint ci-unit ci-integration ci-faults ci-vllm-servers ci-vllm ci-ray ci-seams-oldest ci-seams-newest ci-e2e test-distributed
 # about half of the time of all that use vLLM
 VLLM_SERVERS := $(addprefix tests/vllm_engines/test_,server.py broadcast.py judge.py ranks.py)
+# what needs a vLLM server runs in its environment
+RAY_SERVERS := tests/ray_cluster/test_servers.py
 # setuptools writes into src/ when it installs this package: not into two environments at once
 after = $(if $(IN_TURN),| $(1))
 
-.PHONY: audit venv quickstart smoke test test-slow test-distributed test-e2e test-faults test-faults-all soak test-vllm test-oldest test-newest test-seams test-all \
+.PHONY: audit venv quickstart smoke test test-slow test-distributed test-e2e test-faults test-faults-all test-ray soak test-vllm test-oldest test-newest test-seams test-all \
 	ci $(CI_PARTS) figures benchmark lint format docs clean
 .DELETE_ON_ERROR:
 
@@ -125,6 +128,10 @@ ci-vllm-servers: $(VLLM_STAMP)
 ci-vllm: $(VLLM_STAMP)
 	$(VLLM_PYTEST) tests/vllm_engines $(addprefix --ignore ,$(VLLM_SERVERS))
 
+ci-ray: $(STAMP) $(VLLM_STAMP)
+	$(PYTEST) tests/ray_cluster --ignore $(RAY_SERVERS)
+	$(VLLM_PYTEST) $(RAY_SERVERS)
+
 ci-seams-oldest: $(OLDEST_STAMP)
 	$(call in_venv,$(OLDEST_VENV)) $(SEAMS)
 
@@ -141,6 +148,8 @@ $(VLLM_PACKAGES): constraints-vllm.txt
 $(VLLM_STAMP): pyproject.toml $(VLLM_PACKAGES) $(call after,$(STAMP))
 	$(VLLM_INSTALL) --no-deps -e .
 	touch $@
+
+test-ray: ci-ray
 
 test-vllm: $(VLLM_STAMP)
 	$(VLLM_PYTEST) -n 2 --dist loadfile tests/vllm_engines
@@ -171,7 +180,7 @@ test-seams: $(OLDEST_STAMP) $(NEWEST_STAMP)
 
 in_venv = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(1)/bin/python -m pytest -q -m "not slow" -p no:cacheprovider
 
-test-all: test test-slow test-faults test-distributed test-vllm test-oldest test-newest test-e2e
+test-all: test test-slow test-faults test-distributed test-vllm test-ray test-oldest test-newest test-e2e
 
 # the table of "Try it on the quickstart" in docs/feedback.md: 15 minutes on an idle machine of 2 cores
 figures: $(STAMP)
@@ -198,6 +207,7 @@ docs: $(STAMP)
 	$(BIN)/python -m online_dpo.cli.runfile.configuration_page > docs/configuration.md
 	$(BIN)/online-dpo schema > src/online_dpo/run.schema.json
 	PYTHONPATH=tests $(BIN)/python -m faults.table docs/reliability.md
+	$(BIN)/python -m online_dpo.sizing.page docs/scaling.md
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix src tests benchmarks recipes scripts

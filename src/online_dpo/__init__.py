@@ -6,6 +6,7 @@ transformers, so that the command line can check its arguments first; its classe
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,15 @@ _HOMES = {
     "OnlineDPOTrainer": "online_dpo.training.trainer",
     "ProgressDisplay": "online_dpo.cli.terminal.progress",
 }
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    return "gemm_4bit_forward" not in str(record.msg)
+
+
+# PEFT, and with it transformers' Trainer, imports bitsandbytes where it is installed, which then misses a kernel for
+# CPUs in every run. Gradients do not go through that kernel, so no run uses it.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_of_use)
 
 
 def __getattr__(name: str) -> Any:

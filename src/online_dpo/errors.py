@@ -73,6 +73,10 @@ class RankLostError(OnlineDPOError, RuntimeError):
         self.ranks = tuple(ranks)
 
 
+class WholeModelDoesNotFit(OnlineDPOError, MemoryError):
+    """A sharded model has to be whole in the memory of each process for a while, and does not fit there."""
+
+
 class TrainingDivergedError(OnlineDPOError, RuntimeError):
     """The loss or gradient of too many steps in a row was not finite, or the weights themselves are not. The message
     names the checkpoint that holds the last finite weights.

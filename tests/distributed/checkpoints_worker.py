@@ -12,7 +12,7 @@ from peft import LoraConfig
 from sharding_worker import ways, whole_weights
 from transformers import TrainerCallback
 
-from online_dpo.distributed.sharding import full
+from online_dpo.distributed.weights import full
 from online_dpo.errors import CheckpointError
 from support.killed_runs import kill_at
 from support.training import LORA, dataset, trainer, without_times

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from exports import exports
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from online_dpo.distributed.sharding import full, part
-from online_dpo.modeling.introspection import unwrapped
-from support import tiny
+from online_dpo.distributed import sampling
+from online_dpo.distributed.weights import full, part
+from online_dpo.modeling.introspection import layers_in_bits, unwrapped
+from support import quantized, tiny
 from support.training import LORA, dataset, step_logs, trainer, without_times
 
 WHOLE = ("ddp", "zero1", "zero2")
@@ -43,6 +45,7 @@ def ways(name):
     if name.startswith("zero"):
         config = copy.deepcopy(ZERO)
         config["zero_optimization"]["stage"] = int(name[4])
+        config["bf16"] = {"enabled": "auto"}
         return {"deepspeed": config}
     return {}
 
@@ -78,7 +81,9 @@ class Watch(TrainerCallback):
 
 def whole_weights(made):
     names = {n.removeprefix("module."): p for n, p in made.model.named_parameters()}
-    return {name: full(p).detach().clone() for name, p in names.items()}
+    packed = {id(layer.weight) for _, layer in layers_in_bits(made.model)}
+    whole = {name: full(p).detach().clone() for name, p in names.items()}
+    return {name: w.view(torch.uint8).float() if id(names[name]) in packed else w for name, w in whole.items()}
 
 
 def ties_on_the_last_rank(completions, name, **_):
@@ -118,8 +123,17 @@ def on_last_rank():
     return not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1
 
 
-def run(out, way, case, processes, batch=8, steps=3, poisoned_step=None, **options):
+def evaluation_of(made):
+    if made.eval_dataset is None:
+        return {}
+    return {k: v for k, v in made.evaluate().items() if "runtime" not in k and "per_second" not in k}
+
+
+def run(out, way, case, processes, batch=8, steps=3, poisoned_step=None, fits=True, **options):
+    sampling.ROOM = 1.25 if fits else 1e18
     kwargs = dict(options.pop("kwargs", {}))
+    if "model_init_kwargs" in options:
+        options["model"] = str(out / options["model"])
     if poisoned_step is not None:
         options["model"] = poisoned(poisoned_step)
         kwargs["callbacks"] = [Poison(poisoned_step)]
@@ -135,12 +149,24 @@ def run(out, way, case, processes, batch=8, steps=3, poisoned_step=None, **optio
     assert made.accelerator.num_processes == processes and made.sharding.name == (way if processes > 1 else "none")
     watch = Watch(made)
     made.add_callback(watch)
+    before = evaluation_of(made)
     made.train()
     logs = [without_times(log) for log in step_logs(made)]
     saved = {"logs": logs, "weights": whole_weights(made), "passes": watch.passes, "changed": watch.changed}
-    if made.eval_dataset is not None:
-        saved["eval"] = {k: v for k, v in made.evaluate().items() if "runtime" not in k and "per_second" not in k}
+    if before:
+        saved["eval"] = before | {f"{name} at the end": value for name, value in evaluation_of(made).items()}
+    if case == "plain" and processes > 1:
+        saved["exports"] = exports(made.sharding)
     torch.save(saved, out / f"{way}-{case}-of-{processes}-rank-{made.accelerator.process_index}.pt")
+
+
+LINEAR = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+BF16 = {**quantized.NF4, "bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_quant_storage": "bfloat16"}
+
+
+def qlora(settings, **options):
+    """An adapter over weights that bitsandbytes holds; the folder of the base model stands beside the results."""
+    return dict(model="base", model_init_kwargs={"quantization_config": settings}, **{"learning_rate": 0.5, **options})
 
 
 CASES = {
@@ -156,6 +182,13 @@ CASES = {
 }
 BIASED = LoraConfig(**{**LORA, "bias": "all"})
 STEPS = dict(steps=2, learning_rate=0.05)
+HALF = dict(optim="adamw_torch", learning_rate=1e-3, max_grad_norm=1.0)
+CASES_IN_BF16 = {
+    "bf16": dict(bf16=True, **HALF),
+    "bf16 lora": dict(bf16=True, kwargs={"peft_config": LoraConfig(**LORA)}, **HALF),
+    "bf16 qlora": qlora(BF16, bf16=True, kwargs={"peft_config": LINEAR}, **HALF),
+}
+"""Rounding differs between the ways: what must hold is that policy and reference agree before the first step."""
 CASES_OF_MODELS = {
     "xpo": dict(method="xpo", xpo_alpha=0.01, **STEPS),
     "nash_md": dict(method="nash_md", mixture_coef=0.25, temperature=1.0, **STEPS),
@@ -165,22 +198,37 @@ CASES_OF_MODELS = {
         model=tiny.causal_lm("qwen2", sharpness=1.0), kwargs={"peft_config": BIASED}, learning_rate=0.5, steps=2
     ),
     "module head": dict(model=tiny.causal_lm("gemma2"), **STEPS),
+    "layer by layer": dict(fits=False, **STEPS),
     "lora xpo": dict(
         method="xpo", xpo_alpha=0.01, kwargs={"peft_config": LoraConfig(**LORA)}, learning_rate=0.5, steps=2
     ),
 }
 """What else touches models, for the ways in which their weights lie in parts."""
+AS_FLOATS = {**quantized.NF4, "bnb_4bit_quant_storage": "float32", "bnb_4bit_use_double_quant": True}
+CASES_OF_QLORA = {
+    "4 bits": qlora(quantized.NF4, kwargs={"peft_config": LINEAR, "eval_dataset": dataset(lengths=(3, 4, 5, 6, 7))}),
+    "4 bits as floats": qlora(AS_FLOATS, kwargs={"peft_config": LINEAR}, fits=False),
+    "8 bits": qlora(quantized.INT8, kwargs={"peft_config": LINEAR}),
+}
+ALL = {**CASES, **CASES_OF_MODELS, **CASES_IN_BF16, **CASES_OF_QLORA}
+
+
+def fitting(way, case):
+    """Whether a case belongs to a way of sharding."""
+    if case in CASES_OF_MODELS or case == "4 bits as floats":
+        return way not in WHOLE
+    return (way, case) != ("fsdp2", "8 bits")  # it is refused
 
 
 def main():
     torch.set_num_threads(1)
     out, processes = Path(sys.argv[1]), int(sys.argv[2])
-    chosen = sys.argv[4].split(",") if len(sys.argv) > 4 else [*CASES, *CASES_OF_MODELS]
+    chosen = sys.argv[4].split(",") if len(sys.argv) > 4 else [*ALL]
     for way, case in itertools.product(sys.argv[3].split(","), chosen):
-        if case in CASES_OF_MODELS and way in WHOLE:
+        if not fitting(way, case):
             continue
         try:
-            run(out, way, case, processes, **copy.deepcopy({**CASES, **CASES_OF_MODELS}[case]))
+            run(out, way, case, processes, **copy.deepcopy(ALL[case]))
         except BaseException:
             print(f"CASE {way} {case} rank {os.environ.get('RANK')}", file=sys.stderr)
             traceback.print_exc()

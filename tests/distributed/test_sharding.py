@@ -8,22 +8,25 @@ from pathlib import Path
 import pytest
 import torch
 
+from support import quantized
 from support.processes import environment
 from support.training import assert_same
 
 sys.path.insert(0, str(Path(__file__).parent))
-from sharding_worker import CASES, CASES_OF_MODELS, WHOLE  # noqa: E402
+from exports import MODELS  # noqa: E402
+from sharding_worker import CASES, CASES_IN_BF16, CASES_OF_MODELS, CASES_OF_QLORA, WHOLE, fitting  # noqa: E402
 
 WORKER = Path(__file__).with_name("sharding_worker.py")
 WAYS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
-RUNS = [(way, case) for way in WAYS for case in (*CASES, *CASES_OF_MODELS) if case in CASES or way not in WHOLE]
+RUNS = [(way, case) for way in WAYS for case in (*CASES, *CASES_OF_MODELS, *CASES_OF_QLORA) if fitting(way, case)]
 MANY_PASSES = {"plain": 2, "accumulated": 1, "one pass": 1}
 """Passes that the largest micro-batch of a case has at least."""
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def load(tmp_path_factory):
     out = tmp_path_factory.mktemp("sharding")
+    quantized.base_folder(out / "base")
     own = environment(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", DS_ACCELERATOR="cpu")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29523"]
     commands = [([sys.executable], "1", "none"), (torchrun, "2", ",".join(WAYS))]
@@ -38,14 +41,17 @@ def results(tmp_path_factory):
         for command, count, ways in commands
     ]
     for process in running:
-        _, said = process.communicate(timeout=400)
+        _, said = process.communicate(timeout=500)
         assert process.returncode == 0, said[-6000:]
 
-    def load(way, case):
-        one = torch.load(out / f"none-{case}-of-1-rank-0.pt")
-        return one, [torch.load(out / f"{way}-{case}-of-2-rank-{rank}.pt") for rank in range(2)]
+    return lambda processes, way, case: [
+        torch.load(out / f"{way}-{case}-of-{processes}-rank-{rank}.pt") for rank in range(processes)
+    ]
 
-    return load
+
+@pytest.fixture
+def results(load):
+    return lambda way, case: (load(1, "none", case)[0], load(2, way, case))
 
 
 @pytest.mark.parametrize(("way", "case"), RUNS)
@@ -91,3 +97,36 @@ def test_the_norm_is_that_of_the_whole_gradient_before_it_is_clipped(results, wa
     norms = [log["grad_norm"] for log in one["logs"]]
     assert [log["grad_norm"] for log in two[0]["logs"]] == pytest.approx(norms, rel=1e-5)
     assert min(norms) > 0.1  # each was clipped
+
+
+@pytest.mark.parametrize("case", CASES_IN_BF16)
+@pytest.mark.parametrize("way", WAYS)
+def test_in_bf16_policy_and_reference_agree_before_the_first_step(load, way, case):
+    """Log-probabilities are not rounded to bf16 on the way, nor the reference's buffers: KL would not be 0."""
+    of_ddp, logs = (load(2, name, case)[0]["logs"] for name in ("ddp", way))
+    assert logs[0]["objective/kl"] == 0 and logs[1]["objective/kl"] != 0
+    for expected, got in zip(of_ddp, logs, strict=True):
+        assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=0.02)
+        assert got["logps/chosen"] == pytest.approx(expected["logps/chosen"], abs=0.02)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("way", WAYS)
+def test_what_vllm_gets_of_a_sharded_model_is_what_it_gets_of_the_whole_one(load, way, model):
+    for rank, two in enumerate(load(2, way, "plain")):
+        found = two["exports"][model]
+        expected = found["expected"]
+        assert found["sharded"] == (way not in WHOLE)
+        for got in (found["weights"], found["written"], found.get("stopped", expected)):
+            assert got.keys() == (expected.keys() if got is not found["written"] or rank == 0 else set())
+            assert all(torch.equal(got[name], expected[name]) for name in got)
+        sharded, whole = found.get("adapter", ({}, {}))
+        assert sharded.keys() == whole.keys() and all(torch.equal(sharded[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("model", ["full", "experts"])
+@pytest.mark.parametrize("way", [way for way in WAYS if way not in WHOLE])
+def test_weights_are_gathered_one_at_a_time_or_layer_by_layer(load, way, model):
+    for two in load(2, way, "plain"):
+        most, size = two["exports"][model]["bytes"]
+        assert 0 < most < size / 2

@@ -16,6 +16,7 @@ from support.training import assert_same
 
 WORKER = Path(__file__).with_name("worker.py")
 CASES = ["plain", "accumulated", "weighted", "xpo", "nash_md", "one_sided", "resampled", "stream", "uneven", "judged"]
+CASES += ["qlora"]
 
 
 def slowly_more_w1(body, number):

@@ -2,6 +2,7 @@
 came out.
 """
 
+import os
 import resource
 import sys
 import zlib
@@ -12,15 +13,16 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from datasets import IterableDataset
+from peft import LoraConfig
 from transformers import TrainerCallback, TrainerState
 
 from online_dpo.errors import NothingTrainedError, OnlineDPOError
 from online_dpo.scoring.judges.llm.judge import LLMJudge
 from online_dpo.training.learning_rate import LearningRateBackoff
 from online_dpo.training.step_guard import StepGuard
-from support import tiny
+from support import quantized, tiny
 from support.killed_runs import limit_file_size
-from support.training import KeepGradient, dataset, trainer, weights
+from support.training import LORA, KeepGradient, dataset, trainer, weights
 
 LENGTHS = (5, 9, 3, 7, 12, 4, 6, 8)
 
@@ -65,6 +67,23 @@ def run(out, case, processes, **options):
     if made.eval_dataset is not None:
         saved["eval"] = {k: v for k, v in made.evaluate().items() if "runtime" not in k and "per_second" not in k}
     torch.save(saved, out / f"{case}-of-{processes}-rank-{made.accelerator.process_index}.pt")
+
+
+def qlora(out, processes):
+    """An adapter over weights in 4 bits."""
+    folder = quantized.base_folder(out / f"base-{processes}-{os.environ.get('RANK', 0)}")
+    torch.manual_seed(7)  # the same adapter on every rank and in one process
+    run(
+        out,
+        "qlora",
+        processes,
+        model=folder,
+        model_init_kwargs={"quantization_config": quantized.NF4},
+        kwargs={"ref_model": None, "peft_config": LoraConfig(**LORA)},
+        max_steps=2,
+        learning_rate=5.0,
+        train_dataset=dataset(lengths=LENGTHS * 2),
+    )
 
 
 class FailsOnTheLastRank(TrainerCallback):
@@ -176,6 +195,7 @@ if __name__ == "__main__":
     )
     judge = LLMJudge(model="m", base_url=sys.argv[3], concurrency=4, cache=None)
     run(out, "judged", processes, reward_funcs=None, num_completions=4, kwargs={"judge": judge})
+    qlora(out, processes)
     run(out, "not_finite", processes, model=poisoned_on_the_last_rank(), learning_rate=0.1)
     guard_alone(out, processes)
     for event in ("on_step_begin", "on_pre_optimizer_step", "on_log"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from faults.harness import ANY, Ending, Fault, OneLine, Resumes, Survived, scorer
-from faults.injection import Action, out_of_memory, raises
+from faults.injection import out_of_memory, raises
 
 ON_CPU = RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
 KINDS = {"on a GPU": out_of_memory(), "on a CPU": raises(ON_CPU), "of Python": raises(MemoryError("no memory"))}
@@ -90,20 +90,35 @@ def scoring(name: str, before: str, *words: str) -> Fault:
     )
 
 
-def on_rank_1(action: Action) -> Any:
-    return lambda child: child.at_call(BACKWARD, 2, action) if child.rank else None
+def on_one_rank(name: str, rank: int, ending: Ending, target: str, number: int | None, **fields: Any) -> Fault:
+    """Memory runs out on one of two ranks."""
+    return Fault(
+        "memory",
+        f"{name}, on rank {rank} of two",
+        ending,
+        processes=2,
+        limit=45.0,
+        inject=lambda child: child.at_call(target, number, out_of_memory()) if child.rank == rank else None,
+        **{"options": dict(save_steps=2, ddp_timeout=20), **fields},
+    )
 
 
+GOES_ON = Survived("ran out of memory", like=ANY)
+EVALUATED_BY_TWO = dict(options={**EVALUATED, "ddp_timeout": 20, "eval_on_start": True})
 FAULTS = [
     *(one for kind in KINDS for one in faults(kind)),
     scoring("of Python", "if calls == 3: raise MemoryError()", "MemoryError"),
     scoring("on a GPU", "import torch\nif calls == 3: raise torch.OutOfMemoryError('CUDA out of memory')", "memory"),
-    Fault(
-        "memory",
-        "the backward pass on one rank of two",
-        Resumes(TOLD),
-        processes=2,
-        options=dict(save_steps=2),
-        inject=on_rank_1(out_of_memory()),
-    ),
+    on_one_rank("the backward pass, once", 1, GOES_ON, BACKWARD, 2),
+    on_one_rank("the backward pass, once", 0, GOES_ON, BACKWARD, 3, quick=False),
+    on_one_rank("the backward pass, always", 1, OneLine(1, LOWER), BACKWARD, None),
+    on_one_rank("a pass, once", 0, GOES_ON, PASS, 1),
+    on_one_rank("a pass, always", 0, OneLine(1, LOWER), PASS, None, quick=False),
+    on_one_rank("the reference, once", 1, GOES_ON, REFERENCE, 4, quick=False),
+    on_one_rank("sampling, once", 1, Survived("ran out of memory"), SAMPLING, 3),
+    on_one_rank("sampling, always", 1, OneLine(1, LOWER), SAMPLING, None, quick=False),
+    on_one_rank("packing", 1, Resumes(TOLD), PACKING, 2),
+    on_one_rank("the first trial, once", 1, Survived(), TRIAL, 1, quick=False),
+    on_one_rank("an evaluation's passes", 1, OneLine(1, LOWER), PASS, None, **EVALUATED_BY_TWO),
+    on_one_rank("clipping", 1, Resumes(TOLD), CLIPPING, 2, quick=False),
 ]

@@ -70,6 +70,15 @@ def server(server_of):
     return server_of("qwen2-tied")
 
 
+@pytest.fixture(scope="session")
+def adapter_server(tmp_path_factory):
+    """A server that is sent adapters alone."""
+    folder = tmp_path_factory.mktemp("adapter-server")
+    process = vllm_tools.ServerProcess("qwen2-tied", folder, seed=0, options=["--lora-rank", "4"])
+    yield process
+    process.kill()
+
+
 @pytest.fixture(scope="session", params=[f"{kind}-{family}" for family in vllm_tools.FAMILIES for kind in KINDS])
 def setting(request, server_of):
     kind, _, family = request.param.partition("-")

@@ -3,16 +3,20 @@
 Arguments: a folder for the results, the address of a server or ``colocate``, and how a server gets the weights.
 """
 
+import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pytest
 import torch
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from online_dpo.errors import RolloutServerError
+from online_dpo.errors import OnlineDPOError, RolloutServerError
 from online_dpo.rollout.params import RolloutKey, SamplingParams
 from online_dpo.rollout.vllm.client import VLLMClient
 from online_dpo.rollout.vllm.colocated_engine import VLLMColocateEngine
@@ -39,6 +43,18 @@ def make_forget(url: str) -> None:
             assert "No safetensors files" in str(error)
 
 
+@contextmanager
+def small_files(rank: int) -> Iterator[None]:
+    """The first rank cannot write large files."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 def main(out: Path, where: str, transfer: str) -> None:
     distributed.init_process_group("gloo")
     rank = distributed.get_rank()
@@ -57,6 +73,12 @@ def main(out: Path, where: str, transfer: str) -> None:
         for layer in sharded.model.layers:
             fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
         fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))
+        if where != "colocate" and version == 2:  # a failure on the first rank ends the sync on both, and all goes on
+            with (
+                pytest.raises(OnlineDPOError, match="Another process" if rank else "File too large"),
+                small_files(rank),
+            ):
+                engine.sync(sharded, version)
         engine.sync(sharded, version)
         if where != "colocate" and version == 2:  # a server that has lost our weights, seen by both at the same time
             if rank == 0:

@@ -13,14 +13,6 @@ KEY = RolloutKey(seed=3, step=5)
 PARAMS = SamplingParams(max_new_tokens=14, end_token_ids=(tiny.EOS, tiny.END, 9, 17))
 
 
-@pytest.fixture(scope="module")
-def adapter_server(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adapter-server")
-    process = vllm_tools.ServerProcess(FAMILY, folder, seed=0, options=["--lora-rank", "4"])
-    yield process
-    process.kill()
-
-
 def connect(*urls):
     return VLLMServerEngine(urls, tiny.tokenizer(), vllm_tools.arguments(vllm_server_timeout=120.0))
 

@@ -154,6 +154,13 @@ def _imported(module: str, function: str) -> Callable[[Sequence[str]], int]:
 
 COMMANDS = {
     "train": Command("train as a YAML file says", _train, prints_result=False, takes_traceback=True),
+    "ray": Command(
+        "train on a Ray cluster: many GPUs, many machines, vLLM servers",
+        _imported("online_dpo.cli.ray", "ray"),
+        one_process=True,
+        prints_result=False,
+        takes_traceback=True,
+    ),
     "eval": Command(
         "compare a model with another on held-out prompts",
         _imported("online_dpo.cli.eval", "evaluate"),

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from online_dpo.cli.parser import OneLineParser, with_hyphens
 from online_dpo.config.endpoints import read_key
 from online_dpo.config.requirements import FLAGS
+from online_dpo.config.vllm import supported_lora_rank
 
 KEY_VARIABLE = "VLLM_API_KEY"
 KEY_MIDDLEWARE = "online_dpo.rollout.vllm.key.RequireKey"
@@ -28,7 +29,6 @@ PASSED_ON = {
     "--max-num-seqs": (int, "most completions decoded at the same time"),
 }
 LORA_RANK = "--lora-rank"
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the ranks that vLLM supports
 CALLED_HERE = {
     "tp": "tensor_parallel_size",
     "dp": "data_parallel_size",
@@ -75,7 +75,7 @@ def server_command(words: Sequence[str]) -> list[str]:
             command += [option, str(value)]
     if arguments["lora_rank"] is not None:
         # One adapter is in use, and the next one may be loaded before the first is removed.
-        rank = str(next((known for known in LORA_RANKS if known >= arguments["lora_rank"]), arguments["lora_rank"]))
+        rank = str(supported_lora_rank(arguments["lora_rank"]))
         command += ["--enable-lora", "--max-lora-rank", rank, "--max-loras", "1", "--max-cpu-loras", "2"]
     return command + _asking_for_key(arguments, words[cut + 1 :]) + words[cut + 1 :]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import shlex
 import signal
 import sys
@@ -36,6 +37,7 @@ from online_dpo.errors import (
     named_error,
 )
 from online_dpo.foreign import foreign, loading
+from online_dpo.launch.settings import STARTED_AS
 from online_dpo.modeling.memory import named_memory_error
 from online_dpo.scoring.judges.llm.judge import LLMJudge
 from online_dpo.scoring.judges.pairwise.judge import PairwiseModelJudge
@@ -258,7 +260,8 @@ def _print_how_to_resume(beginning: str, checkpoint: str | None, words: Sequence
     if checkpoint is None:
         print(f"{beginning} No checkpoint was saved.", file=sys.stderr)
         return
-    command = shlex.join(["online-dpo", "train", *resume_words(words, checkpoint)])
+    started_as = shlex.split(os.environ.get(STARTED_AS, "")) or ["train", *words]
+    command = shlex.join(["online-dpo", *resume_words(started_as, checkpoint)])
     print(f"{beginning} checkpoint saved in {checkpoint}. Resume with: {command}", file=sys.stderr)
 
 

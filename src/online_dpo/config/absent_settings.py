@@ -120,7 +120,7 @@ NOT_HERE = {
     "num_gpus": "Start one process for each GPU: torchrun --nproc_per_node N -m online_dpo train ...",
     "n_gpus_per_node": "Start one process for each GPU: torchrun --nproc_per_node N -m online_dpo train ...",
     "num_processes": "Start one process for each GPU: torchrun --nproc_per_node N -m online_dpo train ...",
-    "zero_stage": "`deepspeed` is not in this version. Start several processes with torchrun",
+    "zero_stage": "Write `deepspeed: {zero_optimization: {stage: 3}}`",
     "ignore_bias_buffers": _NOT_NEEDED,
     "test_split_size": "Give a separate split or file: `dataset_test_split` or `eval_dataset_name`",
     "val_set_size": "Give a separate split or file: `dataset_test_split` or `eval_dataset_name`",

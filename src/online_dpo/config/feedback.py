@@ -33,6 +33,11 @@ class FeedbackFields:
     they are.
     """
 
+    reward_model_sharding: Literal["replicate", "shard"] = "replicate"
+    """Whether each process holds whole reward models, or a part of them where the policy's weights are in parts (FSDP2,
+    ZeRO-3): for models that are large beside the policy. Parts are gathered once for each scoring call.
+    """
+
     reward_batch_size: int = 16
     """Texts in one forward pass of a reward model."""
 

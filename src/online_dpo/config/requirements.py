@@ -10,7 +10,10 @@ import importlib.util
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
+
+from online_dpo.config.quantization import method_of, settings_of, settings_problems
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ TRACKERS = {
 """Values of `report_to`, besides `all` and `none`."""
 
 BITSANDBYTES, TORCHAO, SCHEDULEFREE = pip("bitsandbytes"), pip("torchao"), pip("schedulefree")
+QLORA = pip("'online-dpo[qlora]'", "bitsandbytes")
 GALORE, APOLLO = pip("galore-torch", "galore_torch"), pip("apollo-torch", "apollo_torch")
 OPTIMIZERS = {
     "adafactor": None,
@@ -126,7 +130,7 @@ QUANTIZATION = {
     "aqlm": pip("'aqlm[gpu,cpu]'", "aqlm"),
     "auto-round": pip("auto-round", "auto_round"),
     "awq": pip("gptqmodel"),
-    "bitsandbytes": BITSANDBYTES,
+    "bitsandbytes": QLORA,
     "compressed-tensors": pip("compressed-tensors", "compressed_tensors"),
     "eetq": pip("kernels"),
     "gptq": pip("optimum gptqmodel", "optimum", "gptqmodel"),
@@ -144,7 +148,16 @@ FLAGS = {
 }
 """Fields that are on or off."""
 
+DEEPSPEED = "0.19"
+"""The version whose private parts `distributed/deepspeed.py` uses."""
+SHARDING = {
+    "fsdp": Needs(""),
+    "deepspeed": pip("'online-dpo[deepspeed]'", "deepspeed"),
+}
+"""Ways of sharding."""
+
 PEFT = FLAGS["use_peft"]
+RAY = pip("'online-dpo[ray]'", "ray")
 KERNELS = pip("kernels")
 
 
@@ -188,6 +201,16 @@ def _of_backends(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield from _needed("engine", " 'vllm_colocate'", FLAGS["use_vllm"])
 
 
+def sharding_problem(kind: str) -> str | None:
+    """What is missing to shard weights in this way: ``fsdp`` or ``deepspeed``; the message continues the field."""
+    needs = SHARDING[kind]
+    if needs.missing:
+        return f"needs {' and '.join(needs.missing)}, not installed here. Install it with: {needs.install}"
+    if kind == "deepspeed" and not (found := version("deepspeed")).startswith(f"{DEEPSPEED}."):
+        return f"needs deepspeed {DEEPSPEED}, and {found} is installed. Install it with: {needs.install}"
+    return None
+
+
 def adapter_problem(folder: str) -> str | None:
     """What is missing to load a model folder that holds an adapter."""
     if os.path.isfile(os.path.join(os.path.expanduser(folder), "adapter_config.json")) and PEFT.missing:
@@ -206,11 +229,9 @@ def _of_model(options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         needs = KERNELS if "/" in attention else ATTENTION.get(attention)
         if needs is not None:
             yield from _needed("model_init_kwargs", f" `attn_implementation` {attention!r}", needs)
-    quantization = options.get("quantization_config")
-    settings = quantization if isinstance(quantization, Mapping) else vars(quantization) if quantization else {}
-    loads_bits = settings.get("load_in_4bit") or settings.get("load_in_8bit")
-    method = settings.get("quant_method", "bitsandbytes" if loads_bits else "")
-    method = str(getattr(method, "value", method))
+    wrong = [*settings_problems(options)]
+    yield from (("model_init_kwargs", f"`model_init_kwargs`: {problem}") for problem in wrong)
+    method = "" if wrong else method_of(settings_of(options))
     if method in QUANTIZATION:
         yield from _needed("model_init_kwargs", f" `quantization_config` {method!r}", QUANTIZATION[method])
 

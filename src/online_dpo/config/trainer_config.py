@@ -26,10 +26,13 @@ from online_dpo.config.method import MethodFields, check_method, check_method_nu
 from online_dpo.config.names_elsewhere import ARGUMENTS, IN_PYTHON, hint_for
 from online_dpo.config.sampling import SamplingFields, check_sampling
 from online_dpo.config.secrets import WithoutToken, check_tokens
+from online_dpo.config.sharding import settle_precision, settle_sharding
 from online_dpo.config.training import TrainingFields, check_training
 from online_dpo.config.unsupported import check_accelerator, check_generation_kwargs, check_refused, check_unsupported
 from online_dpo.config.vllm import VLLMFields, check_vllm, unread_vllm_fields
 from online_dpo.distributed.joining import coming_together, join_on_cpu
+from online_dpo.distributed.on_cpu import join_deepspeed_on_cpu
+from online_dpo.distributed.process_state import environment
 from online_dpo.versions import copy_checkpointing_fields
 
 
@@ -66,6 +69,7 @@ class OnlineDPOConfig(
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, *MAPPINGS]
 
     def __post_init__(self) -> None:
+        self.bf16 = settle_precision(self.bf16, self.fp16)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and _device_computes_in_bf16()
         normalize_input(self)
@@ -74,10 +78,14 @@ class OnlineDPOConfig(
         check_tokens(self.hub_token, self.model_init_kwargs)
         check_names(self)
         copy_checkpointing_fields(self)
-        with coming_together(self.ddp_timeout):
+        settle_sharding(self)
+        # transformers would compare it with the launcher's words, from which it was made
+        with coming_together(self.ddp_timeout), environment(ACCELERATE_CONFIG_DS_FIELDS=""):
             if self.use_cpu:
                 join_on_cpu(self.ddp_backend, self.ddp_timeout)
             super().__post_init__()
+            if self.use_cpu and self.deepspeed:
+                join_deepspeed_on_cpu()
         check_processes(self)
         check_choices(self, unread_vllm_fields(self))
         check_sampling(self)
@@ -85,6 +93,7 @@ class OnlineDPOConfig(
         check_training(self)
         check_feedback(self, self.num_completions)
         _check_resampling(self)
+        _check_reward_sharding(self)
         check_loss(self)
         check_method_numbers(self)
         check_method(self)
@@ -131,6 +140,15 @@ def _check_resampling(args: OnlineDPOConfig) -> None:
         raise ValueError(
             "`resample_rounds` with `max_staleness` samples while the policy is trained, which needs "
             '`vllm_mode="server"`. Set one of the two to 0, or sample with a vLLM server.'
+        )
+
+
+def _check_reward_sharding(args: OnlineDPOConfig) -> None:
+    if args.reward_model_sharding == "shard" and args.max_staleness:
+        raise ValueError(
+            '`reward_model_sharding="shard"` gathers reward models over all processes, and `max_staleness` scores '
+            "beside training, in no order that processes share. Set `max_staleness` to 0, or leave the reward models "
+            "whole."
         )
 
 

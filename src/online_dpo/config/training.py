@@ -106,7 +106,7 @@ class TrainingFields:
     """Allow models and tokenizers that bring their own Python code."""
 
     ds3_gather_for_generation: bool = True
-    """Gather ZeRO-3 shards for sampling. This version does not run under DeepSpeed, see `deepspeed`."""
+    """Gather the weights that ZeRO-3 has sharded before completions are sampled. It must stay on."""
 
 
 def check_training(args: TrainingFields) -> None:

@@ -9,6 +9,18 @@ from online_dpo.config.checking import check_numbers, warn_ignored
 from online_dpo.config.endpoints import holds_secret
 from online_dpo.config.field_specs import documented
 
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The largest ranks of adapters that vLLM can be started for."""
+
+
+def supported_lora_rank(rank: int) -> int:
+    """The least rank that vLLM can be started with for adapters of this one; the rank itself if it is too high.
+
+    >>> supported_lora_rank(10)
+    16
+    """
+    return next((known for known in LORA_RANKS if known >= rank), rank)
+
 
 @documented
 @dataclass

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -71,19 +72,40 @@ def is_first_rank() -> bool:
     return world_size() == 1 or dist.get_rank() == 0
 
 
-def any_rank(holds: bool, device: torch.device) -> bool:
+class HostGroup:
+    """All ranks once more, for values in memory of the host. Making one is a collective operation.
+
+    Args:
+        timeout: how long another rank is waited for.
+    """
+
+    def __init__(self, timeout: timedelta) -> None:
+        self.of_torch: Any = None
+        if world_size() > 1:
+            with _together():
+                self.of_torch = dist.new_group(backend="gloo", timeout=timeout)
+
+
+def any_rank(holds: bool, device: torch.device, group: HostGroup | None = None) -> bool:
     """Returns whether ``holds`` is true on any rank."""
-    return holds if world_size() == 1 else bool(sum_over_ranks(torch.tensor(int(holds), device=device)))
+    return holds if world_size() == 1 else bool(sum_over_ranks(torch.tensor(int(holds), device=device), group))
 
 
-def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+def sum_over_ranks(values: torch.Tensor, group: HostGroup | None = None) -> torch.Tensor:
     """Returns the sum over ranks of each element (all-reduce); ``values`` is not changed."""
     if world_size() == 1:
         return values
     total = values.clone()
     with _together():
-        dist.all_reduce(total, op=dist.ReduceOp.SUM)
+        dist.all_reduce(total, op=dist.ReduceOp.SUM, group=None if group is None else group.of_torch)
     return total
+
+
+def begin_mean_over_ranks(values: torch.Tensor, group: Any) -> torch.futures.Future[torch.Tensor]:
+    """Begins to replace each element by its mean over the ranks of a group of torch, as DDP does it."""
+    values.mul_(1 / dist.get_world_size(group))
+    work = dist.all_reduce(values, group=group, async_op=True)
+    return work.get_future().then(lambda done: done.value()[0])  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def max_over_ranks(values: torch.Tensor) -> torch.Tensor:
@@ -97,13 +119,13 @@ def max_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return torch.stack(gathered).amax(dim=0)
 
 
-def from_every_rank(item: T) -> list[T]:
+def from_every_rank(item: T, group: HostGroup | None = None) -> list[T]:
     """Returns the items of all ranks, in the order of ranks (all-gather). Items must be picklable."""
     if world_size() == 1:
         return [item]
     items: list[Any] = [None] * world_size()
     with _together():
-        dist.all_gather_object(items, item)
+        dist.all_gather_object(items, item, group=None if group is None else group.of_torch)
     return items
 
 

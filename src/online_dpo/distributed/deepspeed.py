@@ -6,7 +6,7 @@ What is private in DeepSpeed 0.19 is used in this file alone; a test looks wheth
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,13 +16,16 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
+from deepspeed.comm import comm
 from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 from deepspeed.runtime.zero import parameter_offload
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
 
-from online_dpo.distributed.sharding import Span, Updated, full, shape_of
+from online_dpo.distributed.updated import Span, Updated
+from online_dpo.distributed.weights import full, shape_of
 
 WEIGHTS = 3
 """The stage in which weights are partitioned."""
@@ -35,9 +38,11 @@ class ZeROSharding:
 
     copies = splits_state = True
 
-    def __init__(self, accelerator: Accelerator) -> None:
+    def __init__(self, accelerator: Accelerator, check: Callable[[], None]) -> None:
         plugin: Any = accelerator.state.deepspeed_plugin
-        self._accelerator, self._plugin = accelerator, plugin
+        self._accelerator, self._plugin, self._check = accelerator, plugin, check
+        self._frozen: list[nn.Module] = []
+        self._depth = 0
         self.name = f"zero{plugin.zero_stage}"
         self.partial = plugin.zero_stage == WEIGHTS
         self._engine: Any = None
@@ -50,6 +55,7 @@ class ZeROSharding:
         """Takes the engine; returns the optimizer that steps it."""
         engine: Any = model
         self._engine, self._dropped = engine, False
+        check_operations(self._check)
         if self.partial:
             _offloads[engine.module] = engine.optimizer.parameter_offload
         self._accelerator.deepspeed_engine_wrapped = _Backward(model)  # pyright: ignore[reportAttributeAccessIssue]
@@ -60,6 +66,7 @@ class ZeROSharding:
         """Inside, the ``last`` pass is the one after which the engine steps. It has to know before the forward pass."""
         boundary = last and self._accelerator.gradient_state.sync_gradients
         self._engine.set_gradient_accumulation_boundary(boundary)
+        self._depth = len(parameter_offload.FWD_MODULE_STACK)
         yield
 
     def drop_gradients(self, model: nn.Module) -> None:
@@ -83,16 +90,41 @@ class ZeROSharding:
         self._engine.zero_grad()
         self._dropped = True
 
+    def abandon_pass(self, model: nn.Module) -> None:
+        """Puts back what DeepSpeed keeps from a pass that ended in the middle, and removes the step's gradients."""
+        optimizer = self._engine.optimizer
+        state = optimizer._backward_hook_state
+        state.backward_active_depth = state.remaining_grad_acc_hooks = 0
+        optimizer.clear_backward_seen_flag()
+        in_parts = isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3)
+        for bucket in optimizer.ipg_buckets.values():
+            bucket.clear_params() if in_parts else bucket.clear()
+        reduced = optimizer.params_already_reduced
+        for key in reduced if in_parts else range(len(reduced)):
+            reduced[key] = False
+        if not in_parts:
+            optimizer._clear_previous_reduced_grads()
+            optimizer._release_ipg_buffers()
+        for parameter in model.parameters():
+            parameter.grad = None  # ZeRO-3 expects here that it has taken them all
+        self.drop_gradients(model)
+        self._dropped = False
+        del parameter_offload.FWD_MODULE_STACK[self._depth :]
+        for module in (self._engine.module, *self._frozen) if in_parts else ():
+            abandon(_offloads[module])
+
     def shard_frozen(self, model: nn.Module) -> None:
-        """Casts a frozen model to the type that DeepSpeed casts the policy to, and partitions its weights if those of
-        the policy are.
+        """Casts a frozen model's weights to the type that DeepSpeed casts the policy's to (not its buffers), and
+        partitions them if those of the policy are.
         """
         config = self._plugin.deepspeed_config
         for kind, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
             if config.get(kind, {}).get("enabled") is True:
-                model.to(dtype)
+                for parameter in model.parameters():
+                    parameter.data = parameter.data.to(dtype)
         if self.partial:
             partition(model, config)
+            self._frozen.append(model)
 
     def updated(self, model: nn.Module, optimizer: Any) -> Updated:
         """Returns the copies in fp32 of this rank's part, of many parameters in each tensor."""
@@ -139,6 +171,58 @@ class ZeROSharding:
         self._engine.optimizer.overflow = False  # of this step; it may be set from an earlier one
         if self._engine.lr_scheduler is not None:
             self._engine.lr_scheduler.step()
+
+
+OPERATIONS = ("all_gather", "all_gather_coalesced", "all_gather_into_tensor", "all_reduce", "all_reduce_coalesced")
+OPERATIONS += ("all_to_all", "all_to_all_single", "broadcast", "reduce", "reduce_scatter", "reduce_scatter_tensor")
+"""The collective operations of DeepSpeed's backend."""
+
+
+class _CheckedBackend:
+    """DeepSpeed's backend, with a check before each collective operation."""
+
+    def __init__(self, backend: Any, check: Callable[[], None]) -> None:
+        self.backend, self._check = backend, check
+
+    def __getattr__(self, name: str) -> Any:
+        operation = getattr(self.backend, name)
+        if name not in OPERATIONS:
+            return operation
+
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            self._check()
+            return operation(*args, **kwargs)
+
+        return checked
+
+
+def check_operations(check: Callable[[], None]) -> None:
+    """Calls ``check`` before every collective operation of DeepSpeed."""
+    backend: Any = comm.cdb
+    comm.cdb = _CheckedBackend(backend.backend if isinstance(backend, _CheckedBackend) else backend, check)
+
+
+def abandon(offload: Any) -> None:
+    """Partitions all weights of a model again after a pass that ended in the middle, and forgets its order of layers:
+    the ranks may have recorded it to different places.
+    """
+    coordinator = offload.get_param_coordinator()
+    prefix = f"_{type(coordinator).__name__}__"
+    in_flight = getattr(coordinator, f"{prefix}inflight_param_registry")
+    for parameter in offload.module.parameters():
+        # its operation had been prepared, and was not begun
+        if parameter.ds_status == ZeroParamStatus.INFLIGHT and parameter not in in_flight:
+            parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
+            parameter.data = parameter.data.new_empty(0)
+    coordinator.release_and_reset_all(offload.module)
+    getattr(coordinator, f"{prefix}active_backward_submodules").clear()
+    if not coordinator.is_invalid_trace():
+        coordinator._invalidate_trace()
+    for module in offload.module.modules():
+        module._parameters._in_forward = False  # while it is true, looking at a weight gathers it
+        for count in ("ds_grads_remaining", "applied_pre_backward_ref_cnt"):
+            if count in vars(module):
+                setattr(module, count, 0)
 
 
 def _spans_of_weights(names: Mapping[int, str], group: Iterable[Any]) -> list[Span]:

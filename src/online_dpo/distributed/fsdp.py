@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -18,11 +18,12 @@ from accelerate import Accelerator
 from accelerate.utils.dataclasses import get_module_class_from_name
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from online_dpo.distributed.sharding import Updated, full, updated_parameters
+from online_dpo.distributed.updated import Updated, updated_parameters
+from online_dpo.distributed.weights import full
 
 
 class FSDP2Sharding:
@@ -32,11 +33,17 @@ class FSDP2Sharding:
     partial = splits_state = True
     copies = False
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self._accelerator = accelerator
+    def __init__(self, accelerator: Accelerator, check: Callable[[], None]) -> None:
+        self._accelerator, self._check = accelerator, check
+        self._frozen: list[nn.Module] = []
+        plugin: Any = accelerator.state.fsdp_plugin
+        if (half := plugin.mixed_precision_policy) is not None:
+            # accelerate's own also rounds outputs and reduced gradients, and so log-probabilities to three digits
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(half.param_dtype, reduce_dtype=torch.float32)
 
     def attach(self, model: nn.Module, optimizer: Any) -> Any:
         """Returns the optimizer as it is: accelerate has given it the slices."""
+        check_operations(model, self._check)
         return optimizer
 
     @contextmanager
@@ -51,10 +58,18 @@ class FSDP2Sharding:
         for parameter in model.parameters():
             parameter.grad = None
 
+    def abandon_pass(self, model: nn.Module) -> None:
+        """Puts the policy and frozen models back to slices, and drops gradients that were or were not reduced yet."""
+        for abandoned in (model, *self._frozen):
+            abandon(abandoned)
+        self.drop_gradients(model)
+
     def shard_frozen(self, model: nn.Module) -> None:
         """Shards a frozen model layer by layer, as accelerate shards the policy. It may be of another architecture."""
         accelerator = self._accelerator
-        plugin = copy.copy(accelerator.state.fsdp_plugin)  # it remembers the layers of the first model that it sees
+        plugin: Any = copy.copy(
+            accelerator.state.fsdp_plugin
+        )  # it remembers the layers of the first model that it sees
         plugin.cpu_ram_efficient_loading = False  # each rank has loaded the model whole
         classes = plugin.transformer_cls_names_to_wrap
         if classes is not None and any(get_module_class_from_name(model, name) is None for name in classes):
@@ -68,6 +83,8 @@ class FSDP2Sharding:
             device=accelerator.device,
         )
         fsdp2_prepare_model(as_for_policy, model)
+        check_operations(model, self._check)
+        self._frozen.append(model)
 
     def updated(self, model: nn.Module, optimizer: Any) -> Updated:
         """Returns the slices of the model's parameters."""
@@ -114,6 +131,45 @@ def reshard(model: nn.Module) -> None:
     """Frees all but this rank's slices: a forward pass without gradients leaves the last layers whole."""
     for group in _groups(_fsdp_modules(model)):
         group.reshard()
+
+
+class _Checked:
+    """An all-gather or reduce-scatter of FSDP2 that calls ``check`` first; its memory is allocated before that."""
+
+    def __init__(self, operation: Any, check: Callable[[], None]) -> None:
+        self.operation, self._check = operation, check
+
+    def allocate(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.operation.allocate(*args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._check()
+        return self.operation(*args, **kwargs)
+
+
+def check_operations(model: nn.Module, check: Callable[[], None]) -> None:
+    """Calls ``check`` before every collective operation of a model's passes. HSDP's all-reduce follows a reduce-scatter
+    at once, and shares its check.
+    """
+    for group in _groups(_fsdp_modules(model)):
+        if not isinstance(group._all_gather_comm, _Checked):
+            group._all_gather_comm = _Checked(group._all_gather_comm, check)
+            group._reduce_scatter_comm = _Checked(group._reduce_scatter_comm, check)
+
+
+def abandon(model: nn.Module) -> None:
+    """Makes a model ready for its next pass after one that ended in the middle: operations that have begun are awaited,
+    weights are slices again, gradients that were not reduced yet are dropped.
+    """
+    modules = _fsdp_modules(model)
+    root: Any = modules[0]
+    root._get_fsdp_state()._lazy_init()  # memory may have run out before the first pass
+    for group in _groups(modules):
+        for parameter in group.fsdp_params:
+            parameter.unsharded_accumulated_grad = None
+            if hasattr(parameter, "_unsharded_param"):  # made by the first all-gather
+                parameter._unsharded_param.grad = None
+    root.reset_iter_state()
 
 
 def slice_of(parameter: DTensor, whole: torch.Tensor) -> torch.Tensor:

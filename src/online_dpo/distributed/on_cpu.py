@@ -33,3 +33,15 @@ def fsdp_on_cpu() -> Iterator[None]:
 
     with mock.patch.object(AcceleratorState, "__init__", with_plugin):
         yield
+
+
+def join_deepspeed_on_cpu() -> None:
+    """Has DeepSpeed know the process group of processes on CPUs, which transformers does on GPUs alone: a script may
+    load a model before there is an `Accelerator`, and ZeRO-3 partitions it then.
+    """
+    import deepspeed
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    # its collectives in shared memory would be compiled first, for minutes; gloo's do as well
+    deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
+    deepspeed.init_distributed("gloo", verbose=False)

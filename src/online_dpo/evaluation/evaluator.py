@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from online_dpo.distributed.collectives import any_rank
-from online_dpo.distributed.sharding import gathered
+from online_dpo.distributed.sampling import whole_on
+from online_dpo.distributed.weights import gathered
 from online_dpo.evaluation.gold import Gold
 from online_dpo.evaluation.records import EvalRecord, eval_records, judged_wins, win_share
 from online_dpo.modeling.memory import Halving
@@ -97,33 +98,47 @@ class Evaluator:
         self._reference_models = reference_models
         self._fitting = Halving("An evaluation")
 
-    @torch.no_grad()
-    def evaluate(
-        self, model: nn.Module, prompts: Sequence[Prompt], sync: Callable[[Sequence[Prompt]], None]
-    ) -> list[EvalRecord]:
-        """Returns one record for each prompt. A collective operation: the policy is whole already, a sharded reference
-        is gathered here.
+    def sample(self, prompts: Sequence[Prompt], sync: Callable[[Sequence[Prompt]], None]) -> list[Group]:
+        """Returns the policy's completions. A collective operation, after which the reference has answered too.
 
         Args:
-            model: the policy, ready for a forward pass and in eval mode.
             prompts: usable ones.
             sync: hands the policy's weights to the engine.
 
         Raises:
             UnknownTokenError: a prompt or completion has a token that a model does not know.
-            ScoringError: a scorer or the judge failed.
         """
         self._sampler.vocabulary.check_prompts(prompts)
         sync(prompts)
         if self.reference_answers is not None:
             self.reference_answers.prepare(prompts)
-        with gathered(*self._reference_models):
-            return self._evaluate(model, prompts) if prompts else []
-
-    def _evaluate(self, model: nn.Module, prompts: Sequence[Prompt]) -> list[EvalRecord]:
+        if not prompts:
+            return []
         key = RolloutKey(self._sampler.seed, 0, Stream.EVALUATION)
         groups = self._sampler.sample(prompts, self._num_completions(), key)
         self._sampler.vocabulary.check_groups(groups)
+        return groups
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, groups: Sequence[Group]) -> list[EvalRecord]:
+        """Returns one record for each prompt. A collective operation: what is sharded is gathered, now that an engine
+        with its own weights has sampled and needs its memory no more.
+
+        Args:
+            model: the policy, ready for a forward pass and in eval mode.
+            groups: what `sample` has returned.
+
+        Raises:
+            ScoringError: a scorer or the judge failed.
+            WholeModelDoesNotFit: on every rank, if the policy does not fit on any.
+        """
+        with (
+            whole_on(self._sampler.sync_check.device, model),
+            gathered(*self._reference_models, *self._assessor.models),
+        ):
+            return self._evaluate(model, groups) if groups else []
+
+    def _evaluate(self, model: nn.Module, groups: Sequence[Group]) -> list[EvalRecord]:
         assessment = self._assessor.assess(groups)
         pairs = self._form_pairs(groups, assessment, 0).pairs
         reference_scores, wins = self._against_reference(groups, assessment)
@@ -140,7 +155,9 @@ class Evaluator:
         records = self._fitting(range(len(groups)), records_of)
         if self.gold is None:
             return records
-        reference_groups = None if self.reference_answers is None else self.reference_answers.to(prompts)
+        reference_groups = (
+            None if self.reference_answers is None else self.reference_answers.to([group.prompt for group in groups])
+        )
         return self.gold.assess(records, groups, reference_groups)
 
     def _against_reference(

@@ -33,6 +33,12 @@ class Gold:
         self.scorers = scorers
         self._assessor = Assessor(scorers, judge, lambda: AssessmentOptions(timeout=timeout))
 
+    @property
+    def sources(self) -> list[PointwiseScorer | PairwiseScorer]:
+        """The scorers and the judge."""
+        judge = self._assessor.judge
+        return [*self.scorers, *([] if judge is None else [judge])]
+
     def assess(
         self, records: Sequence[EvalRecord], groups: Sequence[Group], reference_groups: Sequence[Group] | None
     ) -> list[EvalRecord]:

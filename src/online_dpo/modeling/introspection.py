@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -71,11 +72,41 @@ def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple
 
 
 def computing_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of the model's matrix products at this point: autocast's, if it is on, else that of the weights."""
+    """The dtype of the model's matrix products at this point: autocast's, if it is on, else that of the weights; of a
+    quantised model the coarser of it and of what its quantised layers compute in.
+    """
     device = next(model.parameters()).device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+    autocast = torch.is_autocast_enabled(device)
+    weights = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    plain = torch.get_autocast_dtype(device) if autocast else weights
+    return max({plain, *(_computed_in(layer) for _, layer in layers_in_bits(model))}, key=lambda d: torch.finfo(d).eps)
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether linear layers of the model are quantised, in whatever way, so that an adapter cannot be merged."""
+    return bool(getattr(unwrapped(model), "is_quantized", False))
+
+
+def is_quantized_by_bitsandbytes(model: nn.Module) -> bool:
+    """Whether bitsandbytes holds linear layers of the model in 4 or 8 bits."""
+    base: Any = unwrapped(model)
+    return bool(getattr(base, "is_loaded_in_4bit", False) or getattr(base, "is_loaded_in_8bit", False))
+
+
+def layers_in_bits(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The linear layers that bitsandbytes holds in 4 or 8 bits, with their names."""
+    if is_quantized_by_bitsandbytes(model):
+        from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+
+        for name, module in unwrapped(model).named_modules():
+            if isinstance(module, (Linear4bit, Linear8bitLt)):
+                yield name, module
+
+
+def _computed_in(layer: Any) -> torch.dtype:
+    """The dtype whose rounding error the products of a quantised layer have."""
+    # In 8 bits a layer rounds what it reads as well, to about as many significant bits as bf16 has.
+    return getattr(layer, "compute_dtype", torch.bfloat16) or torch.float32
 
 
 def forward_state_key(model: nn.Module) -> tuple[Any, ...]:

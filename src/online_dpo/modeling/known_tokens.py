@@ -17,7 +17,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from online_dpo.distributed.sharding import shape_of
+from online_dpo.distributed.weights import shape_of
 from online_dpo.errors import UnknownTokenError
 from online_dpo.foreign import at_row
 from online_dpo.modeling.introspection import context_length, unwrapped

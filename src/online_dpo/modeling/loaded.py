@@ -16,11 +16,10 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig
-from transformers.distributed.fsdp import is_fsdp_enabled
-from transformers.distributed.utils import is_local_dist_rank_0
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from online_dpo.errors import ModelFolderError, one_line
+from online_dpo.modeling.quantization import named_numbers
 
 logger = logging.getLogger(__name__)
 
@@ -124,9 +123,7 @@ def check_not_zero(model: nn.Module, path: str) -> None:
     Raises:
         ModelFolderError: one does.
     """
-    if is_fsdp_enabled() and not is_local_dist_rank_0():
-        return  # the weights come from the first process later
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_numbers(model):
         if parameter.dim() > 1 and not ZEROS_BY_DESIGN.search(name) and _is_zero(parameter):
             raise ModelFolderError(
                 f"`{path}`: `{name}` holds nothing but zeros, as a download or a disk that has failed leaves it. Copy "
@@ -182,7 +179,7 @@ def check_finite(model: nn.Module, path: str) -> None:
     Raises:
         ModelFolderError: a weight is NaN or infinite.
     """
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_numbers(model):
         tensor = parameter.detach()
         if tensor.is_floating_point() and tensor.itemsize > 1 and tensor.numel() and not tensor.is_meta:
             least, most = torch.aminmax(tensor)

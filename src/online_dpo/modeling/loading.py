@@ -174,6 +174,16 @@ class ConfigKeeper(TrainerCallback):
         self.restore()
 
 
+def forget_tied_names(model: nn.Module, missing: list[str]) -> None:
+    """Removes from the names of weights that a file lacks those under which it has no weight of its own: a weight with
+    several names (a tied ``lm_head``) is saved under one of them.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    loaded = {id(parameter) for name, parameter in named.items() if name not in missing}
+    for name in [name for name in missing if name in named and id(named[name]) in loaded]:
+        missing.remove(name)
+
+
 def empty_device_cache() -> None:
     """Returns memory that the allocator caches without using it to the device."""
     gc.collect()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from online_dpo.distributed.sharding import is_whole
+from online_dpo.distributed.weights import is_whole
 from online_dpo.modeling.patching import replaced_forwards
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from online_dpo.distributed.sharding import full_of_part, is_sharded, own_part, part, shape_of
+from online_dpo.distributed.weights import full_of_part, is_sharded, own_part, part, shape_of
 from online_dpo.errors import CheckpointError
 from online_dpo.modeling.borrowing import adapter_off, eval_mode
 from online_dpo.modeling.loading import disable_dropout

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
+
 from online_dpo.packing.pack import by_group, pack_pairs
-from online_dpo.packing.prefix_tree import split_balanced
+from online_dpo.packing.prefix_tree import PADDING, split_balanced
 from online_dpo.types import PackedRows, Pair
 
 
@@ -51,3 +53,14 @@ def halve(rows: PackedRows, capacity: int = 0) -> list[PackedRows]:
     groups = by_group(rows.pairs)
     halves = split_evenly(groups if len(groups) > 1 else [[pair] for pair in rows.pairs], 2)
     return [pack_pairs(half, rows.tokens.shares_prompts, capacity) for half in halves]
+
+
+def tokens_read(passes: Sequence[PackedRows]) -> dict[str, torch.Tensor]:
+    """The tokens that a model reads in these passes, as ``input_ids`` and ``attention_mask`` in one row each: a prompt
+    that completions share counts once.
+    """
+    tokens = [rows.tokens for rows in passes]
+    return {
+        "input_ids": torch.cat([part.ids_RT.flatten() for part in tokens]),
+        "attention_mask": torch.cat([part.tree_RT.flatten() != PADDING for part in tokens]),
+    }

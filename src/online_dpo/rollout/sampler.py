@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 from torch import nn
 
-from online_dpo.distributed.sharding import gathered
+from online_dpo.distributed.sampling import whole_on
 from online_dpo.errors import ForeignCodeError
 from online_dpo.foreign import foreign
 from online_dpo.modeling.known_tokens import VocabularyCheck
@@ -49,6 +49,12 @@ class Sampler:
         """The seed of the run."""
         return self._seed()
 
+    def reading(self, policy: nn.Module) -> AbstractContextManager[None]:
+        """Around several calls of `sample`: an engine that samples from the policy itself finds it whole. One with its
+        own weights does not read it, and whole weights would be in its way.
+        """
+        return nullcontext() if self.engine.has_own_weights else whole_on(self.sync_check.device, policy)
+
     def sync(self, prompts: Sequence[Prompt], step: int, version: int) -> None:
         """Sends the policy's weights to the engine, and checks at intervals that it samples with them.
 
@@ -64,8 +70,7 @@ class Sampler:
         with self.autocast():
             self.engine.sync(self.policy, version)
             if self.engine.has_own_weights and self.sync_check.due(step):
-                with gathered(self.policy):
-                    self.sync_check.check(self.engine, self.policy, prompts, self.params, self.seed, step)
+                self.sync_check.check(self.engine, self.policy, prompts, self.params, self.seed, step)
 
     def sample(self, prompts: Sequence[Prompt], count: int, key: RolloutKey) -> list[Group]:
         """Returns ``count`` completions of each prompt, sampled with the weights of the last `sync`."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from torch import nn
+
 from online_dpo.config.trainer_config import OnlineDPOConfig
+from online_dpo.distributed.weights import gathered
 from online_dpo.scoring.accounting import ScoreFailures
 from online_dpo.scoring.judges.top_k import judge_the_top
 from online_dpo.scoring.judges.tournament import ComparisonCounter, find_preferences
@@ -56,6 +59,7 @@ class Assessor:
         scorers: pointwise scorers, whose weighted sum is the score.
         judge: compares two completions of a prompt.
         options: returns the options; called for each assessment, since callbacks may change a run's configuration.
+        models: those of scorers that are sharded; they are whole during an assessment.
     """
 
     def __init__(
@@ -63,16 +67,22 @@ class Assessor:
         scorers: Sequence[PointwiseScorer] = (),
         judge: PairwiseScorer | None = None,
         options: Callable[[], AssessmentOptions] = AssessmentOptions,
+        models: Sequence[nn.Module] = (),
     ) -> None:
-        self.scorers, self.judge, self._options = scorers, judge, options
+        self.scorers, self.judge, self._options, self.models = scorers, judge, options, models
         self._failures = ScoreFailures()
 
     def assess(self, groups: Sequence[Group]) -> Scores | Verdicts:
-        """Return the scores of the groups, or the judge's preferences if there is a judge.
+        """Return the scores of the groups, or the judge's preferences if there is a judge. A collective operation if
+        models are sharded: a rank without groups calls it as well.
 
         Raises:
             ScoringError: a scorer or the judge failed.
         """
+        with gathered(*self.models):
+            return self._assess(groups)
+
+    def _assess(self, groups: Sequence[Group]) -> Scores | Verdicts:
         options = self._options()
         with time_limit(options.timeout):
             if self.judge is not None and not self.scorers:

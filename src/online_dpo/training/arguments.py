@@ -13,12 +13,16 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from online_dpo.config.checking import EPOCH_FIELDS
 from online_dpo.config.hf_fields import check_output_dir
+from online_dpo.config.quantization import NEEDS_ADAPTER, check_sharded, quantised_as, settings_of, settings_of_model
 from online_dpo.config.requirements import problems
 from online_dpo.config.trainer_config import OnlineDPOConfig
-from online_dpo.modeling.loading import check_model_path
+from online_dpo.modeling.introspection import is_quantized_by_bitsandbytes, unwrapped
+from online_dpo.modeling.loading import check_model_path, is_adapter
+from online_dpo.modeling.quantization import describe
 from online_dpo.rollout.params import SamplingParams
 from online_dpo.rollout.vllm.client import VLLMClient
 from online_dpo.rollout.vllm.requests import vllm_sampling
+from online_dpo.rollout.weights.export import ADAPTERS_ALONE
 from online_dpo.scoring.judge_registry import check_judge, registered_judge
 from online_dpo.scoring.judges.llm.judge import check_share
 from online_dpo.scoring.protocols import ChatTemplateScorer, PointwiseScorer
@@ -71,11 +75,16 @@ def check_arguments(
         )
     if args.model_init_kwargs is not None and not isinstance(model, str):
         raise ValueError("`model_init_kwargs` is only used when `model` is a name or folder, but it is a loaded model.")
-    check_vllm(args)
+    options: Any = args.model_init_kwargs
+    quantized = quantization_of(model, options)
+    if quantized is not None and peft_config is None and not _holds_adapter(model):
+        raise ValueError(f"`model` is quantised ({quantized}) and {NEEDS_ADAPTER} Give a `peft_config`.")
+    if quantized is not None:
+        check_sharded(_settings_of(model, options), args)
+    check_vllm(args, quantized)
     if isinstance(model, nn.Module) and peft_config is None:
         check_trained(model)
     check_output_dir(args)
-    options: Any = args.model_init_kwargs
     if isinstance(model, str):
         check_model_path(model, "model", "policy", options)
     if isinstance(ref_model, str):
@@ -141,6 +150,23 @@ def check_judged_pairs(args: OnlineDPOConfig) -> None:
             raise ValueError(f"`{name}` needs scores to make the pairs; those of a judge have probabilities.")
 
 
+def quantization_of(model: Any, options: Mapping[str, Any] | None) -> str | None:
+    """Returns how a model is quantised, or will be when it is loaded; ``None`` if it can be trained without adapter."""
+    if isinstance(model, str):
+        return quantised_as(model, options)
+    return describe(model) if isinstance(model, nn.Module) and is_quantized_by_bitsandbytes(model) else None
+
+
+def _settings_of(model: Any, options: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    if isinstance(model, str):
+        return settings_of_model(model, options)
+    return settings_of({"quantization_config": unwrapped(model).config.quantization_config})
+
+
+def _holds_adapter(model: Any) -> bool:
+    return is_adapter(model) if isinstance(model, str) else is_peft_model_object(model)
+
+
 def is_peft_model_object(model: Any) -> bool:
     """Says whether an object is a PEFT model; a path or anything else is none."""
     return isinstance(model, nn.Module) and bool(is_peft_model(model))
@@ -186,8 +212,11 @@ def longest_sequence(args: OnlineDPOConfig) -> int | None:
     return None if args.prompt_limit is None else args.prompt_limit + args.max_new_tokens
 
 
-def check_vllm(args: OnlineDPOConfig) -> None:
+def check_vllm(args: OnlineDPOConfig, quantized: str | None = None) -> None:
     """Refuse to sample with vLLM where it cannot be used, or not as the configuration asks.
+
+    Args:
+        quantized: how the policy's weights are quantised, if they are.
 
     Raises:
         ValueError: vLLM is missing, does not know an option of sampling, or a server has no room for ``max_length``.
@@ -198,7 +227,10 @@ def check_vllm(args: OnlineDPOConfig) -> None:
     vllm_sampling(SamplingParams.from_config(args, end_token_ids=()))
     if args.vllm_mode == "server":
         for url in args.vllm_server_urls:
-            _check_server(VLLMClient(url, args.vllm_server_timeout), longest_sequence(args))
+            client = VLLMClient(url, args.vllm_server_timeout)
+            _check_server(client, longest_sequence(args))
+            if quantized is not None and set(client.rpc("online_dpo_lora_rank")) == {"0"}:
+                raise ValueError(f"{url} takes whole weights. {ADAPTERS_ALONE}")
     else:
         for _, problem in problems({"use_vllm": True}):
             raise ValueError(problem)

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.distributed.loading import loading_whole
-from online_dpo.distributed.sharding import Sharding, make_whole
+from online_dpo.distributed.sharding import Sharding
+from online_dpo.distributed.weights import make_whole
 from online_dpo.evaluation.evaluator import ReferenceAnswers
 from online_dpo.foreign import loading
 from online_dpo.modeling.adapters import adapting
@@ -34,6 +35,7 @@ from online_dpo.modeling.precision import (
     train_in_fp32,
     warn_of_other_dtype,
 )
+from online_dpo.modeling.quantization import check_biases, keep_differentiable, ready_for_adapter
 from online_dpo.modeling.reference import (
     AdapterOffReference,
     FrozenReference,
@@ -79,10 +81,12 @@ def build_policy(model: Any, peft_config: Any, args: OnlineDPOConfig, optimizer:
     if model.config.is_encoder_decoder:
         raise ValueError("`model` is an encoder-decoder; Online DPO here trains decoder-only language models.")
     check_room(model, longest_sequence(args), "model")
+    keep_differentiable(model, "model")
     if peft_config is not None:
         model = _with_adapter(model, peft_config)
     if is_peft_model_object(model):
         _check_adapter(model)
+    check_biases(model)
     if trains_adapter:
         train_in_fp32(model, args, may_hold_all=loaded_here and not typed)
     check_trained(model, optimizer)
@@ -107,11 +111,9 @@ def _load_policy(path: str, peft_config: Any, args: OnlineDPOConfig) -> nn.Modul
 
 
 def _with_adapter(model: Any, peft_config: Any) -> nn.Module:
-    from peft import get_peft_model, prepare_model_for_kbit_training
+    from peft import get_peft_model
 
-    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
-        # Trainer turns checkpointing on, as the run asks for it
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    model = ready_for_adapter(model)
     with adapting():
         return get_peft_model(model, copy.deepcopy(peft_config))  # it writes into it
 
@@ -180,8 +182,10 @@ def _given_reference(ref_model: Any, policy: nn.Module, args: OnlineDPOConfig) -
         if not args.sync_ref_model:
             hold_linears(ref_model, args)
     else:
+        make_whole(ref_model)
         warn_of_other_dtype(ref_model, policy)
     check_room(ref_model, longest_sequence(args), "ref_model")
+    keep_differentiable(ref_model, "ref_model")  # so that it computes as the policy does
     enable_logprobs(ref_model)
     _prepare_attention(ref_model, args)
     return ref_model

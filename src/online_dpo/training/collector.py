@@ -147,10 +147,10 @@ class FeedbackCollector:
         if self.args.resample_rounds:
             with self.run.phase("waiting"):
                 self.lookahead.wait()  # steps begun before may sample again until they are paired, with older weights
-        self.sync(prompts)
         with self.run.phase.stopwatch() as watch, self.sampler.autocast():
             key = RolloutKey(self.args.seed, step, Stream.OPPONENT)
             opponent_groups = self.opponent.answer(prompts, self.sampler.params, key)
+        self.sync(prompts)  # wakes an engine in this process, which then needs the memory
         samples = Samples(opponent_groups, watch.seconds)
         self._sampler_is_free = done = Event()
 

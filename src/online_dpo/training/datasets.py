@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 from datasets import IterableDataset
@@ -13,6 +14,8 @@ from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.data.cut import CutPromptsCallback
 from online_dpo.data.prompts import PREPARED_COLUMNS, prepare_prompts
 from online_dpo.data.stream import EndlessStream
+from online_dpo.errors import ForeignCodeError
+from online_dpo.foreign import foreign
 from online_dpo.scoring.rewards.function import BUILT_IN_ARGUMENTS
 from online_dpo.training.arguments import check_batches, check_columns, check_stream, named_datasets
 
@@ -87,3 +90,13 @@ def check_reward_functions(
     evaluated = named_datasets(eval_dataset) if args.eval_strategy != "no" else {}
     check_columns(reward_funcs, {"train_dataset": train_dataset, **evaluated}, PREPARED_COLUMNS)
     check_columns(eval_reward_funcs, evaluated, PREPARED_COLUMNS)
+
+
+def next_batch(batches: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
+    """Returns the next batch of prompts to evaluate on; ``None`` after the last.
+
+    Raises:
+        ForeignCodeError: the user's dataset or collator failed.
+    """
+    with foreign("Reading the prompts to evaluate on", raises=ForeignCodeError):
+        return next(batches, None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,8 +15,9 @@ from transformers import TrainerState
 from online_dpo.checkpoints.folders import by_age, checkpoints_in, located
 from online_dpo.checkpoints.manifest import problem_of
 from online_dpo.distributed.collectives import any_rank, from_every_rank
-from online_dpo.distributed.sharding import part
+from online_dpo.distributed.weights import part
 from online_dpo.errors import TrainingDivergedError
+from online_dpo.modeling.quantization import named_numbers
 
 Named = Iterable[tuple[str, torch.Tensor]]
 
@@ -58,9 +59,9 @@ class FiniteWeights:
             ValueError: a parameter is not finite.
         """
         self.found = False
-        buffers = _named(self._models, "named_buffers")
+        buffers = _buffers(self._models)
         self._infinite_by_design = {name for name, buffer in buffers if not _all_finite([(name, buffer)])}
-        problem = self._problem([*self._weights(), *_named(self._frozen, "named_parameters")], agree=True)
+        problem = self._problem([*self._weights(), *_parameters(self._frozen)], agree=True)
         if problem is not None:
             raise ValueError(
                 f"The weights to start from are not finite: {problem}. Nothing can be trained from them; give a model "
@@ -100,8 +101,8 @@ class FiniteWeights:
         return next(problem for problem in from_every_rank(own) if problem is not None)
 
     def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from _named(self._models, "named_parameters")
-        for name, buffer in _named(self._models, "named_buffers"):
+        yield from _parameters(self._models)
+        for name, buffer in _buffers(self._models):
             if name not in self._infinite_by_design:
                 yield name, buffer
 
@@ -117,9 +118,15 @@ class FiniteWeights:
                         yield f"the optimizer's `{key}` of `{names.get(id(parameter), 'a weight')}`", value
 
 
-def _named(models: Mapping[str, nn.Module], kind: Literal["named_parameters", "named_buffers"]) -> Iterator[Any]:
+def _parameters(models: Mapping[str, nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
     for owner, model in models.items():
-        for name, tensor in getattr(model, kind)():
+        for name, tensor in named_numbers(model):
+            yield f"`{name}` of {owner}", tensor
+
+
+def _buffers(models: Mapping[str, nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
+    for owner, model in models.items():
+        for name, tensor in model.named_buffers():
             yield f"`{name}` of {owner}", tensor
 
 

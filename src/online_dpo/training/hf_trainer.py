@@ -5,29 +5,33 @@ It knows nothing of preferences; :class:`online_dpo.training.trainer.OnlineDPOTr
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PredictionOutput
 
 from online_dpo.checkpoints.files import replacing
 from online_dpo.checkpoints.folders import by_age, folder_of
 from online_dpo.config.trainer_config import OnlineDPOConfig
+from online_dpo.distributed.agreement import Agreement
 from online_dpo.distributed.collectives import RankErrors
 from online_dpo.distributed.on_cpu import fsdp_on_cpu
-from online_dpo.distributed.process_state import kept_environment
+from online_dpo.distributed.process_state import kept_environment, kept_random_state
 from online_dpo.distributed.rank_watch import watch_ranks
-from online_dpo.distributed.sharding import full, sharding_for
-from online_dpo.modeling.borrowing import kept_flags
-from online_dpo.modeling.loading import ConfigKeeper, empty_device_cache
+from online_dpo.distributed.sharding import sharding_for
+from online_dpo.distributed.weights import full
+from online_dpo.modeling.borrowing import kept_attributes, kept_flags
+from online_dpo.modeling.loading import ConfigKeeper, empty_device_cache, forget_tied_names
 from online_dpo.modeling.precision import keeps_small_steps
-from online_dpo.packing.prefix_tree import PADDING
+from online_dpo.packing.microbatches import tokens_read
 from online_dpo.training.checkpointing import Checkpoints
 from online_dpo.training.display.choose import choose_displays
-from online_dpo.training.display.figures import in_order
-from online_dpo.training.evaluating import EvaluatingTrainer
 from online_dpo.training.evaluation_weights import EvaluationWeights
 from online_dpo.training.failures import NamedCallbacks, StepsDone
 from online_dpo.training.finite import FiniteWeights
@@ -38,16 +42,17 @@ from online_dpo.training.metric_store import MetricStore
 from online_dpo.training.other_ranks import OtherRanks
 from online_dpo.training.passes import PassRunner
 from online_dpo.training.rescue import Rescue
+from online_dpo.training.resumed_random_state import ResumedRandomState
 from online_dpo.training.run_context import RunContext
 from online_dpo.training.run_state import RunState
-from online_dpo.training.sharded_state import ShardedState, unsharded_files
+from online_dpo.training.sharded_state import ShardedState
 from online_dpo.training.step_guard import StepGuard
 from online_dpo.training.stopwatch import PhaseTimer
 from online_dpo.training.update_ratio import UpdatedRatio
 from online_dpo.types import PackedRows
 
 
-class GuardedTrainer(EvaluatingTrainer):
+class GuardedTrainer(Trainer):
     """A `Trainer` whose micro-batches hold a list of :class:`~online_dpo.types.PackedRows` under ``"passes"``.
 
     Each gets a forward and a backward pass of its own, as ``"rows"`` of the inputs of ``compute_loss``. Steps that are
@@ -66,21 +71,17 @@ class GuardedTrainer(EvaluatingTrainer):
         self.callback_handler: NamedCallbacks = NamedCallbacks(self.callback_handler)
         self.add_callback(self.configs)
         self.model_accepts_loss_kwargs = True
-        self.sharding = sharding_for(self.accelerator)
+        agreement = Agreement(args.ddp_timeout_delta)
+        self.sharding = sharding_for(self.accelerator, agreement.check)
         self.shards = ShardedState(self.sharding, model, args.save_on_each_node)
         self.metrics = MetricStore()
         self.phase = PhaseTimer(self.metrics, self.accelerator.device)
         self.errors = RankErrors(self.accelerator.device)
-        self.passes = PassRunner(
-            self.metrics,
-            self.phase,
-            lambda: args.row_capacity,
-            self.accelerator.num_processes,
-            lambda: self.sharding.drop_gradients(self.model),  # pyright: ignore[reportArgumentType]
-            self.free_memory,
-        )
+        parts = (self.metrics, self.phase, lambda: args.row_capacity, agreement, self.errors)
+        self.passes = PassRunner(*parts, lambda: self.sharding.abandon_pass(self.model), self.free_memory)  # pyright: ignore[reportArgumentType]
         self.evaluation_weights = EvaluationWeights(lambda: self.optimizer, lambda: self.is_in_train)
         self._build_guards(args)
+        self.resumed_random_state = ResumedRandomState(super()._load_rng_state)
         self.context = RunContext(
             self.accelerator,
             self.errors,
@@ -88,14 +89,12 @@ class GuardedTrainer(EvaluatingTrainer):
             self.phase,
             state=lambda: self.state,
             holds_evaluation_weights=lambda: self.evaluation_weights.held,
-            prompts_read=self._restore_random_state,
+            prompts_read=self.resumed_random_state.restore,
             differs=lambda: self.checkpoints.identity.differs or self.checkpoints.from_others,
         )
         self.checkpoints = Checkpoints(args, self.accelerator, lambda: self.state)
         self.run_state = RunState()
         self.run_state.add(self.guard, self.log_state)
-        self._random_state_in: str | None = None
-        self._has_random_state = False
 
     def _build_guards(self, args: OnlineDPOConfig) -> None:
         """Builds what watches over the run, in the order in which the callbacks among it are called."""
@@ -113,8 +112,8 @@ class GuardedTrainer(EvaluatingTrainer):
         self.add_callback(self.updates)
         self.log_state = LogState(self.metrics)
         self.add_callback(self.log_state)
-        parts = self.sharding.splits_state or args.max_staleness > 0
-        self.others = OtherRanks(watch_ranks(args.ddp_timeout), self.log_state, parts)
+        keeps_parts = self.sharding.splits_state or args.max_staleness > 0
+        self.others = OtherRanks(watch_ranks(args.ddp_timeout), self.log_state, keeps_parts)
         self.add_callback(self.others)
         self.steps_done = StepsDone(self.raise_callback_failure)
         self.add_callback(self.steps_done)
@@ -193,18 +192,27 @@ class GuardedTrainer(EvaluatingTrainer):
         return optimizer
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        """The parent's, after which `optimizer.step()` updates the weights. A sharded run goes on from our files."""
+        """The parent's, after which an update of the weights is made when `optimizer.step()` is called. A sharded run
+        goes on from files of ours.
+        """
         folder = resume_from_checkpoint if self.shards.is_on else None
         if folder is not None and not self.shards.reads_weights(folder, self.model):  # pyright: ignore
-            with unsharded_files(self):
+            with self._unsharded():
                 self._load_from_checkpoint(folder)
-        of_parent = (max_steps, train_dataloader, None if self.shards.is_on else resume_from_checkpoint)
-        model, dataloader = super()._prepare_for_training(*of_parent)
+        of_parent = None if self.shards.is_on else resume_from_checkpoint
+        model, dataloader = super()._prepare_for_training(max_steps, train_dataloader, of_parent)
         self.optimizer = self.callback_handler.optimizer = self.sharding.attach(model, self.optimizer)
         if folder is not None:
             self._load_optimizer_and_scheduler(folder)
             self._load_scaler(folder)
         return model, dataloader
+
+    @contextmanager
+    def _unsharded(self) -> Iterator[None]:
+        """Inside, the parent reads and writes a model as it does without sharding: in its plain files."""
+        with kept_attributes(self, "is_fsdp_enabled", "is_deepspeed_enabled"):
+            self.is_fsdp_enabled = self.is_deepspeed_enabled = False
+            yield
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """The parent's, unless the checkpoint that is resumed was the run's last: it would train one more step."""
@@ -212,24 +220,30 @@ class GuardedTrainer(EvaluatingTrainer):
             self.control.should_training_stop = True
             return
         in_mid_epoch = kwargs["epoch"] == kwargs["epochs_trained"] and kwargs["steps_trained_in_current_epoch"] > 0
-        self._random_state_in = kwargs["resume_from_checkpoint"] if in_mid_epoch else None
-        self._has_random_state = False
+        self.resumed_random_state.begin_epoch(kwargs["resume_from_checkpoint"] if in_mid_epoch else None)
         super()._run_epoch(*args, **kwargs)
-
-    def _restore_random_state(self) -> None:
-        """Restores the random state of a checkpoint inside an epoch: after the data loader's first draw, which an
-        uninterrupted run has made before, and before those of reward functions. The parent does it after both.
-        """
-        checkpoint, self._random_state_in = self._random_state_in, None
-        if checkpoint is not None:
-            super()._load_rng_state(checkpoint)
-            self._has_random_state = True
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """The parent's, unless it has been done."""
-        if not self._has_random_state:
-            super()._load_rng_state(checkpoint)
-        self._has_random_state = False
+        self.resumed_random_state.load(checkpoint)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the parent's, beside training (see `beside_training`)."""
+        with self.beside_training():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
+        """As the parent's, beside training (see `beside_training`)."""
+        with self.beside_training():
+            return super().predict(*args, **kwargs)
+
+    @contextmanager
+    def beside_training(self) -> Iterator[None]:
+        """Keeps what is done inside from changing training: its time does not count in ``perf/tokens_per_second``, and
+        random numbers that are drawn meanwhile, by a reward function too, are drawn again.
+        """
+        with self.log_state.stopped_clock(), kept_random_state():
+            yield
 
     def _check_finite(self, when: str) -> None:
         self.finite.check(self.state, self.args.output_dir, when, agree=True)  # pyright: ignore[reportArgumentType]
@@ -243,7 +257,7 @@ class GuardedTrainer(EvaluatingTrainer):
         if output_dir is None or not _internal_call:  # else they are a checkpoint's, which has checked them
             folder: Any = self.args.output_dir
             self.finite.check(self.state, folder, "Before a save", agree=self.shards.is_on, optimizer=False)
-        with self.evaluation_weights.in_model(), unsharded_files(self):
+        with self.evaluation_weights.in_model(), self._unsharded():
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -302,15 +316,15 @@ class GuardedTrainer(EvaluatingTrainer):
             return super()._finalize_training(trial, *args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.shards.is_on:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
         with self.checkpoints.part():
-            if self.shards.is_on:
-                self.shards.save(output_dir, self.model, self.optimizer, self.lr_scheduler)  # pyright: ignore
-            else:
-                super()._save_optimizer_and_scheduler(output_dir)
+            self.shards.save(Path(output_dir), self.model, self.optimizer, self.lr_scheduler)  # pyright: ignore
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.shards.reads(checkpoint):
-            self.shards.restore(checkpoint, self.model, self.optimizer, self.lr_scheduler)  # pyright: ignore
+            self.shards.restore(Path(checkpoint), self.model, self.optimizer, self.lr_scheduler)  # pyright: ignore
         else:
             super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
@@ -325,25 +339,25 @@ class GuardedTrainer(EvaluatingTrainer):
     def _load_best_model(self) -> None:
         self.checkpoints.check_best()
         self.evaluation_weights.put(True)  # those are what was saved
+        if self.shards.is_on:
+            best = Path(str(self.state.best_model_checkpoint))
+            self.shards.restore_weights(best, self.model, self.optimizer)  # pyright: ignore[reportArgumentType]
+            return
         with kept_flags(self.model):  # pyright: ignore[reportArgumentType]
-            if self.shards.is_on:
-                self.shards.restore_weights(self.state.best_model_checkpoint, self.model, self.optimizer)  # pyright: ignore
-            else:
-                super()._load_best_model()
+            super()._load_best_model()
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """The parent's, once for each pass of the micro-batch; gradients add up; ranks exchange them in the last."""
 
-        def one_pass(rows: PackedRows) -> torch.Tensor:
-            return super(GuardedTrainer, self).training_step(model, {"rows": rows}, num_items_in_batch)
+        def one_pass(rows: PackedRows, last: bool) -> torch.Tensor:
+            with self.sharding.one_pass(model, last):
+                return super(GuardedTrainer, self).training_step(model, {"rows": rows}, num_items_in_batch)
 
-        losses = []
-        for number, rows in enumerate(inputs["passes"], start=1):
-            with self.sharding.one_pass(model, last=number == len(inputs["passes"])):
-                losses.append(self.passes.run(rows, one_pass))
-        return torch.stack(losses).sum()
+        *others, last = inputs["passes"]
+        losses = [self.passes.run(rows, one_pass, last=False) for rows in others]
+        return torch.stack([*losses, self.passes.run(last, one_pass, last=True)]).sum()
 
     def free_memory(self) -> None:
         """Gives back memory of the device that can be had again; called after a pass that did not fit."""
@@ -355,12 +369,7 @@ class GuardedTrainer(EvaluatingTrainer):
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         """The parent's, over the rows that the policy reads: a prompt that completions share counts once."""
-        tokens = [rows.tokens for rows in inputs["passes"]]
-        counted = {
-            "input_ids": torch.cat([part.ids_RT.flatten() for part in tokens]),
-            "attention_mask": torch.cat([part.tree_RT.flatten() != PADDING for part in tokens]),
-        }
-        super()._track_num_input_tokens(counted)
+        super()._track_num_input_tokens(tokens_read(inputs["passes"]))
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """The parent's, over the same rows."""
@@ -374,30 +383,15 @@ class GuardedTrainer(EvaluatingTrainer):
         return norm
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """The parent's. A weight under several names (a tied ``lm_head``) is saved under one of them, so the other
-        names are not missing when it is loaded.
-        """
-        missing = set(load_result.missing_keys)
-        named = dict(self.model.named_parameters(remove_duplicate=False))  # pyright: ignore[reportOptionalMemberAccess]
-        loaded = {id(parameter) for name, parameter in named.items() if name not in missing}
-        for name in [name for name in missing if name in named and id(named[name]) in loaded]:
-            load_result.missing_keys.remove(name)
+        """The parent's, which knows no tied weights."""
+        forget_tied_names(self.model, load_result.missing_keys)  # pyright: ignore[reportArgumentType]
         super()._issue_warnings_after_load(load_result)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the parent's; the log of a training step gains the metrics collected since the last one."""
         if "loss" in logs:
-            elapsed = self.log_state.restart_clock()
             self.metrics.ratio("train/updated_ratio", *self.updates.drain_changed())
-            own = self.metrics.drain()
-            own["perf/tokens_per_second"] = own.pop("completion_tokens", 0.0) / elapsed
-            own["time/all"] = elapsed
-            # The parent's loss is a mean over steps, in which one without pairs counts 0; this one is over pairs.
-            others = {name: value for name, value in logs.items() if name != "loss"}
-            if self.backoff.is_on:
-                others["learning_rate"] *= self.backoff.used
-                own["guard/lr_factor"] = self.backoff.used
-            logs = in_order({**others, **own, "guard/skipped_steps": float(self.guard.skipped)})
+            logs = self.log_state.step_log(self.backoff.in_log(logs), self.guard.skipped)
         if self.state.epoch is not None:
             logs = {"epoch": self.state.epoch, **logs}  # the parent would put it last
         super().log(logs, start_time)

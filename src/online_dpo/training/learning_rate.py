@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -48,6 +48,13 @@ class LearningRateBackoff(TrainerCallback):
     def on_skip(self) -> None:
         """Count a skipped step."""
         self.debt += self.recovery if self.is_on else 0
+
+    def in_log(self, logs: Mapping[str, float]) -> dict[str, float]:
+        """Return the log of a step with the learning rate that was used, and by what the schedule's was multiplied."""
+        if not self.is_on:
+            return dict(logs)
+        rate = logs["learning_rate"] * self.used
+        return {**logs, "learning_rate": rate, "guard/lr_factor": self.used}
 
     def on_train_begin(
         self,

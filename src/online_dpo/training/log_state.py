@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from online_dpo.checkpoints.codec import read_json, write_json
 from online_dpo.distributed.collectives import world_size
+from online_dpo.training.display.figures import in_order
 from online_dpo.training.metric_store import MetricStore, Snapshot
 
 
@@ -35,7 +37,7 @@ class LogState(TrainerCallback):
     FILE = "metrics-{rank}.json"
 
     def __init__(self, metrics: MetricStore) -> None:
-        self._metrics = metrics
+        self._metrics, self._stopped = metrics, False
         self.begin_run()
 
     def begin_run(self) -> None:
@@ -48,6 +50,31 @@ class LogState(TrainerCallback):
         """Return the seconds since the last log; they are counted from now on."""
         before, self.last_log = self.last_log, time.perf_counter()
         return self.last_log - before
+
+    @contextmanager
+    def stopped_clock(self) -> Iterator[None]:
+        """Inside, no time passes for the log; one inside another changes nothing."""
+        if self._stopped:
+            yield
+            return
+        start, self._stopped = time.perf_counter(), True
+        try:
+            yield
+        finally:
+            self.last_log += time.perf_counter() - start
+            self._stopped = False
+
+    def step_log(self, logs: Mapping[str, float], skipped: int) -> dict[str, float]:
+        """Return the log of a training step with the metrics collected since the last one; a collective operation.
+
+        The parent's loss is a mean over steps, in which one without pairs counts 0; the one collected is over pairs.
+        """
+        elapsed = self.restart_clock()
+        own = self._metrics.drain()
+        own["perf/tokens_per_second"] = own.pop("completion_tokens", 0.0) / elapsed
+        own["time/all"] = elapsed
+        others = {name: value for name, value in logs.items() if name != "loss"}
+        return in_order({**others, **own, "guard/skipped_steps": float(skipped)})
 
     def begin_step(self) -> None:
         """Remember what belongs to the steps before."""

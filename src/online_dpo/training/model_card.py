@@ -22,6 +22,7 @@ from online_dpo.checkpoints.files import write_text
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.errors import one_line
 from online_dpo.modeling.introspection import unwrapped
+from online_dpo.modeling.quantization import describe
 
 SETTINGS = (
     *("method", "num_completions", "max_new_tokens", "max_length", "temperature", "top_p", "top_k", "min_p"),
@@ -154,9 +155,10 @@ def _is_hub_name(source: str) -> bool:
 
 
 def _describe(policy: nn.Module) -> str:
-    """The name and the type of the policy; of a folder only its name."""
-    config = unwrapped(policy).config
-    return f"{Path(str(config._name_or_path)).name or 'given as an object'} ({config.model_type})"
+    """The name and the type of the policy, and how it is quantised; of a folder only its name."""
+    config, quantized = unwrapped(policy).config, describe(policy)
+    kind = config.model_type if quantized is None else f"{config.model_type}, {quantized}"
+    return f"{Path(str(config._name_or_path)).name or 'given as an object'} ({kind})"
 
 
 def as_list(value: str | list[str] | None) -> list[str]:

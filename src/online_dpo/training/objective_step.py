@@ -12,7 +12,7 @@ from torch import nn
 
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.distributed.collectives import max_over_ranks, sum_over_ranks
-from online_dpo.distributed.sharding import forward_only, gathered
+from online_dpo.distributed.weights import forward_only, gathered
 from online_dpo.errors import ForeignCodeError
 from online_dpo.foreign import foreign
 from online_dpo.methods.base import Method

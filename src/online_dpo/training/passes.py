@@ -5,19 +5,41 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
-from online_dpo.modeling.memory import DoesNotFit, in_memory
+from online_dpo.distributed.agreement import Agreement
+from online_dpo.distributed.collectives import RankErrors, from_every_rank
+from online_dpo.modeling.memory import DoesNotFit
 from online_dpo.packing.microbatches import halve, token_count
+from online_dpo.packing.pack import stand_in
 from online_dpo.training.metric_store import MetricStore
 from online_dpo.training.stopwatch import PhaseTimer
 from online_dpo.types import PackedRows
 
 logger = logging.getLogger(__name__)
 
-Pass = Callable[[PackedRows], torch.Tensor]
-"""One forward and backward pass; returns the loss, without gradient."""
+Pass = Callable[[PackedRows, bool], torch.Tensor]
+"""One forward and backward pass; returns the loss, without gradient. The second argument says whether it is the last
+one of the optimizer step, in which ranks exchange gradients."""
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """What did not fit in the memory of a rank: the size of the pass."""
+
+    pairs: int
+    tokens: int
+    width: int
+
+    def error(self) -> DoesNotFit:
+        """Returns the error that says what to lower."""
+        return DoesNotFit(
+            f"A pass of {self.pairs} pair(s), in rows of {self.width} tokens, does not fit in memory and cannot be "
+            "split here. Lower `max_tokens_per_pass` (which splits micro-batches of several pairs), `max_length` or "
+            "`max_new_tokens`."
+        )
 
 
 class PassRunner:
@@ -25,13 +47,15 @@ class PassRunner:
 
     A backward pass that ran out of memory leaves part of its gradient behind. So all gradients of the step are dropped
     and its passes are run again. From then on no pass has more than half of the tokens that did not fit, unless it is a
-    single pair.
+    single pair; that is tried once more, for memory has been freed meanwhile. Where there are several ranks, all do so
+    if memory ran out on any; each makes equally many passes.
 
     Args:
         metrics: where passes record; what an abandoned pass has recorded is taken back.
         row_capacity: returns the tokens of a row when a pass is split.
-        num_processes: with more than one, a pass cannot be split: other ranks wait in the same backward pass.
-        drop_gradients: sets the gradients of the step to zero.
+        agreement: ends a pass on all ranks where it does not fit on one.
+        errors: ends the run on all ranks where nothing can be split.
+        abandon: makes the model ready for another pass after one that did not end, and drops the step's gradients.
         free_memory: gives back memory of the device that can be had again.
     """
 
@@ -40,61 +64,78 @@ class PassRunner:
         metrics: MetricStore,
         phase: PhaseTimer,
         row_capacity: Callable[[], int],
-        num_processes: int,
-        drop_gradients: Callable[[], None],
+        agreement: Agreement,
+        errors: RankErrors,
+        abandon: Callable[[], None],
         free_memory: Callable[[], None],
     ) -> None:
-        self._metrics, self._phase = metrics, phase
-        self._row_capacity, self._num_processes = row_capacity, num_processes
-        self._drop_gradients, self._free_memory = drop_gradients, free_memory
+        self._metrics, self._phase, self._row_capacity = metrics, phase, row_capacity
+        self._agreement, self._errors = agreement, errors
+        self._abandon, self._free_memory = abandon, free_memory
         self._done: list[PackedRows] = []
+        self._misfit: Misfit | None = None
+        self._tried_again = False
         self.tokens_that_fit = sys.maxsize
 
     def begin_step(self) -> None:
         """Forgets the passes of the step before."""
         self._done = []
+        self._tried_again = False
 
-    def run(self, rows: PackedRows, one_pass: Pass) -> torch.Tensor:
-        """Runs one pass, or as many as fit in memory, and returns the sum of their losses.
+    def run(self, rows: PackedRows, one_pass: Pass, last: bool = True) -> torch.Tensor:
+        """Runs one pass, or as many as fit in memory, and returns the sum of their losses. A collective operation.
+
+        Args:
+            last: whether it is the last one of the optimizer step.
 
         Raises:
-            DoesNotFit: a single pair does not fit, or there are several processes.
+            DoesNotFit: a single pair does not fit on one of the ranks; raised on all.
         """
-        if len(rows.pairs) > 1 and token_count(rows.pairs) > self.tokens_that_fit:
-            return torch.stack([self.run(half, one_pass) for half in halve(rows, self._row_capacity())]).sum()
         before = self._metrics.snapshot()
-        loss = torch.empty(())
-        with self._phase("training"), in_memory() as attempt:
-            loss = one_pass(rows)
-        if not attempt.fits:
-            self._metrics.restore(before)
-            self._begin_step_anew(rows, one_pass)
-            return self.run(rows, one_pass)
+        loss = self._run_parts(rows, one_pass, last)
+        while loss is None:
+            self._abandon()
+            self._free_memory()
+            self._lower_limit()
+            again = all(self._run_parts(done, one_pass) is not None for done in self._done)
+            self._metrics.restore(before)  # those were recorded the first time
+            loss = self._run_parts(rows, one_pass, last) if again else None
         self._done.append(rows)
         return loss
 
-    def _begin_step_anew(self, rows: PackedRows, one_pass: Pass) -> None:
-        refuse_to_split(rows, self._num_processes)
-        self.tokens_that_fit = token_count(rows.pairs) // 2
-        self._drop_gradients()
-        self._free_memory()
-        before = self._metrics.snapshot()
-        for done in self._done:
-            one_pass(done)
-        self._metrics.restore(before)  # those were recorded the first time
+    def _run_parts(self, rows: PackedRows, one_pass: Pass, last: bool = False) -> torch.Tensor | None:
+        """Returns ``None`` if memory ran out on any rank."""
+        parts, losses = self._parts(rows), []
+        for number, part in enumerate(parts, start=1):
+            with self._phase("training"), self._agreement.one_pass() as attempt:
+                losses.append(one_pass(part, last and number == len(parts)))
+            if not attempt.fits:
+                size = Misfit(len(part.pairs), token_count(part.pairs), part.tokens.ids_RT.shape[1])
+                self._misfit = size if attempt.failed_here else None
+                return None
+        return torch.stack(losses).sum()
 
+    def _parts(self, rows: PackedRows) -> list[PackedRows]:
+        """Passes of at most `tokens_that_fit` tokens or one pair, equally many on all ranks."""
+        if self.tokens_that_fit == sys.maxsize:
+            return [rows]
+        parts = self._split(rows)
+        most = max(from_every_rank(len(parts), self._agreement.group))
+        return parts + [stand_in(rows.tokens.shares_prompts)] * (most - len(parts))
 
-def refuse_to_split(rows: PackedRows, num_processes: int) -> None:
-    """Raises where a pass that ran out of memory cannot be split in two; warns that it is where it can.
+    def _split(self, rows: PackedRows) -> list[PackedRows]:
+        if len(rows.pairs) < 2 or token_count(rows.pairs) <= self.tokens_that_fit:
+            return [rows]
+        return [part for half in halve(rows, self._row_capacity()) for part in self._split(half)]
 
-    Raises:
-        DoesNotFit: the pass is a single pair, or other ranks wait in the same backward pass.
-    """
-    pairs = len(rows.pairs)
-    if pairs < 2 or num_processes > 1:
-        raise DoesNotFit(
-            f"A pass of {pairs} pair(s), in rows of {rows.tokens.ids_RT.shape[1]} tokens, does not fit in memory "
-            "and cannot be split here. Lower `max_tokens_per_pass` (which splits micro-batches of several pairs), "
-            "`max_length` or `max_new_tokens`."
-        )
-    logger.warning("A pass of %d pairs ran out of memory; it is split in two.", pairs)
+    def _lower_limit(self) -> None:
+        """Lowers `tokens_that_fit` to what may fit on all ranks."""
+        misfits = [size for size in from_every_rank(self._misfit, self._agreement.group) if size is not None]
+        whole = [size for size in misfits if size.pairs < 2]
+        self._errors.raise_if_any(whole[0].error() if whole and self._tried_again else None)
+        self._tried_again = self._tried_again or bool(whole)
+        halves = [size.tokens // 2 for size in misfits if size.pairs > 1]
+        self.tokens_that_fit = min([self.tokens_that_fit, *halves])
+        if self._misfit is not None:
+            what = "it is split in two" if self._misfit.pairs > 1 else "it is tried once more with what could be freed"
+            logger.warning("A pass of %d pairs ran out of memory; %s.", self._misfit.pairs, what)

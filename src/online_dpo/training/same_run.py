@@ -7,15 +7,16 @@ import platform
 import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from datasets import Dataset
 from torch import nn
 
 from online_dpo.config.trainer_config import OnlineDPOConfig
-from online_dpo.distributed.collectives import check_same
+from online_dpo.distributed.collectives import check_same, world_size
 from online_dpo.distributed.rank_watch import watch_ranks
-from online_dpo.modeling.fingerprint import weights_fingerprint
+from online_dpo.evaluation.gold import Gold
+from online_dpo.modeling.fingerprint import weights_checksum
 from online_dpo.modeling.reference import Reference
 from online_dpo.scoring.protocols import PairwiseScorer, PointwiseScorer
 
@@ -25,6 +26,14 @@ OF_PROCESS = ("output_dir", "logging_dir", "run_name", "local_rank", "log_level"
 PACKAGES = ("online-dpo", "torch", "transformers", "accelerate")
 ROWS = 16
 """How many rows of a dataset stand for all of them."""
+
+
+@runtime_checkable
+class OwnsModel(Protocol):
+    """A scorer or a judge with a model in this process."""
+
+    name: str
+    model: nn.Module
 
 
 def same_settings(args: OnlineDPOConfig) -> OnlineDPOConfig:
@@ -57,17 +66,29 @@ def check_same_data(datasets: Mapping[str, Any]) -> None:
 
 
 def check_same_models(
-    policy: nn.Module, reference: Reference, sources: Sequence[PointwiseScorer | PairwiseScorer]
+    policy: nn.Module,
+    reference: Reference,
+    sources: Sequence[PointwiseScorer | PairwiseScorer],
+    gold: Gold | None = None,
 ) -> None:
-    """Checks policy and reference by their weights, and scorers and judge by their names. A collective operation. DDP
-    would give all ranks the first one's policy, but not its reference.
+    """Checks policy, reference, reward models and models of judges by all of their weights, and other scorers and
+    judges by their names. A collective operation. DDP would give all ranks the first one's policy, but no other model.
 
     Raises:
         ValueError: on every rank, if one has another model or scorer.
     """
-    facts = {"policy": weights_fingerprint(policy), "scorers": ", ".join(source.name for source in sources)}
-    if reference.model is not None:
-        facts["reference"] = weights_fingerprint(reference.model)
+    if world_size() == 1:
+        return
+    named = {"policy": policy, "reference": reference.model}
+    facts = {"scorers": ", ".join(source.name for source in sources)}
+    for what, some in {"scorer": sources, "gold scorer": [] if gold is None else gold.sources}.items():
+        models = [source for source in some if isinstance(source, OwnsModel)]
+        named |= {f"{what} {number} ({source.name})": source.model for number, source in enumerate(models)}
+    facts |= {
+        name: f"{type(model).__name__.removeprefix('FSDP')}, weights {weights_checksum(model)}"
+        for name, model in named.items()
+        if model is not None
+    }
     check_same(facts, "models and scorers")
 
 

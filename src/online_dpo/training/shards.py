@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from online_dpo.checkpoints.codec import from_json, read_json, to_json, write_json
 from online_dpo.checkpoints.shard_names import FILE, INDEX
-from online_dpo.distributed.sharding import Span, Updated
+from online_dpo.distributed.updated import Span, Updated
 from online_dpo.errors import CheckpointError
 
 WEIGHT = "weight"

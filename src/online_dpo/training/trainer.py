@@ -31,20 +31,16 @@ from online_dpo.config.names_elsewhere import ARGUMENTS, hint_for
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.data.collate import UsersCollator, collate_prompts, prompts_from_batch
 from online_dpo.distributed.collectives import from_every_rank, samples_of_every_rank
-from online_dpo.distributed.sharding import gathered
-from online_dpo.errors import ForeignCodeError
 from online_dpo.evaluation.evaluator import Evaluator
 from online_dpo.evaluation.gold import build_gold, check_gold
 from online_dpo.evaluation.overoptimization import OveroptimisationGuard
 from online_dpo.evaluation.predictions import Predictions, named_metrics
 from online_dpo.evaluation.records import mean_notes, prefixed, summarise
-from online_dpo.foreign import foreign
 from online_dpo.methods import METHODS
 from online_dpo.modeling.borrowing import eval_mode, restores_models_on_error
 from online_dpo.modeling.known_tokens import check_options, check_policy
 from online_dpo.modeling.reference import ReferenceSteps
 from online_dpo.objective.beta import Beta
-from online_dpo.scoring.assess import AssessmentOptions, Assessor
 from online_dpo.scoring.judge_registry import build_judge
 from online_dpo.scoring.notes import noting
 from online_dpo.scoring.registry import build_scorers
@@ -65,13 +61,14 @@ from online_dpo.training.build import (
     train_on_one_device_per_process,
 )
 from online_dpo.training.collector import FeedbackCollector
-from online_dpo.training.datasets import DatasetPreparer, check_reward_functions
+from online_dpo.training.datasets import DatasetPreparer, check_reward_functions, next_batch
 from online_dpo.training.display.figures import in_order
 from online_dpo.training.hf_trainer import GuardedTrainer
 from online_dpo.training.metrics import STEP_KL
 from online_dpo.training.model_card import as_list, write_model_card
 from online_dpo.training.objective_step import ObjectiveStep
 from online_dpo.training.pair_former import PairFormer
+from online_dpo.training.reward_placement import build_assessor
 from online_dpo.training.run_facts import feedback_facts, model_facts, users_parts
 from online_dpo.training.same_run import check_same_data, check_same_models, same_settings
 from online_dpo.training.trl_attributes import with_trl_attributes
@@ -234,7 +231,7 @@ class OnlineDPOTrainer(GuardedTrainer):
     def _compose(self) -> None:
         """Puts the stages together."""
         args, form_pairs = self.args, PairFormer(self.method, self.args)
-        assessor = Assessor(self.scorers, self.judge, lambda: AssessmentOptions.from_config(args))
+        assessor = build_assessor(self.scorers, self.judge, args, self.sharding)
         self.collector = FeedbackCollector(args, self.sampler, self.opponent, assessor, form_pairs, self.context)
         self.objective = ObjectiveStep(args, self.method, self.reference, self.adaptive_beta, self.context)
         self.evaluator = Evaluator(
@@ -256,7 +253,7 @@ class OnlineDPOTrainer(GuardedTrainer):
             **feedback_facts(self.scorers, self.judge, self.train_dataset, self.args),
             **parts,
         )
-        check_same_models(self.policy, self.reference, self._sources())
+        check_same_models(self.policy, self.reference, self._sources(), self.gold)
 
     def _sources(self) -> list[Any]:
         """The scorers and the judge that training uses."""
@@ -328,16 +325,17 @@ class OnlineDPOTrainer(GuardedTrainer):
         users_metrics = named_metrics(self.compute_metrics, lambda: self.state.global_step)
         predictions = Predictions(self.args, users_metrics, loss_only)
         self.callback_handler.eval_dataloader = dataloader  # pyright: ignore[reportAttributeAccessIssue]
-        with gathered(model), eval_mode(model), self.evaluation_weights.in_model(), noting() as notes:
+        with self.evaluation_weights.in_model(), self.sampler.reading(model), eval_mode(model), noting() as notes:
             self._evaluate_batches(model, iter(dataloader), predictions)
         records, values = predictions.records, self.errors.run(predictions.metrics)
         metrics = in_order({**mean_notes(from_every_rank(notes)), **summarise(records), **values})
         return EvalLoopOutput(*predictions.arrays(), prefixed(metrics, metric_key_prefix), num_samples=len(records))
 
     def _evaluate_batches(self, model: nn.Module, batches: Iterator[dict[str, Any]], predictions: Predictions) -> None:
-        while (batch := self.errors.run(partial(_next_batch, batches))) is not None:
+        while (batch := self.errors.run(partial(next_batch, batches))) is not None:
             prompts = [prompt for prompt in prompts_from_batch(batch) if prompt.invalid is None]
-            own = self.errors.run(partial(self.evaluator.evaluate, model, prompts, self.collector.sync))
+            groups = self.errors.run(partial(self.evaluator.sample, prompts, self.collector.sync))
+            own = self.errors.run(partial(self.evaluator.evaluate, model, groups))
             records = samples_of_every_rank(self.accelerator, own)
             is_last = self.accelerator.gradient_state.end_of_dataloader
             self.errors.run(partial(predictions.add, records, is_last))
@@ -392,8 +390,3 @@ class OnlineDPOTrainer(GuardedTrainer):
                 base_model=finetuned_from,
                 datasets=as_list(dataset_tags),
             )
-
-
-def _next_batch(batches: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
-    with foreign("Reading the prompts to evaluate on", raises=ForeignCodeError):
-        return next(batches, None)

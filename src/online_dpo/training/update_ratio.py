@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from online_dpo.distributed.sharding import part
+from online_dpo.distributed.weights import part
 
 logger = logging.getLogger(__name__)
 

@@ -180,8 +180,8 @@ LINES = {
     # other commands
     "tran good.yaml": "there is no command `tran`. Did you mean `train`? See: online-dpo --help",
     "good.yaml": "a run file comes after a command: online-dpo train good.yaml",
-    "--verison": "there is no option `--verison`; a command comes first: train, eval, judge, serve, quickstart, "
-    "schema.",
+    "--verison": "there is no option `--verison`; a command comes first: train, ray, eval, judge, serve, "
+    "quickstart, schema.",
     "schema run.yaml": "unrecognized arguments: run.yaml. See: online-dpo schema --help",
     "quickstart --seed x": "argument --seed: invalid int value: 'x'. See: online-dpo quickstart --help",
     "quickstart --outputdir a": "unrecognized arguments: --outputdir a. Did you mean `output-dir`? See: online-dpo qui",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
+import re
 import shutil
 import sys
 
@@ -13,7 +15,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import OptimizerNames
 
 from online_dpo.cli.main import main
-from online_dpo.config import requirements
+from online_dpo.config import quantization, requirements
 from online_dpo.config.requirements import (
     OPTIMIZERS,
     QUANTIZATION,
@@ -33,6 +35,11 @@ REWARD = "def words(completions):\n    return [float(len(c.split())) for c in co
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return fill_folder(tmp_path_factory.mktemp("run"), REWARD)
+
+
+@pytest.fixture
+def without_bitsandbytes(monkeypatch):
+    monkeypatch.setattr(requirements, "installed", lambda module: module != "bitsandbytes" and installed(module))
 
 
 # --- the table against transformers ---------------------------------------------------------------------------------
@@ -89,13 +96,13 @@ MISSING = [
     ),
     (
         {"model_init_kwargs": {"quantization_config": {"load_in_4bit": True}}},
-        "`quantization_config` 'bitsandbytes' needs bitsandbytes",
+        "`quantization_config` 'bitsandbytes' needs bitsandbytes, .*: pip install 'online-dpo\\[qlora\\]'",
     ),
 ]
 WRONG = [
     ({"torch_compile_backend": "indctor"}, "`torch_compile_backend` must be one of .*Did you mean `inductor`"),
     ({"torch_compile": True, "torch_compile_mode": "fast"}, "`torch_compile_mode` must be one of default, "),
-    ({"deepspeed": "there/is/none.json"}, "`deepspeed` is not in this version"),
+    ({"deepspeed": "there/is/none.json"}, "`deepspeed` is .there.is.none.json., but there is no such file"),
     ({"optim_args": "momentum"}, "The optimizer `adamw_torch.*` cannot be made with these settings: it raised Value"),
     ({"optim": "sgd", "optim_args": "momentum=-1"}, "The optimizer `sgd` .* raised ValueError: Invalid momentum value"),
     ({"lr_scheduler_type": "cosine_with_min_lr"}, "The schedule `cosine_with_min_lr` .*One of min_lr or min_lr_rate"),
@@ -110,20 +117,20 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("fields", "message"), MISSING + WRONG)
-def test_in_python_at_construction(tmp_path, fields, message):
+def test_in_python_at_construction(tmp_path, without_bitsandbytes, fields, message):
     with pytest.raises(ValueError, match=message):
         training.config(tmp_path, **fields)
 
 
 @pytest.mark.parametrize(("fields", "message"), MISSING)
-def test_in_a_run_file_the_same_line_with_its_place(folder, capsys, fields, message):
+def test_in_a_run_file_the_same_line_with_its_place(folder, capsys, without_bitsandbytes, fields, message):
     path = write_run_file(folder, reward_funcs="feedback.py:words", **fields)
     assert main(["train", str(path)]) == 2
     for said in capsys.readouterr().err.splitlines():
         assert said.startswith(f"error: {path}:") and f"`{next(iter(fields))}`" in said
 
 
-def test_objects_of_transformers_as_well():
+def test_objects_of_transformers_as_well(without_bitsandbytes):
     found = problems({"model_init_kwargs": {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}})
     assert [name for name, _ in found] == ["model_init_kwargs"]
     assert not list(problems({"report_to": [], "optim": OptimizerNames.SGD, "model_init_kwargs": None}))
@@ -137,6 +144,62 @@ def test_what_is_installed_is_not_refused(tmp_path, monkeypatch, optim):
             training.config(tmp_path, optim=optim)
     else:
         training.config(tmp_path, optim=optim)
+
+
+# --- quantisation ---------------------------------------------------------------------------------------------------
+
+
+def test_the_fields_of_bitsandbytes_are_those_of_transformers():
+    known = set(inspect.signature(BitsAndBytesConfig).parameters) - {"kwargs"}
+    assert known == set(quantization.FIELDS) - {"quant_method"}
+
+
+QUANTIZED = [
+    ({"load_in_4bit": True}, "`load_in_4bit` belongs into `quantization_config`: write .*{load_in_4bit: true}"),
+    ({"quantization_config": "nf4"}, "`quantization_config` is 'nf4'; wanted: a mapping"),
+    ({"quantization_config": {}}, "says no `load_in_4bit: true`"),
+    ({"quantization_config": {"quant_method": "bitsandbytes"}}, "says neither `load_in_4bit: true` nor"),
+    ({"quantization_config": {"load_in_4bit": True, "load_in_8bit": True}}, "says both"),
+    ({"quantization_config": {"load_in_4bit": "yes"}}, '`load_in_4bit` is "yes"; wanted: one of true, false'),
+    (
+        {"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_typ": "nf4"}},
+        "Did you mean `bnb_4bit_quant_type`",
+    ),
+    ({"quantization_config": {"load_in_4bit": True, "use_bnb_nested_quant": True}}, "mean `bnb_4bit_use_double_quant`"),
+    ({"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf5"}}, 'is "nf5"; wanted: one of "nf4"'),
+    ({"quantization_config": {"load_in_4bit": True, "bnb_4bit_compute_dtype": "bf16"}}, 'one of "float32", "bfloat16"'),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), QUANTIZED)
+def test_settings_of_quantisation_are_checked_before_anything_loads(tmp_path, folder, capsys, options, message):
+    with pytest.raises(ValueError, match=f"`model_init_kwargs`: .*{message}"):
+        training.config(tmp_path, model_init_kwargs=options)
+    path = write_run_file(folder, reward_funcs="feedback.py:words", use_peft=True, model_init_kwargs=options)
+    assert main(["train", str(path)]) == 2
+    assert re.search(f"^error: {path}:.*{message}", capsys.readouterr().err)
+
+
+def test_settings_as_transformers_saves_them():
+    saved = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4").to_dict()
+    assert not [*quantization.settings_problems({"quantization_config": saved})]
+    assert quantization.quantised_as("owner/model", {"quantization_config": saved}) == "bitsandbytes"
+    assert quantization.quantised_as("owner/model", {"quantization_config": {"quant_method": "gptq"}}) == "gptq"
+    opened = {"quantization_config": {"quant_method": "gptq", "dequantize": True}}
+    assert quantization.quantised_as("owner/model", opened) is quantization.quantised_as("owner/model", None) is None
+
+
+@pytest.mark.parametrize("given", [{"model_init_kwargs": {"quantization_config": {"load_in_4bit": True}}}, {}])
+def test_a_run_file_with_a_quantised_model_and_no_adapter(tmp_path, capsys, given):
+    fill_folder(tmp_path, REWARD)
+    if not given:
+        config = json.loads((tmp_path / "policy/config.json").read_text())
+        config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+        (tmp_path / "policy/config.json").write_text(json.dumps(config))
+    path = write_run_file(tmp_path, reward_funcs="feedback.py:words", **given)
+    assert main(["train", str(path)]) == 2
+    [said] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "(bitsandbytes) needs an adapter: quantised weights themselves cannot be trained. Set `use_peft" in said
 
 
 # --- files and folders ----------------------------------------------------------------------------------------------

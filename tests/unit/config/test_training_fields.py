@@ -67,7 +67,7 @@ def test_bf16_is_off_on_a_cpu_unless_it_is_asked_for() -> None:
         ({"auto_find_batch_size": True}, "`auto_find_batch_size` must be False"),
         ({"label_smoothing_factor": 0.1}, "Preferences are smoothed by `label_smoothing`."),
         ({"flex_attention": True}, "`flex_attention=True` needs a GPU"),
-        ({"deepspeed": "ds.json"}, "`deepspeed` is not in this version."),
+        ({"fsdp": "full_shard"}, "Start them with `torchrun"),
         ({"torch_compile_backend": "inductr"}, "Did you mean `inductor`?"),
     ],
 )

@@ -51,7 +51,8 @@ class Parts:
         return rows, {"loss_N": torch.arange(1.0, len(pairs) + 1), "policy": policy, "reference": None}
 
     def evaluate(self, prompts=PROMPTS):
-        return self.evaluator.evaluate(self.sampler.policy, prompts, lambda given: self.asked.append(len(given)))
+        groups = self.evaluator.sample(prompts, lambda given: self.asked.append(len(given)))
+        return self.evaluator.evaluate(self.sampler.policy, groups)
 
     def policy_groups(self):
         key = RolloutKey(42, 0, Stream.EVALUATION)
@@ -82,7 +83,7 @@ def test_two_evaluations_are_the_same_and_the_reference_is_asked_once(tmp_path):
     parts = Parts(tmp_path)
     first = parts.evaluate()
     parts.answers.engine.generate = None
-    assert parts.evaluate() == first and parts.evaluate([]) == [] and parts.asked == [4, 4]
+    assert parts.evaluate() == first and parts.evaluate([]) == [] and parts.asked == [4, 4, 0]
 
 
 def test_a_judge_compares_with_the_reference(tmp_path):

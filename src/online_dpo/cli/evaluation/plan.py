@@ -15,10 +15,10 @@ from online_dpo.cli.judging.plan import BuiltInJudge
 from online_dpo.cli.runfile.data_fields import data_problems
 from online_dpo.cli.runfile.entries import Entry, UsageError, read_overrides, read_run_file, read_values
 from online_dpo.cli.runfile.model_options import OF_4BIT, QUANTISATION, model_init_kwargs, model_problems
-from online_dpo.cli.runfile.paths import path_problem, same_file
+from online_dpo.cli.runfile.paths import looks_like_path, path_problem, same_file
 from online_dpo.cli.runfile.plugins import Plugins, RegisteredName, are_given, checked_later
 from online_dpo.cli.runfile.references import Reference, parse_reference
-from online_dpo.cli.runfile.run_file import GOLD_REWARDS, MODEL_FILES, RunChecker, holds_model, looks_like_path
+from online_dpo.cli.runfile.run_file import GOLD_REWARDS, MODEL_FILES, RunChecker, holds_model
 from online_dpo.cli.runfile.schema import FieldSpec, load_fields, read_fields_of
 from online_dpo.config import requirements
 from online_dpo.config.hf_ranges import LARGEST

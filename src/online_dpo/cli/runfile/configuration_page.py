@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from online_dpo.cli.runfile.help import GROUPS, USUAL
-from online_dpo.cli.runfile.schema import PARENT, FieldSpec, load_fields
+from online_dpo.cli.runfile.ray_section import NAME as RAY_SETTINGS
+from online_dpo.cli.runfile.ray_section import PREFIX
+from online_dpo.cli.runfile.schema import PARENT, FieldSpec, load_fields, read_fields_of
 
 INTRODUCTION = """\
 # Configuration
@@ -26,6 +29,10 @@ All of its other fields count as well; `online-dpo train --help-all` shows those
 set some of these: {", ".join(f"`{name}`" for name in USUAL)}.
 """
 
+RAY_INTRODUCTION = """\
+They stand in the section `ray` of a run file, and `online-dpo ray` reads them; on the command line `--ray.servers 2`.
+See [ray.md](ray.md)."""
+
 HEADER = """\
 | field | type | default | choices | meaning |
 |---|---|---|---|---|"""
@@ -33,7 +40,13 @@ HEADER = """\
 
 def configuration_page(fields: Mapping[str, FieldSpec]) -> str:
     """The page in Markdown."""
-    return "\n".join([INTRODUCTION, "", *_groups(fields), ENDING])
+    return "\n".join([INTRODUCTION, "", *_groups(fields), *_settings_of_ray(), ENDING])
+
+
+def _settings_of_ray() -> Iterator[str]:
+    yield f"## Settings of `ray`\n\n{RAY_INTRODUCTION}\n\n{HEADER}"
+    yield from (_row(replace(spec, name=PREFIX + name)) for name, spec in read_fields_of(*RAY_SETTINGS).items())
+    yield ""
 
 
 def _groups(fields: Mapping[str, FieldSpec]) -> Iterator[str]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from online_dpo.cli.evaluation.options import RUN_FIELDS
 from online_dpo.cli.runfile.entries import COMMAND_LINE, UsageError
 from online_dpo.cli.runfile.planning import HELP_ALL
+from online_dpo.cli.runfile.ray_section import NAME as RAY_SETTINGS
 from online_dpo.cli.runfile.schema import PARENT, FieldSpec, load_fields, read_fields_of
 from online_dpo.config.names_elsewhere import hint_for
 
@@ -23,6 +25,21 @@ Train a model. The YAML file has the fields, one `name: value` a line; fields on
   --help-all     every field with its type, default and meaning
 
 Exit code: 0 the model is trained and saved; 1 the run failed; 2 wrong input; 3 nothing was trained; 128 + n signal n.
+"""
+
+RAY_USAGE = """\
+usage: online-dpo ray [run.yaml] [--field value ...] [--ray.setting value ...] [--traceback]
+
+Train on a Ray cluster: the processes that train, and the vLLM servers that they sample from, as the section `ray` of
+the run file says. All other fields are those of `online-dpo train`. Processes that are lost are started again.
+
+  online-dpo ray run.yaml --ray.train_gpus 8 --ray.servers 2
+
+  --config FILE  another way to give the run file
+  --traceback    show where in the code an error came from
+  --help         show this text; `--help servers` (a setting, or any word) shows only what matches
+
+Exit code: that of `online-dpo train`; 2 as well if the cluster has no room for the run in time.
 """
 
 EVAL_USAGE = """\
@@ -60,6 +77,7 @@ GROUPS = {
     "plugins": "Python files that add losses, strategies, methods, engines, rewards, judges and metrics",
     "guards": "conditions that stop a run",
     "checkpoints": "what is refused, or not, where a folder holds checkpoints",
+    "ray": "processes on a Ray cluster",
 }
 """Groups of fields and their headings, in the order of the help text."""
 
@@ -97,6 +115,20 @@ def eval_help(topic: Sequence[str] = ()) -> str:
         return _about(words[0], {**own, **{name: known[name] for name in RUN_FIELDS}}, "eval")
     parts = [EVAL_USAGE, "Options:\n", *map(_entry, own.values()), "Fields of the run file that are used here:\n"]
     return "\n".join([*parts, *(_entry(known[name]) for name in RUN_FIELDS)])
+
+
+def ray_help(topic: Sequence[str] = ()) -> str:
+    """The help of ``ray``: all settings of the section, or those that match a topic.
+
+    Raises:
+        UsageError: no setting matches the topic.
+    """
+    own = read_fields_of(*RAY_SETTINGS)
+    words = [word.removeprefix("ray.") for word in topic if not word.startswith("-")]
+    if words:
+        return _about(words[0], own, "ray")
+    shown = (replace(spec, name=f"ray.{spec.name}") for spec in own.values())
+    return "\n".join([RAY_USAGE, "Settings of the section `ray`:\n", *map(_entry, shown)])
 
 
 def _overview(known: Mapping[str, FieldSpec]) -> Iterator[str]:

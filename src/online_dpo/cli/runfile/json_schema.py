@@ -17,6 +17,8 @@ from typing import Any
 from online_dpo.cli.judging.plan import PAIRWISE_OPTIONS
 from online_dpo.cli.parser import OneLineParser, with_hyphens
 from online_dpo.cli.runfile.plugins import FIELD
+from online_dpo.cli.runfile.ray_section import NAME as RAY_SETTINGS
+from online_dpo.cli.runfile.ray_section import SECTION
 from online_dpo.cli.runfile.run_config import COUNTS
 from online_dpo.cli.runfile.run_file import JSON_TEXTS, JUDGES, SCORERS
 from online_dpo.cli.runfile.schema import FieldSpec, load_fields, read_fields_of
@@ -25,6 +27,8 @@ from online_dpo.config.hf_ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, RANGES,
 from online_dpo.config.llm_judge import ABOVE_ZERO, AT_LEAST_ONE, LLM, NOT_NEGATIVE, TEMPLATES
 from online_dpo.config.registry import KINDS
 from online_dpo.config.requirements import TRACKERS
+from online_dpo.launch.settings import COUNTS as RAY_COUNTS
+from online_dpo.launch.settings import SECONDS as RAY_SECONDS
 
 Schema = dict[str, Any]
 
@@ -89,8 +93,12 @@ def run_file_schema(fields: Mapping[str, FieldSpec]) -> Schema:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "description": DESCRIPTION,
         **_mapping(fields, ranges),
-        "allOf": [_scored(), *(_settings_of(name) for name in JUDGES), _known_names(fields)],
-        "$defs": {**{_text_of(name): text for name, text in TEXTS_OF.items()}, **_judges()},
+        "allOf": [_scored(), *(_settings_of(name) for name in JUDGES), _known_names(fields), _section()],
+        "$defs": {
+            **{_text_of(name): text for name, text in TEXTS_OF.items()},
+            **_judges(),
+            SECTION: _settings_of_ray(),
+        },
     }
 
 
@@ -125,6 +133,17 @@ def _judges() -> dict[str, Schema]:
         "llm_judge": {"description": "Settings of a language model as judge.", **_mapping(settings, ranges)},
         "pairwise_judge": {"description": "Options of a pairwise model.", **_mapping(PAIRWISE_OPTIONS, counts)},
     }
+
+
+def _section() -> Schema:
+    """What the section `ray` holds."""
+    return {"properties": {SECTION: {"anyOf": [{"$ref": f"#/$defs/{SECTION}"}, {"type": "null"}]}}}
+
+
+def _settings_of_ray() -> Schema:
+    """The settings of the section `ray`."""
+    ranges = dict.fromkeys(RAY_COUNTS, AT_LEAST_0) | dict.fromkeys(RAY_SECONDS, ABOVE_0)
+    return {"description": "How a run is started on a Ray cluster.", **_mapping(read_fields_of(*RAY_SETTINGS), ranges)}
 
 
 def _scored() -> Schema:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from online_dpo.config import requirements
+from online_dpo.config.quantization import NEEDS_ADAPTER, quantised_as, settings_problems
 
 PLAIN = {"dtype": "dtype", "attn_implementation": "attn_implementation", "model_revision": "revision"}
 """Fields that are passed to ``from_pretrained`` unchanged, and the name of the argument."""
@@ -57,6 +58,17 @@ def model_problems(values: Mapping[str, Any], is_trained: bool) -> Iterator[tupl
     quantised = [name for name in QUANTISATION if values.get(name)]
     if quantised:
         yield from _quantisation_problems(quantised, values, given, is_trained)
+    elif is_trained and not _trains_adapter(values):
+        yield from _unadapted_problems(values, given)
+
+
+def _unadapted_problems(values: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The problem of a model that is quantised by ``model_init_kwargs``, or stands so in its folder."""
+    usable = not any(settings_problems(given))  # those are reported elsewhere
+    path = values.get("model_name_or_path")
+    if usable and isinstance(path, str) and (method := quantised_as(path, given)):
+        field = "model_init_kwargs" if "quantization_config" in given else "model_name_or_path"
+        yield field, f"({method}) {NEEDS_ADAPTER} Set `use_peft: true`."
 
 
 def _quantisation_problems(
@@ -66,10 +78,10 @@ def _quantisation_problems(
         yield quantised[0], "is given beside `load_in_8bit`. Give one of them."
     if "quantization_config" in given:
         yield quantised[0], "is given beside `quantization_config` in `model_init_kwargs`. Give one of them."
-    if is_trained and not values.get("use_peft") and not _is_adapter(values.get("model_name_or_path")):
-        yield quantised[0], "needs an adapter: quantised weights themselves cannot be trained. Set `use_peft: true`."
-    if requirements.BITSANDBYTES.missing:
-        yield quantised[0], f"needs bitsandbytes. Install it with: {requirements.BITSANDBYTES.install}"
+    if is_trained and not _trains_adapter(values):
+        yield quantised[0], f"{NEEDS_ADAPTER} Set `use_peft: true`."
+    if requirements.QLORA.missing:
+        yield quantised[0], f"needs bitsandbytes. Install it with: {requirements.QLORA.install}"
 
 
 def ignored_options(values: Mapping[str, Any]) -> list[str]:
@@ -81,6 +93,10 @@ def _computed_in(values: Mapping[str, Any]) -> str:
     """The type in which products with 4-bit weights are computed."""
     dtype = values.get("dtype")
     return values.get("bnb_4bit_compute_dtype") or (COMPUTED_IN if dtype in (None, "auto") else dtype)
+
+
+def _trains_adapter(values: Mapping[str, Any]) -> bool:
+    return bool(values.get("use_peft")) or _is_adapter(values.get("model_name_or_path"))
 
 
 def _is_adapter(model: str | None) -> bool:

@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
+
 MAX_NAME_BYTES = 255
 """Length of one name in a path that file systems take."""
 MAX_PATH_BYTES = 4095
@@ -62,3 +64,9 @@ def exists(path: Path) -> bool:
 def same_file(first: Path, second: Path) -> bool:
     """Whether two paths are of one file that exists."""
     return first.exists() and second.exists() and os.path.samefile(first, second)
+
+
+def looks_like_path(text: str) -> bool:
+    """Whether a text can only be a path on this disk: names on the hub are ``name`` or ``owner/name``."""
+    is_file = text.removesuffix(".gz").endswith(DATA_SUFFIXES)
+    return is_file or text.startswith(("/", "./", "../", "~")) or text.endswith("/") or text.count("/") > 1

@@ -151,3 +151,9 @@ class RunConfig:
 
     use_dora: bool = False
     """Decompose weights into magnitude and direction (DoRA)."""
+
+    # --- ray --------------------------------------------------------------------------------------------------------
+
+    ray: dict[str, Any] | None = None
+    """How `online-dpo ray` starts the run on a cluster, such as `{train_gpus: 8, servers: 2}`; other commands ignore
+    it. Its settings are listed below; on the command line they are `--ray.servers 2`."""

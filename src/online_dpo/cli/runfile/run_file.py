@@ -17,8 +17,9 @@ from online_dpo.cli.judging.plan import BuiltInJudge, plan_llm, plan_pairwise_mo
 from online_dpo.cli.runfile.data_fields import data_problems
 from online_dpo.cli.runfile.entries import COMMAND_LINE, Entry, UsageError, read_overrides, read_run_file, read_values
 from online_dpo.cli.runfile.model_options import ignored_options, model_init_kwargs, model_problems
-from online_dpo.cli.runfile.paths import exists, output_problem, path_problem
+from online_dpo.cli.runfile.paths import exists, looks_like_path, output_problem, path_problem
 from online_dpo.cli.runfile.plugins import FIELD, Plugin, Plugins, RegisteredName, are_given, checked_later
+from online_dpo.cli.runfile.ray_section import read_section
 from online_dpo.cli.runfile.references import Reference, parse_module, parse_reference
 from online_dpo.cli.runfile.run_config import COUNTS, RunConfig
 from online_dpo.cli.runfile.schema import load_fields
@@ -28,10 +29,11 @@ from online_dpo.config.input import MAPPINGS, mapping_from_text
 from online_dpo.config.llm_judge import LLM
 from online_dpo.config.model_folder import Role, folder_problem
 from online_dpo.config.registry import KINDS
+from online_dpo.config.sharding import Asked, ShardingError, asked_sharding
 from online_dpo.distributed.processes import started_together
+from online_dpo.launch.settings import RaySettings
 
 MODEL_FILES = ("config.json", "adapter_config.json")
-DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
 INPUT_PATHS = (
     "model_name_or_path",
     "ref_model_name_or_path",
@@ -47,6 +49,8 @@ ROLES: dict[str, Role] = {
     "eval_reward_model_path": "reward",
 }
 """What the model of a field is to do."""
+OPTION_FILES = ("fsdp_config", "deepspeed")
+"""Fields that hold options, or the path of a file with them."""
 JSON_TEXTS = (*MAPPINGS, "gradient_checkpointing_kwargs", "lr_scheduler_kwargs")
 """Mappings that may also be written as JSON text."""
 DEFAULT_OUTPUT = "trainer_output"
@@ -69,10 +73,15 @@ class RunPlan:
     eval_judge: Reference | RegisteredName | BuiltInJudge | None
     plugins: Plugins
     warnings: tuple[str, ...]
+    ray: RaySettings
+    sharding: Asked | None = None
 
 
-def plan_run(run_file: Path | None, override_words: Sequence[str]) -> RunPlan:
+def plan_run(run_file: Path | None, override_words: Sequence[str], on_cluster: bool = False) -> RunPlan:
     """Check a run file and its overrides, and return the plan of the run.
+
+    Args:
+        on_cluster: the run is to be started as its section `ray` says, not as the process that plans it.
 
     Raises:
         UsageError: something is wrong; it lists every problem.
@@ -80,16 +89,17 @@ def plan_run(run_file: Path | None, override_words: Sequence[str]) -> RunPlan:
     problems: list[str] = []
     entries = read_run_file(run_file, problems) if run_file else {}
     entries |= read_overrides(override_words, problems)
+    entries, settings = read_section(entries, str(run_file or COMMAND_LINE), on_cluster, problems)
     specs = checked_later(load_fields()) if are_given(entries) else load_fields()
     values = read_values(entries, specs, problems, help_command="online-dpo train --help")
-    checker = RunChecker(entries, values, run_file)
+    checker = RunChecker(entries, values, run_file, settings.trainers if on_cluster else None)
     problems.extend(checker.problems())
     if problems:
         raise UsageError(problems)
-    return _plan(checker)
+    return _plan(checker, settings)
 
 
-def _plan(checker: RunChecker) -> RunPlan:
+def _plan(checker: RunChecker, settings: RaySettings) -> RunPlan:
     values, own = checker.values, {field.name for field in fields(RunConfig)}
     if options := model_init_kwargs(values):
         values["model_init_kwargs"] = options
@@ -102,13 +112,21 @@ def _plan(checker: RunChecker) -> RunPlan:
         eval_judge=checker.judges.get("eval_judge"),
         plugins=checker.plugins(),
         warnings=tuple(checker.warnings()),
+        ray=settings,
+        sharding=checker.sharding,
     )
 
 
 class RunChecker:
-    """Checks of a run that need several fields or the disk. Local paths in ``values`` are completed."""
+    """Checks of a run that need several fields or the disk. Local paths in ``values`` are completed.
 
-    def __init__(self, entries: dict[str, Entry], values: dict[str, Any], run_file: Path | None) -> None:
+    ``processes`` is the number of those that will train, where this process is not one of them.
+    """
+
+    def __init__(
+        self, entries: dict[str, Entry], values: dict[str, Any], run_file: Path | None, processes: int | None = None
+    ) -> None:
+        self._processes = processes
         self.entries = entries
         self.values = values
         self.file = str(run_file) if run_file else COMMAND_LINE
@@ -116,6 +134,7 @@ class RunChecker:
         self.references: dict[str, list[Reference | RegisteredName]] = {}
         self.judges: dict[str, Reference | RegisteredName | BuiltInJudge] = {}
         self.modules: list[Plugin] = []
+        self.sharding: Asked | None = None
 
     def problems(self) -> Iterator[str]:
         """Check everything and yield one line for each problem."""
@@ -137,6 +156,20 @@ class RunChecker:
             yield f"{where}: `dataset_streaming` needs `max_steps`: a stream has no known length."
         for name, problem in requirements.problems(self.values):
             yield f"{self._where(name)}: {problem}"
+        yield from self._sharding()
+
+    def _sharding(self) -> Iterator[str]:
+        """Complete the paths of files with options of sharding, and check how the run shards its policy."""
+        for name in OPTION_FILES:
+            text = self.values.get(name)
+            if isinstance(text, str) and not text.lstrip().startswith("{"):
+                paths = [folder / Path(os.path.expanduser(text)) for folder in self._folders(name)]
+                self.values[name] = str(next((path for path in paths if path.is_file()), text))
+        try:
+            self.sharding = asked_sharding(self.values)
+        except ShardingError as error:
+            where = self.file if error.field not in self.entries else self._where(error.field)
+            yield f"{where}: {error}" if error.field else str(error)
 
     def _numbers(self) -> dict[str, str]:
         """What is wrong with numbers, by field: one problem each."""
@@ -320,7 +353,7 @@ class RunChecker:
             return
         where = f"{self._where('resume_from_checkpoint')}: `resume_from_checkpoint`"
         started = started_together()
-        needs = Needs(self.values, 1 if started is None else started.count)
+        needs = Needs(self.values, self._processes or (1 if started is None else started.count))
         if checkpoint is True or checkpoint == AUTO:
             output = Path(os.path.expanduser(self.values.get("output_dir") or DEFAULT_OUTPUT))
             choice = newest_whole(output, needs)
@@ -364,9 +397,3 @@ def judge_of_run(path: Path) -> BuiltInJudge:
 def holds_model(folder: Path) -> bool:
     """Whether a folder contains a model or an adapter."""
     return any((folder / name).is_file() for name in MODEL_FILES)
-
-
-def looks_like_path(text: str) -> bool:
-    """Whether a text can only be a path on this disk: names on the hub are ``name`` or ``owner/name``."""
-    is_file = text.removesuffix(".gz").endswith(DATA_SUFFIXES)
-    return is_file or text.startswith(("/", "./", "../", "~")) or text.endswith("/") or text.count("/") > 1

@@ -43,6 +43,8 @@ def describe_plan(plan: RunPlan) -> Iterator[str]:
     yield line("reference", _reference(plan, settings))
     yield line("engine", _engine(settings))
     yield line("batch", _batch(settings, processes))
+    if plan.sharding is not None:
+        yield line("sharding", f"{plan.sharding.name} over {processes} process{'es' if processes > 1 else ''}")
     yield from _extent(settings, given.get("resume_from_checkpoint"))
 
 

@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from online_dpo.checkpoints.folders import checkpoints_in, step_of
 from online_dpo.cli.terminal.header import line
+from online_dpo.modeling.quantization import sizes
 from online_dpo.training.arguments import named_datasets
 from online_dpo.training.display.figures import count, duration, evaluation_prefix, number
 
@@ -36,10 +37,10 @@ SHARE = 10
 def describe_trainer(trainer: OnlineDPOTrainer) -> Iterator[str]:
     """The lines that describe the loaded models and prompts."""
     args, policy = trainer.args, trainer.policy
-    sizes = [(p.numel(), p.requires_grad) for p in policy.parameters()]
-    total_size, trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
+    parts = [*sizes(policy)]
+    total_size, trained = sum(size for size, _, _ in parts), sum(size for size, _, trains in parts if trains)
     share = "all trained" if trained == total_size else f"{count(trained)} ({trained / total_size:.2%}) trained"
-    dtypes = {str(p.dtype).removeprefix("torch."): None for p in policy.parameters()}
+    dtypes = {kind: None for _, kind, _ in parts}
     mixed = f", computed in {args.mixed_precision}" if args.mixed_precision != "no" else ""
     yield line("parameters", f"{count(total_size)}, {share}; {' and '.join(dtypes)}{mixed} on {args.device}")
     yield from _prompts(trainer)

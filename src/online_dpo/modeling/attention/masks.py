@@ -121,7 +121,7 @@ def _mask(model: nn.Module, tokens: TokenRows, kind: str) -> Any:
         return flex.block_mask(tokens, window, chunk)
     visible_R1TT = visible_mask(tokens, window, chunk)[:, None]
     if config._attn_implementation == "eager":  # it adds the mask to the attention scores
-        dtype = next(model.parameters()).dtype
+        dtype = unwrapped(model).dtype  # the first parameter may be of a quantised layer
         zeros = torch.zeros(visible_R1TT.shape, dtype=dtype, device=visible_R1TT.device)
         return zeros.masked_fill_(~visible_R1TT, torch.finfo(dtype).min)
     return visible_R1TT

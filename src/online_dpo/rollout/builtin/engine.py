@@ -21,7 +21,8 @@ from torch import nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
-from online_dpo.distributed.sharding import gathered
+from online_dpo.distributed.sampling import callable_alone
+from online_dpo.distributed.weights import holds_all
 from online_dpo.errors import is_out_of_memory, named_error
 from online_dpo.modeling.borrowing import eval_mode, kept_attributes
 from online_dpo.modeling.introspection import computing_dtype, unwrapped, without_router_logits
@@ -94,14 +95,14 @@ class TransformersEngine:
         """Samples K completions for each prompt; returns the groups in the prompts' order."""
         waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))  # by length: little padding
         groups: dict[int, Group] = {}
-        with self._whole_weights(), eval_mode(self.model), ExitStack() as stack:
+        with eval_mode(self.model), self._callable_alone(), ExitStack() as stack:
             if self._path is None and prompts:
                 self._path = self._choose_path([prompts[i] for i in {waiting[0], waiting[-1]}], params, key)
             stack.enter_context(self._fast_linears())
             while waiting:
                 chosen = waiting[: max(1, self.batch_size // num_completions)]
                 batch = Batch([prompts[i] for i in chosen], num_completions, params, key, self._device)
-                path = GENERATE if params.extra else self._path
+                path = GENERATE if params.extra else self._path_now()
                 with in_memory() as attempt:
                     self._sample(batch, path, self._buffers)
                 if not attempt.fits:
@@ -114,7 +115,11 @@ class TransformersEngine:
     def _choose_path(self, prompts: Sequence[Prompt], params: SamplingParams, key: RolloutKey) -> str:
         """The fastest path that gives the right log-probabilities with this model. Warns if it is not the first."""
         static = self._device.type == "cuda" if self.static_steps is None else self.static_steps
-        paths = [STATIC, DYNAMIC, GENERATE] if static and can_be_static(self.model) else [DYNAMIC, GENERATE]
+        paths = (
+            [STATIC, DYNAMIC, GENERATE]
+            if static and holds_all(self.model) and can_be_static(self.model)
+            else [DYNAMIC, GENERATE]
+        )
         reason = None
         while paths[0] != GENERATE and (problem := self._why_wrong(paths[0], prompts, params, key)) is not None:
             reason = problem
@@ -122,6 +127,10 @@ class TransformersEngine:
         if reason is not None:
             logger.warning("Sampling takes a slower path, %s: %s.", PATH_NAMES[paths[0]], reason)
         return paths[0]
+
+    def _path_now(self) -> str | None:
+        """The path that was chosen; graphs hold addresses of weights, which must be whole for them."""
+        return DYNAMIC if self._path == STATIC and not holds_all(self.model) else self._path
 
     def _why_wrong(self, path: str, prompts: Sequence[Prompt], params: SamplingParams, key: RolloutKey) -> str | None:
         """What is wrong with a path; ``None`` if nothing.
@@ -195,9 +204,9 @@ class TransformersEngine:
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def _whole_weights(self) -> AbstractContextManager[None]:
-        """Inside, this rank holds all weights: ranks decode until different lengths, and then need not wait."""
-        return gathered(self.model)
+    def _callable_alone(self) -> AbstractContextManager[None]:
+        """Inside, this rank may call the model although others have finished, or have more to sample."""
+        return callable_alone(self.model, self._device)
 
     def _fast_linears(self) -> AbstractContextManager[None]:
         """Inside, linear layers on a CPU multiply with packed weights, which is worth it for many small products."""

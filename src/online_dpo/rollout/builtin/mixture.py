@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from online_dpo.distributed.sharding import gathered
+from online_dpo.distributed.weights import gathered
 from online_dpo.modeling.borrowing import ModelContext
 from online_dpo.modeling.introspection import unwrapped
 from online_dpo.modeling.onednn import onednn_linears
@@ -73,7 +73,7 @@ class MixtureEngine(TransformersEngine):
             reference_1TV = self._reference(input_ids=ids_1T, use_cache=False).logits
         return mixed_logits(policy_1TV, reference_1TV, self._coefficient())
 
-    def _whole_weights(self) -> AbstractContextManager[None]:
+    def _callable_alone(self) -> AbstractContextManager[None]:
         return gathered(self.model, self._reference)
 
     @contextmanager

@@ -14,18 +14,17 @@ from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Thread
 from typing import Any
 from urllib.parse import urlsplit
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from online_dpo.errors import error_text
-from online_dpo.modeling.introspection import unwrapped
 from online_dpo.rollout.vllm.client import VLLMClient
-from online_dpo.rollout.vllm.worker import device_name
+from online_dpo.rollout.vllm.worker import device_name, read_folder
 from online_dpo.rollout.weights.export import named_weights
 from online_dpo.rollout.weights.process_group import (
     Rendezvous,
@@ -54,8 +53,8 @@ class BroadcastTransfer:
     """Broadcasts the policy's weights to servers, as often as they need them.
 
     Weights are read from the model, one bucket at a time. A server that restarts needs them again later. If the model
-    cannot be read again by then, because it is trained while servers sample (``max_staleness``) or is sharded, they are
-    copied to host memory first and kept until the next `set_weights`.
+    is trained while servers sample (``max_staleness``), it cannot be read again by then, so weights are copied to host
+    memory first. If it is sharded, this process cannot read it without the others, so weights are read from files.
 
     Args:
         port: the port where servers reach the trainer (``vllm_group_port``); 0 is any free one.
@@ -75,13 +74,17 @@ class BroadcastTransfer:
         self._weights: Callable[[], Iterator[tuple[str, torch.Tensor]]] | None = None
 
     def set_weights(self, model: nn.Module) -> None:
-        """Makes these the weights that `push` sends. For the first process; the others call `help_gather_weights`."""
+        """Makes the weights of a model that is not sharded those that `push` sends."""
         self._weights = None  # frees the last copy before the next one is made
-        if self._overlaps or is_sharded(model):
+        if self._overlaps:
             copied = {name: tensor.to("cpu", copy=True) for name, tensor in named_weights(model)}
             self._weights = lambda: iter(copied.items())
         else:
             self._weights = lambda: named_weights(model)
+
+    def set_folder(self, folder: Path) -> None:
+        """Makes the weights in the safetensors files of a folder those that `push` sends, until it is deleted."""
+        self._weights = lambda: read_folder(folder)
 
     def push(self, client: VLLMClient, label: str) -> None:
         """Pauses the server and replaces its weights. It stays paused until ``/resume`` is called.
@@ -132,21 +135,6 @@ class BroadcastTransfer:
         if server.group is not None:
             server.group.close()
             server.group = None
-
-
-def help_gather_weights(model: nn.Module) -> None:
-    """The part of the other training processes in `BroadcastTransfer.set_weights`: gathering sharded weights is a
-    collective operation.
-    """
-    weights = named_weights(model)
-    if is_sharded(model):
-        for _ in weights:
-            pass
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether parameters of the model are sharded over processes (FSDP2)."""
-    return any(isinstance(parameter, DTensor) for parameter in unwrapped(model).parameters())
 
 
 def choose_transfer(wanted: str, clients: Sequence[VLLMClient], device: torch.device, takes_adapters: bool) -> str:

@@ -16,15 +16,22 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from online_dpo.config.trainer_config import OnlineDPOConfig
-from online_dpo.distributed.collectives import world_size
+from online_dpo.distributed.collectives import RankErrors, world_size
 from online_dpo.distributed.process_state import environment, kept_random_state
 from online_dpo.errors import error_text
-from online_dpo.modeling.introspection import context_length, unwrapped
+from online_dpo.modeling.introspection import (
+    computing_dtype,
+    context_length,
+    is_quantized,
+    unwrapped,
+)
 from online_dpo.modeling.loading import empty_device_cache
+from online_dpo.modeling.precision import autocast_dtype
 from online_dpo.rollout.params import RolloutKey, SamplingParams
+from online_dpo.rollout.vllm.colocated_adapter import ColocatedAdapter, base_options
 from online_dpo.rollout.vllm.requests import build_groups, build_requests, from_output, vllm_sampling
 from online_dpo.rollout.vllm.worker import EXTENSION, coarsest
-from online_dpo.rollout.weights.export import named_weights, write_weights
+from online_dpo.rollout.weights.export import streamed, write_weights
 from online_dpo.types import Group, Prompt
 
 SLEEP_LEVEL = 1  # weights are kept in host memory, so that `generate` works again without another `sync`
@@ -35,7 +42,8 @@ class VLLMColocateEngine:
 
     Args:
         model: the policy, or a PEFT model around it; vLLM starts with its architecture and dummy weights, which the
-            first `sync` replaces.
+            first `sync` replaces. If it is quantised, vLLM starts with its base model, loaded from the same folder
+            without quantisation, and `sync` gives it the adapter alone.
         tokenizer: decodes completions and finds stop strings.
         args: the fields ``vllm_gpu_memory_utilization``, ``vllm_tensor_parallel_size``, ``vllm_enable_sleep_mode``,
             ``vllm_model_impl``, ``max_length``, ``rollout_batch_size`` (the largest number of completions that are
@@ -61,32 +69,30 @@ class VLLMColocateEngine:
         self._sleeps = args.vllm_enable_sleep_mode
         self._asleep: set[str] = set()
         self._version: int | None = None
+        self._errors = RankErrors(args.device)
         self._owns_process_group = not torch.distributed.is_initialized()
         _check_options(args)
-        options = {**engine_options(model, args), **(vllm_options or {})}
+        by_adapter = is_quantized(model)
+        options = {**engine_options(model, args), **(base_options(model) if by_adapter else {}), **(vllm_options or {})}
         # vLLM seeds all random generators when it starts, and draws from torch's later on.
         with TemporaryDirectory(prefix="online-dpo-vllm-") as folder, kept_random_state():
             unwrapped(model).config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            self._llm = _start_vllm(folder, options)
+            self._llm = _start_vllm({"model": folder, "tokenizer": folder, **options})
+        self._adapter = ColocatedAdapter(self._llm, model) if by_adapter else None
         self.own_dtype: torch.dtype | None = coarsest(self._llm.collective_rpc("online_dpo_dtype"))
         self._fall_asleep()
 
     def sync(self, model: nn.Module, version: int) -> None:
-        """Copies the weights into vLLM, unless it already has those of this version."""
+        """Copies the weights into vLLM, unless it already has those of this version. A collective operation.
+
+        Sharded weights are gathered one by one (`streamed`), so that no rank holds all of them beside vLLM's copy.
+        """
         if version == self._version:
             return
-        self._wake("weights")
         self._version = None  # until all weights are loaded: an error may leave a mixture
-        label = str(version)
-        if self._in_process:
-            self._llm.collective_rpc("online_dpo_load", args=(named_weights(model), label))
-        else:  # the workers are other processes on this machine
-            with TemporaryDirectory(prefix="online-dpo-weights-") as folder:
-                write_weights(model, Path(folder))
-                self._llm.collective_rpc("online_dpo_load_folder", args=(folder, label))
-        if not self._llm.reset_prefix_cache():  # it holds keys and values of the old weights
-            raise RuntimeError("vLLM could not empty its prefix cache: a request is still running.")
+        self._errors.run(lambda: self._wake("weights"))
+        self._errors.run(lambda: self._load(model, str(version)))
         self._version = version
 
     def generate(
@@ -104,6 +110,7 @@ class VLLMColocateEngine:
                 [{"prompt_token_ids": list(request.prompt_ids)} for request in requests],
                 [VLLMParams(**request.options, detokenize=bool(params.stop_strings)) for request in requests],
                 use_tqdm=False,
+                lora_request=None if self._adapter is None else self._adapter.request,
             )
         groups = build_groups(prompts, [from_output(o) for o in outputs], self.tokenizer, self._version)
         self._fall_asleep()
@@ -127,6 +134,20 @@ class VLLMColocateEngine:
         del client
         empty_device_cache()
 
+    def _load(self, model: nn.Module, label: str) -> None:
+        """Loads the weights as they come. A collective operation if they are sharded: each rank has its own engine."""
+        if self._adapter is not None:
+            self._adapter.load(model)
+        elif self._in_process:
+            with streamed(model) as weights:
+                self._llm.collective_rpc("online_dpo_load", args=(weights, label))
+        else:  # the workers are other processes on this machine
+            with TemporaryDirectory(prefix="online-dpo-weights-") as folder:
+                write_weights(model, Path(folder))
+                self._llm.collective_rpc("online_dpo_load_folder", args=(folder, label))
+        if not self._llm.reset_prefix_cache():  # it holds keys and values of the old weights
+            raise RuntimeError("vLLM could not empty its prefix cache: a request is still running.")
+
     def _fall_asleep(self) -> None:
         if self._sleeps:
             self._llm.sleep(level=SLEEP_LEVEL)
@@ -147,7 +168,7 @@ def engine_options(model: nn.Module, args: OnlineDPOConfig) -> dict[str, Any]:
     options: dict[str, Any] = {
         "worker_extension_cls": EXTENSION,
         "load_format": "dummy",
-        "dtype": "bfloat16" if args.bf16 else "float16" if args.fp16 else str(unwrapped(model).dtype).split(".")[-1],
+        "dtype": str(_dtype(model, args)).removeprefix("torch."),
         "max_model_len": min(limits) if limits else None,
         "max_num_seqs": args.rollout_batch_size,
         "gpu_memory_utilization": args.vllm_gpu_memory_utilization,
@@ -167,6 +188,12 @@ def engine_options(model: nn.Module, args: OnlineDPOConfig) -> dict[str, Any]:
     return options
 
 
+def _dtype(model: nn.Module, args: OnlineDPOConfig) -> torch.dtype:
+    """The dtype for vLLM: that of mixed precision or of the weights; with quantised weights that of their products."""
+    quantized = is_quantized(model)
+    return autocast_dtype(args) or (computing_dtype(model) if quantized else unwrapped(model).dtype)
+
+
 def _check_options(args: OnlineDPOConfig) -> None:
     if args.vllm_enable_sleep_mode and not torch.cuda.is_available():
         raise ValueError(
@@ -183,7 +210,7 @@ def _several_ranks() -> bool:
     return world_size() > 1
 
 
-def _start_vllm(folder: str, options: dict[str, Any]) -> Any:
+def _start_vllm(options: dict[str, Any]) -> Any:
     """Starts `vllm.LLM` in this process.
 
     Raises:
@@ -196,4 +223,4 @@ def _start_vllm(folder: str, options: dict[str, Any]) -> Any:
             f"`use_vllm` needs vLLM, which cannot be imported ({error_text(error)}). Install `online-dpo[vllm]`."
         ) from error
     with environment(VLLM_ENABLE_V1_MULTIPROCESSING="0"):  # one process, so that weights are passed by reference
-        return LLM(model=folder, **options)
+        return LLM(**options)

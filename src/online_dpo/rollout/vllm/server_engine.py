@@ -11,23 +11,25 @@ import base64
 import copy
 import json
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from online_dpo.config.trainer_config import OnlineDPOConfig
-from online_dpo.distributed.collectives import from_first_rank, is_first_rank, raise_first_ranks
-from online_dpo.errors import RolloutServerError
+from online_dpo.distributed.collectives import RankErrors, from_first_rank, is_first_rank, raise_first_ranks
+from online_dpo.distributed.weights import is_sharded
+from online_dpo.errors import RolloutServerError, error_text
 from online_dpo.modeling.introspection import unwrapped
 from online_dpo.rollout.params import RolloutKey, SamplingParams
-from online_dpo.rollout.vllm.broadcast import BroadcastTransfer, choose_transfer, help_gather_weights
+from online_dpo.rollout.vllm.broadcast import BroadcastTransfer, choose_transfer
 from online_dpo.rollout.vllm.client import VLLMClient
 from online_dpo.rollout.vllm.gate import Gate
 from online_dpo.rollout.vllm.requests import (
@@ -38,10 +40,12 @@ from online_dpo.rollout.vllm.requests import (
     from_response,
     vllm_sampling,
 )
-from online_dpo.rollout.vllm.worker import coarsest, shape_of
+from online_dpo.rollout.vllm.worker import coarsest, differing_shape
 from online_dpo.rollout.weights.adapter import check_adapter, write_adapter
 from online_dpo.rollout.weights.export import write_weights
 from online_dpo.types import Group, Prompt
+
+T = TypeVar("T")
 
 CHUNK_BYTES = 32 << 20
 MAX_CONCURRENT_REQUESTS = 256  # to one server; vLLM decodes about as many in one batch
@@ -55,6 +59,9 @@ class VLLMServerEngine:
 
     Weights are sent to a server by broadcast (`BroadcastTransfer`), as files in the temporary folder that the server
     reads, or as the bytes of these files over HTTP.
+
+    Weights of a sharded policy are gathered one by one and go to files first, also for a broadcast, because a server
+    that restarts needs them when the other processes do not help.
 
     If several processes train, each has its own engine and samples for its own prompts. The first process sends the
     weights. If a server restarts, another process can send them again if it can read the files of the first (on the
@@ -94,6 +101,7 @@ class VLLMServerEngine:
         self._label = ""
         self._folder: Path | None = None
         self._temporary_folder: TemporaryDirectory[str] | None = None
+        self._errors = RankErrors(args.device)
         ranks, dtypes = [], []
         for client in self._clients:
             client.call("/health")
@@ -124,20 +132,13 @@ class VLLMServerEngine:
         first = is_first_rank()
         if self._lora_rank:
             check_adapter(model, self._lora_rank)
-        by_file = self.transfer != "broadcast"
-        files = TemporaryDirectory(prefix="online-dpo-weights-") if by_file and first else None
-        if by_file:
-            write = write_adapter if self._lora_rank else write_weights
-            write(model, Path(files.name) if files else None)
+        files = self._written(model) if self.transfer != "broadcast" or is_sharded(model) else None
         raise_first_ranks(self._check_shapes(model) if first else None)
         with self._gate.changing():
             self._close_files()
             self._temporary_folder, self._version = files, version
-            if self._broadcast is not None:
-                self._broadcast.set_weights(model)
-            elif not by_file:
-                help_gather_weights(model)
             folder = Path(files.name) if files else None
+            self._errors.run(lambda: self._set_broadcast(model, folder))
             self._folder, self._label = from_first_rank((folder, f"{self._sender}-{version}"))
             raise_first_ranks(self._send_all() if first else None)
 
@@ -172,6 +173,22 @@ class VLLMServerEngine:
         except (RolloutServerError, ValueError) as error:
             return error
         return None
+
+    def _written(self, model: nn.Module) -> TemporaryDirectory[str] | None:
+        """Writes the weights or the adapter to files, on the first rank; a collective operation."""
+        files = self._errors.run(lambda: _on_disk(_new_folder) if is_first_rank() else None)
+        write = write_adapter if self._lora_rank else write_weights
+        self._errors.run(lambda: _on_disk(lambda: write(model, Path(files.name) if files else None)))
+        return files
+
+    def _set_broadcast(self, model: nn.Module, folder: Path | None) -> None:
+        """Sets what is broadcast, on the first rank."""
+        if self._broadcast is None:
+            return
+        if folder is None:
+            self._broadcast.set_weights(model)
+        else:
+            self._broadcast.set_folder(folder)
 
     def _close_files(self) -> None:
         if self._temporary_folder is not None:
@@ -221,18 +238,11 @@ class VLLMServerEngine:
 
     def _check_shapes(self, model: nn.Module) -> Exception | None:
         """The error, if any, of a server whose model has another shape than the policy."""
-        policy = shape_of(unwrapped(model).config.get_text_config())
         try:
             for client in self._clients:
                 served = client.rpc("online_dpo_shape")[0]
-                differ = [
-                    f"{name} {served.get(name)} there and {value} here"
-                    for name, value in policy.items()
-                    if served.get(name) != value
-                ]
-                if differ:
-                    message = f"{client.url} serves another model: {', '.join(differ)}. Serve the one that is trained."
-                    return ValueError(message)
+                if differ := differing_shape(served, unwrapped(model).config.get_text_config()):
+                    return ValueError(f"{client.url} serves another model: {differ}. Serve the one that is trained.")
         except RolloutServerError as error:
             return error
         return None
@@ -324,6 +334,25 @@ class VLLMServerEngine:
         else:
             sizes = {file.name: file.stat().st_size for file in files}
             client.rpc("online_dpo_load_received", self._sender, json.dumps(sizes), self._label)
+
+
+def _new_folder() -> TemporaryDirectory[str]:
+    return TemporaryDirectory(prefix="online-dpo-weights-")
+
+
+def _on_disk(action: Callable[[], T]) -> T:
+    """Calls what writes to the temporary folder.
+
+    Raises:
+        RolloutServerError: the disk does not take it.
+    """
+    try:
+        return action()
+    except (OSError, SafetensorError) as error:
+        raise RolloutServerError(
+            f"The weights for vLLM servers cannot be written to the temporary folder: {error_text(error)}. Set "
+            "`TMPDIR` to a disk with room for them twice."
+        ) from error
 
 
 def _models(client: VLLMClient) -> set[str]:

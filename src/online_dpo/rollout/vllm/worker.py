@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -87,7 +87,7 @@ class WeightUpdates:
 
     def online_dpo_load_folder(self, folder: str, label: str) -> None:
         """Loads the safetensors files of a folder that this worker can read."""
-        self.online_dpo_load(_read_folder(Path(folder)), label)
+        self.online_dpo_load(read_folder(Path(folder)), label)
 
     def online_dpo_load_broadcast(
         self, host: str, port: str, secret: str, transfer: str, size: str, kind: str, timeout: str, label: str
@@ -157,6 +157,16 @@ def shape_of(config: Any) -> dict[str, Any]:
     return {name: values[name] for name in SHAPE_FIELDS if name in values}
 
 
+def differing_shape(served: Mapping[str, Any], config: Any) -> str:
+    """How the shape of a model that is served differs from that of the policy with this text config; empty if not."""
+    policy = shape_of(config)
+    return ", ".join(
+        f"{name} {served.get(name)} there and {value} here"
+        for name, value in policy.items()
+        if served.get(name) != value
+    )
+
+
 def coarsest(dtypes: Iterable[str]) -> torch.dtype:
     """The dtype with the largest rounding error among those of the workers.
 
@@ -214,7 +224,7 @@ def _noting_names(weights: Iterable[tuple[str, torch.Tensor]], names: set[str]) 
         yield name, tensor
 
 
-def _read_folder(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def read_folder(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of all safetensors files of a folder, with their names."""
     from safetensors import safe_open
 

@@ -6,7 +6,11 @@ The model that is trained is only read: an adapter is merged into a copy of one 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -14,108 +18,150 @@ import torch
 from accelerate.utils import extract_model_from_parallel, is_peft_model
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.func import functional_call
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 
-from online_dpo.modeling.introspection import unwrapped
+from online_dpo.distributed.weights import full, is_sharded
+from online_dpo.modeling.introspection import is_quantized, unwrapped
 
 SHARD_BYTES = 1 << 30
+ADAPTERS_ALONE = (
+    "The weights of a quantised policy (QLoRA) cannot be sent to vLLM, its adapter alone can be. Start the servers "
+    "with `online-dpo serve MODEL --lora-rank RANK`: the folder or name of the policy's base model, and the "
+    "adapter's rank (`lora_r`)."
+)
+WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")
+"""Submodules that stand for their parent: of FSDP's activation checkpointing, and of a compiled layer."""
+
+Weight = tuple[str, Callable[[], torch.Tensor]]
+"""A checkpoint name, and what computes the whole weight: a collective operation if the model is sharded."""
+
+
+@contextmanager
+def streamed(model: nn.Module) -> Iterator[Iterator[tuple[str, torch.Tensor]]]:
+    """Gives `named_weights` to a consumer that may stop early or fail.
+
+    If the model is sharded, this is a collective operation, and what the consumer leaves is gathered at the end: the
+    other ranks wait for this one at each weight.
+
+    Raises:
+        ValueError: as `named_weights`, on every rank and before any weight is gathered.
+    """
+    weights = named_weights(model)
+    try:
+        yield chain(weights)  # unlike a generator, it cannot be closed by the consumer
+    finally:
+        if is_sharded(model):
+            for _ in weights:
+                pass
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Every weight once, with its checkpoint name; tied weights with the name of the weight they are tied to.
 
-    Sharded weights are gathered one by one, which is a collective operation: every rank must exhaust the iterator.
+    Sharded weights are gathered one by one, or layer by layer where memory and checkpoint differ in shapes. That is a
+    collective operation: every rank must exhaust the iterator, as `streamed` does.
 
     Raises:
         ValueError: the model is quantised, or has an adapter that cannot be merged weight by weight.
     """
     base = unwrapped(model)
-    if getattr(base, "is_quantized", False):
-        raise ValueError(
-            "The weights of a quantised model (QLoRA) cannot be sent to vLLM, which holds them without quantisation. "
-            "Load the model without quantisation, or sample without `use_vllm`."
-        )
+    if is_quantized(model):
+        raise ValueError(ADAPTERS_ALONE)
     peft = is_peft_model(extract_model_from_parallel(model, keep_torch_compile=False))
-    weights = _merged_weights(base) if peft else _plain_weights(base, "")
     tied = base.all_tied_weights_keys
-    weights = ((name, full_tensor(tensor)) for name, tensor in weights if name not in tied)
+    both = {*tied.keys(), *tied.values()} if peft else set()
+    weights = [(name, whole) for name, whole in _weights_of(base, "", both) if name not in tied]
     # A few model families have other shapes in memory than in checkpoints (fused experts). Converting them back needs
-    # all weights at the same time.
+    # all weights of a layer at the same time.
     if getattr(base, "_weight_conversions", None) or get_model_conversion_mapping(base, add_legacy=False):
-        return iter(revert_weight_conversion(base, dict(weights)).items())
-    return weights
+        return _converted(base, weights)
+    return ((name, whole()) for name, whole in weights)
 
 
 def write_weights(model: nn.Module, folder: Path | None) -> None:
     """Writes `named_weights` to ``folder`` as safetensors files of about 1 GiB, of which memory holds one at a time. A
     collective operation if weights are sharded: ranks that are not to write pass ``None``.
     """
+    with streamed(model) as weights:
+        if folder is not None:
+            _write(weights, folder)
+
+
+def _write(weights: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
     shard: dict[str, torch.Tensor] = {}
     number = 0
-    for name, tensor in named_weights(model):
-        if folder is None:
-            continue
+    for name, tensor in weights:
         shard[name] = tensor.cpu().contiguous()
         if sum(t.nbytes for t in shard.values()) >= SHARD_BYTES:
             save_file(shard, folder / f"{number:05d}.safetensors")
             shard, number = {}, number + 1
-    if folder is not None and shard:
+    if shard:
         save_file(shard, folder / f"{number:05d}.safetensors")
 
 
-def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The full tensor of a tensor that may be sharded; a collective operation if it is."""
-    tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def _converted(base: PreTrainedModel, weights: Iterable[Weight]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights in the shapes that a checkpoint has. Memory holds one layer at a time; what belongs to no layer, such
+    as embeddings and the output head, counts as one.
+    """
+    layers: dict[str, list[Weight]] = {}
+    for name, whole in weights:
+        layers.setdefault(_layer_of(name), []).append((name, whole))
+    for layer in layers.values():
+        converted = revert_weight_conversion(base, {name: whole() for name, whole in layer})
+        for name in list(converted):
+            yield name, converted.pop(name)
 
 
-def _plain_weights(module: nn.Module, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """The parameters and persistent buffers of a module without adapters."""
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        yield prefix + name, tensor
+def _layer_of(name: str) -> str:
+    """The part of a name up to the number of the layer; empty if it has none.
+
+    >>> _layer_of("model.layers.3.mlp.experts.7.w1.weight")
+    'model.layers.3'
+    """
+    parts = name.split(".")
+    before = list(takewhile(lambda part: not part.isdigit(), parts))
+    return ".".join(parts[: len(before) + 1]) if len(before) < len(parts) else ""
 
 
-def _merged_weights(base: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights of a model with PEFT layers: under the names of the base model, with active adapters merged."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+def _weights_of(module: nn.Module, prefix: str, tied: set[str]) -> Iterator[Weight]:
+    """The parameters and persistent buffers of a module, with the names of the base model and active adapters merged.
 
-    tied = {*base.all_tied_weights_keys.keys(), *base.all_tied_weights_keys.values()}
-
-    def walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-        if isinstance(module, BaseTunerLayer):
-            yield from refusing_tied(_merged_layer(module, prefix))
-        elif isinstance(module, ModulesToSaveWrapper):
-            adapters = [] if module.disable_adapters else module.active_adapters
-            active = module.modules_to_save[adapters[0]] if adapters else module.original_module
-            yield from refusing_tied(_plain_weights(active, prefix))
-        elif isinstance(module, AuxiliaryTrainingWrapper):
-            raise ValueError(_cannot_merge(prefix, type(module).__name__))
-        else:
-            tensors = {name: t for name, t in module.named_parameters(recurse=False)}
-            persistent = set(module.state_dict(keep_vars=True))
-            tensors |= {name: t for name, t in module.named_buffers(recurse=False) if name in persistent}
-            for name, tensor in tensors.items():
-                yield prefix + name, tensor
-            for name, child in module.named_children():
-                yield from walk(child, f"{prefix}{name}.")
-
-    def refusing_tied(weights: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in weights:
-            if name in tied:
-                raise ValueError(
-                    f"An adapter changes `{name}`, which is tied to another weight, so that vLLM could not hold both. "
-                    "Leave the embeddings out of the adapter, or load the model with `tie_word_embeddings=False`."
-                )
-            yield name, tensor
-
-    yield from walk(base, "")
+    Args:
+        tied: names of weights that no adapter may change.
+    """
+    peft = sys.modules.get("peft")  # if it was never imported, no module is one of its own
+    if peft is not None and isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
+        yield from _refusing(tied, _merged_layer(module, prefix))
+    elif peft is not None and isinstance(module, peft.utils.other.ModulesToSaveWrapper):
+        adapters: Any = [] if module.disable_adapters else module.active_adapters
+        copies: Any = module.modules_to_save
+        active: Any = copies[adapters[0]] if adapters else module.original_module
+        yield from _refusing(tied, _weights_of(active, prefix, tied))
+    elif peft is not None and isinstance(module, peft.utils.other.AuxiliaryTrainingWrapper):
+        raise ValueError(_cannot_merge(prefix, type(module).__name__))
+    else:
+        buffers = dict(module.named_buffers(recurse=False))
+        persistent = {n: b for n, b in buffers.items() if n not in module._non_persistent_buffers_set}
+        for name, tensor in {**dict(module.named_parameters(recurse=False)), **persistent}.items():
+            yield prefix + name, partial(full, tensor)
+        for name, child in module.named_children():
+            yield from _weights_of(child, prefix if name in WRAPPERS else f"{prefix}{name}.", tied)
 
 
-def _merged_layer(layer: Any, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+def _refusing(tied: set[str], weights: Iterable[Weight]) -> Iterator[Weight]:
+    for name, whole in weights:
+        if name in tied:
+            raise ValueError(
+                f"An adapter changes `{name}`, which is tied to another weight, so that vLLM could not hold both. "
+                "Leave the embeddings out of the adapter, or load the model with `tie_word_embeddings=False`."
+            )
+        yield name, whole
+
+
+def _merged_layer(layer: Any, prefix: str) -> Iterator[Weight]:
     """A LoRA layer's weight plus ``scaling * B @ A`` of each active adapter, in the weight's own dtype."""
     from peft.tuners import lora
     from peft.tuners.lora import LoraLayer
@@ -128,12 +174,31 @@ def _merged_layer(layer: Any, prefix: str) -> Iterator[tuple[str, torch.Tensor]]
     special = any(adapter in layer.lora_variant or layer.lora_bias.get(adapter) for adapter in adapters)
     if special or not isinstance(layer, (lora.Linear, lora.Embedding)):
         raise ValueError(_cannot_merge(prefix, type(layer).__name__))
-    for name, tensor in layer.get_base_layer().state_dict(keep_vars=True).items():
-        if name == "weight":
-            with torch.no_grad():
-                for adapter in adapters:
-                    tensor = (tensor + layer.get_delta_weight(adapter)).to(tensor.dtype)
-        yield prefix + name, tensor
+    for name, whole in _weights_of(layer.get_base_layer(), prefix, set()):
+        merges = name == f"{prefix}weight" and adapters
+        yield name, partial(_merged, layer, whole, adapters) if merges else whole
+
+
+@torch.no_grad()
+def _merged(layer: Any, base: Callable[[], torch.Tensor], adapters: list[str]) -> torch.Tensor:
+    """The whole weight of a LoRA layer with these adapters."""
+    weight, delta = base(), _Delta(layer)
+    for adapter in adapters:
+        matrices = {name: full(p) for name, p in delta.named_parameters() if name.split(".")[2:3] == [adapter]}
+        weight = (weight + functional_call(delta, matrices, (adapter,))).to(weight.dtype)
+    return weight
+
+
+class _Delta(nn.Module):
+    """What an adapter adds to the weight of its layer, as a function of its matrices."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, adapter: str) -> torch.Tensor:
+        """Returns ``scaling * B @ A``."""
+        return self.layer.get_delta_weight(adapter)
 
 
 def _cannot_merge(prefix: str, kind: str) -> str:

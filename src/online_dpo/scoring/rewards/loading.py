@@ -17,6 +17,7 @@ from transformers import (
 from transformers.utils.hub import has_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from online_dpo.distributed.loading import loading_whole
 from online_dpo.errors import ModelFolderError, error_text
 from online_dpo.foreign import loading
 from online_dpo.modeling.adapters import load_adapter
@@ -76,7 +77,7 @@ def last_part(path: str) -> str:
 
 def _load_model(path: str, **options: Any) -> nn.Module:
     # Accept mismatched sizes here, to raise an error below that says what to do.
-    with loading(path), without_report():
+    with loading(path), loading_whole(), without_report():
         named = {name: options[name] for name in ("revision", "trust_remote_code")}
         config = AutoConfig.from_pretrained(path, **named)
         check_config(config, path)
@@ -103,7 +104,8 @@ def _load_adapter(path: str, **options: Any) -> tuple[nn.Module, str, str | None
             "head that scores a text would be random. Give an adapter that was trained with SEQ_CLS."
         )
     try:
-        model = load_adapter(path, _load_base, "SEQ_CLS", **options)
+        with loading_whole():
+            model = load_adapter(path, _load_base, "SEQ_CLS", **options)
     except RuntimeError as error:  # what torch and transformers raise if shapes differ
         raise ValueError(
             f"{not_one_label(path, 'other shapes')} Loading it failed with: {error_text(error)}"

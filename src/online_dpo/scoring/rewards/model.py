@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from online_dpo.distributed.weights import make_whole
 from online_dpo.errors import ModelFolderError, ScoringError
 from online_dpo.foreign import among_rows, at_row, foreign
 from online_dpo.modeling.attention.masks import use_segments
@@ -86,6 +87,7 @@ class RewardModelScorer:
         share_prompts: bool = True,
     ) -> None:
         config = check_reward_model(model)
+        make_whole(model)
         self.name = name or last_part(config._name_or_path) or type(model).__name__
         if tokenizer is None:
             if not config._name_or_path:

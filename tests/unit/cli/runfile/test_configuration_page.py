@@ -9,7 +9,8 @@ from pathlib import Path
 
 from online_dpo.cli.runfile.configuration_page import configuration_page
 from online_dpo.cli.runfile.help import GROUPS
-from online_dpo.cli.runfile.schema import PARENT, FieldSpec, load_fields
+from online_dpo.cli.runfile.ray_section import NAME as RAY_SETTINGS
+from online_dpo.cli.runfile.schema import PARENT, FieldSpec, load_fields, read_fields_of
 
 PAGE = Path(__file__).parents[4] / "docs" / "configuration.md"
 
@@ -35,7 +36,8 @@ def test_a_field_is_a_row_of_its_group() -> None:
 def test_every_field_of_ours_is_there_once_and_has_five_cells() -> None:
     rows = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
     names = [row.split("`")[1] for row in rows]
-    assert sorted(names) == sorted(name for name, spec in load_fields().items() if spec.group != PARENT)
+    settings = [f"ray.{name}" for name in read_fields_of(*RAY_SETTINGS)]
+    assert sorted(names) == sorted([name for name, spec in load_fields().items() if spec.group != PARENT] + settings)
     assert {len(re.split(r"(?<!\\)\|", row)) for row in rows} == {7}
 
 

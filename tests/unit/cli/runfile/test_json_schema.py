@@ -220,3 +220,10 @@ def test_the_command_has_help_and_takes_nothing_else(capsys: pytest.CaptureFixtu
             assert said.err.startswith(f"error: unrecognized arguments: {' '.join(words)}.")
         else:
             assert "# yaml-language-server: $schema=run.schema.json" in " ".join(said.out.split())
+
+
+def test_the_section_of_ray_has_its_settings_and_no_others():
+    right = {"train_gpus": 8, "servers": "2", "server_args": ["--max-model-len", 4096], "address": None}
+    assert accepts({"ray": right}) and accepts({"ray": {}}) and accepts({"ray": None})
+    for wrong in ({"train_gpu": 8}, {"train_gpus": -1}, {"placement_timeout": 0}, {"env_vars": {"A": "b"}}, 5):
+        assert not accepts({"ray": wrong}), wrong

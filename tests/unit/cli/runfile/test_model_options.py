@@ -78,7 +78,7 @@ def test_contradictions(values: dict[str, Any], field: str, problem: str) -> Non
 
 def test_what_is_missing_and_what_is_not_read() -> None:
     found = dict(model_problems(QLORA, is_trained=True))
-    missing = "needs bitsandbytes. Install it with: pip install bitsandbytes"
+    missing = "needs bitsandbytes. Install it with: pip install 'online-dpo[qlora]'"
     assert found == ({"load_in_4bit": missing} if requirements.BITSANDBYTES.missing else {})
     assert list(model_problems({"attn_implementation": "eager"}, is_trained=True)) == []
     assert ignored_options({"bnb_4bit_quant_type": "fp4"}) == ["bnb_4bit_quant_type"]

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from online_dpo.cli.runfile.paths import looks_like_path
 from online_dpo.cli.runfile.references import load_reference, parse_reference
 from online_dpo.cli.runfile.run_config import RunConfig
-from online_dpo.cli.runfile.run_file import looks_like_path, plan_run
+from online_dpo.cli.runfile.run_file import plan_run
 from support.checkpoint_folders import whole_checkpoint
 from support.plans import GOOD, problems_of, write
 

@@ -23,6 +23,8 @@ from transformers import (
 )
 
 from online_dpo.config.pairwise_judge import LETTERS, PAIRRM, check_options, kind_of_class, pairwise_kind
+from online_dpo.distributed.loading import loading_whole
+from online_dpo.distributed.weights import is_sharded, make_whole
 from online_dpo.errors import ModelFolderError
 from online_dpo.foreign import among_rows, at_row, foreign, loading
 from online_dpo.modeling.borrowing import eval_mode
@@ -97,6 +99,10 @@ class PairwiseModelJudge(PreferenceJudge):
         self.name = name or last_part(config._name_or_path) or type(model).__name__
         chat = kind == LETTERS and tokenizer.chat_template is not None
         check_tokenizer(model, tokenizer, f"Judge `{self.name}`", chat=chat)
+        if is_sharded(model):  # it was loaded while ZeRO-3 was configured
+            device = next(model.parameters()).device
+            make_whole(model)
+            model.to(device)
         self.model = model
         self.tokenizer = tokenizer
         self.batch_size = batch_size
@@ -137,7 +143,7 @@ class PairwiseModelJudge(PreferenceJudge):
         check_options(
             kind, {option: value for option, value in options.items() if option not in ("name", "max_failure_share")}
         )
-        with loading(path), without_report():
+        with loading(path), loading_whole(), without_report():
             model, info = _classes(kind)[0].from_pretrained(
                 path, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
             )

@@ -1,0 +1,133 @@
+"""Bytes that come and go within a step: what is gathered, keys and values, activations, logits. Estimates.
+
+Kernels, the allocator and the lengths of texts have their part. The tests compare each with what a small model
+allocates on a CPU: what a layer keeps and the keys and values to the last byte, logits within 15 %.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from online_dpo.sizing.held import FP32, HALF, Term, gradient_term, stepped_numbers, trained_weights
+from online_dpo.sizing.plan import Plan
+from online_dpo.sizing.shape import ModelShape
+
+CHUNK_LOGITS = 2**27
+"""Logits that exist at a time on a GPU: `modeling.logprobs.CHUNK_LOGITS_ELSEWHERE`."""
+ARRAYS_FORWARD, ARRAYS_BACKWARD = 4.5, 2
+"""Arrays of a chunk in fp32 at a time. Forward: the logits, their exponentials, those of the chunk before, what the
+entropy sums, and half an array where products are in bf16. Backward: the logits, and their gradients in bf16.
+"""
+
+
+def sampling_terms(plan: Plan) -> Iterator[Term]:
+    """Yields what sampling needs on the GPU, beside what is held."""
+    if plan.engine == "servers":
+        return
+    if plan.engine == "vllm":
+        yield Term("vLLM", int(plan.vllm_share * plan.gpu_bytes))
+        return
+    yield Term("gathered weights", _gathered_bytes(plan) if plan.parted else 0)
+    # One process and DDP in bf16: the built-in engine multiplies with copies of the linear layers in that type.
+    copied = plan.bf16 and plan.sharding == "none" and plan.adapter == "none"
+    linears = sum(weight.numbers * weight.count for weight in plan.policy.weights() if weight.linear)
+    yield Term("copies of linear layers", HALF * linears if copied else 0)
+    yield Term("keys and values", kv_bytes(plan))
+
+
+def kv_bytes(plan: Plan) -> int:
+    """Keys and values of a sampling call: of each prompt once, and of each completion.
+
+    Rotary embeddings have the type of the hidden states, which is that of the weights, and so have the keys.
+    """
+    tokens = plan.sequences // plan.completions * plan.prompt_tokens + plan.sequences * plan.new_tokens
+    return plan.policy.layers * plan.policy.kv_width * (hidden_bytes(plan) + plan.compute_bytes) * tokens
+
+
+def hidden_bytes(plan: Plan) -> int:
+    """Bytes of a number in the hidden states between layers: they have the type of the embedding."""
+    in_half = plan.bf16 and (plan.adapter == "lora" or plan.by_deepspeed or plan.sharding == "fsdp2")
+    return HALF if in_half else FP32
+
+
+def pass_terms(plan: Plan) -> Iterator[Term]:
+    """Yields what the forward and backward passes of a step need, gradients included."""
+    yield gradient_term(plan)
+    yield Term("buckets", _bucket_bytes(plan))
+    yield Term("gathered for a pass", _live_bytes(plan))
+    yield Term("activations", activation_bytes(plan))
+    yield Term("logits", logit_bytes(plan))
+
+
+def step_terms(plan: Plan) -> Iterator[Term]:
+    """Yields what the optimizer's step needs: the gradients, of which DeepSpeed makes a copy in fp32 for its part."""
+    yield gradient_term(plan)
+    copied = plan.by_deepspeed and plan.bf16 and not plan.offload_optimizer
+    stepped = stepped_numbers(trained_weights(plan), plan.sharding, plan.gpus)
+    yield Term("gradients in fp32", FP32 * stepped if copied else 0)
+
+
+def activation_bytes(plan: Plan) -> int:
+    """What the layers keep for the backward pass.
+
+    With gradient checkpointing (Chen et al. 2016, arXiv 1604.06174): the input of each layer, and everything of the one
+    that is computed again. Without: everything of all layers. An adapter keeps about as much as full training does.
+    """
+    shape, tokens = plan.policy, plan.tokens_per_pass
+    of_layer = tokens * layer_bytes_of_a_token(shape, plan.bf16, hidden_bytes(plan))
+    if not plan.gradient_checkpointing:
+        return shape.layers * of_layer
+    return shape.layers * tokens * shape.hidden * hidden_bytes(plan) + of_layer
+
+
+def layer_bytes_of_a_token(shape: ModelShape, bf16: bool, hidden: int = FP32) -> int:
+    """What one layer keeps for each token, as counted by Korthikanti et al. (2022, arXiv 2205.05198, section 4.1), here
+    for a gated MLP, RMS norms, and attention that keeps no scores.
+
+    Args:
+        bf16: whether matrix products are in bf16; autocast then makes an input of its own for each of them.
+        hidden: bytes of a number between layers.
+    """
+    size, attention = HALF if bf16 else FP32, shape.heads * shape.head_dim
+    of_each_norm = (FP32 + hidden) * shape.hidden + FP32  # what is normed, in fp32; the normed; one scale
+    inputs = (5 if bf16 and hidden == FP32 else 2) * size * shape.hidden  # of query, key, value; of gate and up
+    heads = 2 * size * (attention + shape.kv_width) + FP32 * shape.heads  # query, key, value, output; log-sum-exps
+    mlp = 4 * size * shape.intermediate  # gate, up, the activation, the product
+    normed_heads = (FP32 + size) * (attention + shape.kv_width) + FP32 * (shape.heads + shape.kv_heads)
+    return 2 * of_each_norm + inputs + heads + mlp + (normed_heads if shape.qk_norm else 0)
+
+
+def logit_bytes(plan: Plan) -> int:
+    """Logits of a chunk, with the head in the type of its products; in the backward pass also the head's gradient: in
+    fp32 over all chunks, and of one.
+    """
+    shape = plan.policy
+    tokens = min(plan.tokens_per_pass, max(1, CHUNK_LOGITS // shape.vocabulary))
+    chunk, head = FP32 * tokens * shape.vocabulary, shape.vocabulary * shape.hidden
+    cast = HALF * head if plan.bf16 and hidden_bytes(plan) == FP32 else 0
+    forward = int(ARRAYS_FORWARD * chunk) + cast
+    if plan.adapter != "none":
+        return forward
+    return max(forward, ARRAYS_BACKWARD * chunk + cast + head * (FP32 + plan.compute_bytes))
+
+
+def _gathered_bytes(plan: Plan) -> int:
+    """The policy's whole weights on one GPU; or the largest part that is needed at a time."""
+    whole, shape = plan.policy.parameters, plan.policy
+    size = plan.compute_bytes
+    return size * (whole if plan.gathers == "whole" else max(2 * shape.layer, shape.vocabulary * shape.hidden))
+
+
+def _live_bytes(plan: Plan) -> int:
+    """Weights that are whole within a pass: under FSDP2 two layers and the tail (norm, head, a tied embedding), with
+    the gradients of one layer; under ZeRO-3 as many as `Plan.live`."""
+    shape, size = plan.policy, plan.compute_bytes
+    if plan.sharding == "fsdp2":
+        return size * (3 * shape.layer + shape.vocabulary * shape.hidden)
+    return size * min(shape.parameters, plan.live) if plan.sharding == "zero3" else 0
+
+
+def _bucket_bytes(plan: Plan) -> int:
+    """DeepSpeed's buckets of gradients on their way."""
+    numbers = plan.policy.hidden**2 if plan.bucket is None else plan.bucket
+    return plan.compute_bytes * numbers if plan.by_deepspeed else 0
