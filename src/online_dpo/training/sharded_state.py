@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from online_dpo.distributed.sharding import Sharding
 from online_dpo.distributed.updated import Updated
 from online_dpo.distributed.weights import full, is_partitioned, is_whole
 from online_dpo.errors import CheckpointError
-from online_dpo.modeling.borrowing import kept_attributes
 from online_dpo.training import shards
 
 ADAM = ("Adam", "AdamW", "DeepSpeedCPUAdam", "FusedAdam")
@@ -76,7 +74,7 @@ class ShardedState:
             names = {id(parameter): name for name, parameter in model.named_parameters()}
             self._order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
-    def save(self, output_dir: str, model: nn.Module, optimizer: Any, scheduler: Any) -> None:
+    def save(self, output_dir: str | Path, model: nn.Module, optimizer: Any, scheduler: Any) -> None:
         """Writes what this rank's optimizer updates, and on rank 0 what all share."""
         folder, updated = Path(output_dir), self._sharding.updated(model, optimizer)
         rank = torch.distributed.get_rank() if world_size() > 1 else 0
@@ -85,7 +83,7 @@ class ShardedState:
             shards.write_index(folder, self._sharding.name, world_size(), updated)
             torch.save(scheduler.state_dict(), folder / SCHEDULER_NAME)
 
-    def restore(self, checkpoint: str, model: nn.Module, optimizer: Any, scheduler: Any) -> None:
+    def restore(self, checkpoint: str | Path, model: nn.Module, optimizer: Any, scheduler: Any) -> None:
         """Goes on from a checkpoint's weights, optimizer and schedule, whatever number of ranks and way wrote it.
 
         Raises:
@@ -117,7 +115,7 @@ class ShardedState:
                 group.update({key: value for key, value in saved.items() if key in group})
             updated.scaling.update(index.scaling)
 
-    def restore_weights(self, checkpoint: str, model: nn.Module, optimizer: Any) -> None:
+    def restore_weights(self, checkpoint: str | Path, model: nn.Module, optimizer: Any) -> None:
         """Puts a checkpoint's weights into the model, and no more.
 
         Raises:
@@ -159,14 +157,6 @@ class ShardedState:
         if not self._sharding.copies or given == tensor.dtype:
             return full(tensor)
         return self._sharding.full_trained(tensor).to(given)
-
-
-@contextmanager
-def unsharded_files(trainer: Any) -> Iterator[None]:
-    """Inside, a `transformers.Trainer` reads and writes a model as it does without sharding: in its plain files."""
-    with kept_attributes(trainer, "is_fsdp_enabled", "is_deepspeed_enabled"):
-        trainer.is_fsdp_enabled = trainer.is_deepspeed_enabled = False
-        yield
 
 
 def _of_groups(saved: dict[str, Any], own: dict[str, Any], folder: Path) -> dict[str, Any]:
