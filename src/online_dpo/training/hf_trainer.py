@@ -45,7 +45,7 @@ from online_dpo.training.rescue import Rescue
 from online_dpo.training.resumed_random_state import ResumedRandomState
 from online_dpo.training.run_context import RunContext
 from online_dpo.training.run_state import RunState
-from online_dpo.training.sharded_state import ShardedState
+from online_dpo.training.sharded_state import ShardedState, unsharded_files
 from online_dpo.training.step_guard import StepGuard
 from online_dpo.training.stopwatch import PhaseTimer
 from online_dpo.training.update_ratio import UpdatedRatio
@@ -197,7 +197,7 @@ class GuardedTrainer(Trainer):
         """
         folder = resume_from_checkpoint if self.shards.is_on else None
         if folder is not None and not self.shards.reads_weights(folder, self.model):  # pyright: ignore
-            with self._unsharded():
+            with unsharded_files(self):
                 self._load_from_checkpoint(folder)
         of_parent = None if self.shards.is_on else resume_from_checkpoint
         model, dataloader = super()._prepare_for_training(max_steps, train_dataloader, of_parent)
@@ -206,13 +206,6 @@ class GuardedTrainer(Trainer):
             self._load_optimizer_and_scheduler(folder)
             self._load_scaler(folder)
         return model, dataloader
-
-    @contextmanager
-    def _unsharded(self) -> Iterator[None]:
-        """Inside, the parent reads and writes a model as it does without sharding: in its plain files."""
-        with kept_attributes(self, "is_fsdp_enabled", "is_deepspeed_enabled"):
-            self.is_fsdp_enabled = self.is_deepspeed_enabled = False
-            yield
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """The parent's, unless the checkpoint that is resumed was the run's last: it would train one more step."""
@@ -257,7 +250,7 @@ class GuardedTrainer(Trainer):
         if output_dir is None or not _internal_call:  # else they are a checkpoint's, which has checked them
             folder: Any = self.args.output_dir
             self.finite.check(self.state, folder, "Before a save", agree=self.shards.is_on, optimizer=False)
-        with self.evaluation_weights.in_model(), self._unsharded():
+        with self.evaluation_weights.in_model(), unsharded_files(self):
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -316,15 +309,15 @@ class GuardedTrainer(Trainer):
             return super()._finalize_training(trial, *args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.shards.is_on:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
         with self.checkpoints.part():
-            self.shards.save(Path(output_dir), self.model, self.optimizer, self.lr_scheduler)  # pyright: ignore
+            if self.shards.is_on:
+                self.shards.save(output_dir, self.model, self.optimizer, self.lr_scheduler)  # pyright: ignore
+            else:
+                super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.shards.reads(checkpoint):
-            self.shards.restore(Path(checkpoint), self.model, self.optimizer, self.lr_scheduler)  # pyright: ignore
+            self.shards.restore(checkpoint, self.model, self.optimizer, self.lr_scheduler)  # pyright: ignore
         else:
             super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
@@ -339,12 +332,11 @@ class GuardedTrainer(Trainer):
     def _load_best_model(self) -> None:
         self.checkpoints.check_best()
         self.evaluation_weights.put(True)  # those are what was saved
-        if self.shards.is_on:
-            best = Path(str(self.state.best_model_checkpoint))
-            self.shards.restore_weights(best, self.model, self.optimizer)  # pyright: ignore[reportArgumentType]
-            return
         with kept_flags(self.model):  # pyright: ignore[reportArgumentType]
-            super()._load_best_model()
+            if self.shards.is_on:
+                self.shards.restore_weights(self.state.best_model_checkpoint, self.model, self.optimizer)  # pyright: ignore
+            else:
+                super()._load_best_model()
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from online_dpo.distributed.sharding import Sharding
 from online_dpo.distributed.updated import Updated
 from online_dpo.distributed.weights import full, is_partitioned, is_whole
 from online_dpo.errors import CheckpointError
+from online_dpo.modeling.borrowing import kept_attributes
 from online_dpo.training import shards
 
 ADAM = ("Adam", "AdamW", "DeepSpeedCPUAdam", "FusedAdam")
@@ -157,6 +159,14 @@ class ShardedState:
         if not self._sharding.copies or given == tensor.dtype:
             return full(tensor)
         return self._sharding.full_trained(tensor).to(given)
+
+
+@contextmanager
+def unsharded_files(trainer: Any) -> Iterator[None]:
+    """Inside, a `transformers.Trainer` reads and writes a model as it does without sharding: in its plain files."""
+    with kept_attributes(trainer, "is_fsdp_enabled", "is_deepspeed_enabled"):
+        trainer.is_fsdp_enabled = trainer.is_deepspeed_enabled = False
+        yield
 
 
 def _of_groups(saved: dict[str, Any], own: dict[str, Any], folder: Path) -> dict[str, Any]:
