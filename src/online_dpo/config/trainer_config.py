@@ -147,7 +147,7 @@ def _check_reward_sharding(args: OnlineDPOConfig) -> None:
     if args.reward_model_sharding == "shard" and args.max_staleness:
         raise ValueError(
             '`reward_model_sharding="shard"` gathers reward models over all processes, and `max_staleness` scores '
-            "beside training, in no order that processes share. Set `max_staleness` to 0, or leave the reward models whole."
+            "beside training, in an order of each process's own. Set it to 0, or leave the reward models whole."
         )
 
 
