@@ -55,7 +55,7 @@ SAMPLES: dict[str, tuple[list[str], Any]] = {
     "stop_timeout": (["3.5"], 3.5),
     "model_init_kwargs": (['{"dtype": "bfloat16"}'], {"dtype": "bfloat16"}),
     "trust_remote_code": ([], True),
-    "ds3_gather_for_generation": (["false"], False),
+    "ds3_gather_for_generation": (["true"], True),
     "reward_model_path": (["owner/reward"], "owner/reward"),
     "reward_weights": (["1", "-0.5"], [1.0, -0.5]),
     "reward_normalization": (["group"], "group"),
