@@ -163,7 +163,7 @@ CASES = {
     "clipped": dict(optim="adamw_torch", max_grad_norm=0.1, learning_rate=1e-3, steps=10),
     "evaluated": dict(kwargs={"eval_dataset": dataset(lengths=(3, 4, 5, 6, 7))}, per_device_eval_batch_size=2),
     "synced": dict(sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=0.5),
-    "lora": dict(kwargs={"peft_config": LoraConfig(**LORA)}, learning_rate=0.5, steps=10),
+    "lora": dict(kwargs={"peft_config": LoraConfig(**LORA)}, learning_rate=0.5),
     "checkpointed": dict(gradient_checkpointing=True),
     "not finite": dict(optim="adamw_torch", max_grad_norm=1.0, learning_rate=1e-3, poisoned_step=2),
 }
@@ -190,6 +190,17 @@ CASES_OF_MODELS = {
     ),
 }
 """What else touches models, for the ways in which their weights lie in parts."""
+LEFT_OUT = {
+    "zero1": ("evaluated", "synced", "lora", "checkpointed"),
+    "zero2": ("synced", "checkpointed"),
+}
+"""Whole weights, as ddp has them, and the gradients of the other of the two: nothing here is theirs alone."""
+
+
+def cases_of(way):
+    """The cases of a way; those in bf16 are for all."""
+    whole = [case for case in CASES if case not in LEFT_OUT.get(way, ())]
+    return whole if way in WHOLE else [*whole, *CASES_OF_MODELS]
 
 
 def main():
@@ -197,7 +208,7 @@ def main():
     out, processes = Path(sys.argv[1]), int(sys.argv[2])
     chosen = sys.argv[4].split(",") if len(sys.argv) > 4 else [*CASES, *CASES_OF_MODELS, *CASES_IN_BF16]
     for way, case in itertools.product(sys.argv[3].split(","), chosen):
-        if case in CASES_OF_MODELS and way in WHOLE:
+        if case not in (*cases_of(way), *CASES_IN_BF16):
             continue
         try:
             run(out, way, case, processes, **copy.deepcopy({**CASES, **CASES_OF_MODELS, **CASES_IN_BF16}[case]))

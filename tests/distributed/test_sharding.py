@@ -13,11 +13,11 @@ from support.training import assert_same
 
 sys.path.insert(0, str(Path(__file__).parent))
 from exports import MODELS  # noqa: E402
-from sharding_worker import CASES, CASES_IN_BF16, CASES_OF_MODELS, WHOLE  # noqa: E402
+from sharding_worker import CASES_IN_BF16, WHOLE, cases_of  # noqa: E402
 
 WORKER = Path(__file__).with_name("sharding_worker.py")
 WAYS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
-RUNS = [(way, case) for way in WAYS for case in (*CASES, *CASES_OF_MODELS) if case in CASES or way not in WHOLE]
+RUNS = [(way, case) for way in WAYS for case in cases_of(way)]
 MANY_PASSES = {"plain": 2, "accumulated": 1, "one pass": 1}
 """Passes that the largest micro-batch of a case has at least."""
 
