@@ -176,7 +176,7 @@ CASES = {
     "clipped": dict(optim="adamw_torch", max_grad_norm=0.1, learning_rate=1e-3, steps=10),
     "evaluated": dict(kwargs={"eval_dataset": dataset(lengths=(3, 4, 5, 6, 7))}, per_device_eval_batch_size=2),
     "synced": dict(sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=0.5),
-    "lora": dict(kwargs={"peft_config": LoraConfig(**LORA)}, learning_rate=0.5, steps=10),
+    "lora": dict(kwargs={"peft_config": LoraConfig(**LORA)}, learning_rate=0.5),
     "checkpointed": dict(gradient_checkpointing=True),
     "not finite": dict(optim="adamw_torch", max_grad_norm=1.0, learning_rate=1e-3, poisoned_step=2),
 }
@@ -210,6 +210,11 @@ CASES_OF_QLORA = {
     "4 bits as floats": qlora(AS_FLOATS, kwargs={"peft_config": LINEAR}, fits=False),
     "8 bits": qlora(quantized.INT8, kwargs={"peft_config": LINEAR}),
 }
+LEFT_OUT = {
+    "zero1": ("evaluated", "synced", "lora", "checkpointed", "4 bits", "8 bits"),
+    "zero2": ("synced", "checkpointed", "8 bits"),
+}
+"""Whole weights, as ddp has them, and the gradients of the other of the two: nothing here is theirs alone."""
 ALL = {**CASES, **CASES_OF_MODELS, **CASES_IN_BF16, **CASES_OF_QLORA}
 
 
@@ -217,6 +222,8 @@ def fitting(way, case):
     """Whether a case belongs to a way of sharding."""
     if case in CASES_OF_MODELS or case == "4 bits as floats":
         return way not in WHOLE
+    if case in LEFT_OUT.get(way, ()):
+        return False
     return (way, case) != ("fsdp2", "8 bits")  # it is refused
 
 

@@ -19,6 +19,7 @@ import threading
 import time
 import traceback
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ MODULES = [
     "tenacity",
     "yaml",
     "peft",
-    "deepspeed",  # accelerate asks whether a model is one of its engines
+    *filter(find_spec, ["deepspeed"]),  # accelerate asks whether a model is one of its engines, where it is installed
 ]
 
 
