@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+from packaging.version import Version
+
 from online_dpo.config.quantization import method_of, settings_of, settings_problems
 
 
@@ -150,6 +152,8 @@ FLAGS = {
 
 DEEPSPEED = "0.19"
 """The version whose private parts `distributed/deepspeed.py` uses."""
+TORCH_OF_FSDP = "2.13"
+"""The first with `FSDPModule.reset_iter_state`, without which a pass that ran out of memory cannot be undone."""
 SHARDING = {
     "fsdp": Needs(""),
     "deepspeed": pip("'online-dpo[deepspeed]'", "deepspeed"),
@@ -208,6 +212,8 @@ def sharding_problem(kind: str) -> str | None:
         return f"needs {' and '.join(needs.missing)}, not installed here. Install it with: {needs.install}"
     if kind == "deepspeed" and not (found := version("deepspeed")).startswith(f"{DEEPSPEED}."):
         return f"needs deepspeed {DEEPSPEED}, and {found} is installed. Install it with: {needs.install}"
+    if kind == "fsdp" and Version(found := version("torch")) < Version(TORCH_OF_FSDP):
+        return f"needs torch {TORCH_OF_FSDP} or later, and {found} is installed. `deepspeed` works with this one."
     return None
 
 
