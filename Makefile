@@ -49,14 +49,14 @@ SEAMS := tests/unit/test_versions.py tests/unit/modeling/test_patching.py tests/
 	tests/unit/modeling/test_onednn.py tests/unit/modeling/test_forward_path.py tests/unit/rollout/builtin/test_decoding.py tests/unit/rollout/builtin/test_static_decoding.py \
 	tests/unit/rollout/builtin/test_engine.py tests/unit/rollout/builtin/test_mixture.py tests/unit/scoring/rewards/test_shared_prefix.py \
 	tests/unit/scoring/rewards/test_shared_prefix_rows.py tests/unit/scoring/judges/pairwise/test_classifier.py tests/unit/rollout/weights/test_export.py tests/unit/rollout/weights/test_process_group.py \
-	tests/integration/test_adapters.py tests/integration/test_checkpoints.py tests/integration/test_datasets.py tests/integration/test_evaluation.py tests/integration/test_gradients.py \
-	tests/integration/test_guards.py tests/integration/test_judges.py tests/integration/test_memory.py tests/integration/test_prompts_and_pairs.py \
-	tests/integration/test_references.py tests/integration/test_training.py tests/integration/test_wrong_arguments.py \
-	tests/unit/config/test_feedback.py tests/unit/config/test_loss.py tests/unit/config/test_sampling.py tests/unit/config/test_training_fields.py tests/unit/config/test_vllm.py
+	tests/integration/test_adapters.py tests/integration/test_checkpoints.py tests/integration/test_evaluation.py tests/integration/test_gradients.py \
+	tests/integration/test_guards.py tests/integration/test_memory.py tests/integration/test_prompts_and_pairs.py \
+	tests/integration/test_references.py tests/integration/test_training.py
+
 
 # What CI runs: make itself runs two of these at a time (-j 2), each in one process, and installs an environment when it is
 # first needed. What a part prints comes in one piece (-O). When one fails, no other is begun.
-CI_PARTS := lint ci-unit ci-integration ci-faults ci-vllm-servers ci-vllm ci-ray ci-seams-oldest ci-seams-newest ci-e2e test-distributed
+CI_PARTS := lint ci-unit ci-integration ci-faults ci-vllm-servers ci-vllm ci-ray ci-seams-oldest ci-seams-newest ci-e2e ci-distributed
 # about half of the time of all that use vLLM
 VLLM_SERVERS := $(addprefix tests/vllm_engines/test_,server.py broadcast.py judge.py ranks.py)
 # what needs a vLLM server runs in its environment
@@ -118,6 +118,9 @@ ci-integration: $(STAMP)
 
 ci-faults: $(STAMP)
 	$(PYTEST) tests/faults
+
+ci-distributed: $(STAMP)
+	$(PYTEST) -m "not slow" tests/distributed
 
 ci-e2e: $(STAMP)
 	$(PYTEST) tests/e2e --ignore tests/e2e/test_quickstart.py

@@ -87,7 +87,16 @@ def launch(config, *words):
     return subprocess.Popen(command, env=OWN, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-@pytest.mark.parametrize("config", ["fsdp2", "zero1", "zero2", "zero3", "zero3-offload"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        "fsdp2",
+        pytest.param("zero1", marks=pytest.mark.slow),
+        pytest.param("zero2", marks=pytest.mark.slow),
+        pytest.param("zero3", marks=pytest.mark.slow),  # a part of the next
+        "zero3-offload",
+    ],
+)
 def test_ready_file_of_accelerate(folder, one_process, config):
     process = launch(config, *TRAIN, run_file(folder, config))
     output, _ = process.communicate(timeout=300)
