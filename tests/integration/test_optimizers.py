@@ -7,6 +7,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.training_args import OptimizerNames
 
+from online_dpo.config import requirements
 from support import tiny
 from support.training import train_logs, trainer, weights
 
@@ -88,6 +89,8 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path, optim):
 
 
 @pytest.mark.parametrize("optim", REFUSED)
-def test_an_optimizer_whose_package_is_missing_is_refused_by_name(tmp_path, optim):
+def test_an_optimizer_whose_package_is_missing_is_refused_by_name(tmp_path, optim, monkeypatch):
+    installed = requirements.installed
+    monkeypatch.setattr(requirements, "installed", lambda module: module != "bitsandbytes" and installed(module))
     with pytest.raises((ImportError, ValueError), match=REFUSED[optim]):
         trainer(tmp_path, optim=optim).train()
