@@ -54,7 +54,7 @@ def other_tokenizer():
 CHANGES = {
     "seed": (dict(seed=1), "seed: checkpoint has 42, this run has 1"),
     "K": (dict(num_completions=3), "num_completions: checkpoint has 2, this run has 3"),
-    "batch": (dict(per_device_train_batch_size=2), "per_device_train_batch_size: checkpoint has 4, this run has 2"),
+    "batch": (dict(per_device_train_batch_size=2), "accumulation_steps x processes: checkpoint has 4, this run has 2"),
     "learning rate": (dict(learning_rate=1e-4), "learning_rate: checkpoint has 0.001, this run has 0.0001"),
     "schedule": (dict(lr_scheduler_type="linear"), "lr_scheduler_type: checkpoint has constant, this run has linear"),
     "beta by epochs": (dict(beta=[0.1, 0.2]), r"beta: checkpoint has 0.1, this run has \[0.1, 0.2\]"),

@@ -72,7 +72,7 @@ class ShardedState:
 
     def remember_order(self, model: nn.Module, optimizer: Any) -> None:
         """Remembers in which order an optimizer of whole weights has them, before anything is sharded."""
-        if isinstance(optimizer, torch.optim.Optimizer):
+        if self.is_on and isinstance(optimizer, torch.optim.Optimizer):
             names = {id(parameter): name for name, parameter in model.named_parameters()}
             self._order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
