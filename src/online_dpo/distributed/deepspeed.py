@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
+from deepspeed.accelerator import get_accelerator
 from deepspeed.comm import comm
 from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 from deepspeed.runtime.zero import parameter_offload
@@ -332,8 +333,9 @@ def slice_of(parameter: Any, whole: torch.Tensor) -> torch.Tensor:
 def joined(parameter: Any, own: torch.Tensor) -> torch.Tensor:
     """Returns the whole tensor of the parts that the ranks hold as they hold a parameter; a collective operation."""
     group = parameter.ds_process_group
+    own = own.to(get_accelerator().current_device_name()).contiguous()  # it may be offloaded to the host
     parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, own.contiguous(), group)
+    dist.all_gather(parts, own, group)
     return torch.cat([p.flatten() for p in parts])[: parameter.ds_numel].view(parameter.ds_shape)
 
 

@@ -180,11 +180,10 @@ def slice_of(parameter: DTensor, whole: torch.Tensor) -> torch.Tensor:
 
 def joined(parameter: DTensor, own: torch.Tensor) -> torch.Tensor:
     """Returns the whole tensor of the slices that the ranks hold as they hold a parameter; a collective operation."""
-    placed = parameter.placements
-    whole = DTensor.from_local(
-        own, parameter.device_mesh, placed, run_check=False, shape=parameter.shape, stride=parameter.stride()
-    )
-    return whole.full_tensor()
+    mesh, placed = parameter.device_mesh, parameter.placements
+    own = own.to(mesh.device_type)  # it may be offloaded to the host, of which NCCL knows nothing
+    sizes = {"shape": parameter.shape, "stride": parameter.stride()}
+    return DTensor.from_local(own, mesh, placed, run_check=False, **sizes).full_tensor()
 
 
 def _fsdp_modules(model: nn.Module) -> list[FSDPModule]:
