@@ -138,8 +138,9 @@ ci-ray: $(STAMP) $(VLLM_STAMP)
 ci-seams-oldest: $(OLDEST_STAMP)
 	$(call in_venv,$(OLDEST_VENV)) $(SEAMS)
 
+# constraints.txt has the newest of what hangs most on versions, but for torch: the parts are enough here
 ci-seams-newest: $(NEWEST_STAMP)
-	$(call in_venv,$(NEWEST_VENV)) $(SEAMS)
+	$(call in_venv,$(NEWEST_VENV)) $(filter tests/unit/%,$(SEAMS))
 
 # without dependencies: the file names all of them, and leaves out some that vLLM asks for
 $(VLLM_PACKAGES): constraints-vllm.txt

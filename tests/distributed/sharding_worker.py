@@ -211,8 +211,8 @@ CASES_OF_QLORA = {
     "8 bits": qlora(quantized.INT8, kwargs={"peft_config": LINEAR}),
 }
 LEFT_OUT = {
-    "zero1": ("evaluated", "synced", "lora", "checkpointed", "4 bits", "8 bits"),
-    "zero2": ("synced", "checkpointed", "8 bits"),
+    "zero1": ("evaluated", "synced", "lora", "checkpointed", "4 bits", "8 bits", "bf16 lora", "bf16 qlora"),
+    "zero2": ("synced", "checkpointed", "8 bits", "bf16 lora", "bf16 qlora"),
 }
 """Whole weights, as ddp has them, and the gradients of the other of the two: nothing here is theirs alone."""
 ALL = {**CASES, **CASES_OF_MODELS, **CASES_IN_BF16, **CASES_OF_QLORA}

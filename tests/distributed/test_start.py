@@ -69,7 +69,9 @@ STARTS = {
 }
 
 
-@pytest.mark.parametrize("case", STARTS)
+@pytest.mark.parametrize(
+    "case", [case if case != "fsdp with options" else pytest.param(case, marks=pytest.mark.slow) for case in STARTS]
+)
 def test_torchrun(folder, one_process, case):
     fields, words = STARTS[case]
     name = case.replace(" ", "-")
