@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
+import subprocess  # nosec B404
 import sys
 import threading
 from collections import deque
@@ -47,7 +47,7 @@ class Child:
     def __init__(self, words: Sequence[str], variables: Mapping[str, str], folder: str) -> None:
         self._lines: deque[tuple[int, str]] = deque()
         self._lock, self._dropped, self._killed = threading.Lock(), 0, False
-        self._process = subprocess.Popen(
+        self._process = subprocess.Popen(  # nosec B603
             [sys.executable, "-I", str(Path(keeper.__file__)), sys.executable, *words],
             env=dict(variables),
             cwd=folder,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import subprocess
+import subprocess  # nosec B404
 import sys
 import threading
 
@@ -21,7 +21,7 @@ def main(command: list[str]) -> int:
     """Run a command and return its exit code, or the negative number of the signal that killed it."""
     signal.pthread_sigmask(signal.SIG_SETMASK, [])  # Ray's processes block SIGINT, which is inherited
     keeper = os.getpid()
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=lambda: _end_with(keeper))
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=lambda: _end_with(keeper))  # nosec B603
     signal.signal(signal.SIGTERM, lambda number, _: _pass_on(child, number))
     signal.signal(signal.SIGINT, lambda number, _: _pass_on(child, number))
     threading.Thread(target=_watch_worker, daemon=True).start()
