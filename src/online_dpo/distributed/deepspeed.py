@@ -333,7 +333,8 @@ def slice_of(parameter: Any, whole: torch.Tensor) -> torch.Tensor:
 def joined(parameter: Any, own: torch.Tensor) -> torch.Tensor:
     """Returns the whole tensor of the parts that the ranks hold as they hold a parameter; a collective operation."""
     group = parameter.ds_process_group
-    own = own.to(get_accelerator().current_device_name()).contiguous()  # it may be offloaded to the host
+    accelerator: Any = get_accelerator()
+    own = own.to(accelerator.current_device_name()).contiguous()  # it may be offloaded to the host
     parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, own, group)
     return torch.cat([p.flatten() for p in parts])[: parameter.ds_numel].view(parameter.ds_shape)
