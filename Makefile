@@ -55,8 +55,9 @@ SEAMS := tests/unit/test_versions.py tests/unit/modeling/test_patching.py tests/
 
 
 # What CI runs: make itself runs two of these at a time (-j 2), each in one process, and installs an environment when it is
-# first needed. What a part prints comes in one piece (-O). When one fails, no other is begun.
-CI_PARTS := lint ci-unit ci-integration ci-faults ci-vllm-servers ci-vllm ci-ray ci-seams-oldest ci-seams-newest ci-e2e ci-distributed
+# first needed. What a part prints comes in one piece (-O). When one fails, no other is begun. What is marked slow, and the
+# newest versions (constraints.txt has them but for torch), are left to make test-all.
+CI_PARTS := lint ci-unit ci-integration ci-faults ci-vllm-servers ci-vllm ci-ray ci-seams-oldest ci-e2e ci-distributed
 # about half of the time of all that use vLLM
 VLLM_SERVERS := $(addprefix tests/vllm_engines/test_,server.py broadcast.py judge.py ranks.py)
 # what needs a vLLM server runs in its environment
@@ -65,7 +66,7 @@ RAY_SERVERS := tests/ray_cluster/test_servers.py
 after = $(if $(IN_TURN),| $(1))
 
 .PHONY: audit venv quickstart smoke test test-slow test-distributed test-e2e test-faults test-faults-all test-ray soak test-vllm test-oldest test-newest test-seams test-all \
-	ci $(CI_PARTS) figures benchmark lint format docs clean
+	ci ci-seams-newest $(CI_PARTS) figures benchmark lint format docs clean
 .DELETE_ON_ERROR:
 
 venv: $(STAMP)
@@ -114,7 +115,7 @@ ci-unit: $(STAMP)
 	$(PYTEST) tests/unit
 
 ci-integration: $(STAMP)
-	$(PYTEST) tests/integration
+	$(PYTEST) -m "not slow" tests/integration
 
 ci-faults: $(STAMP)
 	$(PYTEST) tests/faults
@@ -132,15 +133,14 @@ ci-vllm: $(VLLM_STAMP)
 	$(VLLM_PYTEST) tests/vllm_engines $(addprefix --ignore ,$(VLLM_SERVERS))
 
 ci-ray: $(STAMP) $(VLLM_STAMP)
-	$(PYTEST) tests/ray_cluster --ignore $(RAY_SERVERS)
-	$(VLLM_PYTEST) $(RAY_SERVERS)
+	$(PYTEST) -m "not slow" tests/ray_cluster --ignore $(RAY_SERVERS)
+	$(VLLM_PYTEST) -m "not slow" $(RAY_SERVERS)
 
 ci-seams-oldest: $(OLDEST_STAMP)
 	$(call in_venv,$(OLDEST_VENV)) $(SEAMS)
 
-# constraints.txt has the newest of what hangs most on versions, but for torch: the parts are enough here
 ci-seams-newest: $(NEWEST_STAMP)
-	$(call in_venv,$(NEWEST_VENV)) $(filter tests/unit/%,$(SEAMS))
+	$(call in_venv,$(NEWEST_VENV)) $(SEAMS)
 
 # without dependencies: the file names all of them, and leaves out some that vLLM asks for
 $(VLLM_PACKAGES): constraints-vllm.txt

@@ -41,6 +41,7 @@ def predicted(way, kind, adapter, bf16):
     return {term.name: term.gpu for term in (*held_terms(plan), gradient_term(plan))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("way", WAYS)
 def test_bytes_of_a_rank(counted, way, case):

@@ -47,6 +47,7 @@ def test_a_run_that_loses_a_process_and_then_its_server_ends_with_the_undisturbe
     assert not running("online_dpo", str(folder)) and not running("vllm.entrypoints", str(folder))
 
 
+@pytest.mark.slow
 def test_a_server_that_cannot_start_is_told_with_the_end_of_its_log(nodes, folder):
     words = ["--output_dir", folder / "wrong", "--ray.server_args", "[--max-model-len, 128, --, --no-such-option]"]
     code, _, errors = finished(start(folder / "run.yaml", nodes.address, *words))

@@ -70,6 +70,7 @@ def test_a_run_that_loses_a_process_and_a_worker_of_ray_ends_with_torchruns_weig
     assert_nothing_is_left(folder)
 
 
+@pytest.mark.slow
 def test_a_signal_leaves_a_checkpoint_from_which_the_command_that_is_shown_resumes(nodes, folder, undisturbed):
     out = folder / "stopped"
     (folder / "wanted-terminate").touch()
@@ -110,6 +111,7 @@ def test_a_cluster_that_is_too_small_is_told_within_the_time_limit(words, messag
     assert time.monotonic() - began < 60
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_by_itself_is_not_started_again(nodes, folder):
     broken = folder / "broken.py"
     broken.write_text("def score(prompts, completions):\n    raise RuntimeError('no score today')\n")
