@@ -138,3 +138,12 @@ def test_the_runs_folder_in_the_place_of_a_checkpoint(tmp_path, make_checkpoint)
         f"{tmp_path} is no checkpoint of a run (no trainer_state.json). It holds checkpoint-2, checkpoint-10: give one "
         "of them."
     )
+
+
+@pytest.mark.parametrize("name", ["global_step4", "pytorch_model_fsdp_0"])
+def test_shards_that_other_libraries_wrote_are_not_read(tmp_path, make_checkpoint, name):
+    folder = make_checkpoint(4)
+    (folder / name).mkdir()
+    problem = problem_of_named(folder, PLAIN)
+    assert problem is not None
+    assert f"{name} is of DeepSpeed's or accelerate's own format, pickles that could run any code" in problem
