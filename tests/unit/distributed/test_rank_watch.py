@@ -78,8 +78,8 @@ def test_a_rank_that_has_failed_is_named_with_its_error(store):
 def test_a_rank_is_told_that_it_is_to_blame(store):
     with watches(store, 0, 1) as (first, second):
         first.tell_failure(RankLostError("Rank 1 has been in a function.", [1]))
-        soon(lambda: second._blamed is not None)
-        assert first._blamed is None and second.missing() == [0]
+        soon(lambda: second._blamed is not None and second.missing() == [0])
+        assert first._blamed is None
 
 
 def test_a_rank_that_never_began_is_named(store):
