@@ -91,7 +91,6 @@ class _Together:
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self._model, self._device = model, device
-        self._standing_in = False
 
     def __enter__(self) -> None:
         self._hook = self._model.register_forward_pre_hook(self._announce, prepend=True)
