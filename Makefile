@@ -127,10 +127,10 @@ ci-e2e: $(STAMP)
 	$(PYTEST) tests/e2e --ignore tests/e2e/test_quickstart.py
 
 ci-vllm-servers: $(VLLM_STAMP)
-	$(VLLM_PYTEST) $(VLLM_SERVERS)
+	$(VLLM_PYTEST) -m "not slow" $(VLLM_SERVERS)
 
 ci-vllm: $(VLLM_STAMP)
-	$(VLLM_PYTEST) tests/vllm_engines $(addprefix --ignore ,$(VLLM_SERVERS))
+	$(VLLM_PYTEST) -m "not slow" tests/vllm_engines $(addprefix --ignore ,$(VLLM_SERVERS))
 
 ci-ray: $(STAMP) $(VLLM_STAMP)
 	$(PYTEST) -m "not slow" tests/ray_cluster --ignore $(RAY_SERVERS)
