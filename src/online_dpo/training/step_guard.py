@@ -47,6 +47,7 @@ class StepGuard(TrainerCallback):
     not change parameters without a gradient, nor their state; a zero gradient would still apply weight decay and
     momentum.
 
+    ``skipped_step`` says whether the latest step had pairs and its update was left out, since it was not finite.
     ``trained_steps`` counts the steps that were made with a learning rate above 0; ``untrained`` counts the others of
     this process by reason, and ``idle`` those since the last trained step. All counts are the same on every rank.
 
@@ -84,7 +85,7 @@ class StepGuard(TrainerCallback):
         self.untrained: Counter[str] = Counter()
         self.idle: Counter[str] = Counter()
         self.skipped = self.skipped_in_a_row = 0
-        self.trains = False
+        self.trains = self.skipped_step = False
         self.backoff.begin_run()
         self._begin_step(num_pairs=0)
 
@@ -153,6 +154,7 @@ class StepGuard(TrainerCallback):
         if not finite or self._num_pairs == 0:
             self.sharding.drop_gradients(model)
         self.trains = finite and self._num_pairs > 0
+        self.skipped_step = not finite
         if finite:
             self.skipped_in_a_row = 0
             if not self.trains:
@@ -180,6 +182,7 @@ class StepGuard(TrainerCallback):
             return
         if self.accelerator.optimizer_step_was_skipped:
             self._count_untrained("gradient beyond the range of fp16")
+            self.skipped_step = True
         elif all(group["lr"] == 0 for group in optimizer.param_groups):
             self._count_untrained("learning rate 0")
         else:
