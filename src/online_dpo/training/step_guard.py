@@ -21,10 +21,23 @@ from online_dpo.checkpoints.codec import read_json, write_json
 from online_dpo.distributed.collectives import any_rank
 from online_dpo.distributed.sharding import NoSharding, Sharding
 from online_dpo.errors import NothingTrainedError, TrainingDivergedError, TrainingStalledError
+from online_dpo.runs import events
+from online_dpo.stats.catalogue import Metric, describe
 from online_dpo.training.learning_rate import LearningRateBackoff
 from online_dpo.training.trained import check_trained, warn_of_untrained
 
 logger = logging.getLogger(__name__)
+
+describe(
+    "Guards and weights",
+    Metric(
+        "guard/skipped_steps",
+        "steps",
+        "steps of the run that were skipped because something was not finite",
+        "Some are harmless; many in a row stop the run (`max_skipped_steps`).",
+    ),
+    Metric("guard/skipped_pairs", "pairs", "pairs in skipped steps", "What was lost by it.", "after a skipped step"),
+)
 
 
 @dataclass(frozen=True)
@@ -164,11 +177,9 @@ class StepGuard(TrainerCallback):
         self.skipped += 1
         self.backoff.on_skip()
         self.on_skip(self._num_pairs)
-        logger.warning(
-            "Step %d skipped: its loss or gradient is not finite (%d in a row).",
-            state.global_step + 1,
-            self.skipped_in_a_row,
-        )
+        step, in_a_row = state.global_step + 1, self.skipped_in_a_row
+        text = f"Step {step} skipped: its loss or gradient is not finite ({in_a_row} in a row)."
+        events.warn(logger, "skip", text, in_a_row=in_a_row, pairs=self._num_pairs)
 
     def on_optimizer_step(
         self,
@@ -193,6 +204,7 @@ class StepGuard(TrainerCallback):
     def _count_untrained(self, reason: str) -> None:
         self.untrained[reason] += 1
         self.idle[reason] += 1
+        events.emit("idle", f"A step that trained nothing: {reason}.", reason=reason, in_a_row=self.idle.total())
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -222,12 +234,11 @@ class StepGuard(TrainerCallback):
         if idle and not self._warned_idle and state.is_world_process_zero:
             reasons = {name.partition("/")[2]: count for name, count in logs.items() if name.startswith("dropped/")}
             why = ", ".join(f"{reason} {count:.0f}" for reason, count in reasons.items() if count)
-            logger.warning(
-                "Nothing was trained since the last log, at step %d: none of %.0f prompts gave a pair (%s).",
-                state.global_step,
-                logs["prompts"],
-                why,
+            text = (
+                f"Nothing was trained since the last log, at step {state.global_step}: none of {logs['prompts']:.0f} "
+                f"prompts gave a pair ({why})."
             )
+            events.warn(logger, "idle", text, dropped=reasons)
         self._warned_idle = idle
 
     @property
