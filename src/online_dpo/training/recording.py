@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import random
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,6 +12,7 @@ from typing import Any, TypeVar
 
 import psutil
 from accelerate import Accelerator
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from online_dpo import __version__
@@ -22,17 +22,21 @@ from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.distributed.collectives import RankErrors
 from online_dpo.distributed.signals import StoppedBySignal, is_interruption
 from online_dpo.errors import NothingTrainedError, OnlineDPOError, TrainingInterrupted, named_error
+from online_dpo.modeling.introspection import unwrapped
 from online_dpo.runs import beginning, events, written
 from online_dpo.runs.cutting import SUMMARY, Cut
 from online_dpo.runs.directory import RunDirectory
 from online_dpo.runs.endings import End
-from online_dpo.runs.records import GroupRecord
+from online_dpo.runs.often import OFTEN
 from online_dpo.training.display.figures import evaluation_prefix
+from online_dpo.training.ledger import Ledger
 from online_dpo.training.session_facts import environment_facts, settings_of
 
 Train = TypeVar("Train", bound=Callable[..., Any])
 
 MEGABYTE = 1_000_000
+OF_ALL_RANKS = ("skip", "learning_rate", "idle", "stop", "checkpoint", "evaluation", "sync")
+"""Kinds of events that all ranks come to together. The first one writes them down."""
 
 
 class RecordError(OnlineDPOError, RuntimeError):
@@ -45,8 +49,8 @@ class Recording(TrainerCallback):
     It comes before the callbacks that tell other ranks, and checkpoints, that a step is done: what they say to be done
     is in the record. Nothing that fails in it ends a run that has begun.
 
-    ``settings`` is the text of the run's settings, where whoever built the trainer knows them; ``parts`` are the parts
-    of the trainer in words; ``take`` returns the groups of a step. With ``ends_later`` the end of `train` is not that
+    ``settings`` is the text of the run's settings, where whoever built the trainer knows them; ``ledger`` has the
+    groups of a step. With ``ends_later`` the end of `train` is not that
     of the run (see `ending`).
 
     Args:
@@ -68,12 +72,19 @@ class Recording(TrainerCallback):
         self._args, self._accelerator, self._errors = args, accelerator, errors
         self._state, self._in_step = state, in_step
         self.settings: str | None = None
-        self.parts: dict[str, str] = {}
-        self.take: Callable[[int], Sequence[GroupRecord]] = lambda step: ()
+        self._parts: dict[str, str] = {}
+        self.ledger: Ledger | None = None
         self.ends_later = False
         self._failure: End | None = None
         self._directory: RunDirectory | None = None
         self._session = ExitStack()
+
+    def describe(self, ledger: Ledger, policy: nn.Module, reference: str, sources: Sequence[Any]) -> None:
+        """Takes the parts of the trainer: what has the groups of a step, and what the settings name in comments."""
+        self.ledger = ledger
+        name = getattr(unwrapped(policy).config, "_name_or_path", "") or "made in Python"
+        feedback = ", ".join(source.name for source in sources)
+        self._parts = {"model": f"{type(policy).__name__}, {name}", "reference": reference, "feedback": feedback}
 
     @property
     def folder(self) -> Path:
@@ -123,7 +134,7 @@ class Recording(TrainerCallback):
         else:
             cut = beginning.go_on(self.folder, step)
             told += _resumed(Path(checkpoint), step, cut, passed_over)
-        text = settings_of(self._args, self.parts) if self.settings is None else self.settings
+        text = settings_of(self._args, self._parts) if self.settings is None else self.settings
         written.write_settings(self.folder, text, __version__)
         written.add_session(self.folder, environment_facts(self._accelerator.num_processes))
         return told
@@ -142,11 +153,14 @@ class Recording(TrainerCallback):
         if self._directory is not None:
             self._directory.close()
         self._directory = directory
+        if self.ledger is not None:
+            self.ledger.on = args.log_completions != OFF
         self._session.enter_context(events.listening(self._write_event))
         self._session.enter_context(events.warnings_told(__name__.partition(".")[0]))
 
     def _write_event(self, event: events.Event) -> None:
-        if self._directory is not None:
+        rank = self._accelerator.process_index
+        if self._directory is not None and (rank == 0 or event.kind not in OF_ALL_RANKS):
             self._directory.add_event(event, self._state().global_step + self._in_step())
 
     def sync(self) -> None:
@@ -169,6 +183,7 @@ class Recording(TrainerCallback):
         end = self._failure or End(0)
         end = end if code is None else End(code, end.message)
         done = f"The run ended after step {self._state().global_step}"
+        OFTEN.flush()
         message = f"{done}: {end.message}" if end.message else f"{done}."
         self._write_event(events.Event("end", message, {"code": end.code, "state": end.state}))
         self.sync()
@@ -193,22 +208,11 @@ class Recording(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the groups of the step."""
-        groups = self.take(state.global_step)
-        if self._directory is not None:
-            self._directory.add_groups([group.as_json() for group in self._chosen(groups, state.global_step)])
-
-    def _chosen(self, groups: Sequence[GroupRecord], step: int) -> Sequence[GroupRecord]:
-        """As many prompts as ``log_completions`` says, the same on a resumed run."""
-        amount = self._args.log_completions
-        if amount == OFF:
-            return ()
-        if not isinstance(amount, int):
-            return groups
-        rank, processes = self._accelerator.process_index, self._accelerator.num_processes
-        places = sorted({group.index for group in groups})
-        own = amount // processes + ((rank - step) % processes < amount % processes)
-        chosen = random.Random(f"{self._args.seed}-{step}-{rank}").sample(places, min(own, len(places)))
-        return [group for group in groups if group.index in chosen]
+        if self._directory is not None and self.ledger is not None and self.ledger.on:
+            amount = self._args.log_completions
+            groups = self.ledger.take(state.global_step, amount if isinstance(amount, int) else None)
+            self._directory.add_groups([group.as_json() for group in groups])
+        OFTEN.flush()
 
     def on_log(
         self,
