@@ -25,12 +25,21 @@ from online_dpo.rollout.params import RolloutKey, Stream
 from online_dpo.rollout.sampler import Sampler
 from online_dpo.scoring.assess import Assessor
 from online_dpo.scoring.notes import noting
+from online_dpo.stats.catalogue import Metric, describe
 from online_dpo.training.metric_registry import METRICS, record_registered
-from online_dpo.training.metrics import record_counts, record_notes, record_pairs, record_resampling, record_rollout
+from online_dpo.training.metrics.agreement import record_agreement_with_labels
+from online_dpo.training.metrics.pairs import record_pairs, record_resampling
+from online_dpo.training.metrics.rollout import record_counts, record_notes, record_rollout
 from online_dpo.training.run_context import RunContext
-from online_dpo.types import Feedback, Pairing, Prompt, Round
+from online_dpo.types import Feedback, Pairing, Prompt, Round, Verdicts
 
 Batches = Iterator[dict[str, list[Any]]]
+
+describe(
+    "Prompts",
+    Metric("prompts", "prompts", "prompts read, over all ranks", "Equals `pairs/groups` plus all of `dropped/*`."),
+    Metric(CUT, "prompts", "prompts that were longer than they may be", "Raise `max_length` if there are many."),
+)
 
 
 class FeedbackCollector:
@@ -239,6 +248,11 @@ class FeedbackCollector:
         record_notes(metrics, feedback.notes)
         record_counts(metrics, self.assessor.drain_counts())
         record_pairs(metrics, len(feedback.groups), feedback.pairing)
+        groups, said = latest(feedback)
+        scores = said.scores if isinstance(said, Verdicts) else said
+        if scores is not None:
+            record_agreement_with_labels(metrics, groups, scores, feedback.pairing.pairs)
+        self.run.work.sampled(feedback, here=not self.sampler.engine.overlaps)
         if self.args.resample_rounds:
             record_resampling(metrics, feedback.further, feedback.pairing)
 

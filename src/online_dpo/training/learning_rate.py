@@ -8,6 +8,18 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from online_dpo.runs import events
+from online_dpo.stats.catalogue import Metric, describe
+
+describe(
+    "Guards and weights",
+    Metric(
+        "guard/lr_factor",
+        "1",
+        "what the learning rate of the last step was multiplied by",
+        "How far skipped steps have lowered it. `learning_rate` has it in it.",
+        when="`skipped_step_lr_factor`",
+    ),
+)
 
 
 class LearningRateBackoff(TrainerCallback):

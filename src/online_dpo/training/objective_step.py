@@ -25,7 +25,7 @@ from online_dpo.objective.beta import Beta
 from online_dpo.objective.inputs import LossOptions, PairLogprobs, pair_logprobs
 from online_dpo.packing.microbatches import passes_needed, split_pairs
 from online_dpo.packing.pack import as_inputs, by_group, pack_groups, pack_pairs, stand_in
-from online_dpo.training.metrics import STEP_KL, record_loss, trained_kl
+from online_dpo.training.metrics.loss import STEP_KL, record_loss, trained_kl
 from online_dpo.training.run_context import RunContext
 from online_dpo.types import Group, PackedRows, Pair, RowLogprobs
 
@@ -139,6 +139,7 @@ class ObjectiveStep:
         else:
             loss = total / num_items_in_batch * self.run.accelerator.num_processes
         if model.training:
+            self.run.work.trained(rows, reference is not None)
             record_loss(self.run.metrics, rows, policy, reference, loss_N, options.beta)
             if self.beta.adapts and reference is not None:
                 self.run.metrics.mean(STEP_KL, trained_kl(rows, policy, reference))

@@ -22,10 +22,22 @@ from online_dpo.distributed.collectives import any_rank
 from online_dpo.distributed.sharding import NoSharding, Sharding
 from online_dpo.errors import NothingTrainedError, TrainingDivergedError, TrainingStalledError
 from online_dpo.runs import events
+from online_dpo.stats.catalogue import Metric, describe
 from online_dpo.training.learning_rate import LearningRateBackoff
 from online_dpo.training.trained import check_trained, warn_of_untrained
 
 logger = logging.getLogger(__name__)
+
+describe(
+    "Guards and weights",
+    Metric(
+        "guard/skipped_steps",
+        "steps",
+        "steps of the run that were skipped because something was not finite",
+        "Some are harmless; many in a row stop the run (`max_skipped_steps`).",
+    ),
+    Metric("guard/skipped_pairs", "pairs", "pairs in skipped steps", "What was lost by it.", "after a skipped step"),
+)
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ from online_dpo.training.datasets import DatasetPreparer, check_reward_functions
 from online_dpo.training.display.figures import in_order
 from online_dpo.training.hf_trainer import GuardedTrainer
 from online_dpo.training.ledger import Ledger, Place
-from online_dpo.training.metrics import STEP_KL
+from online_dpo.training.metrics.loss import STEP_KL
 from online_dpo.training.model_card import as_list, write_model_card
 from online_dpo.training.objective_step import ObjectiveStep
 from online_dpo.training.pair_former import PairFormer
