@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,16 +22,18 @@ from online_dpo.checkpoints.folders import step_of
 from online_dpo.config.recording import OFF
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.distributed.collectives import RankErrors
+from online_dpo.distributed.rank_watch import LAST_WORDS
 from online_dpo.distributed.signals import StoppedBySignal, is_interruption
 from online_dpo.errors import NothingTrainedError, OnlineDPOError, TrainingInterrupted, named_error
 from online_dpo.modeling.introspection import unwrapped
 from online_dpo.runs import beginning, events, written
-from online_dpo.runs.cutting import SUMMARY, Cut
+from online_dpo.runs.cutting import Cut
 from online_dpo.runs.directory import RunDirectory
 from online_dpo.runs.endings import End
 from online_dpo.runs.often import OFTEN
 from online_dpo.training.display.figures import evaluation_prefix
 from online_dpo.training.ledger import Ledger
+from online_dpo.training.resumed_record import metrics_row, restore_metrics, resumed_events
 from online_dpo.training.session_facts import environment_facts, settings_of
 
 Train = TypeVar("Train", bound=Callable[..., Any])
@@ -76,6 +80,7 @@ class Recording(TrainerCallback):
         self.ledger: Ledger | None = None
         self.ends_later = False
         self._failure: End | None = None
+        self._done = 0
         self._directory: RunDirectory | None = None
         self._session = ExitStack()
 
@@ -103,13 +108,14 @@ class Recording(TrainerCallback):
         """
         self._session.close()
         self._failure = None
+        self._done = 0 if checkpoint is None else step_of(Path(checkpoint))
         if not self._args.run_folder:
             return
         first: list[events.Event] = []
         self._errors.run(lambda: self._told(lambda: first.extend(self._prepare(checkpoint, passed_over))))
         self._errors.run(lambda: self._told(self._open))
         for event in first:
-            self._write_event(event)
+            self._write_event(replace(event, facts={"step": self._done, **event.facts}))
 
     def _told(self, action: Callable[[], None]) -> None:
         try:
@@ -125,15 +131,16 @@ class Recording(TrainerCallback):
         if not self._args.should_save:
             return []
         self.folder.mkdir(parents=True, exist_ok=True)
-        step = 0 if checkpoint is None else step_of(Path(checkpoint))
+        step = self._done
         told = [events.Event("start", f"The run starts after step {step}.", self._who())]
-        if checkpoint is None:
-            if (number := beginning.begin_anew(self.folder)) is not None:
-                text = f"The record of an earlier run is in {beginning.EARLIER}/{number} now."
-                told.append(events.Event("record", text, {"earlier": number}))
-        else:
-            cut = beginning.go_on(self.folder, step)
-            told += _resumed(Path(checkpoint), step, cut, passed_over)
+        is_own = checkpoint is not None and Path(checkpoint).resolve().parent == self.folder.resolve()
+        cut = beginning.go_on(self.folder, step) if is_own else Cut()
+        if not is_own and (number := beginning.begin_anew(self.folder)) is not None:
+            text = f"The record of an earlier run is in {beginning.EARLIER}/{number} now."
+            told.append(events.Event("record", text, {"earlier": number}))
+        if checkpoint is not None:
+            restored = restore_metrics(self.folder, Path(checkpoint), cut.last_logged)
+            told += resumed_events(Path(checkpoint), cut, restored, passed_over)
         text = settings_of(self._args, self._parts) if self.settings is None else self.settings
         written.write_settings(self.folder, text, __version__)
         written.add_session(self.folder, environment_facts(self._accelerator.num_processes))
@@ -155,13 +162,24 @@ class Recording(TrainerCallback):
         self._directory = directory
         if self.ledger is not None:
             self.ledger.on = args.log_completions != OFF
+        LAST_WORDS.append(self._say_last)
+        self._session.callback(LAST_WORDS.remove, self._say_last)
         self._session.enter_context(events.listening(self._write_event))
         self._session.enter_context(events.warnings_told(__name__.partition(".")[0]))
 
     def _write_event(self, event: events.Event) -> None:
         rank = self._accelerator.process_index
         if self._directory is not None and (rank == 0 or event.kind not in OF_ALL_RANKS):
-            self._directory.add_event(event, self._state().global_step + self._in_step())
+            self._directory.add_event(event, self._step())
+
+    def _step(self) -> int:
+        """The step that is being made, or else the last one."""
+        return max(self._state().global_step, self._done + 1 if self._in_step() else 0)
+
+    def _say_last(self, reason: str) -> None:
+        """The end of a process that hangs and ends itself."""
+        self._failure = End(1, reason)
+        self.end()
 
     def sync(self) -> None:
         """Brings everything to the disk, before a checkpoint says that the steps until now are done."""
@@ -208,6 +226,7 @@ class Recording(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the groups of the step."""
+        self._done = state.global_step
         if self._directory is not None and self.ledger is not None and self.ledger.on:
             amount = self._args.log_completions
             groups = self.ledger.take(state.global_step, amount if isinstance(amount, int) else None)
@@ -224,9 +243,8 @@ class Recording(TrainerCallback):
     ) -> None:
         """Write a row of metrics."""
         if self._directory is not None and self._accelerator.process_index == 0 and logs:
-            is_evaluation = bool(evaluation_prefix(logs)) and SUMMARY not in logs
-            row = {"step": state.global_step, "kind": "eval" if is_evaluation else "train"}
-            self._directory.add_metrics({**row, **{name: value for name, value in logs.items() if name not in row}})
+            log = state.log_history[-1] if state.log_history else logs  # of `logs`, a callback may have taken something
+            self._directory.add_metrics({**metrics_row(state.global_step, log), "time": time.time()})
 
     def on_evaluate(
         self,
@@ -247,17 +265,6 @@ class Recording(TrainerCallback):
         if self._accelerator.process_index == 0:
             name = f"checkpoint-{state.global_step}"
             events.emit("checkpoint", f"{name} was saved.", name=name, saved=True)
-
-
-def _resumed(checkpoint: Path, step: int, cut: Cut, passed_over: str) -> list[events.Event]:
-    """The events that say how a run goes on."""
-    text = f"The run goes on from {checkpoint.name}" + (f" ({passed_over})." if passed_over else ".")
-    facts = {"from": str(checkpoint), "rows_cut": cut.rows, "frames_cut": cut.frames, "passed_over": passed_over}
-    told = [events.Event("resume", text, facts)]
-    if cut.damaged:
-        text = f"These files are damaged in the middle, and go on after it: {', '.join(cut.damaged)}."
-        told.append(events.Event("record", text, {"damaged": cut.damaged}))
-    return told
 
 
 def end_of(error: BaseException) -> End:
