@@ -17,6 +17,8 @@ from collections import Counter, deque
 from collections.abc import Sequence
 
 from online_dpo.errors import FeedbackStopped
+from online_dpo.runs.events import IN_EVENTS
+from online_dpo.runs.often import OFTEN
 from online_dpo.scoring.protocols import Counts, FailureCountingScorer, PointwiseScorer
 from online_dpo.stats.catalogue import Metric, describe
 
@@ -128,7 +130,11 @@ class FailureWindow:
             if stops:
                 self._failures.clear()  # a caller that catches the error and continues starts with an empty window
         if is_first:
-            logger.warning("%s gave no usable answer, which is counted as a failure: %s", self._scorer, cause)
+            text = f"{self._scorer} gave no usable answer, which is counted as a failure: {cause}"
+            logger.warning("%s", text, extra={IN_EVENTS: True})
+        if cause is not None:
+            text = f"{self._scorer} gave no usable answer: {cause}"
+            OFTEN.tell("failure", self._scorer, text, failed=failed, asked=asked)
         if stops:
             raise FeedbackStopped(
                 f"{self._scorer} gave no usable answer to {failed} of the last {asked} questions, more than "

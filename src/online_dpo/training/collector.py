@@ -17,7 +17,7 @@ from online_dpo.distributed.collectives import from_every_rank
 from online_dpo.errors import ForeignCodeError
 from online_dpo.evaluation.evaluator import FormPairs
 from online_dpo.foreign import foreign
-from online_dpo.pairing.rounds import latest, without_pair
+from online_dpo.pairing.rounds import latest, reasons
 from online_dpo.rollout.begun import Fetched, SampledRound, Samples
 from online_dpo.rollout.lookahead import Lookahead
 from online_dpo.rollout.opponent import Opponent, joined
@@ -218,16 +218,18 @@ class FeedbackCollector:
         groups, assessment, places = first.groups, first.said, list(range(len(first.groups)))
         seconds, further = {**first.seconds}, first.further
         for number in range(1, self.args.resample_rounds + 1):
-            places = [places[i] for i in without_pair(groups, self.form_pairs(groups, assessment, step))]
+            why = reasons(groups, self.form_pairs(groups, assessment, step))
+            places = [place for place, reason in zip(places, why, strict=True) if reason is not None]
             if not places and self.run.accelerator.num_processes == 1:
                 break
             again = self._sample_round(samples, number, places, step)  # on every rank equally often
             groups = again.groups
-            with self.run.phase.stopwatch() as watch:
+            with self.run.phase.stopwatch() as watch, noting() as notes:
                 assessment = self.assessor.assess(groups)
             seconds = {"rollout": seconds["rollout"] + again.seconds, "scoring": seconds["scoring"] + watch.seconds}
             if places:
-                further += (Round(places, groups, assessment),)
+                lacked = [reason for reason in why if reason is not None]
+                further += (Round(places, groups, assessment, lacked, notes),)
         return replace(first, seconds=seconds, further=further)
 
     def _paired(self, feedback: Feedback, step: int) -> Feedback:

@@ -35,16 +35,17 @@ class PairLosses:
     """The loss of some rows, and what it was computed from.
 
     ``loss`` is a scalar, with gradient; ``loss_N`` has the loss of each pair; ``policy`` and ``reference`` are the
-    log-probabilities, ``reference`` is ``None`` for losses without one.
+    log-probabilities, ``reference`` is ``None`` for losses without one; ``beta`` is the one that was used.
     """
 
     loss: torch.Tensor
     loss_N: torch.Tensor
     policy: RowLogprobs
     reference: RowLogprobs | None
+    beta: float
 
     def outputs(self) -> dict[str, Any]:
-        """Returns all but the loss itself, by name."""
+        """Returns the tensors but for the loss itself, by name."""
         return {"loss_N": self.loss_N, "policy": self.policy, "reference": self.reference}
 
 
@@ -142,7 +143,7 @@ class ObjectiveStep:
             record_loss(self.run.metrics, rows, policy, reference, loss_N, options.beta)
             if self.beta.adapts and reference is not None:
                 self.run.metrics.mean(STEP_KL, trained_kl(rows, policy, reference))
-        return PairLosses(loss, loss_N, policy, reference)
+        return PairLosses(loss, loss_N, policy, reference, options.beta)
 
     def _losses_of(self, pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
         """Returns the loss of each pair. Where it fails on one of several ranks, the others are in the same backward
