@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -15,8 +16,9 @@ from transformers import AutoTokenizer
 from online_dpo.cli.judging.plan import BuiltInJudge
 from online_dpo.cli.runfile.plugins import RegisteredName
 from online_dpo.cli.runfile.references import Reference, load_reference
+from online_dpo.cli.runfile.resolved import resolved_settings
 from online_dpo.cli.runfile.run_config import RunConfig
-from online_dpo.cli.runfile.run_file import RunPlan
+from online_dpo.cli.runfile.run_file import DEFAULT_OUTPUT, RunPlan
 from online_dpo.cli.terminal.errors import report_error
 from online_dpo.cli.terminal.header import INDENT
 from online_dpo.cli.terminal.progress import ProgressDisplay, no_progress_bars, plain_warnings
@@ -39,9 +41,11 @@ from online_dpo.errors import (
 from online_dpo.foreign import foreign, loading
 from online_dpo.launch.settings import STARTED_AS
 from online_dpo.modeling.memory import named_memory_error
+from online_dpo.runs.beginning import ForeignFileError, check_own
 from online_dpo.scoring.judges.llm.judge import LLMJudge
 from online_dpo.scoring.judges.pairwise.judge import PairwiseModelJudge
 from online_dpo.training.run_identity import check_options
+from online_dpo.training.session_facts import as_yaml
 from online_dpo.training.trainer import OnlineDPOTrainer
 
 
@@ -63,10 +67,10 @@ def train(plan: RunPlan, words: Sequence[str], *, show_traceback: bool) -> int:
     if trainer.is_world_process_zero():
         print_lines(describe_trainer(trainer), INDENT)
     end = EndOfRun()
-    with handling(end.receive):
+    with handling(end.receive), trainer.recording.ending() as record_end:
         code = _train(trainer, plan, words, show_traceback)
         end.is_saving = True
-        return code or _save(trainer, words, show_traceback)
+        return record_end(code or _save(trainer, words, show_traceback))
 
 
 def _train(trainer: OnlineDPOTrainer, plan: RunPlan, words: Sequence[str], show_traceback: bool) -> int:
@@ -108,6 +112,7 @@ def _save(trainer: OnlineDPOTrainer, words: Sequence[str], show_traceback: bool)
             trainer.rescue.leave_checkpoint(error)
             failure = OnlineDPOError(f"{what} failed: {named_error(error)}")
             failure.__cause__ = error
+            trainer.recording.fail(failure)
             code = report_error(failure, 1, show_traceback)
             _print_checkpoint_before(trainer, words, error)
             return code
@@ -149,9 +154,42 @@ def build_trainer(plan: RunPlan, display: ProgressDisplay) -> OnlineDPOTrainer:
         plan.plugins.load()
         rewards = load_rewards(plan.reward_funcs, given.pop("reward_model_path", None))
         gold = load_rewards(plan.eval_reward_funcs, given.pop("eval_reward_model_path", None))
+    if given.get("run_folder") is None:
+        given["run_folder"] = _may_have_run_folder(given)
     args = OnlineDPOConfig(**{**given, "disable_tqdm": True})
     check_options(plan.training.get("resume_from_checkpoint"), args)
-    train_dataset = load_prompts(
+    train_dataset = train_dataset_of(run)
+    trainer = OnlineDPOTrainer(
+        model=run.model_name_or_path,
+        ref_model=run.ref_model_name_or_path,
+        reward_funcs=rewards or None,
+        judge=None if plan.judge is None else load_judge(plan.judge, args),
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset_of(run),
+        processing_class=load_tokenizer(run.model_name_or_path, args),
+        peft_config=peft_config_of(run),
+        eval_reward_funcs=gold or None,
+        eval_judge=None if plan.eval_judge is None else load_judge(plan.eval_judge, args),
+        callbacks=[display],
+    )
+    trainer.recording.settings = as_yaml(resolved_settings(plan))
+    return trainer
+
+
+def _may_have_run_folder(given: dict[str, Any]) -> bool:
+    """Whether a run folder is written where none is asked for: not over files of another program."""
+    try:
+        check_own(Path(given.get("output_dir") or DEFAULT_OUTPUT).expanduser())
+    except ForeignFileError as problem:
+        print(f"warning: no run folder is written. {problem}", file=sys.stderr)
+        return False
+    return True
+
+
+def train_dataset_of(run: RunConfig) -> Any:
+    """Loads the prompts to train on."""
+    return load_prompts(
         run.dataset_name,
         split=run.dataset_train_split,
         config=run.dataset_config,
@@ -159,23 +197,10 @@ def build_trainer(plan: RunPlan, display: ProgressDisplay) -> OnlineDPOTrainer:
         limit=run.dataset_limit,
         types=run.dataset_types,
     )
-    return OnlineDPOTrainer(
-        model=run.model_name_or_path,
-        ref_model=run.ref_model_name_or_path,
-        reward_funcs=rewards or None,
-        judge=None if plan.judge is None else load_judge(plan.judge, args),
-        args=args,
-        train_dataset=train_dataset,
-        eval_dataset=_eval_dataset(run),
-        processing_class=load_tokenizer(run.model_name_or_path, args),
-        peft_config=_peft_config(run),
-        eval_reward_funcs=gold or None,
-        eval_judge=None if plan.eval_judge is None else load_judge(plan.eval_judge, args),
-        callbacks=[display],
-    )
 
 
-def _eval_dataset(run: RunConfig) -> Any:
+def eval_dataset_of(run: RunConfig) -> Any:
+    """Loads the prompts to evaluate on; ``None`` where there are none."""
     if run.eval_dataset_name is None and run.dataset_test_split is None:
         return None
     return load_prompts(
@@ -196,7 +221,8 @@ def load_tokenizer(model: str, args: OnlineDPOConfig) -> Any:
         )
 
 
-def _peft_config(run: RunConfig) -> Any:
+def peft_config_of(run: RunConfig) -> Any:
+    """Returns the configuration of the adapter to train; `None` where all weights are."""
     if not run.use_peft:
         return None
     from peft import LoraConfig
