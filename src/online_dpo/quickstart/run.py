@@ -134,6 +134,7 @@ def build_trainer(
         **{**training_settings(), "output_dir": str(output_dir), "seed": seed, "max_steps": max_steps},
         use_cpu=True,
         disable_tqdm=True,
+        run_folder=True,
     )
     trainer = OnlineDPOTrainer(
         model=str(policy_dir),

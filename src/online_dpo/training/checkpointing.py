@@ -36,7 +36,8 @@ class Checkpoints:
     """Reads and writes the checkpoints of a run, the same on every process.
 
     ``aside`` is the folder that stands for the run's folder while a checkpoint is written, else ``None``;
-    ``from_others`` says whether another number of processes wrote the one that was resumed.
+    ``from_others`` says whether another number of processes wrote the one that was resumed, ``passed_over`` why it is
+    none of the newer ones.
     """
 
     def __init__(self, args: OnlineDPOConfig, accelerator: Accelerator, state: Callable[[], TrainerState]) -> None:
@@ -45,6 +46,7 @@ class Checkpoints:
         self._needs = Needs(vars(args), accelerator.num_processes)
         self.identity = RunIdentity(args, _versions())
         self._hidden = self.from_others = False
+        self.passed_over = ""
         self.part = self._writer.part
 
     def _role(self) -> Role:
@@ -68,7 +70,7 @@ class Checkpoints:
         Raises:
             CheckpointError: there is no such checkpoint, or it is not whole, or not all that this run needs is in it.
         """
-        error, folder, self.from_others = None, None, False
+        error, folder, self.from_others, self.passed_over = None, None, False, ""
         try:
             if self._args.should_save:
                 recover(Path(str(self._args.output_dir)))
@@ -124,6 +126,7 @@ class Checkpoints:
         output_dir = Path(str(self._args.output_dir))
         choice = newest_whole(output_dir, self._needs)
         if choice.folder is not None:
+            self.passed_over = choice.reasons
             level = logging.WARNING if choice.passed_over else logging.INFO
             logger.log(level, "Resuming from %s%s", choice.folder, f", {choice.reasons}" if choice.passed_over else "")
             return str(choice.folder)

@@ -41,6 +41,7 @@ from online_dpo.training.log_state import LogState
 from online_dpo.training.metric_store import MetricStore
 from online_dpo.training.other_ranks import OtherRanks
 from online_dpo.training.passes import PassRunner
+from online_dpo.training.recording import Recording, tells_end
 from online_dpo.training.rescue import Rescue
 from online_dpo.training.resumed_random_state import ResumedRandomState
 from online_dpo.training.run_context import RunContext
@@ -112,6 +113,8 @@ class GuardedTrainer(Trainer):
         self.add_callback(self.updates)
         self.log_state = LogState(self.metrics)
         self.add_callback(self.log_state)
+        self.recording = Recording(args, self.accelerator, self.errors, lambda: self.state, self.log_state.is_in_step)
+        self.add_callback(self.recording)
         keeps_parts = self.sharding.splits_state or args.max_staleness > 0
         self.others = OtherRanks(watch_ranks(args.ddp_timeout), self.log_state, keeps_parts)
         self.add_callback(self.others)
@@ -130,6 +133,7 @@ class GuardedTrainer(Trainer):
             newest=lambda: next(reversed(by_age(Path(str(self.args.output_dir)))), None),
         )
 
+    @tells_end
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `transformers.Trainer.train`. ``resume_from_checkpoint=True`` goes on from the newest whole checkpoint;
         ``"auto"`` too, but it starts a run where there is none.
@@ -154,6 +158,7 @@ class GuardedTrainer(Trainer):
         try:
             with self.interrupt.handled(displays, self.args.stop_timeout), self.rescue.failures_leave_checkpoint():  # pyright: ignore
                 checkpoint = self.checkpoints.begin(resume_from_checkpoint)
+                self.recording.begin(checkpoint, self.checkpoints.passed_over)
                 result = super().train(checkpoint, *args, **kwargs)
                 self.raise_callback_failure()
         finally:
@@ -282,6 +287,7 @@ class GuardedTrainer(Trainer):
             self._save_all(model, trial)
 
     def _save_all(self, model: nn.Module, trial: Any) -> None:
+        self.recording.sync()
         run_dir = Path(self._get_output_dir(trial))
         with self.checkpoints.writing(run_dir) as folder:
             with self.checkpoints.part():

@@ -80,6 +80,10 @@ class LogState(TrainerCallback):
         """Remember what belongs to the steps before."""
         self._before_step = self._metrics.snapshot()
 
+    def is_in_step(self) -> bool:
+        """Whether a step has been begun and is not done."""
+        return self._before_step is not None
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:

@@ -1,0 +1,284 @@
+"""`Recording`: the callback that writes down a run while it trains, in the run folder (see docs/run-folder.md)."""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+from accelerate import Accelerator
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from online_dpo import __version__
+from online_dpo.checkpoints.folders import step_of
+from online_dpo.config.recording import OFF
+from online_dpo.config.trainer_config import OnlineDPOConfig
+from online_dpo.distributed.collectives import RankErrors
+from online_dpo.distributed.signals import StoppedBySignal, is_interruption
+from online_dpo.errors import NothingTrainedError, OnlineDPOError, TrainingInterrupted, named_error
+from online_dpo.runs import beginning, events, written
+from online_dpo.runs.cutting import SUMMARY, Cut
+from online_dpo.runs.directory import RunDirectory
+from online_dpo.runs.endings import End
+from online_dpo.runs.records import GroupRecord
+from online_dpo.training.display.figures import evaluation_prefix
+from online_dpo.training.session_facts import environment_facts, settings_of
+
+Train = TypeVar("Train", bound=Callable[..., Any])
+
+MEGABYTE = 1_000_000
+
+
+class RecordError(OnlineDPOError, RuntimeError):
+    """The record of a run could not be begun. The message names the folder and the cause."""
+
+
+class Recording(TrainerCallback):
+    """Writes the record of a run: settings, environment, metrics, events, completions.
+
+    It comes before the callbacks that tell other ranks, and checkpoints, that a step is done: what they say to be done
+    is in the record. Nothing that fails in it ends a run that has begun.
+
+    ``settings`` is the text of the run's settings, where whoever built the trainer knows them; ``parts`` are the parts
+    of the trainer in words; ``take`` returns the groups of a step. With ``ends_later`` the end of `train` is not that
+    of the run (see `ending`).
+
+    Args:
+        args: the run's configuration.
+        accelerator: knows rank and number of processes.
+        errors: ends the run on all ranks where one fails.
+        state: returns the trainer's state.
+        in_step: whether a step is being made.
+    """
+
+    def __init__(
+        self,
+        args: OnlineDPOConfig,
+        accelerator: Accelerator,
+        errors: RankErrors,
+        state: Callable[[], TrainerState],
+        in_step: Callable[[], bool],
+    ) -> None:
+        self._args, self._accelerator, self._errors = args, accelerator, errors
+        self._state, self._in_step = state, in_step
+        self.settings: str | None = None
+        self.parts: dict[str, str] = {}
+        self.take: Callable[[int], Sequence[GroupRecord]] = lambda step: ()
+        self.ends_later = False
+        self._failure: End | None = None
+        self._directory: RunDirectory | None = None
+        self._session = ExitStack()
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(str(self._args.output_dir))
+
+    def begin(self, checkpoint: str | None, passed_over: str = "") -> None:
+        """Begins the record of a run, or goes on with that of the run that is resumed. A collective operation.
+
+        Args:
+            checkpoint: the one that the run goes on from.
+            passed_over: why it is none of the newer ones.
+
+        Raises:
+            RecordError, ForeignFileError: on every rank, if it cannot be begun on any.
+        """
+        self._session.close()
+        self._failure = None
+        if not self._args.run_folder:
+            return
+        first: list[events.Event] = []
+        self._errors.run(lambda: self._told(lambda: first.extend(self._prepare(checkpoint, passed_over))))
+        self._errors.run(lambda: self._told(self._open))
+        for event in first:
+            self._write_event(event)
+
+    def _told(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except OSError as error:
+            raise RecordError(
+                f"The record of the run cannot be written into {self.folder}: {named_error(error)}. Mend this, or set "
+                "`run_folder: false` to train without it."
+            ) from error
+
+    def _prepare(self, checkpoint: str | None, passed_over: str) -> list[events.Event]:
+        """Brings the files in the folder into order, on one process for all, and returns the first events."""
+        if not self._args.should_save:
+            return []
+        self.folder.mkdir(parents=True, exist_ok=True)
+        step = 0 if checkpoint is None else step_of(Path(checkpoint))
+        told = [events.Event("start", f"The run starts after step {step}.", self._who())]
+        if checkpoint is None:
+            if (number := beginning.begin_anew(self.folder)) is not None:
+                text = f"The record of an earlier run is in {beginning.EARLIER}/{number} now."
+                told.append(events.Event("record", text, {"earlier": number}))
+        else:
+            cut = beginning.go_on(self.folder, step)
+            told += _resumed(Path(checkpoint), step, cut, passed_over)
+        text = settings_of(self._args, self.parts) if self.settings is None else self.settings
+        written.write_settings(self.folder, text, __version__)
+        written.add_session(self.folder, environment_facts(self._accelerator.num_processes))
+        return told
+
+    def _who(self) -> dict[str, Any]:
+        """What tells whether the process is still there."""
+        started = psutil.Process().create_time()
+        return {"host": socket.gethostname(), "pid": os.getpid(), "process_started": started} | {
+            "processes": self._accelerator.num_processes
+        }
+
+    def _open(self) -> None:
+        process, args = self._accelerator, self._args
+        limit = args.log_completions_max_mb * MEGABYTE
+        directory = RunDirectory(self.folder, process.process_index, process.num_processes, limit)
+        if self._directory is not None:
+            self._directory.close()
+        self._directory = directory
+        self._session.enter_context(events.listening(self._write_event))
+        self._session.enter_context(events.warnings_told(__name__.partition(".")[0]))
+
+    def _write_event(self, event: events.Event) -> None:
+        if self._directory is not None:
+            self._directory.add_event(event, self._state().global_step + self._in_step())
+
+    def sync(self) -> None:
+        """Brings everything to the disk, before a checkpoint says that the steps until now are done."""
+        if self._directory is not None:
+            self._directory.sync()
+
+    def fail(self, error: BaseException) -> None:
+        """Remembers what will have ended the run, for `end`."""
+        self._failure = end_of(error)
+
+    def end(self, code: int | None = None) -> None:
+        """Writes the end of the run.
+
+        Args:
+            code: the exit code of the process; when not given, that of the failure, or 0.
+        """
+        if self._directory is None:
+            return
+        end = self._failure or End(0)
+        end = end if code is None else End(code, end.message)
+        done = f"The run ended after step {self._state().global_step}"
+        message = f"{done}: {end.message}" if end.message else f"{done}."
+        self._write_event(events.Event("end", message, {"code": end.code, "state": end.state}))
+        self.sync()
+        self._session.close()
+
+    @contextmanager
+    def ending(self) -> Iterator[Callable[[int], int]]:
+        """Inside, the end of `train` is not that of the run. Yields what is to be called with the exit code, which it
+        returns; what is raised instead is the end as well.
+        """
+        self.ends_later = True
+        try:
+            yield self._ended
+        except BaseException as error:
+            self.fail(error)
+            self.end()
+            raise
+
+    def _ended(self, code: int) -> int:
+        self.end(code)
+        return code
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the groups of the step."""
+        groups = self.take(state.global_step)
+        if self._directory is not None:
+            self._directory.add_groups([group.as_json() for group in self._chosen(groups, state.global_step)])
+
+    def _chosen(self, groups: Sequence[GroupRecord], step: int) -> Sequence[GroupRecord]:
+        """As many prompts as ``log_completions`` says, the same on a resumed run."""
+        amount = self._args.log_completions
+        if amount == OFF:
+            return ()
+        if not isinstance(amount, int):
+            return groups
+        rank, processes = self._accelerator.process_index, self._accelerator.num_processes
+        places = sorted({group.index for group in groups})
+        own = amount // processes + ((rank - step) % processes < amount % processes)
+        chosen = random.Random(f"{self._args.seed}-{step}-{rank}").sample(places, min(own, len(places)))
+        return [group for group in groups if group.index in chosen]
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write a row of metrics."""
+        if self._directory is not None and self._accelerator.process_index == 0 and logs:
+            is_evaluation = bool(evaluation_prefix(logs)) and SUMMARY not in logs
+            row = {"step": state.global_step, "kind": "eval" if is_evaluation else "train"}
+            self._directory.add_metrics({**row, **{name: value for name, value in logs.items() if name not in row}})
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Tell of the evaluation."""
+        if self._accelerator.process_index == 0:
+            prefix = evaluation_prefix(metrics or {})
+            seconds = (metrics or {}).get(f"{prefix}runtime")
+            events.emit("evaluation", f"Evaluated after step {state.global_step}.", prefix=prefix, seconds=seconds)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Tell of the checkpoint."""
+        if self._accelerator.process_index == 0:
+            name = f"checkpoint-{state.global_step}"
+            events.emit("checkpoint", f"{name} was saved.", name=name, saved=True)
+
+
+def _resumed(checkpoint: Path, step: int, cut: Cut, passed_over: str) -> list[events.Event]:
+    """The events that say how a run goes on."""
+    text = f"The run goes on from {checkpoint.name}" + (f" ({passed_over})." if passed_over else ".")
+    facts = {"from": str(checkpoint), "rows_cut": cut.rows, "frames_cut": cut.frames, "passed_over": passed_over}
+    told = [events.Event("resume", text, facts)]
+    if cut.damaged:
+        text = f"These files are damaged in the middle, and go on after it: {', '.join(cut.damaged)}."
+        told.append(events.Event("record", text, {"damaged": cut.damaged}))
+    return told
+
+
+def end_of(error: BaseException) -> End:
+    """The end of a run that an error has ended, as a script ends that does not catch it."""
+    if isinstance(error, (TrainingInterrupted, StoppedBySignal)):
+        return End(128 + error.signal, str(error))
+    if is_interruption(error):
+        return End(130, "Interrupted.")
+    return End(3 if isinstance(error, NothingTrainedError) else 1, named_error(error))
+
+
+def tells_end(train: Train) -> Train:
+    """Decorates the method of a trainer that trains: however it ends, its ``recording`` says so."""
+
+    @functools.wraps(train)
+    def told(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            result = train(self, *args, **kwargs)
+        except BaseException as error:
+            self.recording.fail(error)
+            if not self.recording.ends_later:
+                self.recording.end()
+            raise
+        if not self.recording.ends_later:
+            self.recording.end()
+        return result
+
+    return told  # pyright: ignore[reportReturnType]
