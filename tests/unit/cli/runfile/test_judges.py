@@ -123,3 +123,19 @@ def test_judge_kwargs_that_nothing_takes_are_warned_of(home):
     (home / "mine.py").write_text("def judge(prompts, completions, shuffle_order=True): ...\n")
     (warning,) = plan(home, judge="mine.py:judge", judge_kwargs=LOCAL).warnings
     assert "`judge_kwargs` is ignored" in warning
+
+
+def test_people_as_judge_of_a_run_take_no_settings(home):
+    made = plan(home, judge="human", human_timeout=600)
+    assert made.judge == BuiltInJudge(None, {}, human=True)
+    assert "`judge: human`: people take no `judge_kwargs`" in problem(home, judge="human", judge_kwargs={"model": "m"})
+    assert "`human_timeout`" in problem(home, judge="human", human_timeout=0)
+
+
+def test_people_judge_neither_a_file_of_pairs_nor_an_evaluation(home):
+    path = home / "run.yaml"
+    path.write_text(yaml.safe_dump({**RUN, "judge": "human"}))
+    with pytest.raises(UsageError, match="judge: llm"):
+        judge_of_run(path)
+    with pytest.raises(UsageError, match="people are asked in training alone"):
+        plan_evaluation(["run.yaml", "--model", "owner/model"])
