@@ -42,7 +42,7 @@ class Agreement:
 
 
 def agreements(votes: Iterable[Vote], group_of: Callable[[Vote], Group | None]) -> list[Agreement]:
-    """The agreement of each source with those votes that prefer an answer and whose group is still there.
+    """The agreement of each source with those blind votes that prefer an answer and whose group is still there.
 
     Args:
         votes: one for each question.
@@ -51,7 +51,7 @@ def agreements(votes: Iterable[Vote], group_of: Callable[[Vote], Group | None]) 
     counts: dict[tuple[str, str], list[int]] = {}
     for vote in votes:
         group = group_of(vote)
-        if vote.preferred is None or vote.completions is None or group is None:
+        if vote.preferred is None or vote.completions is None or group is None or not vote.blind:
             continue
         if not _is_about(vote, group):
             continue

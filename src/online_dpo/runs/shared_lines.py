@@ -13,6 +13,12 @@ from typing import Any
 from online_dpo.runs.reading import read_lines
 
 
+def jsonl(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Rows as lines of strict JSON."""
+    lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    return lines.encode("utf-8", "replace")  # a text may hold half of a surrogate pair
+
+
 def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Append rows as lines, and bring them to the disk. One process at a time writes; what a killed one has left
     unfinished becomes a line of its own, which readers leave out.
@@ -20,8 +26,7 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         OSError: they cannot be written. Then none of them is there.
     """
-    lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-    content = lines.encode("utf-8", "replace")  # a text may hold half of a surrogate pair
+    content = jsonl(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     try:

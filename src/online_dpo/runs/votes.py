@@ -43,7 +43,8 @@ class Vote:
     """What a person has said of two answers, in the order in which they were shown.
 
     ``group`` names the group of completions they belong to, ``completions`` their places in it; both are empty for a
-    question of a trainer that waits. ``seconds`` is how long the person took.
+    question of a trainer that waits. ``seconds`` is how long the person took. ``blind`` says that nothing else was shown
+    than the prompt and both answers.
 
     >>> Vote("Name a colour.", "Red.", "Blue.", "first", time=1764160000.0, seconds=3.2, group="12-0-3-0",
     ...     completions=(1, 0))
@@ -57,6 +58,7 @@ class Vote:
     seconds: float | None = None
     group: str | None = None
     completions: tuple[int, int] | None = None
+    blind: bool = True
 
     @property
     def question(self) -> str:
@@ -79,7 +81,8 @@ class Vote:
         row: dict[str, Any] = {"time": self.time, "id": self.question, "choice": self.choice}
         row |= {"prompt": self.prompt, "first": self.first, "second": self.second}
         further = {"seconds": self.seconds, "group": self.group, "completions": self.completions}
-        return row | {name: value for name, value in further.items() if value is not None}
+        row |= {name: value for name, value in further.items() if value is not None}
+        return row if self.blind else row | {"blind": False}
 
 
 def vote_of(row: Mapping[str, Any]) -> Vote | None:
@@ -96,6 +99,7 @@ def vote_of(row: Mapping[str, Any]) -> Vote | None:
         seconds=_number(row.get("seconds")),
         group=group if isinstance(group, str) else None,
         completions=(places[0], places[1]) if in_group else None,
+        blind=row.get("blind") is not False,
     )
 
 
