@@ -167,6 +167,9 @@ COMMANDS = {
         one_process=True,
         takes_traceback=True,
     ),
+    "doctor": Command(
+        "look at a run before it costs anything", _imported("online_dpo.cli.doctor", "doctor"), one_process=True
+    ),
     "judge": Command(
         "ask a judge about pairs of answers in a file", _imported("online_dpo.cli.judge", "judge"), one_process=True
     ),
@@ -178,6 +181,18 @@ COMMANDS = {
     "quickstart": Command(
         "train a tiny model on embedded data, offline, on any computer",
         _imported("online_dpo.cli.quickstart", "quickstart"),
+        one_process=True,
+        prints_result=False,
+    ),
+    "report": Command(
+        "make a page of what a run was and what came of it",
+        _imported("online_dpo.cli.report", "report_run"),
+        one_process=True,
+        prints_result=False,
+    ),
+    "export": Command(
+        "write the pairs of a run as a preference dataset",
+        _imported("online_dpo.cli.export", "export_run"),
         one_process=True,
         prints_result=False,
     ),
