@@ -1,4 +1,4 @@
-"""Rows of a preference dataset, made of the groups of a run: columns as TRL's trainers take them, and more about each."""
+"""Rows of a preference dataset, made of the groups of a run: columns as TRL's trainers take them, and others."""
 
 from __future__ import annotations
 

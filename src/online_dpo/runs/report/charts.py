@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 
 from markupsafe import Markup, escape
 
+from online_dpo.runs.report.text import seen
+
 WIDTH, HEIGHT = 360, 210
 LEFT, RIGHT, TOP, BOTTOM = 44, 12, 24, 36
 LABEL = 11
 """Height of a line of text."""
+LONGEST_LABEL = 60
 
 Point = tuple[float, float]
 Area = tuple[float, float, float, float]
@@ -116,7 +119,9 @@ def stacked_chart(columns: Sequence[tuple[str, Mapping[str, float]]], axes: Axes
         for name, value in parts.items():
             top, bottom = y(base + value), y(base)
             colour = f"bar c{names.index(name) % 6}"
-            marks.append(_tag("rect", x=left + 1, y=top, width=max(1.0, wide - 1.5), height=bottom - top, class_=colour))
+            marks.append(
+                _tag("rect", x=left + 1, y=top, width=max(1.0, wide - 1.5), height=bottom - top, class_=colour)
+            )
             base += value
         if n % every == 0:
             marks.append(_text(left + wide / 2, area[3] + 13, label, anchor="middle", faint=True))
@@ -230,7 +235,7 @@ def _text(
 ) -> Markup:
     kind = "faint" if faint else "label" if colour is None else f"label c{colour}"
     start = _tag("text", False, x=x, y=y, text_anchor=anchor, class_=kind)
-    return start + escape(text) + Markup("</text>")
+    return start + escape(seen(text, LONGEST_LABEL)) + Markup("</text>")
 
 
 def _tag(name: str, is_whole: bool = True, **attributes: str | float) -> Markup:
@@ -243,4 +248,4 @@ def _tag(name: str, is_whole: bool = True, **attributes: str | float) -> Markup:
 
 def _svg(marks: Sequence[Markup], title: str, height: float = HEIGHT) -> Markup:
     head = Markup('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {} {}" role="img"><title>{}</title>')
-    return head.format(WIDTH, height, title) + Markup("").join(marks) + Markup("</svg>")
+    return head.format(WIDTH, height, seen(title, LONGEST_LABEL)) + Markup("").join(marks) + Markup("</svg>")

@@ -120,6 +120,13 @@ class RunFacts:
         return dict(sorted(chosen.items(), key=lambda entry: -entry[1]))
 
     @property
+    def prompts(self) -> float:
+        """How many prompts were answered: those of the metrics, else those that are recorded."""
+        series = self.metrics.get("prompts")
+        counted = 0.0 if series is None else series.total
+        return max(counted or self.groups.groups, sum(self.dropped.values()))
+
+    @property
     def pairs(self) -> float | None:
         """The number of pairs trained on."""
         series = self.metrics.get("pairs/count")
@@ -187,7 +194,7 @@ def _examples(folder: RunFolder, groups: GroupFacts) -> Iterator[Example]:
 
 def _example(folder: RunFolder, seen: Seen) -> Example:
     early, late = (folder.groups(at)[place] for at, place in (seen.first, seen.last))
-    answers = [next((c for c in g["completions"] if c.get("author", "policy") == "policy")) for g in (early, late)]
+    answers = [next(c for c in g["completions"] if c.get("author", "policy") == "policy") for g in (early, late)]
     told = [(str(answer["text"]), number(answer.get("score"))) for answer in answers]
     return Example(prompt_text(early["prompt"]), seen.first_step, *told[0], seen.last_step, *told[1])
 

@@ -18,10 +18,7 @@ GENERATOR = "online-dpo report"
 
 LONGEST_TEXT = 10_000
 
-STATES = {
-    "finished": "It has finished.",
-    "unfinished": "No end is recorded: it is still running, or was killed.",
-}
+UNFINISHED = "No end is recorded: it is still running, or was killed."
 
 
 def render(facts: RunFacts) -> str:
@@ -62,7 +59,7 @@ def is_report(path: Path) -> bool:
 
 def _said(facts: RunFacts) -> list[str]:
     """Sentences on what the run was and how it ended."""
-    said = [STATES.get(facts.state, "") if not facts.end or facts.state == "finished" else seen(facts.end, 600)]
+    said = [UNFINISHED if facts.state == "unfinished" else facts.end]
     first, last = facts.metrics.first_time, facts.metrics.last_time
     if first is not None and last is not None:
         said.append(f"First log {moment(first)}, last log {moment(last)}.")

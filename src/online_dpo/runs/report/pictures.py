@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,11 +33,12 @@ OVER_STEPS = (
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart with its heading and perhaps a sentence below it."""
+    """A chart with its heading, perhaps a sentence below it, and names with the numbers of their colours."""
 
     title: str
     chart: Markup
     caption: str = ""
+    legend: Sequence[tuple[str, int]] = ()
 
 
 def curve(series: Series, name: str = "", colour: int = 0) -> Line:
@@ -112,8 +112,8 @@ def reward_against_length(facts: RunFacts) -> Figure | None:
     early = [point for step, point in at if step <= third][:SCATTERED]
     late = [point for step, point in at if step > 2 * third][:SCATTERED]
     axes = Axes("length of the answer, tokens", "score")
-    caption = "Blue: answers of the first third of the steps. Orange: of the last third."
-    return Figure("Reward against length", scatter_chart(early, axes, "Reward against length", late), caption)
+    title, names = "Reward against length", [("first third of the steps", 0), ("last third", 1)]
+    return Figure(title, scatter_chart(early, axes, title, late), legend=names)
 
 
 def why_no_pair(facts: RunFacts) -> Figure | None:
@@ -129,7 +129,8 @@ def why_no_pair(facts: RunFacts) -> Figure | None:
         for n, start in enumerate(edges[:-1])
     ]
     title = "Groups with a pair, and why others have none"
-    return Figure(title, stacked_chart(columns, Axes(f"from {STEP}", "recorded groups"), title))
+    chart = stacked_chart(columns, Axes(f"from {STEP}", "recorded groups"), title)
+    return Figure(title, chart, legend=[(name, n % 6) for n, name in enumerate(parts)])
 
 
 def margins(facts: RunFacts) -> Figure | None:
@@ -154,9 +155,3 @@ def memory(facts: RunFacts) -> Figure | None:
     names = (("perf/device_memory_peak", "device", 1), ("perf/host_memory_peak", "host", 0))
     lines = [curve(series, label, n) for name, label, n in names if (series := facts.metrics.get(name)) is not None]
     return Figure("Memory", line_chart(lines, Axes(STEP, "GiB, the most so far"), "Memory by step")) if lines else None
-
-
-def legend(facts: RunFacts) -> list[tuple[str, int]]:
-    """The names of the parts of `why_no_pair`, with the numbers of their colours."""
-    counts = Counter({name: len(steps) for name, steps in facts.groups.reasons.items()})
-    return [(name, n % 6) for n, name in enumerate([PAIR, *(name for name, _ in counts.most_common())])]

@@ -56,7 +56,6 @@ class Section:
     figures: list[Figure] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     answers: list[Answers] = field(default_factory=list)
-    legend: list[tuple[str, int]] = field(default_factory=list)
 
     @property
     def has_content(self) -> bool:
@@ -67,7 +66,11 @@ class Section:
 def sections(facts: RunFacts) -> Iterator[Section]:
     """The sections that have content, in the order of the page."""
     made = (
-        Section("course", "Course of the run", figures=[*_given(pictures.reward_against_kl(facts)), *pictures.over_steps(facts)]),
+        Section(
+            "course",
+            "Course of the run",
+            figures=[*_given(pictures.reward_against_kl(facts)), *pictures.over_steps(facts)],
+        ),
         _win_rates(facts),
         _answers(facts),
         _length(facts),
@@ -96,7 +99,11 @@ def tiles(facts: RunFacts) -> Iterator[Tile]:
                 low, high = (series.last if len(series) else None for series in (figure.low, figure.high))
                 yield Tile(f"{label}, {data}", f"{figure.value.last:.1%}", _interval(low, high))
     if facts.pairs is not None:
-        yield Tile("pairs trained on", f"{facts.pairs:,.0f}", f"{sum(facts.dropped.values()):,.0f} groups gave none")
+        yield Tile(
+            "pairs trained on",
+            f"{facts.pairs:,.0f}",
+            f"{sum(facts.dropped.values()):,.0f} of {facts.prompts:,.0f} prompts gave none",
+        )
     if (series := facts.metrics.get("perf/tokens_per_second")) is not None:
         yield Tile("sampled tokens a second", short(series.total / len(series)), "mean over the logs")
 
@@ -104,7 +111,15 @@ def tiles(facts: RunFacts) -> Iterator[Tile]:
 def _win_rates(facts: RunFacts) -> Section:
     section = Section("win-rates", "Win rates", figures=list(pictures.win_rates(facts)))
     rows = [
-        (c.file, c.model, c.against, "" if c.prompts is None else f"{c.prompts:,}", c.scored_by, f"{c.value:.1%}", _interval(c.low, c.high))
+        (
+            c.file,
+            c.model,
+            c.against,
+            "" if c.prompts is None else f"{c.prompts:,}",
+            c.scored_by,
+            f"{c.value:.1%}",
+            _interval(c.low, c.high),
+        )
         for c in facts.comparisons
     ]
     if rows:
@@ -134,7 +149,9 @@ def _length(facts: RunFacts) -> Section:
     section = Section("length", "Reward and length", figures=_given(pictures.reward_against_length(facts)))
     groups = facts.groups
     if groups.correlation is not None:
-        text = f"Correlation of length and score over {len(groups.scores):,} recorded answers: {groups.correlation:+.2f}."
+        text = (
+            f"Correlation of length and score over {len(groups.scores):,} recorded answers: {groups.correlation:+.2f}."
+        )
         if groups.correlation_within is not None:
             text += f" Among the answers to one prompt, which is what pairs teach: {groups.correlation_within:+.2f}."
         section.text.append(text)
@@ -149,18 +166,20 @@ def _length(facts: RunFacts) -> Section:
 def _pairs(facts: RunFacts) -> Section:
     groups = facts.groups
     figures = _given(pictures.why_no_pair(facts), pictures.margins(facts))
-    section = Section("pairs", "Quality of the pairs", figures=figures, legend=pictures.legend(facts) if groups.groups else [])
+    section = Section("pairs", "Quality of the pairs", figures=figures)
     if groups.groups:
         section.text.append(f"{groups.groups:,} groups are recorded, {len(groups.with_pairs):,} of them gave pairs.")
     if groups.accuracy is not None:
         section.text.append(
-            f"Before the update, the policy's own implied reward was higher for the chosen answer in {groups.accuracy:.1%} "
-            f"of {len(groups.implied):,} pairs."
+            "Before the update, the policy's own implied reward was higher for the chosen answer in "
+            f"{groups.accuracy:.1%} of {len(groups.implied):,} pairs."
         )
     if facts.dropped:
-        total = (facts.pairs or 0) + sum(facts.dropped.values())
-        rows = [(name, REASONS.get(name, ""), f"{count:,.0f}", f"{count / total:.1%}") for name, count in facts.dropped.items()]
-        section.tables = [Table(("reason", "meaning", "groups", "of groups and pairs"), rows, "Groups without a pair.")]
+        rows = [
+            (name, REASONS.get(name, ""), f"{count:,.0f}", f"{count / facts.prompts:.1%}")
+            for name, count in facts.dropped.items()
+        ]
+        section.tables = [Table(("reason", "meaning", "prompts", "share"), rows, "Prompts without a pair.")]
     return section
 
 
@@ -198,7 +217,12 @@ def _events(facts: RunFacts) -> Section:
     kinds = to_look_into(facts.events)
     if kinds:
         rows = [
-            (kind.kind, f"{kind.count:,}", f"{kind.first}–{kind.last}" if kind.count > 1 else f"{kind.first}", seen(kind.message, 400))
+            (
+                kind.kind,
+                f"{kind.count:,}",
+                f"{kind.first}–{kind.last}" if kind.count > 1 else f"{kind.first}",
+                seen(kind.message, 400),
+            )
             for kind in kinds
         ]
         section.tables = [Table(("kind", "times", "steps", "the last one"), rows)]
@@ -213,7 +237,9 @@ def _settings(facts: RunFacts) -> Section:
         rows = [(str(name), seen(str(value), 300)) for name, value in facts.settings.items()]
         section.tables.append(Table(("setting", "value"), rows, "What differs from the defaults, and the paths."))
     if facts.sessions:
-        section.tables.append(Table(("", "last session"), list(_session(facts.sessions[-1])), f"Sessions: {len(facts.sessions)}."))
+        section.tables.append(
+            Table(("", "last session"), list(_session(facts.sessions[-1])), f"Sessions: {len(facts.sessions)}.")
+        )
     return section
 
 
@@ -222,7 +248,9 @@ def _session(session: dict[str, Any]) -> Iterator[tuple[str, str]]:
         if name == "versions" and isinstance(value, dict):
             text = ", ".join(f"{package} {number}" for package, number in value.items())
         elif name == "devices" and isinstance(value, list):
-            text = ", ".join(str(device.get("name", device)) if isinstance(device, dict) else str(device) for device in value)
+            text = ", ".join(
+                str(device.get("name", device)) if isinstance(device, dict) else str(device) for device in value
+            )
         elif name in ("started", "start") and isinstance(value, (int, float)):
             text = moment(value)
         elif name == "memory" and isinstance(value, int):

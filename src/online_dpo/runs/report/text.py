@@ -1,4 +1,4 @@
-"""Text of models and data on a page: what cannot be seen is made visible, long texts are cut, differing words marked."""
+"""Text of models and data on a page: what cannot be seen is made visible, and differing words are marked."""
 
 from __future__ import annotations
 
