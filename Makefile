@@ -127,17 +127,18 @@ ci-e2e: $(STAMP)
 	$(PYTEST) tests/e2e --ignore tests/e2e/test_quickstart.py
 
 ci-vllm-servers: $(VLLM_STAMP)
-	$(VLLM_PYTEST) $(VLLM_SERVERS)
+	$(VLLM_PYTEST) -m "not slow" $(VLLM_SERVERS)
 
 ci-vllm: $(VLLM_STAMP)
-	$(VLLM_PYTEST) tests/vllm_engines $(addprefix --ignore ,$(VLLM_SERVERS))
+	$(VLLM_PYTEST) -m "not slow" tests/vllm_engines $(addprefix --ignore ,$(VLLM_SERVERS))
 
 ci-ray: $(STAMP) $(VLLM_STAMP)
 	$(PYTEST) -m "not slow" tests/ray_cluster --ignore $(RAY_SERVERS)
 	$(VLLM_PYTEST) -m "not slow" $(RAY_SERVERS)
 
+# of the runs, those of training itself: the others take minutes
 ci-seams-oldest: $(OLDEST_STAMP)
-	$(call in_venv,$(OLDEST_VENV)) $(SEAMS)
+	$(call in_venv,$(OLDEST_VENV)) $(filter tests/unit/%,$(SEAMS)) tests/integration/test_training.py tests/integration/test_gradients.py
 
 ci-seams-newest: $(NEWEST_STAMP)
 	$(call in_venv,$(NEWEST_VENV)) $(SEAMS)

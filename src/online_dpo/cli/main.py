@@ -167,6 +167,9 @@ COMMANDS = {
         one_process=True,
         takes_traceback=True,
     ),
+    "doctor": Command(
+        "look at a run before it costs anything", _imported("online_dpo.cli.doctor", "doctor"), one_process=True
+    ),
     "judge": Command(
         "ask a judge about pairs of answers in a file", _imported("online_dpo.cli.judge", "judge"), one_process=True
     ),

@@ -158,14 +158,7 @@ def build_trainer(plan: RunPlan, display: ProgressDisplay) -> OnlineDPOTrainer:
         given["run_folder"] = _may_have_run_folder(given)
     args = OnlineDPOConfig(**{**given, "disable_tqdm": True})
     check_options(plan.training.get("resume_from_checkpoint"), args)
-    train_dataset = load_prompts(
-        run.dataset_name,
-        split=run.dataset_train_split,
-        config=run.dataset_config,
-        streaming=run.dataset_streaming,
-        limit=run.dataset_limit,
-        types=run.dataset_types,
-    )
+    train_dataset = train_dataset_of(run)
     trainer = OnlineDPOTrainer(
         model=run.model_name_or_path,
         ref_model=run.ref_model_name_or_path,
@@ -173,9 +166,9 @@ def build_trainer(plan: RunPlan, display: ProgressDisplay) -> OnlineDPOTrainer:
         judge=None if plan.judge is None else load_judge(plan.judge, args),
         args=args,
         train_dataset=train_dataset,
-        eval_dataset=_eval_dataset(run),
+        eval_dataset=eval_dataset_of(run),
         processing_class=load_tokenizer(run.model_name_or_path, args),
-        peft_config=_peft_config(run),
+        peft_config=peft_config_of(run),
         eval_reward_funcs=gold or None,
         eval_judge=None if plan.eval_judge is None else load_judge(plan.eval_judge, args),
         callbacks=[display],
@@ -194,7 +187,20 @@ def _may_have_run_folder(given: dict[str, Any]) -> bool:
     return True
 
 
-def _eval_dataset(run: RunConfig) -> Any:
+def train_dataset_of(run: RunConfig) -> Any:
+    """Loads the prompts to train on."""
+    return load_prompts(
+        run.dataset_name,
+        split=run.dataset_train_split,
+        config=run.dataset_config,
+        streaming=run.dataset_streaming,
+        limit=run.dataset_limit,
+        types=run.dataset_types,
+    )
+
+
+def eval_dataset_of(run: RunConfig) -> Any:
+    """Loads the prompts to evaluate on; ``None`` where there are none."""
     if run.eval_dataset_name is None and run.dataset_test_split is None:
         return None
     return load_prompts(
@@ -215,7 +221,8 @@ def load_tokenizer(model: str, args: OnlineDPOConfig) -> Any:
         )
 
 
-def _peft_config(run: RunConfig) -> Any:
+def peft_config_of(run: RunConfig) -> Any:
+    """Returns the configuration of the adapter to train; `None` where all weights are."""
     if not run.use_peft:
         return None
     from peft import LoraConfig

@@ -39,6 +39,8 @@ from online_dpo.training.interrupt import Interrupt
 from online_dpo.training.learning_rate import LearningRateBackoff
 from online_dpo.training.log_state import LogState
 from online_dpo.training.metric_store import MetricStore
+from online_dpo.training.metrics.machine import Machine
+from online_dpo.training.metrics.work import Work, cost_of
 from online_dpo.training.other_ranks import OtherRanks
 from online_dpo.training.passes import PassRunner
 from online_dpo.training.recording import Recording, tells_end
@@ -88,6 +90,7 @@ class GuardedTrainer(Trainer):
             self.errors,
             self.metrics,
             self.phase,
+            Work(self.metrics, cost_of(model)),
             state=lambda: self.state,
             holds_evaluation_weights=lambda: self.evaluation_weights.held,
             prompts_read=self.resumed_random_state.restore,
@@ -111,7 +114,8 @@ class GuardedTrainer(Trainer):
         self.add_callback(self.guard)
         self.updates = UpdatedRatio(lambda: self.guard.trained_steps, warns=not keeps_small_steps(args))
         self.add_callback(self.updates)
-        self.log_state = LogState(self.metrics)
+        self.machine = Machine(self.metrics, self.accelerator.device)
+        self.log_state = LogState(self.metrics, self.machine)
         self.add_callback(self.log_state)
         self.recording = Recording(args, self.accelerator, self.errors, lambda: self.state, self.log_state.is_in_step)
         self.add_callback(self.recording)
@@ -156,7 +160,8 @@ class GuardedTrainer(Trainer):
         self.configs.remember(self.model)  # pyright: ignore[reportArgumentType]
         displays = choose_displays(self)
         try:
-            with self.interrupt.handled(displays, self.args.stop_timeout), self.rescue.failures_leave_checkpoint():  # pyright: ignore
+            handled = self.interrupt.handled(displays, self.args.stop_timeout)  # pyright: ignore
+            with handled, self.rescue.failures_leave_checkpoint(), self.machine.gpu.watching():
                 checkpoint = self.checkpoints.begin(resume_from_checkpoint)
                 self.recording.begin(checkpoint, self.checkpoints.passed_over)
                 result = super().train(checkpoint, *args, **kwargs)

@@ -64,7 +64,8 @@ from online_dpo.training.collector import FeedbackCollector
 from online_dpo.training.datasets import DatasetPreparer, check_reward_functions, next_batch
 from online_dpo.training.display.figures import in_order
 from online_dpo.training.hf_trainer import GuardedTrainer
-from online_dpo.training.metrics import STEP_KL
+from online_dpo.training.ledger import Ledger, Place
+from online_dpo.training.metrics.loss import STEP_KL
 from online_dpo.training.model_card import as_list, write_model_card
 from online_dpo.training.objective_step import ObjectiveStep
 from online_dpo.training.pair_former import PairFormer
@@ -244,6 +245,8 @@ class OnlineDPOTrainer(GuardedTrainer):
             self.gold,
             self.reference.models,
         )
+        place = Place(self.accelerator.process_index, self.accelerator.num_processes)
+        self.ledger = Ledger(self.tokenizer, place, args.seed, lambda: self.guard.skipped_step)
         self.run_state.add(self.collector, self.reference, self.adaptive_beta)
 
     def _identify(self, peft_config: Any, ref_model: Any, parts: dict[str, Any]) -> None:
@@ -272,6 +275,7 @@ class OnlineDPOTrainer(GuardedTrainer):
         self.raise_callback_failure()
         pairing, num_fetched = self.collector.collect(epoch_iterator, num_batches)
         self.last_feedback = self.collector.last
+        self.ledger.begin_step(self.last_feedback)
         self.passes.begin_step()
         micro_batches = self.objective.pack(self.model, pairing.pairs, num_fetched)  # pyright: ignore[reportArgumentType]
         num_pairs, weight = self.objective.totals(pairing.pairs)
@@ -290,6 +294,7 @@ class OnlineDPOTrainer(GuardedTrainer):
         losses = self.objective.losses(model, rows, num_items_in_batch)
         if model.training:
             self.guard.saw_loss(losses.loss)
+            self.ledger.saw_pass(inputs["rows"], losses)
         return (losses.loss, losses.outputs()) if return_outputs else losses.loss
 
     # --- evaluation -------------------------------------------------------------------------------------------------

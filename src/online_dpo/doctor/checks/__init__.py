@@ -1,0 +1,11 @@
+"""The checks of this package, one file for each subject. The order of the imports is that of the report."""
+
+from online_dpo.doctor.checks import (  # noqa: F401  isort: skip
+    versions,
+    device,
+    files,
+    disk,
+    tokens,
+    template,
+    prompts,
+)

@@ -1,0 +1,54 @@
+"""Records how different the completions of a prompt are."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from online_dpo.stats.catalogue import Metric, describe
+from online_dpo.training.metric_store import MetricStore
+from online_dpo.types import Group
+
+describe(
+    "Completions",
+    Metric(
+        "completions/distinct_1",
+        "share",
+        "mean over groups of different tokens / tokens, over all completions of the policy in the group",
+        "Falls as answers to one prompt become alike, and as they become longer or repeat themselves.",
+    ),
+    Metric(
+        "completions/distinct_2",
+        "share",
+        "the same for pairs of neighbouring tokens",
+        "A fall to a fraction of its first value is a collapse: raise `temperature` or `beta`, or lower the rate.",
+    ),
+    Metric(
+        "completions/equal_ratio",
+        "share",
+        "completions of the policy whose text another one in the group has as well / completions",
+        "Such completions give no pair. High: `temperature` is too low, or the policy has collapsed.",
+    ),
+)
+
+
+def record_diversity(store: MetricStore, groups: Sequence[Group]) -> None:
+    """Records the diversity of each group with two or more completions of the policy."""
+    own = [[completion for completion in group.completions if completion.by_policy] for group in groups]
+    own = [completions for completions in own if len(completions) > 1]
+    tokens = [[np.array(completion.token_ids, dtype=np.int64) for completion in completions] for completions in own]
+    bigrams = [[(part[:-1] << 32) + part[1:] for part in parts] for parts in tokens]
+    store.mean("completions/distinct_1", _distinct(tokens))
+    store.mean("completions/distinct_2", _distinct(bigrams))
+    for completions in own:
+        texts = Counter(completion.text for completion in completions)
+        shared = sum(count for count in texts.values() if count > 1)
+        store.ratio("completions/equal_ratio", shared, len(completions))
+
+
+def _distinct(groups: Sequence[Sequence[np.ndarray]]) -> list[float]:
+    """The share of different items among all of each group that has any."""
+    joined = [np.concatenate(parts) for parts in groups]
+    return [len(np.unique(items)) / len(items) for items in joined if len(items)]
