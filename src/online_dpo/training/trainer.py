@@ -247,6 +247,7 @@ class OnlineDPOTrainer(GuardedTrainer):
         )
         place = Place(self.accelerator.process_index, self.accelerator.num_processes)
         self.ledger = Ledger(self.tokenizer, place, args.seed, lambda: self.guard.skipped_step)
+        self.recording.describe(self.ledger, self.policy, self.reference.description, self._sources())
         self.run_state.add(self.collector, self.reference, self.adaptive_beta)
 
     def _identify(self, peft_config: Any, ref_model: Any, parts: dict[str, Any]) -> None:
