@@ -128,9 +128,7 @@ def activation_bytes(plan: Plan) -> int:
     return shape.layers * tokens * shape.hidden * hidden_bytes(plan) + of_layer
 
 
-def layer_bytes_of_a_token(
-    shape: ModelShape, bf16: bool, hidden: int = FP32, repeats_heads: bool = False
-) -> int:
+def layer_bytes_of_a_token(shape: ModelShape, bf16: bool, hidden: int = FP32, repeats_heads: bool = False) -> int:
     """What one layer keeps for each token, as counted by Korthikanti et al. (2022, arXiv 2205.05198, section 4.1), here
     for a gated MLP, RMS norms, and attention that keeps no scores.
 

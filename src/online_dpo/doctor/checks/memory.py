@@ -87,7 +87,10 @@ def plan_of(case: Case) -> Plan:
         reward_model_bytes=HALF if reward is None else reward[1],
         reward_model_sharded=args.reward_model_sharding == "shard",
         engine={"vllm_server": "servers", "vllm_colocate": "vllm"}.get(args.engine_name, "built-in"),  # pyright: ignore[reportArgumentType]
-        sequences=min(args.rollout_batch_size, args.per_device_train_batch_size * args.gradient_accumulation_steps * args.num_completions),
+        sequences=min(
+            args.rollout_batch_size,
+            args.per_device_train_batch_size * args.gradient_accumulation_steps * args.num_completions,
+        ),
         completions=args.num_completions,
         prompt_tokens=max(prompts),
         new_tokens=longest,
