@@ -185,9 +185,20 @@ class Recording(TrainerCallback):
         self.end()
 
     def sync(self) -> None:
-        """Brings everything to the disk, before a checkpoint says that the steps until now are done."""
+        """Brings everything to the disk."""
         if self._directory is not None:
             self._directory.sync()
+
+    def files(self, rank: int) -> Sequence[str]:
+        """Return no name: it has no file in a checkpoint."""
+        return []
+
+    def save(self, folder: Path, rank: int) -> None:
+        """Bring everything to the disk, before a checkpoint says that the steps until now are done."""
+        self.sync()
+
+    def restore(self, folder: Path, rank: int) -> None:
+        """Do nothing: `begin` has cut the record."""
 
     def fail(self, error: BaseException) -> None:
         """Remembers what will have ended the run, for `end`."""
