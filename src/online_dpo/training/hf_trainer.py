@@ -97,8 +97,7 @@ class GuardedTrainer(Trainer):
             differs=lambda: self.checkpoints.identity.differs or self.checkpoints.from_others,
         )
         self.checkpoints = Checkpoints(args, self.accelerator, lambda: self.state)
-        self.run_state = RunState()
-        self.run_state.add(self.guard, self.log_state)
+        self.run_state = RunState(self.guard, self.log_state, self.recording)
 
     def _build_guards(self, args: OnlineDPOConfig) -> None:
         """Builds what watches over the run, in the order in which the callbacks among it are called."""
@@ -292,7 +291,6 @@ class GuardedTrainer(Trainer):
             self._save_all(model, trial)
 
     def _save_all(self, model: nn.Module, trial: Any) -> None:
-        self.recording.sync()
         run_dir = Path(self._get_output_dir(trial))
         with self.checkpoints.writing(run_dir) as folder:
             with self.checkpoints.part():

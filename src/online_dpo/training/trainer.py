@@ -248,8 +248,7 @@ class OnlineDPOTrainer(GuardedTrainer):
             self.gold,
             self.reference.models,
         )
-        place = Place(self.accelerator.process_index, self.accelerator.num_processes)
-        self.ledger = Ledger(self.tokenizer, place, args.seed, lambda: self.guard.skipped_step)
+        self.ledger = Ledger(self.tokenizer, Place.of(self.accelerator), args.seed, lambda: self.guard.skipped_step)
         self.recording.describe(self.ledger, self.policy, self.reference.description, self._sources())
         self.run_state.add(self.collector, self.reference, self.adaptive_beta)
 
