@@ -72,6 +72,7 @@ from online_dpo.training.pair_former import PairFormer
 from online_dpo.training.reward_placement import build_assessor
 from online_dpo.training.run_facts import feedback_facts, model_facts, users_parts
 from online_dpo.training.same_run import check_same_data, check_same_models, same_settings
+from online_dpo.training.trackers.callback import show_samples
 from online_dpo.training.trl_attributes import with_trl_attributes
 from online_dpo.types import Feedback, Group, PackedRows, Pair
 
@@ -248,6 +249,7 @@ class OnlineDPOTrainer(GuardedTrainer):
         place = Place(self.accelerator.process_index, self.accelerator.num_processes)
         self.ledger = Ledger(self.tokenizer, place, args.seed, lambda: self.guard.skipped_step)
         self.run_state.add(self.collector, self.reference, self.adaptive_beta)
+        show_samples(self)
 
     def _identify(self, peft_config: Any, ref_model: Any, parts: dict[str, Any]) -> None:
         """Says what the run computes with: for its checkpoints, and to the other ranks, which must do the same."""
