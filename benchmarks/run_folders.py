@@ -177,7 +177,10 @@ def _comparison(first: int, second: int, rng: random.Random) -> dict[str, Any]:
     backward = min(1.0, max(0.0, forward - abs(rng.gauss(0.1, 0.2))))
     orders = [
         {"shown": shown, "probability": p, "words": f"Answer 1 is {_text(rng, 6)}.", "seconds": 0.8, "tokens": 400}
-        for shown, p in (([first, second], forward), ([second, first], backward))
+        for shown, p in (
+            ([first, second], forward),
+            ([second, first], 1 - backward),
+        )  # that the one shown first is better
     ]
     return {"first": first, "second": second, "probability": (forward + backward) / 2, "orders": orders}
 

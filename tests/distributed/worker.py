@@ -21,6 +21,7 @@ from online_dpo.training.learning_rate import LearningRateBackoff
 from online_dpo.training.step_guard import StepGuard
 from support import quantized, tiny
 from support.killed_runs import limit_file_size
+from support.recorded import TakesRecords
 from support.training import LORA, KeepGradient, dataset, trainer, weights, word_reward
 
 LENGTHS = (5, 9, 3, 7, 12, 4, 6, 8)
@@ -57,6 +58,7 @@ def run(out, case, processes, **options):
     )
     assert made.accelerator.num_processes == processes
     made.callback_handler.callbacks.insert(0, keep)
+    taken = TakesRecords(made)
     calls, generate = [], made.sampler.engine.generate
     made.sampler.engine.generate = lambda prompts, *args: (calls.append(len(prompts)), generate(prompts, *args))[1]
     with suppress(NothingTrainedError):  # where every step is skipped
@@ -66,7 +68,7 @@ def run(out, case, processes, **options):
         for k, v in made.state.log_history[made.state.global_step - 1].items()
         if not k.startswith(("time/", "perf/", "judge/seconds"))
     }
-    saved = {"gradient": keep.last, "log": log, "weights": weights(made.model), "calls": calls}
+    saved = {"gradient": keep.last, "log": log, "weights": weights(made.model), "calls": calls, "rows": taken.rows}
     if made.eval_dataset is not None:
         saved["eval"] = {k: v for k, v in made.evaluate().items() if "runtime" not in k and "per_second" not in k}
     torch.save(saved, out / f"{case}-of-{processes}-rank-{made.accelerator.process_index}.pt")

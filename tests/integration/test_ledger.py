@@ -5,16 +5,21 @@ from __future__ import annotations
 
 import copy
 import math
+import zlib
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
+from peft import LoraConfig
 from transformers import TrainerCallback
 
 from online_dpo import OnlineDPOTrainer
 from support import tiny
+from support.endpoint import serving
+from support.llm_judges import judge_of, longer_wins
 from support.recorded import TakesRecords, trained_pairs, without_seconds
-from support.training import trainer, weights, word_reward
+from support.training import LORA, config, dataset, trainer, weights, word_reward
 
 TOKENS_WITH_ROOM = 30
 BETA = 0.1
@@ -235,3 +240,114 @@ class StopsAt(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_training_stop = state.global_step >= self.step
+
+
+# rounds and notes -----------------------------------------------------------------------------------------------------
+
+
+def noted_coin(completions, log_extra, log_metric, **_):
+    """0 or 1 by the text, and three columns: one of numbers, one of its own kind, one of bytes."""
+    scores = [float(zlib.crc32(text.strip().encode()) % 2) for text in completions]
+    log_extra("coin", scores)
+    log_extra("shown", [f"<{text}>" for text in completions])
+    log_extra("raw", [text.encode() for text in completions])
+    return scores
+
+
+def test_prompts_that_are_answered_again_have_a_row_for_each_round(tmp_path):
+    made = trainer(tmp_path, reward_funcs=noted_coin, resample_rounds=2, max_steps=3, per_device_train_batch_size=8)
+    taken, feedbacks = TakesRecords(made), Feedbacks(made)
+    made.train()
+    logs = {log["step"]: log for log in made.state.log_history if "pairs/count" in log}
+    again = 0
+    for step, feedback in enumerate(feedbacks.all, start=1):
+        rows = taken.of(step)
+        assert [(row["index"], row["round"]) for row in rows] == sorted((row["index"], row["round"]) for row in rows)
+        rounds = [(range(8), feedback.groups), *((one.places, one.groups) for one in feedback.further)]
+        texts = {(i, r): [c.text for c in g.completions] for r, (p, gs) in enumerate(rounds) for i, g in zip(p, gs)}  # noqa: B905
+        assert {(row["index"], row["round"]): [c["text"] for c in row["completions"]] for row in rows} == texts
+        for row in rows:
+            last = (row["index"], row["round"] + 1) not in texts
+            scores = [completion["score"] for completion in row["completions"]]
+            assert row["notes"]["coin"] == scores
+            assert row["notes"]["shown"] == [f"<{completion['text']}>" for completion in row["completions"]]
+            assert row["notes"]["raw"] == [{"left_out": "bytes"}] * 2
+            if scores[0] != scores[1]:
+                assert last and row["pairs"][0]["margin"] == 1.0 and "reason" not in row
+            else:
+                same = row["completions"][0]["text"] == row["completions"][1]["text"]
+                assert row["reason"] == ("tie" if last else "resampled") and "pairs" not in row
+                assert same or row.get("resampled_for") == (None if last else "tie")
+        again += sum(row["round"] > 0 for row in rows)
+        assert logs[step]["resample/groups"] == sum(row["round"] == 1 for row in rows)
+        assert logs[step].get("dropped/tie", 0) == sum(row.get("reason") == "tie" for row in rows)
+    assert again > 3
+
+
+def test_chats_columns_and_bytes(tmp_path):
+    columns = {"label": ["red"] * 12, "image": [b"\x89PNG"] * 12, "nested": [{"a": [1, 2.5]}] * 12}
+    made = trainer(tmp_path, train_dataset=dataset(**columns), max_steps=1)
+    taken = TakesRecords(made)
+    made.train()
+    for row in taken.rows:
+        assert row["columns"] == {"label": "red", "nested": {"a": [1, 2.5]}, "name": f"row {row['prompt_row']}"}
+        assert row["columns_left_out"] == ["image"]
+        assert isinstance(row["prompt"], str) and row["prompt_length"] > 0 and row["prompt_cut"] is False
+    chats = Dataset.from_list([{"prompt": [{"role": "user", "content": f"w{i} w{i + 1}"}]} for i in range(12)])
+    made = OnlineDPOTrainer(
+        model=tiny.causal_lm(sharpness=1.0),
+        reward_funcs=lambda completions, **_: [float(len(one[0]["content"])) for one in completions],
+        args=config(tmp_path),
+        train_dataset=chats,
+        processing_class=tiny.tokenizer(chat=True),
+    )
+    taken = TakesRecords(made)
+    made.train()
+    assert [row["prompt"] for row in taken.rows] == [chats[row["prompt_row"]]["prompt"] for row in taken.rows]
+
+
+def test_a_judge_s_comparisons_stand_in_the_rows(tmp_path):
+    with serving(longer_wins) as endpoint:
+        made = trainer(
+            tmp_path,
+            reward_funcs=None,
+            kwargs={"judge": judge_of(endpoint)},
+            num_completions=4,
+            max_steps=2,
+            missing_eos_penalty=0.5,
+        )
+        taken = TakesRecords(made)
+        made.train()
+    logs = {log["step"]: log for log in made.state.log_history if "pairs/count" in log}
+    for step in (1, 2):
+        compared = [(row, one) for row in taken.of(step) for one in row.get("comparisons", [])]
+        assert len(compared) == logs[step]["judge/duels"] > 4
+        for row, comparison in compared:
+            texts = [row["completions"][comparison[which]]["text"] for which in ("first", "second")]
+            assert [order["shown"] for order in comparison["orders"]] == [
+                [comparison["first"], comparison["second"]],
+                [comparison["second"], comparison["first"]],
+            ]
+            longer = [order["words"] == "A" for order in comparison["orders"]]
+            assert longer[0] == (len(texts[0]) > len(texts[1])) and longer[1] == (len(texts[1]) > len(texts[0]))
+    assert not any("score" in completion for row in taken.rows for completion in row["completions"])
+    for _, pair in trained_pairs(taken.rows):
+        assert pair["margin"] is None and 0.5 < pair["probability"] < 1
+    penalties = [completion.get("penalties") for row in taken.rows for completion in row["completions"]]
+    assert {"missing_eos": 0.5} in penalties and None in penalties
+
+
+def test_lora_has_the_policy_without_its_adapter_as_reference(tmp_path):
+    made = trainer(tmp_path, kwargs={"peft_config": LoraConfig(**LORA)}, max_steps=2, learning_rate=1e-1)
+    taken, feedbacks = TakesRecords(made), Feedbacks(made)
+    made.train()
+    start = tiny.causal_lm(sharpness=1.0).eval()
+    moved = 0.0
+    for row, pair in trained_pairs(taken.rows):
+        group = feedbacks.all[row["step"] - 1].groups[row["index"]]
+        record = row["completions"][pair["chosen"]]
+        reference = logps(start, group.prompt, group.completions[pair["chosen"]])
+        assert record["ref_logp"] == pytest.approx(float(reference.sum()), abs=1e-4)
+        assert sum(record["log_ratios"]) == pytest.approx(record["logp"] - record["ref_logp"], abs=1e-4)
+        moved = max(moved, *map(abs, record["log_ratios"]))
+    assert moved > 1e-3

@@ -24,6 +24,7 @@ from online_dpo.cli.terminal.header import INDENT
 from online_dpo.cli.terminal.progress import ProgressDisplay, no_progress_bars, plain_warnings
 from online_dpo.cli.terminal.screen import print_lines
 from online_dpo.cli.terminal.summary import describe_trainer, places
+from online_dpo.config.feedback import HUMAN
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.data.load import load_prompts
 from online_dpo.distributed.rank_watch import explained
@@ -256,7 +257,7 @@ def load_reward(function: Reference | RegisteredName) -> Any:
 def load_judge(judge: Reference | RegisteredName | BuiltInJudge, args: OnlineDPOConfig) -> Any:
     """Load a judge of this package, or the user's own; a class is instantiated without arguments.
 
-    A registered name is returned as text, since the trainer looks it up.
+    A registered name is returned as text, since the trainer looks it up; so are people, whom it asks in its own folder.
 
     Raises:
         ValueError, TypeError, OSError, ImportError: it cannot be loaded.
@@ -264,6 +265,8 @@ def load_judge(judge: Reference | RegisteredName | BuiltInJudge, args: OnlineDPO
     if isinstance(judge, RegisteredName):
         return judge.text
     if isinstance(judge, BuiltInJudge):
+        if judge.human:
+            return HUMAN
         if judge.folder is None:
             return LLMJudge(**judge.options)
         options = {"max_failure_share": args.max_failure_share, **judge.options}

@@ -22,7 +22,7 @@ class RecordingFields:
     When not set: on for the command, off in Python.
     """
 
-    log_completions: bool | int | str = ALL
+    log_completions: bool | int | str = "all"
     """With `run_folder`: of which prompts all completions are written with their scores, pairs and reasons. `all`
     (true), `off` (false), or how many prompts a step, over all processes.
     """

@@ -46,7 +46,7 @@ class RunDirectory:
     def add_metrics(self, row: Mapping[str, Any]) -> None:
         """Writes a row of metrics."""
         assert self._metrics is not None
-        metrics, line = self._metrics, json_line({**row, "time": time.time()})
+        metrics, line = self._metrics, json_line(row)
         self._try(lambda: metrics.add(line))
 
     def add_event(self, event: events.Event, step: int) -> None:

@@ -6,13 +6,16 @@ by reading its blocks' headers (RFC 8878, section 3.1.1), without decompressing 
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import zstandard
+
+from online_dpo.runs.opening import open_regular
 
 MAGIC = 0xFD2FB528
 BLOCK_HEADER = 3
@@ -21,6 +24,15 @@ CHECKSUM = 4
 LEVEL = 3
 LARGEST_FRAME = 1 << 30
 """Bytes of the content of a frame: more than any step has, so that a damaged or hostile file cannot fill the memory."""
+
+LARGEST_COMPRESSED = 64 << 20
+"""Bytes of a frame in its file, where groups are read one by one: completions files do not grow much beyond that."""
+
+LONGEST_LINE = 16 << 20
+"""Bytes of a group that are read where groups are read one by one."""
+
+LARGEST_WINDOW = 8 << 20
+"""Bytes that decompressing may look back: `encode` needs less."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +79,7 @@ def _size(frame: bytes) -> int:
 
 def frames(path: Path, start: int = 0) -> Iterator[Frame]:
     """The whole frames of a file from a byte on. What is torn at its end, or no frame at all, ends them."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         size = file.seek(0, 2)
         while (end := _end(file, start, size)) is not None:
             yield Frame(start, end)
@@ -80,9 +92,45 @@ def read(path: Path, frame: Frame) -> list[dict[str, Any]]:
     Raises:
         ValueError: it is damaged.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         file.seek(frame.start)
         return decode(file.read(frame.end - frame.start))
+
+
+def each(path: Path, frame: Frame) -> Iterator[dict[str, Any] | None]:
+    """The rows of one frame of a file, one by one, so that a large step needs no more memory than a small one. ``None``
+    stands for a row that is no JSON object, or is longer than `LONGEST_LINE`.
+
+    Raises:
+        ValueError: the frame is damaged.
+        OSError: the file is not there any more.
+    """
+    if frame.end - frame.start > LARGEST_COMPRESSED:
+        raise ValueError(f"a frame of {frame.end - frame.start} bytes; at most {LARGEST_COMPRESSED} are read")
+    with open_regular(path) as file:
+        file.seek(frame.start)
+        compressed = file.read(frame.end - frame.start)
+    decompressor = zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW)
+    with decompressor.stream_reader(compressed) as content:
+        lines = cast(BinaryIO, io.BufferedReader(content))
+        try:
+            while line := lines.readline(LONGEST_LINE):
+                yield _object(line) if line.endswith(b"\n") else _rest(lines)
+        except zstandard.ZstdError as error:
+            raise ValueError(f"a damaged frame: {error}") from error
+
+
+def _rest(lines: BinaryIO) -> None:
+    while (piece := lines.readline(1 << 20)) and not piece.endswith(b"\n"):
+        pass
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def _end(file: Any, start: int, size: int) -> int | None:

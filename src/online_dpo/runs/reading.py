@@ -22,6 +22,11 @@ from online_dpo.runs.layout import (
     CompletionsFile,
     completions_files,
 )
+from online_dpo.runs.opening import open_regular, read_small
+
+LARGEST_SETTINGS = 1 << 18
+LARGEST_ENVIRONMENT = 1 << 22
+"""Bytes of these files that are read: more than a run writes."""
 
 Row = dict[str, Any]
 
@@ -63,8 +68,8 @@ class RunFolder:
         """The settings of the run as it resolved them; empty where they cannot be read."""
         for name in (SETTINGS_BESIDE, SETTINGS):
             try:
-                read = yaml.safe_load((self.path / name).read_text(encoding="utf-8"))
-            except (OSError, UnicodeDecodeError, yaml.YAMLError):
+                read = yaml.safe_load(read_small(self.path / name, LARGEST_SETTINGS))
+            except (OSError, ValueError, RecursionError, yaml.YAMLError):
                 continue
             return read if isinstance(read, dict) else {}
         return {}
@@ -73,29 +78,29 @@ class RunFolder:
     def environment(self) -> Row:
         """Versions, devices and the like; empty where they cannot be read."""
         try:
-            read = json.loads((self.path / ENVIRONMENT).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            read = json.loads(read_small(self.path / ENVIRONMENT, LARGEST_ENVIRONMENT))
+        except (OSError, ValueError, RecursionError):
             return {}
         return read if isinstance(read, dict) else {}
 
-    def metrics(self, start: int = 0) -> Lines:
+    def metrics(self, start: int = 0, most: int | None = None) -> Lines:
         """The rows of metrics from a byte on."""
-        return read_lines(self.path / METRICS, start)
+        return read_lines(self.path / METRICS, start, most)
 
-    def events(self, start: int = 0) -> Lines:
+    def events(self, start: int = 0, most: int | None = None) -> Lines:
         """The events from a byte on."""
-        return read_lines(self.path / EVENTS, start)
+        return read_lines(self.path / EVENTS, start, most)
 
-    def votes(self, start: int = 0) -> Lines:
+    def votes(self, start: int = 0, most: int | None = None) -> Lines:
         """People's votes from a byte on."""
-        return read_lines(self.path / VOTES, start)
+        return read_lines(self.path / VOTES, start, most)
 
     def frames(self, file: CompletionsFile, start: int = 0) -> Iterator[StepFrame]:
         """Where the steps of a file lie, from a byte on."""
         try:
             for frame in frames.frames(self.path / file.name, start):
                 yield StepFrame(file, frame)
-        except FileNotFoundError:  # it was rotated out
+        except OSError:  # it was rotated out, or is no regular file
             return
 
     def all_frames(self) -> Iterator[StepFrame]:
@@ -112,18 +117,34 @@ class RunFolder:
         """
         return frames.read(self.path / at.file.name, at.frame)
 
+    def each_group(self, at: StepFrame) -> Iterator[Row | None]:
+        """The groups of a step one by one, for little memory; ``None`` for one that cannot be read.
 
-def read_lines(path: Path, start: int = 0) -> Lines:
+        Raises:
+            ValueError: the frame is damaged.
+            OSError: the file is not there any more.
+        """
+        return frames.each(self.path / at.file.name, at.frame)
+
+
+def read_lines(path: Path, start: int = 0, most: int | None = None) -> Lines:
     """The whole lines of a file of JSON objects from a byte on; none where there is no file. Lines that are no JSON
     objects are left out.
+
+    Args:
+        path: the file.
+        start: the byte from which to read.
+        most: read at most so many bytes in this call, and leave out lines that are longer.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             file.seek(start)
-            content = file.read()
-    except FileNotFoundError:
+            content = file.read() if most is None else file.read(most)
+    except OSError:
         return Lines([], start)
-    whole, newline, _ = content.rpartition(b"\n")
+    whole, newline, rest = content.rpartition(b"\n")
+    if not newline and len(rest) == most:
+        return Lines([], start + len(rest))
     rows = [row for line in whole.split(b"\n") if isinstance(row := _object(line), dict)]
     return Lines(rows, start + len(whole) + len(newline))
 
@@ -131,5 +152,5 @@ def read_lines(path: Path, start: int = 0) -> Lines:
 def _object(line: bytes) -> Any:
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None

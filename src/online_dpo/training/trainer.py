@@ -43,6 +43,7 @@ from online_dpo.modeling.reference import ReferenceSteps
 from online_dpo.objective.beta import Beta
 from online_dpo.scoring.judge_registry import build_judge
 from online_dpo.scoring.notes import noting
+from online_dpo.scoring.protocols import WaitingScorer
 from online_dpo.scoring.registry import build_scorers
 from online_dpo.training.arguments import (
     check_arguments,
@@ -218,6 +219,8 @@ class OnlineDPOTrainer(GuardedTrainer):
         """Builds the scorers and the judge that training uses, and the gold ones of evaluations."""
         args, state = self.args, lambda: self.state
         self.judge = None if judge is None else build_judge(judge, self.tokenizer, args)
+        if isinstance(self.judge, WaitingScorer):
+            self.guard.max_idle_steps = None  # where nobody votes, the run has not stalled
         self.scorers = (
             [] if reward_funcs is None else build_scorers(reward_funcs, processing_classes, args, state=state)
         )
@@ -248,6 +251,7 @@ class OnlineDPOTrainer(GuardedTrainer):
         )
         place = Place(self.accelerator.process_index, self.accelerator.num_processes)
         self.ledger = Ledger(self.tokenizer, place, args.seed, lambda: self.guard.skipped_step)
+        self.recording.describe(self.ledger, self.policy, self.reference.description, self._sources())
         self.run_state.add(self.collector, self.reference, self.adaptive_beta)
         show_samples(self)
 

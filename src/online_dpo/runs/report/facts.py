@@ -1,0 +1,259 @@
+"""The facts of a run, read from its folder once: the page and the model card say them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from online_dpo.runs.export.rows import number
+from online_dpo.runs.layout import EARLIER, ENVIRONMENT, EVENTS, METRICS, SETTINGS, completions_files
+from online_dpo.runs.reading import RunFolder
+from online_dpo.runs.report.groups import GroupFacts, Seen, collect_groups
+from online_dpo.runs.report.series import Metrics, collect
+
+Row = dict[str, Any]
+
+PHASES = ("rollout", "scoring", "training", "reference", "sync", "waiting")
+QUIET = frozenset({"start", "resume", "end", "checkpoint", "evaluation", "sync", "record", "learning_rate"})
+"""Kinds of events that are the course of a run, and nothing to look into."""
+LARGEST_FIGURES = 1 << 20
+"""Bytes of a file of figures that is read."""
+EXAMPLES = 4
+
+
+@dataclass
+class EventKind:
+    """The events of a kind: how many, the first and the last step, and the last message.
+
+    >>> EventKind("skip", count=2, first=12, last=40, message="Step 40 skipped: its loss is not finite.")
+    """
+
+    kind: str
+    count: int = 0
+    first: int = 0
+    last: int = 0
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt with the first sampled answer to it early and late in the run, and their scores.
+
+    >>> Example("Name a colour.", 1, "Red", 0.1, 90, "Red, please.", 0.9)
+    """
+
+    prompt: str
+    early_step: int
+    early: str
+    early_score: float | None
+    late_step: int
+    late: str
+    late_score: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A win rate that stands in a file of figures beside the record.
+
+    >>> Comparison("figures.json", "runs/a", "start/policy", 500, "rubric", value=0.93, low=0.91, high=0.95)
+    """
+
+    file: str
+    model: str
+    against: str
+    prompts: int | None
+    scored_by: str
+    value: float
+    low: float | None
+    high: float | None
+
+
+@dataclass
+class RunFacts:
+    """What is known of a run.
+
+    ``state`` is "finished", "stopped", "failed", or "unfinished" where no end is recorded; ``end`` says how it ended.
+    ``missing`` says what is not in the folder.
+    """
+
+    name: str
+    settings: Row
+    sessions: list[Row]
+    metrics: Metrics
+    groups: GroupFacts
+    events: list[EventKind]
+    state: str
+    end: str
+    examples: list[Example] = field(default_factory=list)
+    comparisons: list[Comparison] = field(default_factory=list)
+    earlier: int = 0
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def steps(self) -> int:
+        """The last step of which anything is known."""
+        return max(self.metrics.steps, self.groups.last_step)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds by phase, the reference apart from training; empty where none were logged."""
+        times = {name: series.total for name, series in self.metrics.starting("time/").items() if "/" not in name}
+        whole = times.get("all")
+        found = {name: times[name] for name in PHASES if times.get(name)}
+        if "reference" in found and "training" in found:
+            found["training"] = max(0.0, found["training"] - found["reference"])
+        if whole is not None and (rest := whole - sum(found.values())) > 0:
+            found["other"] = rest
+        return found
+
+    @property
+    def dropped(self) -> dict[str, float]:
+        """Groups without a pair by reason, most frequent first: of all that were sampled where metrics say it, else of
+        those that are recorded.
+        """
+        counted = {name: series.total for name, series in self.metrics.starting("dropped/").items()}
+        recorded = {name: float(len(steps)) for name, steps in self.groups.reasons.items()}
+        chosen = counted if self.metrics.logs else recorded
+        return dict(sorted(chosen.items(), key=lambda entry: -entry[1]))
+
+    @property
+    def prompts(self) -> float:
+        """How many prompts were answered: those of the metrics, else those that are recorded."""
+        series = self.metrics.get("prompts")
+        counted = 0.0 if series is None else series.total
+        return max(counted or self.groups.groups, sum(self.dropped.values()))
+
+    @property
+    def pairs(self) -> float | None:
+        """The number of pairs trained on."""
+        series = self.metrics.get("pairs/count")
+        return series.total if series is not None else None
+
+
+def facts_of(path: Path) -> RunFacts:
+    """Read the record in a folder. What is not there is named in ``missing``."""
+    folder = RunFolder(path)
+    kinds, last = _events(folder)
+    groups = collect_groups(folder)
+    sessions = folder.environment.get("sessions", [])
+    facts = RunFacts(
+        name=path.resolve().name,
+        settings=folder.settings,
+        sessions=[session for session in sessions if isinstance(session, dict)] if isinstance(sessions, list) else [],
+        metrics=collect(each_row(folder, METRICS)),
+        groups=groups,
+        events=kinds,
+        state=str(last.get("state", "unfinished")) if last.get("kind") == "end" else "unfinished",
+        end=str(last.get("message", "")) if last.get("kind") == "end" else "",
+        examples=list(_examples(folder, groups)),
+        comparisons=list(_comparisons(path)),
+        earlier=sum(child.is_dir() for child in (path / EARLIER).iterdir()) if (path / EARLIER).is_dir() else 0,
+    )
+    facts.missing = list(_missing(path, facts))
+    return facts
+
+
+def each_row(folder: RunFolder, name: str) -> Iterator[Row]:
+    """The rows of a file of JSON objects, one by one; none where there is no file."""
+    try:
+        with (folder.path / name).open("rb") as file:
+            for line in file:
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError):
+                    continue
+                if isinstance(row, dict):
+                    yield row
+    except FileNotFoundError:
+        return
+
+
+def _events(folder: RunFolder) -> tuple[list[EventKind], Row]:
+    """The events by kind, and the last one that says that the run begins or ends."""
+    kinds: dict[str, EventKind] = {}
+    last: Row = {}
+    for row in each_row(folder, EVENTS):
+        name, step = str(row.get("kind", "")), int(number(row.get("step")) or 0)
+        kind = kinds.setdefault(name, EventKind(name, first=step))
+        kind.count, kind.last, kind.message = kind.count + 1, step, str(row.get("message", ""))
+        if name in ("start", "resume", "end"):
+            last = row
+    return list(kinds.values()), last
+
+
+def _examples(folder: RunFolder, groups: GroupFacts) -> Iterator[Example]:
+    """Answers to the prompts whose first and last answers are the farthest apart, by step."""
+    apart = [seen for seen in groups.prompts.values() if seen.last_step > seen.first_step]
+    apart.sort(key=lambda seen: (seen.first_step - seen.last_step, seen.first_step))
+    for seen in apart[:EXAMPLES]:
+        yield _example(folder, seen)
+
+
+def _example(folder: RunFolder, seen: Seen) -> Example:
+    early, late = (folder.groups(at)[place] for at, place in (seen.first, seen.last))
+    answers = [next(c for c in g["completions"] if c.get("author", "policy") == "policy") for g in (early, late)]
+    told = [(str(answer["text"]), number(answer.get("score"))) for answer in answers]
+    return Example(prompt_text(early["prompt"]), seen.first_step, *told[0], seen.last_step, *told[1])
+
+
+def prompt_text(prompt: Any) -> str:
+    """A prompt for people: a text as it is, a conversation with the roles before the messages."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message.get('role', '')}: {message.get('content', '')}" for message in prompt)
+
+
+def _comparisons(path: Path) -> Iterator[Comparison]:
+    """Win rates in files of figures that `online-dpo eval --json` or the quickstart has written into the folder."""
+    for file in sorted(path.glob("*.json")):
+        if file.name == ENVIRONMENT or not file.is_file() or file.stat().st_size > LARGEST_FIGURES:
+            continue
+        try:
+            figures = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(figures, dict) and (comparison := _comparison(file.name, figures)) is not None:
+            yield comparison
+
+
+def _comparison(file: str, figures: Row) -> Comparison | None:
+    rate = figures.get("win_rate")
+    if isinstance(rate, dict):
+        value, low, high = (number(rate.get(name)) for name in ("value", "low", "high"))
+    else:
+        interval = figures.get("win_rate_ci95")
+        low, high = map(number, interval) if isinstance(interval, list) and len(interval) == 2 else (None, None)
+        value = number(rate)
+    if value is None:
+        return None
+    prompts = number(figures.get("prompts"))
+    names = {name: str(figures.get(name, "")) for name in ("model", "against", "scored_by")}
+    return Comparison(file, prompts=None if prompts is None else int(prompts), value=value, low=low, high=high, **names)
+
+
+def _missing(path: Path, facts: RunFacts) -> Iterator[str]:
+    if not facts.settings:
+        yield f"The settings: there is no {SETTINGS}, or it cannot be read."
+    if not facts.sessions:
+        yield f"Versions and devices: there is no {ENVIRONMENT}, or it cannot be read."
+    if not facts.metrics.logs:
+        yield f"Metrics: {METRICS} is not there or has no row."
+    if not facts.events:
+        yield f"Events: {EVENTS} is not there or has no row."
+    if not completions_files(path):
+        yield "Samples: no completions were written (`log_completions: off`?)."
+    elif facts.groups.unreadable:
+        yield f"Samples: {facts.groups.unreadable} groups or steps could not be read."
+
+
+def to_look_into(events: Sequence[EventKind]) -> list[EventKind]:
+    """The events that are not just the course of a run, the most frequent first."""
+    return sorted((kind for kind in events if kind.kind not in QUIET), key=lambda kind: -kind.count)
+
+
+def checkpoints_saved(events: Iterable[EventKind]) -> int:
+    """How many checkpoints the events tell of."""
+    return sum(kind.count for kind in events if kind.kind == "checkpoint")
