@@ -119,6 +119,18 @@ def messages(data):
             message = b""
 
 
+def nested(items):
+    """A row of history, whose histograms and tables are written entry by entry."""
+    row = {}
+    for item in items:
+        *path, name = item.nested_key or [item.key]
+        into = row
+        for part in path:
+            into = into.setdefault(part, {})
+        into[name] = json.loads(item.value_json)
+    return row
+
+
 def wandb_records(folder):
     """The history of each offline run in a folder, from the files that would be sent, by the run's id."""
     from wandb.proto import wandb_internal_pb2
@@ -130,8 +142,7 @@ def wandb_records(folder):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(message)
             if record.WhichOneof("record_type") == "history":
-                items = record.history.item
-                rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+                rows.append(nested(record.history.item))
         found.setdefault(path.stem.removeprefix("run-"), []).append(rows)
     return found
 

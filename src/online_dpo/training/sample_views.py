@@ -19,7 +19,7 @@ from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.errors import named_error
 from online_dpo.training.display.figures import SUMMARY, evaluation_prefix
 from online_dpo.training.display.protocol import RunDisplay
-from online_dpo.training.ledger import Ledger
+from online_dpo.training.ledger import Ledger, Place
 from online_dpo.training.samples import Samples, samples_of
 from online_dpo.training.trackers.protocol import Tracker
 
@@ -165,9 +165,12 @@ class SampleViews(TrainerCallback):
             return None
 
 
-def show_samples(trainer: Any) -> None:
-    """Give a trainer that has a ledger its `SampleViews`."""
+def with_ledger(trainer: Any) -> Ledger:
+    """Return a ledger for a trainer, and give this the `SampleViews` that show what the ledger has."""
+    place = Place(trainer.accelerator.process_index, trainer.accelerator.num_processes)
+    ledger = Ledger(trainer.tokenizer, place, trainer.args.seed, lambda: trainer.guard.skipped_step)
     handler = trainer.callback_handler
-    views = SampleViews(trainer.args, lambda: handler.callbacks, trainer.ledger, trainer.context.differs)
+    views = SampleViews(trainer.args, lambda: handler.callbacks, ledger, trainer.context.differs)
     handler.callbacks.insert(0, views)
     trainer.run_state.add(views)
+    return ledger
