@@ -69,7 +69,9 @@ def from_wandb(name):
     return "eval_" + name.removeprefix("eval/") if name.startswith("eval/") else name.removeprefix("train/")
 
 
+@pytest.mark.slow
 def test_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     history, _ = run(tmp_path, "tensorboard", {})
@@ -147,7 +149,9 @@ def wandb_records(folder):
     return found
 
 
+@pytest.mark.slow
 def test_wandb(tmp_path):
+    pytest.importorskip("wandb")
     own = dict(WANDB_MODE="offline", WANDB_DIR=str(tmp_path), WANDB_SILENT="true")
     history, _ = run(tmp_path, "wandb", own)
     [(run_id, [rows])] = wandb_records(tmp_path).items()
@@ -170,7 +174,9 @@ def test_wandb(tmp_path):
     assert len(wandb_records(tmp_path)[run_id]) == 2
 
 
+@pytest.mark.slow
 def test_trackio(tmp_path):
+    pytest.importorskip("trackio")
     own = dict(TRACKIO_DIR=str(tmp_path / "trackio"))
     history, _ = run(tmp_path, "trackio", own)
 
@@ -201,7 +207,9 @@ print(json.dumps([[name, S.get_logs("huggingface", name)] for name in S.get_runs
     assert again == name and sum("train/loss" in row for row in rows) == 4, "steps 1, 2, 3, and 3 again"
 
 
+@pytest.mark.slow
 def test_mlflow(tmp_path):
+    pytest.importorskip("mlflow")
     import mlflow
 
     address = f"sqlite:///{tmp_path / 'mlflow.db'}"
@@ -229,6 +237,7 @@ def test_mlflow(tmp_path):
 
 
 def test_a_number_limits_the_pairs_and_off_shows_none(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for amount, rows in ((1, 1), ("off", 0)):
