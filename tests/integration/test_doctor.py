@@ -103,7 +103,9 @@ def plant_turn_end(folder):
     content = json.loads((path / "tokenizer.json").read_text().replace("<end>", names["<end>"]))
     (path / "tokenizer.json").write_text(json.dumps(content))
     edit(path / "tokenizer_config.json", chat_template=template, additional_special_tokens=["<|im_end|>"])
-    return {}
+    (path / "chat_template.jinja").write_text(template)
+    (folder / "own.jsonl").write_text(json.dumps({"prompt": [{"role": "user", "content": "w1 w2"}]}))
+    return {"dataset_name": "own.jsonl"}
 
 
 def plant_added_token(folder):
@@ -399,4 +401,30 @@ def test_nothing_is_said_of_a_recipe(folder, capsys, name):
     own_policy(folder, max_position_embeddings=1024)
     words += ["--model_name_or_path", folder / "policy", "--dataset_name", folder / "rows.jsonl"]
     _, found = examined(capsys, RECIPES / f"{name}.yaml", *words)
+    assert found == []
+
+
+@pytest.mark.slow
+def test_nothing_is_said_of_the_recipe_for_qlora(folder, capsys):
+    pytest.importorskip("bitsandbytes")
+    from support import quantized
+
+    made = [{"question": f"w{n} w{n} w{n}", "answer": f"w{n}\n#### {n}"} for n in range(39)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, made)))
+    policy = quantized.base_folder(folder / "base", max_position_embeddings=1024)
+    words = ["--model_name_or_path", policy, "--dataset_name", folder / "rows.jsonl", "--dataset_config", "null"]
+    words += ["--output_dir", folder / "out", "--use_cpu", "true", "--bf16", "true"]
+    _, found = examined(capsys, RECIPES / "qlora.yaml", *words)
+    assert found == []
+
+
+@pytest.mark.slow
+def test_nothing_is_said_of_the_quickstart(tmp_path, capsys, monkeypatch):
+    from online_dpo.quickstart.artifacts import build
+    from online_dpo.quickstart.models import TINY
+    from online_dpo.quickstart.run import write_run_file as write_quickstart
+
+    monkeypatch.chdir(tmp_path)
+    build(Path("runs/quickstart/start"), size=TINY)
+    report, found = examined(capsys, write_quickstart(Path("runs/quickstart")), "--use_cpu", "true")
     assert found == []
