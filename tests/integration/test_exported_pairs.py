@@ -58,7 +58,9 @@ def test_a_reward_model_trains_on_it_with_the_margins(tmp_path, chat):
 
 
 def test_the_command_loads_nothing_of_torch(tmp_path):
-    folder = records.write(tmp_path / "run", [records.group(1, [records.completion("a", 1.0), records.completion("b", 0.0)])])
+    folder = records.write(
+        tmp_path / "run", [records.group(1, [records.completion("a", 1.0), records.completion("b", 0.0)])]
+    )
     code = (
         "import sys\nfrom online_dpo.cli.main import main\n"
         f"assert main(['export', {str(folder)!r}, '--to', {str(tmp_path / 'pairs.parquet')!r}]) == 0\n"

@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from online_dpo.runs.layout import completions_files, is_run_folder
-from online_dpo.runs.layout import ENVIRONMENT, EVENTS, METRICS, QUESTIONS, SETTINGS, SETTINGS_BESIDE, VOTES
+from online_dpo.runs.layout import (
+    ENVIRONMENT,
+    EVENTS,
+    METRICS,
+    QUESTIONS,
+    SETTINGS,
+    SETTINGS_BESIDE,
+    VOTES,
+    completions_files,
+    is_run_folder,
+)
 
 OWN = (SETTINGS, SETTINGS_BESIDE, ENVIRONMENT, METRICS, EVENTS, VOTES, QUESTIONS)
 

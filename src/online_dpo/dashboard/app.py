@@ -10,12 +10,12 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response
-from starlette.routing import Mount, Route
+from starlette.responses import Response
+from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
 
 from online_dpo.dashboard.context import HERE, Dashboard, render
-from online_dpo.dashboard.pages import runs
+from online_dpo.dashboard.pages import about, compare, live, run, runs
 from online_dpo.dashboard.security import Guard
 
 THREADS = 8
@@ -26,8 +26,11 @@ def create_app(dashboard: Dashboard) -> Starlette:
     """The application of a dashboard."""
     app = Starlette(
         routes=[
-            Route("/", lambda request: RedirectResponse("/runs", status_code=303)),
             *runs.ROUTES,
+            *run.ROUTES,
+            *about.ROUTES,
+            *compare.ROUTES,
+            *live.ROUTES,
             Mount("/static", CachedFiles(directory=HERE / "static"), name="static"),
         ],
         middleware=[Middleware(Guard, access=dashboard.access)],
@@ -35,6 +38,7 @@ def create_app(dashboard: Dashboard) -> Starlette:
         lifespan=_lifespan,
     )
     app.state.dashboard = dashboard
+    app.state.is_ending = lambda: False
     return app
 
 

@@ -56,7 +56,11 @@ class Dataset:
         for source in self.sources:
             for group in source.groups(told.left_out):
                 for row in self._of_group(group, told):
-                    yield row if len(self.sources) == 1 else row | {"id": f"{source.name}/{row['id']}", "run": source.name}
+                    yield (
+                        row
+                        if len(self.sources) == 1
+                        else row | {"id": f"{source.name}/{row['id']}", "run": source.name}
+                    )
 
     def _of_group(self, group: Row, told: Exported) -> list[Row]:
         try:
@@ -119,7 +123,9 @@ def _look(dataset: Dataset, kind: Format, told: Exported) -> list[str]:
                 columns[name] = columns.get(name, False) or value is not None
     if len(runs_by_type) > 1:
         which = f"texts in {runs_by_type[str]} and conversations in {runs_by_type[list]}"
-        raise ValueError(f"prompts are {which}; a dataset has one of the two. Export the folders into files of their own.")
+        raise ValueError(
+            f"prompts are {which}; a dataset has one of the two. Export the folders into files of their own."
+        )
     return [name for name, has_value in columns.items() if has_value or name in ALWAYS]
 
 

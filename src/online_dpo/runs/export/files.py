@@ -61,7 +61,9 @@ class Parquet:
             merge = partial(pa.unify_schemas, promote_options="permissive")
             self._schema = found if self._schema is None else merge([self._schema, found])
         except pa.ArrowTypeError as error:
-            raise ValueError(f"Parquet cannot hold these rows in one file ({error}). Export to a .jsonl file.") from None
+            raise ValueError(
+                f"Parquet cannot hold these rows in one file ({error}). Export to a .jsonl file."
+            ) from None
 
     @contextmanager
     def writing(self, path: Path, columns: Sequence[str]) -> Iterator[Write]:

@@ -119,7 +119,10 @@ def test_columns_are_the_same_in_every_row_and_empty_ones_are_left_out(tmp_path)
 
 def test_tools_of_a_prompt_go_along(tmp_path):
     tools = [{"type": "function", "function": {"name": "look_up"}}]
-    groups = [group(1, answers(2.0, 1.0), prompt=CHAT, columns={"tools": tools}), group(2, answers(2.0, 1.0), prompt=CHAT)]
+    groups = [
+        group(1, answers(2.0, 1.0), prompt=CHAT, columns={"tools": tools}),
+        group(2, answers(2.0, 1.0), prompt=CHAT),
+    ]
     assert export(records.write(tmp_path / "run", groups), "--to", tmp_path / "pairs.jsonl") == 0
     first, second = lines(tmp_path / "pairs.jsonl")
     assert json.loads(first["tools"]) == tools and second["tools"] is None
