@@ -36,6 +36,7 @@ CREATE TABLE judged (
     words TEXT
 );
 CREATE INDEX judged_of_sample ON judged (sample);
+CREATE INDEX judged_of_step ON judged (step, sample, comparison);
 """
 """``chunk``: points of a metric (number of its row, step, value), as float64, in ascending order; ``last`` is the
 number of the last row. ``metric``: the last value of each. ``sample``: one row a group; ``prompt``, ``chosen`` and
