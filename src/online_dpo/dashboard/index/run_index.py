@@ -165,6 +165,7 @@ class RunIndex:
         values = (file.rank, file.number)
         frames = db.execute("SELECT id FROM frame WHERE rank = ? AND number = ?", values).fetchall()
         db.executemany("DELETE FROM judged WHERE sample IN (SELECT id FROM sample WHERE frame = ?)", frames)
+        db.executemany("DELETE FROM reward WHERE sample IN (SELECT id FROM sample WHERE frame = ?)", frames)
         db.executemany("DELETE FROM sample WHERE frame = ?", frames)
         db.executemany("DELETE FROM frame WHERE id = ?", frames)
         self.generation += 1
