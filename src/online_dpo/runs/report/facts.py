@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from online_dpo.runs.agreement import Agreement, agreements
 from online_dpo.runs.export.rows import number
 from online_dpo.runs.layout import EARLIER, ENVIRONMENT, EVENTS, METRICS, SETTINGS, completions_files
-from online_dpo.runs.reading import RunFolder
+from online_dpo.runs.reading import Lines, RunFolder
 from online_dpo.runs.report.groups import GroupFacts, Seen, collect_groups
 from online_dpo.runs.report.series import Metrics, collect
+from online_dpo.runs.state import state_from
+from online_dpo.runs.votes import Vote, latest_votes
 
 Row = dict[str, Any]
 
@@ -22,6 +25,8 @@ QUIET = frozenset({"start", "resume", "end", "checkpoint", "evaluation", "sync",
 LARGEST_FIGURES = 1 << 20
 """Bytes of a file of figures that is read."""
 EXAMPLES = 4
+PIECE = 1 << 20
+"""Bytes of a file of rows that are read at once."""
 
 
 @dataclass
@@ -75,8 +80,8 @@ class Comparison:
 class RunFacts:
     """What is known of a run.
 
-    ``state`` is "finished", "stopped", "failed", or "unfinished" where no end is recorded; ``end`` says how it ended.
-    ``missing`` says what is not in the folder.
+    ``state`` is that of `online_dpo.runs.state`; ``end`` says how it ended. ``votes`` are people's, one for each
+    question; ``agreements`` say who agrees with them. ``missing`` says what is not in the folder.
     """
 
     name: str
@@ -89,6 +94,8 @@ class RunFacts:
     end: str
     examples: list[Example] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
+    votes: list[Vote] = field(default_factory=list)
+    agreements: list[Agreement] = field(default_factory=list)
     earlier: int = 0
     missing: list[str] = field(default_factory=list)
 
@@ -136,52 +143,50 @@ class RunFacts:
 def facts_of(path: Path) -> RunFacts:
     """Read the record in a folder. What is not there is named in ``missing``."""
     folder = RunFolder(path)
-    kinds, last = _events(folder)
-    groups = collect_groups(folder)
+    kinds, end = _events(folder)
+    votes = list(latest_votes(each_row(folder.votes)).values())
+    groups = collect_groups(folder, {vote.group for vote in votes if vote.group is not None})
     sessions = folder.environment.get("sessions", [])
     facts = RunFacts(
         name=path.resolve().name,
         settings=folder.settings,
         sessions=[session for session in sessions if isinstance(session, dict)] if isinstance(sessions, list) else [],
-        metrics=collect(each_row(folder, METRICS)),
+        metrics=collect(each_row(folder.metrics)),
         groups=groups,
         events=kinds,
-        state=str(last.get("state", "unfinished")) if last.get("kind") == "end" else "unfinished",
-        end=str(last.get("message", "")) if last.get("kind") == "end" else "",
+        state=state_from(each_row(folder.events), path),
+        end=end,
         examples=list(_examples(folder, groups)),
         comparisons=list(_comparisons(path)),
+        votes=votes,
+        agreements=agreements(votes, lambda vote: groups.kept.get(vote.group or "")),
         earlier=sum(child.is_dir() for child in (path / EARLIER).iterdir()) if (path / EARLIER).is_dir() else 0,
     )
     facts.missing = list(_missing(path, facts))
     return facts
 
 
-def each_row(folder: RunFolder, name: str) -> Iterator[Row]:
-    """The rows of a file of JSON objects, one by one; none where there is no file."""
-    try:
-        with (folder.path / name).open("rb") as file:
-            for line in file:
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError):
-                    continue
-                if isinstance(row, dict):
-                    yield row
-    except FileNotFoundError:
-        return
+def each_row(read: Callable[[int, int], Lines]) -> Iterator[Row]:
+    """The rows of a file, one by one: ``read`` reads some bytes of it from a byte on."""
+    start = 0
+    while (lines := read(start, PIECE)).end > start:
+        yield from lines.rows
+        start = lines.end
 
 
-def _events(folder: RunFolder) -> tuple[list[EventKind], Row]:
-    """The events by kind, and the last one that says that the run begins or ends."""
+def _events(folder: RunFolder) -> tuple[list[EventKind], str]:
+    """The events by kind, and what the first process said at the end of the run, or else another one."""
     kinds: dict[str, EventKind] = {}
-    last: Row = {}
-    for row in each_row(folder, EVENTS):
+    ends: dict[Any, str] = {}
+    for row in each_row(folder.events):
         name, step = str(row.get("kind", "")), int(number(row.get("step")) or 0)
         kind = kinds.setdefault(name, EventKind(name, first=step))
         kind.count, kind.last, kind.message = kind.count + 1, step, str(row.get("message", ""))
-        if name in ("start", "resume", "end"):
-            last = row
-    return list(kinds.values()), last
+        if name == "start":
+            ends = {}
+        elif name == "end":
+            ends[row.get("rank", 0)] = kind.message
+    return list(kinds.values()), ends.get(0) or next(iter(ends.values()), "")
 
 
 def _examples(folder: RunFolder, groups: GroupFacts) -> Iterator[Example]:
@@ -252,8 +257,3 @@ def _missing(path: Path, facts: RunFacts) -> Iterator[str]:
 def to_look_into(events: Sequence[EventKind]) -> list[EventKind]:
     """The events that are not just the course of a run, the most frequent first."""
     return sorted((kind for kind in events if kind.kind not in QUIET), key=lambda kind: -kind.count)
-
-
-def checkpoints_saved(events: Iterable[EventKind]) -> int:
-    """How many checkpoints the events tell of."""
-    return sum(kind.count for kind in events if kind.kind == "checkpoint")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,6 +77,7 @@ def sections(facts: RunFacts) -> Iterator[Section]:
         _length(facts),
         _pairs(facts),
         _judge(facts),
+        _votes(facts),
         _time(facts),
         _events(facts),
         _settings(facts),
@@ -200,6 +202,24 @@ def _judge(facts: RunFacts) -> Section:
     if judged.words:
         words = [(seen(text, 400),) for text in judged.words]
         section.tables.append(Table(("what it wrote, for example",), words))
+    return section
+
+
+def _votes(facts: RunFacts) -> Section:
+    section = Section("votes", "People's votes")
+    if not facts.votes:
+        return section
+    choices = Counter(vote.choice for vote in facts.votes)
+    section.text = [
+        f"{len(facts.votes):,} questions have a vote: {choices['tie']:,} are ties, {choices['skip']:,} were skipped."
+    ]
+    rows = [
+        (one.name, one.kind, f"{one.agreed:,} of {one.compared:,}", f"{one.share:.1%}", _interval(*one.interval))
+        for one in facts.agreements
+    ]
+    if rows:
+        head = ("who", "kind", "agrees", "share", "interval")
+        section.tables = [Table(head, rows, "Agreement with blind votes whose answers are still recorded.")]
     return section
 
 
