@@ -140,12 +140,16 @@ class RunFacts:
         return series.total if series is not None else None
 
 
-def facts_of(path: Path) -> RunFacts:
-    """Read the record in a folder. What is not there is named in ``missing``."""
+def facts_of(path: Path, *, with_samples: bool = True) -> RunFacts:
+    """Read the record in a folder. What is not there is named in ``missing``.
+
+    Without ``with_samples``, completions are not read: they may be gigabytes.
+    """
     folder = RunFolder(path)
     kinds, end = _events(folder)
     votes = list(latest_votes(each_row(folder.votes)).values())
-    groups = collect_groups(folder, {vote.group for vote in votes if vote.group is not None})
+    voted = {vote.group for vote in votes if vote.group is not None}
+    groups = collect_groups(folder, voted) if with_samples else GroupFacts()
     sessions = folder.environment.get("sessions", [])
     facts = RunFacts(
         name=path.resolve().name,
