@@ -22,7 +22,7 @@ from online_dpo.training.step_guard import StepGuard
 from support import quantized, tiny
 from support.killed_runs import limit_file_size
 from support.recorded import TakesRecords
-from support.training import LORA, KeepGradient, dataset, trainer, weights
+from support.training import LORA, KeepGradient, dataset, trainer, weights, word_reward
 
 LENGTHS = (5, 9, 3, 7, 12, 4, 6, 8)
 
@@ -30,6 +30,10 @@ LENGTHS = (5, 9, 3, 7, 12, 4, 6, 8)
 def only_rows_of_the_first_rank(completions, name, **_):
     """With a batch of 4 a rank and a sequential sampler, rank 0 holds the rows 0 to 3."""
     return [float(i % 2) if int(n.split()[1]) < 4 else None for i, n in enumerate(name)]
+
+
+def different_words(completions, **_):
+    return [float(len(set(text.split()))) for text in completions]
 
 
 def ties_on_the_last_rank(completions, name, **_):
@@ -171,6 +175,7 @@ if __name__ == "__main__":
         processes,
         num_completions=3,
         pair_selection="all_pairs",
+        reward_funcs=[word_reward, different_words],
         margin_weighting=True,
         label_temperature=2.0,
         sync_ref_model=True,

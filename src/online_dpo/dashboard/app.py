@@ -15,7 +15,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from online_dpo.dashboard.context import HERE, Dashboard, render
-from online_dpo.dashboard.pages import runs
+from online_dpo.dashboard.pages import judge, pairs, runs, vote
 from online_dpo.dashboard.security import Guard
 
 THREADS = 8
@@ -28,6 +28,9 @@ def create_app(dashboard: Dashboard) -> Starlette:
         routes=[
             Route("/", lambda request: RedirectResponse("/runs", status_code=303)),
             *runs.ROUTES,
+            *pairs.ROUTES,
+            *judge.ROUTES,
+            *vote.ROUTES,
             Mount("/static", CachedFiles(directory=HERE / "static"), name="static"),
         ],
         middleware=[Middleware(Guard, access=dashboard.access)],

@@ -7,13 +7,16 @@ allocates on a CPU: what a layer keeps and the keys and values to the last byte,
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from online_dpo.sizing.held import FP32, HALF, Term, gradient_term, stepped_numbers, trained_weights
 from online_dpo.sizing.plan import Plan
 from online_dpo.sizing.shape import ModelShape
 
-CHUNK_LOGITS = 2**27
-"""Logits that exist at a time on a GPU: `modeling.logprobs.CHUNK_LOGITS_ELSEWHERE`."""
+CHUNK_LOGITS, CHUNK_LOGITS_ON_CPU = 2**27, 2**23
+"""Logits that exist at a time on a GPU, and on a CPU: `modeling.logprobs.CHUNK_LOGITS_ELSEWHERE` and ``["cpu"]``."""
+ARRAYS_SAMPLING = 4
+"""Arrays of logits in fp32 while a token is drawn: the logits, those with a temperature, their probabilities, sums."""
 ARRAYS_FORWARD, ARRAYS_BACKWARD = 4.5, 2
 """Arrays of a chunk in fp32 at a time. Forward: the logits, their exponentials, those of the chunk before, what the
 entropy sums, and half an array where products are in bf16. Backward: the logits, and their gradients in bf16.
@@ -32,7 +35,35 @@ def sampling_terms(plan: Plan) -> Iterator[Term]:
     copied = plan.bf16 and plan.sharding == "none" and plan.adapter == "none"
     linears = sum(weight.numbers * weight.count for weight in plan.policy.weights() if weight.linear)
     yield Term("copies of linear layers", HALF * linears if copied else 0)
+    yield Term("packed linear layers", packed_bytes(plan))
     yield Term("keys and values", kv_bytes(plan))
+    if plan.on_cpu:
+        prompts = plan.sequences // plan.completions
+        yield Term("prompts", layer_once(plan.policy, prompts * plan.prompt_tokens, plan.compute_bytes))
+        yield Term("logits of a token", int(ARRAYS_SAMPLING * FP32 * plan.sequences * plan.policy.vocabulary))
+
+
+def packed_bytes(plan: Plan) -> int:
+    """The copies of linear layers, the head among them, that oneDNN multiplies with while a CPU samples in fp32."""
+    if not plan.on_cpu or plan.bf16:
+        return 0
+    shape = plan.policy
+    return FP32 * (shape.vocabulary * shape.hidden + shape.layers * sum(a * b for a, b in shape.projections()))
+
+
+def layer_once(shape: ModelShape, tokens: int, size: int) -> int:
+    """What one layer holds at a time where nothing is kept for a backward pass: hidden states twice, what the MLP's two
+    halves give and their product; or query, key, value and the attention's result.
+    """
+    mlp = 2 * shape.hidden + 3 * shape.intermediate
+    attention = 2 * shape.hidden + 4 * shape.heads * shape.head_dim
+    return size * tokens * max(mlp, attention)
+
+
+def scoring_terms(plan: Plan) -> Iterator[Term]:
+    """Yields what the reward model needs while it reads completions, beside what is held."""
+    if plan.reward_model is not None:
+        yield Term("scoring", layer_once(plan.reward_model, plan.tokens_scored, plan.reward_model_bytes))
 
 
 def kv_bytes(plan: Plan) -> int:
@@ -51,12 +82,29 @@ def hidden_bytes(plan: Plan) -> int:
 
 
 def pass_terms(plan: Plan) -> Iterator[Term]:
-    """Yields what the forward and backward passes of a step need, gradients included."""
-    yield gradient_term(plan)
+    """Yields what the fullest forward and backward pass of a step needs, gradients included."""
+    alone = replace(plan, tokens_per_pass=plan.tokens_alone)
+    beside = (gradient_term(plan), *_of_a_pass(plan))
+    own = (*_gradients_at_first(plan), *_of_a_pass(alone)) if plan.tokens_alone else ()
+    yield from max(beside, own, key=lambda terms: sum(term.gpu for term in terms))
+
+
+def _of_a_pass(plan: Plan) -> Iterator[Term]:
     yield Term("buckets", _bucket_bytes(plan))
     yield Term("gathered for a pass", _live_bytes(plan))
     yield Term("activations", activation_bytes(plan))
     yield Term("logits", logit_bytes(plan))
+
+
+def _gradients_at_first(plan: Plan) -> Iterator[Term]:
+    """A step's first pass begins without gradients: they grow as the activations of the layers go. DDP's buckets, and
+    the gradients that DeepSpeed holds, are there all the time.
+    """
+    whole = gradient_term(plan)
+    if plan.by_deepspeed:
+        yield whole
+    elif plan.sharding == "none" and plan.gpus > 1:
+        yield Term("gradients", whole.gpu // 2)
 
 
 def step_terms(plan: Plan) -> Iterator[Term]:
@@ -74,24 +122,28 @@ def activation_bytes(plan: Plan) -> int:
     that is computed again. Without: everything of all layers. An adapter keeps about as much as full training does.
     """
     shape, tokens = plan.policy, plan.tokens_per_pass
-    of_layer = tokens * layer_bytes_of_a_token(shape, plan.bf16, hidden_bytes(plan))
+    of_layer = tokens * layer_bytes_of_a_token(shape, plan.bf16, hidden_bytes(plan), repeats_heads=plan.on_cpu)
     if not plan.gradient_checkpointing:
         return shape.layers * of_layer
     return shape.layers * tokens * shape.hidden * hidden_bytes(plan) + of_layer
 
 
-def layer_bytes_of_a_token(shape: ModelShape, bf16: bool, hidden: int = FP32) -> int:
+def layer_bytes_of_a_token(
+    shape: ModelShape, bf16: bool, hidden: int = FP32, repeats_heads: bool = False
+) -> int:
     """What one layer keeps for each token, as counted by Korthikanti et al. (2022, arXiv 2205.05198, section 4.1), here
     for a gated MLP, RMS norms, and attention that keeps no scores.
 
     Args:
         bf16: whether matrix products are in bf16; autocast then makes an input of its own for each of them.
         hidden: bytes of a number between layers.
+        repeats_heads: keys and values are copied for each of the query heads, as SDPA does beside a mask.
     """
     size, attention = HALF if bf16 else FP32, shape.heads * shape.head_dim
     of_each_norm = (FP32 + hidden) * shape.hidden + FP32  # what is normed, in fp32; the normed; one scale
     inputs = (5 if bf16 and hidden == FP32 else 2) * size * shape.hidden  # of query, key, value; of gate and up
-    heads = 2 * size * (attention + shape.kv_width) + FP32 * shape.heads  # query, key, value, output; log-sum-exps
+    keys = attention if repeats_heads else shape.kv_width
+    heads = 2 * size * (attention + keys) + FP32 * shape.heads  # query, key, value, output; log-sum-exps
     mlp = 4 * size * shape.intermediate  # gate, up, the activation, the product
     normed_heads = (FP32 + size) * (attention + shape.kv_width) + FP32 * (shape.heads + shape.kv_heads)
     return 2 * of_each_norm + inputs + heads + mlp + (normed_heads if shape.qk_norm else 0)
@@ -102,9 +154,12 @@ def logit_bytes(plan: Plan) -> int:
     fp32 over all chunks, and of one.
     """
     shape = plan.policy
-    tokens = min(plan.tokens_per_pass, max(1, CHUNK_LOGITS // shape.vocabulary))
+    most = CHUNK_LOGITS_ON_CPU if plan.on_cpu else CHUNK_LOGITS
+    tokens = min(plan.tokens_per_pass, max(1, most // shape.vocabulary))
     chunk, head = FP32 * tokens * shape.vocabulary, shape.vocabulary * shape.hidden
     cast = HALF * head if plan.bf16 and hidden_bytes(plan) == FP32 else 0
+    if plan.on_cpu and not plan.bf16:
+        cast = FP32 * head  # oneDNN's copy of the head for a product
     forward = int(ARRAYS_FORWARD * chunk) + cast
     if plan.adapter != "none":
         return forward

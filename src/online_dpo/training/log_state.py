@@ -31,7 +31,14 @@ describe(
         "tokens",
         "tokens read by the policy in training",
         "The same.",
-        "`include_num_input_tokens_seen`",
+        "with `include_num_input_tokens_seen`",
+    ),
+    Metric(
+        "train_tokens_per_second",
+        "tokens/s",
+        "tokens read by the policy per second of the whole run",
+        "The same.",
+        "with `include_num_input_tokens_seen`",
     ),
     Metric("train_loss", "nats", "mean of the steps' losses", "In the last log of a run."),
     Metric("train_runtime", "s", "seconds of the whole run", "The same."),
@@ -41,7 +48,6 @@ describe(
     Metric("eval_runtime", "s", "seconds of an evaluation", "What it costs."),
     Metric("eval_samples_per_second", "1/s", "held-out prompts per second", "The same."),
     Metric("eval_steps_per_second", "1/s", "batches of held-out prompts per second", "The same."),
-    Metric("eval_model_preparation_time", "s", "seconds for making the model ready", "Outside of training."),
 )
 
 

@@ -35,9 +35,10 @@ CREATE TABLE judged (
 CREATE INDEX judged_of_sample ON judged (sample);
 """
 """``chunk``: points of a metric (number of its row, step, value), as float64, in ascending order; ``last`` is the
-number of the last row. ``metric``: the last value of each. ``sample``: one row a group. ``judged``: one row a question
-to a judge; ``probability`` is that the completion shown first is better, ``combined`` that of the whole comparison for
-its ``first``.
+number of the last row. ``metric``: the last value of each. ``sample``: one row a group; ``prompt``, ``chosen`` and
+``rejected`` are the beginnings of its texts. ``reward``: the range of each scorer's numbers in a group. ``judged``: one
+row a question to a judge; ``probability`` is that the completion shown first is better, ``combined`` that of the whole
+comparison for its ``first``; ``words`` is what it said, to be searched.
 """
 
 

@@ -49,10 +49,7 @@ def show_vote(request: Request) -> Response:
     open_questions = waiting(questions_of(run.folder.path).values(), votes, now)
     is_asked = bool(open_questions) or run.folder.settings.get("judge") == "human"
     run.index.refresh_samples(PATIENCE)
-    if open_questions:
-        one = _of_trainer(open_questions[0])
-    else:
-        one = None if is_asked else _of_samples(run, votes)
+    one = _of_trainer(open_questions[0]) if open_questions else None if is_asked else _of_samples(run, votes)
     return render(
         *(request, "vote.html"),
         page="vote",

@@ -22,7 +22,9 @@ TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|assistan
 def tokens(case: Case) -> Iterator[Finding]:
     """The policy's tokenizer against its model: end tokens, padding, sizes; then the reward model's."""
     findings = [*_sizes(case), *_ends(case)]
-    for path in [one for one in case.subject.rewards() if isinstance(one, str) and Path(os.path.expanduser(one)).exists()]:
+    for path in [
+        one for one in case.subject.rewards() if isinstance(one, str) and Path(os.path.expanduser(one)).exists()
+    ]:
         findings += _reward_tokens(case, path)
     yield from findings
     if not findings:
