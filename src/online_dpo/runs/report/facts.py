@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from online_dpo.runs.agreement import Agreement, agreements
 from online_dpo.runs.export.rows import number
-from online_dpo.runs.layout import EARLIER, ENVIRONMENT, EVENTS, METRICS, SETTINGS, completions_files
-from online_dpo.runs.reading import Lines, RunFolder
-from online_dpo.runs.report.groups import GroupFacts, Seen, collect_groups
+from online_dpo.runs.layout import EARLIER, ENVIRONMENT, EVENTS, METRICS, SETTINGS, SETTINGS_BESIDE, completions_files
+from online_dpo.runs.opening import read_small
+from online_dpo.runs.reading import LARGEST_SETTINGS, Lines, RunFolder, StepFrame
+from online_dpo.runs.report.groups import GroupFacts, collect_groups
 from online_dpo.runs.report.series import Metrics, collect
 from online_dpo.runs.state import state_from
 from online_dpo.runs.votes import Vote, latest_votes
@@ -44,19 +47,29 @@ class EventKind:
 
 
 @dataclass(frozen=True)
-class Example:
-    """A prompt with the first sampled answer to it early and late in the run, and their scores.
+class Answered:
+    """The first sampled answer to a prompt, and its score.
 
-    >>> Example("Name a colour.", 1, "Red", 0.1, 90, "Red, please.", 0.9)
+    >>> Answered(step=90, prompt="Name a colour.", text="Red, please.", score=0.9)
     """
 
+    step: int
     prompt: str
-    early_step: int
-    early: str
-    early_score: float | None
-    late_step: int
-    late: str
-    late_score: float | None
+    text: str
+    score: float | None
+
+
+@dataclass(frozen=True)
+class Example:
+    """An answer early in the run and one late, to the same prompt where one was answered twice."""
+
+    early: Answered
+    late: Answered
+
+    @property
+    def is_same_prompt(self) -> bool:
+        """Whether both answer the same prompt."""
+        return self.early.prompt == self.late.prompt
 
 
 @dataclass(frozen=True)
@@ -80,12 +93,14 @@ class Comparison:
 class RunFacts:
     """What is known of a run.
 
-    ``state`` is that of `online_dpo.runs.state`; ``end`` says how it ended. ``votes`` are people's, one for each
-    question; ``agreements`` say who agrees with them. ``missing`` says what is not in the folder.
+    ``parts`` are models and feedback in words, where the settings do not have them. ``state`` is that of
+    `online_dpo.runs.state`; ``end`` says how it ended. ``votes`` are people's, one for each question; ``agreements``
+    say who agrees with them. ``missing`` says what is not in the folder.
     """
 
     name: str
     settings: Row
+    parts: dict[str, str]
     sessions: list[Row]
     metrics: Metrics
     groups: GroupFacts
@@ -121,7 +136,7 @@ class RunFacts:
         """Groups without a pair by reason, most frequent first: of all that were sampled where metrics say it, else of
         those that are recorded.
         """
-        counted = {name: series.total for name, series in self.metrics.starting("dropped/").items()}
+        counted = {name: series.total for name, series in self.metrics.starting("dropped/").items() if series.total}
         recorded = {name: float(len(steps)) for name, steps in self.groups.reasons.items()}
         chosen = counted if self.metrics.logs else recorded
         return dict(sorted(chosen.items(), key=lambda entry: -entry[1]))
@@ -154,6 +169,7 @@ def facts_of(path: Path, *, with_samples: bool = True) -> RunFacts:
     facts = RunFacts(
         name=path.resolve().name,
         settings=folder.settings,
+        parts=_parts(path),
         sessions=[session for session in sessions if isinstance(session, dict)] if isinstance(sessions, list) else [],
         metrics=collect(each_row(folder.metrics)),
         groups=groups,
@@ -178,6 +194,17 @@ def each_row(read: Callable[[int, int], Lines]) -> Iterator[Row]:
         start = lines.end
 
 
+def _parts(path: Path) -> dict[str, str]:
+    """The models and the feedback of a run that was started in Python: comments at the head of its settings."""
+    for name in (SETTINGS_BESIDE, SETTINGS):
+        try:
+            text = read_small(path / name, LARGEST_SETTINGS).decode("utf-8", "replace")
+        except (OSError, ValueError):
+            continue
+        return dict(re.findall(r"^# (model|reference|feedback): (.+)$", text, flags=re.MULTILINE))
+    return {}
+
+
 def _events(folder: RunFolder) -> tuple[list[EventKind], str]:
     """The events by kind, and what the first process said at the end of the run, or else another one."""
     kinds: dict[str, EventKind] = {}
@@ -194,18 +221,23 @@ def _events(folder: RunFolder) -> tuple[list[EventKind], str]:
 
 
 def _examples(folder: RunFolder, groups: GroupFacts) -> Iterator[Example]:
-    """Answers to the prompts whose first and last answers are the farthest apart, by step."""
-    apart = [seen for seen in groups.prompts.values() if seen.last_step > seen.first_step]
-    apart.sort(key=lambda seen: (seen.first_step - seen.last_step, seen.first_step))
-    for seen in apart[:EXAMPLES]:
-        yield _example(folder, seen)
+    """Answers to the prompts whose first and last answers are the farthest apart, by step. Where no prompt was answered
+    twice: to prompts of the first and of the last steps.
+    """
+    seen = sorted(groups.prompts.values(), key=lambda one: (one.first_step - one.last_step, one.first_step))
+    apart = [(one.first, one.last) for one in seen[:EXAMPLES] if one.last_step > one.first_step]
+    if not apart and seen and seen[0].first_step < seen[-1].first_step:
+        count = min(EXAMPLES, len(seen) // 2)
+        apart = [(early.first, late.first) for early, late in zip(seen[:count], seen[-count:], strict=True)]
+    for early, late in apart:
+        with suppress(FileNotFoundError):  # rotated out meanwhile
+            yield Example(_answered(folder, *early), _answered(folder, *late))
 
 
-def _example(folder: RunFolder, seen: Seen) -> Example:
-    early, late = (folder.groups(at)[place] for at, place in (seen.first, seen.last))
-    answers = [next(c for c in g["completions"] if c.get("author", "policy") == "policy") for g in (early, late)]
-    told = [(str(answer["text"]), number(answer.get("score"))) for answer in answers]
-    return Example(prompt_text(early["prompt"]), seen.first_step, *told[0], seen.last_step, *told[1])
+def _answered(folder: RunFolder, at: StepFrame, place: int) -> Answered:
+    group = folder.groups(at)[place]
+    answer = next(c for c in group["completions"] if c.get("author", "policy") == "policy")
+    return Answered(group["step"], prompt_text(group["prompt"]), str(answer["text"]), number(answer.get("score")))
 
 
 def prompt_text(prompt: Any) -> str:

@@ -38,7 +38,7 @@ def differing(before: str, after: str) -> tuple[Markup, Markup]:
     >>> differing("a red car", "a blue car")[1]
     Markup('a <mark>blue</mark> car')
     """
-    old, new = _pieces(seen(before)), _pieces(seen(after))
+    old, new = _pieces(before), _pieces(after)
     if max(len(old), len(new)) > 2 * WORDS_COMPARED:
         return escape("".join(old)), escape("".join(new))
     marked: tuple[list[Markup], list[Markup]] = ([], [])

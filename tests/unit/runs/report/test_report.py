@@ -9,7 +9,7 @@ import pytest
 
 from online_dpo.cli.main import main
 from online_dpo.runs.layout import CompletionsFile
-from online_dpo.runs.report.facts import facts_of
+from online_dpo.runs.report.facts import Answered, facts_of
 from online_dpo.runs.votes import Vote, add_vote
 from support import records
 from support.processes import run_python
@@ -146,10 +146,26 @@ def test_correlations_are_those_of_numpy(folder):
 
 def test_answers_are_the_first_sampled_ones_early_and_late(folder):
     examples = facts_of(folder).examples
-    assert len(examples) == 4 and all(one.late_step - one.early_step == 15 for one in examples)
-    one = next(one for one in examples if one.prompt == "Prompt 1?")
-    assert (one.early_step, one.early, one.early_score) == (1, "word", 1.0)
-    assert (one.late_step, one.late, one.late_score) == (16, " ".join(["word"] * 16), 1.0)
+    assert len(examples) == 4 and all(one.late.step - one.early.step == 15 for one in examples)
+    one = next(one for one in examples if one.early.prompt == "Prompt 1?")
+    assert one.early == Answered(1, "Prompt 1?", "word", 1.0)
+    assert one.late == Answered(16, "Prompt 1?", " ".join(["word"] * 16), 1.0)
+    words = Page(report(folder)).words
+    assert "Prompt 1? step 1, score 1 word step 16, score 1 word word" in words and "farthest apart" in words
+
+
+def test_where_no_prompt_comes_twice_answers_of_the_first_and_last_steps_are_shown(tmp_path):
+    groups = [group(step, [completion(f"answer {step}", 1.0), completion("other", 0.0)]) for step in range(1, 4)]
+    folder = records.write(tmp_path / "run", groups)
+    [one] = facts_of(folder).examples
+    assert (one.early.text, one.late.text) == ("answer 1", "answer 3")
+    assert "step 1, score 1 Prompt 1? answer 1 step 3, score 1 Prompt 3? answer 3" in Page(report(folder)).words
+
+
+def test_models_of_a_run_from_python_are_those_in_the_comments_of_its_settings(folder):
+    text = "# Written by online-dpo 0.1.0\n# model: LlamaForCausalLM, <b>start\n# feedback: words\nbeta: 0.1\n"
+    (folder / "run.yaml").write_text(text)
+    assert "model LlamaForCausalLM, <b>start feedback words beta 0.1" in Page(report(folder)).words
 
 
 def test_a_judges_bias_and_disagreement_are_counted(tmp_path):
