@@ -67,7 +67,7 @@ def plain(value: Any) -> Any:
 
 
 def plain_or_named(value: Any, depth: int = DEEPEST) -> Any:
-    """As `plain`, with ``{"left_out": <its type>}`` in the place of what JSON has nothing for, or is too deep inside."""
+    """As `plain`, with ``{"left_out": <its type>}`` in place of what JSON has nothing for, or is too deep inside."""
     if isinstance(value, (list, tuple)) and depth:
         return [plain_or_named(item, depth - 1) for item in value]
     if isinstance(value, Mapping) and depth:
