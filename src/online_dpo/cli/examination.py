@@ -1,4 +1,4 @@
-"""``online-dpo doctor`` after its words have been read: hand the planned run to the checks, and print what they find."""
+"""``online-dpo doctor`` after its words have been read: hand the run to the checks, and print what they find."""
 
 from __future__ import annotations
 

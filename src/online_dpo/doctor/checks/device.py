@@ -72,8 +72,10 @@ def _on_cpu(case: Case) -> Finding:
     if size < LARGE:
         return ok(f"{shown}, for a model of {count_of(size)} weights", parameters=size)
     found = f"a model of {count_of(size)} weights would be trained on {shown}; no GPU is used"
-    change = "Take a machine with a GPU, or a smaller model." if not case.args.use_cpu else (
-        "Leave `use_cpu` out on a machine with a GPU, or take a smaller model."
+    change = (
+        "Take a machine with a GPU, or a smaller model."
+        if not case.args.use_cpu
+        else ("Leave `use_cpu` out on a machine with a GPU, or take a smaller model.")
     )
     return problem(found, change) if size > TOO_LARGE else warning(found, change)
 

@@ -27,7 +27,9 @@ def disk(case: Case) -> Iterator[Finding]:
     folder = existing(Path(str(args.output_dir)).absolute())
     free = psutil.disk_usage(str(folder)).free
     facts = {"free": free, "needed": needed, "checkpoint": each, "checkpoints": kept}
-    what = f"{kept} checkpoint(s) of {gib(each)} and the model of {gib(model)}" if kept else f"the model of {gib(model)}"
+    what = (
+        f"{kept} checkpoint(s) of {gib(each)} and the model of {gib(model)}" if kept else f"the model of {gib(model)}"
+    )
     found = f"{gib(free)} are free in {folder}; the run writes {gib(needed)}: {what}"
     change = "Free space, choose another `output_dir`, or lower `save_total_limit` or set `save_only_model: true`."
     if free < needed:
