@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -26,7 +27,7 @@ def disk(case: Case) -> Iterator[Finding]:
     needed = model + each * kept
     folder = existing(Path(str(args.output_dir)).absolute())
     free = psutil.disk_usage(str(folder)).free
-    facts = {"free": free, "needed": needed, "checkpoint": each, "checkpoints": kept}
+    facts: dict[str, Any] = {"free": free, "needed": needed, "checkpoint": each, "checkpoints": kept}
     what = (
         f"{kept} checkpoint(s) of {gib(each)} and the model of {gib(model)}" if kept else f"the model of {gib(model)}"
     )

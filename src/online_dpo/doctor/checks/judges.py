@@ -76,7 +76,8 @@ def _price(case: Case, settings: JudgeSettings, seconds: float, counts: Any) -> 
     whole = None if case.steps is None else price * case.steps
     if settings.max_cost is not None and whole is not None and whole > settings.max_cost:
         return warning(
-            f"{found}; the run's {case.steps} steps would cost {whole:.4g}, and it stops at `max_cost` {settings.max_cost:g}",
+            f"{found}; the run's {case.steps} steps would cost {whole:.4g}, and it stops at `max_cost`, "
+            f"{settings.max_cost:g}",
             "Raise `max_cost`, or lower `max_steps`, `num_completions`, or `judge_top`.",
             **facts,
         )
