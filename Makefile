@@ -16,7 +16,7 @@
 #   make lint         what CI checks before the tests
 #   make audit        known weaknesses in the versions of constraints.txt; it needs the network, and runs once a week
 #   make ci           everything that CI checks, two parts at a time: .ci/run
-#   make docs         docs/configuration.md, the schema of run files, and the tables of docs/reliability.md and docs/scaling.md
+#   make docs         docs/configuration.md, docs/metrics.md, the schema of run files, and the tables of docs/reliability.md and docs/scaling.md
 #
 # TORCH_INDEX: a package index to take torch from, such as PyTorch's own index of CPU builds. Without it, pip's usual one.
 
@@ -127,17 +127,18 @@ ci-e2e: $(STAMP)
 	$(PYTEST) tests/e2e --ignore tests/e2e/test_quickstart.py
 
 ci-vllm-servers: $(VLLM_STAMP)
-	$(VLLM_PYTEST) $(VLLM_SERVERS)
+	$(VLLM_PYTEST) -m "not slow" $(VLLM_SERVERS)
 
 ci-vllm: $(VLLM_STAMP)
-	$(VLLM_PYTEST) tests/vllm_engines $(addprefix --ignore ,$(VLLM_SERVERS))
+	$(VLLM_PYTEST) -m "not slow" tests/vllm_engines $(addprefix --ignore ,$(VLLM_SERVERS))
 
 ci-ray: $(STAMP) $(VLLM_STAMP)
 	$(PYTEST) -m "not slow" tests/ray_cluster --ignore $(RAY_SERVERS)
 	$(VLLM_PYTEST) -m "not slow" $(RAY_SERVERS)
 
+# of the runs, those of training itself: the others take minutes
 ci-seams-oldest: $(OLDEST_STAMP)
-	$(call in_venv,$(OLDEST_VENV)) $(SEAMS)
+	$(call in_venv,$(OLDEST_VENV)) $(filter tests/unit/%,$(SEAMS)) tests/integration/test_training.py tests/integration/test_gradients.py
 
 ci-seams-newest: $(NEWEST_STAMP)
 	$(call in_venv,$(NEWEST_VENV)) $(SEAMS)
@@ -209,6 +210,7 @@ audit:
 
 docs: $(STAMP)
 	$(BIN)/python -m online_dpo.cli.runfile.configuration_page > docs/configuration.md
+	$(BIN)/python -m online_dpo.training.metrics.page > docs/metrics.md
 	$(BIN)/online-dpo schema > src/online_dpo/run.schema.json
 	PYTHONPATH=tests $(BIN)/python -m faults.table docs/reliability.md
 	$(BIN)/python -m online_dpo.sizing.page docs/scaling.md

@@ -8,7 +8,7 @@ batch, ``T`` tokens of a row, ``S`` completions in a batch, ``M`` tokens of all 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -91,12 +91,19 @@ class Scores:
     has the numbers made of normalised scorers, if any is: pairs are formed by these, and only compare within a group,
     while ``values`` are what is reported.
 
+    What they were made of: ``weights`` of the scorers; ``relative`` has what normalisation made of a scorer's numbers,
+    where there is one, before its weight; ``penalties`` are those of each completion that are not 0, by name (an empty
+    list without any).
+
     >>> Scores(values=[[0.7, None]], by_scorer={"length_reward": [[0.7, None]]})
     """
 
     values: list[list[float | None]]
     by_scorer: Mapping[str, list[list[float | None]]]
     normalized: list[list[float | None]] | None = None
+    weights: Mapping[str, float] = field(default_factory=dict)
+    relative: Mapping[str, list[list[float | None]]] = field(default_factory=dict)
+    penalties: list[list[dict[str, float]]] = field(default_factory=list)
 
     @property
     def ranking(self) -> list[list[float | None]]:
@@ -118,11 +125,48 @@ class Preference:
 
 
 @dataclass(frozen=True)
+class Question:
+    """A question about two completions that a judge asked a model, or a function, and what it was told.
+
+    ``swapped`` says that the second completion was shown first. ``probability`` is that the one shown first is better;
+    without an answer it is ``None``, and ``failure`` says why. ``words`` is the answer as it was given, ``seconds`` how
+    long it took, ``tokens`` and ``cost`` what it used, as far as they are known. ``cached``: it is an answer that was
+    given before.
+
+    >>> Question(swapped=False, probability=0.9, words="Answer 1 is clearer.", seconds=0.8, tokens=512)
+    """
+
+    swapped: bool
+    probability: float | None
+    words: str | None = None
+    seconds: float | None = None
+    tokens: int | None = None
+    cost: float | None = None
+    failure: str | None = None
+    cached: bool = False
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two completions of a group that a judge compared, as indices, and the probability that the first is better, after
+    penalties; ``None`` without an answer. ``questions`` are those behind it, of a judge that tells them.
+
+    >>> Comparison(first=0, second=1, probability=0.8)
+    """
+
+    first: int
+    second: int
+    probability: float | None
+    questions: tuple[Question, ...] = ()
+
+
+@dataclass(frozen=True)
 class Verdicts:
     """A judge's preference for each group, ``None`` where it gave no answer.
 
     ``duels`` is the number of comparisons that it was asked for, ``unanswered`` the number of those without an answer.
-    ``scores`` are those by which it was shown the best completions only.
+    ``scores`` are those by which it was shown the best completions only. ``comparisons`` are those of each group;
+    ``penalties`` are as in `Scores`. Both are empty in checkpoints of version 0.1.
 
     >>> Verdicts(preferences=[Preference(1, 0, 0.8), None], duels=2, unanswered=1)
     """
@@ -131,18 +175,24 @@ class Verdicts:
     duels: int
     unanswered: int
     scores: Scores | None = None
+    comparisons: list[tuple[Comparison, ...]] = field(default_factory=list)
+    penalties: list[list[dict[str, float]]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Round:
     """Prompts of a step that were answered once more: their places among the step's groups, and what came of it.
 
-    >>> Round(places=[3], groups=[group], said=Scores([[0.7, 0.1]], {}))
+    ``lacked`` says of each why its answers before gave no pair; ``notes`` are of these answers.
+
+    >>> Round(places=[3], groups=[group], said=Scores([[0.7, 0.1]], {}), lacked=["tie"])
     """
 
     places: list[int]
     groups: list[Group]
     said: Scores | Verdicts
+    lacked: list[str] = field(default_factory=list)
+    notes: Notes | None = None
 
 
 @dataclass(frozen=True)
@@ -215,12 +265,26 @@ class Pairing:
     """What became of groups.
 
     ``dropped`` counts the groups without a pair by reason, ``left_out`` the pairs that were left out of groups which
-    have others.
+    have others. ``reasons`` and ``left_out_of`` say the same of each of these groups, by its place; `drop` and
+    `leave_out` keep both.
     """
 
     pairs: list[Pair] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
     left_out: Counter[str] = field(default_factory=Counter)
+    reasons: dict[int, str] = field(default_factory=dict)
+    left_out_of: dict[int, Counter[str]] = field(default_factory=dict)
+
+    def drop(self, place: int, reason: str) -> None:
+        """Says why the group at a place gave no pair."""
+        self.dropped[reason] += 1
+        self.reasons[place] = reason
+
+    def leave_out(self, place: int, reasons: Collection[str]) -> None:
+        """Says why pairs were left out of the group at a place, which has others; one reason for each pair."""
+        self.left_out.update(reasons)
+        if reasons:
+            self.left_out_of[place] = Counter(reasons)
 
 
 @dataclass(frozen=True)

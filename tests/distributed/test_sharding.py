@@ -18,27 +18,40 @@ from sharding_worker import CASES, CASES_IN_BF16, CASES_OF_MODELS, CASES_OF_QLOR
 
 WORKER = Path(__file__).with_name("sharding_worker.py")
 WAYS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+PARTS_OF_OTHERS = ("zero1", "zero2")
+"""Ways that CI leaves out: what they do is a part of what ZeRO-3 does."""
+
+
+def of_ways(*cases):
+    """Parametrises by the way of sharding, and what else the cases have."""
+    marks = {way: pytest.mark.slow if way in PARTS_OF_OTHERS else () for way in WAYS}
+    names = ("way", "case")[: len(cases[0])]
+    return pytest.mark.parametrize(names, [pytest.param(*case, marks=marks[case[0]]) for case in cases])
+
+
 RUNS = [(way, case) for way in WAYS for case in (*CASES, *CASES_OF_MODELS, *CASES_OF_QLORA) if fitting(way, case)]
 MANY_PASSES = {"plain": 2, "accumulated": 1, "one pass": 1}
 """Passes that the largest micro-batch of a case has at least."""
 
 
 @pytest.fixture(scope="module")
-def load(tmp_path_factory):
+def load(request, tmp_path_factory):
+    asked = {item.callspec.params["way"] for item in request.session.items if item.path == request.path}
+    ways = [way for way in WAYS if way in asked | {"ddp"}]  # others are compared with it
     out = tmp_path_factory.mktemp("sharding")
     quantized.base_folder(out / "base")
     own = environment(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", DS_ACCELERATOR="cpu")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29523"]
-    commands = [([sys.executable], "1", "none"), (torchrun, "2", ",".join(WAYS))]
+    commands = [([sys.executable], "1", "none"), (torchrun, "2", ",".join(ways))]
     running = [
         subprocess.Popen(
-            [*command, str(WORKER), str(out), count, ways],
+            [*command, str(WORKER), str(out), count, tried],
             env=own,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for command, count, ways in commands
+        for command, count, tried in commands
     ]
     for process in running:
         _, said = process.communicate(timeout=500)
@@ -54,7 +67,7 @@ def results(load):
     return lambda way, case: (load(1, "none", case)[0], load(2, way, case))
 
 
-@pytest.mark.parametrize(("way", "case"), RUNS)
+@of_ways(*RUNS)
 def test_weights_are_those_of_one_process(results, way, case):
     one, two = results(way, case)
     for rank in two:
@@ -62,7 +75,7 @@ def test_weights_are_those_of_one_process(results, way, case):
         assert all(torch.equal(rank["weights"][name], two[0]["weights"][name]) for name in rank["weights"])
 
 
-@pytest.mark.parametrize(("way", "case"), [run for run in RUNS if run[1] != "not finite"])
+@of_ways(*(run for run in RUNS if run[1] != "not finite"))
 def test_metrics_and_evaluations_are_those_of_one_process(results, way, case):
     one, two = results(way, case)
     assert len(one["logs"]) == len(two[0]["logs"]) >= 2
@@ -74,13 +87,13 @@ def test_metrics_and_evaluations_are_those_of_one_process(results, way, case):
 
 
 @pytest.mark.parametrize("case", MANY_PASSES)
-@pytest.mark.parametrize("way", WAYS)
+@of_ways(*((way,) for way in WAYS))
 def test_cases_have_one_to_three_passes_in_a_micro_batch(results, way, case):
     passes = results(way, case)[1][0]["passes"]
     assert max(passes) >= MANY_PASSES[case] and set(passes) <= {1, 2, 3}
 
 
-@pytest.mark.parametrize("way", WAYS)
+@of_ways(*((way,) for way in WAYS))
 def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(results, way):
     one, two = results(way, "not finite")
     for run in (one, *two):
@@ -91,7 +104,7 @@ def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(results, w
         assert not math.isfinite(rank["logs"][1]["grad_norm"]) and math.isfinite(rank["logs"][2]["grad_norm"])
 
 
-@pytest.mark.parametrize("way", WAYS)
+@of_ways(*((way,) for way in WAYS))
 def test_the_norm_is_that_of_the_whole_gradient_before_it_is_clipped(results, way):
     one, two = results(way, "clipped")
     norms = [log["grad_norm"] for log in one["logs"]]
@@ -99,7 +112,7 @@ def test_the_norm_is_that_of_the_whole_gradient_before_it_is_clipped(results, wa
     assert min(norms) > 0.1  # each was clipped
 
 
-@pytest.mark.parametrize(("way", "case"), [(way, case) for way in WAYS for case in CASES_IN_BF16 if fitting(way, case)])
+@of_ways(*((way, case) for way in WAYS for case in CASES_IN_BF16 if fitting(way, case)))
 def test_in_bf16_policy_and_reference_agree_before_the_first_step(load, way, case):
     """Log-probabilities are not rounded to bf16 on the way, nor the reference's buffers: KL would not be 0."""
     of_ddp, logs = (load(2, name, case)[0]["logs"] for name in ("ddp", way))
@@ -110,7 +123,7 @@ def test_in_bf16_policy_and_reference_agree_before_the_first_step(load, way, cas
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("way", WAYS)
+@of_ways(*((way,) for way in WAYS))
 def test_what_vllm_gets_of_a_sharded_model_is_what_it_gets_of_the_whole_one(load, way, model):
     for rank, two in enumerate(load(2, way, "plain")):
         found = two["exports"][model]
@@ -124,7 +137,7 @@ def test_what_vllm_gets_of_a_sharded_model_is_what_it_gets_of_the_whole_one(load
 
 
 @pytest.mark.parametrize("model", ["full", "experts"])
-@pytest.mark.parametrize("way", [way for way in WAYS if way not in WHOLE])
+@of_ways(*((way,) for way in WAYS if way not in WHOLE))
 def test_weights_are_gathered_one_at_a_time_or_layer_by_layer(load, way, model):
     for two in load(2, way, "plain"):
         most, size = two["exports"][model]["bytes"]

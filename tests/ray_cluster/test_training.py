@@ -11,7 +11,7 @@ import torch
 from support.processes import environment
 from support.ray_clusters import QUIET, cluster, fill, finished, running, start, weights
 
-RAY = {"train_workers": 2, "placement_timeout": 8}
+RAY = {"train_workers": 2, "placement_timeout": 60}
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from online_dpo.scoring.assess import AssessmentOptions, Assessor
 from online_dpo.scoring.rewards.function import FunctionScorer
 from online_dpo.training.collector import FeedbackCollector
 from online_dpo.training.metric_store import MetricStore
+from online_dpo.training.metrics.work import Work
 from online_dpo.training.pair_former import PairFormer
 from online_dpo.training.run_context import RunContext
 from online_dpo.training.stopwatch import PhaseTimer
@@ -57,7 +58,8 @@ def batches(args, size=4, **columns):
 
 def context(metrics, state):
     """What the stages know of a run in one process on a CPU."""
-    return RunContext(Accelerator(cpu=True), RankErrors(CPU), metrics, PhaseTimer(metrics, CPU), state, lambda: False)
+    timer, work = PhaseTimer(metrics, CPU), Work(metrics)
+    return RunContext(Accelerator(cpu=True), RankErrors(CPU), metrics, timer, work, state, lambda: False)
 
 
 class Run:

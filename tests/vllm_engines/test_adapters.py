@@ -73,6 +73,7 @@ def test_policies_that_are_no_base_model_with_a_plain_adapter_are_refused(adapte
     engine.close()
 
 
+@pytest.mark.slow
 def test_servers_of_both_kinds_are_refused(adapter_server, server):
     with pytest.raises(ValueError, match="Some servers take adapters"):
         connect(adapter_server.url, server.url)

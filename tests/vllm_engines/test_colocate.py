@@ -39,6 +39,7 @@ def test_starting_leaves_the_random_states_alone_and_closing_the_process_group_a
     assert not torch.distributed.is_initialized()
 
 
+@pytest.mark.slow
 def test_workers_in_processes_of_their_own_get_the_weights_too(monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # otherwise each worker wants a NUMA node of its own
     model, prompts = vllm_tools.policy("llama-untied"), tiny.prompts((3, 40, 70))

@@ -103,6 +103,7 @@ def test_what_the_server_does_not_take(server):
         LLMJudge(model="nobody", base_url=f"{server.url}/v1", cache=None).prefer(COMPARISONS)
 
 
+@pytest.mark.slow
 def test_a_run_outlives_its_judges_server(server, tmp_path):
     """The server is killed after the second step and comes back: the run waits, and ends as without that."""
 

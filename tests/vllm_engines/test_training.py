@@ -27,7 +27,7 @@ def test_xpo_samples_the_policy_there_and_the_reference_here(tmp_path, served):
     assert all(entry["opponent/mean_length"] > 0 and 0 <= entry["opponent/win_rate"] <= 1 for entry in log)
 
 
-@pytest.mark.parametrize("max_staleness, transfer", [(0, "auto"), (1, "broadcast")])
+@pytest.mark.parametrize("max_staleness, transfer", [(0, "auto"), pytest.param(1, "broadcast", marks=pytest.mark.slow)])
 def test_a_server_that_dies_in_the_middle_of_a_run_is_waited_for(tmp_path, server, served, max_staleness, transfer):
     """It comes back with the weights that it was first started with, and is given the latest before it samples; with
     ``max_staleness``, those of a step that has been trained beyond meanwhile.
@@ -57,6 +57,7 @@ def test_a_server_that_stays_away_ends_the_run_with_its_address(tmp_path, server
     server.start()
 
 
+@pytest.mark.slow
 def test_a_server_that_forgets_to_load_is_found(tmp_path, served):
     def forget(made):
         sync = made.sampler.engine.sync

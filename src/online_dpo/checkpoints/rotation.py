@@ -13,23 +13,25 @@ from online_dpo.checkpoints.manifest import manifest_of, problem_of
 logger = logging.getLogger(__name__)
 
 
-def rotate(run_dir: Path, limit: int | None, best: str | None) -> None:
-    """Deletes the checkpoints that were written first, until ``limit`` are left (``None`` or 0: all stay).
+def rotate(run_dir: Path, limit: int | None, best: str | None) -> list[str]:
+    """Deletes the checkpoints that were written first, until ``limit`` are left (``None`` or 0: all stay). Returns the
+    names of those that are gone.
 
     The newest one stays, which has just been written, and the best one; also the newest whole and finite one.
     """
     if not limit or limit < 0:
-        return
+        return []
     present, kept = _oldest_first(run_dir), _protected(run_dir, best)
     excess = len(present) - max(limit, len(kept))
-    _remove([folder for folder in present if folder not in kept][: max(excess, 0)])
+    return _remove([folder for folder in present if folder not in kept][: max(excess, 0)])
 
 
-def keep_only(run_dir: Path, best: str) -> None:
-    """Deletes all checkpoints but the best one, unless that one is not whole or not finite."""
+def keep_only(run_dir: Path, best: str) -> list[str]:
+    """Deletes all checkpoints but the best one, unless that one is not whole or not finite. Returns their names."""
     kept = _named(run_dir, best)
     if kept and _is_finite(kept[0]) and problem_of(kept[0]) is None:
-        _remove(folder for folder in checkpoints_in(run_dir) if folder not in kept)
+        return _remove(folder for folder in checkpoints_in(run_dir) if folder not in kept)
+    return []
 
 
 def _oldest_first(run_dir: Path) -> list[Path]:
@@ -58,9 +60,13 @@ def _is_finite(folder: Path) -> bool:
     return manifest is not None and manifest.finite
 
 
-def _remove(folders: Iterable[Path]) -> None:
+def _remove(folders: Iterable[Path]) -> list[str]:
+    removed = []
     for folder in folders:
         try:
             remove(folder)
         except OSError as error:
             logger.warning("%s could not be removed (`save_total_limit`): %s", folder, error)
+        else:
+            removed.append(folder.name)
+    return removed

@@ -81,7 +81,7 @@ def _subject(plan: RunPlan, options: argparse.Namespace) -> Subject:
     judge = plan.judge
 
     def loader(given: Any) -> Callable[[Any], Any]:
-        if isinstance(given, BuiltInJudge) and given.folder is None:
+        if isinstance(given, BuiltInJudge) and given.folder is None and not given.human:
             given = replace(given, options={**given.options, "cache": None})  # nothing is written here
         return lambda args: None if given is None else load_judge(given, args)
 
@@ -97,7 +97,10 @@ def _subject(plan: RunPlan, options: argparse.Namespace) -> Subject:
         judge=loader(judge),
         eval_judge=loader(plan.eval_judge),
         peft_config=lambda: peft_config_of(run),
-        llm_judge=judge.options if isinstance(judge, BuiltInJudge) and judge.folder is None else None,
+        llm_judge=judge.options
+        if isinstance(judge, BuiltInJudge) and judge.folder is None and not judge.human
+        else None,
+        asks_people=isinstance(judge, BuiltInJudge) and judge.human,
         has_rewards=bool(plan.reward_funcs or training.get("reward_model_path")),
         processes=options.processes,
         sharding=plan.sharding,

@@ -184,6 +184,23 @@ COMMANDS = {
         one_process=True,
         prints_result=False,
     ),
+    "report": Command(
+        "make a page of what a run was and what came of it",
+        _imported("online_dpo.cli.report", "report_run"),
+        one_process=True,
+        prints_result=False,
+    ),
+    "export": Command(
+        "write the pairs of a run as a preference dataset",
+        _imported("online_dpo.cli.export", "export_run"),
+        one_process=True,
+        prints_result=False,
+    ),
+    "dashboard": Command(
+        "look at runs in a browser, also while they train",
+        _imported("online_dpo.cli.dashboard", "dashboard"),
+        one_process=True,
+    ),
     "schema": Command(
         "print a JSON Schema of run files, for editors", _imported("online_dpo.cli.runfile.json_schema", "print_schema")
     ),

@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -15,13 +16,15 @@ from transformers import AutoTokenizer
 from online_dpo.cli.judging.plan import BuiltInJudge
 from online_dpo.cli.runfile.plugins import RegisteredName
 from online_dpo.cli.runfile.references import Reference, load_reference
+from online_dpo.cli.runfile.resolved import resolved_settings
 from online_dpo.cli.runfile.run_config import RunConfig
-from online_dpo.cli.runfile.run_file import RunPlan
+from online_dpo.cli.runfile.run_file import DEFAULT_OUTPUT, RunPlan
 from online_dpo.cli.terminal.errors import report_error
 from online_dpo.cli.terminal.header import INDENT
 from online_dpo.cli.terminal.progress import ProgressDisplay, no_progress_bars, plain_warnings
 from online_dpo.cli.terminal.screen import print_lines
 from online_dpo.cli.terminal.summary import describe_trainer, places
+from online_dpo.config.feedback import HUMAN
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.data.load import load_prompts
 from online_dpo.distributed.rank_watch import explained
@@ -39,9 +42,11 @@ from online_dpo.errors import (
 from online_dpo.foreign import foreign, loading
 from online_dpo.launch.settings import STARTED_AS
 from online_dpo.modeling.memory import named_memory_error
+from online_dpo.runs.beginning import ForeignFileError, check_own
 from online_dpo.scoring.judges.llm.judge import LLMJudge
 from online_dpo.scoring.judges.pairwise.judge import PairwiseModelJudge
 from online_dpo.training.run_identity import check_options
+from online_dpo.training.session_facts import as_yaml
 from online_dpo.training.trainer import OnlineDPOTrainer
 
 
@@ -60,13 +65,14 @@ def train(plan: RunPlan, words: Sequence[str], *, show_traceback: bool) -> int:
         if is_out_of_memory(error):
             return report_error(named_memory_error(error, "while the run was set up"), 1, show_traceback)
         return report_error(error, 1 if isinstance(error, RankLostError) else 2, show_traceback)
+    trainer.recording.command = ["online-dpo", *_started_as(words)]
     if trainer.is_world_process_zero():
         print_lines(describe_trainer(trainer), INDENT)
     end = EndOfRun()
-    with handling(end.receive):
+    with handling(end.receive), trainer.recording.ending() as record_end:
         code = _train(trainer, plan, words, show_traceback)
         end.is_saving = True
-        return code or _save(trainer, words, show_traceback)
+        return record_end(code or _save(trainer, words, show_traceback))
 
 
 def _train(trainer: OnlineDPOTrainer, plan: RunPlan, words: Sequence[str], show_traceback: bool) -> int:
@@ -108,6 +114,7 @@ def _save(trainer: OnlineDPOTrainer, words: Sequence[str], show_traceback: bool)
             trainer.rescue.leave_checkpoint(error)
             failure = OnlineDPOError(f"{what} failed: {named_error(error)}")
             failure.__cause__ = error
+            trainer.recording.fail(failure)
             code = report_error(failure, 1, show_traceback)
             _print_checkpoint_before(trainer, words, error)
             return code
@@ -149,10 +156,12 @@ def build_trainer(plan: RunPlan, display: ProgressDisplay) -> OnlineDPOTrainer:
         plan.plugins.load()
         rewards = load_rewards(plan.reward_funcs, given.pop("reward_model_path", None))
         gold = load_rewards(plan.eval_reward_funcs, given.pop("eval_reward_model_path", None))
+    if given.get("run_folder") is None:
+        given["run_folder"] = _may_have_run_folder(given)
     args = OnlineDPOConfig(**{**given, "disable_tqdm": True})
     check_options(plan.training.get("resume_from_checkpoint"), args)
     train_dataset = train_dataset_of(run)
-    return OnlineDPOTrainer(
+    trainer = OnlineDPOTrainer(
         model=run.model_name_or_path,
         ref_model=run.ref_model_name_or_path,
         reward_funcs=rewards or None,
@@ -166,6 +175,18 @@ def build_trainer(plan: RunPlan, display: ProgressDisplay) -> OnlineDPOTrainer:
         eval_judge=None if plan.eval_judge is None else load_judge(plan.eval_judge, args),
         callbacks=[display],
     )
+    trainer.recording.settings = as_yaml(resolved_settings(plan))
+    return trainer
+
+
+def _may_have_run_folder(given: dict[str, Any]) -> bool:
+    """Whether a run folder is written where none is asked for: not over files of another program."""
+    try:
+        check_own(Path(given.get("output_dir") or DEFAULT_OUTPUT).expanduser())
+    except ForeignFileError as problem:
+        print(f"warning: no run folder is written. {problem}", file=sys.stderr)
+        return False
+    return True
 
 
 def train_dataset_of(run: RunConfig) -> Any:
@@ -237,7 +258,7 @@ def load_reward(function: Reference | RegisteredName) -> Any:
 def load_judge(judge: Reference | RegisteredName | BuiltInJudge, args: OnlineDPOConfig) -> Any:
     """Load a judge of this package, or the user's own; a class is instantiated without arguments.
 
-    A registered name is returned as text, since the trainer looks it up.
+    A registered name is returned as text, since the trainer looks it up; so are people, whom it asks in its own folder.
 
     Raises:
         ValueError, TypeError, OSError, ImportError: it cannot be loaded.
@@ -245,6 +266,8 @@ def load_judge(judge: Reference | RegisteredName | BuiltInJudge, args: OnlineDPO
     if isinstance(judge, RegisteredName):
         return judge.text
     if isinstance(judge, BuiltInJudge):
+        if judge.human:
+            return HUMAN
         if judge.folder is None:
             return LLMJudge(**judge.options)
         options = {"max_failure_share": args.max_failure_share, **judge.options}
@@ -267,9 +290,13 @@ def _print_how_to_resume(beginning: str, checkpoint: str | None, words: Sequence
     if checkpoint is None:
         print(f"{beginning} No checkpoint was saved.", file=sys.stderr)
         return
-    started_as = shlex.split(os.environ.get(STARTED_AS, "")) or ["train", *words]
-    command = shlex.join(["online-dpo", *resume_words(started_as, checkpoint)])
+    command = shlex.join(["online-dpo", *resume_words(_started_as(words), checkpoint)])
     print(f"{beginning} checkpoint saved in {checkpoint}. Resume with: {command}", file=sys.stderr)
+
+
+def _started_as(words: Sequence[str]) -> list[str]:
+    """The words of the command that a user has given."""
+    return shlex.split(os.environ.get(STARTED_AS, "")) or ["train", *words]
 
 
 def resume_words(words: Sequence[str], checkpoint: str) -> list[str]:

@@ -10,6 +10,7 @@ from online_dpo.config.checking import check_numbers
 from online_dpo.config.field_specs import documented
 
 RewardNormalization = Literal["none", "group"]
+HUMAN = "human"  # how run files and the trainer name people as judge
 PairSelection = Literal["best_worst", "best_random", "best_mean_minus_two_sigma", "all_pairs", "widest_allowed"]
 
 
@@ -44,7 +45,12 @@ class FeedbackFields:
     reward_timeout: float | None = None
     """Seconds that one call of a reward function, a reward model or a judge of your own may take; then the run ends
     with a checkpoint. Such a call is made in another thread. When not set: any time, and a notice tells after a minute
-    who is waited for. Language models as judges and rewards over HTTP have time limits of their own.
+    who is waited for. Language models as judges, people and rewards over HTTP have time limits of their own.
+    """
+
+    human_timeout: float = 3600.0
+    """With `judge: human`, seconds that a step waits for people's votes, which they give in `online-dpo dashboard`.
+    What is not voted on by then has no answer.
     """
 
     missing_eos_penalty: float | None = None
@@ -135,6 +141,7 @@ def check_feedback(args: FeedbackFields, num_completions: int) -> None:
         (args.reward_batch_size >= 1, "reward_batch_size", "at least 1"),
         (0 <= args.max_failure_share <= 1, "max_failure_share", "in [0, 1]"),
         (args.reward_timeout is None or 0 < args.reward_timeout < math.inf, "reward_timeout", "above 0"),
+        (0 < args.human_timeout < math.inf, "human_timeout", "above 0"),
         (unfinished is None or 0 < unfinished < math.inf, "missing_eos_penalty", "above 0"),
         (token is None or 0 < token < math.inf, "length_penalty", "above 0"),
         (top is None or 2 <= top <= num_completions, "judge_top", f"from 2 to {num_completions} completions"),

@@ -17,6 +17,8 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+ANYTHING = "bool | int | str"
+"""A type that the parsers of others cannot read; they take a text, or the field without a value as a switch."""
 HEADING = re.compile(r"\s*# --- (.+?) -+$")
 
 
@@ -91,7 +93,8 @@ def documented(cls: type[T]) -> type[T]:
     for field in dataclasses.fields(cls):  # pyright: ignore[reportArgumentType]
         if field.name in specs:  # inherited fields have been documented where they stand
             field.metadata = MappingProxyType({**_parser_options(specs[field.name], field), **field.metadata})
-            cls.__annotations__[field.name] = specs[field.name].annotation  # choices are in the metadata
+            annotation = specs[field.name].annotation  # choices are in the metadata
+            cls.__annotations__[field.name] = "str" if annotation == ANYTHING else annotation
     return cls
 
 
@@ -109,7 +112,7 @@ def _parser_options(spec: FieldSpec, field: dataclasses.Field[Any]) -> dict[str,
         options["choices"] = list(spec.choices)
     if "list" in spec.annotation and field.default is not dataclasses.MISSING:
         options["default"] = field.default
-    if spec.annotation == "bool | None":
+    if spec.annotation in ("bool | None", ANYTHING):
         options |= {"nargs": "?", "const": True}
     return options
 

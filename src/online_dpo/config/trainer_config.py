@@ -24,6 +24,7 @@ from online_dpo.config.keyword_arguments import names_unknown_arguments
 from online_dpo.config.loss import LossFields, check_loss, without_reference
 from online_dpo.config.method import MethodFields, check_method, check_method_numbers, method_of
 from online_dpo.config.names_elsewhere import ARGUMENTS, IN_PYTHON, hint_for
+from online_dpo.config.recording import RecordingFields, check_recording
 from online_dpo.config.sampling import SamplingFields, check_sampling
 from online_dpo.config.secrets import WithoutToken, check_tokens
 from online_dpo.config.sharding import settle_precision, settle_sharding
@@ -53,6 +54,7 @@ class OnlineDPOConfig(
     FeedbackFields,
     DataFields,
     SamplingFields,
+    RecordingFields,
     TrainingFields,
     TrainingArguments,
 ):
@@ -91,6 +93,7 @@ class OnlineDPOConfig(
         check_sampling(self)
         check_data(self)
         check_training(self)
+        check_recording(self)
         check_feedback(self, self.num_completions)
         _check_resampling(self)
         _check_reward_sharding(self)

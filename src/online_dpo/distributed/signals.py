@@ -97,6 +97,15 @@ def handling(on_signal: Callable[[signal.Signals], None]) -> Iterator[Handled]:
                 signal.signal(number, previous)
 
 
+def stop_asked() -> signal.Signals | None:
+    """The signal that has asked the running code to stop and is handled here; ``None`` if there was none.
+
+    What waits for long, and could go on waiting after a signal, looks at it.
+    """
+    handlers = (signal.getsignal(number) for number in STOP_SIGNALS)
+    return next((one.received for one in handlers if isinstance(one, StopHandler) and one.received), None)
+
+
 def raise_stopped(number: signal.Signals) -> None:
     """A handler that ends what is going on.
 

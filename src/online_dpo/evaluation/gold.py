@@ -9,10 +9,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from online_dpo.config.feedback import HUMAN
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.evaluation.records import EvalRecord, GoldRecord, judged_wins, win_share
 from online_dpo.scoring.assess import AssessmentOptions, Assessor
 from online_dpo.scoring.judge_registry import build_judge, check_judge, registered_judge
+from online_dpo.scoring.judges.human import check_patience
 from online_dpo.scoring.judges.llm.judge import check_share
 from online_dpo.scoring.notes import nothing_noted
 from online_dpo.scoring.protocols import PairwiseScorer, PointwiseScorer
@@ -90,6 +92,8 @@ def check_gold(reward_funcs: Any, judge: Any, args: OnlineDPOConfig) -> None:
     if judge is not None:
         check_judge(judge, "eval_judge")
         check_share(registered_judge(judge), args.world_size)
+        if judge == HUMAN:
+            check_patience(args)
     if rewards is not None:
         check_scorers(rewards, None, _without_weights(args))
 

@@ -10,9 +10,69 @@ import numpy as np
 import torch
 
 from online_dpo.stats.bootstrap import standard_error
+from online_dpo.stats.catalogue import Metric, describe
 from online_dpo.stats.intervals import win_rate
+from online_dpo.stats.moments import Moments
 from online_dpo.stats.preference import preference_by_score
 from online_dpo.types import Group, Notes, PackedRows, Pair, RowLogprobs
+
+EVALUATION, GOLD, SCORED = "Evaluation", "with a gold scorer or judge", "with a reward"
+ERROR, HOW_SURE = "standard error over prompts", "A difference of less than two of them is none."
+describe(
+    EVALUATION,
+    Metric("eval_loss", "nats", "mean loss of the pairs formed of held-out prompts", "NaN where there was no pair."),
+    Metric(
+        "eval_objective/scores",
+        "score",
+        "mean over all scored completions of held-out prompts",
+        "Whether what is learnt holds for other prompts.",
+        SCORED,
+    ),
+    Metric("eval_objective/reference_scores", "score", "mean of the reference's completions", "The start.", SCORED),
+    Metric(
+        "eval_objective/kl",
+        "nats",
+        "mean over all completions of the summed log-ratio to the reference",
+        "As `objective/kl`, not only of completions in pairs.",
+        "with a reference",
+    ),
+    Metric("eval_objective/token_entropy", "nats", "mean over completions of their mean entropy", "As in training."),
+    Metric("eval_completions/mean_length", "tokens", "mean over all completions", "As in training."),
+    Metric(
+        "eval_completions/score_length_correlation",
+        "-1 to 1",
+        "Pearson's correlation of score and length",
+        "As in training.",
+        SCORED,
+    ),
+    Metric("eval_val/contain_eos_token", "share", "completions that ended by themselves", "As in training."),
+    Metric("eval_prompts", "prompts", "held-out prompts", "How many the figures rest on."),
+    Metric("eval_prompts/cut", "prompts", "those that were longer than they may be", "As in training."),
+    Metric(
+        "eval_win_rate",
+        "share",
+        "completions that beat the reference's, by reward or judge; a tie counts half",
+        "The main figure of an evaluation. The same random numbers are used each time.",
+        "with a reference",
+    ),
+    Metric("eval_win_rate_ci95_low", "share", "lower end of its 95 % interval (Wilson)", "How sure it is."),
+    Metric("eval_win_rate_ci95_high", "share", "upper end", "The same."),
+    Metric(
+        "eval_gold_score",
+        "score",
+        "mean of the gold scorer, which training never sees",
+        "Falls while `eval_objective/scores` rises: overoptimisation.",
+        GOLD,
+    ),
+    Metric("eval_gold_missing_ratio", "share", "completions without a gold score", "A fault of the gold scorer.", GOLD),
+    Metric("eval_gold_win_rate", "share", "as `eval_win_rate`, by gold", "The honest win rate.", GOLD),
+    Metric("eval_gold_win_rate_ci95_low", "share", "lower end of its 95 % interval", "How sure it is.", GOLD),
+    Metric("eval_gold_win_rate_ci95_high", "share", "upper end", "The same.", GOLD),
+    Metric("eval_gold_score_stderr", "score", ERROR, HOW_SURE, GOLD),
+    Metric("eval_gold_win_rate_stderr", "share", ERROR, HOW_SURE, GOLD),
+    Metric("eval_objective/scores_stderr", "score", ERROR, HOW_SURE, GOLD),
+    Metric("eval_win_rate_stderr", "share", ERROR, HOW_SURE, GOLD),
+)
 
 
 @dataclass(frozen=True)
@@ -127,11 +187,23 @@ def summarise(records: Sequence[EvalRecord]) -> dict[str, float]:
     }
     metrics = {name: float(np.mean(values)) for name, values in means.items() if values}
     metrics.setdefault("loss", math.nan)  # the metric by which Trainer finds the best model unless told otherwise
+    correlation = _score_length_correlation(records)
+    metrics |= {} if correlation is None else {"completions/score_length_correlation": correlation}
     metrics["prompts"] = float(len(records))
     metrics["prompts/cut"] = float(sum(record.cut for record in records))
     metrics |= _win_rate_metrics("win_rate", [r.win for r in records if r.win is not None])
     gold = [(record, record.gold) for record in records if record.gold is not None]
     return metrics | (gold_metrics(gold) if gold else {})
+
+
+def _score_length_correlation(records: Sequence[EvalRecord]) -> float | None:
+    known = [
+        (score, length)
+        for record in records
+        for score, length in zip(record.scores, record.lengths, strict=True)
+        if score is not None
+    ]
+    return Moments.of([score for score, _ in known], [length for _, length in known]).correlation()
 
 
 def mean_notes(notes: Sequence[Notes]) -> dict[str, float]:

@@ -116,8 +116,9 @@ class Cluster:
         """
         resources = [bundle.resources for bundle in self.bundles]
         self._group = placement_group(resources, strategy="PACK")
-        ready, began, told = self._group.ready(), time.monotonic(), False
-        while not ray.wait([ready], timeout=TICK)[0]:
+        began, told = time.monotonic(), False
+        # not `ready()`: that is a task, which waits for a process of Ray's to start
+        while not self._group.wait(1):
             check()
             waited = time.monotonic() - began
             if waited > self.settings.placement_timeout:

@@ -130,7 +130,7 @@ def pairs_of_two(groups: Sequence[Group], assessment: Scores | Verdicts, tempera
         scores = assessment.values[p] if isinstance(assessment, Scores) else [None, None]
         probability = _first_is_better(assessment, p, temperature)
         if probability is None:
-            pairing.dropped[MISSING_SCORE if isinstance(assessment, Scores) else NO_ANSWER] += 1
+            pairing.drop(p, MISSING_SCORE if isinstance(assessment, Scores) else NO_ANSWER)
             continue
         if len({completion.token_ids for completion in group.completions}) == 1:
             probability = 0.5

@@ -9,12 +9,23 @@ from online_dpo.types import Feedback, Group, Pairing, Scores, Verdicts
 
 T = TypeVar("T")
 
+NOT_SAID = "not_said"
+"""The reason of a group without a pair where a method from outside has only counted its groups."""
+
 
 def without_pair(groups: Sequence[Group], pairing: Pairing) -> list[int]:
     """The indices of the groups that gave no pair."""
     # By identity: a prompt that occurs twice in a step has two groups, which may be equal.
     used = {id(pair.group) for pair in pairing.pairs}
     return [p for p, group in enumerate(groups) if id(group) not in used]
+
+
+def reasons(groups: Sequence[Group], pairing: Pairing) -> list[str | None]:
+    """Why each group gave no pair; ``None`` for those that gave one."""
+    without = set(without_pair(groups, pairing))
+    [counted, *others] = list(pairing.dropped) or [NOT_SAID]
+    unsaid = counted if not others and pairing.dropped[counted] == len(without) else NOT_SAID
+    return [pairing.reasons.get(p, unsaid) if p in without else None for p in range(len(groups))]
 
 
 def latest(feedback: Feedback) -> tuple[list[Group], Scores | Verdicts]:
@@ -38,7 +49,14 @@ def _updated_assessment(
             if assessment.scores is None or new.scores is None
             else _updated_scores(assessment.scores, new.scores, indices)
         )
-        return Verdicts(preferences, assessment.duels + new.duels, assessment.unanswered + new.unanswered, scores)
+        return Verdicts(
+            preferences,
+            assessment.duels + new.duels,
+            assessment.unanswered + new.unanswered,
+            scores,
+            _replaced_if_there(assessment.comparisons, indices, new.comparisons),
+            _replaced_if_there(assessment.penalties, indices, new.penalties),
+        )
     assert isinstance(new, Scores)
     return _updated_scores(assessment, new, indices)
 
@@ -51,7 +69,15 @@ def _updated_scores(scores: Scores, new: Scores, indices: Sequence[int]) -> Scor
         None
         if scores.normalized is None or new.normalized is None
         else _replaced(scores.normalized, indices, new.normalized),
+        scores.weights,
+        {name: _replaced(rows, indices, new.relative[name]) for name, rows in scores.relative.items()},
+        _replaced_if_there(scores.penalties, indices, new.penalties),
     )
+
+
+def _replaced_if_there(items: Sequence[T], indices: Sequence[int], new: Sequence[T]) -> list[T]:
+    """As `_replaced`; empty where either is, which says nothing of its groups."""
+    return _replaced(items, indices, new) if items and new else []
 
 
 def _replaced(items: Sequence[T], indices: Sequence[int], new: Sequence[T]) -> list[T]:

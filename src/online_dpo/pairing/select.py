@@ -74,22 +74,22 @@ def pairs_from_scores(
     """
     selection = selection or Selection()
     pairing = Pairing()
-    for group, ranking, values in zip(groups, scores.ranking, scores.values, strict=True):
+    for place, (group, ranking, values) in enumerate(zip(groups, scores.ranking, scores.values, strict=True)):
         scored = [(score, k) for k, score in enumerate(ranking) if score is not None]
         distinct = _distinct(scored, group)
         if len(scored) < 2:
-            pairing.dropped[MISSING_SCORE] += 1
+            pairing.drop(place, MISSING_SCORE)
         elif _all_equal(scored) and selection.tie_policy == "skip":
-            pairing.dropped[TIE] += 1
+            pairing.drop(place, TIE)
         elif len(distinct) < 2:
-            pairing.dropped[IDENTICAL] += 1
+            pairing.drop(place, IDENTICAL)
         elif not _all_equal(distinct):
             picked = STRATEGIES[selection.strategy].pick(distinct, draw(group.prompt))
-            _add([_candidate(group, values, *pick, selection) for pick in picked], pairing, selection)
+            _add(place, [_candidate(group, values, *pick, selection) for pick in picked], pairing, selection)
         elif selection.tie_policy == "first":
-            _add([_candidate(group, values, distinct[0], distinct[1], selection)], pairing, selection)
+            _add(place, [_candidate(group, values, distinct[0], distinct[1], selection)], pairing, selection)
         else:
-            pairing.dropped[TIE] += 1
+            pairing.drop(place, TIE)
     return pairing
 
 
@@ -113,18 +113,18 @@ def pairs_from_preferences(
         values = [None] * len(group.completions) if scores is None else scores.values[p]
         if preference is None:
             unscored = scores is not None and sum(score is not None for score in scores.ranking[p]) < 2
-            pairing.dropped[MISSING_SCORE if unscored else NO_ANSWER] += 1
+            pairing.drop(p, MISSING_SCORE if unscored else NO_ANSWER)
             continue
         chosen, rejected, probability = preference.chosen, preference.rejected, preference.probability
         pair = Pair(group, chosen, rejected, values[chosen], values[rejected], probability)
         if pair.chosen_completion.token_ids == pair.rejected_completion.token_ids:
-            pairing.dropped[IDENTICAL] += 1
+            pairing.drop(p, IDENTICAL)
         elif probability == 0.5 and selection.tie_policy == "skip":
-            pairing.dropped[TIE] += 1
+            pairing.drop(p, TIE)
         elif probability < 0.5:
-            pairing.dropped[CONTRADICTION] += 1
+            pairing.drop(p, CONTRADICTION)
         else:
-            _add([(replace(pair, probability=1.0) if probability == 0.5 else pair, None)], pairing, selection)
+            _add(p, [(replace(pair, probability=1.0) if probability == 0.5 else pair, None)], pairing, selection)
     return pairing
 
 
@@ -151,8 +151,8 @@ def _candidate(
     return pair, margin
 
 
-def _add(candidates: Sequence[Candidate], pairing: Pairing, selection: Selection) -> None:
-    """Adds the pairs of one group that the limits of the selection allow; without any, counts the first reason."""
+def _add(place: int, candidates: Sequence[Candidate], pairing: Pairing, selection: Selection) -> None:
+    """Adds the pairs of the group at a place that the limits of the selection allow; without any, its first reason."""
     objections = [_objection(pair, margin, selection) for pair, margin in candidates]
     kept = [pair for (pair, _), objection in zip(candidates, objections, strict=True) if objection is None]
     reasons = [objection for objection in objections if objection is not None]
@@ -160,9 +160,9 @@ def _add(candidates: Sequence[Candidate], pairing: Pairing, selection: Selection
         pairing.pairs.append(kept[0])
     elif kept:
         pairing.pairs.extend(kept)
-        pairing.left_out.update(reasons)
+        pairing.leave_out(place, reasons)
     else:
-        pairing.dropped[reasons[0]] += 1
+        pairing.drop(place, reasons[0])
 
 
 def _objection(pair: Pair, margin: float | None, selection: Selection) -> str | None:

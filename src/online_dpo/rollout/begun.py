@@ -10,6 +10,7 @@ from typing import Any
 
 from online_dpo.errors import CheckpointError
 from online_dpo.pairing.rounds import latest
+from online_dpo.runs.plain_json import plain_or_named
 from online_dpo.types import Completion, Feedback, Group, Notes, Pair, Pairing, Prompt, Round, Scores, Verdicts
 
 
@@ -61,12 +62,16 @@ class BegunStep:
 
 @dataclass(frozen=True)
 class SavedRound:
-    """A `SampledRound` in a file, and what was said of its groups; ``None`` if they have yet to be assessed."""
+    """A `SampledRound` in a file, and what was said of its groups; ``None`` if they have yet to be assessed. ``lacked``
+    and ``notes`` are those of a `Round`.
+    """
 
     places: list[int]
     completions: list[tuple[Completion, ...]]
     seconds: float
     said: Scores | Verdicts | None
+    lacked: list[str] = field(default_factory=list)
+    notes: Notes | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,8 @@ class SavedStep:
     pairs: list[SavedPair]
     dropped: Mapping[str, int]
     left_out: Mapping[str, int]
+    reasons: list[str | None] = field(default_factory=list)
+    left_out_of: list[dict[str, int]] = field(default_factory=list)
 
     def is_of(self, prompts: Sequence[Prompt]) -> bool:
         """Whether these are the prompts of the step."""
@@ -130,12 +137,17 @@ class SavedStep:
         said = [_fitting(one.said, sampled.groups) for one, sampled in zip(self.rounds, rounds, strict=True)]
         _require(bool(rounds), "there is no round")
         further = tuple(
-            Round(one.places, one.groups, what) for one, what in zip(rounds[1:], said[1:], strict=True) if one.places
+            Round(one.places, one.groups, what, saved.lacked, saved.notes)
+            for saved, one, what in zip(self.rounds[1:], rounds[1:], said[1:], strict=True)
+            if one.places
         )
         feedback = Feedback(rounds[0].groups, said[0], seconds, further, self.notes)
         groups, _ = latest(feedback)
         pairs = [_pair(pair, groups) for pair in self.pairs]
-        return replace(feedback, pairing=Pairing(pairs, Counter(self.dropped), Counter(self.left_out)))
+        reasons = {place: reason for place, reason in enumerate(self.reasons) if reason is not None}
+        left_out_of = {place: Counter(left_out) for place, left_out in enumerate(self.left_out_of) if left_out}
+        pairing = Pairing(pairs, Counter(self.dropped), Counter(self.left_out), reasons, left_out_of)
+        return replace(feedback, pairing=pairing)
 
 
 def saved_step(begun: BegunStep) -> SavedStep:
@@ -167,21 +179,27 @@ def saved_step(begun: BegunStep) -> SavedStep:
         ],
         dropped=dict(pairing.dropped),
         left_out=dict(pairing.left_out),
+        reasons=[pairing.reasons.get(place) for place in range(len(prompts))],
+        left_out_of=[dict(pairing.left_out_of.get(place, {})) for place in range(len(prompts))],
     )
 
 
 def _saved_rounds(samples: Samples, feedback: Feedback | None) -> list[SavedRound]:
-    said = {} if feedback is None else {id(one.groups): one.said for one in feedback.further}
-    if feedback is not None:
-        said[id(feedback.groups)] = feedback.said
-    return [
-        SavedRound(one.places, [group.completions for group in one.groups], one.seconds, said.get(id(one.groups)))
-        for one in samples.rounds
-    ]
+    further = {} if feedback is None else {id(one.groups): one for one in feedback.further}
+    first = None if feedback is None else feedback.groups
+    saved = []
+    for one in samples.rounds:
+        later = further.get(id(one.groups))
+        said = feedback.said if feedback is not None and one.groups is first else None if later is None else later.said
+        lacked = [] if later is None else later.lacked
+        notes = None if later is None or later.notes is None else _plain_notes(later.notes)
+        completions = [group.completions for group in one.groups]
+        saved.append(SavedRound(one.places, completions, one.seconds, said, lacked, notes))
+    return saved
 
 
 def _plain_notes(notes: Notes) -> Notes:
-    """The notes with values that JSON has; others, which are only shown, become their text."""
+    """The notes with values that JSON has; of others, which are only shown, their type stays."""
     return Notes(notes.metrics, {name: [_plain(value) for value in values] for name, values in notes.columns.items()})
 
 
@@ -192,7 +210,7 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if type(value) is dict:
         return {str(key): _plain(item) for key, item in value.items()}
-    return str(value)
+    return plain_or_named(value)
 
 
 def _groups(prompts: Sequence[Prompt], places: Sequence[int], completions: Sequence[Any]) -> list[Group]:
@@ -214,6 +232,7 @@ def _fitting(said: Scores | Verdicts | None, groups: Sequence[Group]) -> Scores 
         tables = [
             scores.values,
             *scores.by_scorer.values(),
+            *scores.relative.values(),
             *([] if scores.normalized is None else [scores.normalized]),
         ]
         _require(
@@ -222,6 +241,12 @@ def _fitting(said: Scores | Verdicts | None, groups: Sequence[Group]) -> Scores 
     if isinstance(said, Verdicts):
         for preference, size in zip(said.preferences, sizes, strict=True):
             _require(preference is None or _are_two(preference.chosen, preference.rejected, size), "a preference")
+        _require(len(said.comparisons) in (0, len(sizes)), "comparisons are not those of each group")
+        for compared, size in zip(said.comparisons, sizes, strict=False):
+            _require(all(_are_two(one.first, one.second, size) for one in compared), "a comparison")
+    penalties = [[] if scores is None else scores.penalties, said.penalties if isinstance(said, Verdicts) else []]
+    fit = all(not table or [len(row) for row in table] == sizes for table in penalties)
+    _require(fit, "penalties are not of each completion")
     return said
 
 

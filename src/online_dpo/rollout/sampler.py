@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -14,6 +15,7 @@ from online_dpo.modeling.known_tokens import VocabularyCheck
 from online_dpo.rollout.engine import Engine
 from online_dpo.rollout.params import RolloutKey, SamplingParams
 from online_dpo.rollout.sync_check import SyncCheck
+from online_dpo.runs import events
 from online_dpo.types import Group, Prompt
 
 
@@ -67,8 +69,12 @@ class Sampler:
         Raises:
             OutOfSyncError: the engine's log-probabilities differ from the policy's by more than rounding.
         """
+        started = time.perf_counter()
         with self.autocast():
             self.engine.sync(self.policy, version)
+            if self.engine.has_own_weights:
+                seconds = time.perf_counter() - started
+                events.emit("sync", f"The engine has the weights of step {step}.", version=version, seconds=seconds)
             if self.engine.has_own_weights and self.sync_check.due(step):
                 self.sync_check.check(self.engine, self.policy, prompts, self.params, self.seed, step)
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from online_dpo.scoring.judge_registry import build_judge, check_judge, judge, pairwise_scorer
     from online_dpo.scoring.judges.adapters import FunctionJudge, JudgeScorer
     from online_dpo.scoring.judges.base import Judge
+    from online_dpo.scoring.judges.human import HumanJudge
     from online_dpo.scoring.judges.llm.judge import LLMJudge, check_share
     from online_dpo.scoring.judges.pairwise.judge import PairwiseModelJudge
     from online_dpo.scoring.judges.top_k import judge_the_top
@@ -40,6 +41,7 @@ __all__ = [
     "FunctionJudge",
     "FunctionScorer",
     "HTTPReward",
+    "HumanJudge",
     "Judge",
     "JudgeScorer",
     "LLMJudge",
@@ -74,6 +76,7 @@ _HOMES = {
     "FunctionJudge": "online_dpo.scoring.judges.adapters",
     "FunctionScorer": "online_dpo.scoring.rewards.function",
     "HTTPReward": "online_dpo.scoring.rewards.http",
+    "HumanJudge": "online_dpo.scoring.judges.human",
     "Judge": "online_dpo.scoring.judges.base",
     "JudgeScorer": "online_dpo.scoring.judges.adapters",
     "LLMJudge": "online_dpo.scoring.judges.llm.judge",

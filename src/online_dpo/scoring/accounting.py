@@ -17,7 +17,10 @@ from collections import Counter, deque
 from collections.abc import Sequence
 
 from online_dpo.errors import FeedbackStopped
+from online_dpo.runs.events import IN_EVENTS
+from online_dpo.runs.often import OFTEN
 from online_dpo.scoring.protocols import Counts, FailureCountingScorer, PointwiseScorer
+from online_dpo.stats.catalogue import Metric, describe
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +29,37 @@ WINDOW = 200
 
 MIN_QUESTIONS = 20
 """Fewest questions after which a share of failures can stop a run."""
+
+LLM, PAIRWISE = "with a language model as judge", "with a pairwise model as judge"
+describe(
+    "Judges",
+    Metric("judge/requests", "requests", "requests sent", "Work for the endpoint.", LLM),
+    Metric("judge/cached", "questions", "questions answered by the cache", "Work that was saved.", LLM),
+    Metric("judge/failed", "questions", "questions without an answer", "Mend the endpoint: see `max_failure_share`."),
+    Metric(
+        "judge/unparsable", "answers", "answers without a verdict", "Mend the template, or raise `max_tokens`.", LLM
+    ),
+    Metric("judge/too_long", "comparisons", "pairs longer than the model reads", "They have no preference.", PAIRWISE),
+    Metric("judge/input_tokens", "tokens", "tokens of the requests", "What an endpoint charges for.", LLM),
+    Metric("judge/output_tokens", "tokens", "tokens of the answers", "The same.", LLM),
+    Metric(
+        "judge/cost", "money", "tokens times their prices", "With `max_cost`, the run stops before it is spent.", LLM
+    ),
+    Metric("judge/seconds", "s", "time that was waited for preferences", "Its part of `time/scoring`."),
+    Metric(
+        "judge/position_bias",
+        "share",
+        "mean probability given to the answer that stood first",
+        "0.5 is fair. Near 0 or 1 the judge looks at the place: ask in both orders.",
+    ),
+    Metric(
+        "judge/disagreement_rate",
+        "share",
+        "pairs whose two orders have different winners / pairs asked in both",
+        "Noise of the judge. Near 1 it has no opinion.",
+        "where a judge is asked in both orders",
+    ),
+)
 
 RATES = {"disagreement_rate": ("disagreed", "both_orders"), "position_bias": ("preferred_first", "answered")}
 """Metric of each rate, and the names of the two counts whose quotient it is."""
@@ -96,7 +130,11 @@ class FailureWindow:
             if stops:
                 self._failures.clear()  # a caller that catches the error and continues starts with an empty window
         if is_first:
-            logger.warning("%s gave no usable answer, which is counted as a failure: %s", self._scorer, cause)
+            text = f"{self._scorer} gave no usable answer, which is counted as a failure: {cause}"
+            logger.warning("%s", text, extra={IN_EVENTS: True})
+        if cause is not None:
+            text = f"{self._scorer} gave no usable answer: {cause}"
+            OFTEN.tell("failure", self._scorer, text, failed=failed, asked=asked)
         if stops:
             raise FeedbackStopped(
                 f"{self._scorer} gave no usable answer to {failed} of the last {asked} questions, more than "

@@ -13,7 +13,7 @@ from online_dpo.scoring.accounting import ScoreFailures
 from online_dpo.scoring.judges.top_k import judge_the_top
 from online_dpo.scoring.judges.tournament import ComparisonCounter, find_preferences
 from online_dpo.scoring.penalties import NO_PENALTIES, Penalties
-from online_dpo.scoring.protocols import CountingScorer, Counts, PairwiseScorer, PointwiseScorer
+from online_dpo.scoring.protocols import CountingScorer, Counts, PairwiseScorer, PointwiseScorer, WaitingScorer
 from online_dpo.scoring.rewards.combine import score_groups
 from online_dpo.scoring.time_limit import time_limit
 from online_dpo.types import Group, Scores, Verdicts
@@ -84,6 +84,7 @@ class Assessor:
 
     def _assess(self, groups: Sequence[Group]) -> Scores | Verdicts:
         options = self._options()
+        self._begin()
         with time_limit(options.timeout):
             if self.judge is not None and not self.scorers:
                 return find_preferences(groups, self.judge, options.penalties)
@@ -122,8 +123,13 @@ class Assessor:
         """
         assert self.judge is not None
         options = self._options()
+        self._begin()
         with time_limit(options.timeout):
             return ComparisonCounter(self.judge, options.penalties)(comparisons)
+
+    def _begin(self) -> None:
+        if isinstance(self.judge, WaitingScorer):
+            self.judge.begin_assessment()
 
     def drain_counts(self) -> Counts:
         """Return the judge's counts since the last call, such as requests and failures, and reset them."""

@@ -8,12 +8,14 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
+from online_dpo.config.feedback import HUMAN
 from online_dpo.config.llm_judge import LLM
 from online_dpo.config.registry import Registry, RegistryError, made_once, nearest
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.modeling.loading import check_model_path
 from online_dpo.scoring.judges.adapters import FunctionJudge, JudgeScorer, form_of, takes, takes_lists
 from online_dpo.scoring.judges.base import Judge
+from online_dpo.scoring.judges.human import HumanJudge
 from online_dpo.scoring.judges.pairwise.judge import PairwiseModelJudge
 from online_dpo.scoring.protocols import PairwiseScorer
 
@@ -36,6 +38,8 @@ def judge(name: str) -> Callable[[Decorated], Decorated]:
     """
     if name == LLM:
         raise RegistryError(f"a judge cannot be named `{LLM}`: that means a language model. Take another name.")
+    if name == HUMAN:
+        raise RegistryError(f"a judge cannot be named `{HUMAN}`: that means people. Take another name.")
     return JUDGES.decorator(name, made_once)
 
 
@@ -54,6 +58,8 @@ def check_judge(judge: Any, argument: str) -> None:
     judge = registered_judge(judge)
     if judge == LLM:
         raise ValueError(f"A language model as `{argument}` needs settings: give `LLMJudge(model=..., ...)`.")
+    if judge == HUMAN:
+        return
     if isinstance(judge, str):
         if judge.startswith(("http://", "https://")):
             raise ValueError(
@@ -89,6 +95,8 @@ def pairwise_scorer(
     """
     judge = registered_judge(judge)
     check_judge(judge, "judge")
+    if judge == HUMAN:
+        raise TypeError("People as judge need a folder: give `HumanJudge(folder)`.")
     if isinstance(judge, PairwiseScorer):
         return judge
     if isinstance(judge, Judge) or takes_lists(judge):
@@ -97,14 +105,16 @@ def pairwise_scorer(
 
 
 def build_judge(judge: Any, tokenizer: PreTrainedTokenizerBase, args: OnlineDPOConfig) -> PairwiseScorer:
-    """Build the pairwise scorer of a run. A string is the path or hub name of a pairwise model, which is loaded and
-    moved to ``args.device``; everything else is converted by :func:`pairwise_scorer`.
+    """Build the pairwise scorer of a run. ``"human"`` asks people; another string is the path or hub name of a pairwise
+    model, which is loaded and moved to ``args.device``; everything else is converted by :func:`pairwise_scorer`.
 
     Raises:
         TypeError, ValueError, OSError: see :func:`check_judge` and :meth:`PairwiseModelJudge.load`.
     """
     judge = registered_judge(judge)
     check_judge(judge, "judge")
+    if judge == HUMAN:
+        return HumanJudge.from_config(args)
     if isinstance(judge, str):
         return PairwiseModelJudge.load(judge, args.device, max_failure_share=args.max_failure_share)
     kwargs: Any = args.chat_template_kwargs

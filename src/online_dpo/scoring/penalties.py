@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from online_dpo.config.trainer_config import OnlineDPOConfig
@@ -32,6 +33,17 @@ class Penalties:
         """The penalty of one completion."""
         unfinished = completion.finish_reason != "stop"
         return self.missing_eos * unfinished + self.per_token * len(completion.token_ids)
+
+    def parts(self, groups: Sequence[Group]) -> list[list[dict[str, float]]]:
+        """The penalties of each completion that are not 0, by name; an empty list where there is no penalty at all."""
+        if self == NO_PENALTIES:
+            return []
+        return [[self._parts(completion) for completion in group.completions] for group in groups]
+
+    def _parts(self, completion: Completion) -> dict[str, float]:
+        unfinished = completion.finish_reason != "stop"
+        named = {"missing_eos": self.missing_eos * unfinished, "length": self.per_token * len(completion.token_ids)}
+        return {name: penalty for name, penalty in named.items() if penalty}
 
     def shifted(self, probability: float, comparison: Group) -> float:
         """A judge's probability that the first of two completions is better, after the penalties of both.

@@ -100,6 +100,17 @@ class DiagnosingScorer(Protocol):
 
 
 @runtime_checkable
+class WaitingScorer(Protocol):
+    """Optional member of a judge that waits for people: it has so much time for each assessment, and a step without an
+    answer does not mean that the run has stalled.
+    """
+
+    def begin_assessment(self) -> None:
+        """Begin the time for the questions of an assessment, in this thread."""
+        ...
+
+
+@runtime_checkable
 class ChatTemplateScorer(Protocol):
     """Optional member of a scorer that renders conversational prompts with a chat template of its own."""
 

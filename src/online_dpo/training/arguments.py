@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from online_dpo.config.checking import EPOCH_FIELDS
+from online_dpo.config.feedback import HUMAN
 from online_dpo.config.hf_fields import check_output_dir
 from online_dpo.config.quantization import NEEDS_ADAPTER, check_sharded, quantised_as, settings_of, settings_of_model
 from online_dpo.config.requirements import problems
@@ -24,6 +25,7 @@ from online_dpo.rollout.vllm.client import VLLMClient
 from online_dpo.rollout.vllm.requests import vllm_sampling
 from online_dpo.rollout.weights.export import ADAPTERS_ALONE
 from online_dpo.scoring.judge_registry import check_judge, registered_judge
+from online_dpo.scoring.judges.human import check_patience
 from online_dpo.scoring.judges.llm.judge import check_share
 from online_dpo.scoring.protocols import ChatTemplateScorer, PointwiseScorer
 from online_dpo.scoring.registry import check_reward_columns, check_reward_path, check_scorers
@@ -114,6 +116,8 @@ def _check_feedback_given(reward_funcs: Any, judge: Any, args: OnlineDPOConfig) 
         check_judged_pairs(args)
         check_judge(judge, "judge")
         check_share(judge, args.world_size)
+        if judge == HUMAN:
+            check_patience(args)
 
 
 def _check_given(model: Any, train_dataset: Any, processing_class: Any) -> None:

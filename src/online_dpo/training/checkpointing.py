@@ -26,6 +26,7 @@ from online_dpo.checkpoints.writer import CheckpointWriter, Facts, Role
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.distributed.collectives import from_every_rank, from_first_rank
 from online_dpo.errors import CheckpointError, named_error
+from online_dpo.runs import events
 from online_dpo.training.run_identity import RunIdentity
 from online_dpo.training.torch_files import check_loads
 
@@ -36,7 +37,8 @@ class Checkpoints:
     """Reads and writes the checkpoints of a run, the same on every process.
 
     ``aside`` is the folder that stands for the run's folder while a checkpoint is written, else ``None``;
-    ``from_others`` says whether another number of processes wrote the one that was resumed.
+    ``from_others`` says whether another number of processes wrote the one that was resumed, ``passed_over`` why it is
+    none of the newer ones.
     """
 
     def __init__(self, args: OnlineDPOConfig, accelerator: Accelerator, state: Callable[[], TrainerState]) -> None:
@@ -45,6 +47,7 @@ class Checkpoints:
         self._needs = Needs(vars(args), accelerator.num_processes)
         self.identity = RunIdentity(args, _versions())
         self._hidden = self.from_others = False
+        self.passed_over = ""
         self.part = self._writer.part
 
     def _role(self) -> Role:
@@ -68,7 +71,7 @@ class Checkpoints:
         Raises:
             CheckpointError: there is no such checkpoint, or it is not whole, or not all that this run needs is in it.
         """
-        error, folder, self.from_others = None, None, False
+        error, folder, self.from_others, self.passed_over = None, None, False, ""
         try:
             if self._args.should_save:
                 recover(Path(str(self._args.output_dir)))
@@ -124,6 +127,7 @@ class Checkpoints:
         output_dir = Path(str(self._args.output_dir))
         choice = newest_whole(output_dir, self._needs)
         if choice.folder is not None:
+            self.passed_over = choice.reasons
             level = logging.WARNING if choice.passed_over else logging.INFO
             logger.log(level, "Resuming from %s%s", choice.folder, f", {choice.reasons}" if choice.passed_over else "")
             return str(choice.folder)
@@ -142,9 +146,13 @@ class Checkpoints:
         """
         self._writer.role = self._role()  # another one where this process stands in for others that are lost
         facts = Facts(versions=_versions(), extra=self.identity.extra())
-        with self._writer.writing(run_dir, self._state().global_step, facts) as folder:
-            yield folder
-            self._name_the_best(run_dir, folder)
+        try:
+            with self._writer.writing(run_dir, self._state().global_step, facts) as folder:
+                yield folder
+                self._name_the_best(run_dir, folder)
+        except CheckpointError as error:
+            events.emit("checkpoint", str(error), name=f"checkpoint-{self._state().global_step}", saved=False)
+            raise
 
     def _name_the_best(self, run_dir: Path, folder: Path) -> None:
         """Writes the state again, in which the parent has named the best checkpoint by its folder aside."""
@@ -160,7 +168,7 @@ class Checkpoints:
     def rotate(self, run_dir: Path) -> None:
         """Deletes checkpoints beyond ``save_total_limit``."""
         if self._args.should_save:
-            rotate(run_dir, self._args.save_total_limit, self._state().best_model_checkpoint)
+            _tell_removed(rotate(run_dir, self._args.save_total_limit, self._state().best_model_checkpoint))
 
     @contextmanager
     def hidden(self, run_dir: Path) -> Iterator[None]:
@@ -174,7 +182,7 @@ class Checkpoints:
             self._hidden = False
         best = self._state().best_model_checkpoint
         if self._args.should_save and best is not None and self._args.save_total_limit == 1:
-            keep_only(run_dir, best)
+            _tell_removed(keep_only(run_dir, best))
 
     def check_best(self) -> None:
         """Checks the best checkpoint before its weights are loaded.
@@ -192,6 +200,11 @@ class Checkpoints:
         if self._writer.aside is not None or not self._args.should_save:
             return nullcontext(folder)
         return replacing_model(folder)
+
+
+def _tell_removed(names: list[str]) -> None:
+    if names:
+        events.emit("checkpoint", f"{', '.join(names)} went (`save_total_limit`).", removed=names)
 
 
 def _versions() -> dict[str, str]:

@@ -17,20 +17,30 @@ from online_dpo.distributed.collectives import from_every_rank
 from online_dpo.errors import ForeignCodeError
 from online_dpo.evaluation.evaluator import FormPairs
 from online_dpo.foreign import foreign
-from online_dpo.pairing.rounds import latest, without_pair
+from online_dpo.pairing.rounds import latest, reasons
 from online_dpo.rollout.begun import Fetched, SampledRound, Samples
 from online_dpo.rollout.lookahead import Lookahead
 from online_dpo.rollout.opponent import Opponent, joined
 from online_dpo.rollout.params import RolloutKey, Stream
 from online_dpo.rollout.sampler import Sampler
+from online_dpo.runs import events
 from online_dpo.scoring.assess import Assessor
 from online_dpo.scoring.notes import noting
+from online_dpo.stats.catalogue import Metric, describe
 from online_dpo.training.metric_registry import METRICS, record_registered
-from online_dpo.training.metrics import record_counts, record_notes, record_pairs, record_resampling, record_rollout
+from online_dpo.training.metrics.agreement import record_agreement_with_labels
+from online_dpo.training.metrics.pairs import record_pairs, record_resampling
+from online_dpo.training.metrics.rollout import record_counts, record_notes, record_rollout
 from online_dpo.training.run_context import RunContext
-from online_dpo.types import Feedback, Pairing, Prompt, Round
+from online_dpo.types import Feedback, Pairing, Prompt, Round, Verdicts
 
 Batches = Iterator[dict[str, list[Any]]]
+
+describe(
+    "Prompts",
+    Metric("prompts", "prompts", "prompts read, over all ranks", "Equals `pairs/groups` plus all of `dropped/*`."),
+    Metric(CUT, "prompts", "prompts that were longer than they may be", "Raise `max_length` if there are many."),
+)
 
 
 class FeedbackCollector:
@@ -209,16 +219,18 @@ class FeedbackCollector:
         groups, assessment, places = first.groups, first.said, list(range(len(first.groups)))
         seconds, further = {**first.seconds}, first.further
         for number in range(1, self.args.resample_rounds + 1):
-            places = [places[i] for i in without_pair(groups, self.form_pairs(groups, assessment, step))]
+            why = reasons(groups, self.form_pairs(groups, assessment, step))
+            places = [place for place, reason in zip(places, why, strict=True) if reason is not None]
             if not places and self.run.accelerator.num_processes == 1:
                 break
             again = self._sample_round(samples, number, places, step)  # on every rank equally often
             groups = again.groups
-            with self.run.phase.stopwatch() as watch:
+            with self.run.phase.stopwatch() as watch, noting() as notes:
                 assessment = self.assessor.assess(groups)
             seconds = {"rollout": seconds["rollout"] + again.seconds, "scoring": seconds["scoring"] + watch.seconds}
             if places:
-                further += (Round(places, groups, assessment),)
+                lacked = [reason for reason in why if reason is not None]
+                further += (Round(places, groups, assessment, lacked, notes),)
         return replace(first, seconds=seconds, further=further)
 
     def _paired(self, feedback: Feedback, step: int) -> Feedback:
@@ -237,8 +249,17 @@ class FeedbackCollector:
         record_notes(metrics, feedback.notes)
         record_counts(metrics, self.assessor.drain_counts())
         record_pairs(metrics, len(feedback.groups), feedback.pairing)
+        groups, said = latest(feedback)
+        scores = said.scores if isinstance(said, Verdicts) else said
+        if scores is not None:
+            record_agreement_with_labels(metrics, groups, scores, feedback.pairing.pairs)
+        self.run.work.sampled(feedback, here=not self.sampler.engine.overlaps)
         if self.args.resample_rounds:
             record_resampling(metrics, feedback.further, feedback.pairing)
+        if feedback.further:
+            asked, left = len(feedback.further[0].places), feedback.pairing.dropped.total()
+            text = f"{asked} prompts without a pair were answered again; {left} still have none."
+            events.emit("resample", text, groups=asked, rescued=asked - left)
 
     def files(self, rank: int) -> Sequence[str]:
         """Returns the name of the file of the steps that have been begun ahead of training."""

@@ -39,8 +39,10 @@ from online_dpo.training.interrupt import Interrupt
 from online_dpo.training.learning_rate import LearningRateBackoff
 from online_dpo.training.log_state import LogState
 from online_dpo.training.metric_store import MetricStore
+from online_dpo.training.metrics.work import Work, cost_of
 from online_dpo.training.other_ranks import OtherRanks
 from online_dpo.training.passes import PassRunner
+from online_dpo.training.recording import Recording, tells_end
 from online_dpo.training.rescue import Rescue
 from online_dpo.training.resumed_random_state import ResumedRandomState
 from online_dpo.training.run_context import RunContext
@@ -87,14 +89,14 @@ class GuardedTrainer(Trainer):
             self.errors,
             self.metrics,
             self.phase,
+            Work(self.metrics, cost_of(model)),
             state=lambda: self.state,
             holds_evaluation_weights=lambda: self.evaluation_weights.held,
             prompts_read=self.resumed_random_state.restore,
             differs=lambda: self.checkpoints.identity.differs or self.checkpoints.from_others,
         )
         self.checkpoints = Checkpoints(args, self.accelerator, lambda: self.state)
-        self.run_state = RunState()
-        self.run_state.add(self.guard, self.log_state)
+        self.run_state = RunState(self.guard, self.log_state, self.recording)
 
     def _build_guards(self, args: OnlineDPOConfig) -> None:
         """Builds what watches over the run, in the order in which the callbacks among it are called."""
@@ -110,8 +112,10 @@ class GuardedTrainer(Trainer):
         self.add_callback(self.guard)
         self.updates = UpdatedRatio(lambda: self.guard.trained_steps, warns=not keeps_small_steps(args))
         self.add_callback(self.updates)
-        self.log_state = LogState(self.metrics)
+        self.log_state = LogState(self.metrics, self.accelerator.device)
         self.add_callback(self.log_state)
+        self.recording = Recording(args, self.accelerator, self.errors, lambda: self.state, self.log_state.is_in_step)
+        self.add_callback(self.recording)
         keeps_parts = self.sharding.splits_state or args.max_staleness > 0
         self.others = OtherRanks(watch_ranks(args.ddp_timeout), self.log_state, keeps_parts)
         self.add_callback(self.others)
@@ -130,6 +134,7 @@ class GuardedTrainer(Trainer):
             newest=lambda: next(reversed(by_age(Path(str(self.args.output_dir)))), None),
         )
 
+    @tells_end
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `transformers.Trainer.train`. ``resume_from_checkpoint=True`` goes on from the newest whole checkpoint;
         ``"auto"`` too, but it starts a run where there is none.
@@ -152,8 +157,10 @@ class GuardedTrainer(Trainer):
         self.configs.remember(self.model)  # pyright: ignore[reportArgumentType]
         displays = choose_displays(self)
         try:
-            with self.interrupt.handled(displays, self.args.stop_timeout), self.rescue.failures_leave_checkpoint():  # pyright: ignore
+            handled = self.interrupt.handled(displays, self.args.stop_timeout)  # pyright: ignore
+            with handled, self.rescue.failures_leave_checkpoint(), self.log_state.machine.gpu.watching():
                 checkpoint = self.checkpoints.begin(resume_from_checkpoint)
+                self.recording.begin(checkpoint, self.checkpoints.passed_over)
                 result = super().train(checkpoint, *args, **kwargs)
                 self.raise_callback_failure()
         finally:

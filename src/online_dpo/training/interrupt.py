@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from online_dpo.distributed.collectives import max_over_ranks, world_size
 from online_dpo.distributed.signals import Handled, StoppedBySignal, handling, is_interruption, name_of, write_now
 from online_dpo.errors import RankLostError, TrainingInterrupted, TrainingTerminated, named_error
+from online_dpo.runs import events
 from online_dpo.training.display.protocol import RunDisplay
 from online_dpo.training.stop_request import StopRequest
 
@@ -169,6 +170,10 @@ class Interrupt(TrainerCallback):
         return control
 
     def _stop(self, control: TrainerControl) -> None:
+        number = self.request.signal
+        assert number is not None
+        text = f"{name_of(number)}: the run stops after this step, with a checkpoint."
+        events.emit("stop", text, signal=number.name)
         control.should_save = True
         control.should_log = True  # otherwise metrics since the last log would be lost
         control.should_training_stop = True

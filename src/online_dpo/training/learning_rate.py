@@ -7,6 +7,20 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from online_dpo.runs import events
+from online_dpo.stats.catalogue import Metric, describe
+
+describe(
+    "Guards and weights",
+    Metric(
+        "guard/lr_factor",
+        "1",
+        "what the learning rate of the last step was multiplied by",
+        "How far skipped steps have lowered it. `learning_rate` has it in it.",
+        when="with `skipped_step_lr_factor`",
+    ),
+)
+
 
 class LearningRateBackoff(TrainerCallback):
     """Multiplies the learning rate by a factor after each skipped step, from which it recovers geometrically.
@@ -48,6 +62,10 @@ class LearningRateBackoff(TrainerCallback):
     def on_skip(self) -> None:
         """Count a skipped step."""
         self.debt += self.recovery if self.is_on else 0
+        if self.is_on:
+            factor = self.factor ** (self.debt / self.recovery)
+            text = f"The learning rate is {factor:.3g} of the schedule's for now, because a step was skipped."
+            events.emit("learning_rate", text, factor=factor)
 
     def in_log(self, logs: Mapping[str, float]) -> dict[str, float]:
         """Return the log of a step with the learning rate that was used, and by what the schedule's was multiplied."""
@@ -105,4 +123,6 @@ class LearningRateBackoff(TrainerCallback):
                 group["lr"] = rate
             self._scheduled = None
         if self._trains():
+            if self.debt == 1:
+                events.emit("learning_rate", "The learning rate is the schedule's again.", factor=1.0)
             self.debt = max(0, self.debt - 1)

@@ -25,7 +25,7 @@ from online_dpo.objective.beta import Beta
 from online_dpo.objective.inputs import LossOptions, PairLogprobs, pair_logprobs
 from online_dpo.packing.microbatches import passes_needed, split_pairs
 from online_dpo.packing.pack import as_inputs, by_group, pack_groups, pack_pairs, stand_in
-from online_dpo.training.metrics import STEP_KL, record_loss, trained_kl
+from online_dpo.training.metrics.loss import STEP_KL, record_loss, trained_kl
 from online_dpo.training.run_context import RunContext
 from online_dpo.types import Group, PackedRows, Pair, RowLogprobs
 
@@ -35,16 +35,17 @@ class PairLosses:
     """The loss of some rows, and what it was computed from.
 
     ``loss`` is a scalar, with gradient; ``loss_N`` has the loss of each pair; ``policy`` and ``reference`` are the
-    log-probabilities, ``reference`` is ``None`` for losses without one.
+    log-probabilities, ``reference`` is ``None`` for losses without one; ``beta`` is the one that was used.
     """
 
     loss: torch.Tensor
     loss_N: torch.Tensor
     policy: RowLogprobs
     reference: RowLogprobs | None
+    beta: float
 
     def outputs(self) -> dict[str, Any]:
-        """Returns all but the loss itself, by name."""
+        """Returns the tensors but for the loss itself, by name."""
         return {"loss_N": self.loss_N, "policy": self.policy, "reference": self.reference}
 
 
@@ -138,10 +139,11 @@ class ObjectiveStep:
         else:
             loss = total / num_items_in_batch * self.run.accelerator.num_processes
         if model.training:
+            self.run.work.trained(rows, reference is not None)
             record_loss(self.run.metrics, rows, policy, reference, loss_N, options.beta)
             if self.beta.adapts and reference is not None:
                 self.run.metrics.mean(STEP_KL, trained_kl(rows, policy, reference))
-        return PairLosses(loss, loss_N, policy, reference)
+        return PairLosses(loss, loss_N, policy, reference, options.beta)
 
     def _losses_of(self, pairs: PairLogprobs, options: LossOptions) -> torch.Tensor:
         """Returns the loss of each pair. Where it fails on one of several ranks, the others are in the same backward

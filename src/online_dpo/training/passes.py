@@ -14,6 +14,7 @@ from online_dpo.distributed.collectives import RankErrors, from_every_rank
 from online_dpo.modeling.memory import DoesNotFit
 from online_dpo.packing.microbatches import halve, token_count
 from online_dpo.packing.pack import stand_in
+from online_dpo.runs import events
 from online_dpo.training.metric_store import MetricStore
 from online_dpo.training.stopwatch import PhaseTimer
 from online_dpo.types import PackedRows
@@ -138,4 +139,5 @@ class PassRunner:
         self.tokens_that_fit = min([self.tokens_that_fit, *halves])
         if self._misfit is not None:
             what = "it is split in two" if self._misfit.pairs > 1 else "it is tried once more with what could be freed"
-            logger.warning("A pass of %d pairs ran out of memory; %s.", self._misfit.pairs, what)
+            text = f"A pass of {self._misfit.pairs} pairs ran out of memory; {what}."
+            events.warn(logger, "out_of_memory", text, pairs=self._misfit.pairs, tokens=self._misfit.tokens)

@@ -21,10 +21,23 @@ from online_dpo.checkpoints.codec import read_json, write_json
 from online_dpo.distributed.collectives import any_rank
 from online_dpo.distributed.sharding import NoSharding, Sharding
 from online_dpo.errors import NothingTrainedError, TrainingDivergedError, TrainingStalledError
+from online_dpo.runs import events
+from online_dpo.stats.catalogue import Metric, describe
 from online_dpo.training.learning_rate import LearningRateBackoff
 from online_dpo.training.trained import check_trained, warn_of_untrained
 
 logger = logging.getLogger(__name__)
+
+describe(
+    "Guards and weights",
+    Metric(
+        "guard/skipped_steps",
+        "steps",
+        "steps of the run that were skipped because something was not finite",
+        "Some are harmless; many in a row stop the run (`max_skipped_steps`).",
+    ),
+    Metric("guard/skipped_pairs", "pairs", "pairs in skipped steps", "What was lost by it.", "after a skipped step"),
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +59,7 @@ class StepGuard(TrainerCallback):
     not change parameters without a gradient, nor their state; a zero gradient would still apply weight decay and
     momentum.
 
+    ``skipped_step`` says whether the latest step had pairs and its update was left out, since it was not finite.
     ``trained_steps`` counts the steps that were made with a learning rate above 0; ``untrained`` counts the others of
     this process by reason, and ``idle`` those since the last trained step. All counts are the same on every rank.
 
@@ -83,7 +97,7 @@ class StepGuard(TrainerCallback):
         self.untrained: Counter[str] = Counter()
         self.idle: Counter[str] = Counter()
         self.skipped = self.skipped_in_a_row = 0
-        self.trains = False
+        self.trains = self.skipped_step = False
         self.backoff.begin_run()
         self._begin_step(num_pairs=0)
 
@@ -152,6 +166,7 @@ class StepGuard(TrainerCallback):
         if not finite or self._num_pairs == 0:
             self.sharding.drop_gradients(model)
         self.trains = finite and self._num_pairs > 0
+        self.skipped_step = not finite
         if finite:
             self.skipped_in_a_row = 0
             if not self.trains:
@@ -162,11 +177,9 @@ class StepGuard(TrainerCallback):
         self.skipped += 1
         self.backoff.on_skip()
         self.on_skip(self._num_pairs)
-        logger.warning(
-            "Step %d skipped: its loss or gradient is not finite (%d in a row).",
-            state.global_step + 1,
-            self.skipped_in_a_row,
-        )
+        step, in_a_row = state.global_step + 1, self.skipped_in_a_row
+        text = f"Step {step} skipped: its loss or gradient is not finite ({in_a_row} in a row)."
+        events.warn(logger, "skip", text, in_a_row=in_a_row, pairs=self._num_pairs)
 
     def on_optimizer_step(
         self,
@@ -181,6 +194,7 @@ class StepGuard(TrainerCallback):
             return
         if self.accelerator.optimizer_step_was_skipped:
             self._count_untrained("gradient beyond the range of fp16")
+            self.skipped_step = True
         elif all(group["lr"] == 0 for group in optimizer.param_groups):
             self._count_untrained("learning rate 0")
         else:
@@ -190,6 +204,7 @@ class StepGuard(TrainerCallback):
     def _count_untrained(self, reason: str) -> None:
         self.untrained[reason] += 1
         self.idle[reason] += 1
+        events.emit("idle", f"A step that trained nothing: {reason}.", reason=reason, in_a_row=self.idle.total())
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -219,12 +234,11 @@ class StepGuard(TrainerCallback):
         if idle and not self._warned_idle and state.is_world_process_zero:
             reasons = {name.partition("/")[2]: count for name, count in logs.items() if name.startswith("dropped/")}
             why = ", ".join(f"{reason} {count:.0f}" for reason, count in reasons.items() if count)
-            logger.warning(
-                "Nothing was trained since the last log, at step %d: none of %.0f prompts gave a pair (%s).",
-                state.global_step,
-                logs["prompts"],
-                why,
+            text = (
+                f"Nothing was trained since the last log, at step {state.global_step}: none of {logs['prompts']:.0f} "
+                f"prompts gave a pair ({why})."
             )
+            events.warn(logger, "idle", text, dropped=reasons)
         self._warned_idle = idle
 
     @property

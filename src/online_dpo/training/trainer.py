@@ -43,6 +43,7 @@ from online_dpo.modeling.reference import ReferenceSteps
 from online_dpo.objective.beta import Beta
 from online_dpo.scoring.judge_registry import build_judge
 from online_dpo.scoring.notes import noting
+from online_dpo.scoring.protocols import WaitingScorer
 from online_dpo.scoring.registry import build_scorers
 from online_dpo.training.arguments import (
     check_arguments,
@@ -64,13 +65,14 @@ from online_dpo.training.collector import FeedbackCollector
 from online_dpo.training.datasets import DatasetPreparer, check_reward_functions, next_batch
 from online_dpo.training.display.figures import in_order
 from online_dpo.training.hf_trainer import GuardedTrainer
-from online_dpo.training.metrics import STEP_KL
+from online_dpo.training.metrics.loss import STEP_KL
 from online_dpo.training.model_card import as_list, write_model_card
 from online_dpo.training.objective_step import ObjectiveStep
 from online_dpo.training.pair_former import PairFormer
 from online_dpo.training.reward_placement import build_assessor
 from online_dpo.training.run_facts import feedback_facts, model_facts, users_parts
 from online_dpo.training.same_run import check_same_data, check_same_models, same_settings
+from online_dpo.training.sample_views import with_ledger
 from online_dpo.training.trl_attributes import with_trl_attributes
 from online_dpo.types import Feedback, Group, PackedRows, Pair
 
@@ -216,6 +218,8 @@ class OnlineDPOTrainer(GuardedTrainer):
         """Builds the scorers and the judge that training uses, and the gold ones of evaluations."""
         args, state = self.args, lambda: self.state
         self.judge = None if judge is None else build_judge(judge, self.tokenizer, args)
+        if isinstance(self.judge, WaitingScorer):
+            self.guard.max_idle_steps = None  # where nobody votes, the run has not stalled
         self.scorers = (
             [] if reward_funcs is None else build_scorers(reward_funcs, processing_classes, args, state=state)
         )
@@ -244,6 +248,8 @@ class OnlineDPOTrainer(GuardedTrainer):
             self.gold,
             self.reference.models,
         )
+        self.ledger = with_ledger(self)
+        self.recording.describe(self.ledger, self.policy, self.reference.description, self._sources())
         self.run_state.add(self.collector, self.reference, self.adaptive_beta)
 
     def _identify(self, peft_config: Any, ref_model: Any, parts: dict[str, Any]) -> None:
@@ -272,6 +278,7 @@ class OnlineDPOTrainer(GuardedTrainer):
         self.raise_callback_failure()
         pairing, num_fetched = self.collector.collect(epoch_iterator, num_batches)
         self.last_feedback = self.collector.last
+        self.ledger.begin_step(self.last_feedback)
         self.passes.begin_step()
         micro_batches = self.objective.pack(self.model, pairing.pairs, num_fetched)  # pyright: ignore[reportArgumentType]
         num_pairs, weight = self.objective.totals(pairing.pairs)
@@ -290,6 +297,7 @@ class OnlineDPOTrainer(GuardedTrainer):
         losses = self.objective.losses(model, rows, num_items_in_batch)
         if model.training:
             self.guard.saw_loss(losses.loss)
+            self.ledger.saw_pass(inputs["rows"], losses)
         return (losses.loss, losses.outputs()) if return_outputs else losses.loss
 
     # --- evaluation -------------------------------------------------------------------------------------------------

@@ -14,8 +14,19 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from online_dpo.distributed.weights import part
+from online_dpo.stats.catalogue import Metric, describe
 
 logger = logging.getLogger(__name__)
+
+describe(
+    "Guards and weights",
+    Metric(
+        "train/updated_ratio",
+        "share",
+        "weights that have changed since the last log / weights, in a fixed sample of about 65 000 trained ones",
+        "Near 1 in fp32; near 0 in bf16, updates are rounded away. Embeddings of tokens that did not occur stay.",
+    ),
+)
 
 SAMPLE = 1 << 16
 """Approximate number of weights in the sample."""

@@ -101,6 +101,7 @@ def test_choices_are_checked() -> None:
 def test_the_groups_of_the_configuration_are_its_base_classes() -> None:
     assert config_classes() == [
         ("online_dpo.config.training", "TrainingFields"),
+        ("online_dpo.config.recording", "RecordingFields"),
         ("online_dpo.config.sampling", "SamplingFields"),
         ("online_dpo.config.data", "DataFields"),
         ("online_dpo.config.feedback", "FeedbackFields"),

@@ -104,7 +104,7 @@ def test_each_evaluation_dataset_is_watched_for_itself(tmp_path, caplog):
 
 
 def record(scores, gold, win=None, gold_win=None):
-    return EvalRecord(scores, None, win, (0.5,), (), (0.1,), (3,), (True,), gold=GoldRecord(gold, gold_win))
+    return EvalRecord(scores, None, win, (0.5,), (), (0.1,), (3, 4), (True,), gold=GoldRecord(gold, gold_win))
 
 
 def test_gold_metrics_by_hand():

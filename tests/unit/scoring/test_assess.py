@@ -40,7 +40,9 @@ def test_scorers_give_numbers_by_weight_less_penalties():
     assessment = Assessor(scorers, options=having(weights=[2.0, 0.5], penalties=Penalties(missing_eos=10.0))).assess(
         groups()
     )
-    assert assessment == Scores([[4.5, 6.5, 2.5], [-5.5, 2.5, 6.5]], {"lengths": LENGTHS, "one": [[1.0] * 3] * 2})
+    by_scorer = {"lengths": LENGTHS, "one": [[1.0] * 3] * 2}
+    weights, penalties = {"lengths": 2.0, "one": 0.5}, [[{}, {}, {}], [{"missing_eos": 10.0}, {}, {}]]
+    assert assessment == Scores([[4.5, 6.5, 2.5], [-5.5, 2.5, 6.5]], by_scorer, weights=weights, penalties=penalties)
 
 
 def test_a_judge_gives_preferences():
@@ -53,7 +55,9 @@ def test_a_judge_gives_preferences():
 def test_a_judge_beside_scorers_sees_the_highest_scores():
     assessor = Assessor([FunctionScorer(lengths, "lengths")], FunctionJudge(shorter), having(judge_top=2))
     assessment = assessor.assess(groups())
-    assert isinstance(assessment, Verdicts) and assessment.scores == Scores(LENGTHS, {"lengths": LENGTHS})
+    assert isinstance(assessment, Verdicts) and assessment.scores == Scores(
+        LENGTHS, {"lengths": LENGTHS}, weights={"lengths": 1.0}
+    )
     # the two longest meet, the shorter of them wins; the shortest of all is the rejected one, whatever the judge likes
     assert [(p.chosen, p.rejected) for p in assessment.preferences if p] == [(0, 2), (0, 1)]
 

@@ -21,6 +21,7 @@ from online_dpo.cli.runfile.references import Reference, parse_reference
 from online_dpo.cli.runfile.run_file import GOLD_REWARDS, MODEL_FILES, RunChecker, holds_model
 from online_dpo.cli.runfile.schema import FieldSpec, load_fields, read_fields_of
 from online_dpo.config import requirements
+from online_dpo.config.feedback import HUMAN
 from online_dpo.config.hf_ranges import LARGEST
 
 HELP = "online-dpo eval --help"
@@ -195,7 +196,9 @@ class EvalChecker(RunChecker):
 
     def _judged_by(self, name: str) -> Iterator[str]:
         self.scored_by = name
-        if self._given(name):
+        if self.values.get(name) == HUMAN:
+            yield f"{self._where(name)}: people are asked in training alone. Give another --judge or --reward."
+        elif self._given(name):
             yield from self._judge(name)
 
     def _rewards_of_run(self, functions: str, model: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Plans for the judges that a run file can name without code: ``llm``, and the folder of a pairwise model."""
+"""Plans for the judges that a run file can name without code: ``llm``, ``human``, and a pairwise model's folder."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from online_dpo.cli.runfile.schema import FieldSpec, read_fields_of
 from online_dpo.cli.runfile.values import BadValue, convert
+from online_dpo.config.feedback import HUMAN
 from online_dpo.config.llm_judge import TEMPLATES, JudgeSettings
 from online_dpo.config.model_folder import WrongFolder, folder_problem, read_object
 from online_dpo.config.pairwise_judge import OPTIONS, check_options, pairwise_kind
@@ -29,11 +30,24 @@ class BuiltInJudge:
 
     >>> BuiltInJudge(folder=None, options={"model": "gpt-4.1-mini"})
 
-    ``folder`` is that of a pairwise model; if it is ``None``, the judge is a language model behind an endpoint.
+    ``folder`` is that of a pairwise model; if it is ``None``, the judge is a language model behind an endpoint, or,
+    if ``human``, people who vote in the dashboard.
     """
 
     folder: Path | None
     options: dict[str, Any]
+    human: bool = False
+
+
+def plan_built_in(name: str, model: Path | None, given: dict[str, Any], folders: Sequence[Path]) -> BuiltInJudge:
+    """Check the settings of a judge: of the pairwise model in the folder ``model``, else of ``llm`` or ``human``.
+
+    Raises:
+        ValueError: see `plan_pairwise_model`, `plan_human`, `plan_llm`.
+    """
+    if model is not None:
+        return plan_pairwise_model(model, given)
+    return plan_human(given) if name == HUMAN else plan_llm(given, folders)
 
 
 def plan_llm(given: dict[str, Any], folders: Sequence[Path]) -> BuiltInJudge:
@@ -52,6 +66,17 @@ def plan_llm(given: dict[str, Any], folders: Sequence[Path]) -> BuiltInJudge:
         raise ValueError("`judge_kwargs` needs at least `model`, the judging model's name at the endpoint.")
     JudgeSettings(**options).check_environment()
     return BuiltInJudge(None, options)
+
+
+def plan_human(given: dict[str, Any]) -> BuiltInJudge:
+    """Check that people as judge have been given no settings.
+
+    Raises:
+        ValueError: there are some.
+    """
+    if given:
+        raise ValueError("people take no `judge_kwargs`; `human_timeout` says how long a step waits for their votes.")
+    return BuiltInJudge(None, {}, human=True)
 
 
 def plan_pairwise_model(folder: Path, given: dict[str, Any]) -> BuiltInJudge:

@@ -77,6 +77,7 @@ GROUPS = {
     "plugins": "Python files that add losses, strategies, methods, engines, rewards, judges and metrics",
     "guards": "conditions that stop a run",
     "checkpoints": "what is refused, or not, where a folder holds checkpoints",
+    "record": "what a run writes down of itself",
     "ray": "processes on a Ray cluster",
 }
 """Groups of fields and their headings, in the order of the help text."""

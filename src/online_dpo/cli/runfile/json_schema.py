@@ -23,6 +23,7 @@ from online_dpo.cli.runfile.run_config import COUNTS
 from online_dpo.cli.runfile.run_file import JSON_TEXTS, JUDGES, SCORERS
 from online_dpo.cli.runfile.schema import FieldSpec, load_fields, read_fields_of
 from online_dpo.cli.runfile.values import FALSE_WORDS, TRUE_WORDS, alternatives, type_name
+from online_dpo.config.feedback import HUMAN
 from online_dpo.config.hf_ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, RANGES, Range
 from online_dpo.config.llm_judge import ABOVE_ZERO, AT_LEAST_ONE, LLM, NOT_NEGATIVE, TEMPLATES
 from online_dpo.config.registry import KINDS
@@ -36,7 +37,7 @@ EXTENDABLE = tuple(KINDS)
 """Fields to whose names plugins add."""
 SUGGESTED = (*JUDGES, "template")
 """Fields that accept any text, such as a path, in addition to their choices."""
-CHOICES_ELSEWHERE = {"report_to": ("none", "all", *TRACKERS, ""), **dict.fromkeys(JUDGES, (LLM,))}
+CHOICES_ELSEWHERE = {"report_to": ("none", "all", *TRACKERS, ""), **dict.fromkeys(JUDGES, (LLM, HUMAN))}
 """Choices of fields that are not defined with the field."""
 
 DIGITS = r"\d(_?\d)*"

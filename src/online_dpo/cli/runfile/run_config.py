@@ -61,10 +61,11 @@ class RunConfig:
     registers. A file is looked for in the run file's folder first, then in the working folder."""
 
     judge: str | None = None
-    """A judge that compares two completions: `llm` (a language model behind an endpoint), the folder of a pairwise
-    model (PairRM, a sequence classifier, a language model that answers with a letter), or your own as `file.py:name`
-    or `package.module:name`, or by the name that a plugin registers: a function `f(prompt, first, second)` that gives
-    the probability that the first is better, or an object. A class is called without arguments."""
+    """A judge that compares two completions: `llm` (a language model behind an endpoint), `human` (people, who vote in
+    `online-dpo dashboard` while the run waits, see `human_timeout`), the folder of a pairwise model (PairRM, a sequence
+    classifier, a language model that answers with a letter), or your own as `file.py:name` or `package.module:name`, or
+    by the name that a plugin registers: a function `f(prompt, first, second)` that gives the probability that the first
+    is better, or an object. A class is called without arguments."""
 
     judge_kwargs: dict[str, Any] | None = None
     """Settings of `judge: llm`, such as `{model: gpt-4.1-mini, rubric_file: rubric.txt, max_cost: 5}` (all of them:

@@ -13,7 +13,7 @@ from typing import Any
 
 from online_dpo.checkpoints.choice import AUTO, newest_whole, none_found, problem_of_named
 from online_dpo.checkpoints.needed import Needs
-from online_dpo.cli.judging.plan import BuiltInJudge, plan_llm, plan_pairwise_model
+from online_dpo.cli.judging.plan import BuiltInJudge, plan_built_in
 from online_dpo.cli.runfile.data_fields import data_problems
 from online_dpo.cli.runfile.entries import COMMAND_LINE, Entry, UsageError, read_overrides, read_run_file, read_values
 from online_dpo.cli.runfile.model_options import ignored_options, model_init_kwargs, model_problems
@@ -24,6 +24,7 @@ from online_dpo.cli.runfile.references import Reference, parse_module, parse_ref
 from online_dpo.cli.runfile.run_config import COUNTS, RunConfig
 from online_dpo.cli.runfile.schema import load_fields
 from online_dpo.config import requirements
+from online_dpo.config.feedback import HUMAN
 from online_dpo.config.hf_ranges import absurd, out_of_range, shown
 from online_dpo.config.input import MAPPINGS, mapping_from_text
 from online_dpo.config.llm_judge import LLM
@@ -320,13 +321,13 @@ class RunChecker:
         text, options = self.values[name], self.values.get(f"{name}_kwargs") or {}
         folders = self._folders(name)
         candidates = [folder / Path(os.path.expanduser(text)) for folder in folders]
-        model = None if text == LLM else next((path for path in candidates if path.is_dir()), None)
-        if text != LLM and model is None:
+        model = next((path for path in candidates if path.is_dir() and text not in (LLM, HUMAN)), None)
+        if text not in (LLM, HUMAN) and model is None:
             if ":" not in text and not self._may_be_registered(text):
                 places = " or ".join(dict.fromkeys(map(str, candidates)))
                 yield (
-                    f"{self._where(name)}: `{name}` is {text!r}, but there is no folder {places}. Give `llm`, the "
-                    "folder of a pairwise model on this disk, `file.py:name` or `package.module:name`."
+                    f"{self._where(name)}: `{name}` is {text!r}, but there is no folder {places}. Give `llm`, "
+                    "`human`, the folder of a pairwise model on this disk, `file.py:name` or `package.module:name`."
                 )
                 return
             yield from self._references(name)
@@ -337,7 +338,7 @@ class RunChecker:
             return  # they are not a mapping, which has been reported
         where = self._where(f"{name}_kwargs" if options else name)
         try:
-            self.judges[name] = plan_llm(options, folders) if model is None else plan_pairwise_model(model, options)
+            self.judges[name] = plan_built_in(text, model, options, folders)
         except ValueError as problem:
             yield f"{where}: `{name}: {text}`: {problem}"
 
@@ -386,7 +387,7 @@ def judge_of_run(path: Path) -> BuiltInJudge:
     checker = RunChecker(entries, read_values(entries, load_fields(), problems, "online-dpo train --help"), path)
     problems += [*checker.judge_problems("judge")]
     judge = checker.judges.get("judge")
-    if not problems and not isinstance(judge, BuiltInJudge):
+    if not problems and (not isinstance(judge, BuiltInJudge) or judge.human):
         problems.append(f"{path}: wanted: `judge: llm`, or `judge` with the folder of a pairwise model.")
     if problems:
         raise UsageError(problems)

@@ -100,6 +100,8 @@ def _feedback(plan: RunPlan, given: dict[str, Any]) -> str:
 def _judge(judge: Reference | RegisteredName | BuiltInJudge) -> str:
     if isinstance(judge, (Reference, RegisteredName)):
         return judge.text
+    if judge.human:
+        return "people, who vote in `online-dpo dashboard`"
     return str(judge.options["model"] if judge.folder is None else judge.folder)
 
 

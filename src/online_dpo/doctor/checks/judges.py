@@ -30,6 +30,8 @@ def judge(case: Case) -> Iterator[Finding]:
     """Asks the judge about two answers."""
     if case.subject.llm_judge is not None and (case.args.judge_top or not case.subject.has_rewards):
         yield from _ask(case, JudgeSettings(**case.subject.llm_judge))
+    elif case.subject.asks_people:
+        yield ok("people compare, in the dashboard: `online-dpo dashboard`")
     elif case.subject.quick or case.trainer.judge is None:
         yield ok("no judge is asked over HTTP")
     else:

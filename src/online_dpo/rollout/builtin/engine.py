@@ -35,6 +35,7 @@ from online_dpo.rollout.builtin.decoding import Decoder, StepwiseDecoder, can_de
 from online_dpo.rollout.builtin.sampling import next_tokens, token_logprobs
 from online_dpo.rollout.builtin.static_decoding import StaticBuffers, StaticDecoder, can_be_static
 from online_dpo.rollout.params import RolloutKey, SamplingParams
+from online_dpo.runs import events
 from online_dpo.types import Completion, Group, Prompt
 
 logger = logging.getLogger(__name__)
@@ -178,12 +179,13 @@ class TransformersEngine:
         self.release()
         if prompts_at_once == 1 and self._path == STATIC:
             self._path = DYNAMIC
-            logger.warning("Sampling ran out of memory; it goes on with %s.", PATH_NAMES[DYNAMIC])
+            events.warn(logger, "out_of_memory", f"Sampling ran out of memory; it goes on with {PATH_NAMES[DYNAMIC]}.")
             return
         if prompts_at_once == 1:
             raise self._does_not_fit(num_completions)
         self.batch_size = max(1, prompts_at_once // 2) * num_completions
-        logger.warning("Sampling ran out of memory; decoding %d completions at a time from now on.", self.batch_size)
+        text = f"Sampling ran out of memory; decoding {self.batch_size} completions at a time from now on."
+        events.warn(logger, "out_of_memory", text, completions=self.batch_size)
 
     def _does_not_fit(self, num_completions: int) -> DoesNotFit:
         return DoesNotFit(

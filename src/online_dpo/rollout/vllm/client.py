@@ -16,6 +16,7 @@ from online_dpo.config.endpoints import read_key
 from online_dpo.distributed.waiting import waiting_for
 from online_dpo.errors import RolloutServerError, error_text, named_error
 from online_dpo.rollout.vllm.key import VARIABLE
+from online_dpo.runs.often import OFTEN
 
 T = TypeVar("T")
 
@@ -137,6 +138,7 @@ class VLLMClient:
                     f"{self.url}{path} has failed for {self.timeout:g} seconds; last cause: {cause}. Start the server "
                     "with `online-dpo serve`, or raise `vllm_server_timeout` if it needs longer."
                 )
+            OFTEN.tell("retry", self.url, f"{self.url}{path} failed and is asked again: {cause}", seconds=pause)
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 

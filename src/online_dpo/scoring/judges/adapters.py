@@ -21,9 +21,12 @@ from online_dpo.scoring.accounting import FailureWindow
 from online_dpo.scoring.event_loop import submit, wait_for
 from online_dpo.scoring.judges.base import NO_ANSWER, Judge, PreferenceJudge
 from online_dpo.scoring.protocols import as_number, chat_messages, check_comparisons, describe, flat_list
+from online_dpo.scoring.questions import keep_questions, texts_of
 from online_dpo.scoring.rewards.function import is_async_function
 from online_dpo.scoring.time_limit import await_in_time, call_in_time
-from online_dpo.types import Group, Prompt
+from online_dpo.types import Group, Prompt, Question
+
+IS_NAN = "its preference is nan"
 
 
 class FunctionJudge(PreferenceJudge):
@@ -74,7 +77,14 @@ class FunctionJudge(PreferenceJudge):
             if self._is_async
             else [self._call(comparison) for comparison in comparisons]
         )
-        return [self._checked_probability(value) for value in returned]
+        return [self._kept(comparison, value) for comparison, value in zip(comparisons, returned, strict=True)]
+
+    def _kept(self, comparison: Group, returned: Any) -> float | None:
+        """The probability that the function returned, which is told to the record of the run."""
+        probability = self._checked_probability(returned)
+        failure = None if probability is not None or returned is None else IS_NAN
+        keep_questions(texts_of(comparison), [Question(False, probability, failure=failure)])
+        return probability
 
     def _call(self, comparison: Group) -> Any:
         arguments = _arguments(comparison)
@@ -111,7 +121,7 @@ class FunctionJudge(PreferenceJudge):
             return None
         number = as_number(value)
         if number is not None and math.isnan(number):
-            self._failures.add("its preference is nan")
+            self._failures.add(IS_NAN)
             return None
         if number is not None and 0 <= number <= 1:
             self._failures.add(None)

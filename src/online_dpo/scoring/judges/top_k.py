@@ -49,9 +49,10 @@ def judge_the_top(
         elif len(scored) > 1:
             first, second, *_ = scored
             preferences[p] = Preference(first, second, 0.5)  # all texts are the same
-    for p, preference in run_tournaments(groups, tournaments, compare).items():
+    results, made = run_tournaments(groups, tournaments, compare)
+    for p, preference in results.items():
         preferences[p] = preference
-    return Verdicts(preferences, compare.comparisons, compare.unanswered, scores)
+    return Verdicts(preferences, compare.comparisons, compare.unanswered, scores, made, penalties.parts(groups))
 
 
 def _best_of_top_against_worst(entrants: list[int], top: int) -> Tournament:

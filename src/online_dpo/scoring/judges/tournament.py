@@ -19,16 +19,17 @@ from online_dpo.errors import ScoringError
 from online_dpo.foreign import among_rows, foreign
 from online_dpo.scoring.penalties import NO_PENALTIES, Penalties
 from online_dpo.scoring.protocols import PairwiseScorer, describe, flat_list, is_own
+from online_dpo.scoring.questions import keeping_questions
 from online_dpo.scoring.time_limit import call_in_time
-from online_dpo.types import Group, Preference, Verdicts
+from online_dpo.types import Comparison, Group, Preference, Question, Verdicts
 
-Comparison = tuple[int, int]
+Contest = tuple[int, int]
 """The indices of two completions of a group."""
 
 Answers = list[float | None]
 """For each comparison, the probability that its first completion is better; ``None`` without an answer."""
 
-Tournament = Generator[list[Comparison], Answers, Preference | None]
+Tournament = Generator[list[Contest], Answers, Preference | None]
 """The rounds of one group: yields comparisons, receives their answers, returns the preference."""
 
 
@@ -36,7 +37,8 @@ class ComparisonCounter:
     """Compares completions with a judge, checks its answers, and counts comparisons and missing answers.
 
     The judge is not asked about two completions with the same text. ``penalties`` are subtracted from the log-odds of
-    its answers (see `Penalties.shifted`).
+    its answers (see `Penalties.shifted`). ``questions`` has what the judge tells of each comparison of the latest call,
+    ``None`` where it was not asked.
     """
 
     def __init__(self, judge: PairwiseScorer, penalties: Penalties = NO_PENALTIES) -> None:
@@ -44,6 +46,7 @@ class ComparisonCounter:
         self._penalties = penalties
         self.comparisons = 0
         self.unanswered = 0
+        self.questions: list[tuple[Question, ...] | None] = []
 
     def __call__(self, comparisons: Sequence[Group]) -> Answers:
         """Return the probability that the first completion of each comparison is better; 0.5 for the same text.
@@ -57,12 +60,14 @@ class ComparisonCounter:
             if comparison.completions[0].text != comparison.completions[1].text
         ]
         answers: Answers = [0.5] * len(comparisons)
+        self.questions = [None] * len(comparisons)
         if asked:
             different = [comparisons[i] for i in asked]
-            with foreign(f"Judge `{self._judge.name}`", lambda: among_rows(different)):
+            with foreign(f"Judge `{self._judge.name}`", lambda: among_rows(different)), keeping_questions() as told:
                 returned = self._prefer(different)
             for i, answer in zip(asked, self._checked_list(returned, len(asked)), strict=True):
                 answers[i] = self._checked_probability(answer)
+                self.questions[i] = told.of(comparisons[i])
         self.comparisons += len(asked)
         self.unanswered += sum(answers[i] is None for i in asked)
         return [
@@ -112,23 +117,32 @@ def find_preferences(groups: Sequence[Group], judge: PairwiseScorer, penalties: 
     preferences: list[Preference | None] = [Preference(0, 1, 0.5)] * len(groups)  # if all texts are the same
     entrants = {p: distinct_completions(group, range(len(group.completions))) for p, group in enumerate(groups)}
     tournaments = {p: _best_against_worst(indices) for p, indices in entrants.items() if len(indices) > 1}
-    for p, preference in run_tournaments(groups, tournaments, compare).items():
+    results, made = run_tournaments(groups, tournaments, compare)
+    for p, preference in results.items():
         preferences[p] = preference
-    return Verdicts(preferences, compare.comparisons, compare.unanswered)
+    return Verdicts(
+        preferences, compare.comparisons, compare.unanswered, comparisons=made, penalties=penalties.parts(groups)
+    )
 
 
 def run_tournaments(
     groups: Sequence[Group], tournaments: Mapping[int, Tournament], compare: ComparisonCounter
-) -> dict[int, Preference | None]:
-    """Run all tournaments to their end and return their results. The keys are indices of groups.
+) -> tuple[dict[int, Preference | None], list[tuple[Comparison, ...]]]:
+    """Run all tournaments to their end and return their results, and the comparisons that were asked in each group.
+    The keys are indices of groups.
 
     The next rounds of all tournaments are one call of the judge.
     """
     results: dict[int, Preference | None] = {}
+    made: list[list[Comparison]] = [[] for _ in groups]
     waiting = {p: next(tournament) for p, tournament in tournaments.items()}
     while waiting:
         comparisons = [(p, comparison) for p, requested in waiting.items() for comparison in requested]
-        answers = iter(compare([_comparison_group(groups[p], comparison) for p, comparison in comparisons]))
+        answered = compare([_comparison_group(groups[p], comparison) for p, comparison in comparisons])
+        for (p, contest), answer, questions in zip(comparisons, answered, compare.questions, strict=True):
+            if questions is not None:
+                made[p].append(Comparison(*contest, answer, questions))
+        answers = iter(answered)
         answers_of = {p: [next(answers) for _ in requested] for p, requested in waiting.items()}
         waiting = {}
         for p, answers_of_round in answers_of.items():
@@ -136,16 +150,16 @@ def run_tournaments(
                 waiting[p] = tournaments[p].send(answers_of_round)
             except StopIteration as end:
                 results[p] = end.value
-    return results
+    return results, [tuple(of_group) for of_group in made]
 
 
 class Rounds:
     """The comparisons that one group's tournament has made so far, and which completions go on."""
 
     def __init__(self) -> None:
-        self._answers: dict[Comparison, float | None] = {}
+        self._answers: dict[Contest, float | None] = {}
 
-    def play(self, comparisons: list[Comparison]) -> Generator[list[Comparison], Answers, None]:
+    def play(self, comparisons: list[Contest]) -> Generator[list[Contest], Answers, None]:
         """Request a round of comparisons and record their answers."""
         self._answers.update(zip(comparisons, (yield comparisons), strict=True))
 
@@ -167,7 +181,7 @@ class Rounds:
         answer = self._answers[best, worst]
         return None if answer is None else Preference(best, worst, answer)
 
-    def _results(self, entrants: list[int]) -> list[Comparison]:
+    def _results(self, entrants: list[int]) -> list[Contest]:
         """(winner, loser) of each comparison between adjacent entrants; comparisons without an answer are left out."""
         answers = {comparison: self._answers[comparison] for comparison in adjacent_pairs(entrants)}
         return [
@@ -196,7 +210,7 @@ def _best_against_worst(entrants: list[int]) -> Tournament:
     return (yield from rounds.final(best, worst))
 
 
-def adjacent_pairs(entrants: Sequence[int]) -> list[Comparison]:
+def adjacent_pairs(entrants: Sequence[int]) -> list[Contest]:
     """The comparisons of a round: the first entrant with the second, the third with the fourth, and so on."""
     return list(zip(entrants[0::2], entrants[1::2], strict=False))
 
@@ -215,6 +229,6 @@ def distinct_completions(group: Group, indices: Sequence[int]) -> list[int]:
     return list(first.values())
 
 
-def _comparison_group(group: Group, comparison: Comparison) -> Group:
+def _comparison_group(group: Group, comparison: Contest) -> Group:
     first, second = comparison
     return Group(group.prompt, (group.completions[first], group.completions[second]))

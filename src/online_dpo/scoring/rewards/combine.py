@@ -39,7 +39,8 @@ def score_groups(
     A score is missing (``None``) if any scorer gave ``nan`` or an infinity. A scorer that gave ``None`` for every
     completion of a group does not apply to that prompt and is left out of the sum; ``None`` for only some completions
     means that their scores are missing. If no scorer applies, all scores are missing. ``by_scorer`` has each scorer's
-    raw scores, with ``None`` for numbers that are not finite, under the scorer's name (``f``, ``f_2`` if names repeat).
+    raw scores, with ``None`` for numbers that are not finite, under the scorer's name (``f``, ``f_2`` if names repeat);
+    ``weights`` and ``relative`` have the same names.
 
     ``async`` scorers run at the same time as each other and as the other scorers. ``on_scores`` is called with each
     scorer and its raw scores.
@@ -57,15 +58,18 @@ def score_groups(
         on_scores(scorer, scores)
     kinds = [normalization] * len(scorers) if isinstance(normalization, str) else normalization
     values = _sums(groups, raw, weights, penalties)
-    normalized = None
+    names, relative, normalized = unique_names(scorers), raw, None
     if any(kind == "group" for kind in kinds):
         relative = [_normalized(scores, kind) for scores, kind in zip(raw, kinds, strict=True)]
         normalized = _where_reported(values, _sums(groups, relative, weights, penalties))
-    by_scorer = {
-        name: [[_finite(value) for value in row] for row in scores]
-        for name, scores in zip(unique_names(scorers), raw, strict=True)
-    }
-    return Scores(values, by_scorer, normalized)
+    return Scores(
+        values,
+        {name: _all_finite(scores) for name, scores in zip(names, raw, strict=True)},
+        normalized,
+        weights=dict(zip(names, weights, strict=True)),
+        relative={n: _all_finite(r) for n, r, kind in zip(names, relative, kinds, strict=True) if kind == "group"},
+        penalties=penalties.parts(groups),
+    )
 
 
 def _normalized(scores: Values, kind: str) -> Values:
@@ -171,6 +175,10 @@ def _check_scores(name: str, scores: Values, groups: Sequence[Group]) -> None:
         wrong = [value for value in row if value is not None and not isinstance(value, (numbers.Real, torch.Tensor))]
         if wrong:
             raise ScoringError(f"Scorer `{name}` gave {describe(wrong[0])}; wanted: numbers {at_row(group.prompt)}.")
+
+
+def _all_finite(scores: Values) -> Values:
+    return [[_finite(value) for value in row] for row in scores]
 
 
 def _finite(value: float | None) -> float | None:

@@ -13,7 +13,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from online_dpo.config.endpoints import check_address, check_variable, read_key, shown_address, shown_variable
-from online_dpo.errors import FeedbackStopped, ScoringError, named_error
+from online_dpo.errors import FeedbackStopped, ScoringError, error_text, named_error
+from online_dpo.runs.often import OFTEN
 from online_dpo.scoring.accounting import FailureWindow
 from online_dpo.scoring.event_loop import submit, wait_for
 from online_dpo.scoring.protocols import describe, regroup
@@ -33,7 +34,7 @@ from online_dpo.scoring.service import (
 from online_dpo.types import Completion, Group, Prompt
 
 if TYPE_CHECKING:
-    from tenacity import AsyncRetrying
+    from tenacity import AsyncRetrying, RetryCallState
 
 WHERE_KEYS_GO = "Put the key into an environment variable and name that in `api_key_env`: it is sent in a header."
 REFUSED = (401, 402, 404, 405)  # no key, no money, no such address or method: no completion will be scored
@@ -177,8 +178,14 @@ class HTTPReward:
             stop=stop_after_attempt(self.attempts),
             wait=wait_exponential(FIRST_PAUSE, LONGEST_PAUSE) + wait_random_exponential(FIRST_PAUSE, LONGEST_PAUSE),
             sleep=asyncio.sleep,
+            before_sleep=self._tell_retry,
             reraise=True,
         )
+
+    def _tell_retry(self, state: RetryCallState) -> None:
+        cause = error_text(state.outcome.exception()) if state.outcome and state.outcome.exception() else "no answer"
+        text = f"A request to reward `{self.name}` failed and is sent again: {cause}"
+        OFTEN.tell("retry", self.name, text, attempt=state.attempt_number)
 
     async def _post(self, client: Any, data: bytes) -> Any:
         """Send one request and return the parsed answer."""

@@ -7,9 +7,10 @@ import json
 import pytest
 import yaml
 
+from online_dpo.cli.evaluation.plan import plan_eval
 from online_dpo.cli.judging.plan import BuiltInJudge
 from online_dpo.cli.runfile.entries import UsageError
-from online_dpo.cli.runfile.run_file import plan_run
+from online_dpo.cli.runfile.run_file import judge_of_run, plan_run
 
 
 @pytest.fixture(autouse=True)
@@ -116,10 +117,28 @@ def test_judge_kwargs_that_are_no_mapping_are_one_problem(home):
 def test_a_judge_that_is_nowhere_is_told_every_form(home, name):
     said = problem(home, judge=name)
     assert f"`judge` is {name!r}, but there is no folder" in said
-    assert "Give `llm`, the folder of a pairwise model on this disk, `file.py:name` or `package.module:name`." in said
+    assert (
+        "Give `llm`, `human`, the folder of a pairwise model on this disk, `file.py:name` or `package.module:name`."
+        in said
+    )
 
 
 def test_judge_kwargs_that_nothing_takes_are_warned_of(home):
     (home / "mine.py").write_text("def judge(prompts, completions, shuffle_order=True): ...\n")
     (warning,) = plan(home, judge="mine.py:judge", judge_kwargs=LOCAL).warnings
     assert "`judge_kwargs` is ignored" in warning
+
+
+def test_people_as_judge_of_a_run_take_no_settings(home):
+    made = plan(home, judge="human", human_timeout=600)
+    assert made.judge == BuiltInJudge(None, {}, human=True)
+    assert "`judge: human`: people take no `judge_kwargs`" in problem(home, judge="human", judge_kwargs={"model": "m"})
+
+
+def test_people_judge_neither_a_file_of_pairs_nor_an_evaluation(home):
+    path = home / "run.yaml"
+    path.write_text(yaml.safe_dump({**RUN, "judge": "human"}))
+    with pytest.raises(UsageError, match="judge: llm"):
+        judge_of_run(path)
+    with pytest.raises(UsageError, match="people are asked in training alone"):
+        plan_eval(path, ["--model", "owner/model"])

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from online_dpo.config.endpoints import read_key
 from online_dpo.config.llm_judge import JudgeSettings
 from online_dpo.errors import FeedbackStopped, error_text, one_line
+from online_dpo.runs.often import OFTEN
 from online_dpo.scoring.accounting import JudgeStatistics
 from online_dpo.scoring.judges.llm.prompts import LONG_ANSWER, TokenChoice
 from online_dpo.scoring.judges.llm.rate_limit import Budget, RateLimiter
@@ -109,6 +110,9 @@ class ChatEndpoint:
                     nonlocal cause
                     cause = str(state.outcome.exception()) if state.outcome else cause
                     self._warn_once(cause)
+                    OFTEN.tell(
+                        "retry", "judge", f"A question to the judge failed: {cause}", attempt=state.attempt_number
+                    )
                     end = limit.when()
                     assert end is not None
                     too_late = asyncio.get_running_loop().time() + state.upcoming_sleep >= end

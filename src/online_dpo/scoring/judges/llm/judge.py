@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -21,11 +22,29 @@ from online_dpo.scoring.judges.llm.client import ChatEndpoint, QuestionFailed
 from online_dpo.scoring.judges.llm.prompts import GENERAL_RUBRIC, Verdict, load_template, prompt_text, read_verdict
 from online_dpo.scoring.judges.llm.rate_limit import Budget, RateLimiter
 from online_dpo.scoring.protocols import Counts, check_comparisons
+from online_dpo.scoring.questions import keep_questions
 from online_dpo.scoring.service import gather
 from online_dpo.scoring.special_tokens import without_chat_marks
-from online_dpo.types import Group
+from online_dpo.types import Group, Question
 
 COUNTS = ("requests", "cached", "failed", "unparsable", "input_tokens", "output_tokens", "cost", "seconds")
+NO_VERDICT = "there is no verdict in the answer"
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """A comparison in one order. ``asked`` gains its questions, by the number of the vote."""
+
+    prompt: str
+    first: str
+    second: str
+    swapped: bool
+    asked: dict[int, Question] = field(default_factory=dict)
+
+    @property
+    def questions(self) -> list[Question]:
+        """The questions, whatever order their answers came in."""
+        return [self.asked[number] for number in sorted(self.asked)]
 
 
 class LLMJudge(PreferenceJudge):
@@ -60,7 +79,7 @@ class LLMJudge(PreferenceJudge):
         self._endpoint: ChatEndpoint | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._question_locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._in_flight: set[asyncio.Future[Answer | None]] = set()
+        self._in_flight: set[asyncio.Future[Answer | str]] = set()
 
     def prefer(self, comparisons: Sequence[Group]) -> list[float | None]:
         """Return for each group of two completions the probability that the first one is better.
@@ -119,43 +138,46 @@ class LLMJudge(PreferenceJudge):
         """The probability that ``first`` is better: the mean over all orders of the mean over votes."""
         if first == second:
             return 0.5
-        swapped = self._orders(prompt, first, second)
+        orders = [
+            _Shown(prompt, *_presented(first, second, swap), swap) for swap in self._orders(prompt, first, second)
+        ]
+        try:
+            return await self._preference(orders)
+        finally:
+            keep_questions((prompt, first, second), [question for order in orders for question in order.questions])
+
+    async def _preference(self, orders: list[_Shown]) -> float | None:
         temperature = self.settings.temperature if self.settings.votes == 1 else self.settings.vote_temperature
         vote_numbers = range(self.settings.votes)
-        votes = await gather(
-            self._collect_votes(prompt, *_presented(first, second, swap), vote_numbers, temperature) for swap in swapped
-        )
+        votes = await gather(self._collect_votes(order, vote_numbers, temperature) for order in orders)
         if not all(votes):
             return None
         for order in votes:
             self._statistics.add_answer(_mean(order))
-        preferences = _preferences(votes, swapped)
-        if len(swapped) == 2:
+        preferences = _preferences(votes, orders)
+        if len(orders) == 2:
             self._statistics.add("both_orders")
             self._statistics.add("disagreed", _contradict(preferences))
         if _contradict(preferences) and self.settings.inconsistent == "skip":
             return None
         if _contradict(preferences) and self.settings.inconsistent == "revote":
-            preferences = await self._revote(prompt, first, second, votes)
+            preferences = await self._revote(orders, votes)
         return sum(preferences) / len(preferences)
 
-    async def _revote(self, prompt: str, first: str, second: str, votes: list[list[Verdict]]) -> list[float]:
+    async def _revote(self, orders: list[_Shown], votes: list[list[Verdict]]) -> list[float]:
         """The preferences of both orders after more votes, which are added to ``votes`` until the orders agree."""
-        swapped = [False, True]
         if all(vote.final for order in votes for vote in order):  # more votes would be the same
-            return _preferences(votes, swapped)
+            return _preferences(votes, orders)
         for number in range(self.settings.votes, self.settings.votes + self.settings.revotes):
-            if _agree(_preferences(votes, swapped)):
+            if _agree(_preferences(votes, orders)):
                 break
             new_votes = await gather(
-                self._collect_votes(
-                    prompt, *_presented(first, second, swap), range(number, number + 1), self.settings.vote_temperature
-                )
-                for swap in swapped
+                self._collect_votes(order, range(number, number + 1), self.settings.vote_temperature)
+                for order in orders
             )
             for order, new in zip(votes, new_votes, strict=True):
                 order += new
-        return _preferences(votes, swapped)
+        return _preferences(votes, orders)
 
     def _orders(self, prompt: str, first: str, second: str) -> list[bool]:
         """The orders in which the texts are shown, as whether the second text comes first."""
@@ -163,17 +185,15 @@ class LLMJudge(PreferenceJudge):
             return [False, True]
         return [self.settings.order == "random" and not stands_first(prompt, first, second)]
 
-    async def _collect_votes(
-        self, prompt: str, first: str, second: str, numbers: Sequence[int], temperature: float
-    ) -> list[Verdict]:
+    async def _collect_votes(self, order: _Shown, numbers: Sequence[int], temperature: float) -> list[Verdict]:
         """Ask once for each vote number, with the texts in this order. Missing answers are left out."""
-        verdict = await self._vote(prompt, first, second, numbers[0], temperature)
+        verdict = await self._vote(order, numbers[0], temperature)
         if verdict is not None and verdict.final:
             return [verdict]
-        others = await gather(self._vote(prompt, first, second, number, temperature) for number in numbers[1:])
+        others = await gather(self._vote(order, number, temperature) for number in numbers[1:])
         return [vote for vote in (verdict, *others) if vote is not None]
 
-    async def _vote(self, prompt: str, first: str, second: str, number: int, temperature: float) -> Verdict | None:
+    async def _vote(self, order: _Shown, number: int, temperature: float) -> Verdict | None:
         """One verdict, from the cache or from the endpoint; ``None`` without a usable answer."""
         settings = self.settings
         sampling = {
@@ -182,38 +202,58 @@ class LLMJudge(PreferenceJudge):
             "logprobs": settings.logprobs,
             "extra": settings.extra or {},
         }
-        template, rubric = self._template, self._rubric
-        key = cache_key(template.text, rubric, settings.model, sampling, prompt, first, second, number)
+        template, rubric, texts = self._template, self._rubric, (order.prompt, order.first, order.second)
+        key = cache_key(template.text, rubric, settings.model, sampling, *texts, number)
+        seconds = None
         async with self._question_locks.setdefault(key, asyncio.Lock()):
             answer = await asyncio.to_thread(self._cache.get, key)
             if answer is not None:
                 self._statistics.add("cached")
             else:
                 async with self._connected().slots:
-                    question = template.fill(rubric, prompt, without_chat_marks(first), without_chat_marks(second))
+                    started = time.perf_counter()
+                    shown = (order.prompt, without_chat_marks(order.first), without_chat_marks(order.second))
+                    question = template.fill(rubric, *shown)
                     answer = await self._shielded(self._ask_and_cache(key, question, temperature))
-        if answer is None:
+                    seconds = time.perf_counter() - started
+        order.asked[number] = self._question(order.swapped, answer, seconds)
+        if isinstance(answer, str):
             return None
         if answer.p_first is None:
             self._statistics.add("unparsable")
             return None
         return Verdict(answer.p_first, answer.final)
 
-    async def _shielded(self, question: Coroutine[Any, Any, Answer | None]) -> Answer | None:
+    def _question(self, swapped: bool, answer: Answer | str, seconds: float | None) -> Question:
+        """What the record of the run says of a question. One that the cache has answered, without ``seconds``, used
+        nothing.
+        """
+        if isinstance(answer, str):
+            return Question(swapped, None, seconds=seconds, failure=answer)
+        failure = NO_VERDICT if answer.p_first is None else None
+        if seconds is None:
+            return Question(swapped, answer.p_first, answer.reply, failure=failure, cached=True)
+        tokens, cost = (
+            answer.input_tokens + answer.output_tokens,
+            self.settings.cost(answer.input_tokens, answer.output_tokens),
+        )
+        return Question(swapped, answer.p_first, answer.reply, seconds, tokens, cost or None, failure)
+
+    async def _shielded(self, question: Coroutine[Any, Any, Answer | str]) -> Answer | str:
         """The answer to a question that goes on when this one is cancelled (see `_finish_in_flight`)."""
         task = asyncio.ensure_future(question)
         self._in_flight.add(task)
         task.add_done_callback(self._landed)
         return await asyncio.shield(task)
 
-    def _landed(self, task: asyncio.Future[Answer | None]) -> None:
+    def _landed(self, task: asyncio.Future[Answer | str]) -> None:
         self._in_flight.discard(task)
         if not task.cancelled():
             task.exception()  # looked at: asyncio prints the traceback of an error that nobody waits for any more
 
-    async def _ask_and_cache(self, key: str, question: str, temperature: float) -> Answer | None:
+    async def _ask_and_cache(self, key: str, question: str, temperature: float) -> Answer | str:
         answer = await self._ask(question, temperature)
-        if answer is not None:
+        if isinstance(answer, Answer):
             await asyncio.to_thread(self._cache.put, key, self.settings.model, answer)
             self._failures.add(f"no verdict in {answer.reply[:80]!r}" if answer.p_first is None else None)
         return answer
@@ -227,8 +267,8 @@ class LLMJudge(PreferenceJudge):
             task.cancel()
         await asyncio.gather(*done, *late, return_exceptions=True)
 
-    async def _ask(self, question: str, temperature: float) -> Answer | None:
-        """Ask the endpoint and read the verdict; ``None`` (and a counted failure) without a reply."""
+    async def _ask(self, question: str, temperature: float) -> Answer | str:
+        """Ask the endpoint and read the verdict; the cause (and a counted failure) without a reply."""
         try:
             reply = await self._connected().ask(question, self._max_tokens, temperature)
         except QuestionFailed as error:
@@ -239,7 +279,7 @@ class LLMJudge(PreferenceJudge):
             return Answer(p_first, final, reply.text, reply.input_tokens, reply.output_tokens)
         self._statistics.add("failed")
         self._failures.add(cause)
-        return None
+        return cause
 
     def _connected(self) -> ChatEndpoint:
         """The endpoint of the running event loop, created on first use: a forked process has another loop, and limits
@@ -283,9 +323,9 @@ def _mean(votes: Sequence[Verdict]) -> float:
     return sum(vote.p_first for vote in votes) / len(votes)
 
 
-def _preferences(votes: Sequence[Sequence[Verdict]], swapped: Sequence[bool]) -> list[float]:
+def _preferences(votes: Sequence[Sequence[Verdict]], orders: Sequence[_Shown]) -> list[float]:
     """For each order, the probability that the comparison's first completion is better."""
-    return [1 - _mean(order) if swap else _mean(order) for order, swap in zip(votes, swapped, strict=True)]
+    return [1 - _mean(given) if order.swapped else _mean(given) for given, order in zip(votes, orders, strict=True)]
 
 
 def _contradict(preferences: Sequence[float]) -> bool:

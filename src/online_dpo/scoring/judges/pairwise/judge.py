@@ -38,10 +38,12 @@ from online_dpo.scoring.judges.pairwise.classifier import PairwiseClassifier
 from online_dpo.scoring.judges.pairwise.letters import LetterReader
 from online_dpo.scoring.judges.pairwise.reader import PairwiseReader, Text
 from online_dpo.scoring.protocols import Counts, check_comparisons, one_at_a_time
+from online_dpo.scoring.questions import keep_questions, texts_of
 from online_dpo.scoring.rewards.loading import last_part
 from online_dpo.scoring.time_limit import call_in_time
-from online_dpo.types import Group
+from online_dpo.types import Group, Question
 
+NOT_FINITE = "the model's output is not finite"
 FEWEST_TOKENS = 8
 """That a comparison can have: two answers and the marks around them."""
 
@@ -174,6 +176,8 @@ class PairwiseModelJudge(PreferenceJudge):
             failed=sum(p is not None and math.isnan(p) for p in by_order),
         )
         preferences = [self._combine_and_count(*pair) for pair in pairs]
+        for comparison, pair in zip(comparisons, pairs, strict=True):
+            keep_questions(texts_of(comparison), [self._question(*order) for order in enumerate(pair)])
         self._statistics.add("seconds", time.perf_counter() - started)
         return preferences
 
@@ -181,9 +185,18 @@ class PairwiseModelJudge(PreferenceJudge):
         self._statistics.add("too_long", too_long)
         self._statistics.add("failed", failed)
         if failed:
-            self.last_failure = "the model's output is not finite"
+            self.last_failure = NOT_FINITE
         elif too_long:
-            self.last_failure = f"too long for the model, which reads {self.reader.max_tokens} tokens"
+            self.last_failure = self._too_long
+
+    @property
+    def _too_long(self) -> str:
+        return f"too long for the model, which reads {self.reader.max_tokens} tokens"
+
+    def _question(self, swapped: int, p_first: float | None) -> Question:
+        if p_first is None or math.isnan(p_first):
+            return Question(bool(swapped), None, failure=self._too_long if p_first is None else NOT_FINITE)
+        return Question(bool(swapped), p_first)
 
     def _both_orders(self, comparison: Group) -> list[Text]:
         """The token ids of a comparison in both orders."""
@@ -207,7 +220,7 @@ class PairwiseModelJudge(PreferenceJudge):
         if given is None or swapped is None:
             return None
         if math.isnan(given) or math.isnan(swapped):
-            self._failures.add("the model's output is not finite")
+            self._failures.add(NOT_FINITE)
             return None
         self._failures.add(None)
         self._statistics.add_answer(given)

@@ -9,7 +9,9 @@ import torch
 
 from online_dpo.packing.pack import pack_pairs, stand_in
 from online_dpo.training.metric_store import MetricStore
-from online_dpo.training.metrics import record_loss, record_pairs, record_resampling, record_rollout
+from online_dpo.training.metrics.loss import record_loss
+from online_dpo.training.metrics.pairs import record_pairs, record_resampling
+from online_dpo.training.metrics.rollout import record_rollout
 from online_dpo.types import Pair, Pairing, Preference, Round, RowLogprobs, Scores, Verdicts
 from support import tiny
 
@@ -85,14 +87,13 @@ def test_a_judge_for_the_best_has_metrics_of_both():
     assert "objective/scores" not in store.drain()
 
 
-def test_what_is_answered_again_counts_as_work_and_not_as_scores():
+def test_what_is_answered_again_counts_as_comparisons_and_not_as_scores():
     store, made = MetricStore(), groups()
     theirs = replace(made[1].completions[1], author="reference")  # was there before
     again = [made[0], replace(made[1], completions=(made[1].completions[0], theirs))]
     further = (Round([0, 3], again, Verdicts([None, None], 4, 3)), Round([3], again[1:], Verdicts([None], 2, 0)))
     record_resampling(store, further, Pairing([], Counter(tie=1)))
     assert store.drain() == {
-        "completion_tokens": (3 + 4 + 2) + 2,
         "judge/duels": 6,
         "judge/unanswered_ratio": 0.5,
         "resample/groups": 2,

@@ -1,0 +1,149 @@
+"""Pages of samples: the list of groups with its filters, one group, and a prompt over the steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from online_dpo.dashboard.catalog import Run
+from online_dpo.dashboard.context import render, run_of
+from online_dpo.dashboard.group import Completion, Group, Pair
+from online_dpo.dashboard.plain_words import ratio_class, why_left_out, why_no_pair
+from online_dpo.dashboard.sample_query import PAGE, SORTS, SampleQuery
+from online_dpo.dashboard.word_difference import Segment, word_difference
+
+PATIENCE = 0.2
+"""Seconds in which a page reads new groups before it shows what it has."""
+
+VIEWS = {"difference": "Difference", "tokens": "Tokens", "text": "Text"}
+EARLIEST = 20
+"""Groups of a prompt that the page of the prompt shows whole."""
+
+
+def show_pairs(request: Request) -> Response:
+    """The list of groups."""
+    run, query = run_of(request), SampleQuery.read(request.query_params)
+    run.index.refresh_samples(PATIENCE)
+    with run.index.reading() as db:
+        count, rows = query.count(db), query.rows(db)
+        total = db.execute("SELECT count(*) FROM sample").fetchone()[0]
+        reasons = [row[0] for row in db.execute("SELECT DISTINCT reason FROM sample WHERE reason > '' ORDER BY 1")]
+        scorers = [row[0] for row in db.execute("SELECT DISTINCT scorer FROM reward ORDER BY 1 LIMIT 100")]
+    return render(
+        *(request, "pairs.html"),
+        page="pairs",
+        **{"run": run, "query": query, "rows": rows, "count": count, "total": total},
+        **{"reasons": reasons, "scorers": scorers, "sorts": SORTS, "pages": -(-count // PAGE)},
+        progress=run.index.progress,
+    )
+
+
+def show_group(request: Request) -> Response:
+    """One group: its prompt, its completions, and what was made of them."""
+    run, query = run_of(request), SampleQuery.read(request.query_params)
+    group = _group_of(run, request.path_params["key"])
+    view = request.query_params.get("view", "")
+    with run.index.reading() as db:
+        neighbours = query.neighbours(db, group.key)
+        others = db.execute(
+            "SELECT count(*), min(step), max(step) FROM sample WHERE prompt_key = ?", [group.prompt_key]
+        ).fetchone()
+    return render(
+        *(request, "group.html"),
+        page="pairs",
+        **{"run": run, "query": query, "group": group, "neighbours": neighbours, "others": tuple(others)},
+        **{"pairs": [shown_pair(group, pair) for pair in group.pairs], "view": view if view in VIEWS else "difference"},
+        **{"views": VIEWS, "ratio_class": ratio_class, "why": why_no_pair(group.reason, group.resampled_for)},
+        left_out=[why_left_out(reason, count) for reason, count in group.left_out.items()],
+        roles=_roles(group),
+    )
+
+
+def show_prompt(request: Request) -> Response:
+    """A prompt over the steps: its answers at each, against its earliest ones."""
+    run, key = run_of(request), request.path_params["prompt"]
+    run.index.refresh_samples(PATIENCE)
+    with run.index.reading() as db:
+        rows = db.execute("SELECT * FROM sample WHERE prompt_key = ? ORDER BY step, rank, idx, round", [key]).fetchall()
+    if not rows:
+        raise HTTPException(404, "There is no such prompt among the groups of this run.")
+    kept = rows if len(rows) <= EARLIEST else [*rows[: EARLIEST // 2], *rows[-EARLIEST // 2 :]]
+    groups = [group for row in kept if (group := run.index.group(row["id"])) is not None]
+    if not groups:
+        raise HTTPException(404, "The groups of this prompt are not in the folder any more.")
+    return render(
+        *(request, "prompt.html"),
+        page="pairs",
+        **{"run": run, "rows": rows, "kept": len(kept), "first": groups[0]},
+        answers=[_against(groups[0], group) for group in groups],
+    )
+
+
+@dataclass(frozen=True)
+class ShownPair:
+    """A pair as a page shows it: both completions, and where their texts differ."""
+
+    pair: Pair
+    chosen: Completion
+    rejected: Completion
+    chosen_words: Sequence[Segment]
+    rejected_words: Sequence[Segment]
+
+
+def shown_pair(group: Group, pair: Pair) -> ShownPair:
+    """A pair of a group with the difference of its texts."""
+    chosen, rejected = group.completions[pair.chosen], group.completions[pair.rejected]
+    return ShownPair(pair, chosen, rejected, *word_difference(chosen.text, rejected.text))
+
+
+@dataclass(frozen=True)
+class ShownAnswer:
+    """The answer of a group that is shown for it, and where it differs from the earliest one."""
+
+    group: Group
+    answer: Completion
+    words: Sequence[Segment]
+    is_first: bool
+
+
+def _against(first: Group, group: Group) -> ShownAnswer:
+    answer, earliest = best(group), best(first)
+    is_first = group.key == first.key
+    words = [Segment(answer.text, False)] if is_first else word_difference(answer.text, earliest.text)[0]
+    return ShownAnswer(group, answer, words, is_first)
+
+
+def best(group: Group) -> Completion:
+    """The completion of a group that is chosen, else the one of the highest score, else the first."""
+    if group.pairs:
+        return group.completions[group.pairs[0].chosen]
+    return max(group.completions, key=lambda one: (-float("inf") if one.score is None else one.score, -one.place))
+
+
+def _roles(group: Group) -> dict[int, str]:
+    """``chosen``, ``rejected`` or both, for the completions of pairs."""
+    chosen, rejected = {pair.chosen for pair in group.pairs}, {pair.rejected for pair in group.pairs}
+    both = {place: "both" for place in chosen & rejected}
+    return dict.fromkeys(chosen, "chosen") | dict.fromkeys(rejected, "rejected") | both
+
+
+def _group_of(run: Run, key: str) -> Group:
+    group = run.index.find_group(key)
+    if group is None:  # it may just have been written
+        run.index.refresh_samples(PATIENCE)
+        group = run.index.find_group(key)
+    if group is None or not group.completions:
+        raise HTTPException(404, "There is no such group in the folder of this run: it was never written, or removed.")
+    return group
+
+
+ROUTES = [
+    Route("/runs/{run}/pairs", show_pairs),
+    Route("/runs/{run}/pairs/{key}", show_group),
+    Route("/runs/{run}/prompts/{prompt}", show_prompt),
+]
