@@ -79,6 +79,7 @@ def _findings(
 def _subject(plan: RunPlan, options: argparse.Namespace) -> Subject:
     run, training = plan.run, plan.training
     judge = plan.judge
+    over_http = isinstance(judge, BuiltInJudge) and judge.folder is None and not judge.human
 
     def loader(given: Any) -> Callable[[Any], Any]:
         if isinstance(given, BuiltInJudge) and given.folder is None and not given.human:
