@@ -173,7 +173,9 @@ def test_two_runs_are_overlaid_and_zoomed_together(served, open_page):
     page.get_by_role("button", name="Overlay charts of the chosen").click()
     drawn(page, "objective/scores")
     expect(page.locator(".chip")).to_have_count(2)
-    assert {"first", "second"} == set(page.locator(".chip").evaluate_all("chips => chips.map(chip => chip.dataset.name)"))
+    assert {"first", "second"} == set(
+        page.locator(".chip").evaluate_all("chips => chips.map(chip => chip.dataset.name)")
+    )
     expect(chart(page, "objective/scores").locator(".readout span")).to_have_count(2)
     label = chart(page, "objective/scores").locator(".plot").get_attribute("aria-label")
     assert "first: last value" in label and "second: last value" in label
