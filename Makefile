@@ -16,7 +16,7 @@
 #   make lint         what CI checks before the tests
 #   make audit        known weaknesses in the versions of constraints.txt; it needs the network, and runs once a week
 #   make ci           everything that CI checks, two parts at a time: .ci/run
-#   make docs         docs/configuration.md, the schema of run files, and the tables of docs/reliability.md and docs/scaling.md
+#   make docs         docs/configuration.md, docs/metrics.md, the schema of run files, and the tables of docs/reliability.md and docs/scaling.md
 #
 # TORCH_INDEX: a package index to take torch from, such as PyTorch's own index of CPU builds. Without it, pip's usual one.
 
@@ -210,6 +210,7 @@ audit:
 
 docs: $(STAMP)
 	$(BIN)/python -m online_dpo.cli.runfile.configuration_page > docs/configuration.md
+	$(BIN)/python -m online_dpo.training.metrics.page > docs/metrics.md
 	$(BIN)/online-dpo schema > src/online_dpo/run.schema.json
 	PYTHONPATH=tests $(BIN)/python -m faults.table docs/reliability.md
 	$(BIN)/python -m online_dpo.sizing.page docs/scaling.md

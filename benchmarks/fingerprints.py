@@ -4,7 +4,8 @@
     python benchmarks/fingerprints.py --against before.json
 
 Each run trains a tiny model, made from a seed, for six steps with other features. Its line holds the hash of the final
-weights and that of the log without times. They are the same on one machine with the same versions of torch and
+weights and that of the log without times and speeds. Against an earlier file, the metrics that both have are compared:
+a new metric is no difference, one that is gone is. They are the same on one machine with the same versions of torch and
 transformers; another CPU may round differently. `--save` keeps checkpoints of half-way runs, and `--resume` goes on
 from them, maybe with other code: their ends must be those of the uninterrupted runs. `PYTHONPATH` says whose code runs.
 """
@@ -31,7 +32,7 @@ import online_dpo
 from online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
 STEPS, HALF_WAY = 6, 3
-TIMES = re.compile("time/|seconds|runtime|per_second")
+TIMES = re.compile("time/|perf/|seconds|runtime|per_second")
 RESUMED = ("judge", "stale", "stale_judge", "xpo", "lora", "adaptive_beta", "synced_reference")
 """Runs that `--save` and `--resume` make: each has a state of its own in a checkpoint."""
 
@@ -90,10 +91,22 @@ def fingerprint(name: str, seed: int = 0, checkpoint: Path | None = None) -> dic
     return {"weights": weights.hexdigest(), "log": log.hexdigest(), "history": history}
 
 
+def differ(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether weights differ, or any metric of the earlier log."""
+    logs = zip(before["history"], now["history"], strict=False)
+    same = len(before["history"]) == len(now["history"]) and all(kept(old) == kept(old, new) for old, new in logs)
+    return before["weights"] != now["weights"] or not same
+
+
+def kept(log: dict[str, Any], of: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What of a log is compared, or of another one under the same names."""
+    return {key: (log if of is None else of).get(key) for key in log if not TIMES.search(key)}
+
+
 def first_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     for old, new in zip(before["history"], now["history"], strict=False):
-        for key in sorted(old.keys() | new.keys()):
-            if old.get(key) != new.get(key):
+        for key in kept(old):
+            if old[key] != new.get(key):
                 return f"step {new['step']}: {key} was {old.get(key)!r}, is {new.get(key)!r}"
     return "the weights alone, or how many logs there are"
 
@@ -126,7 +139,7 @@ def main() -> None:
             continue
         found[name] = now = fingerprint(name, options.seed, options.resume and checkpoint_in(options.resume / name))
         print(f"{name:<16} weights {now['weights']} log {now['log']}", flush=True)
-        if name in before and any(before[name][part] != now[part] for part in ("weights", "log")):
+        if name in before and differ(before[name], now):
             differing += 1
             print(f"  differs from {options.against}: {first_difference(before[name], now)}", flush=True)
     if options.json:

@@ -21,7 +21,8 @@ from online_dpo.training.learning_rate import LearningRateBackoff
 from online_dpo.training.step_guard import StepGuard
 from support import quantized, tiny
 from support.killed_runs import limit_file_size
-from support.training import LORA, KeepGradient, dataset, trainer, weights
+from support.recorded import TakesRecords
+from support.training import LORA, KeepGradient, dataset, trainer, weights, word_reward
 
 LENGTHS = (5, 9, 3, 7, 12, 4, 6, 8)
 
@@ -29,6 +30,10 @@ LENGTHS = (5, 9, 3, 7, 12, 4, 6, 8)
 def only_rows_of_the_first_rank(completions, name, **_):
     """With a batch of 4 a rank and a sequential sampler, rank 0 holds the rows 0 to 3."""
     return [float(i % 2) if int(n.split()[1]) < 4 else None for i, n in enumerate(name)]
+
+
+def different_words(completions, **_):
+    return [float(len(set(text.split()))) for text in completions]
 
 
 def ties_on_the_last_rank(completions, name, **_):
@@ -53,6 +58,7 @@ def run(out, case, processes, **options):
     )
     assert made.accelerator.num_processes == processes
     made.callback_handler.callbacks.insert(0, keep)
+    taken = TakesRecords(made)
     calls, generate = [], made.sampler.engine.generate
     made.sampler.engine.generate = lambda prompts, *args: (calls.append(len(prompts)), generate(prompts, *args))[1]
     with suppress(NothingTrainedError):  # where every step is skipped
@@ -62,7 +68,7 @@ def run(out, case, processes, **options):
         for k, v in made.state.log_history[made.state.global_step - 1].items()
         if not k.startswith(("time/", "perf/", "judge/seconds"))
     }
-    saved = {"gradient": keep.last, "log": log, "weights": weights(made.model), "calls": calls}
+    saved = {"gradient": keep.last, "log": log, "weights": weights(made.model), "calls": calls, "rows": taken.rows}
     if made.eval_dataset is not None:
         saved["eval"] = {k: v for k, v in made.evaluate().items() if "runtime" not in k and "per_second" not in k}
     torch.save(saved, out / f"{case}-of-{processes}-rank-{made.accelerator.process_index}.pt")
@@ -169,6 +175,7 @@ if __name__ == "__main__":
         processes,
         num_completions=3,
         pair_selection="all_pairs",
+        reward_funcs=[word_reward, different_words],
         margin_weighting=True,
         label_temperature=2.0,
         sync_ref_model=True,

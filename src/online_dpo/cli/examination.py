@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from contextlib import redirect_stdout
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TextIO
 
 from online_dpo.cli.judging.plan import BuiltInJudge
 from online_dpo.cli.runfile.run_file import RunPlan
@@ -34,9 +36,13 @@ INDENT = 22
 
 def report(name: str, plan: RunPlan | None, problems: Sequence[str], options: argparse.Namespace) -> int:
     """Examine the run, print what was found, and return the exit code."""
-    show = (lambda finding: None) if options.json else _print
-    findings = []
-    with no_progress_bars(), TemporaryDirectory(prefix="online-dpo-doctor-") as scratch:
+    out, findings = sys.stdout, []
+    show = (lambda finding: None) if options.json else lambda finding: _print(finding, out)
+    with (
+        no_progress_bars(),
+        redirect_stdout(sys.stderr),  # what libraries and the run's own code print is no part of the report
+        TemporaryDirectory(prefix="online-dpo-doctor-") as scratch,
+    ):
         for finding in _findings(plan, problems, Path(scratch), options):
             findings.append(finding)
             show(finding)
@@ -75,6 +81,8 @@ def _subject(plan: RunPlan, options: argparse.Namespace) -> Subject:
     judge = plan.judge
 
     def loader(given: Any) -> Callable[[Any], Any]:
+        if isinstance(given, BuiltInJudge) and given.folder is None:
+            given = replace(given, options={**given.options, "cache": None})  # nothing is written here
         return lambda args: None if given is None else load_judge(given, args)
 
     return Subject(
@@ -90,6 +98,7 @@ def _subject(plan: RunPlan, options: argparse.Namespace) -> Subject:
         eval_judge=loader(plan.eval_judge),
         peft_config=lambda: peft_config_of(run),
         llm_judge=judge.options if isinstance(judge, BuiltInJudge) and judge.folder is None else None,
+        has_rewards=bool(plan.reward_funcs or training.get("reward_model_path")),
         processes=options.processes,
         sharding=plan.sharding,
         ray_address=plan.ray.address,
@@ -100,11 +109,10 @@ def _subject(plan: RunPlan, options: argparse.Namespace) -> Subject:
     )
 
 
-def _print(finding: Finding) -> None:
-    print_lines([f"{finding.mark:<9}{finding.check:<12} {finding.found}"], INDENT)
-    if finding.change:
-        print_lines([f"{'':<{INDENT}}-> {finding.change}"], INDENT + 3)
-    print_lines([f"{'':<{INDENT}}{line}" for line in finding.lines], INDENT)
+def _print(finding: Finding, out: TextIO) -> None:
+    lines = [f"{finding.mark:<9}{finding.check:<12} {finding.found}"]
+    lines += [f"{'':<{INDENT}}-> {finding.change}"] if finding.change else []
+    print_lines([*lines, *(f"{'':<{INDENT}}{line}" for line in finding.lines)], INDENT, out)
 
 
 def _counted(count: int, word: str) -> str:

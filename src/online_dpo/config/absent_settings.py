@@ -10,7 +10,7 @@ _PAIRS_NOT_ADVANTAGES = (
 )
 _ONE_PASS = "Each completion is trained on once, so there is nothing to correct. Leave it out"
 _LABELS = "Tokens are not labels here: completions are sampled. Leave it out"
-_TABLE = "To see answers, read `trainer.completions` in a callback, or run `online-dpo eval --output answers.jsonl`"
+_TABLE = "With `run_folder` all answers are written down, and `log_completions` says of how many prompts a step"
 _TEMPLATE = "The tokenizer's own chat template is used; its arguments are `chat_template_kwargs`"
 _NOT_NEEDED = "It needs no setting here. Leave it out"
 _ENTROPY = "The loss has no entropy term. To keep the policy close to the reference, raise `beta`"
@@ -23,8 +23,6 @@ NOT_HERE = {
     "rlhf": "`method` chooses it: online_dpo, xpo or nash_md",
     "stage": "`method` chooses it: online_dpo, xpo or nash_md",
     "advantage_estimator": _PAIRS_NOT_ADVANTAGES,
-    "log_completions": _TABLE,
-    "num_completions_to_print": _TABLE,
     "log_unique_prompts": _TABLE,
     "log_multimodal": _TABLE,
     "log_completions_hub_repo": _TABLE,

@@ -22,9 +22,14 @@ class RecordingFields:
     When not set: on for the command, off in Python.
     """
 
-    log_completions: bool | int | str = ALL
+    log_completions: bool | int | str = "all"
     """With `run_folder`: of which prompts all completions are written with their scores, pairs and reasons. `all`
     (true), `off` (false), or how many prompts a step, over all processes.
+    """
+
+    num_completions_to_print: int | None = None
+    """How many pairs of each log are shown under the progress of a run. When not set: 2 on a terminal and in a
+    notebook, none in lines. At least 0; `log_completions: off` shows none.
     """
 
     log_completions_max_mb: int = 2000
@@ -45,6 +50,10 @@ def check_recording(args: RecordingFields) -> None:
     checks = [
         (amount in (ALL, OFF) or (isinstance(amount, int) and amount >= 1), "log_completions", f"{ALL}, {OFF}, or a "
          "number of prompts a step, at least 1"),
+        (
+            args.num_completions_to_print is None or args.num_completions_to_print >= 0,
+            *("num_completions_to_print", "at least 0"),
+        ),
         (args.log_completions_max_mb >= 1, "log_completions_max_mb", "at least 1"),
     ]  # fmt: skip
     check_numbers(args, checks, {"log_completions": given})

@@ -13,7 +13,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -265,6 +265,7 @@ class RankWatch:
             if own is not None:
                 line = f"The run has ended on other processes while this one was still in {own.who}."
             os.write(2, f"error: {line} This process ends without a further checkpoint.\n".encode())
+            _say_last_words(line)
             os._exit(1)
 
     def _ended(self) -> list[int]:
@@ -279,6 +280,19 @@ class RankWatch:
 
     def _silent_for_good(self) -> list[int]:
         return [rank for rank in self.missing() if rank in self._seen and self._seen[rank].silence > self._patience]
+
+
+LAST_WORDS: list[Callable[[str], None]] = []
+"""Called with the reason, in a thread, before a process ends itself because it hangs; they have `LAST_SECONDS`."""
+LAST_SECONDS = 2.0
+
+
+def _say_last_words(reason: str) -> None:
+    threads = [threading.Thread(target=say, args=(reason,), daemon=True) for say in LAST_WORDS]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LAST_SECONDS)
 
 
 _watch: RankWatch | None = None

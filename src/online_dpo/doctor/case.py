@@ -63,6 +63,7 @@ class Subject:
     eval_judge: Callable[[OnlineDPOConfig], Any]
     peft_config: Callable[[], Any]
     llm_judge: Mapping[str, Any] | None = None
+    has_rewards: bool = True
     processes: int = 1
     sharding: Asked | None = None
     ray_address: str | None = None
@@ -93,6 +94,10 @@ class Case:
     scratch: Path
     notes: list[str] = field(default_factory=list)
     """Warnings that were given while parts were made."""
+    too_large: bool = False
+    """The models would not fit in memory here, so that they are not loaded."""
+    scoring_seconds: float = 0.0
+    """Seconds that the rewards took for the sampled completions."""
     _made: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -226,6 +231,8 @@ class Case:
         return prepared
 
     def _build_trainer(self) -> OnlineDPOTrainer:
+        if self.too_large:
+            raise NotThere("the models would not fit in memory")
         subject, args = self.subject, copy.copy(self.args)
         check_options(subject.settings.get("resume_from_checkpoint"), args)
         args.output_dir, args.use_vllm, args.engine, args.max_staleness = str(self.scratch), False, None, 0

@@ -10,6 +10,7 @@ from typing import Any
 
 from online_dpo.errors import CheckpointError
 from online_dpo.pairing.rounds import latest
+from online_dpo.runs.plain_json import plain_or_named
 from online_dpo.types import Completion, Feedback, Group, Notes, Pair, Pairing, Prompt, Round, Scores, Verdicts
 
 
@@ -198,7 +199,7 @@ def _saved_rounds(samples: Samples, feedback: Feedback | None) -> list[SavedRoun
 
 
 def _plain_notes(notes: Notes) -> Notes:
-    """The notes with values that JSON has; others, which are only shown, become their text."""
+    """The notes with values that JSON has; of others, which are only shown, their type stays."""
     return Notes(notes.metrics, {name: [_plain(value) for value in values] for name, values in notes.columns.items()})
 
 
@@ -209,7 +210,7 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if type(value) is dict:
         return {str(key): _plain(item) for key, item in value.items()}
-    return str(value)
+    return plain_or_named(value)
 
 
 def _groups(prompts: Sequence[Prompt], places: Sequence[int], completions: Sequence[Any]) -> list[Group]:

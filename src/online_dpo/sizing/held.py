@@ -46,7 +46,8 @@ def held_terms(plan: Plan) -> Iterator[Term]:
         yield Term("reference", 0, size) if plan.offload_parameters else Term("reference", size)
     if plan.reward_model is not None:
         sharding = plan.sharding if plan.reward_model_sharded else "none"
-        yield Term("reward model", HALF * sum(_part(w, sharding, plan.gpus) for w in plan.reward_model.weights()))
+        numbers = sum(_part(weight, sharding, plan.gpus) for weight in plan.reward_model.weights())
+        yield Term("reward model", plan.reward_model_bytes * numbers)
 
 
 def gradient_term(plan: Plan) -> Term:

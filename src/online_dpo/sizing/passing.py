@@ -7,13 +7,16 @@ allocates on a CPU: what a layer keeps and the keys and values to the last byte,
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from online_dpo.sizing.held import FP32, HALF, Term, gradient_term, stepped_numbers, trained_weights
 from online_dpo.sizing.plan import Plan
 from online_dpo.sizing.shape import ModelShape
 
-CHUNK_LOGITS = 2**27
-"""Logits that exist at a time on a GPU: `modeling.logprobs.CHUNK_LOGITS_ELSEWHERE`."""
+CHUNK_LOGITS, CHUNK_LOGITS_ON_CPU = 2**27, 2**23
+"""Logits that exist at a time on a GPU, and on a CPU: `modeling.logprobs.CHUNK_LOGITS_ELSEWHERE` and ``["cpu"]``."""
+ARRAYS_SAMPLING = 4
+"""Arrays of logits in fp32 while a token is drawn: the logits, those with a temperature, their probabilities, sums."""
 ARRAYS_FORWARD, ARRAYS_BACKWARD = 4.5, 2
 """Arrays of a chunk in fp32 at a time. Forward: the logits, their exponentials, those of the chunk before, what the
 entropy sums, and half an array where products are in bf16. Backward: the logits, and their gradients in bf16.
@@ -32,7 +35,35 @@ def sampling_terms(plan: Plan) -> Iterator[Term]:
     copied = plan.bf16 and plan.sharding == "none" and plan.adapter == "none"
     linears = sum(weight.numbers * weight.count for weight in plan.policy.weights() if weight.linear)
     yield Term("copies of linear layers", HALF * linears if copied else 0)
+    yield Term("packed linear layers", packed_bytes(plan))
     yield Term("keys and values", kv_bytes(plan))
+    if plan.on_cpu:
+        prompts = plan.sequences // plan.completions
+        yield Term("prompts", layer_once(plan.policy, prompts * plan.prompt_tokens, plan.compute_bytes))
+        yield Term("logits of a token", int(ARRAYS_SAMPLING * FP32 * plan.sequences * plan.policy.vocabulary))
+
+
+def packed_bytes(plan: Plan) -> int:
+    """The copies of linear layers, the head among them, that oneDNN multiplies with while a CPU samples in fp32."""
+    if not plan.on_cpu or plan.bf16:
+        return 0
+    shape = plan.policy
+    return FP32 * (shape.vocabulary * shape.hidden + shape.layers * sum(a * b for a, b in shape.projections()))
+
+
+def layer_once(shape: ModelShape, tokens: int, size: int) -> int:
+    """What one layer holds at a time where nothing is kept for a backward pass: hidden states twice, what the MLP's two
+    halves give and their product; or query, key, value and the attention's result.
+    """
+    mlp = 2 * shape.hidden + 3 * shape.intermediate
+    attention = 2 * shape.hidden + 4 * shape.heads * shape.head_dim
+    return size * tokens * max(mlp, attention)
+
+
+def scoring_terms(plan: Plan) -> Iterator[Term]:
+    """Yields what the reward model needs while it reads completions, beside what is held."""
+    if plan.reward_model is not None:
+        yield Term("scoring", layer_once(plan.reward_model, plan.tokens_scored, plan.reward_model_bytes))
 
 
 def kv_bytes(plan: Plan) -> int:
@@ -51,12 +82,29 @@ def hidden_bytes(plan: Plan) -> int:
 
 
 def pass_terms(plan: Plan) -> Iterator[Term]:
-    """Yields what the forward and backward passes of a step need, gradients included."""
-    yield gradient_term(plan)
+    """Yields what the fullest forward and backward pass of a step needs, gradients included."""
+    alone = replace(plan, tokens_per_pass=plan.tokens_alone)
+    beside = (gradient_term(plan), *_of_a_pass(plan))
+    own = (*_gradients_at_first(plan), *_of_a_pass(alone)) if plan.tokens_alone else ()
+    yield from max(beside, own, key=lambda terms: sum(term.gpu for term in terms))
+
+
+def _of_a_pass(plan: Plan) -> Iterator[Term]:
     yield Term("buckets", _bucket_bytes(plan))
     yield Term("gathered for a pass", _live_bytes(plan))
     yield Term("activations", activation_bytes(plan))
     yield Term("logits", logit_bytes(plan))
+
+
+def _gradients_at_first(plan: Plan) -> Iterator[Term]:
+    """A step's first pass begins without gradients: they grow as the activations of the layers go. DDP's buckets, and
+    the gradients that DeepSpeed holds, are there all the time.
+    """
+    whole = gradient_term(plan)
+    if plan.by_deepspeed:
+        yield whole
+    elif plan.sharding == "none" and plan.gpus > 1:
+        yield Term("gradients", whole.gpu // 2)
 
 
 def step_terms(plan: Plan) -> Iterator[Term]:
@@ -75,9 +123,21 @@ def activation_bytes(plan: Plan) -> int:
     """
     shape, tokens = plan.policy, plan.tokens_per_pass
     of_layer = tokens * layer_bytes_of_a_token(shape, plan.bf16, hidden_bytes(plan))
+    if plan.on_cpu:
+        of_layer += tokens * attention_bytes_on_cpu(plan)
     if not plan.gradient_checkpointing:
         return shape.layers * of_layer
     return shape.layers * tokens * shape.hidden * hidden_bytes(plan) + of_layer
+
+
+def attention_bytes_on_cpu(plan: Plan) -> int:
+    """What attention keeps for each token on a CPU beyond `layer_bytes_of_a_token`: keys and values copied for each of
+    the query heads, queries and results copied in segments, and a mask in fp32 of what each token may read.
+    """
+    shape, size = plan.policy, plan.compute_bytes
+    attention = shape.heads * shape.head_dim
+    readable = min(plan.tokens_per_pass, plan.prompt_tokens + plan.new_tokens)
+    return 2 * size * (attention - shape.kv_width) + 2 * size * attention + FP32 * readable
 
 
 def layer_bytes_of_a_token(shape: ModelShape, bf16: bool, hidden: int = FP32) -> int:
@@ -102,9 +162,12 @@ def logit_bytes(plan: Plan) -> int:
     fp32 over all chunks, and of one.
     """
     shape = plan.policy
-    tokens = min(plan.tokens_per_pass, max(1, CHUNK_LOGITS // shape.vocabulary))
+    most = CHUNK_LOGITS_ON_CPU if plan.on_cpu else CHUNK_LOGITS
+    tokens = min(plan.tokens_per_pass, max(1, most // shape.vocabulary))
     chunk, head = FP32 * tokens * shape.vocabulary, shape.vocabulary * shape.hidden
     cast = HALF * head if plan.bf16 and hidden_bytes(plan) == FP32 else 0
+    if plan.on_cpu and not plan.bf16:
+        cast = FP32 * head  # oneDNN's copy of the head for a product
     forward = int(ARRAYS_FORWARD * chunk) + cast
     if plan.adapter != "none":
         return forward

@@ -33,6 +33,8 @@ class Plan:
     """ZeRO: Adam's state and the weights that it steps are in the machine's memory. FSDP2 has only all or nothing."""
     offload_parameters: bool = False
     """ZeRO-3: the parts of weights are too. FSDP2: these, their gradients and Adam's state."""
+    on_cpu: bool = False
+    """The processes compute on CPUs; ``gpus`` is then their number."""
     bf16: bool = True
     adapter: Adapter = "none"
     lora_rank: int = 16
@@ -42,7 +44,9 @@ class Plan:
     reference: bool = True
     """Whether there is one. With an adapter it is the policy without it, and costs nothing."""
     reward_model: ModelShape | None = None
-    """One that is held in bf16, on every GPU; see `shape.as_reward_model`."""
+    """One that is held on every GPU; see `shape.as_reward_model`."""
+    reward_model_bytes: int = 2
+    """Bytes of a number in it, as it was saved."""
     reward_model_sharded: bool = False
 
     engine: Engine = "built-in"
@@ -60,6 +64,11 @@ class Plan:
     """Memory of a GPU, of which vLLM takes that share."""
 
     tokens_per_pass: int = 16384
+    """Tokens of a pass, padding included, that has gradients of earlier passes of its step beside it."""
+    tokens_alone: int = 0
+    """Tokens of the largest pass that is the only one of its step, which begins without gradients; 0: there is none."""
+    tokens_scored: int = 0
+    """Tokens that the reward model reads at a time; 0: fewer than matter."""
     gradient_checkpointing: bool = True
     bucket: int | None = None
     """DeepSpeed's ``reduce_bucket_size``, in numbers; ``None`` is ``auto``, the square of the hidden size. Where a file

@@ -170,9 +170,10 @@ class Interrupt(TrainerCallback):
         return control
 
     def _stop(self, control: TrainerControl) -> None:
-        assert self.request.signal is not None
-        name = name_of(self.request.signal)
-        events.emit("stop", f"{name}: the run stops after this step, with a checkpoint.", signal=name)
+        number = self.request.signal
+        assert number is not None
+        text = f"{name_of(number)}: the run stops after this step, with a checkpoint."
+        events.emit("stop", text, signal=number.name)
         control.should_save = True
         control.should_log = True  # otherwise metrics since the last log would be lost
         control.should_training_stop = True

@@ -17,7 +17,7 @@ describe(
         "1",
         "what the learning rate of the last step was multiplied by",
         "How far skipped steps have lowered it. `learning_rate` has it in it.",
-        when="`skipped_step_lr_factor`",
+        when="with `skipped_step_lr_factor`",
     ),
 )
 

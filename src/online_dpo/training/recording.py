@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import functools
 import os
-import random
 import socket
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
 from accelerate import Accelerator
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from online_dpo import __version__
@@ -20,19 +23,25 @@ from online_dpo.checkpoints.folders import step_of
 from online_dpo.config.recording import OFF
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.distributed.collectives import RankErrors
+from online_dpo.distributed.rank_watch import LAST_WORDS
 from online_dpo.distributed.signals import StoppedBySignal, is_interruption
 from online_dpo.errors import NothingTrainedError, OnlineDPOError, TrainingInterrupted, named_error
+from online_dpo.modeling.introspection import unwrapped
 from online_dpo.runs import beginning, events, written
-from online_dpo.runs.cutting import SUMMARY, Cut
+from online_dpo.runs.cutting import Cut
 from online_dpo.runs.directory import RunDirectory
 from online_dpo.runs.endings import End
-from online_dpo.runs.records import GroupRecord
+from online_dpo.runs.often import OFTEN
 from online_dpo.training.display.figures import evaluation_prefix
+from online_dpo.training.ledger import Ledger
+from online_dpo.training.resumed_record import metrics_row, restore_metrics, resumed_events
 from online_dpo.training.session_facts import environment_facts, settings_of
 
 Train = TypeVar("Train", bound=Callable[..., Any])
 
 MEGABYTE = 1_000_000
+OF_ALL_RANKS = ("skip", "learning_rate", "idle", "stop", "checkpoint", "evaluation", "sync")
+"""Kinds of events that all ranks come to together. The first one writes them down."""
 
 
 class RecordError(OnlineDPOError, RuntimeError):
@@ -45,8 +54,9 @@ class Recording(TrainerCallback):
     It comes before the callbacks that tell other ranks, and checkpoints, that a step is done: what they say to be done
     is in the record. Nothing that fails in it ends a run that has begun.
 
-    ``settings`` is the text of the run's settings, where whoever built the trainer knows them; ``parts`` are the parts
-    of the trainer in words; ``take`` returns the groups of a step. With ``ends_later`` the end of `train` is not that
+    ``settings`` is the text of the run's settings and ``command`` the words that started it, where whoever built the
+    trainer knows them; ``ledger`` has the
+    groups of a step. With ``ends_later`` the end of `train` is not that
     of the run (see `ending`).
 
     Args:
@@ -68,12 +78,21 @@ class Recording(TrainerCallback):
         self._args, self._accelerator, self._errors = args, accelerator, errors
         self._state, self._in_step = state, in_step
         self.settings: str | None = None
-        self.parts: dict[str, str] = {}
-        self.take: Callable[[int], Sequence[GroupRecord]] = lambda step: ()
+        self.command: Sequence[str] = sys.argv
+        self._parts: dict[str, str] = {}
+        self.ledger: Ledger | None = None
         self.ends_later = False
         self._failure: End | None = None
+        self._done = 0
         self._directory: RunDirectory | None = None
         self._session = ExitStack()
+
+    def describe(self, ledger: Ledger, policy: nn.Module, reference: str, sources: Sequence[Any]) -> None:
+        """Takes the parts of the trainer: what has the groups of a step, and what the settings name in comments."""
+        self.ledger = ledger
+        name = getattr(unwrapped(policy).config, "_name_or_path", "") or "made in Python"
+        feedback = ", ".join(source.name for source in sources)
+        self._parts = {"model": f"{type(policy).__name__}, {name}", "reference": reference, "feedback": feedback}
 
     @property
     def folder(self) -> Path:
@@ -92,13 +111,14 @@ class Recording(TrainerCallback):
         """
         self._session.close()
         self._failure = None
+        self._done = 0 if checkpoint is None else step_of(Path(checkpoint))
         if not self._args.run_folder:
             return
         first: list[events.Event] = []
         self._errors.run(lambda: self._told(lambda: first.extend(self._prepare(checkpoint, passed_over))))
         self._errors.run(lambda: self._told(self._open))
         for event in first:
-            self._write_event(event)
+            self._write_event(replace(event, facts={"step": self._done, **event.facts}))
 
     def _told(self, action: Callable[[], None]) -> None:
         try:
@@ -114,18 +134,19 @@ class Recording(TrainerCallback):
         if not self._args.should_save:
             return []
         self.folder.mkdir(parents=True, exist_ok=True)
-        step = 0 if checkpoint is None else step_of(Path(checkpoint))
+        step = self._done
         told = [events.Event("start", f"The run starts after step {step}.", self._who())]
-        if checkpoint is None:
-            if (number := beginning.begin_anew(self.folder)) is not None:
-                text = f"The record of an earlier run is in {beginning.EARLIER}/{number} now."
-                told.append(events.Event("record", text, {"earlier": number}))
-        else:
-            cut = beginning.go_on(self.folder, step)
-            told += _resumed(Path(checkpoint), step, cut, passed_over)
-        text = settings_of(self._args, self.parts) if self.settings is None else self.settings
+        is_own = checkpoint is not None and Path(checkpoint).resolve().parent == self.folder.resolve()
+        cut = beginning.go_on(self.folder, step) if is_own else Cut()
+        if not is_own and (number := beginning.begin_anew(self.folder)) is not None:
+            text = f"The record of an earlier run is in {beginning.EARLIER}/{number} now."
+            told.append(events.Event("record", text, {"earlier": number}))
+        if checkpoint is not None:
+            restored = restore_metrics(self.folder, Path(checkpoint), cut.last_logged)
+            told += resumed_events(Path(checkpoint), cut, restored, passed_over)
+        text = settings_of(self._args, self._parts) if self.settings is None else self.settings
         written.write_settings(self.folder, text, __version__)
-        written.add_session(self.folder, environment_facts(self._accelerator.num_processes))
+        written.add_session(self.folder, environment_facts(self._accelerator.num_processes, self.command))
         return told
 
     def _who(self) -> dict[str, Any]:
@@ -142,17 +163,42 @@ class Recording(TrainerCallback):
         if self._directory is not None:
             self._directory.close()
         self._directory = directory
+        if self.ledger is not None:
+            self.ledger.on = args.log_completions != OFF
+        LAST_WORDS.append(self._say_last)
+        self._session.callback(LAST_WORDS.remove, self._say_last)
         self._session.enter_context(events.listening(self._write_event))
         self._session.enter_context(events.warnings_told(__name__.partition(".")[0]))
 
     def _write_event(self, event: events.Event) -> None:
-        if self._directory is not None:
-            self._directory.add_event(event, self._state().global_step + self._in_step())
+        rank = self._accelerator.process_index
+        if self._directory is not None and (rank == 0 or event.kind not in OF_ALL_RANKS):
+            self._directory.add_event(event, self._step())
+
+    def _step(self) -> int:
+        """The step that is being made, or else the last one."""
+        return max(self._state().global_step, self._done + 1 if self._in_step() else 0)
+
+    def _say_last(self, reason: str) -> None:
+        """The end of a process that hangs and ends itself."""
+        self._failure = End(1, reason)
+        self.end()
 
     def sync(self) -> None:
-        """Brings everything to the disk, before a checkpoint says that the steps until now are done."""
+        """Brings everything to the disk."""
         if self._directory is not None:
             self._directory.sync()
+
+    def files(self, rank: int) -> Sequence[str]:
+        """Return no name: it has no file in a checkpoint."""
+        return []
+
+    def save(self, folder: Path, rank: int) -> None:
+        """Bring everything to the disk, before a checkpoint says that the steps until now are done."""
+        self.sync()
+
+    def restore(self, folder: Path, rank: int) -> None:
+        """Do nothing: `begin` has cut the record."""
 
     def fail(self, error: BaseException) -> None:
         """Remembers what will have ended the run, for `end`."""
@@ -169,6 +215,7 @@ class Recording(TrainerCallback):
         end = self._failure or End(0)
         end = end if code is None else End(code, end.message)
         done = f"The run ended after step {self._state().global_step}"
+        OFTEN.flush()
         message = f"{done}: {end.message}" if end.message else f"{done}."
         self._write_event(events.Event("end", message, {"code": end.code, "state": end.state}))
         self.sync()
@@ -193,22 +240,12 @@ class Recording(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the groups of the step."""
-        groups = self.take(state.global_step)
-        if self._directory is not None:
-            self._directory.add_groups([group.as_json() for group in self._chosen(groups, state.global_step)])
-
-    def _chosen(self, groups: Sequence[GroupRecord], step: int) -> Sequence[GroupRecord]:
-        """As many prompts as ``log_completions`` says, the same on a resumed run."""
-        amount = self._args.log_completions
-        if amount == OFF:
-            return ()
-        if not isinstance(amount, int):
-            return groups
-        rank, processes = self._accelerator.process_index, self._accelerator.num_processes
-        places = sorted({group.index for group in groups})
-        own = amount // processes + ((rank - step) % processes < amount % processes)
-        chosen = random.Random(f"{self._args.seed}-{step}-{rank}").sample(places, min(own, len(places)))
-        return [group for group in groups if group.index in chosen]
+        self._done = state.global_step
+        if self._directory is not None and self.ledger is not None and self.ledger.on:
+            amount = self._args.log_completions
+            groups = self.ledger.take(state.global_step, amount if isinstance(amount, int) else None)
+            self._directory.add_groups([group.as_json() for group in groups])
+        OFTEN.flush()
 
     def on_log(
         self,
@@ -220,9 +257,8 @@ class Recording(TrainerCallback):
     ) -> None:
         """Write a row of metrics."""
         if self._directory is not None and self._accelerator.process_index == 0 and logs:
-            is_evaluation = bool(evaluation_prefix(logs)) and SUMMARY not in logs
-            row = {"step": state.global_step, "kind": "eval" if is_evaluation else "train"}
-            self._directory.add_metrics({**row, **{name: value for name, value in logs.items() if name not in row}})
+            log = state.log_history[-1] if state.log_history else logs  # of `logs`, a callback may have taken something
+            self._directory.add_metrics({**metrics_row(state.global_step, log), "time": time.time()})
 
     def on_evaluate(
         self,
@@ -243,17 +279,6 @@ class Recording(TrainerCallback):
         if self._accelerator.process_index == 0:
             name = f"checkpoint-{state.global_step}"
             events.emit("checkpoint", f"{name} was saved.", name=name, saved=True)
-
-
-def _resumed(checkpoint: Path, step: int, cut: Cut, passed_over: str) -> list[events.Event]:
-    """The events that say how a run goes on."""
-    text = f"The run goes on from {checkpoint.name}" + (f" ({passed_over})." if passed_over else ".")
-    facts = {"from": str(checkpoint), "rows_cut": cut.rows, "frames_cut": cut.frames, "passed_over": passed_over}
-    told = [events.Event("resume", text, facts)]
-    if cut.damaged:
-        text = f"These files are damaged in the middle, and go on after it: {', '.join(cut.damaged)}."
-        told.append(events.Event("record", text, {"damaged": cut.damaged}))
-    return told
 
 
 def end_of(error: BaseException) -> End:

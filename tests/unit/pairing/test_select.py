@@ -2,15 +2,16 @@
 
 import math
 import statistics
+from collections import Counter
 from typing import get_args
 
 import pytest
 
 from online_dpo.config.feedback import PairSelection
-from online_dpo.pairing.rounds import latest, without_pair
+from online_dpo.pairing.rounds import latest, reasons, without_pair
 from online_dpo.pairing.select import Selection, pairs_from_preferences, pairs_from_scores
 from online_dpo.pairing.strategies import STRATEGIES
-from online_dpo.types import Feedback, Preference, Round, Scores, Verdicts
+from online_dpo.types import Comparison, Feedback, Pair, Pairing, Preference, Round, Scores, Verdicts
 from support import tiny
 
 PROMPTS = tiny.prompts([3] * 8)
@@ -252,3 +253,61 @@ def test_the_latest_answers_are_those_of_the_last_round_of_each_prompt():
     assert latest(Feedback(groups[:1], top, {}, (Round([0], again[:1], Verdicts([sure], 1, 1, turned)),)))[
         1
     ] == Verdicts([sure], 3, 1, turned)
+
+
+# --- what became of each group
+
+
+def test_each_group_without_a_pair_has_its_reason_and_the_counters_are_their_sums():
+    same = [[5, 1], [5, 1], [5, 1]]
+    completions = [THREE, THREE, same, THREE, THREE, [[5, 1], [6] * 9, [7, 1]]]
+    values = [[1.0, 1.0, 1.0], [None, 1.0, None], [1.0, 2.0, 3.0], [1.0, 1.1, 1.2], [1.0, 3.0, 5.0], [0.0, 9.0, 4.0]]
+    groups, scores = groups_of(*completions), Scores([list(row) for row in values], {})
+    made = pairs_from_scores(groups, scores, Selection(min_margin=1.0, max_length_ratio=2.0))
+    assert made.reasons == {0: "tie", 1: "missing_score", 2: "identical", 3: "margin", 5: "length_ratio"}
+    assert made.dropped == Counter(made.reasons.values()) and made.left_out_of == {}
+    assert reasons(groups, made) == ["tie", "missing_score", "identical", "margin", None, "length_ratio"]
+
+
+def test_pairs_left_out_are_told_of_each_group():
+    made = pairing([THREE, THREE], [[3.0, 2.5, 1.0], [9.0, 5.0, 0.0]], strategy="all_pairs", min_margin=1.0)
+    assert made.left_out_of == {0: {"margin": 1}} and made.left_out == {"margin": 1}
+
+
+def test_each_group_that_a_judge_decides_nothing_about_has_its_reason():
+    groups = groups_of(THREE, THREE, THREE, [[5, 1], [5, 1], [6, 1]], THREE)
+    told = [None, Preference(0, 1, 0.5), Preference(0, 1, 0.3), Preference(0, 1, 0.9), Preference(2, 0, 0.9)]
+    made = pairs_from_preferences(groups, told)
+    assert made.reasons == {0: "no_answer", 1: "tie", 2: "contradiction", 3: "identical"}
+    assert made.dropped == Counter(made.reasons.values())
+
+
+def test_groups_that_a_method_from_outside_only_counts():
+    groups = groups_of(THREE, THREE, THREE)
+    pair = Pair(groups[1], 0, 1)
+    assert reasons(groups, Pairing([pair], Counter(dull=2))) == ["dull", None, "dull"]
+    assert reasons(groups, Pairing([pair], Counter(dull=1))) == ["not_said", None, "not_said"]
+    assert reasons(groups, Pairing([pair], Counter(dull=1, long=1))) == ["not_said", None, "not_said"]
+    assert reasons(groups, Pairing([pair])) == ["not_said", None, "not_said"]
+    assert reasons(groups, Pairing([pair], Counter(dull=1), reasons={2: "dull"})) == ["not_said", None, "dull"]
+
+
+def test_the_latest_of_what_scores_are_made_of_and_of_what_was_compared():
+    groups, again = groups_of(THREE[:2], THREE[:2]), groups_of(FOUR[2:])
+    scores = Scores(
+        [[1.0, 1.0], [2.0, 0.0]], {"f": [[1.0, 1.0], [2.0, 0.0]]}, [[0.0, 0.0], [1.0, -1.0]], {"f": 1.0},
+        {"f": [[0.0, 0.0], [1.0, -1.0]]}, [[{}, {}], [{"length": 1.0}, {}]],
+    )  # fmt: skip
+    newer = Scores(
+        [[4.0, 5.0]], {"f": [[4.0, 5.0]]}, [[-1.0, 1.0]], {"f": 1.0}, {"f": [[-1.0, 1.0]]}, [[{"missing_eos": 2.0}, {}]]
+    )
+    last = latest(Feedback(groups, scores, {}, (Round([0], again, newer, ["tie"]),)))[1]
+    assert isinstance(last, Scores) and last.weights == {"f": 1.0}
+    assert last.relative == {"f": [[-1.0, 1.0], [1.0, -1.0]]}
+    assert last.penalties == [[{"missing_eos": 2.0}, {}], [{"length": 1.0}, {}]]
+
+    one, other, third = Comparison(0, 1, 0.9), Comparison(0, 1, 0.2), Comparison(1, 0, None)
+    judged = Verdicts([None, None], 2, 0, None, [(one,), (other,)])
+    rejudged = Verdicts([None], 1, 1, None, [(third,)])
+    last = latest(Feedback(groups, judged, {}, (Round([0], again, rejudged, ["tie"]),)))[1]
+    assert isinstance(last, Verdicts) and last.comparisons == [(third,), (other,)]

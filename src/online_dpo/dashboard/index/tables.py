@@ -6,9 +6,9 @@ import sqlite3
 from pathlib import Path
 
 SCHEMA = """
-CREATE TABLE chunk (kind TEXT, metric TEXT, last INTEGER, points BLOB);
-CREATE INDEX chunk_of_metric ON chunk (metric, kind, last);
-CREATE TABLE metric (metric TEXT, kind TEXT, step INTEGER, value REAL, PRIMARY KEY (metric, kind));
+CREATE TABLE chunk (metric TEXT, last INTEGER, points BLOB);
+CREATE INDEX chunk_of_metric ON chunk (metric, last);
+CREATE TABLE metric (metric TEXT PRIMARY KEY, step INTEGER, value REAL);
 CREATE TABLE event (number INTEGER PRIMARY KEY, step INTEGER, time REAL, rank INTEGER, kind TEXT, message TEXT,
     facts TEXT);
 CREATE TABLE frame (id INTEGER PRIMARY KEY, rank INTEGER, number INTEGER, start INTEGER, end INTEGER);

@@ -2,10 +2,18 @@
 
 from online_dpo.doctor.checks import (  # noqa: F401  isort: skip
     versions,
+    settings,
     device,
     files,
     disk,
     tokens,
     template,
     prompts,
+    memory,
+    servers,
+    models,
+    samples,
+    rewards,
+    judges,
+    timing,
 )

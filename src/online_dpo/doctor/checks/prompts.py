@@ -27,7 +27,7 @@ def prompts(case: Case) -> Iterator[Finding]:
     lengths = whole_lengths(case)
     limit, room = case.args.prompt_limit, case.config.get_text_config()
     most = getattr(room, "max_position_embeddings", None)
-    lines = tuple(histogram(lengths, limit))
+    lines = tuple(histogram(lengths, limit)) if len(set(lengths)) > 1 else ()
     cut = share(length > limit for length in lengths) if limit is not None else 0.0
     facts = {"rows": len(dataset), "dropped": dropped, "cut": cut, "longest": max(lengths), "limit": limit}
     found = f"{len(dataset)} prompts of {min(lengths)} to {max(lengths)} tokens"
@@ -35,6 +35,15 @@ def prompts(case: Case) -> Iterator[Finding]:
         text = f"{found}: {cut:.0%} are longer than {limit} tokens, and lose their beginning"
         change = "Raise `max_length` (or `max_prompt_length`), or leave long prompts out of the dataset."
         yield (problem if cut > MANY else warning)(text, change, lines=lines, **facts)
+        return
+    if most and limit is not None and limit + case.args.max_new_tokens > most:
+        yield problem(
+            f"{found}; with {limit} of a prompt and {case.args.max_new_tokens} new tokens they may have more than the "
+            f"model's {most}",
+            f"Set `max_length` to at most {most}.",
+            lines=lines,
+            **facts,
+        )
         return
     full = share(length + case.args.max_new_tokens > most for length in lengths) if most and limit is None else 0.0
     if full:
@@ -45,7 +54,7 @@ def prompts(case: Case) -> Iterator[Finding]:
             **facts,
         )
         return
-    yield ok(found + ("" if limit is None else f"; {cut:.1%} are cut to {limit}"), lines=lines, **facts)
+    yield ok(found + (f"; {cut:.1%} are cut to {limit}" if cut else ""), lines=lines, **facts)
 
 
 def _unusable(usable: int, counts: Mapping[str, int]) -> Iterator[Finding]:

@@ -1,15 +1,17 @@
-"""Rows of a preference dataset, made of the groups of a run: columns as TRL's trainers take them, and more about each."""
+"""Rows of a preference dataset, made of the groups of a run: columns as TRL's trainers take them, and others."""
 
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from online_dpo.runs.reasons import in_words
+
+LARGEST = sys.float_info.max
 
 Row = dict[str, Any]
 MakeRows = Callable[[Row, Counter[str]], Iterator[Row]]
@@ -55,9 +57,9 @@ class Selection:
 
 
 def number(value: Any) -> float | None:
-    """A finite number of a record; ``None`` for anything else."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if is_number else None
+    """A finite number of a record; ``None`` for anything else, such as a whole number that is too large."""
+    is_finite = type(value) in (int, float) and -LARGEST <= value <= LARGEST
+    return float(value) if is_finite else None
 
 
 def _pair_row(group: Row, pair: Row) -> Row:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ class Source:
         for file in completions_files(path):
             steps = list(folder.frames(file))
             by_rank[file.rank] += steps
-            torn += (path / file.name).stat().st_size - (steps[-1].frame.end if steps else 0)
+            with suppress(FileNotFoundError):  # rotated out meanwhile
+                torn += (path / file.name).stat().st_size - (steps[-1].frame.end if steps else 0)
         return cls(name, folder, dict(by_rank), torn)
 
     def groups(self, left_out: Counter[str]) -> Iterator[Row]:

@@ -38,17 +38,18 @@ def record_diversity(store: MetricStore, groups: Sequence[Group]) -> None:
     """Records the diversity of each group with two or more completions of the policy."""
     own = [[completion for completion in group.completions if completion.by_policy] for group in groups]
     own = [completions for completions in own if len(completions) > 1]
-    tokens = [[np.array(completion.token_ids, dtype=np.int64) for completion in completions] for completions in own]
-    bigrams = [[(part[:-1] << 32) + part[1:] for part in parts] for parts in tokens]
-    store.mean("completions/distinct_1", _distinct(tokens))
-    store.mean("completions/distinct_2", _distinct(bigrams))
+    ids = [[completion.token_ids for completion in completions] for completions in own]
+    counts = [sum(map(len, parts)) for parts in ids]
+    store.mean("completions/distinct_1", [len(set().union(*p)) / n for p, n in zip(ids, counts, strict=True) if n])
+    store.mean("completions/distinct_2", [share for parts in ids if (share := _distinct_bigrams(parts)) is not None])
     for completions in own:
         texts = Counter(completion.text for completion in completions)
         shared = sum(count for count in texts.values() if count > 1)
         store.ratio("completions/equal_ratio", shared, len(completions))
 
 
-def _distinct(groups: Sequence[Sequence[np.ndarray]]) -> list[float]:
-    """The share of different items among all of each group that has any."""
-    joined = [np.concatenate(parts) for parts in groups]
-    return [len(np.unique(items)) / len(items) for items in joined if len(items)]
+def _distinct_bigrams(parts: Sequence[Sequence[int]]) -> float | None:
+    """The share of different pairs of neighbours among all; ``None`` where there is none."""
+    tokens = [np.fromiter(part, np.int64, len(part)) for part in parts]
+    pairs = np.sort(np.concatenate([(part[:-1] << 32) + part[1:] for part in tokens]))
+    return (1 + int((pairs[1:] != pairs[:-1]).sum())) / len(pairs) if len(pairs) else None

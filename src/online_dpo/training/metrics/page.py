@@ -61,7 +61,7 @@ def _in_order(metrics: Sequence[Metric]) -> list[Metric]:
 
 
 def _row(metric: Metric) -> str:
-    formula = metric.formula + (f" ({metric.when})" if metric.when else "")
+    formula = metric.formula + (f"; only {metric.when}" if metric.when else "")
     cells = (f"`{metric.name}`", metric.unit, formula, metric.tells)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 

@@ -9,7 +9,7 @@ from online_dpo.training.metric_store import MetricStore
 from online_dpo.training.metrics.rollout import OPPONENT, record_comparisons
 from online_dpo.types import Completion, Pair, Pairing, Round, Verdicts
 
-RESAMPLING = "`resample_rounds`"
+RESAMPLING = "with `resample_rounds`"
 
 describe(
     "Pairs",
@@ -38,7 +38,7 @@ describe(
         "pairs",
         "pairs left out of groups that have others, for `margin` or `length_ratio`",
         "Whether `min_margin` or `max_length_ratio` takes too much.",
-        when="`min_margin` or `max_length_ratio`",
+        when="with `min_margin` or `max_length_ratio`",
     ),
     Metric(
         "dropped/REASON",

@@ -9,7 +9,7 @@ from online_dpo.training.metrics.agreement import record_agreement_of_scorers
 from online_dpo.training.metrics.diversity import record_diversity
 from online_dpo.types import Completion, Group, Notes, Scores, Verdicts
 
-OPPONENT = "`method: xpo` or `nash_md`"
+OPPONENT = "with `method: xpo` or `nash_md`"
 
 describe(
     "Completions",

@@ -77,14 +77,14 @@ describe(
         "training (4, and 2 for each trained one, with an adapter), 2 in sampling and in the reference; and attention",
         "The speed of one process, independent of the length of answers. Gradient checkpointing and scorers do not "
         "count, nor what a server samples.",
-        when="models without experts",
+        when="with models without experts",
     ),
     Metric(
         "perf/mfu",
         "share",
         "`perf/teraflops` / what the device does at most in dense bf16 products",
         "Model FLOPs utilisation. Training alone may reach 0.4; sampling, which waits for memory, lowers it.",
-        when="devices whose peak is known: A100, H100, H200, B200, L4, L40S, A10, V100, T4, some GeForce",
+        when="on devices whose peak is known: A100, H100, H200, B200, L4, L40S, A10, V100, T4, some GeForce",
     ),
 )
 

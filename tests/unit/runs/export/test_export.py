@@ -6,9 +6,11 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Features, Value, load_dataset
 
+from online_dpo.cli.judging.pairs_file import read_pairs
 from online_dpo.cli.main import main
 from online_dpo.runs import frames
 from online_dpo.runs.layout import CompletionsFile
+from online_dpo.runs.votes import Vote, add_vote
 from support import records
 from support.records import completion, group
 
@@ -141,6 +143,20 @@ def test_what_is_torn_damaged_or_strange_is_told(folder, tmp_path, capsys):
     assert len(lines(tmp_path / "pairs.jsonl")) == 5
 
 
+def test_votes_are_read_by_the_judge_command(folder, tmp_path, capsys):
+    for n, choice in enumerate(["first", "second", "tie", "skip"]):
+        add_vote(folder, Vote(f"Prompt {n}?", "Red.", "Blue.", choice, time=1.0, group="1-0-0-0", completions=(0, 1)))
+    assert export(folder, "--to", tmp_path / "votes.jsonl", "--votes") == 0
+    printed = capsys.readouterr().out
+    assert "3 votes written to" in printed and "left out: 1 questions that were skipped" in printed
+    pairs = read_pairs(tmp_path / "votes.jsonl", None)
+    assert [(pair.prompt, pair.label) for pair in pairs] == [
+        ("Prompt 0?", 1.0),
+        ("Prompt 1?", 0.0),
+        ("Prompt 2?", None),
+    ]
+
+
 def test_hostile_text_stays_what_it_is(tmp_path):
     text = "</script>\n\u2028\u202e\x00 \U0001f600 {{7*7}}"
     folder = records.write(tmp_path / "run", [group(1, [completion(text, 2.0), completion("", 1.0)], prompt=text)])
@@ -177,6 +193,8 @@ def test_wrong_input_is_one_clear_line(folder, tmp_path, capsys):
         ([folder, *to, "--steps", "a"], "wanted: such as 100:200"),
         ([folder, *to, "--min-margin", "nan"], "--min-margin"),
         ([folder, *to, "--min-margin", "1", "--all-completions"], "does not go with --all-completions"),
+        ([folder, *to, "--votes", "--steps", "1"], "goes with no other choice of rows"),
+        ([folder, *to, "--votes"], "there is nothing to export"),
         ([folder, tmp_path / "chat", *to], "texts in run and conversations in chat"),
     ):
         assert export(*words) == 2, words

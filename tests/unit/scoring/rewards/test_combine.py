@@ -260,3 +260,24 @@ def test_one_that_fails_stops_those_that_wait(failing_is_async):
     while not ended and time.perf_counter() < deadline:
         time.sleep(0.01)
     assert ended == ["cancelled"]
+
+
+# what it is made of ---------------------------------------------------------------------------------------------------
+
+
+def test_weights_normalised_numbers_and_penalties_by_name_are_kept():
+    long = Completion((9,) * 4, (-1.0,) * 4, "length", 0, "b")
+    groups = [Group(Prompt("p", (1,), row=0), (Completion((9,), (-1.0,), "stop", 0, "a"), long))]
+    scorers = [Says("f", [1.0, 3.0]), Says("f", [math.nan, 2.0]), Says("g", [5.0, 6.0])]
+    penalties = Penalties(missing_eos=0.5, per_token=0.25)
+    scores = score_groups(groups, scorers, [2.0, 1.0, 3.0], penalties, ["group", "none", "group"])
+    assert scores.weights == {"f": 2.0, "f_2": 1.0, "g": 3.0}
+    assert scores.relative == {"f": [[-1.0, 1.0]], "g": [[-1.0, 1.0]]}
+    assert scores.penalties == [[{"length": 0.25}, {"missing_eos": 0.5, "length": 1.0}]]
+    assert scores.values == [[None, 6.0 + 2.0 + 18.0 - 1.5]]
+    assert scores.normalized == [[None, 2.0 + 2.0 + 3.0 - 1.5]]
+
+
+def test_without_penalties_and_normalisation_nothing_is_kept_of_them():
+    scores = score_groups(GROUPS, [Says("f", [1, 2], [3, 4])])
+    assert (scores.weights, scores.relative, scores.penalties) == ({"f": 1.0}, {}, [])

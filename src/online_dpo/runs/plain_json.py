@@ -1,0 +1,76 @@
+"""Values of strict JSON: what a column or a note has of it, and numbers as the record of a run writes them."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+
+@runtime_checkable
+class _Array(Protocol):
+    """An array or a scalar of NumPy or torch, which this module does not import."""
+
+    ndim: int
+
+    def item(self) -> Any: ...
+
+
+DIGITS = 6
+"""Significant digits of numbers that are only looked at."""
+
+
+def rounded(number: float | None) -> float | None:
+    """A number with so many digits as are looked at; ``None`` where it is not finite.
+
+    >>> rounded(0.123456789)
+    0.123457
+    """
+    return None if number is None or not math.isfinite(number) else float(f"{number:.{DIGITS}g}")
+
+
+def exact(number: float | None) -> float | None:
+    """A number as it is; ``None`` where it is not finite."""
+    return None if number is None or not math.isfinite(number) else float(number)
+
+
+def plain(value: Any) -> Any:
+    """A value in the types that strict JSON has; a number that is not finite becomes ``None``.
+
+    Raises:
+        TypeError: JSON has nothing for the value, or for a part of it: bytes, an image, an object.
+    """
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return exact(float(value))
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {_key(key): plain(item) for key, item in value.items()}
+    if isinstance(value, _Array) and value.ndim == 0:
+        return plain(value.item())
+    raise TypeError(f"JSON has nothing for a {type(value).__name__}")
+
+
+def plain_or_named(value: Any) -> Any:
+    """As `plain`, but with ``{"left_out": <its type>}`` in the place of what JSON has nothing for."""
+    if isinstance(value, (list, tuple)):
+        return [plain_or_named(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): plain_or_named(item) for key, item in value.items()}
+    try:
+        return plain(value)
+    except TypeError:
+        return {"left_out": type(value).__name__}
+
+
+def _key(key: Any) -> str:
+    if not isinstance(key, (str, int)):
+        raise TypeError(f"JSON has no key of type {type(key).__name__}")
+    return str(key)
