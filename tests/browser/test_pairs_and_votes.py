@@ -134,6 +134,7 @@ def test_filters_narrow_the_list_and_its_link_shows_the_same(open_page, served):
 def test_keys_go_through_the_list_and_the_groups(open_page, served):
     page = open_page()
     page.goto(served.at("scored", "/pairs?sort=-margin"))
+    expect(page.locator("#results:not([data-reading])")).to_contain_text("80 groups")
     page.keyboard.press("/")
     expect(page.get_by_label("Search in prompts and answers")).to_be_focused()
     page.keyboard.press("Escape")
@@ -142,11 +143,14 @@ def test_keys_go_through_the_list_and_the_groups(open_page, served):
     expect(page.locator(".sample").nth(1)).to_be_focused()
     page.keyboard.press("Enter")
     expect(page.get_by_text("2 of 80")).to_be_visible()
+    page.wait_for_load_state()  # the keys come with the script
     second = page.url
     page.keyboard.press("j")
     expect(page.get_by_text("3 of 80")).to_be_visible()
+    page.wait_for_load_state()
     page.keyboard.press("k")
     expect(page).to_have_url(second)
+    page.wait_for_load_state()
     page.keyboard.press("?")
     expect(page.get_by_text("next group")).to_be_visible()
     page.keyboard.press("u")
@@ -262,7 +266,8 @@ def test_votes_reach_a_waiting_trainer(open_page, tmp_path):
             server.close()
             trainer.kill()
     assert trainer.returncode == 0, said
-    assert f"Waiting for a person's vote on 2 questions: online-dpo dashboard {out}" in " ".join(said.split())
+    notice = f"Waiting for a person's vote on 2 questions: online-dpo dashboard {out}"
+    assert "".join(notice.split()) in "".join(said.split())
     assert sorted(vote.choice for vote in votes_of(out).values()) == ["first", "second"]
     [row] = [row for row in RunFolder(out).metrics().rows if "loss" in row]
     assert row["pairs/count"] == 2

@@ -38,7 +38,7 @@ document.addEventListener("keydown", (event) => {
 document.addEventListener("submit", (event) => {
   if (event.defaultPrevented || !event.target.matches("form[hx-post]")) return;
   event.preventDefault();
-  setTimeout(() => event.target.requestSubmit(event.submitter), 30);
+  setTimeout(() => event.submitter?.click(), 30); // a click tells htmx which button it was
 });
 
 async function copy(text) {
