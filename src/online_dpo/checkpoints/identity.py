@@ -23,7 +23,7 @@ NOT_COMPARED = frozenset(
         # where files go, what is shown, and to whom
         *("output_dir", "overwrite_output_dir", "logging_strategy", "logging_steps", "logging_first_step"),
         *("logging_nan_inf_filter", "log_on_each_node", "log_level", "log_level_replica", "disable_tqdm", "report_to"),
-        *("run_folder", "log_completions", "log_completions_max_mb"),
+        *("run_folder", "log_completions", "log_completions_max_mb", "num_completions_to_print"),
         *("run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "debug"),
         *("include_num_input_tokens_seen", "skip_memory_metrics", "push_to_hub", "hub_token", "hub_private_repo"),
         *("hub_model_id", "hub_strategy", "hub_always_push", "hub_revision", "save_only_model", "save_strategy"),

@@ -8,7 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TextIO
@@ -81,6 +81,8 @@ def _subject(plan: RunPlan, options: argparse.Namespace) -> Subject:
     judge = plan.judge
 
     def loader(given: Any) -> Callable[[Any], Any]:
+        if isinstance(given, BuiltInJudge) and given.folder is None:
+            given = replace(given, options={**given.options, "cache": None})  # nothing is written here
         return lambda args: None if given is None else load_judge(given, args)
 
     return Subject(

@@ -65,6 +65,7 @@ def train(plan: RunPlan, words: Sequence[str], *, show_traceback: bool) -> int:
         if is_out_of_memory(error):
             return report_error(named_memory_error(error, "while the run was set up"), 1, show_traceback)
         return report_error(error, 1 if isinstance(error, RankLostError) else 2, show_traceback)
+    trainer.recording.command = ["online-dpo", *_started_as(words)]
     if trainer.is_world_process_zero():
         print_lines(describe_trainer(trainer), INDENT)
     end = EndOfRun()
@@ -289,9 +290,13 @@ def _print_how_to_resume(beginning: str, checkpoint: str | None, words: Sequence
     if checkpoint is None:
         print(f"{beginning} No checkpoint was saved.", file=sys.stderr)
         return
-    started_as = shlex.split(os.environ.get(STARTED_AS, "")) or ["train", *words]
-    command = shlex.join(["online-dpo", *resume_words(started_as, checkpoint)])
+    command = shlex.join(["online-dpo", *resume_words(_started_as(words), checkpoint)])
     print(f"{beginning} checkpoint saved in {checkpoint}. Resume with: {command}", file=sys.stderr)
+
+
+def _started_as(words: Sequence[str]) -> list[str]:
+    """The words of the command that a user has given."""
+    return shlex.split(os.environ.get(STARTED_AS, "")) or ["train", *words]
 
 
 def resume_words(words: Sequence[str], checkpoint: str) -> list[str]:

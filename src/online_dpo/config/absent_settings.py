@@ -23,7 +23,6 @@ NOT_HERE = {
     "rlhf": "`method` chooses it: online_dpo, xpo or nash_md",
     "stage": "`method` chooses it: online_dpo, xpo or nash_md",
     "advantage_estimator": _PAIRS_NOT_ADVANTAGES,
-    "num_completions_to_print": _TABLE,
     "log_unique_prompts": _TABLE,
     "log_multimodal": _TABLE,
     "log_completions_hub_repo": _TABLE,

@@ -27,6 +27,11 @@ class RecordingFields:
     (true), `off` (false), or how many prompts a step, over all processes.
     """
 
+    num_completions_to_print: int | None = None
+    """How many pairs of each log are shown under the progress of a run. When not set: 2 on a terminal and in a
+    notebook, none in lines. At least 0; `log_completions: off` shows none.
+    """
+
     log_completions_max_mb: int = 2000
     """Most megabytes that the files of completions may take together; above it the oldest are removed, and an event
     says so. At least 1.
@@ -45,6 +50,10 @@ def check_recording(args: RecordingFields) -> None:
     checks = [
         (amount in (ALL, OFF) or (isinstance(amount, int) and amount >= 1), "log_completions", f"{ALL}, {OFF}, or a "
          "number of prompts a step, at least 1"),
+        (
+            args.num_completions_to_print is None or args.num_completions_to_print >= 0,
+            *("num_completions_to_print", "at least 0"),
+        ),
         (args.log_completions_max_mb >= 1, "log_completions_max_mb", "at least 1"),
     ]  # fmt: skip
     check_numbers(args, checks, {"log_completions": given})

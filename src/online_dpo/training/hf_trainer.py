@@ -39,7 +39,6 @@ from online_dpo.training.interrupt import Interrupt
 from online_dpo.training.learning_rate import LearningRateBackoff
 from online_dpo.training.log_state import LogState
 from online_dpo.training.metric_store import MetricStore
-from online_dpo.training.metrics.machine import Machine
 from online_dpo.training.metrics.work import Work, cost_of
 from online_dpo.training.other_ranks import OtherRanks
 from online_dpo.training.passes import PassRunner
@@ -97,8 +96,7 @@ class GuardedTrainer(Trainer):
             differs=lambda: self.checkpoints.identity.differs or self.checkpoints.from_others,
         )
         self.checkpoints = Checkpoints(args, self.accelerator, lambda: self.state)
-        self.run_state = RunState()
-        self.run_state.add(self.guard, self.log_state)
+        self.run_state = RunState(self.guard, self.log_state, self.recording)
 
     def _build_guards(self, args: OnlineDPOConfig) -> None:
         """Builds what watches over the run, in the order in which the callbacks among it are called."""
@@ -114,8 +112,7 @@ class GuardedTrainer(Trainer):
         self.add_callback(self.guard)
         self.updates = UpdatedRatio(lambda: self.guard.trained_steps, warns=not keeps_small_steps(args))
         self.add_callback(self.updates)
-        self.machine = Machine(self.metrics, self.accelerator.device)
-        self.log_state = LogState(self.metrics, self.machine)
+        self.log_state = LogState(self.metrics, self.accelerator.device)
         self.add_callback(self.log_state)
         self.recording = Recording(args, self.accelerator, self.errors, lambda: self.state, self.log_state.is_in_step)
         self.add_callback(self.recording)
@@ -161,7 +158,7 @@ class GuardedTrainer(Trainer):
         displays = choose_displays(self)
         try:
             handled = self.interrupt.handled(displays, self.args.stop_timeout)  # pyright: ignore
-            with handled, self.rescue.failures_leave_checkpoint(), self.machine.gpu.watching():
+            with handled, self.rescue.failures_leave_checkpoint(), self.log_state.machine.gpu.watching():
                 checkpoint = self.checkpoints.begin(resume_from_checkpoint)
                 self.recording.begin(checkpoint, self.checkpoints.passed_over)
                 result = super().train(checkpoint, *args, **kwargs)
@@ -292,7 +289,6 @@ class GuardedTrainer(Trainer):
             self._save_all(model, trial)
 
     def _save_all(self, model: nn.Module, trial: Any) -> None:
-        self.recording.sync()
         run_dir = Path(self._get_output_dir(trial))
         with self.checkpoints.writing(run_dir) as folder:
             with self.checkpoints.part():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from online_dpo.rollout.token_texts import TokenTexts
@@ -25,6 +26,11 @@ class Place:
 
     rank: int
     ranks: int
+
+    @classmethod
+    def of(cls, accelerator: Accelerator) -> Place:
+        """The place of this process."""
+        return cls(accelerator.process_index, accelerator.num_processes)
 
 
 class Ledger:
@@ -48,6 +54,7 @@ class Ledger:
         self._texts: TokenTexts | None = None
         self._feedback: Feedback | None = None
         self._pairs = TrainedPairs()
+        self._taken: tuple[int, list[GroupRecord]] = (-1, [])
 
     def begin_step(self, feedback: Feedback | None) -> None:
         """Begins a step: from its feedback its pairs are trained on next."""
@@ -71,7 +78,15 @@ class Ledger:
             return []
         of = StepTrained(step, self._place.rank, feedback, self._pairs.read(), self._skipped())
         self._pairs.begin_step()
-        return group_records(of, self._pieces, None if most is None else self._chosen(feedback, step, most))
+        records = group_records(of, self._pieces, None if most is None else self._chosen(feedback, step, most))
+        self._taken = step, records
+        return records
+
+    def of_step(self, step: int, most: int | None = None) -> list[GroupRecord]:
+        """Returns the records of the step that has been trained on: those that `take` has returned for it, if it has
+        been called, else as it does. So several may read them.
+        """
+        return self._taken[1] if self._taken[0] == step else self.take(step, most)
 
     def _chosen(self, feedback: Feedback, step: int, most: int) -> set[int]:
         share = share_of_rank(most, step, self._place.rank, self._place.ranks)

@@ -72,13 +72,14 @@ class LogState(TrainerCallback):
 
     Args:
         metrics: what is collected.
-        machine: adds memory and speed to a log.
+        device: that this process trains on; its memory is in the log as well.
     """
 
     FILE = "metrics-{rank}.json"
 
-    def __init__(self, metrics: MetricStore, machine: Machine) -> None:
-        self._metrics, self._machine, self._stopped = metrics, machine, False
+    def __init__(self, metrics: MetricStore, device: torch.device) -> None:
+        self._metrics, self._stopped = metrics, False
+        self.machine = Machine(metrics, device)
         self.begin_run()
 
     def begin_run(self) -> None:
@@ -111,8 +112,8 @@ class LogState(TrainerCallback):
         The parent's loss is a mean over steps, in which one without pairs counts 0; the one collected is over pairs.
         """
         elapsed = self.restart_clock()
-        self._machine.record()
-        own = self._machine.figures(self._metrics.drain(), elapsed)
+        self.machine.record()
+        own = self.machine.figures(self._metrics.drain(), elapsed)
         others = {name: value for name, value in logs.items() if name != "loss"}
         return in_order({**others, **own, "guard/skipped_steps": float(skipped)})
 

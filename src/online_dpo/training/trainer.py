@@ -65,7 +65,6 @@ from online_dpo.training.collector import FeedbackCollector
 from online_dpo.training.datasets import DatasetPreparer, check_reward_functions, next_batch
 from online_dpo.training.display.figures import in_order
 from online_dpo.training.hf_trainer import GuardedTrainer
-from online_dpo.training.ledger import Ledger, Place
 from online_dpo.training.metrics.loss import STEP_KL
 from online_dpo.training.model_card import as_list, write_model_card
 from online_dpo.training.objective_step import ObjectiveStep
@@ -73,6 +72,7 @@ from online_dpo.training.pair_former import PairFormer
 from online_dpo.training.reward_placement import build_assessor
 from online_dpo.training.run_facts import feedback_facts, model_facts, users_parts
 from online_dpo.training.same_run import check_same_data, check_same_models, same_settings
+from online_dpo.training.sample_views import with_ledger
 from online_dpo.training.trl_attributes import with_trl_attributes
 from online_dpo.types import Feedback, Group, PackedRows, Pair
 
@@ -248,8 +248,7 @@ class OnlineDPOTrainer(GuardedTrainer):
             self.gold,
             self.reference.models,
         )
-        place = Place(self.accelerator.process_index, self.accelerator.num_processes)
-        self.ledger = Ledger(self.tokenizer, place, args.seed, lambda: self.guard.skipped_step)
+        self.ledger = with_ledger(self)
         self.recording.describe(self.ledger, self.policy, self.reference.description, self._sources())
         self.run_state.add(self.collector, self.reference, self.adaptive_beta)
 

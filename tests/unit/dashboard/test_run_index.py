@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import run_folders
 
+from online_dpo.dashboard.index.background import Background
 from online_dpo.dashboard.index.points import decimated, points_of
 from online_dpo.dashboard.index.run_index import RunIndex
 from online_dpo.runs.layout import METRICS
@@ -16,13 +17,14 @@ from online_dpo.runs.reading import RunFolder
 @pytest.fixture
 def indexed(tmp_path):
     """Makes an index of a folder."""
-    made = []
+    made, background = [], Background()
 
     def index(folder):
-        made.append(RunIndex(RunFolder(folder), tmp_path / f"{len(made)}.sqlite"))
+        made.append(RunIndex(RunFolder(folder), tmp_path / f"{len(made)}.sqlite", background))
         return made[-1]
 
     yield index
+    background.close()
     for index in made:
         index.close()
 
@@ -30,7 +32,7 @@ def indexed(tmp_path):
 def steps_of(index, metric="loss"):
     assert index.refresh_metrics(10)
     with index.reading() as db:
-        return points_of(db, "train", metric)[:, 1].tolist()
+        return points_of(db, metric)[:, 1].tolist()
 
 
 def test_metrics_groups_and_questions_are_all_there(made, indexed):

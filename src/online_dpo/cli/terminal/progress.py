@@ -18,11 +18,14 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from online_dpo.cli.terminal.pairs import pair_lines, pair_panels
 from online_dpo.cli.terminal.screen import print_lines
 from online_dpo.cli.terminal.summary import summary_of_figures
+from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.errors import one_line
 from online_dpo.training.display.figures import SHOWN, SUMMARY, duration, evaluation_prefix, shown_figures
 from online_dpo.training.display.protocol import RunDisplay
+from online_dpo.training.samples import PairSample
 
 
 @contextmanager
@@ -61,6 +64,8 @@ def plain_warnings() -> Iterator[None]:
 
 
 TABLE_ROWS = 8
+PAIRS = 2
+"""Pairs that are shown on a terminal unless the configuration says otherwise."""
 
 
 class ProgressDisplay(RunDisplay):
@@ -75,6 +80,19 @@ class ProgressDisplay(RunDisplay):
         self._panel: LivePanel | None = None
         self._started = 0.0
         self._first_step = 0
+
+    def pairs_shown(self, args: OnlineDPOConfig) -> int:
+        """Return how many pairs are wanted, or else 2 if there is a panel."""
+        if args.num_completions_to_print is not None:
+            return args.num_completions_to_print
+        return 0 if self._panel is None else PAIRS
+
+    def show_pairs(self, pairs: Sequence[PairSample]) -> None:
+        """Show pairs under the bar, or in lines."""
+        if self._panel is not None:
+            self._panel.pairs = tuple(pairs)
+        else:
+            print_lines((line for pair in pairs for line in pair_lines(pair)), indent=6, stream=self._stream)
 
     def on_interrupt(self, notice: str) -> bool:
         """Show the notice below the table, if there is one."""
@@ -142,10 +160,13 @@ class ProgressDisplay(RunDisplay):
 
 
 class LivePanel:
-    """A progress bar with a table of the latest logs above it, redrawn in place. ``notice`` is shown below them."""
+    """A progress bar with a table of the latest logs above it, redrawn in place. ``notice`` is shown below them, and
+    then as many of ``pairs`` as the screen has room for.
+    """
 
     def __init__(self, console: Console, total: int, done: int) -> None:
         self.notice = ""
+        self.pairs: Sequence[PairSample] = ()
         self._rows: list[dict[str, str]] = []
         self._progress = Progress(
             TextColumn("step"),
@@ -177,8 +198,12 @@ class LivePanel:
         parts: list[Any] = [_table(rows, options.max_width)] if rows else []
         # The bar leaves room for the terminal's ^C: on a full line it would start a new line, and redrawing, which does
         # not know of it, would be off by one.
-        bar = Constrain(self._progress, options.max_width - len("^C"))
-        yield Group(*parts, bar, *([Text(self.notice, style="bold")] if self.notice else []))
+        width = options.max_width - len("^C")
+        parts.append(Constrain(self._progress, width))
+        if self.notice:
+            parts.append(Text(self.notice, style="bold"))
+        room = console.size.height - (len(rows) + 1) * bool(rows) - 2 - bool(self.notice)
+        yield Group(*parts, *(Constrain(panel, width) for panel in pair_panels(self.pairs, width, room)))
 
 
 def _table(rows: Sequence[Mapping[str, str]], width: int) -> Table:

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from online_dpo.doctor.case import Case
 from online_dpo.doctor.findings import Finding, ok, problem, warning
 from online_dpo.doctor.registry import check
+from online_dpo.scoring.registry import REWARDS
 from online_dpo.scoring.rewards.loading import load_tokenizer
 
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|assistant_end|>", "<|endofturn|>")
@@ -22,10 +23,9 @@ TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|assistan
 def tokens(case: Case) -> Iterator[Finding]:
     """The policy's tokenizer against its model: end tokens, padding, sizes; then the reward model's."""
     findings = [*_sizes(case), *_ends(case)]
-    for path in [
-        one for one in case.subject.rewards() if isinstance(one, str) and Path(os.path.expanduser(one)).exists()
-    ]:
-        findings += _reward_tokens(case, path)
+    for path in case.subject.rewards():
+        if isinstance(path, str) and path not in REWARDS:
+            findings += _reward_tokens(case, path)
     yield from findings
     if not findings:
         tokenizer = case.tokenizer
@@ -80,7 +80,7 @@ def _ends(case: Case) -> Iterator[Finding]:
             "Make `eos_token_id` in generation_config.json and `eos_token` in tokenizer_config.json agree. Both end a "
             "completion here.",
         )
-    if tokenizer.chat_template is not None:
+    if tokenizer.chat_template is not None and case.prompts[0].is_conversational:
         yield from _end_of_turn(case, usable)
 
 

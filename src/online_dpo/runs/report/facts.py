@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +236,8 @@ def _examples(folder: RunFolder, groups: GroupFacts) -> Iterator[Example]:
 
 
 def _answered(folder: RunFolder, at: StepFrame, place: int) -> Answered:
-    group = folder.groups(at)[place]
+    group = next(islice(folder.each_group(at), place, None))
+    assert group is not None, "it was read before"
     answer = next(c for c in group["completions"] if c.get("author", "policy") == "policy")
     return Answered(group["step"], prompt_text(group["prompt"]), str(answer["text"]), number(answer.get("score")))
 
@@ -281,9 +283,9 @@ def _missing(path: Path, facts: RunFacts) -> Iterator[str]:
     if not facts.sessions:
         yield f"Versions and devices: there is no {ENVIRONMENT}, or it cannot be read."
     if not facts.metrics.logs:
-        yield f"Metrics: {METRICS} is not there or has no row."
+        yield f"Metrics: {METRICS} is not there, has no row, or cannot be read."
     if not facts.events:
-        yield f"Events: {EVENTS} is not there or has no row."
+        yield f"Events: {EVENTS} is not there, has no row, or cannot be read."
     if not completions_files(path):
         yield "Samples: no completions were written (`log_completions: off`?)."
     elif facts.groups.unreadable:

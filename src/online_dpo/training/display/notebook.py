@@ -1,11 +1,11 @@
-"""The display of a run in a notebook: a progress bar, a table of logs, and a table of evaluations.
+"""The display of a run in a notebook: a progress bar, charts, tables of logs and evaluations, and a few pairs.
 
 Import it only in a notebook, since it needs IPython.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -14,19 +14,37 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 from transformers.utils.notebook import NotebookProgressBar, NotebookTrainingTracker, text_to_html_table
 
-from online_dpo.training.display.figures import SUMMARY, evaluation_prefix, number, shown_figures
+from online_dpo.config.trainer_config import OnlineDPOConfig
+from online_dpo.training.display.chart import Point, charts
+from online_dpo.training.display.figures import SHOWN, SUMMARY, evaluation_prefix, number, shown_figures
 from online_dpo.training.display.protocol import RunDisplay
+from online_dpo.training.samples import PairSample
 
 Row = dict[str, str]
+CHARTS = ("reward", "kl", "loss", "margin", "win rate")
+"""Headings of the figures that have a chart."""
+PAIRS = 2
+"""Pairs that are shown unless the configuration says otherwise."""
+LONGEST = 600
+"""Most characters of a text that are shown."""
 
 
 class Tracker(NotebookTrainingTracker):
-    """The progress bar of training, with the tables of logs and evaluations below it."""
+    """The progress bar of training; below it charts, the tables of logs and evaluations, and pairs of the last log."""
 
     def __init__(self, num_steps: int) -> None:
         super().__init__(num_steps)
         self.logs: list[Row] = []
         self.evaluations: list[Row] = []
+        self.figures: dict[str, list[Point]] = {}
+        self.pairs: Sequence[PairSample] = ()
+
+    def add_figures(self, step: int, logs: Mapping[str, Any], prefix: str) -> None:
+        """Add what a log or an evaluation says to the charts."""
+        for heading in CHARTS:
+            if (value := logs.get(prefix + SHOWN[heading])) is not None:
+                name = f"{heading} ({prefix.rstrip('_')})" if prefix else heading
+                self.figures.setdefault(name, []).append((step, float(value)))
 
     def display(self) -> None:
         """Draw the bar and the tables."""
@@ -35,8 +53,13 @@ class Tracker(NotebookTrainingTracker):
             self.inner_table = _cells(self.logs)
         super().display()
         assert self.output is not None
+        below = charts(self.figures)
         if self.evaluations:
-            self.html_code += _titled_table("Evaluation", self.evaluations)
+            below += _titled_table("Evaluation", self.evaluations)
+        if self.pairs:
+            below += pairs_table(self.pairs)
+        if below:
+            self.html_code += below
             self.output.update(ipython.HTML(self.html_code))
 
 
@@ -47,6 +70,15 @@ class NotebookDisplay(RunDisplay):
         self._tracker: Tracker | None = None
         self._bar: NotebookProgressBar | None = None
         self._notice = ""
+
+    def pairs_shown(self, args: OnlineDPOConfig) -> int:
+        """Return how many pairs are wanted, or else 2."""
+        return PAIRS if args.num_completions_to_print is None else args.num_completions_to_print
+
+    def show_pairs(self, pairs: Sequence[PairSample]) -> None:
+        """Show pairs below the tables with the next drawing, which the log itself brings."""
+        if self._tracker is not None:
+            self._tracker.pairs = pairs
 
     def on_interrupt(self, notice: str) -> bool:
         """Show the notice in the cell's output at the next step. Returns False, so that it is also printed at once."""
@@ -81,6 +113,8 @@ class NotebookDisplay(RunDisplay):
             return
         prefix = evaluation_prefix(logs)
         row = {"step": str(state.global_step)}
+        if self._tracker is not None:
+            self._tracker.add_figures(state.global_step, logs, prefix)
         if prefix:
             row |= {"dataset": escape(prefix.removeprefix("eval_").rstrip("_"))} if prefix != "eval_" else {}
             self._show_evaluation(row | evaluation_cells(logs, prefix))
@@ -156,6 +190,28 @@ def evaluation_cells(logs: Mapping[str, Any], prefix: str) -> Row:
         for heading, metric in (("tokens", "completions/mean_length"), ("prompts", "prompts"))
         if prefix + metric in logs
     }
+
+
+def pairs_table(pairs: Sequence[PairSample]) -> str:
+    """A table of pairs, in which what a model wrote is text and nothing else."""
+    head = "".join(f"<th>{name}</th>" for name in ("", "prompt", "chosen", "rejected", "why"))
+    rows = [
+        "<tr>" + "".join(f'<td style="text-align:left;white-space:pre-wrap">{cell}</td>' for cell in cells) + "</tr>"
+        for cells in map(_pair_cells, pairs)
+    ]
+    return f"<p>Pairs of the last log</p><table border='1'><tr>{head}</tr>{''.join(rows)}</table>"
+
+
+def _pair_cells(pair: PairSample) -> list[str]:
+    scored = [
+        f"{'' if score is None else f'<b>{number(score)}</b><br>'}{_shown(text)}"
+        for score, text in ((pair.chosen_score, pair.chosen), (pair.rejected_score, pair.rejected))
+    ]
+    return [escape(pair.group), _shown(pair.prompt), *scored, _shown(pair.why)]
+
+
+def _shown(text: str) -> str:
+    return escape(text if len(text) <= LONGEST else text[:LONGEST] + "...")
 
 
 def _cells(rows: list[Row]) -> list[list[str]]:

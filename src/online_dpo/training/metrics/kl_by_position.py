@@ -11,7 +11,7 @@ from online_dpo.types import PackedRows
 STARTS = (0, 16, 64, 256)
 """The first place of each bucket."""
 NAMES = tuple(
-    f"objective/kl_by_position/{start}{'+' if end is None else f'-{end - 1}'}"
+    f"objective/kl_by_position/{start}-{'up' if end is None else end - 1}"
     for start, end in zip(STARTS, (*STARTS[1:], None), strict=True)
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import TrainerControl, TrainerState
 
 from online_dpo.cli.terminal.progress import ProgressDisplay
 from online_dpo.cli.terminal.screen import wrapped
+from online_dpo.training.samples import PairSample
 from support.logs import EVALUATION, LOGS
 
 
@@ -126,3 +128,44 @@ def test_long_lines_break_between_words_and_paths_stay_whole() -> None:
         f"              {path}",
         "              and some words behind it",
     ]
+
+
+HOSTILE = "\x1b[2J[bold]not markup[/] <b>" + "word " * 200
+PAIR = PairSample(50, "50-0-3-0", "Name a\ncolour.", "Red.", HOSTILE, 2.0, None, 1.0, "words 2 against none")
+
+
+def shown_with_pairs(stream: io.StringIO, amount: int | None, monkeypatch: pytest.MonkeyPatch, rows: int = 40) -> str:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("LINES", str(rows))
+    state, display = TrainerState(max_steps=100, is_world_process_zero=True), ProgressDisplay(stream)
+    display.on_train_begin(arguments(), state, TrainerControl())
+    args = SimpleNamespace(num_completions_to_print=amount)
+    display.show_pairs([PAIR, replace(PAIR, group="50-0-4-0")][: display.pairs_shown(args)])
+    state.global_step = 50
+    display.on_log(arguments(), state, TrainerControl(), logs=LOGS)
+    display.close()
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue())
+
+
+def test_pairs_stand_under_the_bar_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = shown_with_pairs(Terminal(), None, monkeypatch)
+    last = text[text.rindex("step ━") :]
+    assert "pair 50-0-3-0" in last and "pair 50-0-4-0" in last
+    assert "Name a colour." in last and "2 Red." in last and "words 2 against none" in last
+    assert "[bold]not markup[/] <b>word word" in last and last.count("...") == 2
+    assert max(map(len, last.splitlines())) <= 78 and len(last.splitlines()) <= 1 + 2 * 9
+
+
+@pytest.mark.parametrize(("rows", "boxes"), [(40, 2), (24, 1), (10, 0)])
+def test_only_pairs_that_fit_are_shown(rows: int, boxes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = shown_with_pairs(Terminal(), None, monkeypatch, rows)
+    assert text[text.rindex("step ━") :].count("pair 50-0-") == boxes
+
+
+def test_lines_have_pairs_only_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "pair" not in shown_with_pairs(io.StringIO(), None, monkeypatch)
+    lines = shown_with_pairs(io.StringIO(), 1, monkeypatch).splitlines()
+    assert lines[0] == "  pair 50-0-3-0" and lines[1] == "    prompt    Name a colour."
+    assert lines[2] == "    chosen    2  Red." and lines[3].startswith("    rejected  [bold]not markup[/] <b>word")
+    assert lines[3].endswith("...") and lines[4] == "    why       words 2 against none" and lines[5][:5] == "step "
+    assert "pair" not in shown_with_pairs(Terminal(), 0, monkeypatch)

@@ -102,7 +102,7 @@ def test_kl_by_position_by_hand(shared):
     record_kl_by_position(store, rows, place_M, torch.arange(2))
     log = store.drain()
     assert log["objective/kl_by_position/64-255"] == pytest.approx((64 + 255) / 2)
-    assert log["objective/kl_by_position/256+"] == pytest.approx((256 + 299) / 2)
+    assert log["objective/kl_by_position/256-up"] == pytest.approx((256 + 299) / 2)
 
 
 def test_kl_by_position_adds_up_to_the_kl():
