@@ -163,10 +163,9 @@ def collect_groups(folder: RunFolder, wanted: Collection[str] = ()) -> GroupFact
     facts = GroupFacts()
     for at in folder.all_frames():
         try:
-            folder.check(at)
             for place, group in enumerate(folder.each_group(at)):
                 _add(facts, group, at, place, wanted)
-        except (OSError, ValueError):  # rotated out meanwhile, or damaged
+        except (OSError, ValueError):  # rotated out meanwhile, or damaged: what was before it counts
             facts.unreadable += 1
     return facts
 
