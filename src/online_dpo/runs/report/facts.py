@@ -122,14 +122,18 @@ class RunFacts:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds by phase, the reference apart from training; empty where none were logged."""
+        """Seconds by phase, the reference apart from training; empty where none were logged. "other" has the phases of
+        less than a thousandth as well.
+        """
         times = {name: series.total for name, series in self.metrics.starting("time/").items() if "/" not in name}
         whole = times.get("all")
         found = {name: times[name] for name in PHASES if times.get(name)}
         if "reference" in found and "training" in found:
             found["training"] = max(0.0, found["training"] - found["reference"])
-        if whole is not None and (rest := whole - sum(found.values())) > 0:
-            found["other"] = rest
+        if whole is not None:
+            found = {name: seconds for name, seconds in found.items() if seconds >= whole / 1000}
+            if (rest := whole - sum(found.values())) > 0:
+                found["other"] = rest
         return found
 
     @property
