@@ -87,6 +87,21 @@ def test_the_readmes_other_lines_run_behind_it(finished):
         assert "Win rate" in run(folder, "-m", "online_dpo", "eval", *shlex.split(words))
 
 
+def test_its_record_is_seen_with_the_readmes_commands(finished):
+    out, output, summary = finished
+    folder = out.parents[1]
+    assert all(output.count(f"online-dpo dashboard {words}") == 2 for words in commands("dashboard")), output
+    assert output.index("online-dpo dashboard") < output.index("Making a tokenizer")
+    for name in ("report", "export", "doctor"):
+        [words] = commands(name)
+        assert run(folder, "-m", "online_dpo", name, *shlex.split(words))
+    page = (out / "report.html").read_text()
+    assert f"{summary['win_rate']:.1%}" in page and "summary.json" in page and "finished" in page
+    pairs = [json.loads(line) for line in (folder / "runs" / "pairs.jsonl").read_text().splitlines()]
+    assert len(pairs) > 3000 and all(row["score_chosen"] > row["score_rejected"] for row in pairs)
+    assert "](training.svg)" in (out / "README.md").read_text() and (out / "training.svg").is_file()
+
+
 def test_the_readmes_python_example_runs(finished):
     out, _, _ = finished
     [example] = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)

@@ -31,6 +31,7 @@ from faults.harness import (
     Writes,
 )
 from faults.runs import Ended, Stage, weights_hash, without_fault
+from online_dpo.runs.reading import RunFolder
 
 TIMES = ("time/", "perf/", "judge/seconds")
 
@@ -103,6 +104,7 @@ def check_resumed(stage: Stage, fault: Fault, folder: Path, name: str, url: str)
     ended = stage.start(folder, plain, words, False, stage.root / f"{name}-logs" / "resumed").wait()
     check_end(stage, plain, Survived(), folder, ended, set())
     assert step_logs(folder) == step_logs(stage.whole(fault))
+    assert record_of(folder) == record_of(stage.whole(fault)), "another record"
 
 
 def check_end(
@@ -237,6 +239,21 @@ def step_logs(folder: Path) -> list[dict[str, Any]]:
         for log in history
         if "pairs/count" in log
     ]
+
+
+def record_of(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows of metrics of steps and the groups in a run folder, without times. Each frame has to be readable."""
+    run = RunFolder(folder / "out")
+    rows = [row for row in run.metrics().rows if "pairs/count" in row]
+    kept = [{k: v for k, v in row.items() if not k.startswith((*TIMES, "time", "restored"))} for row in rows]
+    return kept, [_without_seconds(group) for at in run.all_frames() for group in run.groups(at)]
+
+
+def _without_seconds(value: Any) -> Any:
+    """A group without how long a judge took."""
+    if isinstance(value, dict):
+        return {name: _without_seconds(item) for name, item in value.items() if name != "seconds"}
+    return [_without_seconds(item) for item in value] if isinstance(value, list) else value
 
 
 def _comparable(value: Any) -> Any:

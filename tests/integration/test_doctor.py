@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from online_dpo.cli.main import main
 from support import tiny
+from support.plugins import names_restored
 from support.run_files import fill_folder, write_run_file
 
 REWARDS = """
@@ -38,6 +38,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def folder(whole, tmp_path):
+    (tmp_path / "broken.py").write_text("1 / 0")
     for path in whole.iterdir():
         (tmp_path / path.name).symlink_to(path)
     return tmp_path
@@ -55,10 +56,10 @@ def examined(capsys, run_file, *words):
     ]
 
 
-def own_policy(folder, **config):
-    """A copy of the policy in the place of the shared one."""
+def own_policy(folder, family="llama", **config):
+    """A policy of one's own in the place of the shared one."""
     (folder / "policy").unlink()
-    tiny.causal_lm(sharpness=1.0, **config).save_pretrained(folder / "policy")
+    tiny.causal_lm(family, sharpness=1.0, **config).save_pretrained(folder / "policy")
     tiny.tokenizer().save_pretrained(folder / "policy")
     return folder / "policy"
 
@@ -75,6 +76,9 @@ def reward_model(folder, pad=tiny.PAD, labels=1, tokenizer=None):
     LlamaForSequenceClassification(config).save_pretrained(folder / "rm")
     (tokenizer or tiny.tokenizer()).save_pretrained(folder / "rm")
     return folder / "rm"
+
+
+NULL = "(null)"
 
 
 def rows(folder, texts):
@@ -99,7 +103,9 @@ def plant_turn_end(folder):
     content = json.loads((path / "tokenizer.json").read_text().replace("<end>", names["<end>"]))
     (path / "tokenizer.json").write_text(json.dumps(content))
     edit(path / "tokenizer_config.json", chat_template=template, additional_special_tokens=["<|im_end|>"])
-    return {}
+    (path / "chat_template.jinja").write_text(template)
+    (folder / "own.jsonl").write_text(json.dumps({"prompt": [{"role": "user", "content": "w1 w2"}]}))
+    return {"dataset_name": "own.jsonl"}
 
 
 def plant_added_token(folder):
@@ -128,21 +134,58 @@ def plant_no_generation_prompt(folder):
 
 
 def plant_never_ends(folder):
-    path = own_policy(folder, tie_word_embeddings=False)
+    """A policy for which the end token's logit is always far below the others."""
+    path = own_policy(folder, family="gpt2", tie_word_embeddings=False)
     model = AutoModelForCausalLM.from_pretrained(path)
     with torch.no_grad():
-        model.lm_head.weight[tiny.EOS] = 0
-        model.model.norm.weight.fill_(20)
-        model.lm_head.weight[5:] *= 5
-        ends = model.lm_head.weight[5:].mean(0)
-        model.lm_head.weight[tiny.EOS] = -50 * ends
-    model.config.eos_token_id = model.generation_config.eos_token_id = tiny.END
-    with torch.no_grad():
-        model.lm_head.weight[:5] = 0
-        model.lm_head.weight[5:] = torch.eye(32)[:1] * 0
-        model.lm_head.weight[5:, :] += model.model.norm.weight[None] * 0
+        model.transformer.ln_f.bias.fill_(1.0)
+        model.lm_head.weight[tiny.EOS] = -1.0
     model.save_pretrained(path)
     return {}
+
+
+def plant_large_model(folder):
+    """A config of a model with 2 billion weights. They are never loaded."""
+    edit(own_policy(folder) / "config.json", hidden_size=8192, intermediate_size=28672)
+    return {}
+
+
+class Endpoint(BaseHTTPRequestHandler):
+    """A judge's endpoint, and what `online-dpo serve` answers."""
+
+    def do_GET(self):
+        self.answer({"data": [{"id": self.server.model, "root": self.server.model, "max_model_len": 4096}]})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append(body)
+        if self.path == "/collective_rpc":
+            return self.answer({"results": ["0"]})
+        usage = {"prompt_tokens": 300, "completion_tokens": 2}
+        self.answer({"choices": [{"message": {"content": self.server.says}}], "usage": usage})
+
+    def answer(self, content):
+        text = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_):
+        pass
+
+
+@contextmanager
+def endpoint(model="policy", says="A"):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
+    server.model, server.says, server.asked = model, says, []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server, f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 PLANTED = {
@@ -152,7 +195,7 @@ PLANTED = {
     "no such data": ({"dataset_name": "nothing.jsonl"}, "run file", "problem", "there is no"),
     "no such function": ({"reward_funcs": "feedback.py:nothing"}, "run file", "problem", "nothing"),
     "no such column": ({"reward_funcs": "feedback.py:needs_label"}, "files", "problem", "label"),
-    "no room for prompts": ({"max_length": 8, "max_new_tokens": 8}, "files", "problem", "leaves no room"),
+    "no room for prompts": ({"max_length": 8, "max_new_tokens": 8}, "settings", "problem", "leaves no room"),
     "constant reward": ({"reward_funcs": "feedback.py:constant"}, "rewards", "problem", "is constant"),
     "reward of the prompt": ({"reward_funcs": "feedback.py:of_prompt"}, "rewards", "problem", "same score"),
     "reward of the length": ({"reward_funcs": "feedback.py:length"}, "rewards", "problem", "length"),
@@ -163,7 +206,7 @@ PLANTED = {
     "low temperature": ({"temperature": 1e-4}, "samples", "problem", "all the same"),
     "prompts that are cut": (lambda f: {**rows(f, ["w1 " * 90] * 8)}, "prompts", "problem", "lose their beginning"),
     "prompts for no answer": (
-        lambda f: {**rows(f, ["w1 " * 125] * 8), "max_length": None},
+        lambda f: {**rows(f, ["w1 " * 125] * 8), "max_length": NULL},
         "prompts",
         "problem",
         "no room",
@@ -187,9 +230,9 @@ PLANTED = {
     ),
     "reward model of two labels": (
         lambda f: {"reward_funcs": None, "reward_model_path": str(reward_model(f, labels=2))},
-        "run file",
+        "models",
         "problem",
-        "2 labels",
+        "one label",
     ),
     "two processes that share nothing": ({"fsdp": True}, "run file", "problem", "only one"),
     "no server": (
@@ -209,7 +252,19 @@ PLANTED = {
         "problem",
         "127.0.0.1:9",
     ),
-    "no tracker": ({"report_to": "neptune"}, "files", "problem", "neptune"),
+    "a policy that never ends": (plant_never_ends, "samples", "warning", "none ended"),
+    "a large model on a CPU": (plant_large_model, "device", "warning", "no GPU is used"),
+    "a model that does not fit": (plant_large_model, "memory", "problem", "are free"),
+    "a disk that fills": (
+        {"save_strategy": "steps", "save_steps": 1, "max_steps": 10**9},
+        "disk",
+        "problem",
+        "save_total_limit",
+    ),
+    "a context that is too short": ({"max_length": 500}, "prompts", "problem", "at most 128"),
+    "an ignored field": ({"lora_r": 8}, "run file", "warning", "ignored"),
+    "a plugin that fails": ({"plugins": ["broken.py"]}, "run file", "problem", "broken.py"),
+    "no tracker": ({"report_to": "neptune"}, "run file", "problem", "neptune"),
 }
 
 
@@ -218,6 +273,7 @@ def test_what_is_planted_is_found(folder, capsys, name):
     fields, check, mark, said = PLANTED[name]
     fields = fields(folder) if callable(fields) else fields
     run_file = write_run_file(folder, **{"reward_funcs": "feedback.py:words", **fields})
+    run_file.write_text(run_file.read_text().replace(NULL, "null"))
     report, found = examined(capsys, run_file)
     assert any(one[:2] == (check, mark) and said in one[2] for one in found), (name, found)
     assert not (folder / "out").exists()
@@ -235,3 +291,136 @@ def test_a_sparse_reward_is_no_constant_one(folder, capsys):
     assert found == []
     [said] = [one["found"] for one in report["findings"] if one["check"] == "rewards"]
     assert "other scores to other texts (up to 1)" in said
+
+
+def judged(url, **more):
+    options = {"model": "m", "base_url": f"{url}/v1", "input_price": 1.0, "logprobs": False, **more}
+    return {"reward_funcs": None, "judge": "llm", "judge_kwargs": options}
+
+
+def test_a_judge_is_asked_and_a_step_is_priced(folder, capsys, tmp_path):
+    with endpoint() as (server, url):
+        report, found = examined(capsys, write_run_file(folder, **judged(url, cache=str(tmp_path / "cache"))))
+    assert found == []
+    [said] = [one for one in report["findings"] if one["check"] == "judge"]
+    # 8 prompts a step of 4 completions: at most 5 comparisons each, in both orders
+    assert said["facts"]["questions_a_step"] == 8 * 5 * 2
+    assert said["facts"]["price_a_step"] == pytest.approx(8 * 5 * 2 * 300 / 1e6)
+    assert len(server.asked) == 2 and not (tmp_path / "cache").exists()
+
+
+def test_a_judge_without_a_verdict(folder, capsys):
+    with endpoint(says="I cannot say.") as (_, url):
+        _, found = examined(capsys, write_run_file(folder, **judged(url)), "--quick")
+    assert [one[:2] for one in found] == [("judge", "problem")]
+    assert "no verdict" in found[0][2]
+
+
+def test_a_budget_that_ends_the_run(folder, capsys):
+    with endpoint() as (_, url):
+        run_file = write_run_file(folder, max_steps=1000, **judged(url, max_cost=1.0))
+        _, found = examined(capsys, run_file, "--quick")
+    assert [one[:2] for one in found] == [("judge", "warning")] and "`max_cost`" in found[0][2]
+
+
+def served(url, **more):
+    fields = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": url, **more}
+    return {"reward_funcs": "feedback.py:words", **fields}
+
+
+def test_a_server_with_the_same_model(folder, capsys):
+    with endpoint(str(folder / "policy")) as (_, url):
+        _, found = examined(capsys, write_run_file(folder, **served(url)))
+    assert found == []
+
+
+def test_a_server_with_another_model(folder, capsys):
+    with endpoint("Qwen/Qwen3-8B") as (_, url):
+        _, found = examined(capsys, write_run_file(folder, **served(url)), "--quick")
+    assert [one[:2] for one in found] == [("servers", "problem")]
+    assert "Qwen/Qwen3-8B" in found[0][2] and "online-dpo serve" in found[0][2]
+
+
+def test_a_port_that_is_taken(folder, capsys):
+    with socket.socket() as other, endpoint("policy") as (_, url):
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        run_file = write_run_file(folder, **served(url, vllm_weight_transfer="broadcast", vllm_group_port=port))
+        _, found = examined(capsys, run_file, "--quick")
+    assert [one[:2] for one in found] == [("servers", "problem")] and str(port) in found[0][2]
+
+
+def test_quick_loads_no_model(folder, capsys):
+    (folder / "policy").unlink()
+    tiny.config("llama").save_pretrained(folder / "policy")
+    tiny.tokenizer().save_pretrained(folder / "policy")
+    report, found = examined(capsys, write_run_file(folder, reward_funcs="feedback.py:constant"), "--quick")
+    assert found == []
+    skipped = [one["check"] for one in report["findings"] if one["mark"] == "skipped"]
+    assert skipped == ["models", "samples", "rewards", "time"]
+
+
+@pytest.mark.parametrize("text", [None, "- a list", "a: [", "a: \xff"])
+def test_a_run_file_that_cannot_be_read(tmp_path, capsys, text):
+    if text is not None:
+        (tmp_path / "run.yaml").write_text(text, encoding="latin-1")
+    assert main(["doctor", str(tmp_path / "run.yaml")]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith("error: ") and printed.err.count("\n") == 1
+
+
+def test_a_check_of_a_plugin(folder, capsys):
+    """That of docs/extending.md."""
+    page = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
+    text = page.split("# my_check.py\n")[1].split("```")[0]
+    (folder / "my_check.py").write_text(text)
+    run_file = write_run_file(folder, reward_funcs="feedback.py:words", plugins=["my_check.py"])
+    with names_restored():
+        _, found = examined(capsys, run_file, "--quick")
+    assert found == [("answers", "problem", "8 rows have no answer -> Leave them out.")]
+
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.mark.parametrize("name", ["gsm8k_format", "hh_reward_model"])
+def test_nothing_is_said_of_a_recipe(folder, capsys, name):
+    words = ["--output_dir", folder / "out", "--use_cpu", "true"]
+    if name == "gsm8k_format":
+        made = [{"question": f"w{n} w{n} w{n}", "answer": f"w{n}\n#### {n}"} for n in range(64)]
+        words += ["--dataset_config", "null"]
+    else:
+        made = [{"chosen": f"\n\nHuman: w{n} w1\n\nAssistant: w2 w{n}", "rejected": "w"} for n in range(39)]
+        words += ["--reward_model_path", reward_model(folder)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, made)))
+    own_policy(folder, max_position_embeddings=1024)
+    words += ["--model_name_or_path", folder / "policy", "--dataset_name", folder / "rows.jsonl"]
+    _, found = examined(capsys, RECIPES / f"{name}.yaml", *words)
+    assert found == []
+
+
+@pytest.mark.slow
+def test_nothing_is_said_of_the_recipe_for_qlora(folder, capsys):
+    pytest.importorskip("bitsandbytes")
+    from support import quantized
+
+    made = [{"question": f"w{n} w{n} w{n}", "answer": f"w{n}\n#### {n}"} for n in range(39)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, made)))
+    policy = quantized.base_folder(folder / "base", max_position_embeddings=1024)
+    words = ["--model_name_or_path", policy, "--dataset_name", folder / "rows.jsonl", "--dataset_config", "null"]
+    words += ["--output_dir", folder / "out", "--use_cpu", "true", "--bf16", "true"]
+    _, found = examined(capsys, RECIPES / "qlora.yaml", *words)
+    assert found == []
+
+
+@pytest.mark.slow
+def test_nothing_is_said_of_the_quickstart(tmp_path, capsys, monkeypatch):
+    from online_dpo.quickstart.artifacts import build
+    from online_dpo.quickstart.models import TINY
+    from online_dpo.quickstart.run import write_run_file as write_quickstart
+
+    monkeypatch.chdir(tmp_path)
+    build(Path("runs/quickstart/start"), size=TINY)
+    report, found = examined(capsys, write_quickstart(Path("runs/quickstart")), "--use_cpu", "true")
+    assert found == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 
 from online_dpo.cli.parser import WRONG_INPUT, OneLineParser, with_hyphens
 from online_dpo.cli.runfile.entries import UsageError, read_run_file
@@ -39,8 +40,8 @@ def doctor(words: Sequence[str]) -> int:
             problems = error.problems
     if not options.json:
         print(f"Looking at {run_file}", file=sys.stderr)
-    from online_dpo.cli.examination import report
-
+    with redirect_stdout(sys.stderr):  # DeepSpeed writes a line when it is imported
+        from online_dpo.cli.examination import report
     return report(str(run_file), plan, problems, options)
 
 

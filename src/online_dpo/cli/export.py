@@ -6,12 +6,13 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from online_dpo.cli.parser import WRONG_INPUT, OneLineParser, with_hyphens
 from online_dpo.cli.run_folders import check_target, run_folder
 from online_dpo.cli.terminal.screen import print_lines
-from online_dpo.runs.export.export import Dataset, Exported, export, left_out_lines, sources_of
+from online_dpo.runs.export.export import Dataset, Exported, RowsOf, export, left_out_lines, sources_of, vote_rows
 from online_dpo.runs.export.files import FORMATS
 from online_dpo.runs.export.rows import Selection
 
@@ -32,25 +33,27 @@ def export_run(words: Sequence[str]) -> int:
     """Export what was asked for. Returns the exit code: 0, 1 (it cannot be written) or 2 (wrong input)."""
     arguments = _parser().parse_args(with_hyphens(list(words)))
     try:
-        dataset = _dataset(arguments)
+        rows_of = _rows_of(arguments)
         _check_file(arguments.to, arguments.folders, arguments.overwrite)
-        told = export(dataset, arguments.to)
+        told = export(rows_of, arguments.to)
     except ValueError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return WRONG_INPUT
     except OSError as problem:
         print(f"error: {problem.filename or arguments.to}: {problem.strerror}", file=sys.stderr)
         return 1
-    print_lines(_said(told, "completions" if arguments.all_completions else "pairs", arguments.to))
+    print_lines([_said(told, arguments), *(f"  {line}" for line in left_out_lines(told))])
     return 0
 
 
-def _said(told: Exported, what: str, to: Path) -> list[str]:
-    done = f"{told.rows:,} {what} of {told.groups:,} groups written to {to}"
-    return [done, *(f"  {line}" for line in left_out_lines(told))]
+def _said(told: Exported, arguments: argparse.Namespace) -> str:
+    if arguments.votes:
+        return f"{told.rows:,} votes written to {arguments.to}"
+    what = "completions" if arguments.all_completions else "pairs"
+    return f"{told.rows:,} {what} of {told.groups:,} groups written to {arguments.to}"
 
 
-def _dataset(arguments: argparse.Namespace) -> Dataset:
+def _rows_of(arguments: argparse.Namespace) -> RowsOf:
     """The rows that the options ask for.
 
     Raises:
@@ -61,14 +64,18 @@ def _dataset(arguments: argparse.Namespace) -> Dataset:
         raise ValueError("--min-margin is about pairs; it does not go with --all-completions.")
     if arguments.min_margin is not None and not math.isfinite(arguments.min_margin):
         raise ValueError(f"--min-margin must be a number; it is {arguments.min_margin}.")
+    if arguments.votes and (arguments.all_completions or arguments.min_margin is not None or arguments.steps):
+        raise ValueError("--votes are people's, of all steps: it goes with no other choice of rows.")
     folders = list(dict.fromkeys(map(run_folder, arguments.folders)))
     selection = Selection(first, last, arguments.min_margin)
     make_rows = selection.completion_rows if arguments.all_completions else selection.pair_rows
     sources = sources_of(folders)
+    if arguments.votes:
+        return partial(vote_rows, sources)
     for source in sources:
         if not source.by_rank:
             raise ValueError(f"{source.folder.path}: the run has written no completions. {NO_COMPLETIONS}")
-    return Dataset(sources, make_rows, selection.has_step)
+    return Dataset(sources, make_rows, selection.has_step).rows
 
 
 def _steps(text: str | None) -> tuple[int, int | None]:
@@ -112,6 +119,9 @@ def _parser() -> OneLineParser:
     parser.add_argument("--min-margin", type=float, metavar="X", help="only pairs whose scores differ by at least X")
     parser.add_argument(
         "--all-completions", action="store_true", help="a row for each completion with its scores, not for each pair"
+    )
+    parser.add_argument(
+        "--votes", action="store_true", help="people's votes instead, in the form that `online-dpo judge` reads"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     return parser

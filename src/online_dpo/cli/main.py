@@ -196,6 +196,11 @@ COMMANDS = {
         one_process=True,
         prints_result=False,
     ),
+    "dashboard": Command(
+        "look at runs in a browser, also while they train",
+        _imported("online_dpo.cli.dashboard", "dashboard"),
+        one_process=True,
+    ),
     "schema": Command(
         "print a JSON Schema of run files, for editors", _imported("online_dpo.cli.runfile.json_schema", "print_schema")
     ),

@@ -65,6 +65,7 @@ def train(plan: RunPlan, words: Sequence[str], *, show_traceback: bool) -> int:
         if is_out_of_memory(error):
             return report_error(named_memory_error(error, "while the run was set up"), 1, show_traceback)
         return report_error(error, 1 if isinstance(error, RankLostError) else 2, show_traceback)
+    trainer.recording.command = ["online-dpo", *_started_as(words)]
     if trainer.is_world_process_zero():
         print_lines(describe_trainer(trainer), INDENT)
     end = EndOfRun()
@@ -155,8 +156,7 @@ def build_trainer(plan: RunPlan, display: ProgressDisplay) -> OnlineDPOTrainer:
         plan.plugins.load()
         rewards = load_rewards(plan.reward_funcs, given.pop("reward_model_path", None))
         gold = load_rewards(plan.eval_reward_funcs, given.pop("eval_reward_model_path", None))
-    if given.get("run_folder") is None:
-        given["run_folder"] = _may_have_run_folder(given)
+    given["run_folder"] = _has_run_folder(given)
     args = OnlineDPOConfig(**{**given, "disable_tqdm": True})
     check_options(plan.training.get("resume_from_checkpoint"), args)
     train_dataset = train_dataset_of(run)
@@ -178,11 +178,19 @@ def build_trainer(plan: RunPlan, display: ProgressDisplay) -> OnlineDPOTrainer:
     return trainer
 
 
-def _may_have_run_folder(given: dict[str, Any]) -> bool:
-    """Whether a run folder is written where none is asked for: not over files of another program."""
+def _has_run_folder(given: dict[str, Any]) -> bool:
+    """Whether a run folder is written. Where nothing is said of it, not over files of another program.
+
+    Raises:
+        ForeignFileError: it is asked for, and there are such files.
+    """
+    if given.get("run_folder") is False:
+        return False
     try:
         check_own(Path(given.get("output_dir") or DEFAULT_OUTPUT).expanduser())
     except ForeignFileError as problem:
+        if given.get("run_folder"):
+            raise
         print(f"warning: no run folder is written. {problem}", file=sys.stderr)
         return False
     return True
@@ -289,9 +297,13 @@ def _print_how_to_resume(beginning: str, checkpoint: str | None, words: Sequence
     if checkpoint is None:
         print(f"{beginning} No checkpoint was saved.", file=sys.stderr)
         return
-    started_as = shlex.split(os.environ.get(STARTED_AS, "")) or ["train", *words]
-    command = shlex.join(["online-dpo", *resume_words(started_as, checkpoint)])
+    command = shlex.join(["online-dpo", *resume_words(_started_as(words), checkpoint)])
     print(f"{beginning} checkpoint saved in {checkpoint}. Resume with: {command}", file=sys.stderr)
+
+
+def _started_as(words: Sequence[str]) -> list[str]:
+    """The words of the command that a user has given."""
+    return shlex.split(os.environ.get(STARTED_AS, "")) or ["train", *words]
 
 
 def resume_words(words: Sequence[str], checkpoint: str) -> list[str]:

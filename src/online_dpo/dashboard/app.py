@@ -10,12 +10,12 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response
-from starlette.routing import Mount, Route
+from starlette.responses import Response
+from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
 
 from online_dpo.dashboard.context import HERE, Dashboard, render
-from online_dpo.dashboard.pages import judge, pairs, runs, vote
+from online_dpo.dashboard.pages import about, compare, judge, live, pairs, run, runs, vote
 from online_dpo.dashboard.security import Guard
 
 THREADS = 8
@@ -26,11 +26,14 @@ def create_app(dashboard: Dashboard) -> Starlette:
     """The application of a dashboard."""
     app = Starlette(
         routes=[
-            Route("/", lambda request: RedirectResponse("/runs", status_code=303)),
             *runs.ROUTES,
             *pairs.ROUTES,
             *judge.ROUTES,
             *vote.ROUTES,
+            *run.ROUTES,
+            *about.ROUTES,
+            *compare.ROUTES,
+            *live.ROUTES,
             Mount("/static", CachedFiles(directory=HERE / "static"), name="static"),
         ],
         middleware=[Middleware(Guard, access=dashboard.access)],
@@ -38,6 +41,7 @@ def create_app(dashboard: Dashboard) -> Starlette:
         lifespan=_lifespan,
     )
     app.state.dashboard = dashboard
+    app.state.is_ending = lambda: False
     return app
 
 

@@ -12,7 +12,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from online_dpo.dashboard.index.background import Background
 from online_dpo.dashboard.index.run_index import RunIndex
+from online_dpo.dashboard.summary import Summarizer
 from online_dpo.runs.layout import is_run_folder
 from online_dpo.runs.reading import RunFolder
 
@@ -28,13 +30,14 @@ NEVER_INSIDE = re.compile(r"checkpoint-\d+|__pycache__|node_modules|wandb|mlruns
 class Run:
     """A run: its name in links, its name for people, its folder and its index.
 
-    >>> Run(id="chat-3fa9c1", name="sweep/chat", folder=RunFolder("runs/sweep/chat"), index=...)
+    >>> Run(id="chat-3fa9c1", name="sweep/chat", folder=RunFolder("runs/sweep/chat"), ...)
     """
 
     id: str
     name: str
     folder: RunFolder
     index: RunIndex
+    summarizer: Summarizer
 
 
 class Catalog:
@@ -50,6 +53,7 @@ class Catalog:
         """Whether there are more folders than are looked at."""
 
         self._indices = tempfile.TemporaryDirectory(prefix="online-dpo-dashboard-", ignore_cleanup_errors=True)
+        self._background = Background()
         self._runs: dict[str, Run] = {}
         self._lock = threading.Lock()
         self._looked = -FRESH
@@ -68,6 +72,7 @@ class Catalog:
 
     def close(self) -> None:
         """Remove the indices."""
+        self._background.close()
         for run in self._runs.values():
             run.index.close()
         self._indices.cleanup()
@@ -90,7 +95,8 @@ class Catalog:
             name = f"{root.name}/{name}"
         name = name.encode("utf-8", "replace").decode("utf-8")
         run_folder = RunFolder(folder)
-        return Run(run_id, name, run_folder, RunIndex(run_folder, Path(self._indices.name) / f"{run_id}.sqlite"))
+        index = RunIndex(run_folder, Path(self._indices.name) / f"{run_id}.sqlite", self._background)
+        return Run(run_id, name, run_folder, index, Summarizer(run_folder))
 
     def _folders_below(self, root: Path) -> Iterator[Path]:
         """The folder and those below it. Links are not followed: they may lead anywhere, or in a circle."""

@@ -32,7 +32,10 @@ def integer(value: Any) -> int | None:
 
 def text_of(value: Any) -> str:
     """The value as text, without what UTF-8 cannot hold."""
-    text = value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
+    try:
+        text = value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        text = "(nested too deeply)"
     return text.encode("utf-8", "replace").decode("utf-8")
 
 

@@ -135,7 +135,9 @@ class SampleQuery:
     def rows(self, db: sqlite3.Connection) -> list[sqlite3.Row]:
         """The samples of the page."""
         condition, values = self.where()
-        select = f"SELECT * FROM sample s WHERE {condition} ORDER BY {SORTS[self.sort][1]} LIMIT ? OFFSET ?"  # nosec B608
+        order = SORTS[self.sort][1]
+        page = f"SELECT id FROM sample s WHERE {condition} ORDER BY {order} LIMIT ? OFFSET ?"  # nosec B608
+        select = f"SELECT * FROM sample WHERE id IN ({page}) ORDER BY {order}"  # nosec B608
         return db.execute(select, [*values, PAGE, PAGE * (self.page - 1)]).fetchall()
 
     def neighbours(self, db: sqlite3.Connection, key: str) -> Neighbours:

@@ -12,7 +12,7 @@ _WORDS = re.compile(r"\s*(?:\w+|[^\w\s])|\s+")
 
 Spaces by themselves would match everywhere."""
 
-MOST_WORK = 4_000_000
+MOST_WORK = 2_000_000
 """Words of one text times words of the other that are compared one by one: what takes about half a second."""
 
 

@@ -5,8 +5,14 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
+
+from online_dpo.runs.directory import append_event
+from online_dpo.runs.endings import End
+from online_dpo.runs.events import Event, Kind
+from online_dpo.runs.state import state_of
 
 FOLDER = "ray"
 """The folder in ``output_dir`` that holds a log of each process."""
@@ -24,20 +30,32 @@ def server_name(number: int) -> str:
 
 
 class Logs:
-    """Prints lines and writes them into files.
+    """Prints lines and writes them into files. With ``tells_record``, once processes train, what the command itself
+    tells of is in the events of the run as well.
 
     Args:
-        folder: of the files.
+        folder: of the files, in the folder of the run.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.tells_record = False
         self._files: dict[str, IO[str]] = {}
         self._ends: dict[str, deque[str]] = {}
 
-    def tell(self, text: str) -> None:
-        """Prints a line of the command itself."""
+    def tell(self, text: str, kind: Kind | None = None) -> None:
+        """Prints a line of the command itself. If it is an event of the run, ``kind`` says what it is about."""
         print(f"ray: {text}", file=sys.stderr, flush=True)
+        if kind is not None and self.tells_record:
+            with suppress(OSError):  # it has been printed
+                append_event(self.folder.parent, Event(kind, text))
+
+    def end(self, end: End) -> None:
+        """Writes how the run has ended, where none of its processes could."""
+        if self.tells_record and state_of(self.folder.parent) in ("running", "lost"):
+            with suppress(OSError):
+                facts = {"code": end.code, "state": end.state}
+                append_event(self.folder.parent, Event("end", end.message, facts))
 
     def of_rank(self, rank: int, lines: Iterable[tuple[int, str]]) -> None:
         """Takes lines of a process that trains, each with the number of its stream."""

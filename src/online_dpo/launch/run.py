@@ -18,6 +18,7 @@ from online_dpo.launch.job import Job, OwnCheckpoints
 from online_dpo.launch.logs import FOLDER, Logs, rank_name
 from online_dpo.launch.servers import Server
 from online_dpo.launch.trainers import Trainers
+from online_dpo.runs.endings import End
 
 SERVERS_SECONDS = 10.0
 """How long servers may take to end."""
@@ -59,10 +60,18 @@ def run_on_cluster(job: Job) -> int:
     stop = StopSignal()
     with handling(stop.receive), joined(job.settings), _folder(job) as (logs, marker):
         run = ClusterRun(job, logs, marker, stop)
+        end = End(1, "The command that started the processes failed.")
         try:
-            return run.run()
+            code = run.run()
+            end = End(code, f"The command that started the processes ended with exit code {code}.")
+            return code
+        except (ClusterError, ServerFailedError, MachinesLostError, StoppedBySignal) as error:
+            number = error.signal if isinstance(error, StoppedBySignal) else None
+            end = End(1 if number is None else 128 + number, str(error))
+            raise
         finally:
             run.close()
+            logs.end(end)
 
 
 @contextmanager
@@ -122,12 +131,12 @@ class ClusterRun:
                 return code
             why, most = self._trainers.first_end, self._job.settings.max_restarts
             if restarts >= most:
-                self._logs.tell(f"{why}. The run was started again {most} times before (`ray.max_restarts`)")
+                self._logs.tell(f"{why}. The run was started again {most} times before (`ray.max_restarts`)", "failure")
                 return 1
             restarts += 1
             newest = self._checkpoints.newest()
             place = "the beginning: there is no checkpoint yet" if newest is None else newest.name
-            self._logs.tell(f"{why}. All ranks are started again ({restarts} of {most}), from {place}")
+            self._logs.tell(f"{why}. All ranks are started again ({restarts} of {most}), from {place}", "failure")
 
     @property
     def _urls(self) -> list[str]:
@@ -162,6 +171,7 @@ class ClusterRun:
         try:
             self._wait_for_servers()
             self._trainers.start(self._urls, checkpoint, self._stop.check)
+            self._logs.tells_record = True
         except WorkerLost as lost:
             self._trainers.first_end = self._trainers.first_end or f"a worker is lost: {lost}"
             self._trainers.kill()

@@ -129,7 +129,7 @@ class Server:
         elif not self.is_ready:
             again = " again" if self._was_ready else ""
             self.is_ready = self._was_ready = True
-            self._logs.tell(f"{server_name(self.number)} is ready{again} at {self.url}")
+            self._logs.tell(f"{server_name(self.number)} is ready{again} at {self.url}", "server")
 
     def _failed_at_start(self, why: str, wrong_input: bool = False) -> ServerFailedError:
         """The error where it would fail again."""
@@ -151,7 +151,7 @@ class Server:
                 f"{self._end_of_log()}"
             )
         self._restarts += 1
-        self._logs.tell(f"{name} {why}. It is started again ({self._restarts} of {most})")
+        self._logs.tell(f"{name} {why}. It is started again ({self._restarts} of {most})", "server")
         if self._worker is None:
             self._begin()
         else:

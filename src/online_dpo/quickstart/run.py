@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import statistics
 import time
@@ -79,6 +80,8 @@ def run_quickstart(
     """
     console = console or Console()
     started = time.perf_counter()
+    output_dir.mkdir(parents=True, exist_ok=True)  # the dashboard takes no folder that is not there
+    _print_command(console, "To see it while it trains, in another terminal:", "dashboard", output_dir)
     start, accuracy = _build_start(output_dir, size, seed, console)
     console.print("[bold]2[/] Online DPO: sample, score with the reward model, train on the better and the worse")
     trainer = build_trainer(
@@ -86,9 +89,11 @@ def run_quickstart(
     )
     answers_of = _held_out_evaluation(start.reward_dir, start.prompts_test, trainer.tokenizer, trainer.args, seed)
     before = answers_of(AutoModelForCausalLM.from_pretrained(start.policy_dir))
-    training_seconds = _train_and_save(trainer)
-    after = answers_of(trainer.model)  # pyright: ignore[reportArgumentType]
-    metrics = trainer.evaluate(load_prompts(str(start.prompts_test), limit=PROMPTS_FOR_KL))
+    with trainer.recording.ending() as record_end:  # the evaluation is a part of the run
+        training_seconds = _train_and_save(trainer)
+        after = answers_of(trainer.model)  # pyright: ignore[reportArgumentType]
+        metrics = trainer.evaluate(load_prompts(str(start.prompts_test), limit=PROMPTS_FOR_KL))
+        record_end(0)
 
     summary = summarise(before, after) | {
         "reward_model_accuracy": accuracy,
@@ -102,8 +107,19 @@ def run_quickstart(
     summary_file.write_text(json.dumps(summary, indent=2) + "\n")
     report(console, before, after, summary)
     console.print(f"The trained model is in [bold]{output_dir}[/], the figures in {summary_file}.")
-    console.print(f"To run it with your own settings: online-dpo train {output_dir / RUN_FILE.name}", highlight=False)
+    for what, command, path in (
+        ("To see what it was trained on:", "dashboard", output_dir),
+        ("To make a page of it:", "report", output_dir),
+        ("To run it with your own settings:", "train", output_dir / RUN_FILE.name),
+    ):
+        _print_command(console, what, command, path)
     return summary
+
+
+def _print_command(console: Console, what: str, command: str, path: Path) -> None:
+    """Print a command for the user in one line, however long the path is."""
+    text = f"{what} online-dpo {command} {shlex.quote(str(path))}"
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _build_start(

@@ -19,6 +19,7 @@ from online_dpo.runs.appending import GrowingFile
 from online_dpo.runs.completions import CompletionsWriter
 from online_dpo.runs.layout import EVENTS, METRICS
 from online_dpo.runs.plain_json import plain_or_named
+from online_dpo.runs.reading import read_lines
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +117,23 @@ class RunDirectory:
                 f"The record of the run in {self.folder} could not be written: {error_text(error)}. It waits in memory "
                 "and is written as soon as that is possible; training goes on.",
             )
+
+
+def append_event(folder: Path, event: events.Event) -> None:
+    """Writes an event into the record of a run that other processes write, if there is one. Its rank is ``null``.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    if not (folder / EVENTS).is_file():
+        return
+    last = next((row["step"] for row in reversed(read_lines(folder / EVENTS).rows) if row.get("step")), 0)
+    file = GrowingFile(folder / EVENTS, shared=True)
+    try:
+        row = {"time": time.time(), "step": last, "rank": None, "kind": event.kind, "message": event.message}
+        file.add(json_line({**row, **event.facts}))
+    finally:
+        file.close()
 
 
 def json_line(row: Mapping[str, Any]) -> bytes:

@@ -36,7 +36,7 @@ def state_from(rows: Iterable[Mapping[str, Any]], folder: Path) -> State:
             start, ends = row, []
         elif row.get("kind") == "end":
             ends.append(row)
-    of_first = next((end for end in ends if end.get("rank") == 0), None)
+    of_first = next((end for end in ends if end.get("rank") in (0, None)), None)  # None: of who started the processes
     if of_first is None and _goes_on(start, folder):
         return "running"
     end = of_first or (ends[0] if ends else {})
@@ -45,6 +45,8 @@ def state_from(rows: Iterable[Mapping[str, Any]], folder: Path) -> State:
 
 
 def _goes_on(start: Mapping[str, Any], folder: Path) -> bool:
+    if not start:
+        return False
     if start.get("host") != socket.gethostname():
         return time.time() - _last_write(folder) < QUIET
     try:

@@ -43,8 +43,8 @@ class Vote:
     """What a person has said of two answers, in the order in which they were shown.
 
     ``group`` names the group of completions they belong to, ``completions`` their places in it; both are empty for a
-    question of a trainer that waits. ``seconds`` is how long the person took. ``blind`` says that nothing but the prompt
-    and both answers was shown.
+    question of a trainer that waits. ``seconds`` is how long the person took. ``blind`` says that nothing but the
+    prompt and both answers was shown.
 
     >>> Vote("Name a colour.", "Red.", "Blue.", "first", time=1764160000.0, seconds=3.2, group="12-0-3-0",
     ...     completions=(1, 0))

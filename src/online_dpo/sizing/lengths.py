@@ -11,8 +11,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-STEPS = 50
-"""Steps that are drawn to find the fullest pass."""
+STEPS, MOST_DRAWN = 50, 20_000
+"""Steps that are drawn to find the fullest pass, and the most groups of them all."""
 
 
 @dataclass(frozen=True)
@@ -47,23 +47,24 @@ def fullest_pass(
         scored_at_once: completions that the reward model reads at a time.
     """
     rng = random.Random(seed)
+    drawn = min(per_batch, MOST_DRAWN // 10)
+    most = most_tokens if drawn == per_batch else min(most_tokens, most_tokens * drawn // per_batch + max(prompts))
+    steps = max(1, min(STEPS, MOST_DRAWN // (drawn * min(batches, 2))))
+
+    def groups(count: int, answers: int) -> list[int]:
+        return [rng.choice(prompts) + sum(rng.choices(completions, k=answers)) for _ in range(count)]
+
     beside, alone, scored = 0, 0, 0
-    for _ in range(STEPS):
-        sizes: list[int] = []
-        for _ in range(batches):
-            groups = [rng.choice(prompts) + rng.choice(completions) + rng.choice(completions) for _ in range(per_batch)]
-            sizes += [padded(part) for part in split(groups, most_tokens)]
+    for _ in range(steps):
+        sizes = [padded(part) for _ in range(min(batches, 2)) for part in split(groups(drawn, 2), most)]
         if len(sizes) == 1:
             alone = max(alone, sizes[0])
         else:
             beside = max(beside, *sizes[1:])
-        read = max(1, scored_at_once // num_completions)
-        whole = [
-            rng.choice(prompts) + sum(rng.choice(completions) for _ in range(num_completions))
-            for _ in range(min(read, per_batch * batches))
-        ]
-        scored = max(scored, padded(whole))
-    return Fullest(beside, alone, scored)
+        read = min(max(1, scored_at_once // num_completions), drawn)
+        scored = max(scored, padded(groups(read, num_completions)))
+    scale = per_batch / drawn
+    return Fullest(round(beside * scale), round(alone * scale), scored)
 
 
 def split(groups: Sequence[int], most: int) -> list[list[int]]:

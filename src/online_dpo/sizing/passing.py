@@ -15,6 +15,8 @@ from online_dpo.sizing.shape import ModelShape
 
 CHUNK_LOGITS, CHUNK_LOGITS_ON_CPU = 2**27, 2**23
 """Logits that exist at a time on a GPU, and on a CPU: `modeling.logprobs.CHUNK_LOGITS_ELSEWHERE` and ``["cpu"]``."""
+SEGMENTED = 384
+"""Tokens of a row from which on a CPU reads it in segments: `modeling.attention.segments.SHORTEST`."""
 ARRAYS_SAMPLING = 4
 """Arrays of logits in fp32 while a token is drawn: the logits, those with a temperature, their probabilities, sums."""
 ARRAYS_FORWARD, ARRAYS_BACKWARD = 4.5, 2
@@ -122,28 +124,37 @@ def activation_bytes(plan: Plan) -> int:
     that is computed again. Without: everything of all layers. An adapter keeps about as much as full training does.
     """
     shape, tokens = plan.policy, plan.tokens_per_pass
-    of_layer = tokens * layer_bytes_of_a_token(shape, plan.bf16, hidden_bytes(plan), repeats_heads=plan.on_cpu)
+    of_layer = tokens * layer_bytes_of_a_token(shape, plan.bf16, hidden_bytes(plan))
+    if plan.on_cpu:
+        of_layer += tokens * attention_bytes_on_cpu(plan)
     if not plan.gradient_checkpointing:
         return shape.layers * of_layer
     return shape.layers * tokens * shape.hidden * hidden_bytes(plan) + of_layer
 
 
-def layer_bytes_of_a_token(
-    shape: ModelShape, bf16: bool, hidden: int = FP32, repeats_heads: bool = False
-) -> int:
+def attention_bytes_on_cpu(plan: Plan) -> int:
+    """What attention keeps for each token on a CPU beyond `layer_bytes_of_a_token`: keys and values copied for each of
+    the query heads, and once more where long rows are read in segments; results in another order; and a mask in fp32
+    of what each token may read.
+    """
+    shape, size = plan.policy, plan.compute_bytes
+    attention, readable = shape.heads * shape.head_dim, plan.prompt_tokens + plan.new_tokens
+    copies = 2 if readable + plan.new_tokens >= SEGMENTED else 1
+    return 2 * size * (copies * attention - shape.kv_width) + size * attention + FP32 * readable
+
+
+def layer_bytes_of_a_token(shape: ModelShape, bf16: bool, hidden: int = FP32) -> int:
     """What one layer keeps for each token, as counted by Korthikanti et al. (2022, arXiv 2205.05198, section 4.1), here
     for a gated MLP, RMS norms, and attention that keeps no scores.
 
     Args:
         bf16: whether matrix products are in bf16; autocast then makes an input of its own for each of them.
         hidden: bytes of a number between layers.
-        repeats_heads: keys and values are copied for each of the query heads, as SDPA does beside a mask.
     """
     size, attention = HALF if bf16 else FP32, shape.heads * shape.head_dim
     of_each_norm = (FP32 + hidden) * shape.hidden + FP32  # what is normed, in fp32; the normed; one scale
     inputs = (5 if bf16 and hidden == FP32 else 2) * size * shape.hidden  # of query, key, value; of gate and up
-    keys = attention if repeats_heads else shape.kv_width
-    heads = 2 * size * (attention + keys) + FP32 * shape.heads  # query, key, value, output; log-sum-exps
+    heads = 2 * size * (attention + shape.kv_width) + FP32 * shape.heads  # query, key, value, output; log-sum-exps
     mlp = 4 * size * shape.intermediate  # gate, up, the activation, the product
     normed_heads = (FP32 + size) * (attention + shape.kv_width) + FP32 * (shape.heads + shape.kv_heads)
     return 2 * of_each_norm + inputs + heads + mlp + (normed_heads if shape.qk_norm else 0)
@@ -159,7 +170,7 @@ def logit_bytes(plan: Plan) -> int:
     chunk, head = FP32 * tokens * shape.vocabulary, shape.vocabulary * shape.hidden
     cast = HALF * head if plan.bf16 and hidden_bytes(plan) == FP32 else 0
     if plan.on_cpu and not plan.bf16:
-        cast = FP32 * head  # oneDNN's copy of the head for a product
+        cast = FP32 * head + chunk  # oneDNN's own copy of the head, and its result, which is copied
     forward = int(ARRAYS_FORWARD * chunk) + cast
     if plan.adapter != "none":
         return forward

@@ -23,6 +23,7 @@ from online_dpo.rollout.lookahead import Lookahead
 from online_dpo.rollout.opponent import Opponent, joined
 from online_dpo.rollout.params import RolloutKey, Stream
 from online_dpo.rollout.sampler import Sampler
+from online_dpo.runs import events
 from online_dpo.scoring.assess import Assessor
 from online_dpo.scoring.notes import noting
 from online_dpo.stats.catalogue import Metric, describe
@@ -255,6 +256,10 @@ class FeedbackCollector:
         self.run.work.sampled(feedback, here=not self.sampler.engine.overlaps)
         if self.args.resample_rounds:
             record_resampling(metrics, feedback.further, feedback.pairing)
+        if feedback.further:
+            asked, left = len(feedback.further[0].places), feedback.pairing.dropped.total()
+            text = f"{asked} prompts without a pair were answered again; {left} still have none."
+            events.emit("resample", text, groups=asked, rescued=asked - left)
 
     def files(self, rank: int) -> Sequence[str]:
         """Returns the name of the file of the steps that have been begun ahead of training."""

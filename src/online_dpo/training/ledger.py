@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from online_dpo.rollout.token_texts import TokenTexts
@@ -25,6 +26,11 @@ class Place:
 
     rank: int
     ranks: int
+
+    @classmethod
+    def of(cls, accelerator: Accelerator) -> Place:
+        """The place of this process."""
+        return cls(accelerator.process_index, accelerator.num_processes)
 
 
 class Ledger:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
-from html import escape
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,11 @@ from transformers import TrainerState
 
 from online_dpo.checkpoints.files import write_text
 from online_dpo.config.trainer_config import OnlineDPOConfig
-from online_dpo.errors import one_line
 from online_dpo.modeling.introspection import unwrapped
 from online_dpo.modeling.quantization import describe
+from online_dpo.runs.layout import is_run_folder
+from online_dpo.runs.report.card import describe_run
+from online_dpo.runs.report.text import plain_text
 
 SETTINGS = (
     *("method", "num_completions", "max_new_tokens", "max_length", "temperature", "top_p", "top_k", "min_p"),
@@ -39,9 +39,6 @@ RESULTS = (
     *("completions/mean_length", "eval_loss", "eval_objective/scores", "eval_objective/kl", "eval_win_rate"),
     *("eval_gold_score", "eval_gold_win_rate"),
 )
-LONGEST = 200
-"""Characters of a name that are shown."""
-_MARKS = re.compile(r"[\\`*\[\]|~$!#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 TEXT = """# {name}
 
 This model was trained with Online DPO ([Guo et al. 2024](https://huggingface.co/papers/2402.04792)): completions are
@@ -62,7 +59,7 @@ step.
 |---|---|---|
 {results}
 
-## Settings
+{course}## Settings
 
 ```json
 {settings}
@@ -85,7 +82,8 @@ def write_model_card(
     base_model: str | None = None,
     **metadata: Any,
 ) -> None:
-    """Write the model card as ``README.md`` into the output folder.
+    """Write the model card as ``README.md`` into the output folder; where the run has a record, with its course and a
+    picture of it.
 
     Args:
         args: the configuration; `SETTINGS` are listed in the card.
@@ -101,6 +99,7 @@ def write_model_card(
     """
     data = _card_data(policy, tags, base_model, metadata)
     output_dir = Path(str(args.output_dir))
+    output_dir.mkdir(parents=True, exist_ok=True)
     text = TEXT.format(
         name=plain_text(name or args.hub_model_id or output_dir.name),
         policy=plain_text(_describe(policy)),
@@ -109,22 +108,13 @@ def write_model_card(
         steps=state.global_step,
         processes=num_processes,
         results="\n".join(_result_rows(state.log_history)),
+        course=describe_run(output_dir) if args.run_folder and is_run_folder(output_dir) else "",
         settings=_as_json({setting: getattr(args, setting) for setting in SETTINGS}),
         version=version("online-dpo"),
         transformers=transformers.__version__,
         torch=torch.__version__,
     )
-    output_dir.mkdir(parents=True, exist_ok=True)
     write_text(output_dir / "README.md", f"---\n{data.to_yaml()}\n---\n\n{text}")
-
-
-def plain_text(text: str) -> str:
-    """A text of others in Markdown that shows as it is, in one line: no mark-up, no HTML, no further cell of a table.
-
-    >>> print(plain_text("a|b [x](y) <b>"))
-    a\\|b \\[x\\](y) &lt;b&gt;
-    """
-    return _MARKS.sub(r"\\\g<0>", escape(one_line(text, LONGEST), quote=False))
 
 
 def _as_json(settings: dict[str, Any]) -> str:

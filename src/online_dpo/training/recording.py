@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -53,7 +54,8 @@ class Recording(TrainerCallback):
     It comes before the callbacks that tell other ranks, and checkpoints, that a step is done: what they say to be done
     is in the record. Nothing that fails in it ends a run that has begun.
 
-    ``settings`` is the text of the run's settings, where whoever built the trainer knows them; ``ledger`` has the
+    ``settings`` is the text of the run's settings and ``command`` the words that started it, where whoever built the
+    trainer knows them; ``ledger`` has the
     groups of a step. With ``ends_later`` the end of `train` is not that
     of the run (see `ending`).
 
@@ -76,6 +78,7 @@ class Recording(TrainerCallback):
         self._args, self._accelerator, self._errors = args, accelerator, errors
         self._state, self._in_step = state, in_step
         self.settings: str | None = None
+        self.command: Sequence[str] = sys.argv
         self._parts: dict[str, str] = {}
         self.ledger: Ledger | None = None
         self.ends_later = False
@@ -143,7 +146,7 @@ class Recording(TrainerCallback):
             told += resumed_events(Path(checkpoint), cut, restored, passed_over)
         text = settings_of(self._args, self._parts) if self.settings is None else self.settings
         written.write_settings(self.folder, text, __version__)
-        written.add_session(self.folder, environment_facts(self._accelerator.num_processes))
+        written.add_session(self.folder, environment_facts(self._accelerator.num_processes, self.command))
         return told
 
     def _who(self) -> dict[str, Any]:
@@ -182,9 +185,20 @@ class Recording(TrainerCallback):
         self.end()
 
     def sync(self) -> None:
-        """Brings everything to the disk, before a checkpoint says that the steps until now are done."""
+        """Brings everything to the disk."""
         if self._directory is not None:
             self._directory.sync()
+
+    def files(self, rank: int) -> Sequence[str]:
+        """Return no name: it has no file in a checkpoint."""
+        return []
+
+    def save(self, folder: Path, rank: int) -> None:
+        """Bring everything to the disk, before a checkpoint says that the steps until now are done."""
+        self.sync()
+
+    def restore(self, folder: Path, rank: int) -> None:
+        """Do nothing: `begin` has cut the record."""
 
     def fail(self, error: BaseException) -> None:
         """Remembers what will have ended the run, for `end`."""

@@ -34,10 +34,14 @@ class Stateful(Protocol):
 
 
 class RunState:
-    """Saves and restores the parts of a run, in the order in which they were added."""
+    """Saves and restores the parts of a run, in the order in which they were added.
 
-    def __init__(self) -> None:
-        self._parts: list[Stateful] = []
+    Args:
+        parts: the first ones.
+    """
+
+    def __init__(self, *parts: Stateful) -> None:
+        self._parts: list[Stateful] = [*parts]
 
     def add(self, *parts: Stateful) -> None:
         """Adds parts that have state."""

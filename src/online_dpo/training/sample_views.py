@@ -172,7 +172,7 @@ class SampleViews(TrainerCallback):
 
 def with_ledger(trainer: Any) -> Ledger:
     """Return a ledger for a trainer, and give this the `SampleViews` that show what the ledger has."""
-    place = Place(trainer.accelerator.process_index, trainer.accelerator.num_processes)
+    place = Place.of(trainer.accelerator)
     ledger = Ledger(trainer.tokenizer, place, trainer.args.seed, lambda: trainer.guard.skipped_step)
     handler = trainer.callback_handler
     views = SampleViews(trainer.args, lambda: handler.callbacks, ledger, trainer.context.differs)

@@ -8,12 +8,10 @@ import re
 import shlex
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -24,7 +22,6 @@ from online_dpo import __version__
 from online_dpo.config.endpoints import holds_secret, secret_fields, shown_address
 from online_dpo.config.secrets import FIELD
 from online_dpo.config.trainer_config import OnlineDPOConfig
-from online_dpo.launch.settings import STARTED_AS
 from online_dpo.runs.plain_json import plain_or_named
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "peft", "trl", "vllm", "deepspeed", "ray")
@@ -36,8 +33,13 @@ GIT_SECONDS = 5.0
 _TOKEN = re.compile(r"\b(sk-|hf_|gh[pousr]_|github_pat_|xox[a-z]-|wandb_v\d_)[\w-]{6,}")
 
 
-def environment_facts(processes: int) -> dict[str, Any]:
-    """Returns what is known of this machine, of its packages and of how the process was started."""
+def environment_facts(processes: int, command: Sequence[str]) -> dict[str, Any]:
+    """Returns what is known of this machine, of its packages and of how the process was started.
+
+    Args:
+        processes: how many train.
+        command: the words that started the run.
+    """
     return {
         "started": time.time(),
         "versions": {"online_dpo": __version__, **_versions()},
@@ -50,7 +52,7 @@ def environment_facts(processes: int) -> dict[str, Any]:
         "processes": processes,
         "git": _git(),
         "folder": os.getcwd(),
-        "command": shlex.join(without_secrets(_command())),
+        "command": shlex.join(without_secrets(command)),
     }
 
 
@@ -85,14 +87,6 @@ def _git_output(*words: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired, UnicodeDecodeError):
         return None
     return done.stdout if done.returncode == 0 else None
-
-
-def _command() -> list[str]:
-    started_as = os.environ.get(STARTED_AS)
-    if started_as:
-        return ["online-dpo", *shlex.split(started_as)]
-    is_ours = Path(sys.argv[0]) == Path(__file__).parents[1] / "__main__.py"
-    return ["online-dpo", *sys.argv[1:]] if is_ours else sys.argv
 
 
 def without_secrets(words: Sequence[str]) -> list[str]:
@@ -133,8 +127,3 @@ def as_yaml(settings: dict[str, Any]) -> str:
     secret = secret_fields({name: value for name, value in settings.items() if value is not None})
     kept = {name: value for name, value in settings.items() if name not in (FIELD, *secret)}
     return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=120)
-
-
-def absolute(path: str | Path) -> str:
-    """A path that holds in any working folder."""
-    return os.path.abspath(os.path.expanduser(path))

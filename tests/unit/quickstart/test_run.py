@@ -10,6 +10,8 @@ from online_dpo.quickstart.artifacts import build
 from online_dpo.quickstart.language import parse_request, split_of
 from online_dpo.quickstart.models import FULL, TINY, build_policy_config, build_tokenizer, new_policy
 from online_dpo.quickstart.run import PolicyAnswers, run_quickstart, summarise
+from online_dpo.runs.reading import RunFolder
+from online_dpo.runs.state import state_of
 from online_dpo.stats.intervals import wilson_interval
 
 
@@ -71,3 +73,11 @@ def test_a_tiny_run_writes_what_it_says(tmp_path):
         assert f"{summary[name]:.1%}" in text
     assert f"{summary['win_rate']:.1%}" in text and text.count("before (") == 3
     AutoModelForCausalLM.from_pretrained(tmp_path)
+    opening, ending = text.split("Making a tokenizer")[0], text.split("The trained model is in")[1]
+    assert f"online-dpo dashboard {tmp_path}" in opening and f"online-dpo dashboard {tmp_path}" in ending
+    assert f"online-dpo report {tmp_path}" in ending and f"online-dpo train {tmp_path}/run.yaml" in ending
+    assert state_of(tmp_path) == "finished"
+    folder = RunFolder(tmp_path)
+    assert [row["kind"] for row in folder.metrics().rows][-1] == "eval"
+    assert folder.events().rows[-1]["kind"] == "end"
+    assert "training.svg" in (tmp_path / "README.md").read_text() or len(folder.metrics().rows) == 1

@@ -2,6 +2,7 @@
 
 import json
 import re
+from xml.etree import ElementTree
 
 import pytest
 import yaml
@@ -9,8 +10,9 @@ from huggingface_hub import ModelCard
 from transformers import TrainerState
 
 from online_dpo import OnlineDPOConfig
-from online_dpo.training.model_card import plain_text, write_model_card
-from support import tiny
+from online_dpo.runs.report.text import plain_text
+from online_dpo.training.model_card import write_model_card
+from support import records, tiny
 
 HOSTILE = [
     "x<script>alert(1)</script>",
@@ -25,8 +27,8 @@ HOSTILE = [
 ]
 
 
-def write_card(folder, source="org/model", log_history=(), **options):
-    args = OnlineDPOConfig(output_dir=str(folder), use_cpu=True, report_to=[])
+def write_card(folder, source="org/model", log_history=(), run_folder=False, **options):
+    args = OnlineDPOConfig(output_dir=str(folder), use_cpu=True, report_to=[], run_folder=run_folder)
     policy = tiny.causal_lm()
     policy.config._name_or_path = source
     state = TrainerState(log_history=list(log_history))
@@ -87,3 +89,34 @@ def test_settings_are_json_without_html(tmp_path):
 def test_a_usual_name_is_as_it_is():
     for name in ("reward_length.v2", "http://host:80/score", "org/model-7B (llama)", "feedback.py:words, other"):
         assert plain_text(name) == name
+
+
+def test_the_course_of_a_run_that_has_a_record_is_in_its_card(tmp_path):
+    rows = [
+        {
+            "step": step,
+            "kind": "train",
+            "objective/scores": step / 2,
+            "objective/kl": 0.5,
+            "prompts": 4,
+            "pairs/count": 3,
+        }
+        | {"dropped/tie": 1}
+        for step in (1, 2)
+    ]
+    events = [{"step": 2, "kind": "skip", "message": "Step 2 | <b>skipped</b>."}, {"step": 2, "kind": "checkpoint"}]
+    records.write(tmp_path, metrics=rows, events=events)
+    assert "Course" not in write_card(tmp_path) and not (tmp_path / "training.svg").exists()
+    card = write_card(tmp_path, run_folder=True)
+    assert "![Reward and KL to the reference over the steps](training.svg)" in card
+    assert "6 pairs were trained on; 2 of 8 prompts gave none." in card
+    assert "| tie | all scores are equal, or the judge has no preference | 2 |" in card
+    assert r"| skip | 1 | 2 | Step 2 \| &lt;b&gt;skipped&lt;/b&gt;. |" in card and "checkpoint" not in card
+    picture = ElementTree.parse(tmp_path / "training.svg")
+    texts = [element.text for element in picture.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"Reward", "KL to the reference", "optimizer step"} <= set(texts)
+
+
+def test_a_record_without_metrics_leaves_the_card_as_it_is(tmp_path):
+    records.write(tmp_path / "with", events=[{"step": 0, "kind": "start", "message": "The run starts."}])
+    assert "Course" not in write_card(tmp_path / "with", run_folder=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 from online_dpo.dashboard.group import Group, integer, number, text_of
 from online_dpo.dashboard.index import points
+from online_dpo.dashboard.index.background import Background, Job
 from online_dpo.dashboard.index.follow import FollowedFile, FollowedFrames
 from online_dpo.dashboard.index.samples import add_group
 from online_dpo.dashboard.index.tables import connect, create
@@ -20,8 +21,8 @@ from online_dpo.runs.frames import Frame
 from online_dpo.runs.layout import EVENTS, METRICS, CompletionsFile
 from online_dpo.runs.reading import RunFolder, StepFrame
 
-MOST_EVENTS = 100_000
-SLICE = 0.05
+MOST_EVENTS, LONGEST_FACTS = 100_000, 100_000
+SLICE = 0.03
 """Seconds of work between two moments in which others may read."""
 
 
@@ -55,20 +56,23 @@ class RunIndex:
     Args:
         folder: the run's folder.
         database: where the index is to lie.
+        background: what goes on where `refresh_metrics` and `refresh_samples` have stopped.
     """
 
-    def __init__(self, folder: RunFolder, database: Path) -> None:
+    def __init__(self, folder: RunFolder, database: Path, background: Background) -> None:
         self.folder = folder
+        self._background = background
         self.generation = 0
         self._database = database
         self._lock = threading.Lock()
+        self._is_closed = False
         self._writer: sqlite3.Connection | None = None
         self._forget_metrics()
         self._events, self._event_count = FollowedFile(folder.path / EVENTS), 0
         self._frames = FollowedFrames(folder)
 
     def _forget_metrics(self) -> None:
-        self._metrics, self._known, self.rows = FollowedFile(self.folder.path / METRICS), set[points.Key](), 0
+        self._metrics, self._known, self.rows = FollowedFile(self.folder.path / METRICS), set[str](), 0
 
     def _db(self) -> sqlite3.Connection:
         if self._writer is None:
@@ -76,13 +80,42 @@ class RunIndex:
         return self._writer
 
     def refresh_metrics(self, seconds: float) -> bool:
-        """Read new rows and events for some seconds at most; returns whether everything was read."""
+        """Read new rows and events for some seconds at most; returns whether everything was read. What is left is read
+        in the background.
+        """
+        return self._refreshed(self._more_metrics, seconds)
+
+    def refresh_samples(self, seconds: float) -> bool:
+        """The same for groups."""
+        return self._refreshed(self._more_samples, seconds)
+
+    def _refreshed(self, job: Job, seconds: float) -> bool:
+        whole = job(seconds)
+        if not whole:
+            self._background.want(job)
+        return whole
+
+    def _more_metrics(self, seconds: float) -> bool:
+        return self._work(seconds, lambda db, until: self._read_rows(db) & self._read_events(db))
+
+    def _more_samples(self, seconds: float) -> bool:
+        return self._work(seconds, self._read_frames)
+
+    def _work(self, seconds: float, read: Callable[[sqlite3.Connection, float], bool]) -> bool:
+        """Read slice by slice, between which others may have the lock; returns whether nothing is left."""
         until = time.monotonic() + seconds
-        while True:
-            with self._lock, self._db() as db:
-                whole = self._read_rows(db) & self._read_events(db)
+        while self._lock.acquire(timeout=max(0.0, until - time.monotonic())):
+            try:
+                if self._is_closed:
+                    return True
+                with self._db() as db:
+                    whole = read(db, min(until, time.monotonic() + SLICE))
+            finally:
+                self._lock.release()
             if whole or time.monotonic() > until:
                 return whole
+            time.sleep(0)
+        return False
 
     def _read_rows(self, db: sqlite3.Connection) -> bool:
         rows = self._metrics.read()
@@ -108,21 +141,15 @@ class RunIndex:
                 self._event_count += 1
         return self._events.is_whole
 
-    def refresh_samples(self, seconds: float) -> bool:
-        """Read new groups for some seconds at most; returns whether everything was read."""
-        until = time.monotonic() + seconds
-        while True:
-            with self._lock, self._db() as db:
-                for file in self._frames.look():
-                    self._forget(db, file)
-                slice_end = min(until, time.monotonic() + SLICE)
-                for at in self._frames.new():
-                    self._add_frame(db, at)
-                    if time.monotonic() > slice_end:
-                        break
-                self._frames.settle()
-            if self.progress.is_whole or time.monotonic() > until:
-                return self.progress.is_whole
+    def _read_frames(self, db: sqlite3.Connection, until: float) -> bool:
+        for file in self._frames.look():
+            self._forget(db, file)
+        for at in self._frames.new():
+            self._add_frame(db, at)
+            if time.monotonic() > until:
+                break
+        self._frames.settle()
+        return self.progress.is_whole
 
     def _add_frame(self, db: sqlite3.Connection, at: StepFrame) -> None:
         values = (at.file.rank, at.file.number, at.frame.start, at.frame.end)
@@ -138,6 +165,7 @@ class RunIndex:
         values = (file.rank, file.number)
         frames = db.execute("SELECT id FROM frame WHERE rank = ? AND number = ?", values).fetchall()
         db.executemany("DELETE FROM judged WHERE sample IN (SELECT id FROM sample WHERE frame = ?)", frames)
+        db.executemany("DELETE FROM reward WHERE sample IN (SELECT id FROM sample WHERE frame = ?)", frames)
         db.executemany("DELETE FROM sample WHERE frame = ?", frames)
         db.executemany("DELETE FROM frame WHERE id = ?", frames)
         self.generation += 1
@@ -150,8 +178,9 @@ class RunIndex:
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
         """A connection that reads the tables; its rows have names."""
-        with self._lock:
-            self._db()
+        if self._writer is None and not self._is_closed:
+            with self._lock:
+                self._db()
         with closing(connect(self._database)) as db:
             yield db
 
@@ -185,8 +214,9 @@ class RunIndex:
         return None
 
     def close(self) -> None:
-        """Close the database."""
+        """Close the database; nothing more is read."""
         with self._lock:
+            self._is_closed = True
             if self._writer is not None:
                 self._writer.close()
                 self._writer = None
@@ -194,7 +224,12 @@ class RunIndex:
 
 def _event(row: dict[str, Any]) -> tuple[object, ...]:
     facts = {name: value for name, value in row.items() if name not in ("time", "step", "rank", "kind", "message")}
+    text = text_of(facts)
     return (
         *(integer(row.get("step")), number(row.get("time")), integer(row.get("rank"))),
-        *(text_of(row.get("kind"))[:100], text_of(row.get("message"))[:10_000], text_of(facts)[:100_000]),
+        *(
+            text_of(row.get("kind"))[:100],
+            text_of(row.get("message"))[:10_000],
+            text if len(text) <= LONGEST_FACTS else "{}",
+        ),
     )

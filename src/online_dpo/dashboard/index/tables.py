@@ -6,9 +6,9 @@ import sqlite3
 from pathlib import Path
 
 SCHEMA = """
-CREATE TABLE chunk (kind TEXT, metric TEXT, last INTEGER, points BLOB);
-CREATE INDEX chunk_of_metric ON chunk (metric, kind, last);
-CREATE TABLE metric (metric TEXT, kind TEXT, step INTEGER, value REAL, PRIMARY KEY (metric, kind));
+CREATE TABLE chunk (metric TEXT, last INTEGER, points BLOB);
+CREATE INDEX chunk_of_metric ON chunk (metric, last);
+CREATE TABLE metric (metric TEXT PRIMARY KEY, step INTEGER, value REAL);
 CREATE TABLE event (number INTEGER PRIMARY KEY, step INTEGER, time REAL, rank INTEGER, kind TEXT, message TEXT,
     facts TEXT);
 CREATE TABLE frame (id INTEGER PRIMARY KEY, rank INTEGER, number INTEGER, start INTEGER, end INTEGER);
@@ -21,18 +21,22 @@ CREATE TABLE sample (
     margin REAL, probability REAL, length_ratio REAL, surprise REAL, disagreement REAL,
     mean_length REAL, mean_score REAL, best_score REAL,
     scorers TEXT, comparisons INTEGER,
-    text TEXT
+    text TEXT, prompt TEXT, chosen TEXT, rejected TEXT
 );
 CREATE INDEX sample_of_step ON sample (step, rank, idx, round);
 CREATE INDEX sample_of_prompt ON sample (prompt_key, step);
 CREATE INDEX sample_of_frame ON sample (frame);
+CREATE TABLE reward (sample INTEGER, scorer TEXT, lowest REAL, highest REAL);
+CREATE INDEX reward_of_sample ON reward (sample);
 CREATE TABLE judged (
     sample INTEGER, step INTEGER, comparison INTEGER, place INTEGER,
     first INTEGER, second INTEGER, shown_first INTEGER,
     probability REAL, combined REAL, disagreement REAL,
-    seconds REAL, tokens REAL, cost REAL, failed INTEGER, cached INTEGER
+    seconds REAL, tokens REAL, cost REAL, failed INTEGER, cached INTEGER,
+    words TEXT
 );
 CREATE INDEX judged_of_sample ON judged (sample);
+CREATE INDEX judged_of_step ON judged (step, sample, comparison);
 """
 """``chunk``: points of a metric (number of its row, step, value), as float64, in ascending order; ``last`` is the
 number of the last row. ``metric``: the last value of each. ``sample``: one row a group; ``prompt``, ``chosen`` and
@@ -53,7 +57,8 @@ def create(database: Path) -> sqlite3.Connection:
 
 
 def connect(database: Path) -> sqlite3.Connection:
-    """A connection that reads, whose rows have names."""
-    connection = sqlite3.connect(f"file:{database}?mode=ro", uri=True, check_same_thread=False)
+    """A connection that reads, whose rows have names. All that it reads is of one moment, whatever is added meanwhile."""
+    connection = sqlite3.connect(f"file:{database}?mode=ro", uri=True, check_same_thread=False, isolation_level=None)
     connection.row_factory = sqlite3.Row
+    connection.execute("BEGIN")
     return connection

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import reduce
+from operator import add
 from typing import Any
 from urllib.parse import urlencode
 
@@ -26,11 +28,22 @@ PARTS = 10
 SHOWN = {"": "all", "disagree": "the orders disagree", "failed": "without an answer"}
 
 _BY_COMPARISON = """
-SELECT sample, comparison, min(step) AS step, count(*) AS orders,
+SELECT sample, comparison, step, count(*) AS orders,
     min(CASE WHEN shown_first = first THEN probability ELSE 1 - probability END) AS low,
     max(CASE WHEN shown_first = first THEN probability ELSE 1 - probability END) AS high,
     max(disagreement) AS disagreement
-FROM judged {where} GROUP BY sample, comparison
+FROM judged {where} GROUP BY step, sample, comparison
+"""
+_ASKED = """
+SELECT (step - ?) / ? AS part, count(*) AS questions, total(probability > 0.5) AS first,
+    total(probability < 0.5) AS second, total(failed) AS failed, total(cached) AS cached, count(seconds) AS timed,
+    total(seconds) AS seconds, sum(tokens) AS tokens, sum(cost) AS cost
+FROM judged GROUP BY part ORDER BY part
+"""
+_COMPARED = f"""
+SELECT (step - ?) / ? AS part, count(*) AS comparisons, total(disagreement IS NOT NULL) AS both,
+    total(disagreement IS NOT NULL AND low < 0.5 AND high > 0.5) AS contradictions, total(disagreement) AS apart
+FROM ({_BY_COMPARISON.format(where="")}) GROUP BY part ORDER BY part
 """
 
 
@@ -58,51 +71,78 @@ class Share:
 
 @dataclass(frozen=True)
 class Figures:
-    """What a judge did in some steps.
+    """What a judge did in some steps, as counts and sums.
 
-    ``first`` counts answers that prefer the completion shown first, among those that prefer one; ``contradictions``
-    comparisons whose two orders have different winners, among those with both.
+    ``first`` answers prefer the completion shown first, ``second`` the other one; ``contradictions`` are comparisons
+    whose two orders have different winners, ``both`` those with both orders, which lie ``apart`` by that much in sum;
+    ``timed`` questions took ``seconds``. ``tokens`` and ``cost`` are ``None`` where they are not known.
     """
 
     steps: tuple[int, int]
     questions: int
-    comparisons: int
-    first: Share
-    contradictions: Share
-    failures: Share
+    first: int
+    second: int
+    failed: int
     cached: int
-    mean_disagreement: float | None
-    seconds: float | None
+    timed: int
+    seconds: float
     tokens: float | None
     cost: float | None
+    comparisons: int
+    both: int
+    contradictions: int
+    apart: float
+
+    def __add__(self, other: Figures) -> Figures:
+        steps = (min(self.steps[0], other.steps[0]), max(self.steps[1], other.steps[1]))
+        names = [field.name for field in fields(self) if field.name != "steps"]
+        return Figures(steps, **{name: _sum(getattr(self, name), getattr(other, name)) for name in names})
+
+    @property
+    def first_share(self) -> Share:
+        """Of the answers that prefer one: those that prefer what is shown first."""
+        return Share(self.first, self.first + self.second)
+
+    @property
+    def contradiction_share(self) -> Share:
+        """Of the comparisons with both orders: those whose orders have different winners."""
+        return Share(self.contradictions, self.both)
+
+    @property
+    def failure_share(self) -> Share:
+        """Of the questions: those without an answer."""
+        return Share(self.failed, self.questions)
+
+    @property
+    def mean_apart(self) -> float | None:
+        """How far both orders lie apart on average."""
+        return self.apart / self.both if self.both else None
+
+    @property
+    def mean_seconds(self) -> float | None:
+        """Seconds of a question."""
+        return self.seconds / self.timed if self.timed else None
 
 
-def figures(db: sqlite3.Connection, low: int, high: int) -> Figures:
-    """The figures of the steps from ``low`` to ``high``."""
-    where, bounds = "WHERE step BETWEEN ? AND ?", [low, high]
-    asked = db.execute(
-        "SELECT count(*) AS questions, total(probability > 0.5) AS first, total(probability < 0.5) AS second,"
-        " total(failed) AS failed, total(cached) AS cached, avg(seconds) AS seconds, sum(tokens) AS tokens,"
-        f" sum(cost) AS cost FROM judged {where}",  # nosec B608
-        bounds,
-    ).fetchone()
-    compared = db.execute(
-        "SELECT count(*) AS comparisons, total(orders > 1 AND disagreement IS NOT NULL) AS both,"
-        " total(disagreement IS NOT NULL AND low < 0.5 AND high > 0.5) AS contradictions,"
-        f" avg(disagreement) AS disagreement FROM ({_BY_COMPARISON.format(where=where)})",  # nosec B608
-        bounds,
-    ).fetchone()
-    return Figures(
-        steps=(low, high),
-        questions=asked["questions"],
-        comparisons=compared["comparisons"],
-        first=Share(int(asked["first"]), int(asked["first"] + asked["second"])),
-        contradictions=Share(int(compared["contradictions"]), int(compared["both"])),
-        failures=Share(int(asked["failed"]), asked["questions"]),
-        cached=int(asked["cached"]),
-        mean_disagreement=compared["disagreement"],
-        **{"seconds": asked["seconds"], "tokens": asked["tokens"], "cost": asked["cost"]},
-    )
+def _sum(one: float | None, other: float | None) -> Any:
+    return other if one is None else one if other is None else one + other
+
+
+def figures(db: sqlite3.Connection) -> list[Figures]:
+    """The figures of a run, in at most `PARTS` parts of equally many steps; those without a question are left out."""
+    low, high = db.execute("SELECT min(step), max(step) FROM judged").fetchone()
+    if low is None:
+        return []
+    size = -(-(high - low + 1) // PARTS)
+    compared = {row["part"]: dict(row) for row in db.execute(_COMPARED, [low, size])}
+    parts = []
+    for row in db.execute(_ASKED, [low, size]):
+        both = {**row, **compared[row["part"]]}
+        start = low + both.pop("part") * size
+        floats = ("seconds", "tokens", "cost", "apart")
+        numbers = {name: value if name in floats else int(value) for name, value in both.items()}
+        parts.append(Figures((start, min(start + size - 1, high)), **numbers))
+    return parts
 
 
 @dataclass(frozen=True)
@@ -121,28 +161,21 @@ def show_judge(request: Request) -> Response:
     given = request.query_params.get("page", "1")
     page = max(1, int(given)) if given.isascii() and given.isdigit() and len(given) < 9 else 1
     with run.index.reading() as db:
-        low, high = db.execute("SELECT min(step), max(step) FROM judged").fetchone()
-        whole = None if low is None else figures(db, low, high)
-        parts = [] if low is None else [figures(db, *part) for part in _parts(low, high)]
-        count, found = _found(db, text, shown, page)
+        parts = figures(db)
+        whole = reduce(add, parts) if parts else None
+        count, found = _found(db, text, shown, page, whole.comparisons if whole else 0)
     said = _said(run, found)
     return render(
         *(request, "judge.html"),
         page="judge",
-        **{"run": run, "whole": whole, "parts": [part for part in parts if part.questions], "said": said},
+        **{"run": run, "whole": whole, "parts": parts, "said": said},
         **{"text": text, "shown": shown if shown in SHOWN else "", "choices": SHOWN, "count": count},
         **{"number": page, "pages": -(-count // PAGE), "progress": run.index.progress},
         link=lambda number: urlencode({"q": text, "shown": shown, "page": number}),
     )
 
 
-def _parts(low: int, high: int) -> Sequence[tuple[int, int]]:
-    """The steps from ``low`` to ``high`` in at most `PARTS` ranges."""
-    size = -(-(high - low + 1) // PARTS)
-    return [(start, min(start + size - 1, high)) for start in range(low, high + 1, size)]
-
-
-def _found(db: sqlite3.Connection, text: str, shown: str, page: int) -> tuple[int, list[sqlite3.Row]]:
+def _found(db: sqlite3.Connection, text: str, shown: str, page: int, all_of_them: int) -> tuple[int, list[sqlite3.Row]]:
     """How many comparisons pass the filters, and those of a page, the latest first."""
     conditions: list[str] = []
     values: list[Any] = []
@@ -150,15 +183,15 @@ def _found(db: sqlite3.Connection, text: str, shown: str, page: int) -> tuple[in
         conditions, values = ["instr(words, ?) > 0"], [search_text(text)]
     if shown == "failed":
         conditions.append("failed")
-    where = f"WHERE {' AND '.join(conditions)}" if conditions else ""
-    inner = _BY_COMPARISON.format(where=where)
+    inner = _BY_COMPARISON.format(where=f"WHERE {' AND '.join(conditions)}" if conditions else "")
     having = "WHERE disagreement IS NOT NULL AND low < 0.5 AND high > 0.5" if shown == "disagree" else ""
-    count = db.execute(f"SELECT count(*) FROM ({inner}) {having}", values).fetchone()[0]  # nosec B608
-    rows = db.execute(
-        f"SELECT * FROM ({inner}) {having} ORDER BY step DESC, sample, comparison LIMIT ? OFFSET ?",  # nosec B608
-        [*values, PAGE, PAGE * (page - 1)],
-    ).fetchall()
-    return count, rows
+    filtered = f"SELECT step, sample, comparison FROM ({inner}) {having}"  # nosec B608
+    if not conditions and not having:
+        count, filtered = all_of_them, "SELECT DISTINCT step, sample, comparison FROM judged"
+    else:
+        count = db.execute(f"SELECT count(*) FROM ({filtered})", values).fetchone()[0]  # nosec B608
+    order = "ORDER BY step DESC, sample DESC, comparison DESC LIMIT ? OFFSET ?"
+    return count, db.execute(f"{filtered} {order}", [*values, PAGE, PAGE * (page - 1)]).fetchall()
 
 
 def _said(run: Run, rows: Sequence[sqlite3.Row]) -> list[Said]:

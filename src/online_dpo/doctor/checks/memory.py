@@ -12,11 +12,12 @@ import torch
 from online_dpo.doctor.case import Case
 from online_dpo.doctor.findings import Finding, gib, ok, problem, warning
 from online_dpo.doctor.registry import check
+from online_dpo.scoring.registry import REWARDS
 from online_dpo.sizing.held import FP32, HALF
 from online_dpo.sizing.lengths import fullest_pass
 from online_dpo.sizing.needs import Needs, memory_needs
 from online_dpo.sizing.plan import Plan, Sharding
-from online_dpo.sizing.shape import KNOWN, ModelShape, shape_of
+from online_dpo.sizing.shape import KNOWN, ModelShape, as_reward_model, shape_of
 
 GIB = 2**30
 CONTEXT = int(1.5 * GIB)
@@ -27,8 +28,9 @@ TIGHT = 0.9
 CGROUP = Path("/sys/fs/cgroup")
 SHOWN = 4
 CHANGE = (
-    "Lower `max_tokens_per_pass`, `per_device_train_batch_size`, `rollout_batch_size` or `max_length`, train an adapter "
-    "(`use_peft`), set `gradient_checkpointing: true`, or share the work (`fsdp`, `deepspeed`; docs/scaling.md)."
+    "Lower `max_tokens_per_pass`, `per_device_train_batch_size`, `rollout_batch_size` or `max_length`, train an "
+    "adapter (`use_peft`), set `gradient_checkpointing: true`, or share the work (`fsdp`, `deepspeed`: see "
+    "docs/scaling.md)."
 )
 
 
@@ -70,6 +72,7 @@ def plan_of(case: Case) -> Plan:
     )
     reward = _reward_model(case)
     sharding, options = _sharding(case)
+    sampled = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.num_completions
     on_cpu = args.device.type == "cpu"
     return Plan(
         shape_of(case.config.to_dict()),
@@ -87,7 +90,7 @@ def plan_of(case: Case) -> Plan:
         reward_model_bytes=HALF if reward is None else reward[1],
         reward_model_sharded=args.reward_model_sharding == "shard",
         engine={"vllm_server": "servers", "vllm_colocate": "vllm"}.get(args.engine_name, "built-in"),  # pyright: ignore[reportArgumentType]
-        sequences=min(args.rollout_batch_size, args.per_device_train_batch_size * args.gradient_accumulation_steps * args.num_completions),
+        sequences=min(max(args.rollout_batch_size, args.num_completions), sampled),
         completions=args.num_completions,
         prompt_tokens=max(prompts),
         new_tokens=longest,
@@ -119,14 +122,11 @@ def _is_offloaded(options: dict[str, Any], name: str) -> bool:
 def _reward_model(case: Case) -> tuple[ModelShape, int] | None:
     """The shape of the reward model, if there is one of a known kind, and the bytes of a number in it."""
     for reward in case.subject.rewards():
-        if isinstance(reward, str):
-            config = case.config_of(reward)
-            if config.model_type in KNOWN:
-                given = config.to_dict()
-                dtype = str(given.get("dtype") or "float32")
-                from dataclasses import replace
-
-                return replace(shape_of(given), labels=1), HALF if "16" in dtype else FP32
+        if isinstance(reward, str) and reward not in REWARDS:
+            given = case.config_of(reward).to_dict()
+            if given["model_type"] in KNOWN:
+                in_half = "16" in str(given.get("dtype"))
+                return as_reward_model(shape_of(given)), HALF if in_half else FP32
     return None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -12,11 +12,12 @@ from typing import Any
 from online_dpo.checkpoints.files import replacing
 from online_dpo.runs.export.files import FORMATS, Format
 from online_dpo.runs.export.rows import MakeRows
-from online_dpo.runs.export.sources import Source
+from online_dpo.runs.export.sources import UNREADABLE, Source
+from online_dpo.runs.votes import votes_as_pairs, votes_of
 
 Row = dict[str, Any]
 ROWS_AT_ONCE = 500
-ALWAYS = ("prompt", "chosen", "rejected", "completion", "step", "row", "id")
+ALWAYS = ("prompt", "chosen", "rejected", "completion", "response_a", "response_b", "label", "step", "row", "id")
 """Columns that are written even where no row has a value; others, such as the scores where a judge gives none, are
 left out then.
 """
@@ -37,9 +38,13 @@ class Exported:
     torn: int = 0
 
 
+RowsOf = Callable[[Exported], Iterator[Row]]
+"""Makes the rows anew whenever it is called, and counts into what it is given."""
+
+
 @dataclass(frozen=True)
 class Dataset:
-    """The rows that folders give, made anew whenever they are asked for.
+    """The rows that folders give.
 
     Args:
         sources: the folders.
@@ -49,11 +54,12 @@ class Dataset:
 
     sources: Sequence[Source]
     make_rows: MakeRows
-    has_step: Any
+    has_step: Callable[[int], bool]
 
     def rows(self, told: Exported) -> Iterator[Row]:
         """The rows by run and step; ``told`` gets the counts."""
         for source in self.sources:
+            told.torn += source.torn
             for group in source.groups(told.left_out):
                 for row in self._of_group(group, told):
                     yield (
@@ -70,8 +76,16 @@ class Dataset:
             told.groups += 1
             return list(self.make_rows(group, told.left_out))
         except (AttributeError, IndexError, KeyError, TypeError):  # written by others, or by another version
-            told.left_out["groups that cannot be read"] += 1
+            told.left_out[UNREADABLE] += 1
             return []
+
+
+def vote_rows(sources: Sequence[Source], told: Exported) -> Iterator[Row]:
+    """People's votes as `online-dpo judge` reads them."""
+    for source in sources:
+        found = votes_as_pairs(source.folder.path)
+        told.left_out["questions that were skipped"] += len(votes_of(source.folder.path)) - len(found)
+        yield from found if len(sources) == 1 else (row | {"run": source.name} for row in found)
 
 
 def sources_of(folders: Sequence[Path]) -> list[Source]:
@@ -81,32 +95,31 @@ def sources_of(folders: Sequence[Path]) -> list[Source]:
     return [Source.open(folder, name if unique else str(folder)) for folder, name in zip(folders, names, strict=True)]
 
 
-def export(dataset: Dataset, to: Path) -> Exported:
-    """Write a dataset, whole or not at all. Reads it twice, and never holds more than a step and some rows of it.
+def export(rows_of: RowsOf, to: Path) -> Exported:
+    """Write rows, all of them or no file at all. They are made twice, and never all held at once.
 
     Raises:
         ValueError: there is no row, or the rows do not fit into one file.
         OSError: the file cannot be written.
     """
-    kind = FORMATS[to.suffix]()
-    told = Exported(torn=sum(source.torn for source in dataset.sources))
-    columns = _look(dataset, kind, told)
+    kind, told = FORMATS[to.suffix](), Exported()
+    columns = _look(rows_of, kind, told)
     if not told.rows:
         raise ValueError("there is nothing to export." + "".join(f"\n  {line}" for line in left_out_lines(told)))
     with replacing(to) as aside, kind.writing(aside, columns) as write:
-        for rows in _pieces(dataset.rows(Exported())):
+        for rows in _pieces(rows_of(Exported())):
             write([{name: row.get(name) for name in columns} for row in rows])
     return told
 
 
 def left_out_lines(told: Exported) -> list[str]:
     """What was left out, in a line for each reason, the most frequent first."""
-    lines = [f"left out: {count:,} {reason}" for reason, count in told.left_out.most_common()]
+    lines = [f"left out: {count:,} {reason}" for reason, count in told.left_out.most_common() if count]
     torn = f"not there yet: {told.torn:,} bytes at the end of a file that are no whole step"
     return [*lines, *([torn] if told.torn else [])]
 
 
-def _look(dataset: Dataset, kind: Format, told: Exported) -> list[str]:
+def _look(rows_of: RowsOf, kind: Format, told: Exported) -> list[str]:
     """Find the columns that have values.
 
     Raises:
@@ -114,11 +127,11 @@ def _look(dataset: Dataset, kind: Format, told: Exported) -> list[str]:
     """
     columns: dict[str, bool] = {}
     runs_by_type: dict[type, str] = {}
-    for rows in _pieces(dataset.rows(told)):
+    for rows in _pieces(rows_of(told)):
         told.rows += len(rows)
         kind.look(rows)
         for row in rows:
-            runs_by_type.setdefault(type(row["prompt"]), str(row.get("run", dataset.sources[0].name)))
+            runs_by_type.setdefault(type(row["prompt"]), str(row.get("run", "the run")))
             for name, value in row.items():
                 columns[name] = columns.get(name, False) or value is not None
     if len(runs_by_type) > 1:

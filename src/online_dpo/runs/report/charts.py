@@ -128,6 +128,30 @@ def stacked_chart(columns: Sequence[tuple[str, Mapping[str, float]]], axes: Axes
     return _svg(marks, title)
 
 
+STYLE = """
+svg { background: #fff }
+text { font: 11px system-ui, sans-serif; fill: #1b1f24 } .faint { fill: #5b6470 } .title { font-weight: 600 }
+.grid { stroke: #e6e9ee } .axis { stroke: #d5dae1 } .level { stroke: #5b6470; stroke-dasharray: 4 3 }
+.line { fill: none; stroke: #1f6fb2; stroke-width: 1.8 } .band { opacity: .2 } .band, .point, .label { fill: #1f6fb2 }
+"""
+"""The style of a picture that stands alone: on white, since what shows it may be light or dark."""
+
+
+def picture(charts: Sequence[tuple[str, Markup]], title: str) -> str:
+    """Put charts with their headings side by side into one SVG file."""
+    wide, high = WIDTH + 20, HEIGHT + 34
+    head = Markup('<svg xmlns="http://www.w3.org/2000/svg" width="{0}" height="{1}" viewBox="0 0 {0} {1}">')
+    parts = [
+        head.format(wide * len(charts), high),
+        Markup("<title>{}</title><style>{}</style>").format(seen(title, 200), STYLE),
+    ]
+    parts.append(_tag("rect", width=wide * len(charts), height=high, fill="#fff"))
+    for n, (heading, chart) in enumerate(charts):
+        parts.append(Markup('<g transform="translate({} 24)">').format(n * wide + 10))
+        parts.append(Markup('<text class="title" y="-8">{}</text>{}</g>').format(seen(heading, LONGEST_LABEL), chart))
+    return str(Markup("").join(parts) + Markup("</svg>\n"))
+
+
 def short(value: float) -> str:
     """A number with three significant digits, as an axis or a label shows it.
 
@@ -247,5 +271,6 @@ def _tag(name: str, is_whole: bool = True, **attributes: str | float) -> Markup:
 
 
 def _svg(marks: Sequence[Markup], title: str, height: float = HEIGHT) -> Markup:
-    head = Markup('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {} {}" role="img"><title>{}</title>')
-    return head.format(WIDTH, height, seen(title, LONGEST_LABEL)) + Markup("").join(marks) + Markup("</svg>")
+    shape = Markup('width="{0}" height="{1}" viewBox="0 0 {0} {1}" role="img"').format(WIDTH, height)
+    head = Markup('<svg xmlns="http://www.w3.org/2000/svg" {}><title>{}</title>')
+    return head.format(shape, seen(title, LONGEST_LABEL)) + Markup("").join(marks) + Markup("</svg>")

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from online_dpo.runs.agreement import Agreement, agreements
 from online_dpo.runs.export.rows import number
-from online_dpo.runs.layout import EARLIER, ENVIRONMENT, EVENTS, METRICS, SETTINGS, completions_files
-from online_dpo.runs.reading import RunFolder
-from online_dpo.runs.report.groups import GroupFacts, Seen, collect_groups
+from online_dpo.runs.layout import EARLIER, ENVIRONMENT, EVENTS, METRICS, SETTINGS, SETTINGS_BESIDE, completions_files
+from online_dpo.runs.opening import read_small
+from online_dpo.runs.reading import LARGEST_SETTINGS, Lines, RunFolder, StepFrame
+from online_dpo.runs.report.groups import GroupFacts, collect_groups
 from online_dpo.runs.report.series import Metrics, collect
+from online_dpo.runs.state import state_from
+from online_dpo.runs.votes import Vote, latest_votes
 
 Row = dict[str, Any]
 
@@ -22,6 +29,8 @@ QUIET = frozenset({"start", "resume", "end", "checkpoint", "evaluation", "sync",
 LARGEST_FIGURES = 1 << 20
 """Bytes of a file of figures that is read."""
 EXAMPLES = 4
+PIECE = 1 << 20
+"""Bytes of a file of rows that are read at once."""
 
 
 @dataclass
@@ -39,19 +48,29 @@ class EventKind:
 
 
 @dataclass(frozen=True)
-class Example:
-    """A prompt with the first sampled answer to it early and late in the run, and their scores.
+class Answered:
+    """The first sampled answer to a prompt, and its score.
 
-    >>> Example("Name a colour.", 1, "Red", 0.1, 90, "Red, please.", 0.9)
+    >>> Answered(step=90, prompt="Name a colour.", text="Red, please.", score=0.9)
     """
 
+    step: int
     prompt: str
-    early_step: int
-    early: str
-    early_score: float | None
-    late_step: int
-    late: str
-    late_score: float | None
+    text: str
+    score: float | None
+
+
+@dataclass(frozen=True)
+class Example:
+    """An answer early in the run and one late, to the same prompt where one was answered twice."""
+
+    early: Answered
+    late: Answered
+
+    @property
+    def is_same_prompt(self) -> bool:
+        """Whether both answer the same prompt."""
+        return self.early.prompt == self.late.prompt
 
 
 @dataclass(frozen=True)
@@ -75,12 +94,14 @@ class Comparison:
 class RunFacts:
     """What is known of a run.
 
-    ``state`` is "finished", "stopped", "failed", or "unfinished" where no end is recorded; ``end`` says how it ended.
-    ``missing`` says what is not in the folder.
+    ``parts`` are models and feedback in words, where the settings do not have them. ``state`` is that of
+    `online_dpo.runs.state`; ``end`` says how it ended. ``votes`` are people's, one for each question; ``agreements``
+    say who agrees with them. ``missing`` says what is not in the folder.
     """
 
     name: str
     settings: Row
+    parts: dict[str, str]
     sessions: list[Row]
     metrics: Metrics
     groups: GroupFacts
@@ -89,6 +110,8 @@ class RunFacts:
     end: str
     examples: list[Example] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
+    votes: list[Vote] = field(default_factory=list)
+    agreements: list[Agreement] = field(default_factory=list)
     earlier: int = 0
     missing: list[str] = field(default_factory=list)
 
@@ -99,14 +122,18 @@ class RunFacts:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds by phase, the reference apart from training; empty where none were logged."""
+        """Seconds by phase, the reference apart from training; empty where none were logged. "other" has the phases of
+        less than a thousandth as well.
+        """
         times = {name: series.total for name, series in self.metrics.starting("time/").items() if "/" not in name}
         whole = times.get("all")
         found = {name: times[name] for name in PHASES if times.get(name)}
         if "reference" in found and "training" in found:
             found["training"] = max(0.0, found["training"] - found["reference"])
-        if whole is not None and (rest := whole - sum(found.values())) > 0:
-            found["other"] = rest
+        if whole is not None:
+            found = {name: seconds for name, seconds in found.items() if seconds >= whole / 1000}
+            if (rest := whole - sum(found.values())) > 0:
+                found["other"] = rest
         return found
 
     @property
@@ -114,7 +141,7 @@ class RunFacts:
         """Groups without a pair by reason, most frequent first: of all that were sampled where metrics say it, else of
         those that are recorded.
         """
-        counted = {name: series.total for name, series in self.metrics.starting("dropped/").items()}
+        counted = {name: series.total for name, series in self.metrics.starting("dropped/").items() if series.total}
         recorded = {name: float(len(steps)) for name, steps in self.groups.reasons.items()}
         chosen = counted if self.metrics.logs else recorded
         return dict(sorted(chosen.items(), key=lambda entry: -entry[1]))
@@ -133,70 +160,90 @@ class RunFacts:
         return series.total if series is not None else None
 
 
-def facts_of(path: Path) -> RunFacts:
-    """Read the record in a folder. What is not there is named in ``missing``."""
+def facts_of(path: Path, *, with_samples: bool = True) -> RunFacts:
+    """Read the record in a folder. What is not there is named in ``missing``.
+
+    Without ``with_samples``, completions are not read: they may be gigabytes.
+    """
     folder = RunFolder(path)
-    kinds, last = _events(folder)
-    groups = collect_groups(folder)
+    kinds, end = _events(folder)
+    votes = list(latest_votes(each_row(folder.votes)).values())
+    voted = {vote.group for vote in votes if vote.group is not None}
+    groups = collect_groups(folder, voted) if with_samples else GroupFacts()
     sessions = folder.environment.get("sessions", [])
     facts = RunFacts(
         name=path.resolve().name,
         settings=folder.settings,
+        parts=_parts(path),
         sessions=[session for session in sessions if isinstance(session, dict)] if isinstance(sessions, list) else [],
-        metrics=collect(each_row(folder, METRICS)),
+        metrics=collect(each_row(folder.metrics)),
         groups=groups,
         events=kinds,
-        state=str(last.get("state", "unfinished")) if last.get("kind") == "end" else "unfinished",
-        end=str(last.get("message", "")) if last.get("kind") == "end" else "",
+        state=state_from(each_row(folder.events), path),
+        end=end,
         examples=list(_examples(folder, groups)),
         comparisons=list(_comparisons(path)),
+        votes=votes,
+        agreements=agreements(votes, lambda vote: groups.kept.get(vote.group or "")),
         earlier=sum(child.is_dir() for child in (path / EARLIER).iterdir()) if (path / EARLIER).is_dir() else 0,
     )
     facts.missing = list(_missing(path, facts))
     return facts
 
 
-def each_row(folder: RunFolder, name: str) -> Iterator[Row]:
-    """The rows of a file of JSON objects, one by one; none where there is no file."""
-    try:
-        with (folder.path / name).open("rb") as file:
-            for line in file:
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError):
-                    continue
-                if isinstance(row, dict):
-                    yield row
-    except FileNotFoundError:
-        return
+def each_row(read: Callable[[int, int], Lines]) -> Iterator[Row]:
+    """The rows of a file, one by one: ``read`` reads some bytes of it from a byte on."""
+    start = 0
+    while (lines := read(start, PIECE)).end > start:
+        yield from lines.rows
+        start = lines.end
 
 
-def _events(folder: RunFolder) -> tuple[list[EventKind], Row]:
-    """The events by kind, and the last one that says that the run begins or ends."""
+def _parts(path: Path) -> dict[str, str]:
+    """The models and the feedback of a run that was started in Python: comments at the head of its settings."""
+    for name in (SETTINGS_BESIDE, SETTINGS):
+        try:
+            text = read_small(path / name, LARGEST_SETTINGS).decode("utf-8", "replace")
+        except (OSError, ValueError):
+            continue
+        return dict(re.findall(r"^# (model|reference|feedback): (.+)$", text, flags=re.MULTILINE))
+    return {}
+
+
+def _events(folder: RunFolder) -> tuple[list[EventKind], str]:
+    """The events by kind, and what the first process said at the end of the run, or else another one."""
     kinds: dict[str, EventKind] = {}
-    last: Row = {}
-    for row in each_row(folder, EVENTS):
+    ends: dict[Any, str] = {}
+    for row in each_row(folder.events):
         name, step = str(row.get("kind", "")), int(number(row.get("step")) or 0)
         kind = kinds.setdefault(name, EventKind(name, first=step))
         kind.count, kind.last, kind.message = kind.count + 1, step, str(row.get("message", ""))
-        if name in ("start", "resume", "end"):
-            last = row
-    return list(kinds.values()), last
+        if name == "start":
+            ends = {}
+        elif name == "end":
+            ends[row.get("rank", 0)] = kind.message
+    return list(kinds.values()), ends.get(0) or next(iter(ends.values()), "")
 
 
 def _examples(folder: RunFolder, groups: GroupFacts) -> Iterator[Example]:
-    """Answers to the prompts whose first and last answers are the farthest apart, by step."""
-    apart = [seen for seen in groups.prompts.values() if seen.last_step > seen.first_step]
-    apart.sort(key=lambda seen: (seen.first_step - seen.last_step, seen.first_step))
-    for seen in apart[:EXAMPLES]:
-        yield _example(folder, seen)
+    """Answers to the prompts whose first and last answers are the farthest apart, by step. Where no prompt was answered
+    twice: to prompts of the first and of the last steps.
+    """
+    seen = sorted(groups.prompts.values(), key=lambda one: (one.first_step - one.last_step, one.first_step))
+    apart = [(one.first, one.last) for one in seen[:EXAMPLES] if one.last_step > one.first_step]
+    if not apart and seen and seen[0].first_step < seen[-1].first_step:
+        count = min(EXAMPLES, len(seen) // 2)
+        apart = [(early.first, late.first) for early, late in zip(seen[:count], seen[-count:], strict=True)]
+    for early, late in apart:
+        with suppress(FileNotFoundError):  # rotated out meanwhile
+            yield Example(_answered(folder, *early), _answered(folder, *late))
 
 
-def _example(folder: RunFolder, seen: Seen) -> Example:
-    early, late = (folder.groups(at)[place] for at, place in (seen.first, seen.last))
-    answers = [next(c for c in g["completions"] if c.get("author", "policy") == "policy") for g in (early, late)]
-    told = [(str(answer["text"]), number(answer.get("score"))) for answer in answers]
-    return Example(prompt_text(early["prompt"]), seen.first_step, *told[0], seen.last_step, *told[1])
+def _answered(folder: RunFolder, at: StepFrame, place: int) -> Answered:
+    group = next(islice(folder.each_group(at), place, None))
+    assert group is not None, "it was read before"
+    answer = next(c for c in group["completions"] if c.get("author", "policy") == "policy")
+    return Answered(group["step"], prompt_text(group["prompt"]), str(answer["text"]), number(answer.get("score")))
 
 
 def prompt_text(prompt: Any) -> str:
@@ -240,9 +287,9 @@ def _missing(path: Path, facts: RunFacts) -> Iterator[str]:
     if not facts.sessions:
         yield f"Versions and devices: there is no {ENVIRONMENT}, or it cannot be read."
     if not facts.metrics.logs:
-        yield f"Metrics: {METRICS} is not there or has no row."
+        yield f"Metrics: {METRICS} is not there, has no row, or cannot be read."
     if not facts.events:
-        yield f"Events: {EVENTS} is not there or has no row."
+        yield f"Events: {EVENTS} is not there, has no row, or cannot be read."
     if not completions_files(path):
         yield "Samples: no completions were written (`log_completions: off`?)."
     elif facts.groups.unreadable:
@@ -252,8 +299,3 @@ def _missing(path: Path, facts: RunFacts) -> Iterator[str]:
 def to_look_into(events: Sequence[EventKind]) -> list[EventKind]:
     """The events that are not just the course of a run, the most frequent first."""
     return sorted((kind for kind in events if kind.kind not in QUIET), key=lambda kind: -kind.count)
-
-
-def checkpoints_saved(events: Iterable[EventKind]) -> int:
-    """How many checkpoints the events tell of."""
-    return sum(kind.count for kind in events if kind.kind == "checkpoint")

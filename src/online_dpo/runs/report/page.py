@@ -18,7 +18,12 @@ GENERATOR = "online-dpo report"
 
 LONGEST_TEXT = 10_000
 
-UNFINISHED = "No end is recorded: it is still running, or was killed."
+STATES = {
+    "finished": "",
+    "running": "It is still running.",
+    "lost": "No end is recorded, and its process has gone: it was killed, or lost with its machine.",
+}
+"""What is said of a state where the end of a run says nothing, or nothing of interest."""
 
 
 def render(facts: RunFacts) -> str:
@@ -59,7 +64,7 @@ def is_report(path: Path) -> bool:
 
 def _said(facts: RunFacts) -> list[str]:
     """Sentences on what the run was and how it ended."""
-    said = [UNFINISHED if facts.state == "unfinished" else facts.end]
+    said = [STATES.get(facts.state, facts.end)]
     first, last = facts.metrics.first_time, facts.metrics.last_time
     if first is not None and last is not None:
         said.append(f"First log {moment(first)}, last log {moment(last)}.")

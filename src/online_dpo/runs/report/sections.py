@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from online_dpo.runs.reasons import REASONS
 from online_dpo.runs.report import pictures
@@ -36,14 +37,20 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Column:
+    """An answer with what stands above it; its prompt where that is not shared."""
+
+    note: str
+    prompt: str
+    text: Markup
+
+
+@dataclass(frozen=True)
 class Answers:
-    """Early and late answers to a prompt, with the words marked that differ."""
+    """Early and late answers, with the words marked that differ."""
 
     prompt: str
-    early: Markup
-    early_note: str
-    late: Markup
-    late_note: str
+    columns: Sequence[Column]
 
 
 @dataclass
@@ -76,6 +83,7 @@ def sections(facts: RunFacts) -> Iterator[Section]:
         _length(facts),
         _pairs(facts),
         _judge(facts),
+        _votes(facts),
         _time(facts),
         _events(facts),
         _settings(facts),
@@ -131,17 +139,22 @@ def _win_rates(facts: RunFacts) -> Section:
 def _answers(facts: RunFacts) -> Section:
     section = Section("answers", "Answers, early and late")
     for example in facts.examples:
-        early, late = differing(example.early, example.late)
-        notes = [
-            f"step {step}" + ("" if score is None else f", score {short(score)}")
-            for step, score in ((example.early_step, example.early_score), (example.late_step, example.late_score))
+        early, late = example.early, example.late
+        texts = seen(early.text), seen(late.text)
+        marked = differing(*texts) if example.is_same_prompt else (escape(texts[0]), escape(texts[1]))
+        above = ("", "") if example.is_same_prompt else (seen(early.prompt), seen(late.prompt))
+        columns = [
+            Column(f"step {one.step}" + ("" if one.score is None else f", score {short(one.score)}"), prompt, text)
+            for one, prompt, text in zip((early, late), above, marked, strict=True)
         ]
-        section.answers.append(Answers(seen(example.prompt), early, notes[0], late, notes[1]))
-    if section.answers:
-        section.text = [
-            "The prompts that were answered farthest apart, and the first sampled answer each time: not the best one. "
-            "Words that are not in the other answer are marked."
-        ]
+        section.answers.append(Answers(seen(early.prompt) if example.is_same_prompt else "", columns))
+    if not facts.examples:
+        return section
+    if facts.examples[0].is_same_prompt:
+        section.text.append("Prompts that were answered farthest apart. Words that the other answer lacks are marked.")
+    else:
+        section.text.append("No prompt was answered twice: these are prompts of the first and of the last steps.")
+    section.text.append("Each answer is the first sampled one, not the best.")
     return section
 
 
@@ -203,6 +216,24 @@ def _judge(facts: RunFacts) -> Section:
     return section
 
 
+def _votes(facts: RunFacts) -> Section:
+    section = Section("votes", "People's votes")
+    if not facts.votes:
+        return section
+    choices = Counter(vote.choice for vote in facts.votes)
+    section.text = [
+        f"{len(facts.votes):,} questions have a vote: {choices['tie']:,} are ties, {choices['skip']:,} were skipped."
+    ]
+    rows = [
+        (one.name, one.kind, f"{one.agreed:,} of {one.compared:,}", f"{one.share:.1%}", _interval(*one.interval))
+        for one in facts.agreements
+    ]
+    if rows:
+        head = ("who", "kind", "agrees", "share", "interval")
+        section.tables = [Table(head, rows, "Agreement with blind votes whose answers are still recorded.")]
+    return section
+
+
 def _time(facts: RunFacts) -> Section:
     section = Section("time", "Time and memory")
     if seconds := facts.seconds:
@@ -234,7 +265,8 @@ def _events(facts: RunFacts) -> Section:
 def _settings(facts: RunFacts) -> Section:
     section = Section("settings", "Settings and versions")
     if facts.settings:
-        rows = [(str(name), seen(str(value), 300)) for name, value in facts.settings.items()]
+        named = {**facts.parts, **facts.settings}
+        rows = [(str(name), seen(str(value), 300)) for name, value in named.items()]
         section.tables.append(Table(("setting", "value"), rows, "What differs from the defaults, and the paths."))
     if facts.sessions:
         section.tables.append(
@@ -245,6 +277,8 @@ def _settings(facts: RunFacts) -> Section:
 
 def _session(session: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for name, value in session.items():
+        if value is None:
+            continue
         if name == "versions" and isinstance(value, dict):
             text = ", ".join(f"{package} {number}" for package, number in value.items())
         elif name == "devices" and isinstance(value, list):

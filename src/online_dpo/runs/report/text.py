@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import html
 import re
 from difflib import SequenceMatcher
 
 from markupsafe import Markup, escape
 
+from online_dpo.errors import one_line
+
 LONGEST = 1500
 """Characters of a text that are shown."""
 WORDS_COMPARED = 400
 
+LONGEST_NAME = 200
+"""Characters of a name that are shown."""
+
+_MARKS = re.compile(r"[\\`*\[\]|~$!#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 _UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
 """Control characters but tab and new line, what turns the direction of text round, and halves of surrogate pairs."""
 
@@ -31,7 +38,7 @@ def differing(before: str, after: str) -> tuple[Markup, Markup]:
     >>> differing("a red car", "a blue car")[1]
     Markup('a <mark>blue</mark> car')
     """
-    old, new = _pieces(seen(before)), _pieces(seen(after))
+    old, new = _pieces(before), _pieces(after)
     if max(len(old), len(new)) > 2 * WORDS_COMPARED:
         return escape("".join(old)), escape("".join(new))
     marked: tuple[list[Markup], list[Markup]] = ([], [])
@@ -39,6 +46,15 @@ def differing(before: str, after: str) -> tuple[Markup, Markup]:
         for out, piece in zip(marked, ("".join(old[a:b]), "".join(new[c:d])), strict=True):
             out.append(escape(piece) if kind == "equal" or not piece.strip() else _mark(piece))
     return Markup("").join(marked[0]), Markup("").join(marked[1])
+
+
+def plain_text(text: str) -> str:
+    """A text of others in Markdown that shows as it is, in one line: no mark-up, no HTML, no further cell of a table.
+
+    >>> print(plain_text("a|b [x](y) <b>"))
+    a\\|b \\[x\\](y) &lt;b&gt;
+    """
+    return _MARKS.sub(r"\\\g<0>", html.escape(one_line(text, LONGEST_NAME), quote=False))
 
 
 def _pieces(text: str) -> list[str]:

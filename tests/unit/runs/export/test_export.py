@@ -6,9 +6,11 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Features, Value, load_dataset
 
+from online_dpo.cli.judging.pairs_file import read_pairs
 from online_dpo.cli.main import main
 from online_dpo.runs import frames
 from online_dpo.runs.layout import CompletionsFile
+from online_dpo.runs.votes import Vote, add_vote
 from support import records
 from support.records import completion, group
 
@@ -132,13 +134,27 @@ def test_what_is_torn_damaged_or_strange_is_told(folder, tmp_path, capsys):
     file = folder / CompletionsFile(0, 0).name
     damaged = bytearray(frames.encode([group(5, answers(2.0, 1.0))]))
     damaged[-2] ^= 1
-    strange = frames.encode([{"step": 6, "rank": 0, "pairs": [{"chosen": 7}], "completions": []}])
+    strange = frames.encode([{"step": "six"}, {"step": 6, "rank": 0, "pairs": [{"chosen": 7}], "completions": []}])
     file.write_bytes(file.read_bytes() + damaged + strange + strange[:-5])
     assert export(folder, "--to", tmp_path / "pairs.jsonl") == 0
     printed = capsys.readouterr().out
-    assert "left out: 1 steps that are damaged" in printed and "left out: 1 groups that cannot be read" in printed
+    assert "left out: 1 steps that are damaged" in printed and "left out: 2 groups that cannot be read" in printed
     assert f"not there yet: {len(strange) - 5} bytes" in printed
     assert len(lines(tmp_path / "pairs.jsonl")) == 5
+
+
+def test_votes_are_read_by_the_judge_command(folder, tmp_path, capsys):
+    for n, choice in enumerate(["first", "second", "tie", "skip"]):
+        add_vote(folder, Vote(f"Prompt {n}?", "Red.", "Blue.", choice, time=1.0, group="1-0-0-0", completions=(0, 1)))
+    assert export(folder, "--to", tmp_path / "votes.jsonl", "--votes") == 0
+    printed = capsys.readouterr().out
+    assert "3 votes written to" in printed and "left out: 1 questions that were skipped" in printed
+    pairs = read_pairs(tmp_path / "votes.jsonl", None)
+    assert [(pair.prompt, pair.label) for pair in pairs] == [
+        ("Prompt 0?", 1.0),
+        ("Prompt 1?", 0.0),
+        ("Prompt 2?", None),
+    ]
 
 
 def test_hostile_text_stays_what_it_is(tmp_path):
@@ -177,6 +193,8 @@ def test_wrong_input_is_one_clear_line(folder, tmp_path, capsys):
         ([folder, *to, "--steps", "a"], "wanted: such as 100:200"),
         ([folder, *to, "--min-margin", "nan"], "--min-margin"),
         ([folder, *to, "--min-margin", "1", "--all-completions"], "does not go with --all-completions"),
+        ([folder, *to, "--votes", "--steps", "1"], "goes with no other choice of rows"),
+        ([folder, *to, "--votes"], "there is nothing to export"),
         ([folder, tmp_path / "chat", *to], "texts in run and conversations in chat"),
     ):
         assert export(*words) == 2, words

@@ -9,7 +9,8 @@ import pytest
 
 from online_dpo.cli.main import main
 from online_dpo.runs.layout import CompletionsFile
-from online_dpo.runs.report.facts import facts_of
+from online_dpo.runs.report.facts import Answered, facts_of
+from online_dpo.runs.votes import Vote, add_vote
 from support import records
 from support.processes import run_python
 from support.records import completion, group
@@ -100,7 +101,15 @@ def folder(tmp_path):
         {"time": 2.0, "step": 7, "kind": "skip", "message": "Step 7 skipped."},
         {"time": 3.0, "step": 9, "kind": "skip", "message": "Step 9 skipped: not finite."},
         {"time": 4.0, "step": 10, "kind": "checkpoint", "message": "checkpoint-10 was saved."},
-        {"time": 5.0, "step": 20, "kind": "end", "message": "The run ended.", "code": 0, "state": "finished"},
+        {
+            "time": 5.0,
+            "step": 20,
+            "rank": 0,
+            "kind": "end",
+            "message": "The run ended.",
+            "code": 0,
+            "state": "finished",
+        },
     ]
     settings = {"model_name_or_path": "org/model", "beta": 0.1, "max_steps": 20}
     environment = {"sessions": [{"started": 1764160000.0, "versions": {"torch": "2.13"}, "processes": 2}]}
@@ -137,10 +146,26 @@ def test_correlations_are_those_of_numpy(folder):
 
 def test_answers_are_the_first_sampled_ones_early_and_late(folder):
     examples = facts_of(folder).examples
-    assert len(examples) == 4 and all(one.late_step - one.early_step == 15 for one in examples)
-    one = next(one for one in examples if one.prompt == "Prompt 1?")
-    assert (one.early_step, one.early, one.early_score) == (1, "word", 1.0)
-    assert (one.late_step, one.late, one.late_score) == (16, " ".join(["word"] * 16), 1.0)
+    assert len(examples) == 4 and all(one.late.step - one.early.step == 15 for one in examples)
+    one = next(one for one in examples if one.early.prompt == "Prompt 1?")
+    assert one.early == Answered(1, "Prompt 1?", "word", 1.0)
+    assert one.late == Answered(16, "Prompt 1?", " ".join(["word"] * 16), 1.0)
+    words = Page(report(folder)).words
+    assert "Prompt 1? step 1, score 1 word step 16, score 1 word word" in words and "farthest apart" in words
+
+
+def test_where_no_prompt_comes_twice_answers_of_the_first_and_last_steps_are_shown(tmp_path):
+    groups = [group(step, [completion(f"answer {step}", 1.0), completion("other", 0.0)]) for step in range(1, 4)]
+    folder = records.write(tmp_path / "run", groups)
+    [one] = facts_of(folder).examples
+    assert (one.early.text, one.late.text) == ("answer 1", "answer 3")
+    assert "step 1, score 1 Prompt 1? answer 1 step 3, score 1 Prompt 3? answer 3" in Page(report(folder)).words
+
+
+def test_models_of_a_run_from_python_are_those_in_the_comments_of_its_settings(folder):
+    text = "# Written by online-dpo 0.1.0\n# model: LlamaForCausalLM, <b>start\n# feedback: words\nbeta: 0.1\n"
+    (folder / "run.yaml").write_text(text)
+    assert "model LlamaForCausalLM, <b>start feedback words beta 0.1" in Page(report(folder)).words
 
 
 def test_a_judges_bias_and_disagreement_are_counted(tmp_path):
@@ -150,6 +175,17 @@ def test_a_judges_bias_and_disagreement_are_counted(tmp_path):
     assert f"shown first {(0.9 + 0.2 + 0.9 + 0.8) / 4:.3f} (fair: 0.5)" in words
     assert "whose two orders disagree 1 (50.0%)" in words and "tokens 90" in words
     assert "The first is better." in words
+
+
+def test_votes_and_who_agrees_with_them_are_shown(folder):
+    """The label of step 1 prefers completion 2 to 0, and so does the person; on step 2 the person does not."""
+    for step, choice in ((1, "first"), (2, "second"), (3, "tie"), (5, "skip")):
+        words = " ".join(["word"] * (step + 2)), " ".join(["word"] * step)
+        vote = Vote(f"Prompt {step}?", *words, choice, time=1.0, group=f"{step}-0-0-0", completions=(2, 0))
+        add_vote(folder, vote)
+    words = Page(report(folder)).words
+    assert "4 questions have a vote: 1 are ties, 1 were skipped." in words
+    assert "words reward 1 of 2 50.0%" in words and "label label 1 of 2 50.0%" in words
 
 
 def test_figures_of_an_evaluation_that_lie_in_the_folder_are_shown(folder):
@@ -211,8 +247,8 @@ def test_a_page_asks_for_nothing_and_allows_no_script(folder):
 def test_tiny_and_partial_folders_have_a_page_that_says_what_is_missing(tmp_path, parts, capsys):
     folder = records.write(tmp_path / "run", **parts)
     page = Page(report(folder))
-    assert "unfinished" in page.words and "Not in the folder, so not on this page" in page.words
-    assert ("Metrics: metrics.jsonl is not there" in page.words) == (not facts_of(folder).metrics.logs)
+    assert facts_of(folder).state in ("running", "lost") and "Not in the folder, so not on this page" in page.words
+    assert ("Metrics: metrics.jsonl is not there, has no row" in page.words) == (not facts_of(folder).metrics.logs)
     assert "nan" not in page.words and "inf " not in page.words
     for chart in re.findall(r"<svg.*?</svg>", (folder / "report.html").read_text(), flags=re.DOTALL):
         ET.fromstring(chart)
@@ -220,10 +256,9 @@ def test_tiny_and_partial_folders_have_a_page_that_says_what_is_missing(tmp_path
 
 
 def test_a_failed_run_says_how_it_ended(folder):
-    with (folder / "events.jsonl").open("a") as file:
-        file.write(
-            '{"step": 20, "kind": "end", "state": "failed", "code": 1, "message": "ScoringError: away."}\n{"torn'
-        )
+    events = folder / "events.jsonl"
+    text = events.read_text().replace('"finished"', '"failed"').replace("The run ended.", "ScoringError: away.")
+    events.write_text(text + '{"torn')
     (folder / CompletionsFile(0, 0).name).write_bytes(b"no frame")
     words = Page(report(folder)).words
     assert "helpful failed ScoringError: away." in words
