@@ -85,6 +85,7 @@ def plan_of(case: Case) -> Plan:
         adapter="qlora" if subject.quantized else "lora" if subject.lora_rank else "none",
         lora_rank=subject.lora_rank or 16,
         double_quantization=subject.double_quantization,
+        packed_as_floats=_packed_as_floats(args.model_init_kwargs),
         reference=not args.reference_free,
         reward_model=None if reward is None else reward[0],
         reward_model_bytes=HALF if reward is None else reward[1],
@@ -112,6 +113,13 @@ def _sharding(case: Case) -> tuple[Sharding, dict[str, Any]]:
     zero = asked.options["zero_optimization"]
     stages: dict[int, Sharding] = {0: "none", 1: "zero1", 2: "zero2", 3: "zero3"}
     return stages[zero["stage"]], zero
+
+
+def _packed_as_floats(options: Any) -> bool:
+    """Whether weights in 4 bits are stored as floats."""
+    given = (options or {}).get("quantization_config") or {}
+    storage = given.get("bnb_4bit_quant_storage") if isinstance(given, dict) else given.bnb_4bit_quant_storage
+    return "float" in str(storage)
 
 
 def _is_offloaded(options: dict[str, Any], name: str) -> bool:
