@@ -98,6 +98,7 @@ def _subject(plan: RunPlan, options: argparse.Namespace) -> Subject:
         judge=loader(judge),
         eval_judge=loader(plan.eval_judge),
         peft_config=lambda: peft_config_of(run),
+        reward_model=training.get("reward_model_path"),
         llm_judge=judge.options if over_http else None,
         asks_people=isinstance(judge, BuiltInJudge) and judge.human,
         has_rewards=bool(plan.reward_funcs or training.get("reward_model_path")),

@@ -12,7 +12,6 @@ import torch
 from online_dpo.doctor.case import Case
 from online_dpo.doctor.findings import Finding, gib, ok, problem, warning
 from online_dpo.doctor.registry import check
-from online_dpo.scoring.registry import REWARDS
 from online_dpo.sizing.held import FP32, HALF
 from online_dpo.sizing.lengths import fullest_pass
 from online_dpo.sizing.needs import Needs, memory_needs
@@ -129,13 +128,11 @@ def _is_offloaded(options: dict[str, Any], name: str) -> bool:
 
 def _reward_model(case: Case) -> tuple[ModelShape, int] | None:
     """The shape of the reward model, if there is one of a known kind, and the bytes of a number in it."""
-    for reward in case.subject.rewards():
-        if isinstance(reward, str) and reward not in REWARDS:
-            given = case.config_of(reward).to_dict()
-            if given["model_type"] in KNOWN:
-                in_half = "16" in str(given.get("dtype"))
-                return as_reward_model(shape_of(given)), HALF if in_half else FP32
-    return None
+    if case.subject.reward_model is None:
+        return None
+    given = case.config_of(case.subject.reward_model).to_dict()
+    in_half = "16" in str(given.get("dtype"))
+    return (as_reward_model(shape_of(given)), HALF if in_half else FP32) if given["model_type"] in KNOWN else None
 
 
 def _on_cpu(case: Case, plan: Plan, needs: Needs) -> Iterator[Finding]:
