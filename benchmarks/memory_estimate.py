@@ -3,8 +3,8 @@
     python benchmarks/memory_estimate.py --json benchmarks/results/memory-cpu.json      30 minutes on two idle cores
 
 Each workload is trained for two steps on CPU processes of its own: one, and two under DDP, FSDP2, ZeRO-2 and ZeRO-3.
-Measured is the most resident memory of the process that takes most, less that of the same run with a tiny model, which
-is libraries. Memory does not depend on how busy a machine is.
+Measured is the most resident memory of the process that takes most; beside it stands that of the same run with a tiny
+model, which is libraries. Memory does not depend on how busy a machine is.
 
 A run on a CPU has glibc keep what is freed for the next tensors (`modeling.malloc`), up to a GiB, as a GPU's allocator
 does. What a run needs is less than what its processes then hold. So there are two measurements: `needed`, with an
@@ -163,16 +163,19 @@ def measured_rows(jobs: list[dict[str, Any]], modes: list[str]) -> Iterator[dict
             if base not in libraries:
                 libraries[base] = measure({**job, "workload": "chat", "model": "tiny"}, mode == "needed")
             peak = measure(job, mode == "needed")
-            yield {**job, "measured": mode, "peak": round(peak - libraries[base]), "libraries": round(libraries[base])}
+            yield {**job, "measured": mode, "peak": round(peak), "libraries": round(libraries[base])}
 
 
 def estimate(job: dict[str, Any]) -> dict[str, float]:
-    """What the formula says, by phase and together, in MiB."""
-    from online_dpo.sizing.needs import memory_needs
+    """What the formula says, by phase and together with libraries, in MiB."""
+    from online_dpo.sizing.needs import LIBRARIES, memory_needs
     from online_dpo.sizing.plan import Plan
 
     needs = memory_needs(Plan(**plan_fields(job)))
-    return {**{name: round(size / MIB, 1) for name, size in needs.phases().items()}, "peak": round(needs.process / MIB)}
+    return {
+        **{name: round(size / MIB, 1) for name, size in needs.phases().items()},
+        "peak": round((needs.process + LIBRARIES) / MIB),
+    }
 
 
 def plan_fields(job: dict[str, Any]) -> dict[str, Any]:

@@ -14,15 +14,13 @@ from online_dpo.doctor.findings import Finding, gib, ok, problem, warning
 from online_dpo.doctor.registry import check
 from online_dpo.sizing.held import FP32, HALF
 from online_dpo.sizing.lengths import fullest_pass
-from online_dpo.sizing.needs import Needs, memory_needs
+from online_dpo.sizing.needs import LIBRARIES, Needs, memory_needs
 from online_dpo.sizing.plan import Plan, Sharding
 from online_dpo.sizing.shape import KNOWN, ModelShape, as_reward_model, shape_of
 
 GIB = 2**30
 CONTEXT = int(1.5 * GIB)
 """What CUDA, NCCL and the allocator take of a GPU beside tensors."""
-LIBRARIES = int(0.75 * GIB)
-"""What a process takes of the machine with its libraries loaded: measured by benchmarks/memory_estimate.py."""
 TIGHT = 0.9
 CGROUP = Path("/sys/fs/cgroup")
 SHOWN = 4
