@@ -18,6 +18,10 @@ QUESTIONS = "questions.jsonl"
 EARLIER = "earlier"
 """The folder of what earlier runs in the same folder have written: ``earlier/1`` and so on."""
 
+RECORD_PATTERNS = (SETTINGS, SETTINGS_BESIDE, ENVIRONMENT, METRICS, EVENTS, VOTES, QUESTIONS, f"{EARLIER}/*")
+RECORD_PATTERNS += ("completions-r*.jsonl.zst",)
+"""All files of a record, as patterns."""
+
 _COMPLETIONS = re.compile(r"completions-r(\d+)-(\d{5,})\.jsonl\.zst")
 
 

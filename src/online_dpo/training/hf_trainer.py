@@ -35,6 +35,7 @@ from online_dpo.training.display.choose import choose_displays
 from online_dpo.training.evaluation_weights import EvaluationWeights
 from online_dpo.training.failures import NamedCallbacks, StepsDone
 from online_dpo.training.finite import FiniteWeights
+from online_dpo.training.hub_uploads import PushesModelAlone, without_record
 from online_dpo.training.interrupt import Interrupt
 from online_dpo.training.learning_rate import LearningRateBackoff
 from online_dpo.training.log_state import LogState
@@ -54,7 +55,7 @@ from online_dpo.training.update_ratio import UpdatedRatio
 from online_dpo.types import PackedRows
 
 
-class GuardedTrainer(Trainer):
+class GuardedTrainer(PushesModelAlone, Trainer):
     """A `Trainer` whose micro-batches hold a list of :class:`~online_dpo.types.PackedRows` under ``"passes"``.
 
     Each gets a forward and a backward pass of its own, as ``"rows"`` of the inputs of ``compute_loss``. Steps that are
@@ -298,7 +299,8 @@ class GuardedTrainer(Trainer):
             self.run_state.save(folder, self.accelerator.process_index)
             self.others.write_files(folder)
         if self.args.push_to_hub:
-            super()._push_from_checkpoint(str(folder_of(run_dir, self.state.global_step)))
+            with without_record():
+                super()._push_from_checkpoint(str(folder_of(run_dir, self.state.global_step)))
         self.checkpoints.rotate(run_dir)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

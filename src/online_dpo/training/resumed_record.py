@@ -38,7 +38,8 @@ def restore_metrics(folder: Path, checkpoint: Path, last: int) -> int:
     state = checkpoint / TRAINER_STATE_NAME
     if not state.is_file():
         return 0
-    logs = [log for log in json.loads(state.read_bytes())["log_history"] if log["step"] > last]
+    logs = [log for log in json.loads(state.read_bytes())["log_history"] if isinstance(log.get("step"), int)]
+    logs = [log for log in logs if log["step"] > last]
     rows = [{**metrics_row(log["step"], log), "time": state.stat().st_mtime, "restored": True} for log in logs]
     if rows:
         file = GrowingFile(folder / METRICS)

@@ -35,13 +35,16 @@ def show_pairs(request: Request) -> Response:
         total = db.execute("SELECT count(*) FROM sample").fetchone()[0]
         reasons = [row[0] for row in db.execute("SELECT DISTINCT reason FROM sample WHERE reason > '' ORDER BY 1")]
         scorers = [row[0] for row in db.execute("SELECT DISTINCT scorer FROM reward ORDER BY 1 LIMIT 100")]
-    return render(
+    page = render(
         *(request, "pairs.html"),
         page="pairs",
         **{"run": run, "query": query, "rows": rows, "count": count, "total": total},
         **{"reasons": reasons, "scorers": scorers, "sorts": SORTS, "pages": -(-count // PAGE)},
         progress=run.index.progress,
     )
+    if request.headers.get("hx-trigger") == "filters":  # the address without the fields that are empty
+        page.headers["hx-push-url"] = f"/runs/{run.id}/pairs?{query.link(page='')}"
+    return page
 
 
 def show_group(request: Request) -> Response:
