@@ -37,26 +37,27 @@ def main() -> None:
         found = re.search(r"http://\S+", server.stdout.readline())
         assert found is not None
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        for scheme in ("light", "dark"):
-            take(browser, found[0], scheme, pictures)
+        for scheme, ending in (("light", ".png"), ("dark", "-dark.png")):
+            take(browser, found[0], scheme, f"{pictures}/{{}}{ending}")
         browser.close()
         server.terminate()
         server.wait()
 
 
-def take(browser: Browser, address: str, scheme: str, pictures: Path) -> None:
+def take(browser: Browser, address: str, scheme: str, names: str) -> None:
     """Take the pictures of one theme."""
     context = browser.new_context(viewport={"width": 1200, "height": 700}, color_scheme=scheme)  # pyright: ignore
     page = context.new_page()
     page.goto(address)
-    page.screenshot(path=pictures / f"dashboard-runs-{scheme}.png")
+    page.screenshot(path=names.format("runs"))
     page.get_by_label("Choose chat/beta-0.1").check()
     page.get_by_label("Choose chat/beta-0.3").check()
     page.get_by_role("button", name="Overlay charts of the chosen").click()
-    page.locator("#smoothing").fill("0.9")
     page.locator("canvas").first.wait_for()
+    page.locator("#smoothing").fill("0.9")
+    page.locator("#filter").focus()
     page.wait_for_timeout(3000)
-    page.screenshot(path=pictures / f"dashboard-run-{scheme}.png")
+    page.screenshot(path=names.format("run"))
     context.close()
 
 
