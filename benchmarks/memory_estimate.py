@@ -20,7 +20,16 @@ from pathlib import Path
 from typing import Any
 
 from measure import MIB, describe_machine, versions
-from workloads import KINDS, MODELS, PROMPTS_PER_STEP, Shape, make_policy, make_reward_model, make_tokenizer, make_workload
+from workloads import (
+    KINDS,
+    MODELS,
+    PROMPTS_PER_STEP,
+    Shape,
+    make_policy,
+    make_reward_model,
+    make_tokenizer,
+    make_workload,
+)
 
 WAYS = {"one process": 1, "DDP": 2, "FSDP2": 2, "ZeRO-2": 2, "ZeRO-3": 2}
 """Ways to share the work, and the processes of each."""

@@ -15,10 +15,10 @@ from online_dpo.runs.opening import open_regular
 from online_dpo.runs.reading import RunFolder
 from online_dpo.runs.state import state_from
 
-TAIL = 1 << 15
+TAIL = 1 << 14
 """Bytes at the end of the metrics in which the last value of each is looked for."""
 
-SPARKS = 60
+SPARKS = 40
 LONGEST_ROW = 1 << 16
 MOST_SESSIONS = 200
 
@@ -86,7 +86,8 @@ class Summarizer:
         rows = list(_some_rows(self._folder))
         steps = [step for row in rows if (step := integer(row.get("step"))) is not None]
         times = [moment for row in rows if (moment := number(row.get("time"))) is not None]
-        last = {name: value for row in rows for name, entry in row.items() if (value := number(entry)) is not None}
+        merged = {name: entry for row in rows for name, entry in row.items()}
+        last = {name: value for name, entry in merged.items() if (value := number(entry)) is not None}
         metric = next((name for name in ("objective/scores", "rewards/margins", "loss") if name in last), "")
         return Summary(
             state=state_from(self._turns, self._folder.path),
