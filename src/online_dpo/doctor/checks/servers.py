@@ -34,7 +34,9 @@ def servers(case: Case) -> Iterator[Finding]:
         findings += _ray(case.subject.ray_address)
     yield from findings
     if not findings:
-        yield ok("vLLM samples in the process that trains" if args.use_vllm else "the policy samples by itself: no server")
+        yield ok(
+            "vLLM samples in the process that trains" if args.use_vllm else "the policy samples by itself: no server"
+        )
 
 
 def _server(case: Case, url: str) -> Iterator[Finding]:

@@ -63,5 +63,7 @@ def training_seconds(case: Case) -> float:
 
 
 def _any_pair(group: Group) -> Pair | None:
-    other = next((k for k, one in enumerate(group.completions) if one.token_ids != group.completions[0].token_ids), None)
+    other = next(
+        (k for k, one in enumerate(group.completions) if one.token_ids != group.completions[0].token_ids), None
+    )
     return None if other is None else Pair(group, 0, other)
