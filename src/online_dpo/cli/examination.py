@@ -1,4 +1,4 @@
-"""``online-dpo doctor`` after its words have been read: hand the planned run to the checks, and print what they find."""
+"""``online-dpo doctor`` after its words have been read: hand the run to the checks, and print what they find."""
 
 from __future__ import annotations
 
@@ -79,9 +79,10 @@ def _findings(
 def _subject(plan: RunPlan, options: argparse.Namespace) -> Subject:
     run, training = plan.run, plan.training
     judge = plan.judge
+    over_http = isinstance(judge, BuiltInJudge) and judge.folder is None and not judge.human
 
     def loader(given: Any) -> Callable[[Any], Any]:
-        if isinstance(given, BuiltInJudge) and given.folder is None:
+        if isinstance(given, BuiltInJudge) and given.folder is None and not given.human:
             given = replace(given, options={**given.options, "cache": None})  # nothing is written here
         return lambda args: None if given is None else load_judge(given, args)
 
@@ -97,7 +98,10 @@ def _subject(plan: RunPlan, options: argparse.Namespace) -> Subject:
         judge=loader(judge),
         eval_judge=loader(plan.eval_judge),
         peft_config=lambda: peft_config_of(run),
-        llm_judge=judge.options if isinstance(judge, BuiltInJudge) and judge.folder is None else None,
+        llm_judge=judge.options
+        if isinstance(judge, BuiltInJudge) and judge.folder is None and not judge.human
+        else None,
+        asks_people=isinstance(judge, BuiltInJudge) and judge.human,
         has_rewards=bool(plan.reward_funcs or training.get("reward_model_path")),
         processes=options.processes,
         sharding=plan.sharding,

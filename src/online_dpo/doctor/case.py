@@ -63,6 +63,7 @@ class Subject:
     eval_judge: Callable[[OnlineDPOConfig], Any]
     peft_config: Callable[[], Any]
     llm_judge: Mapping[str, Any] | None = None
+    asks_people: bool = False
     has_rewards: bool = True
     processes: int = 1
     sharding: Asked | None = None
@@ -236,6 +237,7 @@ class Case:
         subject, args = self.subject, copy.copy(self.args)
         check_options(subject.settings.get("resume_from_checkpoint"), args)
         args.output_dir, args.use_vllm, args.engine, args.max_staleness = str(self.scratch), False, None, 0
+        args.run_folder = False
         args.reward_timeout = args.reward_timeout or SECONDS_A_CALL
         with kept_settings("Importing the run's own code"):
             rewards, gold = list(subject.rewards()), list(subject.gold())

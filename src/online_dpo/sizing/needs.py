@@ -13,8 +13,8 @@ from online_dpo.sizing.plan import Plan
 class Needs:
     """The parts of the memory of one GPU.
 
-    ``held`` stays; ``sampling``, ``scoring``, ``training`` (passes) and ``stepping`` take turns: what the built-in engine keeps, it
-    frees when a pass does not fit. vLLM in process stays as well, unless it sleeps.
+    ``held`` stays; ``sampling``, ``scoring``, ``training`` (passes) and ``stepping`` take turns: what the built-in
+    engine keeps, it frees when a pass does not fit. vLLM in process stays as well, unless it sleeps.
     """
 
     held: tuple[Term, ...]

@@ -18,6 +18,7 @@ from online_dpo import OnlineDPOConfig
 from online_dpo.cli.runfile.schema import config_classes, read_fields_of
 
 SAMPLES: dict[str, tuple[list[str], Any]] = {
+    "num_completions_to_print": (["3"], 3),
     "learning_rate": (["1e-6"], 1e-6),
     "logging_steps": (["0.5"], 0.5),
     "gradient_checkpointing": (["false"], False),

@@ -28,8 +28,9 @@ TIGHT = 0.9
 CGROUP = Path("/sys/fs/cgroup")
 SHOWN = 4
 CHANGE = (
-    "Lower `max_tokens_per_pass`, `per_device_train_batch_size`, `rollout_batch_size` or `max_length`, train an adapter "
-    "(`use_peft`), set `gradient_checkpointing: true`, or share the work (`fsdp`, `deepspeed`; docs/scaling.md)."
+    "Lower `max_tokens_per_pass`, `per_device_train_batch_size`, `rollout_batch_size` or `max_length`, train an "
+    "adapter (`use_peft`), set `gradient_checkpointing: true`, or share the work (`fsdp`, `deepspeed`: see "
+    "docs/scaling.md)."
 )
 
 

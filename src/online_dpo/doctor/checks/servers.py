@@ -58,7 +58,8 @@ def _server(case: Case, url: str) -> Iterator[Finding]:
     names = [str(served[name]) for name in ("id", "root") if served.get(name)]
     if not any(_same(name, case.subject.model) for name in names):
         yield problem(
-            f"the vLLM server at {url} holds {' or '.join(dict.fromkeys(names))}, and the run trains {case.subject.model}",
+            f"the vLLM server at {url} holds {' or '.join(dict.fromkeys(names))}, and the run trains "
+            f"{case.subject.model}",
             f"Start it with `online-dpo serve {case.subject.model}`, or correct `vllm_server_base_url`.",
         )
     else:

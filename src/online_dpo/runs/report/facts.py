@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -121,14 +122,18 @@ class RunFacts:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds by phase, the reference apart from training; empty where none were logged."""
+        """Seconds by phase, the reference apart from training; empty where none were logged. "other" has the phases of
+        less than a thousandth as well.
+        """
         times = {name: series.total for name, series in self.metrics.starting("time/").items() if "/" not in name}
         whole = times.get("all")
         found = {name: times[name] for name in PHASES if times.get(name)}
         if "reference" in found and "training" in found:
             found["training"] = max(0.0, found["training"] - found["reference"])
-        if whole is not None and (rest := whole - sum(found.values())) > 0:
-            found["other"] = rest
+        if whole is not None:
+            found = {name: seconds for name, seconds in found.items() if seconds >= whole / 1000}
+            if (rest := whole - sum(found.values())) > 0:
+                found["other"] = rest
         return found
 
     @property
@@ -235,7 +240,8 @@ def _examples(folder: RunFolder, groups: GroupFacts) -> Iterator[Example]:
 
 
 def _answered(folder: RunFolder, at: StepFrame, place: int) -> Answered:
-    group = folder.groups(at)[place]
+    group = next(islice(folder.each_group(at), place, None))
+    assert group is not None, "it was read before"
     answer = next(c for c in group["completions"] if c.get("author", "policy") == "policy")
     return Answered(group["step"], prompt_text(group["prompt"]), str(answer["text"]), number(answer.get("score")))
 
@@ -281,9 +287,9 @@ def _missing(path: Path, facts: RunFacts) -> Iterator[str]:
     if not facts.sessions:
         yield f"Versions and devices: there is no {ENVIRONMENT}, or it cannot be read."
     if not facts.metrics.logs:
-        yield f"Metrics: {METRICS} is not there or has no row."
+        yield f"Metrics: {METRICS} is not there, has no row, or cannot be read."
     if not facts.events:
-        yield f"Events: {EVENTS} is not there or has no row."
+        yield f"Events: {EVENTS} is not there, has no row, or cannot be read."
     if not completions_files(path):
         yield "Samples: no completions were written (`log_completions: off`?)."
     elif facts.groups.unreadable:

@@ -140,10 +140,13 @@ def margins(facts: RunFacts) -> Figure | None:
         return None
     steps, values = np.asarray(series.steps), np.asarray(series.values)
     order = np.argsort(steps, kind="stable")
+    steps, values = steps[order], values[order]
     line, band = [], []
-    for part in np.array_split(order, min(40, len(order))):
-        low, middle, high = (float(q) for q in np.percentile(values[part], (10, 50, 90)))
-        step = float(steps[part].mean())
+    every = np.unique(steps)
+    for part in np.array_split(every, min(40, len(every))):
+        inside = slice(*np.searchsorted(steps, (part[0], part[-1] + 0.5)))
+        low, middle, high = (float(q) for q in np.percentile(values[inside], (10, 50, 90)))
+        step = float(part.mean())
         line.append((step, middle))
         band.append((step, low, high))
     chart = line_chart([Line("", line, band)], Axes(STEP, "score of the chosen − the rejected"), "Margins of the pairs")

@@ -277,6 +277,8 @@ def _settings(facts: RunFacts) -> Section:
 
 def _session(session: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for name, value in session.items():
+        if value is None:
+            continue
         if name == "versions" and isinstance(value, dict):
             text = ", ".join(f"{package} {number}" for package, number in value.items())
         elif name == "devices" and isinstance(value, list):

@@ -248,7 +248,7 @@ def test_tiny_and_partial_folders_have_a_page_that_says_what_is_missing(tmp_path
     folder = records.write(tmp_path / "run", **parts)
     page = Page(report(folder))
     assert facts_of(folder).state in ("running", "lost") and "Not in the folder, so not on this page" in page.words
-    assert ("Metrics: metrics.jsonl is not there" in page.words) == (not facts_of(folder).metrics.logs)
+    assert ("Metrics: metrics.jsonl is not there, has no row" in page.words) == (not facts_of(folder).metrics.logs)
     assert "nan" not in page.words and "inf " not in page.words
     for chart in re.findall(r"<svg.*?</svg>", (folder / "report.html").read_text(), flags=re.DOTALL):
         ET.fromstring(chart)
