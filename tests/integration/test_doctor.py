@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from online_dpo.cli.main import main
 from support import tiny
+from support.plugins import names_restored
 from support.run_files import fill_folder, write_run_file
 
 REWARDS = """
@@ -371,18 +371,14 @@ def test_a_run_file_that_cannot_be_read(tmp_path, capsys, text):
 
 
 def test_a_check_of_a_plugin(folder, capsys):
-    (folder / "own_check.py").write_text(
-        "from online_dpo.doctor import check, ok, warning\n"
-        "@check('licence')\n"
-        "def licence(case):\n"
-        "    yield warning('unknown licence', 'Read it.') if case.subject.model else ok('none')\n"
-    )
-    run_file = write_run_file(folder, reward_funcs="feedback.py:words", plugins=["own_check.py"])
-    _, found = examined(capsys, run_file, "--quick")
-    from online_dpo.doctor.registry import CHECKS
-
-    CHECKS.forget("licence")
-    assert found == [("licence", "warning", "unknown licence -> Read it.")]
+    """That of docs/extending.md."""
+    page = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
+    text = page.split("# my_check.py\n")[1].split("```")[0]
+    (folder / "my_check.py").write_text(text)
+    run_file = write_run_file(folder, reward_funcs="feedback.py:words", plugins=["my_check.py"])
+    with names_restored():
+        _, found = examined(capsys, run_file, "--quick")
+    assert found == [("answers", "problem", "8 rows have no answer -> Leave them out.")]
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"

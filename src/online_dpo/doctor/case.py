@@ -47,8 +47,9 @@ class NotThere(Exception):
 class Subject:
     """A planned run, as the command line hands it over: names, fields of `OnlineDPOConfig`, functions that load parts.
 
-    ``processes`` is the number of those that will train, ``sharding`` how they share the weights, ``judge`` the
-    settings of a judge over HTTP, ``ray_address`` that of a cluster, where the run file has one.
+    ``reward_model`` is a folder or hub name, ``llm_judge`` the settings of a judge over HTTP, ``processes`` the number
+    of those that will train, ``sharding`` how they share the weights, ``ray_address`` that of a cluster, where the run
+    file has one.
     """
 
     model: str
@@ -62,7 +63,9 @@ class Subject:
     judge: Callable[[OnlineDPOConfig], Any]
     eval_judge: Callable[[OnlineDPOConfig], Any]
     peft_config: Callable[[], Any]
+    reward_model: str | None = None
     llm_judge: Mapping[str, Any] | None = None
+    asks_people: bool = False
     has_rewards: bool = True
     processes: int = 1
     sharding: Asked | None = None
@@ -236,6 +239,7 @@ class Case:
         subject, args = self.subject, copy.copy(self.args)
         check_options(subject.settings.get("resume_from_checkpoint"), args)
         args.output_dir, args.use_vllm, args.engine, args.max_staleness = str(self.scratch), False, None, 0
+        args.run_folder = False
         args.reward_timeout = args.reward_timeout or SECONDS_A_CALL
         with kept_settings("Importing the run's own code"):
             rewards, gold = list(subject.rewards()), list(subject.gold())

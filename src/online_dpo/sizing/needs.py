@@ -8,13 +8,16 @@ from online_dpo.sizing.held import Term, held_terms
 from online_dpo.sizing.passing import pass_terms, sampling_terms, scoring_terms, step_terms
 from online_dpo.sizing.plan import Plan
 
+LIBRARIES = 768 * 2**20
+"""What a process takes of the machine with its libraries loaded: benchmarks/memory_estimate.py measures it."""
+
 
 @dataclass(frozen=True)
 class Needs:
     """The parts of the memory of one GPU.
 
-    ``held`` stays; ``sampling``, ``scoring``, ``training`` (passes) and ``stepping`` take turns: what the built-in engine keeps, it
-    frees when a pass does not fit. vLLM in process stays as well, unless it sleeps.
+    ``held`` stays; ``sampling``, ``scoring``, ``training`` (passes) and ``stepping`` take turns: what the built-in
+    engine keeps, it frees when a pass does not fit. vLLM in process stays as well, unless it sleeps.
     """
 
     held: tuple[Term, ...]

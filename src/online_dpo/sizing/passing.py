@@ -15,6 +15,8 @@ from online_dpo.sizing.shape import ModelShape
 
 CHUNK_LOGITS, CHUNK_LOGITS_ON_CPU = 2**27, 2**23
 """Logits that exist at a time on a GPU, and on a CPU: `modeling.logprobs.CHUNK_LOGITS_ELSEWHERE` and ``["cpu"]``."""
+SEGMENTED = 384
+"""Tokens of a row from which on a CPU reads it in segments: `modeling.attention.segments.SHORTEST`."""
 ARRAYS_SAMPLING = 4
 """Arrays of logits in fp32 while a token is drawn: the logits, those with a temperature, their probabilities, sums."""
 ARRAYS_FORWARD, ARRAYS_BACKWARD = 4.5, 2
@@ -132,12 +134,13 @@ def activation_bytes(plan: Plan) -> int:
 
 def attention_bytes_on_cpu(plan: Plan) -> int:
     """What attention keeps for each token on a CPU beyond `layer_bytes_of_a_token`: keys and values copied for each of
-    the query heads, queries and results copied in segments, and a mask in fp32 of what each token may read.
+    the query heads, and once more where long rows are read in segments; results in another order; and a mask in fp32
+    of what each token may read.
     """
     shape, size = plan.policy, plan.compute_bytes
-    attention = shape.heads * shape.head_dim
-    readable = min(plan.tokens_per_pass, plan.prompt_tokens + plan.new_tokens)
-    return 2 * size * (attention - shape.kv_width) + 2 * size * attention + FP32 * readable
+    attention, readable = shape.heads * shape.head_dim, plan.prompt_tokens + plan.new_tokens
+    copies = 2 if readable + plan.new_tokens >= SEGMENTED else 1
+    return 2 * size * (copies * attention - shape.kv_width) + size * attention + FP32 * readable
 
 
 def layer_bytes_of_a_token(shape: ModelShape, bf16: bool, hidden: int = FP32) -> int:
@@ -167,7 +170,7 @@ def logit_bytes(plan: Plan) -> int:
     chunk, head = FP32 * tokens * shape.vocabulary, shape.vocabulary * shape.hidden
     cast = HALF * head if plan.bf16 and hidden_bytes(plan) == FP32 else 0
     if plan.on_cpu and not plan.bf16:
-        cast = FP32 * head  # oneDNN's copy of the head for a product
+        cast = FP32 * head + chunk  # oneDNN's own copy of the head, and its result, which is copied
     forward = int(ARRAYS_FORWARD * chunk) + cast
     if plan.adapter != "none":
         return forward

@@ -9,7 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from online_dpo.modeling import logprobs
+from online_dpo.modeling.attention import segments
+from online_dpo.modeling.attention.masks import use_segments
 from online_dpo.modeling.lm_head import LinearLogprobs
+from online_dpo.modeling.logprobs import enable_logprobs, row_logprobs
+from online_dpo.packing.pack import pack_pairs
 from online_dpo.rollout.builtin.engine import TransformersEngine
 from online_dpo.rollout.builtin.kv_cache import KVCache
 from online_dpo.rollout.params import RolloutKey, SamplingParams, Stream
@@ -17,6 +21,7 @@ from online_dpo.sizing import passing
 from online_dpo.sizing.passing import activation_bytes, kv_bytes, layer_bytes_of_a_token, logit_bytes
 from online_dpo.sizing.plan import Plan
 from online_dpo.sizing.shape import MODELS, shape_of
+from online_dpo.types import Pair
 from support import tiny
 
 KINDS = {"llama": {}, "qwen2": dict(hidden_size=64, intermediate_size=80), "qwen3": dict(head_dim=16)}
@@ -119,8 +124,39 @@ def test_logits(trained, hidden):
     assert peak.most == pytest.approx(logit_bytes(plan), rel=0.15)
 
 
-def test_chunk_of_logits_is_that_of_the_model():
+def test_constants_are_those_of_the_model():
     assert passing.CHUNK_LOGITS == logprobs.CHUNK_LOGITS_ELSEWHERE
+    assert logprobs.CHUNK_LOGITS["cpu"] == passing.CHUNK_LOGITS_ON_CPU
+    assert passing.SEGMENTED == segments.SHORTEST
+
+
+@pytest.mark.parametrize(("prompt", "answers"), [(40, (30, 25)), (100, (200, 150))])
+def test_what_a_pass_keeps_on_a_cpu(prompt, answers):
+    """The whole model, with attention over rows that share a prompt: short ones, and long ones in segments."""
+    shape = dict(num_hidden_layers=6, hidden_size=64, intermediate_size=128, max_position_embeddings=512)
+    model = tiny.causal_lm("qwen2", **shape).train()
+    use_segments(model)
+    enable_logprobs(model)
+    group = tiny.group(tiny.prompts([prompt])[0], [[7] * n for n in answers])
+    weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        row_logprobs(model, pack_pairs([Pair(group, 0, 1)], True))
+    got = sum(size for address, (size, _) in kept.items() if address not in weights)
+    plan = Plan(
+        shape_of(model.config.to_dict()),
+        on_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        tokens_per_pass=prompt + sum(answers),
+        prompt_tokens=prompt,
+        new_tokens=max(answers),
+    )
+    assert activation_bytes(plan) == pytest.approx(got, rel=0.1)
 
 
 def test_buckets_of_deepspeed():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -13,6 +14,8 @@ from online_dpo.doctor.findings import Finding, gib, ok, problem, warning
 from online_dpo.doctor.registry import check
 
 FP32, MOMENTS = 4, 8
+BYTES_A_TOKEN = 20
+"""Of the record of completions, at most: the token's text and its log-ratio, compressed."""
 SPARE = 1.2
 """So much of the need should be free: logs, and other things that use the disk."""
 
@@ -23,13 +26,12 @@ def disk(case: Case) -> Iterator[Finding]:
     args = case.args
     model, each = checkpoint_bytes(case)
     kept = checkpoints_kept(case)
-    needed = model + each * kept
+    record = record_bytes(case)
+    needed = model + each * kept + record
     folder = existing(Path(str(args.output_dir)).absolute())
     free = psutil.disk_usage(str(folder)).free
-    facts = {"free": free, "needed": needed, "checkpoint": each, "checkpoints": kept}
-    what = (
-        f"{kept} checkpoint(s) of {gib(each)} and the model of {gib(model)}" if kept else f"the model of {gib(model)}"
-    )
+    facts: dict[str, Any] = {"free": free, "needed": needed, "checkpoint": each, "checkpoints": kept}
+    what = f"{kept} checkpoint(s) of {gib(each)}, the model of {gib(model)}, its record of up to {gib(record)}"
     found = f"{gib(free)} are free in {folder}; the run writes {gib(needed)}: {what}"
     change = "Free space, choose another `output_dir`, or lower `save_total_limit` or set `save_only_model: true`."
     if free < needed:
@@ -50,6 +52,15 @@ def checkpoint_bytes(case: Case) -> tuple[int, int]:
     trained = trained_numbers(case)
     model = FP32 * trained
     return model, model + (0 if case.args.save_only_model else MOMENTS * trained)
+
+
+def record_bytes(case: Case) -> int:
+    """Returns the most bytes of the record of completions in the run folder."""
+    args = case.args
+    if args.run_folder is False or args.log_completions == "off":
+        return 0
+    tokens = (case.steps or 0) * case.prompts_per_step * args.num_completions * args.max_new_tokens
+    return min(args.log_completions_max_mb * 10**6, BYTES_A_TOKEN * tokens)
 
 
 def trained_numbers(case: Case) -> int:

@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from datasets import Dataset
+
 from online_dpo.doctor.case import Case
 from online_dpo.doctor.findings import Finding, ok, problem
 from online_dpo.doctor.registry import check
@@ -35,7 +37,7 @@ def files(case: Case) -> Iterator[Finding]:
         check_scorers(rewards, None, args)
     check_options(subject.settings.get("resume_from_checkpoint"), args)
     yield from _trackers(args.report_to)
-    size = f"{len(rows)} rows" if hasattr(rows, "__len__") else "a stream"
+    size = f"{len(rows)} rows" if isinstance(rows, Dataset) else "a stream"
     yield ok(
         f"model {subject.model} ({config.model_type}); {size} with the columns {', '.join(columns)}; "
         f"{len(rewards)} reward(s); {_folder(Path(str(args.output_dir)))}"

@@ -30,6 +30,8 @@ def judge(case: Case) -> Iterator[Finding]:
     """Asks the judge about two answers."""
     if case.subject.llm_judge is not None and (case.args.judge_top or not case.subject.has_rewards):
         yield from _ask(case, JudgeSettings(**case.subject.llm_judge))
+    elif case.subject.asks_people:
+        yield ok("people compare, in the dashboard: `online-dpo dashboard`")
     elif case.subject.quick or case.trainer.judge is None:
         yield ok("no judge is asked over HTTP")
     else:
@@ -76,7 +78,8 @@ def _price(case: Case, settings: JudgeSettings, seconds: float, counts: Any) -> 
     whole = None if case.steps is None else price * case.steps
     if settings.max_cost is not None and whole is not None and whole > settings.max_cost:
         return warning(
-            f"{found}; the run's {case.steps} steps would cost {whole:.4g}, and it stops at `max_cost` {settings.max_cost:g}",
+            f"{found}; the run's {case.steps} steps would cost {whole:.4g}, and it stops at `max_cost`, "
+            f"{settings.max_cost:g}",
             "Raise `max_cost`, or lower `max_steps`, `num_completions`, or `judge_top`.",
             **facts,
         )

@@ -109,7 +109,7 @@ def _constant(case: Case, scored: Scored, groups: Sequence[Group]) -> Iterator[F
     others = _scores_of_other_texts(case, scored.scorer, groups)
     if distinct | others == distinct:
         yield problem(
-            f"`{name}` is constant: {values[finite[0]]:g} for all {len(finite)} completions, and for other texts as well",
+            f"`{name}` is constant: {values[finite[0]]:g} for all {len(finite)} completions, and for other texts",
             "Let it tell answers apart: from equal scores no pair is formed.",
         )
     else:

@@ -34,7 +34,9 @@ def servers(case: Case) -> Iterator[Finding]:
         findings += _ray(case.subject.ray_address)
     yield from findings
     if not findings:
-        yield ok("vLLM samples in the process that trains" if args.use_vllm else "the policy samples by itself: no server")
+        yield ok(
+            "vLLM samples in the process that trains" if args.use_vllm else "the policy samples by itself: no server"
+        )
 
 
 def _server(case: Case, url: str) -> Iterator[Finding]:
@@ -56,7 +58,8 @@ def _server(case: Case, url: str) -> Iterator[Finding]:
     names = [str(served[name]) for name in ("id", "root") if served.get(name)]
     if not any(_same(name, case.subject.model) for name in names):
         yield problem(
-            f"the vLLM server at {url} holds {' or '.join(dict.fromkeys(names))}, and the run trains {case.subject.model}",
+            f"the vLLM server at {url} holds {' or '.join(dict.fromkeys(names))}, and the run trains "
+            f"{case.subject.model}",
             f"Start it with `online-dpo serve {case.subject.model}`, or correct `vllm_server_base_url`.",
         )
     else:

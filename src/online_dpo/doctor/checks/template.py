@@ -68,7 +68,7 @@ def _round_trip(case: Case) -> Iterator[Finding]:
     if changed:
         text, back = changed[0]
         yield problem(
-            f"{len(changed)} of {len(texts[:LOOKED_AT])} texts do not come back from their tokens: {text[:60]!r} becomes "
-            f"{back[:60]!r}",
+            f"{len(changed)} of {len(texts[:LOOKED_AT])} texts do not come back from their tokens: {text[:60]!r} "
+            f"becomes {back[:60]!r}",
             "The tokenizer's files do not fit each other, or its decoder is missing. Copy them from the model again.",
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from online_dpo.doctor.case import Case
 from online_dpo.doctor.findings import Finding, ok, warning
@@ -44,12 +45,12 @@ def timing(case: Case) -> Iterator[Finding]:
 
 
 def training_seconds(case: Case) -> float:
-    """Seconds of passes over a pair of each group. Nothing is updated; which of the two is chosen makes no difference."""
+    """Seconds of passes over a pair of each group, whichever of the two is chosen. Nothing is updated."""
     trainer, groups = case.trainer, case.sampled.groups
     pairs = [pair for group in groups if (pair := _any_pair(group)) is not None]
     if not pairs:
         return 0.0
-    model = trainer.model
+    model: Any = trainer.model
     [inputs] = trainer.objective.pack(model, pairs, 1)
     model.train()
     began = time.perf_counter()
@@ -63,5 +64,7 @@ def training_seconds(case: Case) -> float:
 
 
 def _any_pair(group: Group) -> Pair | None:
-    other = next((k for k, one in enumerate(group.completions) if one.token_ids != group.completions[0].token_ids), None)
+    other = next(
+        (k for k, one in enumerate(group.completions) if one.token_ids != group.completions[0].token_ids), None
+    )
     return None if other is None else Pair(group, 0, other)

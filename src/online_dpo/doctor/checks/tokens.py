@@ -12,7 +12,6 @@ from transformers import GenerationConfig
 from online_dpo.doctor.case import Case
 from online_dpo.doctor.findings import Finding, ok, problem, warning
 from online_dpo.doctor.registry import check
-from online_dpo.scoring.registry import REWARDS
 from online_dpo.scoring.rewards.loading import load_tokenizer
 
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|assistant_end|>", "<|endofturn|>")
@@ -23,9 +22,8 @@ TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|assistan
 def tokens(case: Case) -> Iterator[Finding]:
     """The policy's tokenizer against its model: end tokens, padding, sizes; then the reward model's."""
     findings = [*_sizes(case), *_ends(case)]
-    for path in case.subject.rewards():
-        if isinstance(path, str) and path not in REWARDS:
-            findings += _reward_tokens(case, path)
+    if case.subject.reward_model is not None:
+        findings += _reward_tokens(case, case.subject.reward_model)
     yield from findings
     if not findings:
         tokenizer = case.tokenizer
@@ -46,7 +44,7 @@ def _sizes(case: Case) -> Iterator[Finding]:
 
 def _end_ids(case: Case) -> tuple[list[int], list[int]]:
     """The ids of end tokens by the tokenizer, and by the model's generation config."""
-    own = case.tokenizer.eos_token_id
+    own: Any = case.tokenizer.eos_token_id
     config: Any = case.config
     path = Path(os.path.expanduser(case.subject.model))
     if not path.is_dir() or (path / "generation_config.json").is_file():
@@ -59,7 +57,7 @@ def _end_ids(case: Case) -> tuple[list[int], list[int]]:
 def _end_tokens(case: Case) -> list[str]:
     own, model = _end_ids(case)
     known = case.counts.embedding_rows
-    return [case.tokenizer.convert_ids_to_tokens(i) for i in sorted({*own, *model}) if 0 <= i < known]
+    return [str(case.tokenizer.convert_ids_to_tokens(i)) for i in sorted({*own, *model}) if 0 <= i < known]
 
 
 def _ends(case: Case) -> Iterator[Finding]:
@@ -68,14 +66,14 @@ def _ends(case: Case) -> Iterator[Finding]:
     usable = [i for i in {*own, *model} if 0 <= i < known]
     if not usable:
         yield problem(
-            f"no token ends a completion: the tokenizer's end token is {tokenizer.eos_token!r}, the model's are {model}",
-            "Set `eos_token` in tokenizer_config.json, or `eos_token_id` in generation_config.json, to a token that the "
-            "model writes at the end of an answer.",
+            f"no token ends a completion: the tokenizer's is {tokenizer.eos_token!r}, the model's are {model}",
+            "Set `eos_token` in tokenizer_config.json, or `eos_token_id` in generation_config.json, to a token that "
+            "the model writes at the end of an answer.",
         )
         return
     if own and model and not set(own) & set(model):
         yield warning(
-            f"the tokenizer ends a text with {tokenizer.eos_token!r} ({own[0]}), and the model's generation config with "
+            f"the tokenizer ends a text with {_names(tokenizer, own)}, and the model's generation config with "
             f"{_names(tokenizer, model)}",
             "Make `eos_token_id` in generation_config.json and `eos_token` in tokenizer_config.json agree. Both end a "
             "completion here.",
@@ -92,8 +90,8 @@ def _end_of_turn(case: Case, ends: list[int]) -> Iterator[Finding]:
     wrong = [mark for mark in marks if vocabulary[mark] not in ends]
     if marks and wrong == marks:
         yield problem(
-            f"the chat template ends an answer with {marks[0]!r}, and only {_names(tokenizer, ends)} ends a completion: "
-            "the policy would go on and write the next turn",
+            f"the chat template ends an answer with {marks[0]!r}, and only {_names(tokenizer, ends)} ends a "
+            "completion: the policy would go on and write the next turn",
             f"Add {vocabulary[marks[0]]} to `eos_token_id` in the model's generation_config.json.",
         )
 

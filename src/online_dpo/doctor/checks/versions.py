@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
+from typing import Any
 
 from packaging.requirements import Requirement
 
@@ -20,7 +21,7 @@ SHOWN = ("torch", "transformers", "accelerate", "datasets")
 @check("versions")
 def versions(case: Case) -> Iterator[Finding]:
     """Installed packages against the ranges of pyproject.toml, and against those that were tested."""
-    installed = {name: text for name in TESTED if (text := installed_version(name)) is not None}
+    installed: dict[str, Any] = {name: text for name in TESTED if (text := installed_version(name)) is not None}
     wrong = list(outside([Requirement(line) for line in requires("online-dpo") or ()]))
     for name, text, wanted, extra in wrong:
         found = f"{name} {text} is installed, and online-dpo is made for {name}{wanted}"
