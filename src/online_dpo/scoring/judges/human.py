@@ -23,7 +23,9 @@ from online_dpo.runs.votes import Prompt, Vote, latest_votes
 from online_dpo.scoring.accounting import JudgeStatistics
 from online_dpo.scoring.judges.base import PreferenceJudge
 from online_dpo.scoring.protocols import Counts, chat_messages, check_comparisons
+from online_dpo.scoring.questions import keep_questions, texts_of
 from online_dpo.types import Group
+from online_dpo.types import Question as AskedQuestion
 
 LOOK_SECONDS = 0.25
 """Time between two looks for votes."""
@@ -91,6 +93,9 @@ class HumanJudge(PreferenceJudge):
             votes = self._votes_on(wanted, end)
         finally:
             self._statistics.add("seconds", time.monotonic() - started)
+        for comparison, question, (first, _) in zip(comparisons, questions, texts, strict=True):
+            told = _told(question, votes.get(question.id), swapped=question.first != first)
+            keep_questions(texts_of(comparison), [told])
         return [
             0.5 if first == second else self._counted(votes.get(question.id), first)
             for question, (first, second) in zip(questions, texts, strict=True)
@@ -171,6 +176,15 @@ class _End(threading.local):
     """When the time of a step ends. With `max_staleness`, each thread waits for a step of its own."""
 
     at: float | None = None
+
+
+def _told(question: Question, vote: Vote | None, swapped: bool) -> AskedQuestion:
+    """What the record of the run says of a question."""
+    if vote is None:
+        return AskedQuestion(swapped, None, failure="nobody voted in time")
+    probability = vote.probability(question.first)
+    failure = "it was skipped" if probability is None else None
+    return AskedQuestion(swapped, probability, seconds=vote.seconds, failure=failure)
 
 
 def _content(comparison: Group) -> Prompt:
