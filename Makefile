@@ -9,6 +9,7 @@
 #   make test-oldest  unit and integration tests with the oldest versions that pyproject.toml allows, in an environment of their own
 #   make test-newest  the same with the newest that it allows and pip finds
 #   make test-seams   in both, only the tests of what hangs on transformers, torch and accelerate
+#   make test-browser the dashboard in a real browser: Debian's Chromium, which it installs where it may
 #   make test-faults  faults in real runs of the command line: killed, full disks, hostile files; test-faults-all: the longer list
 #   make soak         10,000 tiny steps in one process: memory, threads, open files and child processes stay as they are
 #   make figures      what other feedback and methods are worth on the quickstart
@@ -41,6 +42,8 @@ NEWEST_VENV := .venv-newest
 NEWEST_STAMP := $(NEWEST_VENV)/.installed
 NEWEST_INSTALL := $(NEWEST_VENV)/bin/python $(INSTALL)
 AUDIT_VENV := .venv-audit
+# what has to be made before tests in a browser: nothing, where it is there
+CHROMIUM := $(if $(shell command -v chromium || command -v chromium-browser),,chromium)
 TEST_TOOLS := hypothesis jsonschema pytest pytest-xdist
 
 # every forward that is patched, every method of Trainer that is overridden, and all that is private elsewhere
@@ -57,7 +60,7 @@ SEAMS := tests/unit/test_versions.py tests/unit/modeling/test_patching.py tests/
 # What CI runs: make itself runs two of these at a time (-j 2), each in one process, and installs an environment when it is
 # first needed. What a part prints comes in one piece (-O). When one fails, no other is begun. What is marked slow, and the
 # newest versions (constraints.txt has them but for torch), are left to make test-all.
-CI_PARTS := lint ci-unit ci-integration ci-faults ci-vllm-servers ci-vllm ci-ray ci-seams-oldest ci-e2e ci-distributed
+CI_PARTS := lint ci-unit ci-integration ci-faults ci-vllm-servers ci-vllm ci-ray ci-seams-oldest ci-e2e ci-distributed ci-browser
 # about half of the time of all that use vLLM
 VLLM_SERVERS := $(addprefix tests/vllm_engines/test_,server.py broadcast.py judge.py ranks.py)
 # what needs a vLLM server runs in its environment
@@ -65,8 +68,8 @@ RAY_SERVERS := tests/ray_cluster/test_servers.py
 # setuptools writes into src/ when it installs this package: not into two environments at once
 after = $(if $(IN_TURN),| $(1))
 
-.PHONY: audit venv quickstart smoke test test-slow test-distributed test-e2e test-faults test-faults-all test-ray soak test-vllm test-oldest test-newest test-seams test-all \
-	ci ci-seams-newest $(CI_PARTS) figures benchmark lint format docs clean
+.PHONY: audit venv quickstart smoke test test-slow test-distributed test-e2e test-faults test-faults-all test-ray soak test-vllm test-oldest test-newest test-seams test-all test-browser \
+	ci ci-seams-newest $(CI_PARTS) chromium figures benchmark lint format docs clean
 .DELETE_ON_ERROR:
 
 venv: $(STAMP)
@@ -79,6 +82,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 quickstart: $(STAMP)
+	@echo "The command online-dpo is $(BIN)/online-dpo here; '. $(BIN)/activate' puts it on the path."
 	$(BIN)/online-dpo quickstart
 
 smoke: $(STAMP)
@@ -96,6 +100,14 @@ test-slow: $(STAMP)
 test-e2e: $(STAMP)
 	$(PYTEST) -n 2 tests/e2e --ignore tests/e2e/test_quickstart.py
 	$(PYTEST) tests/e2e/test_quickstart.py
+
+test-browser: $(STAMP) $(CHROMIUM)
+	$(PYTEST) tests/browser
+
+chromium:
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+		apt-get update -q && apt-get install -qy --no-install-recommends chromium; \
+	else echo "Tests in a browser need Chromium. As root: apt-get install chromium" >&2; exit 1; fi
 
 test-faults: $(STAMP)
 	$(PYTEST) -n 2 --dist worksteal tests/faults
@@ -122,6 +134,8 @@ ci-faults: $(STAMP)
 
 ci-distributed: $(STAMP)
 	$(PYTEST) -m "not slow" tests/distributed
+
+ci-browser: test-browser
 
 ci-e2e: $(STAMP)
 	$(PYTEST) tests/e2e --ignore tests/e2e/test_quickstart.py
@@ -185,7 +199,7 @@ test-seams: $(OLDEST_STAMP) $(NEWEST_STAMP)
 
 in_venv = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(1)/bin/python -m pytest -q -m "not slow" -p no:cacheprovider
 
-test-all: test test-slow test-faults test-distributed test-vllm test-ray test-oldest test-newest test-e2e
+test-all: test test-slow test-browser test-faults test-distributed test-vllm test-ray test-oldest test-newest test-e2e
 
 # the table of "Try it on the quickstart" in docs/feedback.md: 15 minutes on an idle machine of 2 cores
 figures: $(STAMP)

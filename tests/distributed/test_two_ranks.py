@@ -52,7 +52,7 @@ def results(tmp_path_factory):
         one = torch.load(out / f"{case}-of-1-rank-0.pt")
         return one, [torch.load(out / f"{case}-of-2-rank-{rank}.pt") for rank in range(2)]
 
-    load.asked = asked
+    load.asked, load.out = asked, out
     return load
 
 
@@ -127,6 +127,15 @@ def test_one_rank_that_samples_again_alone_is_a_case_of_its_own(results):
     assert 0 < one["log"]["resample/rescued"] < again <= 4
     assert first["calls"] == [4, 0, 0] and last["calls"][:2] == [4, again] and len(last["calls"]) == 3
     assert one["calls"][:2] == [8, again]
+
+
+def test_the_first_rank_alone_reports(results):
+    """One folder of the run with one process, one of that with two; with distributions and pairs."""
+    folders = sorted((results.out / "runs" / "runs").iterdir())
+    assert len(folders) == 2 and all(len(list(folder.iterdir())) == 1 for folder in folders)
+    for folder in folders:
+        [file] = folder.iterdir()
+        assert b"samples/length" in file.read_bytes() and b"samples/pairs" in file.read_bytes()
 
 
 def test_evaluation_counts_each_prompt_once(results):

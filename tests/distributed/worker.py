@@ -168,7 +168,14 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     out, processes = Path(sys.argv[1]), int(sys.argv[2])
     run(out, "plain", processes)
-    run(out, "accumulated", processes, gradient_accumulation_steps=2, train_dataset=dataset(lengths=LENGTHS * 2))
+    run(
+        out,
+        "accumulated",
+        processes,
+        gradient_accumulation_steps=2,
+        train_dataset=dataset(lengths=LENGTHS * 2),
+        report_to="tensorboard",
+    )
     run(
         out,
         "weighted",

@@ -1,6 +1,7 @@
 """A notebook, run by a real kernel: what it shows of training, of an evaluation, and of the stop button."""
 
 import os
+import re
 import sys
 
 import pytest
@@ -36,6 +37,11 @@ trainer.train()
 )
 
 
+def lines(html):
+    """The points of each chart's line."""
+    return re.findall('polyline points="([^"]+)"', html)
+
+
 def headings(html):
     tables = html.split("<table")[1:]
     return [[part.split("</th>")[0] for part in table.split("<th>")[1:]] for table in tables]
@@ -55,7 +61,13 @@ def test_a_notebook_sees_reward_kl_evaluations_and_where_it_was_stopped(tmp_path
     trained, evaluated, stopped = (cell.outputs for cell in notebook.cells)
     shown = [o.data["text/html"] for o in trained if o.output_type == "display_data" and "text/html" in o.data]
     evaluation = ["step", "loss", "reward", "kl", "win rate", "tokens", "prompts"]
-    assert headings(shown[-1]) == [["step", "loss", "reward", "kl", "margin", "tok/s"], evaluation]
+    pairs = ["", "prompt", "chosen", "rejected", "why"]
+    assert headings(shown[-1]) == [["step", "loss", "reward", "kl", "margin", "tok/s"], evaluation, pairs]
+    charts = re.findall('aria-label="([^"]+): [^"]+ at step ([0-9]+)"', shown[-1])
+    of_training, of_evaluations = [(n, s) for n, s in charts if "eval" not in n], [c for c in charts if "eval" in c[0]]
+    assert of_training == [("reward", "6"), ("kl", "6"), ("loss", "6"), ("margin", "6")]
+    assert ("win rate (eval)", "6") in of_evaluations and all(len(p.split()) > 1 for p in lines(shown[-1]))
+    assert shown[-1].count("<td style") == 2 * 5 and "word_reward" in shown[-1]
     assert [step in shown[-1] for step in ("<td>2</td>", "<td>3</td>", "<td>6</td>")] == [True] * 3
     [table] = [o.data["text/html"] for o in evaluated if "<table" in o.get("data", {}).get("text/html", "")]
     assert headings(table) == [evaluation]

@@ -156,8 +156,7 @@ def build_trainer(plan: RunPlan, display: ProgressDisplay) -> OnlineDPOTrainer:
         plan.plugins.load()
         rewards = load_rewards(plan.reward_funcs, given.pop("reward_model_path", None))
         gold = load_rewards(plan.eval_reward_funcs, given.pop("eval_reward_model_path", None))
-    if given.get("run_folder") is None:
-        given["run_folder"] = _may_have_run_folder(given)
+    given["run_folder"] = _has_run_folder(given)
     args = OnlineDPOConfig(**{**given, "disable_tqdm": True})
     check_options(plan.training.get("resume_from_checkpoint"), args)
     train_dataset = train_dataset_of(run)
@@ -179,11 +178,19 @@ def build_trainer(plan: RunPlan, display: ProgressDisplay) -> OnlineDPOTrainer:
     return trainer
 
 
-def _may_have_run_folder(given: dict[str, Any]) -> bool:
-    """Whether a run folder is written where none is asked for: not over files of another program."""
+def _has_run_folder(given: dict[str, Any]) -> bool:
+    """Whether a run folder is written. Where nothing is said of it, not over files of another program.
+
+    Raises:
+        ForeignFileError: it is asked for, and there are such files.
+    """
+    if given.get("run_folder") is False:
+        return False
     try:
         check_own(Path(given.get("output_dir") or DEFAULT_OUTPUT).expanduser())
     except ForeignFileError as problem:
+        if given.get("run_folder"):
+            raise
         print(f"warning: no run folder is written. {problem}", file=sys.stderr)
         return False
     return True

@@ -15,10 +15,10 @@ from online_dpo.runs.opening import open_regular
 from online_dpo.runs.reading import RunFolder
 from online_dpo.runs.state import state_from
 
-TAIL = 1 << 15
+TAIL = 1 << 14
 """Bytes at the end of the metrics in which the last value of each is looked for."""
 
-SPARKS = 60
+SPARKS = 40
 LONGEST_ROW = 1 << 16
 MOST_SESSIONS = 200
 
@@ -86,7 +86,8 @@ class Summarizer:
         rows = list(_some_rows(self._folder))
         steps = [step for row in rows if (step := integer(row.get("step"))) is not None]
         times = [moment for row in rows if (moment := number(row.get("time"))) is not None]
-        last = {name: value for row in rows for name, entry in row.items() if (value := number(entry)) is not None}
+        merged = {name: entry for row in rows for name, entry in row.items()}
+        last = {name: value for name, entry in merged.items() if (value := number(entry)) is not None}
         metric = next((name for name in ("objective/scores", "rewards/margins", "loss") if name in last), "")
         return Summary(
             state=state_from(self._turns, self._folder.path),
@@ -124,7 +125,11 @@ def _positive(value: Any) -> int | None:
 def _trend(rows: list[dict[str, Any]], metric: str) -> list[tuple[int, float]]:
     points = [(integer(row.get("step")), number(row.get(metric))) for row in rows]
     there = sorted((step, value) for step, value in points if step is not None and value is not None)
-    return there[:: max(1, len(there) // SPARKS)] + there[-1:]
+    kept = there[:1]
+    for point in there:  # the rows at the end of the file are nearer to each other than the others
+        if point[0] - kept[-1][0] >= (there[-1][0] - there[0][0]) / SPARKS:
+            kept.append(point)
+    return kept
 
 
 def _some_rows(folder: RunFolder) -> Iterator[dict[str, Any]]:

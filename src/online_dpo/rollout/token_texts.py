@@ -27,6 +27,7 @@ class TokenTexts:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._pieces: dict[int, str] = {}
+        self._parts: set[int] = set()  # that write no whole character alone
         self._run = lru_cache(CACHED_RUNS)(self._behind_anchor)
         self._anchor = tuple(tokenizer.encode("a", add_special_tokens=False)[-1:])
         self._anchor_text = self._decode(self._anchor)
@@ -41,7 +42,11 @@ class TokenTexts:
         known = self._pieces
         for token in {*ids}.difference(known):
             known[token] = self._behind_anchor((token,))
-        pieces = [known[token] for token in ids]
+            if _REPLACEMENT in known[token]:
+                self._parts.add(token)
+        pieces = list(map(known.__getitem__, ids))
+        if self._parts.isdisjoint(ids):
+            return pieces
         for place in [place for place, piece in enumerate(pieces) if _REPLACEMENT in piece]:
             if _REPLACEMENT in pieces[place]:  # it may have become part of a character meanwhile
                 self._join(ids, pieces, place)

@@ -88,15 +88,28 @@ def listening(listener: Listener) -> Iterator[None]:
 
 
 class WarningsAsEvents(logging.Handler):
-    """Makes events of what is logged as a warning or an error, unless it has been told as an event."""
+    """Makes events of what is logged as a warning or an error, unless it has been told as an event.
+
+    Where there is no other handler, warnings are shown as they were without this one.
+    """
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Emits an event of kind "warning"."""
+        if logging.lastResort is not None and self._comes_alone(record.name):
+            logging.lastResort.handle(record)
         if not getattr(record, IN_EVENTS, False):
             emit("warning", record.getMessage(), logger=record.name)
+
+    def _comes_alone(self, name: str) -> bool:
+        """Whether this is the first handler of its kind, and there is none of another."""
+        logger, handlers = logging.getLogger(name), []
+        while logger is not None:
+            handlers += logger.handlers
+            logger = logger.parent if logger.propagate else None
+        return handlers[0] is self and all(isinstance(handler, WarningsAsEvents) for handler in handlers)
 
 
 @contextmanager

@@ -105,6 +105,12 @@ def each(path: Path, frame: Frame) -> Iterator[dict[str, Any] | None]:
         ValueError: the frame is damaged.
         OSError: the file is not there any more.
     """
+    for line, lines in _lines(path, frame, LONGEST_LINE):
+        yield _object(line) if line.endswith(b"\n") else _rest(lines)
+
+
+def _lines(path: Path, frame: Frame, longest: int) -> Iterator[tuple[bytes, BinaryIO]]:
+    """The lines of a frame, or so many bytes of one, and what further bytes are read from."""
     if frame.end - frame.start > LARGEST_COMPRESSED:
         raise ValueError(f"a frame of {frame.end - frame.start} bytes; at most {LARGEST_COMPRESSED} are read")
     with open_regular(path) as file:
@@ -114,10 +120,21 @@ def each(path: Path, frame: Frame) -> Iterator[dict[str, Any] | None]:
     with decompressor.stream_reader(compressed) as content:
         lines = cast(BinaryIO, io.BufferedReader(content))
         try:
-            while line := lines.readline(LONGEST_LINE):
-                yield _object(line) if line.endswith(b"\n") else _rest(lines)
+            while line := lines.readline(longest):
+                yield line, lines
         except zstandard.ZstdError as error:
             raise ValueError(f"a damaged frame: {error}") from error
+
+
+def check(path: Path, frame: Frame) -> None:
+    """Reads a frame to its end and keeps nothing of it: its checksum stands there.
+
+    Raises:
+        ValueError: the frame is damaged.
+        OSError: the file is not there any more.
+    """
+    for _ in _lines(path, frame, longest=1 << 20):
+        pass
 
 
 def _rest(lines: BinaryIO) -> None:

@@ -20,6 +20,11 @@ class _Array(Protocol):
 DIGITS = 6
 """Significant digits of numbers that are only looked at."""
 
+LONGEST_INT = 10_000
+"""Bits of an integer that is written; Python refuses to print one much longer."""
+DEEPEST = 32
+"""Lists and mappings inside of each other that are written."""
+
 
 def rounded(number: float | None) -> float | None:
     """A number with so many digits as are looked at; ``None`` where it is not finite.
@@ -31,8 +36,11 @@ def rounded(number: float | None) -> float | None:
 
 
 def exact(number: float | None) -> float | None:
-    """A number as it is; ``None`` where it is not finite."""
-    return None if number is None or not math.isfinite(number) else float(number)
+    """A number as it is; ``None`` where it is not finite, or larger than any float."""
+    try:
+        return None if number is None or not math.isfinite(number) else float(number)
+    except OverflowError:  # an int or a fraction of any length
+        return None
 
 
 def plain(value: Any) -> Any:
@@ -45,10 +53,10 @@ def plain(value: Any) -> Any:
         return value
     if isinstance(value, str):
         return str(value)
-    if isinstance(value, numbers.Integral):
+    if isinstance(value, numbers.Integral) and int(value).bit_length() <= LONGEST_INT:
         return int(value)
     if isinstance(value, numbers.Real):
-        return exact(float(value))
+        return exact(value)  # pyright: ignore[reportArgumentType]: any kind of real number
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     if isinstance(value, Mapping):
@@ -58,15 +66,15 @@ def plain(value: Any) -> Any:
     raise TypeError(f"JSON has nothing for a {type(value).__name__}")
 
 
-def plain_or_named(value: Any) -> Any:
-    """As `plain`, but with ``{"left_out": <its type>}`` in the place of what JSON has nothing for."""
-    if isinstance(value, (list, tuple)):
-        return [plain_or_named(item) for item in value]
-    if isinstance(value, Mapping):
-        return {str(key): plain_or_named(item) for key, item in value.items()}
+def plain_or_named(value: Any, depth: int = DEEPEST) -> Any:
+    """As `plain`, with ``{"left_out": <its type>}`` in place of what JSON has nothing for, or is too deep inside."""
+    if isinstance(value, (list, tuple)) and depth:
+        return [plain_or_named(item, depth - 1) for item in value]
+    if isinstance(value, Mapping) and depth:
+        return {str(key): plain_or_named(item, depth - 1) for key, item in value.items()}
     try:
         return plain(value)
-    except TypeError:
+    except (TypeError, RecursionError):  # a list may hold itself
         return {"left_out": type(value).__name__}
 
 

@@ -120,6 +120,15 @@ class RunFolder:
         """
         return frames.read(self.path / at.file.name, at.frame)
 
+    def check(self, at: StepFrame) -> None:
+        """Reads a step to its end, and keeps nothing of it.
+
+        Raises:
+            ValueError: the frame is damaged.
+            OSError: the file is not there any more.
+        """
+        frames.check(self.path / at.file.name, at.frame)
+
     def each_group(self, at: StepFrame) -> Iterator[Row | None]:
         """The groups of a step one by one, for little memory; ``None`` for one that cannot be read.
 

@@ -6,6 +6,7 @@ they are made of are exact; other numbers are rounded.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,7 @@ class CompletionRecord:
     is missing; ``ranking`` is the number by which pairs were formed, where that is another. ``sampled_logp`` is the sum
     of the sampler's log-probabilities. ``tokens`` are the texts of the tokens; they, ``log_ratios`` (log policy minus
     log reference, for each token), ``logp`` and ``ref_logp`` (sums) are there for completions that were trained on.
+    There are so many ``log_ratios`` that they are rounded together before, and written as they are.
 
     >>> CompletionRecord("Red.", 2, "stop", "policy", 11, rewards={"format": 1.0}, weighted={"format": 0.5}, score=0.5)
     """
@@ -66,7 +68,7 @@ class CompletionRecord:
             ranking=exact(self.ranking),
             sampled_logp=rounded(self.sampled_logp),
             tokens=list(self.tokens),
-            log_ratios=[rounded(number) for number in self.log_ratios],
+            log_ratios=_as_they_are(self.log_ratios),
             logp=rounded(self.logp),
             ref_logp=rounded(self.ref_logp),
         )
@@ -214,6 +216,10 @@ class GroupRecord:
         )
 
 
+def _as_they_are(numbers: Sequence[float]) -> list[float | None]:
+    return list(numbers) if math.isfinite(sum(numbers)) else [exact(number) for number in numbers]
+
+
 def _exact(numbers: Mapping[str, float | None]) -> Row:
     return {name: exact(number) for name, number in numbers.items()}
 
@@ -224,7 +230,7 @@ def _columns(columns: Mapping[str, Any]) -> tuple[Row, list[str]]:
     for name, value in columns.items():
         try:
             kept[str(name)] = plain(value)
-        except TypeError:
+        except (TypeError, RecursionError):
             continue
     return kept, [str(name) for name in columns if str(name) not in kept]
 

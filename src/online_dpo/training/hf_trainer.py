@@ -35,6 +35,7 @@ from online_dpo.training.display.choose import choose_displays
 from online_dpo.training.evaluation_weights import EvaluationWeights
 from online_dpo.training.failures import NamedCallbacks, StepsDone
 from online_dpo.training.finite import FiniteWeights
+from online_dpo.training.hub_uploads import without_record
 from online_dpo.training.interrupt import Interrupt
 from online_dpo.training.learning_rate import LearningRateBackoff
 from online_dpo.training.log_state import LogState
@@ -64,6 +65,7 @@ class GuardedTrainer(Trainer):
 
     # Read by transformers.Trainer: the loss is divided by the pairs of the whole step already.
     loss_is_scaled_for_ga = True
+    push_to_hub = without_record()(Trainer.push_to_hub)
 
     def __init__(self, model: nn.Module, args: OnlineDPOConfig, **kwargs: Any) -> None:
         self.configs = ConfigKeeper()
@@ -298,7 +300,8 @@ class GuardedTrainer(Trainer):
             self.run_state.save(folder, self.accelerator.process_index)
             self.others.write_files(folder)
         if self.args.push_to_hub:
-            super()._push_from_checkpoint(str(folder_of(run_dir, self.state.global_step)))
+            with without_record():
+                super()._push_from_checkpoint(str(folder_of(run_dir, self.state.global_step)))
         self.checkpoints.rotate(run_dir)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -311,8 +314,7 @@ class GuardedTrainer(Trainer):
 
     def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
         """The parent's; checkpoints that it would delete are deleted after it."""
-        run_dir = Path(self._get_output_dir(trial))
-        with self.checkpoints.hidden(run_dir):
+        with self.checkpoints.hidden(Path(self._get_output_dir(trial))):
             return super()._finalize_training(trial, *args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -8,8 +8,12 @@ from itertools import accumulate
 
 import torch
 
+from online_dpo.runs.plain_json import DIGITS
 from online_dpo.training.objective_step import PairLosses
 from online_dpo.types import PackedRows
+
+SMALLEST = 1e-30
+"""Of a smaller number no digit is looked at."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class _Pass:
         lengths, chosen, rejected = rows.length_S.tolist(), rows.chosen_N.tolist(), rows.rejected_N.tolist()
         starts = [0, *accumulate(lengths)]
         sums, losses = logps_S.tolist(), loss_N.tolist()
-        ratios = (logps_M - reference[0]).tolist() if reference else []
+        ratios = _rounded(logps_M - reference[0]).tolist() if reference else []
         ref_sums = reference[1].tolist() if reference else [None] * len(sums)
 
         def completion(s: int) -> TrainedCompletion:
@@ -96,6 +100,13 @@ class _Pass:
         for n, pair in enumerate(rows.pairs):
             better, worse = completion(chosen[n]), completion(rejected[n])
             yield id(pair), TrainedPair(better, worse, losses[n], _implied(better, worse, self._beta))
+
+
+def _rounded(values: torch.Tensor) -> torch.Tensor:
+    """The values with as many digits as a record has, all at once."""
+    exact = values.double()
+    scale = 10.0 ** (DIGITS - 1 - exact.abs().clamp(min=SMALLEST).log10().floor())
+    return (exact * scale).round() / scale
 
 
 def _implied(chosen: TrainedCompletion, rejected: TrainedCompletion, beta: float) -> float | None:

@@ -46,7 +46,7 @@ FILES = {
     "date.yaml": GOOD + "max_steps: 2024-01-31\n",
     "none.yaml": GOOD + "learning_rate: None\n",
     "half.yaml": GOOD + "num_completions: 2.5\n",
-    "alias.yaml": GOOD + "num_completions_to_print: 3\n",
+    "alias.yaml": GOOD + "log_unique_prompts: true\n",
     "minutes.yaml": GOOD + "ddp_timeout: 1:30\n",
     "laughs.yml": GOOD
     + "a: &a [x, x, x]\n"
@@ -106,7 +106,7 @@ LINES = {
     "train date.yaml": "date.yaml:5: `max_steps` is '2024-01-31'; wanted: a whole number.",
     "train none.yaml": "none.yaml:5: `learning_rate` is 'None'; wanted: a number.",
     "train half.yaml": "half.yaml:5: `num_completions` is 2.5; wanted: a whole number.",
-    "train alias.yaml": "alias.yaml:5: `num_completions_to_print` is not a field. With `run_folder` all answers are",
+    "train alias.yaml": "alias.yaml:5: `log_unique_prompts` is not a field. With `run_folder` all answers are",
     "train minutes.yaml": "minutes.yaml:5: `ddp_timeout` is '1:30'; wanted: a whole number.",
     "train laughs.yml": "laughs.yml:9: no valid YAML: more than 20000 values, counted as often as aliases repeat",
     "train deep.yml": "deep.yml:5: no valid YAML: nested more than 50 levels deep.",

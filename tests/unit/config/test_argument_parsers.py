@@ -18,6 +18,7 @@ from online_dpo import OnlineDPOConfig
 from online_dpo.cli.runfile.schema import config_classes, read_fields_of
 
 SAMPLES: dict[str, tuple[list[str], Any]] = {
+    "num_completions_to_print": (["3"], 3),
     "learning_rate": (["1e-6"], 1e-6),
     "logging_steps": (["0.5"], 0.5),
     "gradient_checkpointing": (["false"], False),
@@ -62,6 +63,10 @@ SAMPLES: dict[str, tuple[list[str], Any]] = {
     "reward_batch_size": (["4"], 4),
     "reward_model_sharding": (["shard"], "shard"),
     "reward_timeout": (["2.5"], 2.5),
+    "human_timeout": (["60"], 60.0),
+    "run_folder": ([], True),
+    "log_completions": (["4"], 4),
+    "log_completions_max_mb": (["100"], 100),
     "resume_anyway": ([], True),
     "overwrite_output_dir": ([], True),
     "max_failure_share": (["0.5"], 0.5),

@@ -78,7 +78,7 @@ def test_answers(name: str, answer: str) -> None:
         ("num_generations", "Here it is `num_completions`."),
         ("torch_dtype", "Here it is `model_init_kwargs`."),
         ("lr", "Here it is `learning_rate`."),
-        ("num_completions_to_print", "With `run_folder` all answers are written down"),
+        ("log_unique_prompts", "With `run_folder` all answers are written down"),
         ("train_dataset", "`train_dataset` is an argument of `OnlineDPOTrainer`."),
         ("num_completion", "Did you mean `num_completions`?"),
     ],

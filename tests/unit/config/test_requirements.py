@@ -66,16 +66,19 @@ def test_an_optimizer_needs_what_transformers_imports_for_it(name):
 def test_alternatives_submodules_and_folders_of_a_like_name(tmp_path, monkeypatch):
     assert Needs("", "absent|yaml").missing == [] and Needs("", "absent|gone", "yaml").missing == ["absent"]
     assert installed("online_dpo.cli.main") and not installed("online_dpo.cli.absent") and not installed("no.such")
-    (tmp_path / "wandb").mkdir()  # as a run of wandb leaves one in the working folder
+    (tmp_path / "swanlab").mkdir()  # as runs of trackers leave one in the working folder
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    assert not installed("wandb")
+    assert not installed("swanlab")
 
 
 # --- each kind of setting -------------------------------------------------------------------------------------------
 
 MISSING = [
-    ({"report_to": "wandb"}, "`report_to` 'wandb' needs wandb, not installed here. Install it with: pip install wandb"),
-    ({"report_to": ["tensorboard", "mlflow"]}, "'tensorboard' needs tensorboard, .*: pip install tensorboard$"),
+    (
+        {"report_to": "swanlab"},
+        "`report_to` 'swanlab' needs swanlab, not installed here. Install it with: pip install swanlab",
+    ),
+    ({"report_to": ["tensorboard", "dvclive"]}, "'dvclive' needs dvclive, .*: pip install dvclive$"),
     ({"report_to": "kubeflow"}, "works inside a Kubeflow TrainJob"),
     ({"report_to": "wandbb"}, "`report_to` is 'wandbb'; wanted: one of .*Did you mean `wandb`"),
     ({"optim": "adamw_bnb_8bit"}, "`optim` 'adamw_bnb_8bit' needs bitsandbytes, .*: pip install bitsandbytes"),

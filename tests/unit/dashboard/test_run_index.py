@@ -8,7 +8,7 @@ import pytest
 import run_folders
 
 from online_dpo.dashboard.index.background import Background
-from online_dpo.dashboard.index.points import decimated, points_of
+from online_dpo.dashboard.index.points import decimated, points_of, smoothed
 from online_dpo.dashboard.index.run_index import RunIndex
 from online_dpo.runs.layout import METRICS
 from online_dpo.runs.reading import RunFolder
@@ -138,3 +138,16 @@ def test_a_chart_keeps_every_extreme():
     assert len(few) <= 1002 and few[:, 2].max() == 9.0 and few[:, 2].min() == -9.0
     assert few[0, 1] == 1 and few[-1, 1] == 50_000 and (np.diff(few[:, 1]) > 0).all()
     assert len(decimated(points[:700], 500)) == 700
+    flat = points * [1, 1, 0]
+    assert len(decimated(flat, 500)) <= 502
+
+
+def test_smoothing_is_an_exponential_moving_average():
+    values = np.random.default_rng(0).normal(size=1234)
+    points = np.stack([np.arange(1234), np.arange(1234), values], axis=1)
+    for smoothing in (0.0, 0.3, 0.99):
+        average, averages = values[0], []
+        for value in values:
+            average = smoothing * average + (1 - smoothing) * value
+            averages.append(average)
+        assert np.allclose(smoothed(points, smoothing)[:, 2], averages, rtol=1e-9, atol=1e-12)

@@ -4,6 +4,7 @@ import logging
 
 from online_dpo.runs import events
 from online_dpo.runs.often import OftenTold
+from support.processes import run_python
 
 
 def test_without_a_listener_nothing_happens():
@@ -52,3 +53,23 @@ def test_what_comes_seldom_is_told_each_time():
         for attempt in range(3):
             often.tell("retry", "judge", f"attempt {attempt}")
     assert [event.facts["times"] for event in heard] == [1, 1, 1]
+
+
+SHOWN = """
+import logging
+from online_dpo.runs import events
+
+logger = logging.getLogger("online_dpo.part")
+logger.warning("before")
+with events.warnings_told("online_dpo"), events.warnings_told("online_dpo"):
+    logger.warning("inside")
+    events.warn(logger, "skip", "an event")
+    logging.basicConfig(format="root: %(message)s")
+    logger.warning("with a handler")
+"""
+
+
+def test_warnings_are_shown_as_without_a_listener():
+    """Python shows those that no handler takes; ours must not count as one."""
+    done = run_python("-c", SHOWN)
+    assert done.stderr.splitlines() == ["before", "inside", "an event", "root: with a handler"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import datetime
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,7 @@ def test_a_full_group_has_every_key() -> None:
         ranking=-1.5,
         sampled_logp=-4.123456789,
         tokens=["Red", "."],
-        log_ratios=[0.0123456789, -0.2],
+        log_ratios=[0.0123457, -0.2],
         logp=-4.1,
         ref_logp=-4.3,
     )
@@ -175,3 +176,16 @@ def test_scalars_of_numpy_and_torch_are_plain() -> None:
     assert plain_or_named(memoryview(b"x")) == {"left_out": "memoryview"}
     with pytest.raises(TypeError, match="no key of type tuple"):
         plain({(1, 2): "a"})
+
+
+def test_values_that_no_file_could_hold_end_nothing() -> None:
+    endless: list[Any] = ["a"]
+    endless.append(endless)
+    columns = {"endless": endless, "long": 10**5000, "fraction": Fraction(10) ** 400, "label": "red"}
+    notes = {"endless": [endless], "long": [10**5000]}
+    row = strict(GroupRecord(1, 0, 0, 0, "p", 0, 1, (BARE,), columns=columns, notes=notes).as_json())
+
+    assert row["columns"] == {"long": None, "fraction": None, "label": "red"}
+    assert row["columns_left_out"] == ["endless"]
+    assert row["notes"]["long"] == [None]
+    assert json.dumps(row["notes"]["endless"]).count("left_out") == 1

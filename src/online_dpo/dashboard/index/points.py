@@ -71,18 +71,26 @@ def points_of(db: sqlite3.Connection, name: str, after: int = -1) -> np.ndarray:
 
 def decimated(points: np.ndarray, buckets: int) -> np.ndarray:
     """At most two points for each of so many equal ranges of steps: the smallest and the largest value, in their order.
-    What a chart of that many pixels shows is the same as with all points.
+    What a chart of that many pixels shows is the same as with all points, which must be in the order of their steps.
     """
     if len(points) <= 2 * buckets:
         return points
-    steps, values = points[:, 1], points[:, 2]
-    first, last = steps.min(), steps.max()
-    bucket = np.minimum((steps - first) * (buckets / max(last - first, 1)), buckets - 1).astype(np.int64)
-    by_value = np.lexsort((values, bucket))
-    starts = np.flatnonzero(np.diff(bucket[by_value], prepend=-1))
-    ends = np.append(starts[1:], len(points)) - 1
-    kept = np.unique(np.concatenate([by_value[starts], by_value[ends], [0, len(points) - 1]]))
-    return points[kept]
+    steps, values = points[:, 1], np.ascontiguousarray(points[:, 2])
+    width = max(steps[-1] - steps[0], 1) / buckets
+    bucket = np.minimum((steps - steps[0]) / width, buckets - 1).astype(np.int64)
+    starts = np.flatnonzero(np.diff(bucket, prepend=-1))
+    counts = np.diff(starts, append=len(points))
+    kept = [np.array([0, len(points) - 1])]
+    for extreme in (np.minimum, np.maximum):
+        places = np.flatnonzero(values == np.repeat(extreme.reduceat(values, starts), counts))
+        kept.append(places[np.diff(bucket[places], prepend=-1) > 0])  # the first of each bucket
+    return points[np.unique(np.concatenate(kept))]
+
+
+def in_order(points: np.ndarray) -> np.ndarray:
+    """The points by their steps, in which a run writes them; a damaged file may have another order."""
+    steps = points[:, 1]
+    return points if (steps[1:] >= steps[:-1]).all() else points[np.argsort(steps, kind="stable")]
 
 
 def smoothed(points: np.ndarray, smoothing: float) -> np.ndarray:
@@ -93,15 +101,15 @@ def smoothed(points: np.ndarray, smoothing: float) -> np.ndarray:
         points: (row, step, value).
         smoothing: from 0 (no smoothing) to below 1.
     """
-    values, averages = points[:, 2], np.empty(len(points))
-    # an average needs the last one: a block at a time, so that Python's loop is short
-    powers = smoothing ** np.arange(1, BLOCK + 1)
+    count = len(points)
+    blocks = np.resize(points[:, 2], (-(-count // BLOCK), BLOCK))
     distance = np.subtract.outer(np.arange(BLOCK), np.arange(BLOCK))
     weights = np.where(distance >= 0, (1 - smoothing) * smoothing ** np.maximum(distance, 0), 0.0)
-    last = values[0] if len(values) else 0.0
-    for start in range(0, len(values), BLOCK):
-        block = values[start : start + BLOCK]
-        size = len(block)
-        averages[start : start + size] = weights[:size, :size] @ block + powers[:size] * last
-        last = averages[start + size - 1]
-    return np.column_stack([points[:, :2], averages])
+    # the average of each block alone, then what is left in it of those before
+    averages = blocks @ weights.T
+    before, lasts = points[0, 2], []
+    for last in averages[:, -1].tolist():
+        lasts.append(before)
+        before = last + smoothing**BLOCK * before
+    averages += np.outer(lasts, smoothing ** np.arange(1, BLOCK + 1))
+    return np.column_stack([points[:, :2], averages.ravel()[:count]])

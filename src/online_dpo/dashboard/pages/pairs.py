@@ -14,6 +14,7 @@ from online_dpo.dashboard.catalog import Run
 from online_dpo.dashboard.context import render, run_of
 from online_dpo.dashboard.group import Completion, Group, Pair
 from online_dpo.dashboard.plain_words import ratio_class, why_left_out, why_no_pair
+from online_dpo.dashboard.same_prompts import best
 from online_dpo.dashboard.sample_query import PAGE, SORTS, SampleQuery
 from online_dpo.dashboard.word_difference import Segment, word_difference
 
@@ -34,13 +35,16 @@ def show_pairs(request: Request) -> Response:
         total = db.execute("SELECT count(*) FROM sample").fetchone()[0]
         reasons = [row[0] for row in db.execute("SELECT DISTINCT reason FROM sample WHERE reason > '' ORDER BY 1")]
         scorers = [row[0] for row in db.execute("SELECT DISTINCT scorer FROM reward ORDER BY 1 LIMIT 100")]
-    return render(
+    page = render(
         *(request, "pairs.html"),
         page="pairs",
         **{"run": run, "query": query, "rows": rows, "count": count, "total": total},
         **{"reasons": reasons, "scorers": scorers, "sorts": SORTS, "pages": -(-count // PAGE)},
         progress=run.index.progress,
     )
+    if request.headers.get("hx-trigger") == "filters":  # the address without the fields that are empty
+        page.headers["hx-push-url"] = f"/runs/{run.id}/pairs?{query.link(page='')}"
+    return page
 
 
 def show_group(request: Request) -> Response:
@@ -73,7 +77,7 @@ def show_prompt(request: Request) -> Response:
     if not rows:
         raise HTTPException(404, "There is no such prompt among the groups of this run.")
     kept = rows if len(rows) <= EARLIEST else [*rows[: EARLIEST // 2], *rows[-EARLIEST // 2 :]]
-    groups = [group for row in kept if (group := run.index.group(row["id"])) is not None]
+    groups = [group for row in kept if (group := run.index.group(row["id"])) and group.completions]
     if not groups:
         raise HTTPException(404, "The groups of this prompt are not in the folder any more.")
     return render(
@@ -116,13 +120,6 @@ def _against(first: Group, group: Group) -> ShownAnswer:
     is_first = group.key == first.key
     words = [Segment(answer.text, False)] if is_first else word_difference(answer.text, earliest.text)[0]
     return ShownAnswer(group, answer, words, is_first)
-
-
-def best(group: Group) -> Completion:
-    """The completion of a group that is chosen, else the one of the highest score, else the first."""
-    if group.pairs:
-        return group.completions[group.pairs[0].chosen]
-    return max(group.completions, key=lambda one: (-float("inf") if one.score is None else one.score, -one.place))
 
 
 def _roles(group: Group) -> dict[int, str]:

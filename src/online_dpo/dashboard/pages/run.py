@@ -13,11 +13,12 @@ from starlette.routing import Route
 
 from online_dpo.dashboard.catalog import Run
 from online_dpo.dashboard.context import dashboard_of, render, run_of
-from online_dpo.dashboard.index.points import decimated, points_of, smoothed
+from online_dpo.dashboard.index.points import decimated, in_order, points_of, smoothed
 from online_dpo.dashboard.metric_groups import grouped
 
 MOST_OVERLAID = 8
 MOST_SERIES = 200
+DIGITS = 6
 PATIENCE = 0.1
 """Seconds that a page waits for the index."""
 
@@ -104,6 +105,7 @@ class Wanted:
 
     def of(self, points: np.ndarray) -> dict[str, Any]:
         """The metric's points in that part."""
+        points = in_order(points)
         found = {"raw": columns(self._cut(points))}
         if self._smoothing and len(points):
             averages = smoothed(points, self._smoothing)
@@ -113,16 +115,18 @@ class Wanted:
     def _cut(self, points: np.ndarray) -> np.ndarray:
         """The points in the range and one on each side, so that lines lead out of the picture."""
         steps = points[:, 1]
-        if len(steps) and (np.diff(steps) >= 0).all():
-            start = max(0, int(np.searchsorted(steps, self._first)) - 1)
-            points = points[start : int(np.searchsorted(steps, self._last, side="right")) + 1]
-        return decimated(points, self._buckets)
+        start = max(0, int(np.searchsorted(steps, self._first)) - 1)
+        return decimated(points[start : int(np.searchsorted(steps, self._last, side="right")) + 1], self._buckets)
 
 
 def columns(points: np.ndarray) -> list[list[float]]:
     """Steps and values of points, rounded to what a chart shows."""
-    values = [float(f"{value:.6g}") for value in points[:, 2].tolist()]
-    return [points[:, 1].astype(np.int64).tolist(), values]
+    values = points[:, 2]
+    with np.errstate(all="ignore"):
+        scale = 10.0 ** (DIGITS - 1 - np.floor(np.log10(np.abs(values))))
+        rounded = np.where(np.isfinite(scale) & (scale > 0), np.round(values * scale) / scale, values)
+    rounded = np.where(np.isfinite(rounded), rounded, values)  # the largest numbers would overflow
+    return [points[:, 1].astype(np.int64).tolist(), rounded.tolist()]
 
 
 def _number(text: str | None, default: float) -> float:

@@ -97,7 +97,7 @@ export class Chart {
       width: this.plotElement.clientWidth,
       height: this.plotElement.clientHeight,
       legend: { show: false },
-      padding: [6, 8, 0, 0],
+      padding: [6, 18, 0, 0],
       cursor: {
         sync: { key: "steps", setSeries: false, scales: ["x", null] },
         drag: { x: true, y: false, setScale: false },

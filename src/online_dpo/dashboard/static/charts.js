@@ -16,7 +16,7 @@ const view = {
   range: address.has("from") && address.has("to") ? [Number(address.get("from")), Number(address.get("to"))] : null,
   marks: new Map(),
   showsMarks: address.get("events") !== "0",
-  samplesOf: (run, step) => `/runs/${run.id}/pairs?step=${step}`,
+  samplesOf: (run, step) => `/runs/${run.id}/pairs?step_min=${step}&step_max=${step}`,
   onPick: (run, step) => (location.href = view.samplesOf(run, step)),
   onZoom: zoom,
   onHover: hover,
@@ -100,7 +100,11 @@ function receive({ run, cursor, series }) {
       hasNew = true;
       continue;
     }
-    if (chart.isStale) continue;
+    if (chart.isStale) {
+      chart.last.set(run, points[1][points[1].length - 1]);
+      chart.show(null);
+      continue;
+    }
     const known = chart.data.get(run)?.raw[0] ?? [];
     const last = known.length ? known[known.length - 1] : -1;
     const from = points[0].findIndex((step) => step > last);

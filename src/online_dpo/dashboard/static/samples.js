@@ -34,6 +34,13 @@ document.addEventListener("keydown", (event) => {
   }
 });
 
+// htmx takes a form over a moment after it has come into the page. Who is faster waits for that moment.
+document.addEventListener("submit", (event) => {
+  if (event.defaultPrevented || !event.target.matches("form[hx-post]")) return;
+  event.preventDefault();
+  setTimeout(() => event.submitter?.click(), 30); // a click tells htmx which button it was
+});
+
 async function copy(text) {
   if (navigator.clipboard && isSecureContext) return navigator.clipboard.writeText(text);
   const field = document.createElement("textarea"); // an address of another machine has no clipboard
@@ -55,3 +62,10 @@ document.addEventListener("click", async (event) => {
 });
 
 if (location.hash === "#search") document.querySelector("#search")?.focus();
+
+// While the server still reads the files of a run, the list is asked for again, by its form as it is filled in then.
+function askAgain() {
+  const form = document.querySelector("form#filters");
+  if (form && document.querySelector("#results[data-reading]")) setTimeout(() => form.requestSubmit(), 700);
+}
+document.addEventListener("htmx:load", (event) => event.target.matches("body, #results") && askAgain());

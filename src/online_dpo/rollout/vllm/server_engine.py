@@ -43,6 +43,7 @@ from online_dpo.rollout.vllm.requests import (
 from online_dpo.rollout.vllm.worker import coarsest, differing_shape
 from online_dpo.rollout.weights.adapter import check_adapter, write_adapter
 from online_dpo.rollout.weights.export import write_weights
+from online_dpo.runs import events
 from online_dpo.types import Group, Prompt
 
 T = TypeVar("T")
@@ -211,6 +212,11 @@ class VLLMServerEngine:
                 if answer is not None and client_of[i].url in up_to_date
             }
             waiting = [i for i in waiting if i not in sampled]
+            for url in sorted({client.url for client in used} - up_to_date):
+                text = (
+                    f"{url} lost the weights while it sampled: it has restarted, or others use it. It gets them again."
+                )
+                events.emit("server", text, url=url)
             if not waiting:
                 return [sampled[i] for i in range(len(requests))]
         urls = ", ".join(sorted({client_of[i].url for i in waiting}))

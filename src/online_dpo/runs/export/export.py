@@ -12,7 +12,7 @@ from typing import Any
 from online_dpo.checkpoints.files import replacing
 from online_dpo.runs.export.files import FORMATS, Format
 from online_dpo.runs.export.rows import MakeRows
-from online_dpo.runs.export.sources import Source
+from online_dpo.runs.export.sources import UNREADABLE, Source
 from online_dpo.runs.votes import votes_as_pairs, votes_of
 
 Row = dict[str, Any]
@@ -76,7 +76,7 @@ class Dataset:
             told.groups += 1
             return list(self.make_rows(group, told.left_out))
         except (AttributeError, IndexError, KeyError, TypeError):  # written by others, or by another version
-            told.left_out["groups that cannot be read"] += 1
+            told.left_out[UNREADABLE] += 1
             return []
 
 

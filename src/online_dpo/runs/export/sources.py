@@ -14,6 +14,7 @@ from online_dpo.runs.layout import completions_files
 from online_dpo.runs.reading import RunFolder, StepFrame
 
 Row = dict[str, Any]
+UNREADABLE = "groups that cannot be read"
 
 
 @dataclass(frozen=True)
@@ -44,21 +45,20 @@ class Source:
         return cls(name, folder, dict(by_rank), torn)
 
     def groups(self, left_out: Counter[str]) -> Iterator[Row]:
-        """The groups of all ranks by step. A step that cannot be read is counted in ``left_out``."""
-        return heapq.merge(*(self._of_rank(rank, left_out) for rank in self.by_rank), key=_order)
+        """The groups of all ranks by step. What cannot be read is counted in ``left_out``."""
+        by_rank = [self._of_rank(rank, left_out) for rank in sorted(self.by_rank)]
+        return heapq.merge(*by_rank, key=lambda group: group["step"])
 
     def _of_rank(self, rank: int, left_out: Counter[str]) -> Iterator[Row]:
         for at in self.by_rank[rank]:
             try:
-                groups = self.folder.groups(at)
+                self.folder.check(at)
+                for group in self.folder.each_group(at):
+                    if group is not None and isinstance(group.get("step"), int):
+                        yield group
+                    else:
+                        left_out[UNREADABLE] += 1
             except FileNotFoundError:
                 left_out["steps whose file was removed meanwhile"] += 1
-                continue
             except ValueError:
                 left_out["steps that are damaged"] += 1
-                continue
-            yield from groups
-
-
-def _order(group: Row) -> tuple[int, int]:
-    return group["step"], group["rank"]

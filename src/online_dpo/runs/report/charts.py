@@ -141,11 +141,14 @@ def picture(charts: Sequence[tuple[str, Markup]], title: str) -> str:
     """Put charts with their headings side by side into one SVG file."""
     wide, high = WIDTH + 20, HEIGHT + 34
     head = Markup('<svg xmlns="http://www.w3.org/2000/svg" width="{0}" height="{1}" viewBox="0 0 {0} {1}">')
-    parts = [head.format(wide * len(charts), high), Markup("<title>{}</title><style>{}</style>").format(title, STYLE)]
+    parts = [
+        head.format(wide * len(charts), high),
+        Markup("<title>{}</title><style>{}</style>").format(seen(title, 200), STYLE),
+    ]
     parts.append(_tag("rect", width=wide * len(charts), height=high, fill="#fff"))
     for n, (heading, chart) in enumerate(charts):
         parts.append(Markup('<g transform="translate({} 24)">').format(n * wide + 10))
-        parts.append(Markup('<text class="title" y="-8">{}</text>{}</g>').format(heading, chart))
+        parts.append(Markup('<text class="title" y="-8">{}</text>{}</g>').format(seen(heading, LONGEST_LABEL), chart))
     return str(Markup("").join(parts) + Markup("</svg>\n"))
 
 
@@ -223,6 +226,9 @@ def _drawn(line: Line, x: _Scale, y: _Scale) -> Iterator[Markup]:
         yield _tag("path", d=_path([*upper, *lower]) + "Z", class_=f"band {colour}")
     places = [(x(px), y(py)) for px, py in line.points]
     yield _tag("path", d=_path(places), class_=f"line {colour}")
+    if len(line.band) == 1:
+        [(px, low, high)] = line.band
+        yield _tag("path", d=_path([(x(px), y(low)), (x(px), y(high))]), class_=f"line {colour}")
     if line.dots or len(places) == 1:
         for px, py in places:
             yield _tag("circle", cx=px, cy=py, r=2.5, class_=f"point {colour}")

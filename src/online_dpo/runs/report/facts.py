@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from online_dpo.runs.votes import Vote, latest_votes
 Row = dict[str, Any]
 
 PHASES = ("rollout", "scoring", "training", "reference", "sync", "waiting")
-QUIET = frozenset({"start", "resume", "end", "checkpoint", "evaluation", "sync", "record", "learning_rate"})
+NOT_SAVED = "checkpoint not saved"
+QUIET = frozenset({"start", "resume", "end", "checkpoint", "evaluation", "sync"})
 """Kinds of events that are the course of a run, and nothing to look into."""
 LARGEST_FIGURES = 1 << 20
 """Bytes of a file of figures that is read."""
@@ -121,14 +123,18 @@ class RunFacts:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds by phase, the reference apart from training; empty where none were logged."""
+        """Seconds by phase, the reference apart from training; empty where none were logged. "other" has the phases of
+        less than a thousandth as well.
+        """
         times = {name: series.total for name, series in self.metrics.starting("time/").items() if "/" not in name}
         whole = times.get("all")
         found = {name: times[name] for name in PHASES if times.get(name)}
         if "reference" in found and "training" in found:
             found["training"] = max(0.0, found["training"] - found["reference"])
-        if whole is not None and (rest := whole - sum(found.values())) > 0:
-            found["other"] = rest
+        if whole is not None:
+            found = {name: seconds for name, seconds in found.items() if seconds >= whole / 1000}
+            if (rest := whole - sum(found.values())) > 0:
+                found["other"] = rest
         return found
 
     @property
@@ -210,9 +216,10 @@ def _events(folder: RunFolder) -> tuple[list[EventKind], str]:
     kinds: dict[str, EventKind] = {}
     ends: dict[Any, str] = {}
     for row in each_row(folder.events):
-        name, step = str(row.get("kind", "")), int(number(row.get("step")) or 0)
+        name = NOT_SAVED if row.get("saved") is False else str(row.get("kind", ""))
+        step, times = int(number(row.get("step")) or 0), int(number(row.get("times")) or 1)
         kind = kinds.setdefault(name, EventKind(name, first=step))
-        kind.count, kind.last, kind.message = kind.count + 1, step, str(row.get("message", ""))
+        kind.count, kind.last, kind.message = kind.count + times, step, str(row.get("message", ""))
         if name == "start":
             ends = {}
         elif name == "end":
@@ -235,7 +242,8 @@ def _examples(folder: RunFolder, groups: GroupFacts) -> Iterator[Example]:
 
 
 def _answered(folder: RunFolder, at: StepFrame, place: int) -> Answered:
-    group = folder.groups(at)[place]
+    group = next(islice(folder.each_group(at), place, None))
+    assert group is not None, "it was read before"
     answer = next(c for c in group["completions"] if c.get("author", "policy") == "policy")
     return Answered(group["step"], prompt_text(group["prompt"]), str(answer["text"]), number(answer.get("score")))
 
@@ -281,9 +289,9 @@ def _missing(path: Path, facts: RunFacts) -> Iterator[str]:
     if not facts.sessions:
         yield f"Versions and devices: there is no {ENVIRONMENT}, or it cannot be read."
     if not facts.metrics.logs:
-        yield f"Metrics: {METRICS} is not there or has no row."
+        yield f"Metrics: {METRICS} is not there, has no row, or cannot be read."
     if not facts.events:
-        yield f"Events: {EVENTS} is not there or has no row."
+        yield f"Events: {EVENTS} is not there, has no row, or cannot be read."
     if not completions_files(path):
         yield "Samples: no completions were written (`log_completions: off`?)."
     elif facts.groups.unreadable:

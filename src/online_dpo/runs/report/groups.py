@@ -163,19 +163,23 @@ def collect_groups(folder: RunFolder, wanted: Collection[str] = ()) -> GroupFact
     facts = GroupFacts()
     for at in folder.all_frames():
         try:
-            groups = folder.groups(at)
-        except (OSError, ValueError):  # rotated out meanwhile, or damaged
+            for place, group in enumerate(folder.each_group(at)):
+                _add(facts, group, at, place, wanted)
+        except (OSError, ValueError):  # rotated out meanwhile, or damaged: what was before it counts
             facts.unreadable += 1
-            continue
-        for place, group in enumerate(groups):
-            try:
-                facts.add(group, at, place)
-            except (AttributeError, IndexError, KeyError, TypeError):  # written by others, or by another version
-                facts.unreadable += 1
-                continue
-            if wanted and (name := identity(group)) in wanted:
-                facts.kept[name] = group
     return facts
+
+
+def _add(facts: GroupFacts, group: Row | None, at: StepFrame, place: int, wanted: Collection[str]) -> None:
+    try:
+        if group is None:
+            raise TypeError("a row that is no object")
+        facts.add(group, at, place)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # written by others, or by another version
+        facts.unreadable += 1
+    else:
+        if wanted and (name := identity(group)) in wanted:
+            facts.kept[name] = group
 
 
 def identity(group: Row) -> str:

@@ -144,6 +144,7 @@ def record_counts(store: MetricStore, counts: Counts) -> None:
 
 
 def record_comparisons(store: MetricStore, assessment: Verdicts) -> None:
+    """Records how many comparisons a judge was asked for, and how many it left without an answer."""
     store.total("judge/duels", assessment.duels)
     store.ratio("judge/unanswered_ratio", assessment.unanswered, assessment.duels)
 

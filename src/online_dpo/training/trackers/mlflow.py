@@ -7,7 +7,7 @@ from typing import Any
 
 import mlflow
 from transformers import TrainerState, TrainingArguments
-from transformers.integrations import MLflowCallback
+from transformers.integrations.integration_utils import MLflowCallback
 
 from online_dpo.training.samples import COLUMNS, Samples
 from online_dpo.training.trackers.protocol import PREFIX

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from transformers import TrainerState, TrainingArguments
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 from online_dpo.training.samples import COLUMNS, PairSample, Samples
 from online_dpo.training.trackers.protocol import PREFIX

@@ -6,8 +6,9 @@ import copy
 from typing import Any
 
 import trackio
+from trackio import context_vars
 from transformers import TrainerState, TrainingArguments
-from transformers.integrations import TrackioCallback
+from transformers.integrations.integration_utils import TrackioCallback
 
 from online_dpo.training.samples import COLUMNS, Samples
 from online_dpo.training.trackers.protocol import PREFIX
@@ -27,12 +28,12 @@ class TrackioTracker:
 
     def run(self, args: TrainingArguments) -> str | None:
         """Return the run's name."""
-        run = trackio.context_vars.current_run.get()
+        run = context_vars.current_run.get()
         return None if run is None else run.name
 
     def show(self, samples: Samples) -> None:
         """Log histograms and a table, at the step that the callback counts by."""
-        if trackio.context_vars.current_run.get() is None:  # training has ended
+        if context_vars.current_run.get() is None:  # training has ended
             return
         shown: dict[str, Any] = {
             f"{PREFIX}/{name}": trackio.Histogram(values) for name, values in samples.distributions.items()

@@ -7,7 +7,7 @@ from typing import Any
 
 import wandb
 from transformers import TrainerState, TrainingArguments
-from transformers.integrations import WandbCallback
+from transformers.integrations.integration_utils import WandbCallback
 
 from online_dpo.training.samples import COLUMNS, Samples
 from online_dpo.training.trackers.protocol import PREFIX
@@ -37,7 +37,7 @@ class WandbTracker:
             f"{PREFIX}/{name}": wandb.Histogram(values) for name, values in samples.distributions.items()
         }
         if samples.pairs:
-            rows = [[getattr(pair, name) for name in COLUMNS] for pair in samples.pairs]
+            rows: list[Any] = [[getattr(pair, name) for name in COLUMNS] for pair in samples.pairs]
             shown[f"{PREFIX}/pairs"] = wandb.Table(columns=list(COLUMNS), data=rows)
         wandb.log({**shown, "train/global_step": samples.step})
 

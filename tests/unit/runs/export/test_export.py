@@ -134,11 +134,11 @@ def test_what_is_torn_damaged_or_strange_is_told(folder, tmp_path, capsys):
     file = folder / CompletionsFile(0, 0).name
     damaged = bytearray(frames.encode([group(5, answers(2.0, 1.0))]))
     damaged[-2] ^= 1
-    strange = frames.encode([{"step": 6, "rank": 0, "pairs": [{"chosen": 7}], "completions": []}])
+    strange = frames.encode([{"step": "six"}, {"step": 6, "rank": 0, "pairs": [{"chosen": 7}], "completions": []}])
     file.write_bytes(file.read_bytes() + damaged + strange + strange[:-5])
     assert export(folder, "--to", tmp_path / "pairs.jsonl") == 0
     printed = capsys.readouterr().out
-    assert "left out: 1 steps that are damaged" in printed and "left out: 1 groups that cannot be read" in printed
+    assert "left out: 1 steps that are damaged" in printed and "left out: 2 groups that cannot be read" in printed
     assert f"not there yet: {len(strange) - 5} bytes" in printed
     assert len(lines(tmp_path / "pairs.jsonl")) == 5
 
