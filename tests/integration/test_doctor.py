@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from online_dpo.cli.main import main
+from online_dpo.doctor.examine import CHECKS
 from support import tiny
 from support.plugins import names_restored
 from support.run_files import fill_folder, write_run_file
@@ -400,6 +401,7 @@ def test_a_check_of_a_plugin(folder, capsys):
     (folder / "my_check.py").write_text(text)
     run_file = write_run_file(folder, reward_funcs="feedback.py:words", plugins=["my_check.py"])
     with names_restored():
+        assert "memory" in CHECKS
         _, found = examined(capsys, run_file, "--quick")
     assert found == [("answers", "problem", "8 rows have no answer -> Leave them out.")]
 
