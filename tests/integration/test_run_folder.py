@@ -11,7 +11,7 @@ import pytest
 import yaml
 from transformers import TrainerCallback
 
-from online_dpo.errors import TrainingInterrupted
+from online_dpo.errors import CheckpointError, TrainingInterrupted
 from online_dpo.runs.layout import METRICS, completions_files
 from online_dpo.runs.reading import RunFolder
 from online_dpo.runs.state import state_of
@@ -237,11 +237,12 @@ def test_a_full_disk_for_a_while_loses_nothing_and_ends_nothing(tmp_path):
     folder = tmp_path / "full"
 
     def run():
-        sys.stdout = sys.stderr = Path(os.devnull).open("w")  # pytest's are files, which are limited as well
-        trainer = made(folder, save_strategy="no")
-        trainer.add_callback(At(2, lambda: killed_runs.limit_file_size(100)))
-        trainer.add_callback(At(4, lambda: killed_runs.limit_file_size(2**40)))
-        trainer.train()
+        with Path(os.devnull).open("w") as nothing:
+            sys.stdout = sys.stderr = nothing  # pytest's are files, which are limited as well
+            trainer = made(folder, save_strategy="no")
+            trainer.add_callback(At(2, lambda: killed_runs.limit_file_size(100)))
+            trainer.add_callback(At(4, lambda: killed_runs.limit_file_size(2**40)))
+            trainer.train()
 
     assert killed_runs.forked(run) == 0
     assert rows_of(folder) == rows_of(tmp_path / "whole")
@@ -276,3 +277,19 @@ def test_the_settings_are_yaml_and_the_environment_is_json(tmp_path):
     made(tmp_path, max_steps=1).train()
     assert (tmp_path / "run.yaml").read_text().startswith("# Written by online-dpo ")
     json.loads((tmp_path / "environment.json").read_text())
+
+
+def test_a_checkpoint_may_have_any_name(tmp_path):
+    made(tmp_path, max_steps=4).train()
+    (tmp_path / "checkpoint-2").rename(tmp_path / "kept")
+    made(tmp_path).train(resume_from_checkpoint=str(tmp_path / "kept"))
+    assert [row["step"] for row in rows_of(tmp_path)[0]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_that_cannot_be_resumed_leaves_the_record_of_the_one_before(tmp_path):
+    trainer = made(tmp_path, max_steps=2)
+    trainer.train()
+    before = (tmp_path / "events.jsonl").read_bytes()
+    with pytest.raises(CheckpointError):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "no-such-folder"))
+    assert (tmp_path / "events.jsonl").read_bytes() == before and state_of(tmp_path) == "finished"
