@@ -25,7 +25,7 @@ from online_dpo.scoring.judges.base import PreferenceJudge
 from online_dpo.scoring.protocols import Counts, chat_messages, check_comparisons
 from online_dpo.scoring.questions import keep_questions, texts_of
 from online_dpo.types import Group
-from online_dpo.types import Question as AskedQuestion
+from online_dpo.types import Question as JudgeQuestion
 
 LOOK_SECONDS = 0.25
 """Time between two looks for votes."""
@@ -94,8 +94,8 @@ class HumanJudge(PreferenceJudge):
         finally:
             self._statistics.add("seconds", time.monotonic() - started)
         for comparison, question, (first, _) in zip(comparisons, questions, texts, strict=True):
-            told = _told(question, votes.get(question.id), swapped=question.first != first)
-            keep_questions(texts_of(comparison), [told])
+            if question.id in wanted:
+                keep_questions(texts_of(comparison), [_told(question, first, votes.get(question.id), now)])
         return [
             0.5 if first == second else self._counted(votes.get(question.id), first)
             for question, (first, second) in zip(questions, texts, strict=True)
@@ -178,13 +178,13 @@ class _End(threading.local):
     at: float | None = None
 
 
-def _told(question: Question, vote: Vote | None, swapped: bool) -> AskedQuestion:
-    """What the record of the run says of a question."""
-    if vote is None:
-        return AskedQuestion(swapped, None, failure="nobody voted in time")
-    probability = vote.probability(question.first)
-    failure = "it was skipped" if probability is None else None
-    return AskedQuestion(swapped, probability, seconds=vote.seconds, failure=failure)
+def _told(question: Question, first: str, vote: Vote | None, now: float) -> JudgeQuestion:
+    """A question for the record of the run; ``now`` is when the step asked."""
+    swapped = question.first != first
+    probability = None if vote is None else vote.probability(question.first)
+    if vote is None or probability is None:
+        return JudgeQuestion(swapped, None, failure="nobody voted in time" if vote is None else "skipped")
+    return JudgeQuestion(swapped, probability, seconds=vote.seconds, cached=vote.time < now)
 
 
 def _content(comparison: Group) -> Prompt:
