@@ -47,8 +47,9 @@ class NotThere(Exception):
 class Subject:
     """A planned run, as the command line hands it over: names, fields of `OnlineDPOConfig`, functions that load parts.
 
-    ``processes`` is the number of those that will train, ``sharding`` how they share the weights, ``judge`` the
-    settings of a judge over HTTP, ``ray_address`` that of a cluster, where the run file has one.
+    ``reward_model`` is a folder or hub name, ``llm_judge`` the settings of a judge over HTTP, ``processes`` the number
+    of those that will train, ``sharding`` how they share the weights, ``ray_address`` that of a cluster, where the run
+    file has one.
     """
 
     model: str
@@ -62,6 +63,7 @@ class Subject:
     judge: Callable[[OnlineDPOConfig], Any]
     eval_judge: Callable[[OnlineDPOConfig], Any]
     peft_config: Callable[[], Any]
+    reward_model: str | None = None
     llm_judge: Mapping[str, Any] | None = None
     asks_people: bool = False
     has_rewards: bool = True

@@ -44,12 +44,3 @@ def without_record() -> Iterator[None]:
         yield
     finally:
         module.hf_api = original
-
-
-class PushesModelAlone:
-    """Part of a `transformers.Trainer` whose pushes leave out the record of the run."""
-
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """As `transformers.Trainer.push_to_hub`."""
-        with without_record():
-            return super().push_to_hub(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]

@@ -3,8 +3,8 @@
 from online_dpo.doctor.checks import (  # noqa: F401  isort: skip
     versions,
     settings,
-    device,
     files,
+    device,
     disk,
     tokens,
     template,
