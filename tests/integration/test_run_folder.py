@@ -1,6 +1,7 @@
 """The folder that a run writes: what is in it, and that a resumed run has every row once (docs/run-folder.md)."""
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -312,3 +313,22 @@ def test_the_command_writes_no_run_folder_over_files_of_another_program(tmp_path
     path = run_files.write_run_file(tmp_path, reward_funcs=["feedback.py:words"], run_folder=False)
     run_files.trainer_of(path).train()
     assert (tmp_path / "out" / METRICS).read_text() == "step,loss\n" and not (tmp_path / "out/events.jsonl").exists()
+
+
+def test_a_disk_that_stays_full_ends_no_run_and_what_is_lost_is_told(tmp_path):
+    def run():
+        with Path(os.devnull).open("w") as nothing:
+            sys.stdout = sys.stderr = nothing
+            told = []
+            handler = logging.Handler()
+            handler.emit = lambda record: told.append(record.getMessage())
+            logging.getLogger("online_dpo").addHandler(handler)
+            trainer = made(tmp_path, save_strategy="no")
+            trainer.add_callback(At(2, lambda: killed_runs.limit_file_size(100)))
+            trainer.train()
+            assert trainer.state.global_step == 6
+            assert sum("It waits in memory" in text for text in told) == 1
+            assert any("rows and frames of the record could not be written" in text for text in told)
+
+    assert killed_runs.forked(run) == 0
+    assert [row["step"] for row in RunFolder(tmp_path).metrics().rows] == [1]

@@ -41,7 +41,8 @@ def state_from(rows: Iterable[Mapping[str, Any]], folder: Path) -> State:
     if of_first is None and _goes_on(start, folder):
         return "running"
     end = of_first or (ends[0] if ends else {})
-    return next((state for state in STATES if state == end.get("state")), "lost")
+    found: list[State] = [state for state in STATES if state == end.get("state")]
+    return found[0] if found else "lost"
 
 
 def _goes_on(start: Mapping[str, Any], folder: Path) -> bool:
