@@ -3,9 +3,9 @@
     python benchmarks/dashboard.py --json benchmarks/results/dashboard.json
 
 It makes 50 runs of 20,000 groups, one of them with 50,000 rows of metrics and the others with 1,000 each, starts
-``online-dpo dashboard`` on them and asks for pages one after the other, as a browser does. "Cold" is the first time after
-the start, "warm" the median of several when the index is complete. Seconds of the processor are the server's own, which
-other work on the machine does not lengthen.
+``online-dpo dashboard`` on them and asks for pages one after the other, as a browser does. "Cold" is the first time
+after the start, "warm" the median of several when the index is complete. Seconds of the processor are the server's own,
+which other work on the machine hardly lengthens.
 """
 
 from __future__ import annotations

@@ -1,11 +1,7 @@
-"""All runs and a run's charts in a real browser, served by the command: live, overlaid, zoomed, safe.
-
-With ``PICTURES=folder`` pictures of the pages are written there, such as those of the documentation.
-"""
+"""All runs and a run's charts in a real browser, served by the command: live, overlaid, zoomed, safe."""
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import signal
@@ -23,7 +19,6 @@ import run_folders
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 VIEWS = [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")]
-PICTURES = os.environ.get("PICTURES")
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>{{ 7 * 7 }}"
 expect.set_options(timeout=20_000)  # machines that run other tests as well are slow
 
@@ -173,9 +168,8 @@ def test_two_runs_are_overlaid_and_zoomed_together(served, open_page):
     page.get_by_role("button", name="Overlay charts of the chosen").click()
     drawn(page, "objective/scores")
     expect(page.locator(".chip")).to_have_count(2)
-    assert {"first", "second"} == set(
-        page.locator(".chip").evaluate_all("chips => chips.map(chip => chip.dataset.name)")
-    )
+    names = page.locator(".chip").evaluate_all("chips => chips.map(chip => chip.dataset.name)")
+    assert set(names) == {"first", "second"}
     expect(chart(page, "objective/scores").locator(".readout span")).to_have_count(2)
     label = chart(page, "objective/scores").locator(".plot").get_attribute("aria-label")
     assert "first: last value" in label and "second: last value" in label
@@ -252,18 +246,6 @@ def test_pages_fit_their_window_and_hostile_text_stays_text(served, open_page, w
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), path
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (max(map(int, re.findall(r"\d+", ground))) < 60) == (scheme == "dark"), ground
-    if PICTURES:
-        _pictures(page, served, f"{scheme}" if width > 1000 else f"{scheme}-phone")
-
-
-def _pictures(page, served, name):
-    page.goto(f"{served.base}/runs")
-    page.screenshot(path=f"{PICTURES}/runs-{name}.png")
-    go(page, served, "first")
-    drawn(page, "objective/scores")
-    page.locator("#smoothing").fill("0.9")
-    time.sleep(2)
-    page.screenshot(path=f"{PICTURES}/run-{name}.png")
 
 
 def test_the_theme_can_be_chosen(served, open_page):

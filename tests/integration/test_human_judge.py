@@ -8,6 +8,7 @@ import pytest
 
 from online_dpo.errors import TrainingInterrupted
 from online_dpo.runs.questions import questions_of, waiting
+from online_dpo.runs.reading import RunFolder
 from online_dpo.runs.votes import Vote, add_vote, votes_of
 from support import training
 
@@ -52,6 +53,20 @@ def test_a_run_learns_from_a_persons_votes(tmp_path):
     assert sum(log["judge/votes"] for log in logs) == voter.votes == 4
     lengths = [(len(vote.preferred), len(vote.first), len(vote.second)) for vote in votes_of(tmp_path).values()]
     assert all(preferred == max(both) for preferred, *both in lengths)
+
+
+def test_the_record_of_a_run_has_what_people_said(tmp_path):
+    made = human_trainer(tmp_path, max_steps=1, run_folder=True, human_timeout=2.0)
+    with Voter(tmp_path, limit=1):
+        made.train()
+    run = RunFolder(tmp_path)
+    orders = [one["orders"] for at in run.all_frames() for row in run.groups(at) for one in row["comparisons"]]
+    assert sorted(len(asked) for asked in orders) == [1, 1]
+    told = [order["probability"] for [order] in orders]
+    assert None in told and (1.0 in told or 0.0 in told)
+    assert [order["failure"] for [order] in orders if order["probability"] is None] == ["nobody voted in time"]
+    rows = [row for at in run.all_frames() for row in run.groups(at)]
+    assert sorted(row.get("reason", "") for row in rows) == ["", "no_answer"]
 
 
 def test_with_four_completions_there_are_several_rounds(tmp_path):

@@ -38,8 +38,8 @@ def same_prompts(runs: Sequence[Run], count: int) -> tuple[list[SamePrompt], int
     for run in runs:
         run.index.refresh_samples(PATIENCE / len(runs))
         with run.index.reading() as db:
-            # SQLite takes the other columns from the row that has the maximum
-            found = db.execute("SELECT prompt_key, max(step) AS step, id FROM sample WHERE completions > 0 GROUP BY 1")
+            # SQLite takes the other columns from the row that has the maximum. All of them are in the table's index
+            found = db.execute("SELECT prompt_key, max(step) AS step, id FROM sample GROUP BY prompt_key")
             last.append({row["prompt_key"]: (row["step"], row["id"]) for row in found})
     common = set.intersection(*(set(of_run) for of_run in last)) if last else set()
     newest = sorted(common, key=lambda key: last[0][key], reverse=True)[:count]

@@ -125,7 +125,11 @@ def _positive(value: Any) -> int | None:
 def _trend(rows: list[dict[str, Any]], metric: str) -> list[tuple[int, float]]:
     points = [(integer(row.get("step")), number(row.get(metric))) for row in rows]
     there = sorted((step, value) for step, value in points if step is not None and value is not None)
-    return there[:: max(1, len(there) // SPARKS)] + there[-1:]
+    kept = there[:1]
+    for point in there:  # the rows at the end of the file are nearer to each other than the others
+        if point[0] - kept[-1][0] >= (there[-1][0] - there[0][0]) / SPARKS:
+            kept.append(point)
+    return kept
 
 
 def _some_rows(folder: RunFolder) -> Iterator[dict[str, Any]]:

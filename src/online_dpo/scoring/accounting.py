@@ -31,6 +31,7 @@ MIN_QUESTIONS = 20
 """Fewest questions after which a share of failures can stop a run."""
 
 LLM, PAIRWISE = "with a language model as judge", "with a pairwise model as judge"
+PEOPLE = "with people as judge"
 describe(
     "Judges",
     Metric("judge/requests", "requests", "requests sent", "Work for the endpoint.", LLM),
@@ -40,6 +41,16 @@ describe(
         "judge/unparsable", "answers", "answers without a verdict", "Mend the template, or raise `max_tokens`.", LLM
     ),
     Metric("judge/too_long", "comparisons", "pairs longer than the model reads", "They have no preference.", PAIRWISE),
+    Metric("judge/questions", "questions", "questions to people", "How much a step asks of them.", PEOPLE),
+    Metric("judge/votes", "votes", "questions that people have answered", "Few of many: give them more time.", PEOPLE),
+    Metric("judge/ties", "votes", "votes that prefer neither", "Many: the answers do not differ in quality.", PEOPLE),
+    Metric(
+        "judge/unanswered",
+        "questions",
+        "questions that people skipped, or did not answer in time",
+        "Their pairs are lost: see `human_timeout`.",
+        PEOPLE,
+    ),
     Metric("judge/input_tokens", "tokens", "tokens of the requests", "What an endpoint charges for.", LLM),
     Metric("judge/output_tokens", "tokens", "tokens of the answers", "The same.", LLM),
     Metric(

@@ -57,7 +57,7 @@ def create(database: Path) -> sqlite3.Connection:
 
 
 def connect(database: Path) -> sqlite3.Connection:
-    """A connection that reads, whose rows have names. All that it reads is of one moment, whatever is added meanwhile."""
+    """A connection that reads, whose rows have names. All that it reads is of one moment, also while more is added."""
     connection = sqlite3.connect(f"file:{database}?mode=ro", uri=True, check_same_thread=False, isolation_level=None)
     connection.row_factory = sqlite3.Row
     connection.execute("BEGIN")

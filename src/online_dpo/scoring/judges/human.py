@@ -23,7 +23,9 @@ from online_dpo.runs.votes import Prompt, Vote, latest_votes
 from online_dpo.scoring.accounting import JudgeStatistics
 from online_dpo.scoring.judges.base import PreferenceJudge
 from online_dpo.scoring.protocols import Counts, chat_messages, check_comparisons
+from online_dpo.scoring.questions import keep_questions, texts_of
 from online_dpo.types import Group
+from online_dpo.types import Question as JudgeQuestion
 
 LOOK_SECONDS = 0.25
 """Time between two looks for votes."""
@@ -91,6 +93,9 @@ class HumanJudge(PreferenceJudge):
             votes = self._votes_on(wanted, end)
         finally:
             self._statistics.add("seconds", time.monotonic() - started)
+        for comparison, question, (first, _) in zip(comparisons, questions, texts, strict=True):
+            if question.id in wanted:
+                keep_questions(texts_of(comparison), [_told(question, first, votes.get(question.id), now)])
         return [
             0.5 if first == second else self._counted(votes.get(question.id), first)
             for question, (first, second) in zip(questions, texts, strict=True)
@@ -171,6 +176,15 @@ class _End(threading.local):
     """When the time of a step ends. With `max_staleness`, each thread waits for a step of its own."""
 
     at: float | None = None
+
+
+def _told(question: Question, first: str, vote: Vote | None, now: float) -> JudgeQuestion:
+    """A question for the record of the run; ``now`` is when the step asked."""
+    swapped = question.first != first
+    probability = None if vote is None else vote.probability(question.first)
+    if vote is None or probability is None:
+        return JudgeQuestion(swapped, None, failure="nobody voted in time" if vote is None else "skipped")
+    return JudgeQuestion(swapped, probability, seconds=vote.seconds, cached=vote.time < now)
 
 
 def _content(comparison: Group) -> Prompt:
