@@ -232,7 +232,7 @@ def test_memory_against_its_estimate(tmp_path):
 
 
 def test_the_estimate_of_memory_holds_for_what_was_measured():
-    """A whole process of a run as it is, libraries and what glibc keeps included. The exception is in docs/scaling.md."""
+    """A process of a run as it is, libraries and what glibc keeps included. docs/scaling.md tells of the exception."""
     rows = json.loads((ROOT / "benchmarks/results/memory-cpu.json").read_text())["rows"]
     ratios = {
         (row["workload"], row["way"]): memory_estimate.estimate(row)["peak"] / row["peak"]
