@@ -12,6 +12,7 @@ import torch
 from online_dpo.doctor.case import Case
 from online_dpo.doctor.findings import Finding, gib, ok, problem, warning
 from online_dpo.doctor.registry import check
+from online_dpo.modeling.malloc import KEPT_BYTES
 from online_dpo.sizing.held import FP32, HALF
 from online_dpo.sizing.lengths import fullest_pass
 from online_dpo.sizing.needs import LIBRARIES, Needs, memory_needs
@@ -137,6 +138,8 @@ def _on_cpu(case: Case, plan: Plan, needs: Needs) -> Iterator[Finding]:
     each = needs.process + LIBRARIES
     whole = each * plan.gpus
     found = f"a process takes about {gib(each)}" + ("" if plan.gpus == 1 else f", {plan.gpus} of them {gib(whole)}")
+    if needs.process > KEPT_BYTES // 4:
+        found += f" (and each up to {gib(KEPT_BYTES)} that glibc keeps once it is freed)"
     yield from _compared(case, found, whole, whole, lines=tuple(largest(needs)), facts=needs.phases())
 
 
