@@ -80,6 +80,8 @@ class Recording(TrainerCallback):
         self._parts: dict[str, str] = {}
         self.ledger: Ledger | None = None
         self.ends_later = False
+        self.at_failure: list[Callable[[], None]] = []
+        """Called where training has failed, whether there is a run folder or not."""
         self._failure: End | None = None
         self._done, self._process = 0, os.getpid()
         self._is_begun = False
@@ -207,6 +209,8 @@ class Recording(TrainerCallback):
     def fail(self, error: BaseException) -> None:
         """Remembers what will have ended the run, for `end`."""
         self._failure = end_of(error)
+        for told in self.at_failure:
+            told()
 
     def end(self, code: int | None = None) -> None:
         """Writes the end of the run.

@@ -14,6 +14,5 @@ from online_dpo.doctor.registry import check
 def models(case: Case) -> Iterator[Finding]:
     """Loads policy, reference and reward models as the run does, and builds its trainer."""
     trainer = case.trainer
-    trainer.finite.check_start()
     trained = sum(p.numel() for p in trainer.policy.parameters() if p.requires_grad)
     yield ok(f"loaded: {count_of(trained)} weights are trained; the reference is {trainer.reference.description}")
