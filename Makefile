@@ -82,6 +82,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 quickstart: $(STAMP)
+	@echo "The command online-dpo is $(BIN)/online-dpo here; '. $(BIN)/activate' puts it on the path."
 	$(BIN)/online-dpo quickstart
 
 smoke: $(STAMP)

@@ -1,10 +1,16 @@
 """The memory that `online_dpo.sizing` predicts for each workload, against the peak of the processes that train it.
 
-    python benchmarks/memory_estimate.py --json benchmarks/results/memory-cpu.json      15 minutes on two cores
+    python benchmarks/memory_estimate.py --json benchmarks/results/memory-cpu.json      30 minutes on two idle cores
 
-Each workload is trained for a few steps on CPU processes of its own: one, and two under DDP, FSDP2, ZeRO-2 and ZeRO-3.
-Measured is the resident memory of the process that takes most, above what it holds once all libraries are loaded and
-have computed something (their code and buffers are resident as well). Memory does not depend on how busy a machine is.
+Each workload is trained for two steps on CPU processes of its own: one, and two under DDP, FSDP2, ZeRO-2 and ZeRO-3.
+Measured is the most resident memory of the process that takes most; beside it stands that of the same run with a tiny
+model, which is libraries. Memory does not depend on how busy a machine is.
+
+A run on a CPU has glibc keep what is freed for the next tensors (`modeling.malloc`), up to a GiB, as a GPU's allocator
+does. What a run needs is less than what its processes then hold. So there are two measurements: `needed`, with an
+allocator that gives large blocks back at once, and `held`, as a run is without further ado.
+
+    python benchmarks/memory_estimate.py --measured benchmarks/results/memory-cpu.json  the formula of now, seconds
 """
 
 from __future__ import annotations
@@ -16,6 +22,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +134,7 @@ def adapter() -> Any:
 # --- the process that asks -------------------------------------------------------------------------------------------
 
 
-def measure(job: dict[str, Any]) -> float:
+def measure(job: dict[str, Any], gives_back: bool) -> float:
     """Starts the processes of a job, and returns the most memory that one of them took, in MiB."""
     processes = WAYS[job["way"]]
     with socket.socket() as probe:
@@ -135,25 +142,40 @@ def measure(job: dict[str, Any]) -> float:
         port = probe.getsockname()[1]
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port)]
     own = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1"}
-    if job["way"].startswith("ZeRO"):
-        own["DS_ACCELERATOR"] = "cpu"
-    alone = processes == 1
+    own |= {"MALLOC_MMAP_THRESHOLD_": str(MIB)} if gives_back else {}
+    own |= {"DS_ACCELERATOR": "cpu"} if job["way"].startswith("ZeRO") else {}
     with tempfile.TemporaryDirectory() as folder:
         out = f"{folder}/rank"
-        command = [sys.executable, *([] if alone else launch), __file__, "--job", json.dumps(job), "--out", out]
+        command = [sys.executable, *(launch if processes > 1 else [])]
+        command += [__file__, "--job", json.dumps(job), "--out", out]
         done = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, timeout=1800)
         if done.returncode:
             raise SystemExit(f"error: {job} ended with status {done.returncode}\n{done.stderr[-3000:]}")
         return max(json.loads(Path(f"{out}-{rank}.json").read_text()) for rank in range(processes))
 
 
+def measured_rows(jobs: list[dict[str, Any]], modes: list[str]) -> Iterator[dict[str, Any]]:
+    """Yields each job with what was measured of it."""
+    libraries: dict[tuple[str, str], float] = {}
+    for job in jobs:
+        for mode in modes:
+            base = (job["way"], mode)
+            if base not in libraries:
+                libraries[base] = measure({**job, "workload": "chat", "model": "tiny"}, mode == "needed")
+            peak = measure(job, mode == "needed")
+            yield {**job, "measured": mode, "peak": round(peak), "libraries": round(libraries[base])}
+
+
 def estimate(job: dict[str, Any]) -> dict[str, float]:
-    """What the formula says, by phase and together, in MiB."""
-    from online_dpo.sizing.needs import memory_needs
+    """What the formula says, by phase and together with libraries, in MiB."""
+    from online_dpo.sizing.needs import LIBRARIES, memory_needs
     from online_dpo.sizing.plan import Plan
 
     needs = memory_needs(Plan(**plan_fields(job)))
-    return {**{name: round(size / MIB, 1) for name, size in needs.phases().items()}, "peak": round(needs.process / MIB)}
+    return {
+        **{name: round(size / MIB, 1) for name, size in needs.phases().items()},
+        "peak": round((needs.process + LIBRARIES) / MIB),
+    }
 
 
 def plan_fields(job: dict[str, Any]) -> dict[str, Any]:
@@ -210,35 +232,36 @@ def main() -> None:
     parser.add_argument("--model", default="small", choices=MODELS)
     parser.add_argument("--workload", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--way", nargs="+", default=list(WAYS), choices=WAYS)
+    parser.add_argument("--mode", nargs="+", default=["needed", "held"], choices=["needed", "held"])
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--measured", type=Path, metavar="FILE", help="measure nothing: take the peaks of this file")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     parser.add_argument("--out", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:
         train(json.loads(args.job), args.out)
         return
-    print("| workload | way | estimated, MiB | measured, MiB | estimated / measured |")
-    print("|---|---|---:|---:|---:|")
+    shared = {"model": args.model, "lora": args.lora, "gradient_checkpointing": args.gradient_checkpointing}
+    jobs = [{"workload": workload, "way": way, **shared} for workload in args.workload for way in args.way]
+    print("| workload | way | estimated, MiB | measured, MiB | | estimated / measured |")
+    print("|---|---|---:|---:|---|---:|")
+    before = None if args.measured is None else json.loads(args.measured.read_text())
     rows = []
-    for workload in args.workload:
-        for way in args.way:
-            job = {"workload": workload, "way": way, "model": args.model, "lora": args.lora}
-            job["gradient_checkpointing"] = args.gradient_checkpointing
-            expected, found = estimate(job), measure(job)
-            peak = max(found.values())
-            ratio = round(expected["peak"] / peak, 2)
-            print(f"| {workload} | {way} | {expected['peak']:.0f} | {peak:.0f} | {ratio:.2f} |", flush=True)
-            rows.append({**job, "estimated": expected, "measured": found, "peak": peak, "ratio": ratio})
-            if args.json is not None:
-                result = {
-                    "command": " ".join(["python", "benchmarks/memory_estimate.py", *sys.argv[1:]]),
-                    "machine": describe_machine("cpu", 1),
-                    "versions": versions(),
-                    "rows": rows,
-                }
-                args.json.write_text(json.dumps(result, indent=2) + "\n")
+    for row in measured_rows(jobs, args.mode) if before is None else before["rows"]:
+        expected = estimate(row)
+        ratio = round(expected["peak"] / row["peak"], 2)
+        names = f"| {row['workload']} | {row['way']} "
+        print(f"{names}| {expected['peak']:.0f} | {row['peak']:.0f} | {row['measured']} | {ratio:.2f} |", flush=True)
+        rows.append({**row, "estimated": expected, "ratio": ratio})
+        if args.json is not None:
+            facts = {
+                "command": " ".join(["python", "benchmarks/memory_estimate.py", *sys.argv[1:]]),
+                "machine": describe_machine("cpu", 1),
+                "versions": versions(),
+            }
+            args.json.write_text(json.dumps({**(before or facts), "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import measure  # noqa: E402
+import memory_estimate  # noqa: E402
 import trainers  # noqa: E402
 import workloads  # noqa: E402
 
@@ -218,3 +219,21 @@ def test_sampling_alone(tmp_path):
 )
 def test_sampling_alone_refuses(words, message):
     assert message in run(["benchmarks/rollout.py"], *words, status=2).stderr
+
+
+def test_memory_against_its_estimate(tmp_path):
+    job = ("--model", "tiny", "--workload", "chat", "--way", "one process", "--mode", "held")
+    done = run(["benchmarks/memory_estimate.py"], *job, "--json", tmp_path / "memory.json")
+    result = json.loads((tmp_path / "memory.json").read_text())
+    [row] = result["rows"]
+    assert row["ratio"] == pytest.approx(1, abs=0.2) and row["peak"] == pytest.approx(row["libraries"], rel=0.1)
+    again = run(["benchmarks/memory_estimate.py"], "--measured", tmp_path / "memory.json")
+    assert again.stdout == done.stdout
+
+
+def test_the_estimate_of_memory_holds_for_what_was_measured():
+    """Where nothing is done to the allocator, and with libraries: what a process of a run takes, and what is said."""
+    rows = json.loads((ROOT / "benchmarks/results/memory-cpu.json").read_text())["rows"]
+    assert {row["workload"] for row in rows} == set(workloads.KINDS)
+    held = [row for row in rows if row["measured"] == "held"]
+    assert [row for row in held if not 0.8 <= memory_estimate.estimate(row)["peak"] / row["peak"] <= 1.2] == []

@@ -1,6 +1,7 @@
 """`online-dpo doctor` finds what is planted in a run, and says nothing about runs that are well."""
 
 import json
+import os
 import socket
 import threading
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from online_dpo.cli.main import main
+from online_dpo.doctor.examine import CHECKS
 from support import tiny
 from support.plugins import names_restored
 from support.run_files import fill_folder, write_run_file
@@ -351,6 +353,28 @@ def test_a_port_that_is_taken(folder, capsys):
     assert [one[:2] for one in found] == [("servers", "problem")] and str(port) in found[0][2]
 
 
+ZERO3 = {
+    "zero_optimization": {"stage": 3},
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+}
+
+
+@pytest.mark.parametrize("fields", [{"fsdp": True}, {"deepspeed": ZERO3}, {"fsdp": True, "use_peft": True}], ids=str)
+def test_a_run_of_several_processes(folder, capsys, fields):
+    if "deepspeed" in fields:
+        pytest.importorskip("deepspeed")
+        (folder / "zero3.json").write_text(json.dumps(ZERO3))
+        fields = {"deepspeed": "zero3.json"}
+    run_file = write_run_file(folder, reward_funcs="feedback.py:words", **fields)
+    report, found = examined(capsys, run_file, "--processes", 2)
+    assert found == []
+    said = {one["check"]: one["found"] for one in report["findings"]}
+    assert said["settings"].startswith("16 prompts a step") and "2 of them" in said["memory"]
+    assert "WORLD_SIZE" not in os.environ
+
+
 def test_quick_loads_no_model(folder, capsys):
     (folder / "policy").unlink()
     tiny.config("llama").save_pretrained(folder / "policy")
@@ -377,6 +401,7 @@ def test_a_check_of_a_plugin(folder, capsys):
     (folder / "my_check.py").write_text(text)
     run_file = write_run_file(folder, reward_funcs="feedback.py:words", plugins=["my_check.py"])
     with names_restored():
+        assert "memory" in CHECKS
         _, found = examined(capsys, run_file, "--quick")
     assert found == [("answers", "problem", "8 rows have no answer -> Leave them out.")]
 

@@ -11,11 +11,12 @@ import pytest
 import yaml
 from transformers import TrainerCallback
 
-from online_dpo.errors import TrainingInterrupted
+from online_dpo.errors import CheckpointError, TrainingInterrupted
+from online_dpo.runs.beginning import ForeignFileError
 from online_dpo.runs.layout import METRICS, completions_files
 from online_dpo.runs.reading import RunFolder
 from online_dpo.runs.state import state_of
-from support import killed_runs, tiny, training
+from support import killed_runs, run_files, tiny, training
 
 OPTIONS = dict(run_folder=True, max_steps=6, save_strategy="steps", save_steps=2, per_device_train_batch_size=2)
 
@@ -237,11 +238,12 @@ def test_a_full_disk_for_a_while_loses_nothing_and_ends_nothing(tmp_path):
     folder = tmp_path / "full"
 
     def run():
-        sys.stdout = sys.stderr = Path(os.devnull).open("w")  # pytest's are files, which are limited as well
-        trainer = made(folder, save_strategy="no")
-        trainer.add_callback(At(2, lambda: killed_runs.limit_file_size(100)))
-        trainer.add_callback(At(4, lambda: killed_runs.limit_file_size(2**40)))
-        trainer.train()
+        with Path(os.devnull).open("w") as nothing:
+            sys.stdout = sys.stderr = nothing  # pytest's are files, which are limited as well
+            trainer = made(folder, save_strategy="no")
+            trainer.add_callback(At(2, lambda: killed_runs.limit_file_size(100)))
+            trainer.add_callback(At(4, lambda: killed_runs.limit_file_size(2**40)))
+            trainer.train()
 
     assert killed_runs.forked(run) == 0
     assert rows_of(folder) == rows_of(tmp_path / "whole")
@@ -276,3 +278,37 @@ def test_the_settings_are_yaml_and_the_environment_is_json(tmp_path):
     made(tmp_path, max_steps=1).train()
     assert (tmp_path / "run.yaml").read_text().startswith("# Written by online-dpo ")
     json.loads((tmp_path / "environment.json").read_text())
+
+
+def test_a_checkpoint_may_have_any_name(tmp_path):
+    made(tmp_path, max_steps=4).train()
+    (tmp_path / "checkpoint-2").rename(tmp_path / "kept")
+    made(tmp_path).train(resume_from_checkpoint=str(tmp_path / "kept"))
+    assert [row["step"] for row in rows_of(tmp_path)[0]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_that_cannot_be_resumed_leaves_the_record_of_the_one_before(tmp_path):
+    trainer = made(tmp_path, max_steps=2)
+    trainer.train()
+    before = (tmp_path / "events.jsonl").read_bytes()
+    with pytest.raises(CheckpointError):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "no-such-folder"))
+    assert (tmp_path / "events.jsonl").read_bytes() == before and state_of(tmp_path) == "finished"
+
+
+REWARD = "def words(completions, **_):\n    return [float(len(text)) for text in completions]\n"
+
+
+def test_the_command_writes_no_run_folder_over_files_of_another_program(tmp_path, capsys):
+    path = run_files.write_run_file(run_files.fill_folder(tmp_path, REWARD), reward_funcs=["feedback.py:words"])
+    assert run_files.trainer_of(path).args.run_folder is True
+    (tmp_path / "out").mkdir(exist_ok=True)
+    (tmp_path / "out" / METRICS).write_text("step,loss\n")
+    assert run_files.trainer_of(path).args.run_folder is False
+    assert f"warning: no run folder is written. {tmp_path / 'out' / METRICS} is not" in capsys.readouterr().err
+    path = run_files.write_run_file(tmp_path, reward_funcs=["feedback.py:words"], run_folder=True)
+    with pytest.raises(ForeignFileError, match="set `run_folder: false`"):
+        run_files.trainer_of(path)
+    path = run_files.write_run_file(tmp_path, reward_funcs=["feedback.py:words"], run_folder=False)
+    run_files.trainer_of(path).train()
+    assert (tmp_path / "out" / METRICS).read_text() == "step,loss\n" and not (tmp_path / "out/events.jsonl").exists()

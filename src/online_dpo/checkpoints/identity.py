@@ -36,7 +36,7 @@ NOT_COMPARED = frozenset(
         # how long a run is, how it is resumed, and when it gives up
         *("max_steps", "num_train_epochs", "resume_from_checkpoint", "resume_anyway", "ignore_data_skip"),
         *("restore_callback_states_from_checkpoint", "max_skipped_steps", "sync_check_steps"),
-        *("max_idle_steps", "max_failure_share", "stop_timeout", "reward_timeout"),
+        *("max_idle_steps", "max_failure_share", "stop_timeout", "reward_timeout", "human_timeout"),
         # memory, speed and machines: the same numbers but for rounding
         *("use_cpu", "local_rank", "torch_compile", "torch_compile_backend", "torch_compile_mode", "use_cache"),
         *("activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing"),

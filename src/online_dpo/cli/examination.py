@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -79,10 +79,9 @@ def _findings(
 def _subject(plan: RunPlan, options: argparse.Namespace) -> Subject:
     run, training = plan.run, plan.training
     judge = plan.judge
-    over_http = isinstance(judge, BuiltInJudge) and judge.folder is None and not judge.human
 
     def loader(given: Any) -> Callable[[Any], Any]:
-        if isinstance(given, BuiltInJudge) and given.folder is None and not given.human:
+        if isinstance(given, BuiltInJudge) and _settings_over_http(given) is not None:
             given = replace(given, options={**given.options, "cache": None})  # nothing is written here
         return lambda args: None if given is None else load_judge(given, args)
 
@@ -98,9 +97,8 @@ def _subject(plan: RunPlan, options: argparse.Namespace) -> Subject:
         judge=loader(judge),
         eval_judge=loader(plan.eval_judge),
         peft_config=lambda: peft_config_of(run),
-        llm_judge=judge.options
-        if isinstance(judge, BuiltInJudge) and judge.folder is None and not judge.human
-        else None,
+        reward_model=training.get("reward_model_path"),
+        llm_judge=_settings_over_http(judge),
         asks_people=isinstance(judge, BuiltInJudge) and judge.human,
         has_rewards=bool(plan.reward_funcs or training.get("reward_model_path")),
         processes=options.processes,
@@ -111,6 +109,12 @@ def _subject(plan: RunPlan, options: argparse.Namespace) -> Subject:
         double_quantization=bool(run.use_bnb_nested_quant),
         quick=options.quick,
     )
+
+
+def _settings_over_http(judge: Any) -> Mapping[str, Any] | None:
+    """The settings of a judge that is asked over HTTP; ``None`` for every other."""
+    is_one = isinstance(judge, BuiltInJudge) and judge.folder is None and not judge.human
+    return judge.options if is_one else None
 
 
 def _print(finding: Finding, out: TextIO) -> None:

@@ -10,6 +10,7 @@ from online_dpo.checkpoints.files import write_text
 from online_dpo.cli.parser import WRONG_INPUT, OneLineParser, with_hyphens
 from online_dpo.cli.run_folders import check_target, run_folder
 from online_dpo.cli.terminal.screen import print_lines
+from online_dpo.runs.layout import REPORT
 from online_dpo.runs.report.facts import facts_of
 from online_dpo.runs.report.page import is_report, render
 
@@ -19,7 +20,7 @@ def report_run(words: Sequence[str]) -> int:
     arguments = _parser().parse_args(with_hyphens(list(words)))
     try:
         folder = run_folder(arguments.folder)
-        output = arguments.output or folder / "report.html"
+        output = arguments.output or folder / REPORT
         check_target("--output", output, [folder])
         if output.exists() and not is_report(output):
             raise ValueError(f"{output} exists and is no report. Give another file with --output.")

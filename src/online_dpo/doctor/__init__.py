@@ -1,7 +1,6 @@
 """`online-dpo doctor`: checks of a run before it costs anything. Each says what was found and what to change."""
 
-from online_dpo.doctor.case import Case
 from online_dpo.doctor.findings import Finding, ok, problem, warning
 from online_dpo.doctor.registry import check
 
-__all__ = ["Case", "Finding", "check", "ok", "problem", "warning"]
+__all__ = ["Finding", "check", "ok", "problem", "warning"]

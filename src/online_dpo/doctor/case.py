@@ -23,7 +23,6 @@ from online_dpo.distributed.settings import kept_settings
 from online_dpo.doctor.counts import Counts, count_parameters
 from online_dpo.foreign import loading
 from online_dpo.rollout.params import RolloutKey, Stream
-from online_dpo.training.run_identity import check_options
 from online_dpo.training.trainer import OnlineDPOTrainer
 from online_dpo.types import Group, Prompt
 
@@ -35,7 +34,7 @@ MOST_SAMPLED = 64
 """Completions that are sampled, at most."""
 STREAM_ROWS = 200
 """Rows of a stream that are looked at."""
-SECONDS_A_CALL = 120.0
+SECONDS_A_CALL = 60.0
 """Seconds that a call of a reward may take here, if the run sets no limit."""
 
 
@@ -47,8 +46,9 @@ class NotThere(Exception):
 class Subject:
     """A planned run, as the command line hands it over: names, fields of `OnlineDPOConfig`, functions that load parts.
 
-    ``processes`` is the number of those that will train, ``sharding`` how they share the weights, ``judge`` the
-    settings of a judge over HTTP, ``ray_address`` that of a cluster, where the run file has one.
+    ``reward_model`` is a folder or hub name, ``llm_judge`` the settings of a judge over HTTP, ``processes`` the number
+    of those that will train, ``sharding`` how they share the weights, ``ray_address`` that of a cluster, where the run
+    file has one.
     """
 
     model: str
@@ -62,6 +62,7 @@ class Subject:
     judge: Callable[[OnlineDPOConfig], Any]
     eval_judge: Callable[[OnlineDPOConfig], Any]
     peft_config: Callable[[], Any]
+    reward_model: str | None = None
     llm_judge: Mapping[str, Any] | None = None
     asks_people: bool = False
     has_rewards: bool = True
@@ -146,6 +147,11 @@ class Case:
         return self._part("the trainer", self._build_trainer)
 
     @property
+    def rewards(self) -> tuple[list[Any], list[Any]]:
+        """The rewards of training, and those of evaluations alone: functions, and paths of models."""
+        return self._part("the rewards", self._load_rewards)
+
+    @property
     def prompts(self) -> list[Prompt]:
         """A few prompts from all over the dataset."""
         return self._part("sample prompts", self._choose_prompts)
@@ -172,8 +178,9 @@ class Case:
 
     def config_of(self, path: str) -> Any:
         """Returns the config of a model in a folder or on the hub."""
+        trusted = self.args.trust_remote_code
         with loading(path):
-            return AutoConfig.from_pretrained(path, trust_remote_code=self.args.trust_remote_code)
+            return AutoConfig.from_pretrained(path, trust_remote_code=trusted)
 
     @contextmanager
     def quietly(self) -> Iterator[None]:
@@ -235,13 +242,11 @@ class Case:
         if self.too_large:
             raise NotThere("the models would not fit in memory")
         subject, args = self.subject, copy.copy(self.args)
-        check_options(subject.settings.get("resume_from_checkpoint"), args)
         args.output_dir, args.use_vllm, args.engine, args.max_staleness = str(self.scratch), False, None, 0
         args.run_folder = False
         args.reward_timeout = args.reward_timeout or SECONDS_A_CALL
-        with kept_settings("Importing the run's own code"):
-            rewards, gold = list(subject.rewards()), list(subject.gold())
-        return OnlineDPOTrainer(
+        rewards, gold = self.rewards
+        trainer = OnlineDPOTrainer(
             model=subject.model,
             ref_model=subject.ref_model,
             reward_funcs=rewards or None,
@@ -254,6 +259,12 @@ class Case:
             eval_reward_funcs=gold or None,
             eval_judge=subject.eval_judge(self.args),
         )
+        trainer.finite.check_start()
+        return trainer
+
+    def _load_rewards(self) -> tuple[list[Any], list[Any]]:
+        with kept_settings("Importing the run's own code"):
+            return list(self.subject.rewards()), list(self.subject.gold())
 
     def _choose_prompts(self) -> list[Prompt]:
         dataset = self.dataset

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import import_module
 
-import online_dpo.doctor.checks  # noqa: F401  registers the checks of this package
 from online_dpo.distributed.signals import is_interruption
 from online_dpo.doctor.case import Case, NotThere
+from online_dpo.doctor.checks import ORDER
 from online_dpo.doctor.findings import Finding
 from online_dpo.doctor.registry import CHECKS, LOADS_MODELS
 from online_dpo.errors import OnlineDPOError, error_text, named_error
 
 EXPLAINED = (ValueError, TypeError, OSError, ImportError, OnlineDPOError)
 """Errors whose message says what to do without the name of their type."""
+
+for file in ORDER:  # each registers what it has, before plugins do
+    import_module(f"online_dpo.doctor.checks.{file}")
 
 
 def examine(case: Case) -> Iterator[Finding]:

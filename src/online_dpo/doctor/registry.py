@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from online_dpo.config.registry import Registry
-from online_dpo.doctor.case import Case
 from online_dpo.doctor.findings import Finding
 
-Check = Callable[[Case], Iterable[Finding]]
+if TYPE_CHECKING:
+    from online_dpo.doctor.case import Case
+
+Check = Callable[["Case"], Iterable[Finding]]
 """A function of the run that is examined; it yields what it has found, at least one finding."""
 
 Decorated = TypeVar("Decorated", bound=Check)

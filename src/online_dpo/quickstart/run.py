@@ -96,6 +96,8 @@ def run_quickstart(
         record_end(0)
 
     summary = summarise(before, after) | {
+        "against": "the starting policy",
+        "scored_by": "the rubric",
         "reward_model_accuracy": accuracy,
         "kl": metrics["eval_objective/kl"],
         "steps": trainer.state.global_step,

@@ -31,7 +31,6 @@ class GrowingFile:
         self.path, self._shared = path, shared
         self.backlog: deque[bytes] = deque()
         self.dropped = 0
-        self._torn = False
         self._open()
 
     def _open(self) -> None:
@@ -41,6 +40,7 @@ class GrowingFile:
             os.close(self._descriptor)
             raise OSError(errno.EINVAL, "it is no file", str(self.path))
         self.size = os.fstat(self._descriptor).st_size
+        self._torn = self._shared and self.size > 0 and not _ends_a_line(self.path)
 
     def add(self, piece: bytes) -> None:
         """Writes a piece, after those that wait.
@@ -99,3 +99,9 @@ class GrowingFile:
     def close(self) -> None:
         """Closes the file. What waits is lost."""
         os.close(self._descriptor)
+
+
+def _ends_a_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"

@@ -15,7 +15,7 @@ from typing import Any
 
 from online_dpo.checkpoints.files import replacing
 from online_dpo.runs.frames import MAGIC, Frame, frames, read
-from online_dpo.runs.layout import METRICS, completions_files
+from online_dpo.runs.layout import EVENTS, METRICS, completions_files
 
 SUMMARY = "train_runtime"
 """A metric of the last log of a run. It belongs to no step, and a run that goes on has another one at its end."""
@@ -42,6 +42,7 @@ def cut_after(folder: Path, step: int) -> Cut:
         OSError: a file cannot be read or cut.
     """
     cut = Cut()
+    _end_torn_line(folder / EVENTS)
     _cut_metrics(folder / METRICS, step, cut)
     files = completions_files(folder)
     for rank in sorted({file.rank for file in files}):
@@ -51,7 +52,7 @@ def cut_after(folder: Path, step: int) -> Cut:
     return cut
 
 
-def end_torn_line(path: Path) -> None:
+def _end_torn_line(path: Path) -> None:
     """Cuts off what stands after the last line of a file, if anything does."""
     if path.is_file():
         content = path.read_bytes()

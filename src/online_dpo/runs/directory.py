@@ -40,7 +40,7 @@ class RunDirectory:
         self.folder, self._rank = folder, rank
         self._lock = threading.RLock()
         self._in_trouble = False
-        self._events = GrowingFile(folder / EVENTS, shared=processes > 1)
+        self._events = GrowingFile(folder / EVENTS, shared=True)
         self._metrics = GrowingFile(folder / METRICS) if rank == 0 else None
         self._completions = CompletionsWriter(folder, rank, processes, limit)
 

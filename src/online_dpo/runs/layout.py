@@ -15,12 +15,13 @@ METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
 VOTES = "votes.jsonl"
 QUESTIONS = "questions.jsonl"
+REPORT = "report.html"
 EARLIER = "earlier"
 """The folder of what earlier runs in the same folder have written: ``earlier/1`` and so on."""
 
 RECORD_PATTERNS = (SETTINGS, SETTINGS_BESIDE, ENVIRONMENT, METRICS, EVENTS, VOTES, QUESTIONS, f"{EARLIER}/*")
-RECORD_PATTERNS += ("completions-r*.jsonl.zst",)
-"""All files of a record, as patterns."""
+RECORD_PATTERNS += ("completions-r*.jsonl.zst", REPORT)
+"""All files of a record, and the page that is made of it, as patterns."""
 
 _COMPLETIONS = re.compile(r"completions-r(\d+)-(\d{5,})\.jsonl\.zst")
 

@@ -85,15 +85,19 @@ def frozen_bytes(plan: Plan) -> int:
     # PEFT casts what is not quantised to fp32 (`prepare_model_for_kbit_training`); DeepSpeed's engine back to bf16.
     rest = HALF if plan.by_deepspeed and plan.bf16 else FP32
     matrices = [weight for weight in plan.policy.of_a_layer() if weight.columns > 1]
-    packed = sum(weight.count * four_bit_bytes(weight.numbers, plan.double_quantization) for weight in matrices)
-    return packed + rest * (plan.policy.parameters - _numbers(matrices))
+    shards = plan.gpus if plan.packed_as_floats and plan.sharding == "fsdp2" else 1
+    packed = sum(weight.count * four_bit_bytes(weight.numbers, plan.double_quantization, shards) for weight in matrices)
+    others = [weight for weight in plan.policy.weights() if weight not in matrices]
+    return packed + rest * sum(_part(weight, plan.sharding, plan.gpus) for weight in others)
 
 
-def four_bit_bytes(numbers: int, double: bool) -> int:
-    """Bytes of one weight in 4 bits, with its scales and the values that its codes stand for."""
+def four_bit_bytes(numbers: int, double: bool, shards: int = 1) -> int:
+    """Bytes of one weight in 4 bits, with its scales and the values that its codes stand for. Its codes alone are
+    divided into ``shards``.
+    """
     blocks = -(-numbers // BLOCK)
     scales = blocks + FP32 * -(-blocks // OUTER_BLOCK) + OUTER_CODE if double else FP32 * blocks
-    return -(-numbers // 2) + scales + CODE
+    return -(-numbers // (2 * shards)) + scales + CODE
 
 
 def _policy_terms(plan: Plan) -> Iterator[Term]:

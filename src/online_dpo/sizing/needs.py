@@ -8,6 +8,9 @@ from online_dpo.sizing.held import Term, held_terms
 from online_dpo.sizing.passing import pass_terms, sampling_terms, scoring_terms, step_terms
 from online_dpo.sizing.plan import Plan
 
+LIBRARIES = 768 * 2**20
+"""What a process takes of the machine with its libraries loaded: benchmarks/memory_estimate.py measures it."""
+
 
 @dataclass(frozen=True)
 class Needs:

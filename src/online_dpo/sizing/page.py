@@ -31,7 +31,10 @@ MODES: dict[str, dict[str, Any]] = {
     "all weights, FSDP2": {"sharding": "fsdp2"},
     "LoRA, DDP": {"adapter": "lora"},
     "LoRA, FSDP2": {"adapter": "lora", "sharding": "fsdp2"},
+    "LoRA, ZeRO-3": {"adapter": "lora", "sharding": "zero3"},
     "QLoRA, DDP": {"adapter": "qlora"},
+    "QLoRA, FSDP2, stored as bf16": {"adapter": "qlora", "sharding": "fsdp2", "packed_as_floats": True},
+    "QLoRA, ZeRO-3": {"adapter": "qlora", "sharding": "zero3"},
 }
 
 

@@ -41,6 +41,9 @@ class Plan:
     """Rank of an adapter on all linear layers of the model's layers."""
     double_quantization: bool = False
     """QLoRA: the scales of blocks are quantised as well (``bnb_4bit_use_double_quant``)."""
+    packed_as_floats: bool = False
+    """QLoRA: weights in 4 bits are stored as floats (``bnb_4bit_quant_storage``), so that FSDP2 shards them; otherwise,
+    and under ZeRO-3, they are counted as whole on every GPU."""
     reference: bool = True
     """Whether there is one. With an adapter it is the policy without it, and costs nothing."""
     reward_model: ModelShape | None = None
@@ -79,8 +82,6 @@ class Plan:
     def __post_init__(self) -> None:
         if self.gpus < 1:
             raise ValueError(f"There is at least one GPU, not {self.gpus}.")
-        if self.adapter == "qlora" and self.sharding in PARTED_WEIGHTS:
-            raise ValueError(f"Weights in 4 bits are whole on every GPU: QLoRA needs no {self.sharding}.")
         if self.offload_optimizer and self.sharding not in ENGINES_OF_DEEPSPEED:
             raise ValueError("Adam's state alone leaves the GPU under ZeRO only. FSDP2 has `offload_parameters`.")
         if self.offload_parameters and self.sharding not in PARTED_WEIGHTS:

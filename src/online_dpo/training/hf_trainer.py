@@ -35,7 +35,7 @@ from online_dpo.training.display.choose import choose_displays
 from online_dpo.training.evaluation_weights import EvaluationWeights
 from online_dpo.training.failures import NamedCallbacks, StepsDone
 from online_dpo.training.finite import FiniteWeights
-from online_dpo.training.hub_uploads import PushesModelAlone, without_record
+from online_dpo.training.hub_uploads import without_record
 from online_dpo.training.interrupt import Interrupt
 from online_dpo.training.learning_rate import LearningRateBackoff
 from online_dpo.training.log_state import LogState
@@ -55,7 +55,7 @@ from online_dpo.training.update_ratio import UpdatedRatio
 from online_dpo.types import PackedRows
 
 
-class GuardedTrainer(PushesModelAlone, Trainer):
+class GuardedTrainer(Trainer):
     """A `Trainer` whose micro-batches hold a list of :class:`~online_dpo.types.PackedRows` under ``"passes"``.
 
     Each gets a forward and a backward pass of its own, as ``"rows"`` of the inputs of ``compute_loss``. Steps that are
@@ -65,6 +65,7 @@ class GuardedTrainer(PushesModelAlone, Trainer):
 
     # Read by transformers.Trainer: the loss is divided by the pairs of the whole step already.
     loss_is_scaled_for_ga = True
+    push_to_hub = without_record()(Trainer.push_to_hub)
 
     def __init__(self, model: nn.Module, args: OnlineDPOConfig, **kwargs: Any) -> None:
         self.configs = ConfigKeeper()
@@ -313,8 +314,7 @@ class GuardedTrainer(PushesModelAlone, Trainer):
 
     def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
         """The parent's; checkpoints that it would delete are deleted after it."""
-        run_dir = Path(self._get_output_dir(trial))
-        with self.checkpoints.hidden(run_dir):
+        with self.checkpoints.hidden(Path(self._get_output_dir(trial))):
             return super()._finalize_training(trial, *args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -37,18 +37,10 @@ class ModelUploads:
 @contextmanager
 def without_record() -> Iterator[None]:
     """Inside, `transformers.Trainer` uploads no record of a run."""
-    original = trainer.hf_api
-    trainer.hf_api = lambda: ModelUploads(original())  # pyright: ignore[reportAttributeAccessIssue]
+    module: Any = trainer
+    original = module.hf_api
+    module.hf_api = lambda: ModelUploads(original())
     try:
         yield
     finally:
-        trainer.hf_api = original
-
-
-class PushesModelAlone:
-    """Part of a `transformers.Trainer` whose pushes leave out the record of the run."""
-
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """As `transformers.Trainer.push_to_hub`."""
-        with without_record():
-            return super().push_to_hub(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        module.hf_api = original

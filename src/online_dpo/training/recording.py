@@ -19,7 +19,6 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from online_dpo import __version__
-from online_dpo.checkpoints.folders import step_of
 from online_dpo.config.recording import OFF
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.distributed.collectives import RankErrors
@@ -34,7 +33,7 @@ from online_dpo.runs.endings import End
 from online_dpo.runs.often import OFTEN
 from online_dpo.training.display.figures import evaluation_prefix
 from online_dpo.training.ledger import Ledger
-from online_dpo.training.resumed_record import metrics_row, restore_metrics, resumed_events
+from online_dpo.training.resumed_record import metrics_row, restore_metrics, resumed_events, step_in
 from online_dpo.training.session_facts import environment_facts, settings_of
 
 Train = TypeVar("Train", bound=Callable[..., Any])
@@ -55,9 +54,8 @@ class Recording(TrainerCallback):
     is in the record. Nothing that fails in it ends a run that has begun.
 
     ``settings`` is the text of the run's settings and ``command`` the words that started it, where whoever built the
-    trainer knows them; ``ledger`` has the
-    groups of a step. With ``ends_later`` the end of `train` is not that
-    of the run (see `ending`).
+    trainer knows them. ``ledger`` has the groups of a step. With ``ends_later`` the end of `train` is not that of the
+    run (see `ending`).
 
     Args:
         args: the run's configuration.
@@ -82,8 +80,11 @@ class Recording(TrainerCallback):
         self._parts: dict[str, str] = {}
         self.ledger: Ledger | None = None
         self.ends_later = False
+        self.at_failure: list[Callable[[], None]] = []
+        """Called where training has failed, whether there is a run folder or not."""
         self._failure: End | None = None
-        self._done = 0
+        self._done, self._process = 0, os.getpid()
+        self._is_begun = False
         self._directory: RunDirectory | None = None
         self._session = ExitStack()
 
@@ -109,9 +110,7 @@ class Recording(TrainerCallback):
         Raises:
             RecordError, ForeignFileError: on every rank, if it cannot be begun on any.
         """
-        self._session.close()
-        self._failure = None
-        self._done = 0 if checkpoint is None else step_of(Path(checkpoint))
+        self._done = 0 if checkpoint is None else step_in(Path(checkpoint))
         if not self._args.run_folder:
             return
         first: list[events.Event] = []
@@ -119,6 +118,11 @@ class Recording(TrainerCallback):
         self._errors.run(lambda: self._told(self._open))
         for event in first:
             self._write_event(replace(event, facts={"step": self._done, **event.facts}))
+
+    def reset(self) -> None:
+        """Forget the end of an earlier run of the same trainer."""
+        self._session.close()
+        self._failure, self._is_begun = None, False
 
     def _told(self, action: Callable[[], None]) -> None:
         try:
@@ -162,7 +166,7 @@ class Recording(TrainerCallback):
         directory = RunDirectory(self.folder, process.process_index, process.num_processes, limit)
         if self._directory is not None:
             self._directory.close()
-        self._directory = directory
+        self._directory, self._is_begun = directory, True
         if self.ledger is not None:
             self.ledger.on = args.log_completions != OFF
         LAST_WORDS.append(self._say_last)
@@ -171,6 +175,8 @@ class Recording(TrainerCallback):
         self._session.enter_context(events.warnings_told(__name__.partition(".")[0]))
 
     def _write_event(self, event: events.Event) -> None:
+        if os.getpid() != self._process:  # a forked process, which reads data or scores
+            return
         rank = self._accelerator.process_index
         if self._directory is not None and (rank == 0 or event.kind not in OF_ALL_RANKS):
             self._directory.add_event(event, self._step())
@@ -203,6 +209,8 @@ class Recording(TrainerCallback):
     def fail(self, error: BaseException) -> None:
         """Remembers what will have ended the run, for `end`."""
         self._failure = end_of(error)
+        for told in self.at_failure:
+            told()
 
     def end(self, code: int | None = None) -> None:
         """Writes the end of the run.
@@ -210,8 +218,9 @@ class Recording(TrainerCallback):
         Args:
             code: the exit code of the process; when not given, that of the failure, or 0.
         """
-        if self._directory is None:
+        if not self._is_begun:
             return
+        self._is_begun = False
         end = self._failure or End(0)
         end = end if code is None else End(code, end.message)
         done = f"The run ended after step {self._state().global_step}"
@@ -295,6 +304,7 @@ def tells_end(train: Train) -> Train:
 
     @functools.wraps(train)
     def told(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.recording.reset()
         try:
             result = train(self, *args, **kwargs)
         except BaseException as error:

@@ -31,13 +31,16 @@ def resumed_events(checkpoint: Path, cut: Cut, restored: int, passed_over: str) 
     return told
 
 
+def step_in(checkpoint: Path) -> int:
+    """The step of a checkpoint, whose folder may have any name."""
+    return json.loads((checkpoint / TRAINER_STATE_NAME).read_bytes())["global_step"]
+
+
 def restore_metrics(folder: Path, checkpoint: Path, last: int) -> int:
     """Adds the rows of metrics after step ``last`` that the checkpoint has and the record has not: it was made without
     a run folder, in another folder, or while the record could not be written. Returns how many.
     """
     state = checkpoint / TRAINER_STATE_NAME
-    if not state.is_file():
-        return 0
     logs = [log for log in json.loads(state.read_bytes())["log_history"] if isinstance(log.get("step"), int)]
     logs = [log for log in logs if log["step"] > last]
     rows = [{**metrics_row(log["step"], log), "time": state.stat().st_mtime, "restored": True} for log in logs]

@@ -48,7 +48,7 @@ def environment_facts(processes: int, command: Sequence[str]) -> dict[str, Any]:
         "host": socket.gethostname(),
         "cpus": os.cpu_count(),
         "memory": psutil.virtual_memory().total,
-        "devices": _devices(),
+        "devices": _facts_of_devices(),
         "processes": processes,
         "git": _git(),
         "folder": os.getcwd(),
@@ -66,7 +66,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _devices() -> list[dict[str, Any]]:
+def _facts_of_devices() -> list[dict[str, Any]]:
     if not torch.cuda.is_available():
         return [{"name": platform.processor() or platform.machine(), "type": "cpu"}]
     found = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]

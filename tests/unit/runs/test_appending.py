@@ -81,3 +81,9 @@ def test_too_much_that_waits_is_dropped_from_the_oldest_on(tmp_path, limited, mo
     limited(0)
     file.flush()
     assert (tmp_path / "rows").read_bytes() == b"third\n" and file.dropped == 2
+
+
+def test_another_writer_begins_a_line_after_one_that_was_torn(tmp_path):
+    (tmp_path / "rows").write_bytes(b"one\nto")
+    GrowingFile(tmp_path / "rows", shared=True).add(b"three\n")
+    assert (tmp_path / "rows").read_bytes() == b"one\nto\nthree\n"

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
+from online_dpo.runs.appending import GrowingFile
 from online_dpo.runs.cutting import cut_after
 from online_dpo.runs.frames import encode, frames, read
-from online_dpo.runs.layout import METRICS, CompletionsFile, completions_files
+from online_dpo.runs.layout import EVENTS, METRICS, CompletionsFile, completions_files
 from online_dpo.runs.reading import RunFolder
 
 FILE = CompletionsFile(rank=0, number=0)
@@ -117,3 +118,14 @@ def test_a_damaged_row_in_the_middle_stays_and_is_told(tmp_path):
     (tmp_path / METRICS).write_bytes(content)
     cut = cut_after(tmp_path, 2)
     assert cut.damaged == [METRICS] and (tmp_path / METRICS).read_bytes() == row_of(1) + b"\0\0\0{\n" + row_of(2)
+
+
+@pytest.mark.parametrize("size", [0, 1, 30, 40, 45, 46, 47, 70, 90])
+def test_events_that_end_at_any_byte_lose_the_torn_one_alone(tmp_path, size):
+    content = row_of(1, message="first") + row_of(9, message="later")
+    (tmp_path / EVENTS).write_bytes(content[:size])
+    cut_after(tmp_path, 1)
+    file = GrowingFile(tmp_path / EVENTS, shared=True)
+    file.add(row_of(2, message="next"))
+    told = [row["message"] for row in RunFolder(tmp_path).events().rows]
+    assert told == ["first", "later"][: content[:size].count(b"\n")] + ["next"]

@@ -31,7 +31,13 @@ def test_the_record_is_left_out_and_all_else_is_as_it_was(monkeypatch):
     assert trainer.hf_api is before
     names = ("metrics.jsonl", "events.jsonl", "environment.json", "run.yaml", "run.resolved.yaml", "votes.jsonl")
     for asked in api.asked:
-        for name in (*names, "questions.jsonl", "completions-r12-00003.jsonl.zst", "earlier/1/metrics.jsonl"):
+        for name in (
+            *names,
+            "questions.jsonl",
+            "report.html",
+            "completions-r12-00003.jsonl.zst",
+            "earlier/1/events.jsonl",
+        ):
             assert any(fnmatch(name, pattern) for pattern in asked["ignore_patterns"]), name
         for name in ("model.safetensors", "README.md", "tokenizer.json", "config.json", "training_args.bin"):
             assert not any(fnmatch(name, pattern) for pattern in asked["ignore_patterns"]), name

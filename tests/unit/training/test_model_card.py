@@ -104,14 +104,19 @@ def test_the_course_of_a_run_that_has_a_record_is_in_its_card(tmp_path):
         | {"dropped/tie": 1}
         for step in (1, 2)
     ]
-    events = [{"step": 2, "kind": "skip", "message": "Step 2 | <b>skipped</b>."}, {"step": 2, "kind": "checkpoint"}]
+    events = [
+        {"step": 2, "kind": "skip", "message": "Skipped: see /home/me."},
+        {"step": 2, "kind": "checkpoint"},
+    ]
+    events.append({"step": 1, "kind": "a|b <b>"})
     records.write(tmp_path, metrics=rows, events=events)
     assert "Course" not in write_card(tmp_path) and not (tmp_path / "training.svg").exists()
     card = write_card(tmp_path, run_folder=True)
     assert "![Reward and KL to the reference over the steps](training.svg)" in card
     assert "6 pairs were trained on; 2 of 8 prompts gave none." in card
     assert "| tie | all scores are equal, or the judge has no preference | 2 |" in card
-    assert r"| skip | 1 | 2 | Step 2 \| &lt;b&gt;skipped&lt;/b&gt;. |" in card and "checkpoint" not in card
+    assert "| skip | 1 | 2 | 2 |" in card and "checkpoint" not in card and "/home" not in card
+    assert r"| a\|b &lt;b&gt; | 1 | 1 | 1 |" in card
     picture = ElementTree.parse(tmp_path / "training.svg")
     texts = [element.text for element in picture.iter("{http://www.w3.org/2000/svg}text")]
     assert {"Reward", "KL to the reference", "optimizer step"} <= set(texts)

@@ -1,19 +1,20 @@
-"""The checks of this package, one file for each subject. The order of the imports is that of the report."""
+"""The checks of this package, one file for each subject. They are imported when a run is examined."""
 
-from online_dpo.doctor.checks import (  # noqa: F401  isort: skip
-    versions,
-    settings,
-    device,
-    files,
-    disk,
-    tokens,
-    template,
-    prompts,
-    memory,
-    servers,
-    models,
-    samples,
-    rewards,
-    judges,
-    timing,
+ORDER = (
+    "versions",
+    "settings",
+    "files",
+    "device",
+    "tokens",
+    "prompts",
+    "template",
+    "disk",
+    "memory",
+    "servers",
+    "models",
+    "samples",
+    "rewards",
+    "judges",
+    "timing",
 )
+"""The files, in the order of the report."""

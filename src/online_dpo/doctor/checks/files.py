@@ -27,7 +27,7 @@ def files(case: Case) -> Iterator[Finding]:
     config = case.config
     rows = case.rows
     subject.eval_dataset()
-    rewards, gold = list(subject.rewards()), list(subject.gold())
+    rewards, gold = case.rewards
     columns = rows.column_names or []
     for functions in (rewards, gold):
         if functions:

@@ -12,18 +12,15 @@ import torch
 from online_dpo.doctor.case import Case
 from online_dpo.doctor.findings import Finding, gib, ok, problem, warning
 from online_dpo.doctor.registry import check
-from online_dpo.scoring.registry import REWARDS
 from online_dpo.sizing.held import FP32, HALF
 from online_dpo.sizing.lengths import fullest_pass
-from online_dpo.sizing.needs import Needs, memory_needs
+from online_dpo.sizing.needs import LIBRARIES, Needs, memory_needs
 from online_dpo.sizing.plan import Plan, Sharding
 from online_dpo.sizing.shape import KNOWN, ModelShape, as_reward_model, shape_of
 
 GIB = 2**30
 CONTEXT = int(1.5 * GIB)
 """What CUDA, NCCL and the allocator take of a GPU beside tensors."""
-LIBRARIES = int(0.75 * GIB)
-"""What a process takes of the machine with its libraries loaded: measured by benchmarks/memory_estimate.py."""
 TIGHT = 0.9
 CGROUP = Path("/sys/fs/cgroup")
 SHOWN = 4
@@ -85,6 +82,7 @@ def plan_of(case: Case) -> Plan:
         adapter="qlora" if subject.quantized else "lora" if subject.lora_rank else "none",
         lora_rank=subject.lora_rank or 16,
         double_quantization=subject.double_quantization,
+        packed_as_floats=_packed_as_floats(args.model_init_kwargs),
         reference=not args.reference_free,
         reward_model=None if reward is None else reward[0],
         reward_model_bytes=HALF if reward is None else reward[1],
@@ -114,6 +112,13 @@ def _sharding(case: Case) -> tuple[Sharding, dict[str, Any]]:
     return stages[zero["stage"]], zero
 
 
+def _packed_as_floats(options: Any) -> bool:
+    """Whether weights in 4 bits are stored as floats."""
+    given = (options or {}).get("quantization_config") or {}
+    storage = given.get("bnb_4bit_quant_storage") if isinstance(given, dict) else given.bnb_4bit_quant_storage
+    return "float" in str(storage)
+
+
 def _is_offloaded(options: dict[str, Any], name: str) -> bool:
     given = options.get(name)
     return isinstance(given, dict) and given.get("device", "none") != "none"
@@ -121,13 +126,11 @@ def _is_offloaded(options: dict[str, Any], name: str) -> bool:
 
 def _reward_model(case: Case) -> tuple[ModelShape, int] | None:
     """The shape of the reward model, if there is one of a known kind, and the bytes of a number in it."""
-    for reward in case.subject.rewards():
-        if isinstance(reward, str) and reward not in REWARDS:
-            given = case.config_of(reward).to_dict()
-            if given["model_type"] in KNOWN:
-                in_half = "16" in str(given.get("dtype"))
-                return as_reward_model(shape_of(given)), HALF if in_half else FP32
-    return None
+    if case.subject.reward_model is None:
+        return None
+    given = case.config_of(case.subject.reward_model).to_dict()
+    in_half = "16" in str(given.get("dtype"))
+    return (as_reward_model(shape_of(given)), HALF if in_half else FP32) if given["model_type"] in KNOWN else None
 
 
 def _on_cpu(case: Case, plan: Plan, needs: Needs) -> Iterator[Finding]:

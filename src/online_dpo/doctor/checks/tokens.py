@@ -12,7 +12,6 @@ from transformers import GenerationConfig
 from online_dpo.doctor.case import Case
 from online_dpo.doctor.findings import Finding, ok, problem, warning
 from online_dpo.doctor.registry import check
-from online_dpo.scoring.registry import REWARDS
 from online_dpo.scoring.rewards.loading import load_tokenizer
 
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|assistant_end|>", "<|endofturn|>")
@@ -23,9 +22,8 @@ TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|assistan
 def tokens(case: Case) -> Iterator[Finding]:
     """The policy's tokenizer against its model: end tokens, padding, sizes; then the reward model's."""
     findings = [*_sizes(case), *_ends(case)]
-    for path in case.subject.rewards():
-        if isinstance(path, str) and path not in REWARDS:
-            findings += _reward_tokens(case, path)
+    if case.subject.reward_model is not None:
+        findings += _reward_tokens(case, case.subject.reward_model)
     yield from findings
     if not findings:
         tokenizer = case.tokenizer

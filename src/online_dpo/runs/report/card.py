@@ -46,9 +46,10 @@ def _pairs(facts: RunFacts) -> Iterator[str]:
 
 
 def _events(facts: RunFacts) -> Iterator[str]:
+    """Without their messages, which may name paths and addresses: a card is published."""
     if kinds := to_look_into(facts.events):
-        rows = [(kind.kind, f"{kind.count:,}", f"{kind.last}", kind.message) for kind in kinds]
-        yield _table(("event", "times", "last step", "message"), rows)
+        rows = [(kind.kind, f"{kind.count:,}", f"{kind.first}", f"{kind.last}") for kind in kinds]
+        yield _table(("event", "times", "first step", "last step"), rows)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

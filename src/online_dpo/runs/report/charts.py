@@ -226,6 +226,9 @@ def _drawn(line: Line, x: _Scale, y: _Scale) -> Iterator[Markup]:
         yield _tag("path", d=_path([*upper, *lower]) + "Z", class_=f"band {colour}")
     places = [(x(px), y(py)) for px, py in line.points]
     yield _tag("path", d=_path(places), class_=f"line {colour}")
+    if len(line.band) == 1:
+        [(px, low, high)] = line.band
+        yield _tag("path", d=_path([(x(px), y(low)), (x(px), y(high))]), class_=f"line {colour}")
     if line.dots or len(places) == 1:
         for px, py in places:
             yield _tag("circle", cx=px, cy=py, r=2.5, class_=f"point {colour}")

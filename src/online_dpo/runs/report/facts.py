@@ -24,7 +24,8 @@ from online_dpo.runs.votes import Vote, latest_votes
 Row = dict[str, Any]
 
 PHASES = ("rollout", "scoring", "training", "reference", "sync", "waiting")
-QUIET = frozenset({"start", "resume", "end", "checkpoint", "evaluation", "sync", "record", "learning_rate"})
+NOT_SAVED = "checkpoint not saved"
+QUIET = frozenset({"start", "resume", "end", "checkpoint", "evaluation", "sync"})
 """Kinds of events that are the course of a run, and nothing to look into."""
 LARGEST_FIGURES = 1 << 20
 """Bytes of a file of figures that is read."""
@@ -215,9 +216,10 @@ def _events(folder: RunFolder) -> tuple[list[EventKind], str]:
     kinds: dict[str, EventKind] = {}
     ends: dict[Any, str] = {}
     for row in each_row(folder.events):
-        name, step = str(row.get("kind", "")), int(number(row.get("step")) or 0)
+        name = NOT_SAVED if row.get("saved") is False else str(row.get("kind", ""))
+        step, times = int(number(row.get("step")) or 0), int(number(row.get("times")) or 1)
         kind = kinds.setdefault(name, EventKind(name, first=step))
-        kind.count, kind.last, kind.message = kind.count + 1, step, str(row.get("message", ""))
+        kind.count, kind.last, kind.message = kind.count + times, step, str(row.get("message", ""))
         if name == "start":
             ends = {}
         elif name == "end":

@@ -121,15 +121,16 @@ def why_no_pair(facts: RunFacts) -> Figure | None:
     groups = facts.groups
     if not groups.groups:
         return None
-    edges = np.linspace(0.5, groups.last_step + 0.5, min(COLUMNS, groups.last_step) + 1)
+    pieces = np.array_split(np.arange(1, groups.last_step + 1), min(COLUMNS, groups.last_step))
+    edges = np.asarray([*(piece[0] for piece in pieces), groups.last_step + 1]) - 0.5
     parts = {PAIR: groups.with_pairs, **dict(sorted(groups.reasons.items(), key=lambda entry: -len(entry[1])))}
     counts = {name: np.histogram(np.asarray(steps), edges)[0] for name, steps in parts.items()}
     columns = [
-        (f"{int(start + 0.5)}", {name: float(count[n]) for name, count in counts.items()})
-        for n, start in enumerate(edges[:-1])
+        (f"{piece[0]}", {name: float(count[n] / len(piece)) for name, count in counts.items()})
+        for n, piece in enumerate(pieces)
     ]
     title = "Groups with a pair, and why others have none"
-    chart = stacked_chart(columns, Axes(f"from {STEP}", "recorded groups"), title)
+    chart = stacked_chart(columns, Axes(f"from {STEP}", "recorded groups a step"), title)
     return Figure(title, chart, legend=[(name, n % 6) for n, name in enumerate(parts)])
 
 

@@ -119,20 +119,21 @@ def tiles(facts: RunFacts) -> Iterator[Tile]:
 def _win_rates(facts: RunFacts) -> Section:
     section = Section("win-rates", "Win rates", figures=list(pictures.win_rates(facts)))
     rows = [
-        (
-            c.file,
-            c.model,
-            c.against,
-            "" if c.prompts is None else f"{c.prompts:,}",
-            c.scored_by,
-            f"{c.value:.1%}",
-            _interval(c.low, c.high),
-        )
-        for c in facts.comparisons
+        {
+            "file": one.file,
+            "model": one.model,
+            "against": one.against,
+            "prompts": "" if one.prompts is None else f"{one.prompts:,}",
+            "scored by": one.scored_by,
+            "win rate": f"{one.value:.1%}",
+            "interval": _interval(one.low, one.high),
+        }
+        for one in facts.comparisons
     ]
+    head = [name for name in (rows[0] if rows else ()) if any(row[name] for row in rows)]
     if rows:
-        head = ("file", "model", "against", "prompts", "scored by", "win rate", "interval")
-        section.tables = [Table(head, rows, "Measured apart from the run; the files lie in its folder.")]
+        cells = [[row[name] for name in head] for row in rows]
+        section.tables = [Table(head, cells, "Measured apart from the run; the files lie in its folder.")]
     return section
 
 

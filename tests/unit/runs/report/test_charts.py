@@ -55,6 +55,14 @@ def test_points_of_a_line_have_the_heights_of_their_values():
     assert {"optimizer step", "nats", "1"} <= set(texts(chart)) and all(0 <= x <= WIDTH for x in xs)
 
 
+def test_a_single_value_has_its_interval():
+    axes = Axes("optimizer step", "share", y_range=(0, 1))
+    chart = line_chart([Line("", [(100, 0.9)], [(100, 0.75, 1.0)], dots=True)], axes, "")
+    interval = places(of(chart, "path", "line")[1])
+    assert [value_at(chart, y) for _, y in interval] == pytest.approx([0.75, 1.0], abs=0.01)
+    assert interval[0][0] == interval[1][0] and len(of(chart, "circle", "point")) == 1
+
+
 def test_lines_are_named_at_their_ends_and_names_do_not_overlap():
     chart = line_chart([Line("one", [(0, 0), (1, 1.0)]), Line("two", [(0, 1), (1, 1.001)], colour=1)], AXES, "")
     labels = of(chart, "text", "label")

@@ -101,15 +101,10 @@ def folder(tmp_path):
         {"time": 2.0, "step": 7, "kind": "skip", "message": "Step 7 skipped."},
         {"time": 3.0, "step": 9, "kind": "skip", "message": "Step 9 skipped: not finite."},
         {"time": 4.0, "step": 10, "kind": "checkpoint", "message": "checkpoint-10 was saved."},
-        {
-            "time": 5.0,
-            "step": 20,
-            "rank": 0,
-            "kind": "end",
-            "message": "The run ended.",
-            "code": 0,
-            "state": "finished",
-        },
+        {"time": 4.5, "step": 15, "kind": "checkpoint", "message": "No room for checkpoint-15.", "saved": False},
+        {"time": 4.6, "step": 16, "kind": "retry", "message": "Asked again.", "times": 1},
+        {"time": 4.7, "step": 17, "kind": "retry", "message": "Asked again: 429.", "times": 41},
+        {"step": 20, "rank": 0, "kind": "end", "message": "The run ended.", "code": 0, "state": "finished"},
     ]
     settings = {"model_name_or_path": "org/model", "beta": 0.1, "max_steps": 20}
     environment = {"sessions": [{"started": 1764160000.0, "versions": {"torch": "2.13"}, "processes": 2}]}
@@ -128,6 +123,8 @@ def test_figures_of_the_page_are_those_of_the_folder(folder, capsys):
     assert "20 groups are recorded, 15 of them gave pairs" in words
     assert "tie all scores are equal, or the judge has no preference 20 25.0%" in words
     assert "skip 2 7–9 Step 9 skipped: not finite." in words and "checkpoint-10" not in words
+    assert "checkpoint not saved 1 15 No room for checkpoint-15." in words
+    assert "retry 42 16–17 Asked again: 429." in words  # a row may stand for several
     assert "rollout 40 s, 50%" in words and "training 20 s, 25%" in words and "reference 10 s, 12%" in words
     assert "other 10 s, 12%" in words
     assert "the longer one in 100% of the pairs" in words
