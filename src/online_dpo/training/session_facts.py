@@ -7,7 +7,7 @@ import platform
 import re
 import shlex
 import socket
-import subprocess
+import subprocess  # for git alone  # nosec B404
 import time
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
@@ -83,7 +83,8 @@ def _git() -> dict[str, Any] | None:
 
 def _git_output(*words: str) -> str | None:
     try:
-        done = subprocess.run(["git", *words], capture_output=True, text=True, timeout=GIT_SECONDS, check=False)
+        command = ["git", *words]  # words of ours
+        done = subprocess.run(command, capture_output=True, text=True, timeout=GIT_SECONDS, check=False)  # nosec B603
     except (OSError, subprocess.TimeoutExpired, UnicodeDecodeError):
         return None
     return done.stdout if done.returncode == 0 else None
