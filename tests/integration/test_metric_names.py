@@ -18,6 +18,7 @@ ELSEWHERE = {
     "perf/gpu_utilization": "on an NVIDIA GPU",
     "perf/gpu_memory": "on an NVIDIA GPU",
     "perf/mfu": "on a GPU whose peak is known",
+    **dict.fromkeys(("judge/questions", "judge/votes", "judge/ties", "judge/unanswered"), "with people as judges"),
     "objective/kl_by_position/256-up": "answers longer than a tiny model writes",
 }
 """Metrics that no run here has, each with the place that has it; their values are tested in unit tests."""
