@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import os
 import re
 import shutil
 import statistics
@@ -171,6 +172,7 @@ def main() -> int:
         print(f"{name}: {value:.0f}" + ("" if "seconds" in name else " MB"))
     if args.json:
         about = {name: getattr(args, name) for name in ("runs", "rows", "large", "groups")}
+        about["load_average"] = os.getloadavg()[0]
         content = {**about, "pages": [asdict(each) for each in figures], "memory": memory}
         args.json.write_text(json.dumps(content, indent=1) + "\n")
     too_slow = [each.page for each in figures if max(each.cold, each.warm) > MOST_SECONDS]

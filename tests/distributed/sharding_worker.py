@@ -18,6 +18,7 @@ from online_dpo.distributed import sampling
 from online_dpo.distributed.weights import full, part
 from online_dpo.modeling.introspection import layers_in_bits, unwrapped
 from support import quantized, tiny
+from support.recorded import TakesRecords
 from support.training import LORA, dataset, step_logs, trainer, without_times
 
 WHOLE = ("ddp", "zero1", "zero2")
@@ -150,9 +151,11 @@ def run(out, way, case, processes, batch=8, steps=3, poisoned_step=None, fits=Tr
     watch = Watch(made)
     made.add_callback(watch)
     before = evaluation_of(made)
+    taken = TakesRecords(made)
     made.train()
     logs = [without_times(log) for log in step_logs(made)]
     saved = {"logs": logs, "weights": whole_weights(made), "passes": watch.passes, "changed": watch.changed}
+    saved["rows"] = taken.rows
     if before:
         saved["eval"] = before | {f"{name} at the end": value for name, value in evaluation_of(made).items()}
     if case == "plain" and processes > 1:

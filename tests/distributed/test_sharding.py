@@ -10,6 +10,7 @@ import torch
 
 from support import quantized
 from support.processes import environment
+from support.recorded import assert_together_those_of_one
 from support.training import assert_same
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -84,6 +85,12 @@ def test_metrics_and_evaluations_are_those_of_one_process(results, way, case):
     for rank in two:
         assert rank.get("eval") == (pytest.approx(one["eval"], rel=1e-5, abs=1e-6) if "eval" in one else None)
     assert one["logs"][-1]["objective/kl"] != 0
+
+
+@of_ways(*((way,) for way in WAYS))
+def test_records_of_groups_are_those_of_one_process(results, way):
+    one, two = results(way, "plain")
+    assert_together_those_of_one([rank["rows"] for rank in two], one["rows"])
 
 
 @pytest.mark.parametrize("case", MANY_PASSES)

@@ -11,6 +11,7 @@ import torch
 from support import quantized, tiny
 from support.endpoint import says, serving, shown
 from support.processes import environment
+from support.recorded import assert_together_those_of_one
 from support.run_files import fill_folder, write_run_file
 from support.training import assert_same
 
@@ -71,36 +72,10 @@ def test_metrics_of_two_ranks_equal_those_of_one(results, case):
     assert one["log"]["objective/kl"] != 0
 
 
-OF_ONE_PROCESS = {"rank", "index", "seconds", "cached", "tokens", "cost"}
-"""What differs by which process records a group, and what another one asked before."""
-
-
-def figures(value, name=""):
-    """The entries of a row, by their paths."""
-    if isinstance(value, dict):
-        return {
-            p: v for k, one in value.items() if k not in OF_ONE_PROCESS for p, v in figures(one, f"{name}/{k}").items()
-        }
-    if isinstance(value, list):
-        return {p: v for k, one in enumerate(value) for p, v in figures(one, f"{name}/{k}").items()}
-    return {name: value}
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_records_of_two_ranks_are_together_those_of_one(results, case):
     one, two = results(case)
-    rows = [
-        {(row["step"], row["prompt_row"], row["round"]): figures(row) for row in rank["rows"]} for rank in (one, *two)
-    ]
-    assert not set(rows[1]) & set(rows[2]) and len(rows[0]) == len(one["rows"])
-    assert [{row["rank"] for row in rank["rows"]} for rank in two] == [{0}, {1}]
-    for key, expected in rows[0].items():
-        found = {**rows[1], **rows[2]}[key]
-        numbers = {path: value for path, value in expected.items() if isinstance(value, float)}
-        assert {path: found[path] for path in numbers} == pytest.approx(numbers, rel=1e-4, abs=1e-5)
-        assert {**found, **numbers} == expected
-    assert len(rows[0]) == len(rows[1]) + len(rows[2])
-    assert any(path.endswith("log_ratios/0") for row in rows[0].values() for path in row)
+    assert_together_those_of_one([rank["rows"] for rank in two], one["rows"])
 
 
 def test_rows_repeated_to_fill_the_last_batch_are_not_trained_twice(results):

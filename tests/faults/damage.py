@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from online_dpo.runs.layout import RECORD_PATTERNS
+
 Change = Callable[[Path], None]
 
 
@@ -21,11 +23,15 @@ def all_of(*changes: Change) -> Change:
 
 
 def stopped_after(step: int, *then: Change) -> Change:
-    """The output folder is as if the run had been killed behind this checkpoint; then come other changes."""
+    """The output folder is as if the run had been killed behind this checkpoint; then come other changes. The record
+    of the run is there, also of the steps after it.
+    """
 
     def stop(folder: Path) -> None:
         out = folder / "out"
         for path in out.iterdir():
+            if any(path.match(pattern) for pattern in RECORD_PATTERNS):
+                continue
             if path.is_file():
                 path.unlink()
             elif not path.name.startswith("checkpoint-") or int(path.name.partition("-")[2]) > step:

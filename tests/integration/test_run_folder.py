@@ -1,6 +1,7 @@
 """The folder that a run writes: what is in it, and that a resumed run has every row once (docs/run-folder.md)."""
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -12,10 +13,11 @@ import yaml
 from transformers import TrainerCallback
 
 from online_dpo.errors import CheckpointError, TrainingInterrupted
+from online_dpo.runs.beginning import ForeignFileError
 from online_dpo.runs.layout import METRICS, completions_files
 from online_dpo.runs.reading import RunFolder
 from online_dpo.runs.state import state_of
-from support import killed_runs, tiny, training
+from support import killed_runs, run_files, tiny, training
 
 OPTIONS = dict(run_folder=True, max_steps=6, save_strategy="steps", save_steps=2, per_device_train_batch_size=2)
 
@@ -293,3 +295,40 @@ def test_a_run_that_cannot_be_resumed_leaves_the_record_of_the_one_before(tmp_pa
     with pytest.raises(CheckpointError):
         trainer.train(resume_from_checkpoint=str(tmp_path / "no-such-folder"))
     assert (tmp_path / "events.jsonl").read_bytes() == before and state_of(tmp_path) == "finished"
+
+
+REWARD = "def words(completions, **_):\n    return [float(len(text)) for text in completions]\n"
+
+
+def test_the_command_writes_no_run_folder_over_files_of_another_program(tmp_path, capsys):
+    path = run_files.write_run_file(run_files.fill_folder(tmp_path, REWARD), reward_funcs=["feedback.py:words"])
+    assert run_files.trainer_of(path).args.run_folder is True
+    (tmp_path / "out").mkdir(exist_ok=True)
+    (tmp_path / "out" / METRICS).write_text("step,loss\n")
+    assert run_files.trainer_of(path).args.run_folder is False
+    assert f"warning: no run folder is written. {tmp_path / 'out' / METRICS} is not" in capsys.readouterr().err
+    path = run_files.write_run_file(tmp_path, reward_funcs=["feedback.py:words"], run_folder=True)
+    with pytest.raises(ForeignFileError, match="set `run_folder: false`"):
+        run_files.trainer_of(path)
+    path = run_files.write_run_file(tmp_path, reward_funcs=["feedback.py:words"], run_folder=False)
+    run_files.trainer_of(path).train()
+    assert (tmp_path / "out" / METRICS).read_text() == "step,loss\n" and not (tmp_path / "out/events.jsonl").exists()
+
+
+def test_a_disk_that_stays_full_ends_no_run_and_what_is_lost_is_told(tmp_path):
+    def run():
+        with Path(os.devnull).open("w") as nothing:
+            sys.stdout = sys.stderr = nothing
+            told = []
+            handler = logging.Handler()
+            handler.emit = lambda record: told.append(record.getMessage())
+            logging.getLogger("online_dpo").addHandler(handler)
+            trainer = made(tmp_path, save_strategy="no")
+            trainer.add_callback(At(2, lambda: killed_runs.limit_file_size(100)))
+            trainer.train()
+            assert trainer.state.global_step == 6
+            assert sum("It waits in memory" in text for text in told) == 1
+            assert any("rows and frames of the record could not be written" in text for text in told)
+
+    assert killed_runs.forked(run) == 0
+    assert [row["step"] for row in RunFolder(tmp_path).metrics().rows] == [1]

@@ -174,24 +174,25 @@ def test_wandb(tmp_path):
     assert len(wandb_records(tmp_path)[run_id]) == 2
 
 
+def trackio_logs(variables):
+    """The name and the logs of each run, read by a process of its own, as Trackio reads its folder once."""
+    code = """
+import json
+from trackio.sqlite_storage import SQLiteStorage as S
+print(json.dumps([[name, S.get_logs("huggingface", name)] for name in S.get_runs("huggingface")], default=str))
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=100)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 @pytest.mark.slow
 def test_trackio(tmp_path):
     pytest.importorskip("trackio")
     own = dict(TRACKIO_DIR=str(tmp_path / "trackio"))
     history, _ = run(tmp_path, "trackio", own)
 
-    def read():
-        code = """
-import json
-from trackio.sqlite_storage import SQLiteStorage as S
-print(json.dumps([[name, S.get_logs("huggingface", name)] for name in S.get_runs("huggingface")], default=str))
-"""
-        done = subprocess.run(
-            [sys.executable, "-c", code], env=environment(**own), capture_output=True, text=True, timeout=100
-        )
-        return json.loads(done.stdout.splitlines()[-1])
-
-    [[name, rows]] = read()
+    [[name, rows]] = trackio_logs(environment(**own))
     found, samples = {}, {}
     for row in rows:
         into = samples if any(key.startswith("samples/") for key in row) else found
@@ -203,7 +204,7 @@ print(json.dumps([[name, S.get_logs("huggingface", name)] for name in S.get_runs
         assert shown["samples/pairs"]["_type"] == "trackio.table"
         assert shown["samples/pairs"]["_value"][0]["prompt"]
     run(tmp_path, "trackio", own, resume="yes")
-    [[again, rows]] = read()
+    [[again, rows]] = trackio_logs(environment(**own))
     assert again == name and sum("train/loss" in row for row in rows) == 4, "steps 1, 2, 3, and 3 again"
 
 
@@ -234,6 +235,35 @@ def test_mlflow(tmp_path):
     run(tmp_path, "mlflow", own, resume="yes")
     [again] = read()
     assert again.info.run_id == tracked.info.run_id and again.info.status == "FINISHED"
+
+
+FAILS = """
+import sys
+from support import training
+
+def away(completions, trainer_state, **_):
+    if trainer_state.global_step == 2:
+        raise ConnectionError("away")
+    return training.word_reward(completions)
+
+training.trainer(sys.argv[1], reward_funcs=away, max_steps=3, report_to=["mlflow", "trackio"]).train()
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_told_as_failed_and_its_steps_are_there(tmp_path):
+    mlflow = pytest.importorskip("mlflow")
+    address, folder = f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path / "trackio"
+    own = environment(MLFLOW_TRACKING_URI=address, TRACKIO_DIR=str(folder), OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+    command = [sys.executable, "-c", FAILS, str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=tmp_path, env=own, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "ScoringError" in done.stderr
+    client = mlflow.MlflowClient(address)
+    [run] = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    assert run.info.status == "FAILED"
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "objective/kl")] == [1, 2]
+    [(_, rows)] = trackio_logs(own)
+    assert sum("train/objective/kl" in row for row in rows) == 2
 
 
 def test_a_number_limits_the_pairs_and_off_shows_none(tmp_path, monkeypatch):

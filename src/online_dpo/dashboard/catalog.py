@@ -23,6 +23,9 @@ DEEPEST = 12
 FRESH = 2.0
 """Seconds for which a look at the folders holds."""
 
+LONGEST_WAIT = 0.1
+"""Seconds of a look for which a page waits; longer ones take place in the background, but for the first."""
+
 NEVER_INSIDE = re.compile(r"checkpoint-\d+|__pycache__|node_modules|wandb|mlruns|\..*")
 
 
@@ -56,15 +59,16 @@ class Catalog:
         self._background = Background()
         self._runs: dict[str, Run] = {}
         self._lock = threading.Lock()
-        self._looked = -FRESH
+        self._looked, self._took = -FRESH, 0.0
 
     def runs(self) -> list[Run]:
         """All runs that are there now, by name."""
-        with self._lock:
-            if time.monotonic() - self._looked >= FRESH:
-                self._look()
-                self._looked = time.monotonic()
-            return list(self._runs.values())
+        is_stale = time.monotonic() - self._looked >= FRESH
+        if is_stale and self._took > LONGEST_WAIT:
+            self._background.want(self._look_again)
+        elif is_stale:
+            self._look_again()
+        return list(self._runs.values())
 
     def find(self, run_id: str) -> Run | None:
         """The run of a link: only what `runs` has found can be reached."""
@@ -73,9 +77,18 @@ class Catalog:
     def close(self) -> None:
         """Remove the indices."""
         self._background.close()
-        for run in self._runs.values():
+        for run in list(self._runs.values()):
             run.index.close()
         self._indices.cleanup()
+
+    def _look_again(self, seconds: float = 0.0) -> bool:
+        with self._lock:
+            began = time.monotonic()
+            if began - self._looked >= FRESH:
+                self._look()
+                self._looked = time.monotonic()
+                self._took = self._looked - began
+        return True
 
     def _look(self) -> None:
         found: dict[str, Run] = {}

@@ -15,7 +15,8 @@ def number(value: float | None, digits: int = 4) -> str:
     if value == int(value) and abs(value) < 1e7:
         return f"{int(value):,}"
     if abs(value) >= 1e5 or abs(value) < 1e-3:
-        return f"{value:.{digits - 2}e}".replace("e-0", "e-").replace("e+0", "e")
+        mantissa, _, exponent = f"{value:.{digits - 2}e}".partition("e")
+        return f"{mantissa}e{int(exponent)}"
     return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
 
 
@@ -24,14 +25,14 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.0f} %"
 
 
-def duration(seconds: float | None) -> str:
-    """A length of time in its two largest units."""
+def duration(seconds: float | None, units_shown: int = 2) -> str:
+    """A length of time in its largest units."""
     if seconds is None or not 0 <= seconds < 1e10:
         return "–"
     whole = int(seconds)
     units = [(whole // 86400, "d"), (whole // 3600 % 24, "h"), (whole // 60 % 60, "min"), (whole % 60, "s")]
     first = next((place for place, (count, _) in enumerate(units) if count), 3)
-    return " ".join(f"{count} {unit}" for count, unit in units[first : first + 2] if count or unit == "s")
+    return " ".join(f"{count} {unit}" for count, unit in units[first : first + units_shown] if count or unit == "s")
 
 
 def ago(moment: float | None) -> str:
@@ -39,7 +40,7 @@ def ago(moment: float | None) -> str:
     if moment is None or not 0 < moment < 1e11:
         return "–"
     seconds = max(0.0, time.time() - moment)
-    return "just now" if seconds < 5 else f"{duration(seconds)} ago"
+    return "just now" if seconds < 5 else f"{duration(seconds, 1)} ago"
 
 
 def clock(moment: float | None) -> str:

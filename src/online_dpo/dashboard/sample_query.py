@@ -125,7 +125,8 @@ class SampleQuery:
             conditions, values = [*conditions, "highest >= ?"], [*values, low]
         if high is not None:
             conditions, values = [*conditions, "lowest <= ?"], [*values, high]
-        return f"EXISTS (SELECT 1 FROM reward WHERE {' AND '.join(conditions)})", values
+        exists = f"EXISTS (SELECT 1 FROM reward WHERE {' AND '.join(conditions)})"  # nosec B608
+        return exists, values
 
     def count(self, db: sqlite3.Connection) -> int:
         """How many samples pass."""

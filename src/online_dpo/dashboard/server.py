@@ -21,6 +21,8 @@ from online_dpo.dashboard.security import Access
 from online_dpo.distributed.signals import StoppedBySignal
 
 WRONG_INPUT = 2
+LONGEST_ADDRESS = 1 << 17
+"""Bytes of a request without its body: many metrics may be asked for at once, and have long names."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ def _run(dashboard: Dashboard, listening: socket.socket) -> None:
         proxy_headers=False,
         server_header=False,
         timeout_graceful_shutdown=2,
+        h11_max_incomplete_event_size=LONGEST_ADDRESS,
     )
     server = uvicorn.Server(config)
     app.state.is_ending = lambda: server.should_exit

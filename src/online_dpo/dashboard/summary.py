@@ -15,10 +15,15 @@ from online_dpo.runs.opening import open_regular
 from online_dpo.runs.reading import RunFolder
 from online_dpo.runs.state import state_from
 
-TAIL = 1 << 14
-"""Bytes at the end of the metrics in which the last value of each is looked for."""
+TAIL = 1 << 19
+"""Bytes at the end of the metrics in which the last evaluation is looked for."""
 
-SPARKS = 40
+LAST_ROWS = 12
+"""Rows at the end in which the last value of each metric is looked for."""
+
+SPARKS = 24
+"""Rows elsewhere, for the trend."""
+
 LONGEST_ROW = 1 << 16
 MOST_SESSIONS = 200
 
@@ -129,32 +134,37 @@ def _trend(rows: list[dict[str, Any]], metric: str) -> list[tuple[int, float]]:
     for point in there:  # the rows at the end of the file are nearer to each other than the others
         if point[0] - kept[-1][0] >= (there[-1][0] - there[0][0]) / SPARKS:
             kept.append(point)
-    return kept
+    return kept if kept[-1:] == there[-1:] else [*kept, there[-1]]
 
 
 def _some_rows(folder: RunFolder) -> Iterator[dict[str, Any]]:
-    """Rows at equal distances in the file, then those at its end: all of a short file."""
+    """Rows at equal distances in the file, the last evaluation, then the last rows: all of a short file."""
     try:
         with open_regular(folder.path / METRICS) as file:
             size = file.seek(0, 2)
-            tail = max(0, size - TAIL)
-            for place in range(SPARKS if tail else 0):
-                file.seek(tail * place // SPARKS)
+            for place in range(SPARKS if size > LONGEST_ROW else 0):
+                file.seek(size * place // SPARKS)
                 if place:
                     file.readline(LONGEST_ROW)  # the rest of a row
                 yield from _parsed([file.readline(LONGEST_ROW)])
-            file.seek(tail)
-            if tail:
-                file.readline(LONGEST_ROW)
-            yield from _parsed(file.read(TAIL).splitlines(keepends=True))
+            file.seek(max(0, size - TAIL))
+            tail = file.read(TAIL)
     except OSError:
         return
+    whole = tail[: tail.rfind(b"\n") + 1]
+    if size <= LONGEST_ROW:
+        yield from _parsed(whole.splitlines(keepends=True))
+        return
+    evaluated = whole.rfind(b'"eval_')
+    if evaluated >= 0:
+        yield from _parsed([whole[whole.rfind(b"\n", 0, evaluated) + 1 : whole.find(b"\n", evaluated) + 1]])
+    yield from _parsed(whole[-LAST_ROWS * LONGEST_ROW :].splitlines(keepends=True)[-LAST_ROWS:])
 
 
 def _parsed(lines: list[bytes]) -> Iterator[dict[str, Any]]:
     for line in lines:
         try:
-            row = json.loads(line) if line.endswith(b"\n") else None
+            row = json.loads(line) if line.endswith(b"\n") and len(line) <= LONGEST_ROW else None
         except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):

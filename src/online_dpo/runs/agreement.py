@@ -48,7 +48,7 @@ def agreements(votes: Iterable[Vote], group_of: Callable[[Vote], Group | None]) 
         votes: one for each question.
         group_of: finds the group of a vote by its name; ``None`` if it has gone.
     """
-    counts: dict[tuple[str, str], list[int]] = {}
+    counts: dict[tuple[str, str], tuple[int, int, int]] = {}
     for vote in votes:
         group = group_of(vote)
         if vote.preferred is None or vote.completions is None or group is None or not vote.blind:
@@ -57,13 +57,11 @@ def agreements(votes: Iterable[Vote], group_of: Callable[[Vote], Group | None]) 
             continue
         better, worse = vote.completions if vote.choice == "first" else vote.completions[::-1]
         for name, kind, preference in preferences(group, better, worse):
-            agreed, compared, undecided = counts.setdefault((kind, name), [0, 0, 0])
-            decided = preference is not None and preference != 0
-            counts[kind, name] = [
-                agreed + (decided and preference > 0),
-                compared + decided,
-                undecided + (not decided),
-            ]
+            agreed, compared, undecided = counts.get((kind, name), (0, 0, 0))
+            if preference:  # neither missing nor 0
+                counts[kind, name] = (agreed + (preference > 0), compared + 1, undecided)
+            else:
+                counts[kind, name] = (agreed, compared, undecided + 1)
     return [Agreement(name, kind, *numbers) for (kind, name), numbers in counts.items() if numbers[1]]
 
 

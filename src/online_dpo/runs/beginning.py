@@ -25,6 +25,8 @@ from online_dpo.runs.written import SESSIONS, is_ours
 KEYS = {METRICS: {"step", "time", "kind"}, EVENTS: {"time", "kind", "rank"}, ENVIRONMENT: {SESSIONS}}
 """Keys of the first object in a file of ours: other programs use such names as well."""
 _MOVING = ".moving"
+LONGEST_LINE = 1 << 20
+"""Bytes that are looked at of a file that may be of another program."""
 
 
 class ForeignFileError(OnlineDPOError, ValueError):
@@ -78,18 +80,20 @@ def check_own(folder: Path) -> None:
 
 
 def _begins_with(path: Path, keys: set[str]) -> bool:
-    """Whether the first object in a file has these keys. An empty or torn file may be ours."""
+    """Whether the first object in a file has these keys. One that is empty, torn or zeros, as a disk may leave it, may
+    be ours.
+    """
     content = path.read_bytes() if path.name == ENVIRONMENT else _first_line(path)
     try:
         first = json.loads(content)
     except ValueError:
-        return not content.strip() or content.lstrip().startswith(b"{")
+        return not content.strip(b"\0 \n") or content.lstrip().startswith(b"{")
     return isinstance(first, dict) and keys <= first.keys()
 
 
 def _first_line(path: Path) -> bytes:
     with path.open("rb") as file:
-        return file.readline()
+        return file.readline(LONGEST_LINE)
 
 
 def _record(folder: Path) -> Iterator[str]:

@@ -25,9 +25,6 @@ LEVEL = 3
 LARGEST_FRAME = 1 << 30
 """Bytes of the content of a frame: more than any step has, so that a damaged or hostile file cannot fill the memory."""
 
-LARGEST_COMPRESSED = 64 << 20
-"""Bytes of a frame in its file, where groups are read one by one: completions files do not grow much beyond that."""
-
 LONGEST_LINE = 16 << 20
 """Bytes of a group that are read where groups are read one by one."""
 
@@ -111,19 +108,29 @@ def each(path: Path, frame: Frame) -> Iterator[dict[str, Any] | None]:
 
 def _lines(path: Path, frame: Frame, longest: int) -> Iterator[tuple[bytes, BinaryIO]]:
     """The lines of a frame, or so many bytes of one, and what further bytes are read from."""
-    if frame.end - frame.start > LARGEST_COMPRESSED:
-        raise ValueError(f"a frame of {frame.end - frame.start} bytes; at most {LARGEST_COMPRESSED} are read")
     with open_regular(path) as file:
         file.seek(frame.start)
-        compressed = file.read(frame.end - frame.start)
-    decompressor = zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW)
-    with decompressor.stream_reader(compressed) as content:
-        lines = cast(BinaryIO, io.BufferedReader(content))
-        try:
-            while line := lines.readline(longest):
-                yield line, lines
-        except zstandard.ZstdError as error:
-            raise ValueError(f"a damaged frame: {error}") from error
+        compressed = cast(BinaryIO, _Part(file, frame.end - frame.start))
+        decompressor = zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW)
+        with decompressor.stream_reader(compressed, closefd=False) as content:
+            lines = cast(BinaryIO, io.BufferedReader(content))
+            try:
+                while line := lines.readline(longest):
+                    yield line, lines
+            except zstandard.ZstdError as error:
+                raise ValueError(f"a damaged frame: {error}") from error
+
+
+class _Part:
+    """The next bytes of a file, as a file that ends with them: decompressing would go on with the next frame."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file, self._left = file, size
+
+    def read(self, size: int) -> bytes:
+        piece = self._file.read(min(size, self._left))
+        self._left -= len(piece)
+        return piece
 
 
 def check(path: Path, frame: Frame) -> None:

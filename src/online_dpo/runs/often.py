@@ -26,7 +26,8 @@ class OftenTold:
 
     def tell(self, kind: Kind, source: str, message: str, **facts: Any) -> None:
         """Says that something has happened, or counts it."""
-        key, now = (kind, source), time.monotonic()
+        key: tuple[Kind, str] = (kind, source)
+        now = time.monotonic()
         with self._lock:
             times = 1 + (self._waiting.pop(key)[0] if key in self._waiting else 0)
             waits = key in self._told and now - self._told[key] < self._pause

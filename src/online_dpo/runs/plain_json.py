@@ -32,7 +32,7 @@ def rounded(number: float | None) -> float | None:
     >>> rounded(0.123456789)
     0.123457
     """
-    return None if number is None or not math.isfinite(number) else float(f"{number:.{DIGITS}g}")
+    return None if number is None or not math.isfinite(number) else float(f"{float(number):.{DIGITS}g}")
 
 
 def exact(number: float | None) -> float | None:

@@ -16,6 +16,7 @@ from online_dpo.runs.reading import RunFolder
 
 SAME_PROCESS = 10.0
 """Seconds by which the start of a process may seem to move when the clock is set."""
+STATES: tuple[State, ...] = get_args(State)
 QUIET = 24 * 3600.0
 """Seconds without a write after which a run on another machine counts as lost."""
 
@@ -40,8 +41,8 @@ def state_from(rows: Iterable[Mapping[str, Any]], folder: Path) -> State:
     if of_first is None and _goes_on(start, folder):
         return "running"
     end = of_first or (ends[0] if ends else {})
-    state = end.get("state")
-    return state if state in get_args(State) else "lost"
+    found: list[State] = [state for state in STATES if state == end.get("state")]
+    return found[0] if found else "lost"
 
 
 def _goes_on(start: Mapping[str, Any], folder: Path) -> bool:

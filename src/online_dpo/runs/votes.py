@@ -90,15 +90,15 @@ def vote_of(row: Mapping[str, Any]) -> Vote | None:
     prompt, texts, choice = row.get("prompt"), (row.get("first"), row.get("second")), row.get("choice")
     if not isinstance(prompt, (str, list)) or not all(isinstance(text, str) for text in texts) or choice not in CHOICES:
         return None
-    places, group = row.get("completions"), row.get("group")
-    in_group = isinstance(places, list) and len(places) == 2 and all(isinstance(place, int) for place in places)
+    given, group = row.get("completions"), row.get("group")
+    places = [place for place in given if isinstance(place, int)] if isinstance(given, list) else []
     first, second = cast(tuple[str, str], texts)
     return Vote(
         *(prompt, first, second, cast(Choice, choice)),
         time=_number(row.get("time")) or 0.0,
         seconds=_number(row.get("seconds")),
         group=group if isinstance(group, str) else None,
-        completions=(places[0], places[1]) if in_group else None,
+        completions=(places[0], places[1]) if len(places) == 2 else None,
         blind=row.get("blind") is not False,
     )
 

@@ -37,9 +37,10 @@ class ModelUploads:
 @contextmanager
 def without_record() -> Iterator[None]:
     """Inside, `transformers.Trainer` uploads no record of a run."""
-    original = trainer.hf_api
-    trainer.hf_api = lambda: ModelUploads(original())  # pyright: ignore[reportAttributeAccessIssue]
+    module: Any = trainer
+    original = module.hf_api
+    module.hf_api = lambda: ModelUploads(original())
     try:
         yield
     finally:
-        trainer.hf_api = original
+        module.hf_api = original

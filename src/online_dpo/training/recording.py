@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import socket
 import sys
@@ -35,6 +36,8 @@ from online_dpo.training.display.figures import evaluation_prefix
 from online_dpo.training.ledger import Ledger
 from online_dpo.training.resumed_record import metrics_row, restore_metrics, resumed_events, step_in
 from online_dpo.training.session_facts import environment_facts, settings_of
+
+logger = logging.getLogger(__name__)
 
 Train = TypeVar("Train", bound=Callable[..., Any])
 
@@ -80,6 +83,8 @@ class Recording(TrainerCallback):
         self._parts: dict[str, str] = {}
         self.ledger: Ledger | None = None
         self.ends_later = False
+        self.at_failure: list[Callable[[], None]] = []
+        """Called where training has failed, whether there is a run folder or not."""
         self._failure: End | None = None
         self._done, self._process = 0, os.getpid()
         self._is_begun = False
@@ -207,6 +212,8 @@ class Recording(TrainerCallback):
     def fail(self, error: BaseException) -> None:
         """Remembers what will have ended the run, for `end`."""
         self._failure = end_of(error)
+        for told in self.at_failure:
+            told()
 
     def end(self, code: int | None = None) -> None:
         """Writes the end of the run.
@@ -224,7 +231,13 @@ class Recording(TrainerCallback):
         message = f"{done}: {end.message}" if end.message else f"{done}."
         self._write_event(events.Event("end", message, {"code": end.code, "state": end.state}))
         self.sync()
+        self._tell_loss()
         self._session.close()
+
+    def _tell_loss(self) -> None:
+        assert self._directory is not None
+        if lost := self._directory.waiting + self._directory.dropped:
+            logger.warning("%d rows and frames of the record could not be written into %s.", lost, self.folder)
 
     @contextmanager
     def ending(self) -> Iterator[Callable[[int], int]]:

@@ -127,6 +127,11 @@ class SampleViews(TrainerCallback):
         for name, tracker in list(self._trackers.items()):
             self._call(name, tracker.end)
 
+    def fail(self) -> None:
+        """Have trackers end a run that has failed."""
+        for name, tracker in list(self._trackers.items()):
+            self._call(name, tracker.fail)
+
     def files(self, rank: int) -> Sequence[str]:
         """Return no name: a checkpoint without the file begins new runs in trackers."""
         return []
@@ -178,4 +183,5 @@ def with_ledger(trainer: Any) -> Ledger:
     views = SampleViews(trainer.args, lambda: handler.callbacks, ledger, trainer.context.differs)
     handler.callbacks.insert(0, views)
     trainer.run_state.add(views)
+    trainer.recording.at_failure.append(views.fail)
     return ledger

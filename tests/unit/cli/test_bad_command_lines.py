@@ -180,8 +180,14 @@ LINES = {
     # other commands
     "tran good.yaml": "there is no command `tran`. Did you mean `train`? See: online-dpo --help",
     "good.yaml": "a run file comes after a command: online-dpo train good.yaml",
-    "--verison": "there is no option `--verison`; a command comes first: train, ray, eval, judge, serve, "
-    "quickstart, schema.",
+    "--verison": "there is no option `--verison`; a command comes first: train, ray, eval, doctor, judge, serve, ",
+    "export nowhere --to a.jsonl": "nowhere: there is no such folder.",
+    "export . --to a.jsonl": ".: no run has written its record here: there is no metrics.jsonl or events.jsonl.",
+    "export . --to a.csv --step 3": "unrecognized arguments: --step 3. Here it is `steps`.",
+    "export .": "the following arguments are required: --to.",
+    "report nowhere": "nowhere: there is no such folder.",
+    "report": "the following arguments are required: FOLDER.",
+    "report . --to page.html": "unrecognized arguments: --to page.html. Here it is `output`.",
     "schema run.yaml": "unrecognized arguments: run.yaml. See: online-dpo schema --help",
     "quickstart --seed x": "argument --seed: invalid int value: 'x'. See: online-dpo quickstart --help",
     "quickstart --outputdir a": "unrecognized arguments: --outputdir a. Did you mean `output-dir`? See: online-dpo qui",

@@ -51,6 +51,20 @@ def test_the_table_is_sorted_and_what_has_no_value_stands_last(tmp_path, opened)
     assert names("sort=nonsense") and names("q=MID") == ["middle"]
 
 
+def test_a_long_run_is_summed_up_from_a_few_of_its_rows(tmp_path, opened):
+    folder = run_folders.make(tmp_path / "long", 3000, 3, seed=0, state="running")
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    lines.insert(2900, json.dumps({"step": 2900, "kind": "eval", "eval_win_rate": 0.625}) + "\n")
+    (folder / "metrics.jsonl").write_text("".join(lines) + '{"step": 3001, "loss": 99')
+    [run] = opened(tmp_path).dashboard.catalog.runs()
+    summary, last = run.summarizer.summary(), json.loads(lines[-1])
+    assert summary.step == summary.steps == 3000 and summary.last["loss"] == last["loss"]
+    assert summary.last["eval_win_rate"] == 0.625
+    assert summary.seconds == pytest.approx(10 * 2999)
+    steps = [step for step, _ in summary.trend]
+    assert steps[0] == 1 and steps[-1] == 3000 and 20 <= len(steps) <= 30 and steps == sorted(steps)
+
+
 def test_series_are_what_was_logged(made, opened):
     client = opened(made)
     rows = [json.loads(line) for line in (made / "scored" / "metrics.jsonl").open()]

@@ -65,3 +65,18 @@ def test_numbers_that_are_not_finite_are_refused():
 
 def test_half_a_surrogate_pair_does_not_end_a_run():
     assert frames.decode(frames.encode([{"text": "a\ud800b"}])) == [{"text": "a?b"}]
+
+
+def test_groups_are_read_one_by_one_and_a_row_that_is_none_is_left_out(tmp_path, monkeypatch):
+    file, written = tmp_path / "frames.zst", steps(6)
+    long = [{"step": 7, "text": "x" * 5000}, {"step": 8}]
+    file.write_bytes(b"".join(map(frames.encode, [*written, long])))
+    found = list(frames.frames(file))
+    assert [list(frames.each(file, frame)) for frame in found] == [*written, long]
+    monkeypatch.setattr(frames, "LONGEST_LINE", 1000)
+    assert list(frames.each(file, found[-1])) == [None, {"step": 8}]
+    damaged = bytearray(file.read_bytes())
+    damaged[found[-1].end - 6] ^= 1
+    file.write_bytes(damaged)
+    with pytest.raises(ValueError, match="damaged"):
+        list(frames.each(file, found[-1]))

@@ -82,10 +82,10 @@ class ProgressDisplay(RunDisplay):
         self._first_step = 0
 
     def pairs_shown(self, args: OnlineDPOConfig) -> int:
-        """Return how many pairs are wanted, or else 2 if there is a panel."""
+        """Return how many pairs are wanted, or else 2 on a terminal; also asked before training begins."""
         if args.num_completions_to_print is not None:
             return args.num_completions_to_print
-        return 0 if self._panel is None else PAIRS
+        return PAIRS if self._draws() else 0
 
     def show_pairs(self, pairs: Sequence[PairSample]) -> None:
         """Show pairs under the bar, or in lines."""
@@ -106,9 +106,12 @@ class ProgressDisplay(RunDisplay):
     ) -> None:
         """Start the clock and, on a terminal, the panel."""
         self._started, self._first_step = time.monotonic(), state.global_step
-        console = Console(file=self._stream)
-        if state.is_world_process_zero and self._stream.isatty() and not console.is_dumb_terminal:
-            self._panel = LivePanel(console, state.max_steps, state.global_step)
+        if state.is_world_process_zero and self._draws():
+            self._panel = LivePanel(Console(file=self._stream), state.max_steps, state.global_step)
+
+    def _draws(self) -> bool:
+        """Whether there is a terminal on which something can be drawn again."""
+        return self._stream.isatty() and not Console(file=self._stream).is_dumb_terminal
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Advance the bar."""

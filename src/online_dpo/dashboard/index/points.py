@@ -66,7 +66,7 @@ def points_of(db: sqlite3.Connection, name: str, after: int = -1) -> np.ndarray:
     """The points of a metric from rows after a number on: an array of (row, step, value)."""
     found = db.execute("SELECT points FROM chunk WHERE metric = ? AND last > ? ORDER BY last", (name, after))
     points = np.frombuffer(b"".join(chunk[0] for chunk in found), dtype=np.float64).reshape(-1, 3)
-    return points[points[:, 0] > after]
+    return points if after < 0 else points[points[:, 0] > after]
 
 
 def decimated(points: np.ndarray, buckets: int) -> np.ndarray:

@@ -10,7 +10,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from online_dpo.dashboard.context import render, run_of
-from online_dpo.dashboard.group import objects
+from online_dpo.dashboard.formats import clock
+from online_dpo.dashboard.group import number, objects
 from online_dpo.dashboard.settings import flat
 from online_dpo.runs.layout import SETTINGS, SETTINGS_BESIDE
 
@@ -32,7 +33,8 @@ def show_settings(request: Request) -> Response:
 def show_environment(request: Request) -> Response:
     """Versions and devices of the run's sessions, the last one first."""
     run = run_of(request)
-    sessions = [flat(session) for session in objects(run.folder.environment.get("sessions"))[-50:]]
+    rows = objects(run.folder.environment.get("sessions"))[-50:]
+    sessions = [flat(row | {"started": clock(number(row.get("started")))}) for row in rows]
     return render(request, "environment.html", page="environment", run=run, sessions=sessions[::-1])
 
 

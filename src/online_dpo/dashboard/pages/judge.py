@@ -40,11 +40,11 @@ SELECT (step - ?) / ? AS part, count(*) AS questions, total(probability > 0.5) A
     total(seconds) AS seconds, sum(tokens) AS tokens, sum(cost) AS cost
 FROM judged GROUP BY part ORDER BY part
 """
-_COMPARED = f"""
+_COMPARED = """
 SELECT (step - ?) / ? AS part, count(*) AS comparisons, total(disagreement IS NOT NULL) AS both,
     total(disagreement IS NOT NULL AND low < 0.5 AND high > 0.5) AS contradictions, total(disagreement) AS apart
-FROM ({_BY_COMPARISON.format(where="")}) GROUP BY part ORDER BY part
-"""
+FROM ({by_comparison}) GROUP BY part ORDER BY part
+""".format(by_comparison=_BY_COMPARISON.format(where=""))  # nosec B608
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ const container = document.getElementById("charts");
 const status = document.getElementById("status");
 const input = (id) => document.getElementById(id);
 const address = new URLSearchParams(location.search);
+const LOST = "No connection to the dashboard: has it been stopped? New steps are not shown.";
 const MOST_POINTS = 3; // for each pixel, before a live chart asks for fewer
 
 const view = {
@@ -141,7 +142,7 @@ async function askForCharts() {
   }
 }
 
-const live = follow(
+follow(
   () => `/live/run?${new URLSearchParams(view.runs.map((run) => ["cursor", cursors.get(run.id)]))}`,
   {
     rows: receive,
@@ -159,6 +160,8 @@ const live = follow(
       askForMarks();
     },
     events: askForMarks,
+    lost: () => (status.textContent = LOST),
+    found: () => status.textContent === LOST && (status.textContent = ""),
   },
 );
 

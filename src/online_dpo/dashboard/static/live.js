@@ -7,7 +7,10 @@ export function follow(address, handlers) {
   const open = () => {
     if (source) return;
     source = new EventSource(typeof address === "function" ? address() : address);
+    source.onopen = () => handlers.found?.();
+    source.onerror = () => handlers.lost?.();
     for (const [name, handle] of Object.entries(handlers)) {
+      if (name === "found" || name === "lost") continue; // of the connection, not of a run
       source.addEventListener(name, (event) => handle(JSON.parse(event.data)));
     }
   };

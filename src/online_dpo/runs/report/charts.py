@@ -266,11 +266,13 @@ def _text(
 
 
 def _tag(name: str, is_whole: bool = True, **attributes: str | float) -> Markup:
-    given = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{escape(f"{value:.1f}" if isinstance(value, float) else value)}"'
+    given = Markup("").join(
+        Markup(' {}="{}"').format(
+            key.rstrip("_").replace("_", "-"), f"{value:.1f}" if isinstance(value, float) else value
+        )
         for key, value in attributes.items()
     )
-    return Markup(f"<{name}{given}{'/' if is_whole else ''}>")
+    return Markup("<{}{}{}>").format(name, given, "/" if is_whole else "")
 
 
 def _svg(marks: Sequence[Markup], title: str, height: float = HEIGHT) -> Markup:

@@ -41,7 +41,6 @@ def render(facts: RunFacts) -> str:
         name=seen(facts.name, 200),
         generator=GENERATOR,
         version=__version__,
-        style=Markup((folder / "page.css").read_text(encoding="utf-8")),
         state=facts.state,
         said=_said(facts),
         tiles=list(tiles(facts)),

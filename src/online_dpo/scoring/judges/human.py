@@ -183,7 +183,7 @@ def _told(question: Question, first: str, vote: Vote | None, now: float) -> Judg
     swapped = question.first != first
     probability = None if vote is None else vote.probability(question.first)
     if vote is None or probability is None:
-        return JudgeQuestion(swapped, None, failure="nobody voted in time" if vote is None else "skipped")
+        return JudgeQuestion(swapped, None, failure="nobody voted in time" if vote is None else "it was skipped")
     return JudgeQuestion(swapped, probability, seconds=vote.seconds, cached=vote.time < now)
 
 

@@ -141,7 +141,7 @@ def run_tournaments(
         answered = compare([_comparison_group(groups[p], comparison) for p, comparison in comparisons])
         for (p, contest), answer, questions in zip(comparisons, answered, compare.questions, strict=True):
             if questions is not None:
-                made[p].append(Comparison(*contest, answer, questions))
+                made[p].append(Comparison(*contest, None if answer is None else float(answer), questions))
         answers = iter(answered)
         answers_of = {p: [next(answers) for _ in requested] for p, requested in waiting.items()}
         waiting = {}

@@ -183,7 +183,8 @@ class HTTPReward:
         )
 
     def _tell_retry(self, state: RetryCallState) -> None:
-        cause = error_text(state.outcome.exception()) if state.outcome and state.outcome.exception() else "no answer"
+        error = None if state.outcome is None else state.outcome.exception()
+        cause = "no answer" if error is None else error_text(error)
         text = f"A request to reward `{self.name}` failed and is sent again: {cause}"
         OFTEN.tell("retry", self.name, text, attempt=state.attempt_number)
 

@@ -17,7 +17,8 @@ class MLflowTracker:
     """Logs into the run of `MLflowCallback`."""
 
     def __init__(self, callback: MLflowCallback) -> None:
-        self._callback, self._started = callback, False
+        self._is_users = mlflow.active_run() is not None
+        self._started = False
 
     def go_on(self, run: str, args: TrainingArguments, state: TrainerState, model: Any) -> None:
         """Open the same run, unless one is open or MLFLOW_RUN_ID names another."""
@@ -42,3 +43,9 @@ class MLflowTracker:
         if self._started and mlflow.active_run() is not None:
             mlflow.end_run()
             self._started = False
+
+    def fail(self) -> None:
+        """End the run as failed, unless it is the user's own."""
+        mlflow.flush_async_logging()
+        if not self._is_users and mlflow.active_run() is not None:
+            mlflow.end_run("FAILED")

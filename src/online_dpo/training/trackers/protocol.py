@@ -35,3 +35,7 @@ class Tracker(Protocol):
     def end(self) -> None:
         """Bring everything to where it is kept, at the end of training."""
         ...
+
+    def fail(self) -> None:
+        """Do the same where training has failed, and say so, if transformers would leave a run open."""
+        ...

@@ -53,6 +53,9 @@ class TensorBoardTracker:
     def end(self) -> None:
         """Do nothing: the callback closes the writer."""
 
+    def fail(self) -> None:
+        """Do nothing: what has been logged is in its file."""
+
 
 def pairs_table(pairs: Sequence[PairSample]) -> str:
     """Return a Markdown table that shows every text as it is, whatever Markdown or HTML it has.

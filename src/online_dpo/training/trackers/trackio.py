@@ -45,3 +45,8 @@ class TrackioTracker:
 
     def end(self) -> None:
         """Do nothing: the callback ends the run."""
+
+    def fail(self) -> None:
+        """End the run, which waits until all has been written."""
+        if context_vars.current_run.get() is not None:
+            trackio.finish()

@@ -43,3 +43,6 @@ class WandbTracker:
 
     def end(self) -> None:
         """Do nothing: a run stays open until the process ends, as the callback leaves it."""
+
+    def fail(self) -> None:
+        """Do nothing: it sees the exit code of the process."""

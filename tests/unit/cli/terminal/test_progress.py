@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import TrainerControl, TrainerState
 from online_dpo.cli.terminal.progress import ProgressDisplay
 from online_dpo.cli.terminal.screen import wrapped
 from online_dpo.training.samples import PairSample
+from support import training
 from support.logs import EVALUATION, LOGS
 
 
@@ -138,9 +140,9 @@ def shown_with_pairs(stream: io.StringIO, amount: int | None, monkeypatch: pytes
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("LINES", str(rows))
     state, display = TrainerState(max_steps=100, is_world_process_zero=True), ProgressDisplay(stream)
+    pairs = display.pairs_shown(SimpleNamespace(num_completions_to_print=amount))  # before the panel is there
     display.on_train_begin(arguments(), state, TrainerControl())
-    args = SimpleNamespace(num_completions_to_print=amount)
-    display.show_pairs([PAIR, replace(PAIR, group="50-0-4-0")][: display.pairs_shown(args)])
+    display.show_pairs([PAIR, replace(PAIR, group="50-0-4-0")][:pairs])
     state.global_step = 50
     display.on_log(arguments(), state, TrainerControl(), logs=LOGS)
     display.close()
@@ -169,3 +171,10 @@ def test_lines_have_pairs_only_if_asked(monkeypatch: pytest.MonkeyPatch) -> None
     assert lines[2] == "    chosen    2  Red." and lines[3].startswith("    rejected  [bold]not markup[/] <b>word")
     assert lines[3].endswith("...") and lines[4] == "    why       words 2 against none" and lines[5][:5] == "step "
     assert "pair" not in shown_with_pairs(Terminal(), 0, monkeypatch)
+
+
+def test_a_run_shows_its_own_pairs(tmp_path: Path) -> None:
+    stream = Terminal()
+    fields = dict(num_completions=4, kwargs={"callbacks": [ProgressDisplay(stream)]})
+    training.trainer(tmp_path, **fields).train()
+    assert "pair 1-0-0-0" in stream.getvalue() and "word_reward" in stream.getvalue()

@@ -11,6 +11,7 @@ from online_dpo.runs.questions import questions_of
 from online_dpo.runs.votes import Vote, add_vote
 from online_dpo.scoring.judge_registry import check_judge, judge, pairwise_scorer
 from online_dpo.scoring.judges.human import HumanJudge
+from online_dpo.scoring.judges.tournament import find_preferences
 from online_dpo.scoring.protocols import WaitingScorer, is_fair
 from online_dpo.types import Completion, Group, Prompt
 from support import tiny
@@ -50,6 +51,19 @@ def test_a_vote_reaches_the_comparison_whichever_answer_was_shown_first(tmp_path
     assert counts["judge/questions"] == counts["judge/votes"] == 9.0 and counts["judge/unanswered"] == 0.0
     assert 0 < counts["judge/position_bias"] < 1
     assert is_fair(human) and isinstance(human, WaitingScorer)
+
+
+def test_votes_stand_in_what_is_told_of_a_comparison(tmp_path):
+    add_vote(tmp_path, Vote("P", "b", "a", "second", time=1.0, seconds=3.5))
+    add_vote(tmp_path, Vote("Q", "a", "b", "skip", time=1.0))
+    human = HumanJudge(tmp_path, timeout=0.1)
+    verdicts = find_preferences([comparison(p, "a", "b") for p in "PQR"], human)
+    [[voted], [skipped], [missed]] = verdicts.comparisons
+    assert (voted.first, voted.second, voted.probability) == (0, 1, 1.0)
+    [question] = voted.questions
+    assert question.probability == (0.0 if question.swapped else 1.0) and question.seconds == 3.5
+    assert [one.questions[0].failure for one in (skipped, missed)] == ["skipped", "nobody voted in time"]
+    assert skipped.probability is missed.probability is None
 
 
 def test_what_was_voted_on_is_not_asked_again_and_equal_texts_never(tmp_path):

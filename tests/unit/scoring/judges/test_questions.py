@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
@@ -163,6 +165,19 @@ def test_functions_and_judges_in_other_forms():
 
     verdicts = find_preferences(groups, JudgeScorer(ranks, tiny.tokenizer()))
     assert verdicts.comparisons == [(Comparison(0, 1, 0.0),), (Comparison(0, 1, None),)]
+
+
+def test_any_number_is_a_probability():
+    class Says:
+        name = "says"
+        answers = iter([torch.tensor(0.25), Fraction(1, 4), np.float32(0.25), True])
+
+        def prefer(self, comparisons):
+            return [next(self.answers) for _ in comparisons]
+
+    verdicts = find_preferences([group("a", "bb")] * 4, Says())  # pyright: ignore[reportArgumentType]
+    probabilities = [comparison.probability for [comparison] in verdicts.comparisons]
+    assert probabilities == [0.25, 0.25, 0.25, 1.0] and {type(p) for p in probabilities} == {float}
 
 
 # tournaments ----------------------------------------------------------------------------------------------------------

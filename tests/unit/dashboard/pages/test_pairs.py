@@ -102,6 +102,7 @@ def test_a_query_and_its_link_are_the_same():
     assert query.link(page=3).endswith("page=3&q=a+b%26c&result=tie&score_max=2&scorer=s&sort=-margin")
 
 
+@pytest.mark.smoke
 def test_a_group_shows_its_pair_its_rewards_and_its_neighbours(pages):
     client = pages(*THREE)
     text = client.get(f"{client.at}/pairs/3-0-0-0?result=paired").text
