@@ -25,22 +25,28 @@ class GrowingFile:
     Args:
         path: the file, which is made if it is not there. It must not be a link.
         shared: other processes write to its end as well, so that nothing may be cut off.
+        opens: at once, or else with the first piece.
     """
 
-    def __init__(self, path: Path, shared: bool = False) -> None:
+    def __init__(self, path: Path, shared: bool = False, opens: bool = True) -> None:
         self.path, self._shared = path, shared
         self.backlog: deque[bytes] = deque()
-        self.dropped = 0
-        self._open()
+        self.dropped = self.size = 0
+        self._descriptor: int | None = None
+        if opens:
+            self._open()
 
-    def _open(self) -> None:
+    def _open(self) -> int:
+        """Opens the file, and closes the one before only then: what is closed may be the number of another file."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._descriptor = os.open(self.path, flags, 0o644)
-        if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
-            os.close(self._descriptor)
+        descriptor = os.open(self.path, flags, 0o644)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
             raise OSError(errno.EINVAL, "it is no file", str(self.path))
-        self.size = os.fstat(self._descriptor).st_size
+        self.close()
+        self._descriptor, self.size = descriptor, os.fstat(descriptor).st_size
         self._torn = self._shared and self.size > 0 and not _ends_a_line(self.path)
+        return descriptor
 
     def add(self, piece: bytes) -> None:
         """Writes a piece, after those that wait.
@@ -61,27 +67,28 @@ class GrowingFile:
             OSError: not all of it could be written.
         """
         while self.backlog:
-            if os.fstat(self._descriptor).st_nlink == 0:  # somebody has removed the file
-                self._reopen()
+            descriptor = self._opened()
             piece = self.backlog.popleft()  # before it is written: what a signal raises after it must not double it
             try:
-                self._write(piece)
+                self._write(descriptor, piece)
             except OSError:
                 self.backlog.appendleft(piece)
                 raise
 
-    def _reopen(self) -> None:
-        os.close(self._descriptor)
+    def _opened(self) -> int:
+        """The descriptor of the file, which is opened if it is not yet, or if somebody has removed it."""
+        if self._descriptor is not None and os.fstat(self._descriptor).st_nlink:
+            return self._descriptor
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._open()
+        return self._open()
 
-    def _write(self, piece: bytes) -> None:
+    def _write(self, descriptor: int, piece: bytes) -> None:
         """Writes one piece whole. What is there of one that does not fit goes before the next try."""
         if self._torn and self._shared:  # the part of a piece that stands there becomes a line of its own
             piece = b"\n" + piece
         elif self._torn:
-            os.ftruncate(self._descriptor, self.size)
-        written = os.write(self._descriptor, piece)
+            os.ftruncate(descriptor, self.size)
+        written = os.write(descriptor, piece)
         self._torn = written < len(piece)
         if self._torn:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
@@ -94,11 +101,14 @@ class GrowingFile:
             OSError: that was not possible.
         """
         self.flush()
-        os.fsync(self._descriptor)
+        if self._descriptor is not None:
+            os.fsync(self._descriptor)
 
     def close(self) -> None:
-        """Closes the file. What waits is lost."""
-        os.close(self._descriptor)
+        """Closes the file, once. What waits is lost."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def _ends_a_line(path: Path) -> bool:

@@ -29,13 +29,9 @@ class CompletionsWriter:
         self._folder, self._rank, self._processes = folder, rank, processes
         self._limit = max(1, limit // processes)
         self._largest = max(1, min(LARGEST_FILE, self._limit // FILES_AT_LEAST))
-        self._file: GrowingFile | None = None
-        self._number = max((file.number for file in self._own()), default=0)
-
-    @property
-    def files(self) -> list[GrowingFile]:
-        """The file that is written to, if there is one yet."""
-        return [] if self._file is None else [self._file]
+        self._number = max((file.number for file in self._own() if file.rank == rank), default=0)
+        self.file = self._opened()
+        """The one that is written to. It is made with the first frame."""
 
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Writes the groups of a step.
@@ -44,29 +40,33 @@ class CompletionsWriter:
             OSError: they could not be written yet; they wait.
         """
         frame = encode(rows)
-        file = self._file_for(len(frame))
-        self._make_room(len(frame))
-        file.add(frame)
+        try:
+            self._begin_next_if_full(len(frame))
+            self._make_room(len(frame))
+        finally:  # whatever of this fails, the frame is written, or waits
+            self.file.add(frame)
 
-    def _file_for(self, size: int) -> GrowingFile:
-        """The file to write to: the next one, where the present one is full and nothing waits for it."""
-        if self._file is None:
-            self._file = self._opened()
-        if self._file.size and self._file.size + size > self._largest and not self._file.backlog:
-            self._file.sync()
-            self._file.close()
+    def _begin_next_if_full(self, size: int) -> None:
+        """Begins the next file, where the present one is full and nothing waits for it."""
+        if self.file.size and self.file.size + size > self._largest and not self.file.backlog:
+            self.file.sync()
+            self.file.close()
             self._number += 1
-            self._file = self._opened()
-        return self._file
+            self.file = self._opened()
+
+    @property
+    def _present(self) -> CompletionsFile:
+        return CompletionsFile(self._rank, self._number)
 
     def _opened(self) -> GrowingFile:
-        return GrowingFile(self._path(CompletionsFile(self._rank, self._number)))
+        path = self._path(self._present)
+        return GrowingFile(path, opens=path.exists())
 
     def _make_room(self, size: int) -> None:
         """Removes the oldest files of this rank, and on the first rank those of ranks that are gone."""
         sizes = {file: self._path(file).stat().st_size for file in self._own()}
         removed = []
-        for file in sorted(sizes, key=lambda file: (file.rank == self._rank, file))[:-1]:
+        for file in sorted(sizes.keys() - {self._present}, key=lambda file: (file.rank == self._rank, file)):
             if sum(sizes.values()) + size <= self._limit:
                 break
             self._path(file).unlink()

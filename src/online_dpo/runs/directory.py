@@ -85,7 +85,7 @@ class RunDirectory:
 
     def _files(self) -> list[GrowingFile]:
         of_first = [] if self._metrics is None else [self._metrics]
-        return [*self._completions.files, *of_first, self._events]
+        return [self._completions.file, *of_first, self._events]
 
     def _try(self, action: Callable[[], None]) -> None:
         """Writes, and tells when that begins to fail and when nothing is left that waits."""

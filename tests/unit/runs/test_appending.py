@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import shutil
 import signal
 
 import pytest
@@ -87,3 +88,19 @@ def test_another_writer_begins_a_line_after_one_that_was_torn(tmp_path):
     (tmp_path / "rows").write_bytes(b"one\nto")
     GrowingFile(tmp_path / "rows", shared=True).add(b"three\n")
     assert (tmp_path / "rows").read_bytes() == b"one\nto\nthree\n"
+
+
+def test_while_a_removed_file_cannot_be_begun_again_pieces_wait_and_go_nowhere_else(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    file = GrowingFile(folder / "rows")
+    file.add(b"one\n")
+    shutil.rmtree(folder)
+    folder.touch()  # so that no folder can be made there
+    with pytest.raises(OSError):
+        file.add(b"two\n")
+    with (tmp_path / "other").open("wb"), pytest.raises(OSError):  # it may get a descriptor that has been closed
+        file.add(b"three\n")
+    folder.unlink()
+    file.flush()
+    assert (folder / "rows").read_bytes() == b"two\nthree\n" and (tmp_path / "other").read_bytes() == b""
