@@ -96,6 +96,15 @@ class WarningsAsEvents(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
 
+    def handle(self, record: logging.LogRecord) -> bool:
+        """As the parent's, without its lock: a listener takes a lock of its own, under which it may log a warning, so
+        that two threads would wait for each other.
+        """
+        passed = bool(self.filter(record))
+        if passed:
+            self.emit(record)
+        return passed
+
     def emit(self, record: logging.LogRecord) -> None:
         """Emits an event of kind "warning"."""
         if logging.lastResort is not None and self._comes_alone(record.name):

@@ -1,6 +1,7 @@
 """Events reach those who listen, once."""
 
 import logging
+import threading
 
 from online_dpo.runs import events
 from online_dpo.runs.often import OftenTold
@@ -33,6 +34,28 @@ def test_warnings_of_a_logger_are_events_but_those_that_are_one_already():
         ("warning", "it is away"),
         ("out_of_memory", "a pass did not fit"),
     ]
+
+
+def test_a_listener_may_warn_under_a_lock_of_its_own_while_another_thread_warns():
+    """As the run folder does, when it cannot be written."""
+    lock, logger, arrived = threading.RLock(), logging.getLogger("online_dpo.part"), threading.Event()
+
+    def listener(event):
+        arrived.set()
+        with lock:
+            pass
+
+    def warn():
+        with lock:
+            threading.Thread(target=logger.warning, args=("of another thread",), daemon=True).start()
+            arrived.wait(10)
+            events.warn(logger, "record", "of the listener")
+
+    with events.listening(listener), events.warnings_told("online_dpo"):
+        warning = threading.Thread(target=warn, daemon=True)
+        warning.start()
+        warning.join(10)
+        assert not warning.is_alive()
 
 
 def test_what_comes_often_is_told_at_once_and_then_counted():
