@@ -132,7 +132,8 @@ def _reduced(ranks: Iterable[Collected]) -> dict[str, float]:
         for name, amount in rank_totals.items():
             totals[name] += amount
         for name, value in rank_largest.items():
-            largest[name] = max(value, largest.get(name, -math.inf))
+            if value > -math.inf:  # else none of the values was finite
+                largest[name] = max(value, largest.get(name, value))
         for name, numbers in rank_moments.items():
             moments[name] = moments[name] + Moments(*numbers)
     correlations = {name: merged.correlation() for name, merged in moments.items()}

@@ -33,7 +33,9 @@ def test_values_that_are_not_finite_do_not_hide_the_others():
     store = MetricStore()
     store.mean("x", torch.tensor([math.nan, 2.0, math.inf]))
     store.mean("only", [math.nan])
-    assert store.drain() == {"x": 2.0}
+    store.largest("most", torch.tensor([math.nan, 3.0, math.inf]))
+    store.largest("none", torch.tensor([math.nan]))
+    assert store.drain() == {"x": 2.0, "most": 3.0}
 
 
 def test_a_store_goes_back_to_a_snapshot_in_place():
