@@ -101,9 +101,10 @@ def without_secrets(words: Sequence[str]) -> list[str]:
         name, equals, value = word.partition("=")
         if hides and not word.startswith("--"):
             word = HIDDEN
-        elif word.startswith("--"):
-            hides = bool(secret_fields({name.lstrip("-").replace("-", "_"): value}))
-            word = f"{name}={HIDDEN}" if hides and equals else word
+        elif word.startswith("--") or equals:
+            is_secret = bool(secret_fields({name.lstrip("-").replace("-", "_"): value}))
+            word = f"{name}={HIDDEN}" if is_secret and equals else word
+            hides = is_secret and not equals
         shown.append(_TOKEN.sub(HIDDEN, shown_address(word) if "://" in word and holds_secret(word) else word))
     return shown
 

@@ -15,6 +15,8 @@ from online_dpo.training.session_facts import environment_facts, settings_of, wi
         (["train", "run.yaml"], ["train", "run.yaml"]),
         (["--hub_token", "abc", "--beta", "0.1"], ["--hub_token", "***", "--beta", "0.1"]),
         (["--hub-token=abc"], ["--hub-token=***"]),
+        (["--hub-token=abc", "run.yaml"], ["--hub-token=***", "run.yaml"]),
+        (["train.py", "hub_token=abc", "beta=0.1"], ["train.py", "hub_token=***", "beta=0.1"]),
         (["--api_key", "a", "b"], ["--api_key", "***", "***"]),
         (["--max_new_tokens", "64"], ["--max_new_tokens", "64"]),
         (["http://me:pass@host/"], ["http://host/"]),
