@@ -59,6 +59,7 @@ class Ledger:
     def begin_step(self, feedback: Feedback | None) -> None:
         """Begins a step: from its feedback its pairs are trained on next."""
         self._feedback = feedback if self.on else None
+        self._taken = (-1, [])  # a further run of the same trainer has a step of this number as well
         self._pairs.begin_step()
 
     def saw_pass(self, rows: PackedRows, losses: PairLosses) -> None:

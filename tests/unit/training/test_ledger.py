@@ -297,3 +297,12 @@ def test_so_many_groups_over_all_ranks_with_all_their_rounds():
             assert {row["rank"] for row in rows} == {rank}
     assert all(sorted(found) == [1, 2] for found in places.values())
     assert {tuple(found) for found in places.values()} == {(1, 2), (2, 1)}
+
+
+def test_a_further_run_of_the_same_trainer_has_records_of_its_own():
+    made = ledger()
+    for row in (1, 2):
+        one = group(row, SHORT, LONG)
+        made.begin_step(scored([one], [[1.0, 1.0]], Pairing(dropped=Counter(tie=1), reasons={0: "tie"})))
+        assert [record.prompt_row for record in made.of_step(10)] == [row]
+        assert [record.prompt_row for record in made.of_step(10)] == [row]
