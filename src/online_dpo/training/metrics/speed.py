@@ -77,7 +77,7 @@ describe(
         "training (4, and 2 for each trained one, with an adapter), 2 in sampling and in the reference; and attention",
         "The speed of one process, independent of the length of answers. Gradient checkpointing and scorers do not "
         "count, nor what a server samples.",
-        when="with models without experts",
+        when="with models without experts, of usual configs",
     ),
     Metric(
         "perf/mfu",

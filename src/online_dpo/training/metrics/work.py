@@ -71,28 +71,36 @@ class ModelCost:
 
 def cost_of(model: nn.Module) -> ModelCost | None:
     """Return what a model costs, while its weights are whole. ``None`` for one with experts, of which each token takes
-    a few that shapes do not tell.
+    a few that shapes do not tell, and for one whose config has other names for its layers and their size.
     """
     decoder: Any = model
-    if any(".experts." in name for name, _ in model.named_parameters()):
+    config = decoder.config.get_text_config()
+    if any(".experts." in name for name, _ in model.named_parameters()) or not (
+        hasattr(config, "num_hidden_layers") and hasattr(config, "hidden_size")
+    ):
         return None
     counts = list(sizes(model))
     total, trained = sum(n for n, _, _ in counts), sum(n for n, _, is_trained in counts if is_trained)
     embedding, head = decoder.get_input_embeddings().weight, decoder.get_output_embeddings()
+    embeddings = {embedding, *(part.weight for part in model.modules() if isinstance(part, nn.Embedding))}
     head_weight = embedding if head is None else head.weight
-    trained_embedding = embedding.numel() * embedding.requires_grad
     head_numbers, tied = head_weight.numel(), head_weight is embedding
     trained_head = head_numbers * head_weight.requires_grad
-    config = decoder.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", 0)  # a model without attention has none
-    width = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
     return ModelCost(
-        body=total - embedding.numel() - (0 if tied else head_numbers),
+        body=total - sum(one.numel() for one in embeddings) - (0 if tied else head_numbers),
         head=head_numbers,
-        trained_body=trained - trained_embedding - (0 if tied else trained_head),
+        trained_body=trained
+        - sum(one.numel() for one in embeddings if one.requires_grad)
+        - (0 if tied else trained_head),
         trained_head=trained_head,
-        attention=config.num_hidden_layers * heads * width,
+        attention=sum(map(_query_width, config.per_layer_config)),
     )
+
+
+def _query_width(layer: Any) -> int:
+    """The width of all queries of a layer, from its config: layers may differ in it."""
+    heads = getattr(layer, "num_attention_heads", 0)  # a model without attention has none
+    return heads * (getattr(layer, "head_dim", None) or layer.hidden_size // max(heads, 1))
 
 
 class Work:

@@ -4,7 +4,15 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedConfig,
+)
 
 from online_dpo.packing.pack import pack_pairs, stand_in
 from online_dpo.training.metric_store import MetricStore
@@ -50,6 +58,33 @@ def test_with_an_adapter_only_its_weights_have_gradients():
     assert counted(lambda: model(ids).logits.sum().backward()) == pytest.approx(
         cost.training(whole), rel=0.1
     )  # nothing flows into the embedding
+
+
+def test_layers_may_differ_and_embeddings_of_layers_are_no_products():
+    """The fourth layer of this Gemma has wider heads, and each has embeddings of its own of every token."""
+    config = Gemma4TextConfig(
+        num_hidden_layers=4,
+        layer_types=["sliding_attention"] * 3 + ["full_attention"],
+        head_dim=8,
+        global_head_dim=16,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=5000,
+        num_kv_shared_layers=0,
+        attn_implementation="eager",
+        **SIZES,
+    )
+    model, length = Gemma4ForCausalLM(config), 40
+    cost = cost_of(model)
+    assert cost.attention == 4 * (3 * 8 + 16)
+    ids = torch.arange(length)[None]
+    forward = cost.forward(Tokens(read=length, predicted=length, seen=length * length))
+    assert counted(lambda: model(ids)) == pytest.approx(forward, rel=0.02)
+
+
+def test_a_model_whose_config_has_other_names_is_not_estimated():
+    model = llama()
+    model.config = PreTrainedConfig(num_transformer_layers=2, model_dim=32)
+    assert cost_of(model) is None
 
 
 def test_models_with_experts_are_not_estimated():
