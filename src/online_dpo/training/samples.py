@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -43,8 +44,8 @@ class Samples:
 
 
 def samples_of(step: int, groups: Sequence[GroupRecord], most: int) -> Samples:
-    """Return the distributions over all groups of a step, and at most ``most`` pairs of it, each of another group if
-    there are enough.
+    """Return the distributions over all groups of a step, of the numbers that are finite, and at most ``most`` pairs of
+    it, each of another group if there are enough.
     """
     return Samples(step, _distributions(groups), list(_pairs(groups))[:most])
 
@@ -53,7 +54,8 @@ def _distributions(groups: Sequence[GroupRecord]) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
 
     def add(name: str, *values: float | None) -> None:
-        found.setdefault(name, []).extend(value for value in values if value is not None)
+        finite = (value for value in values if value is not None and math.isfinite(value))  # trackers refuse others
+        found.setdefault(name, []).extend(finite)
 
     for group in groups:
         for completion in group.completions:

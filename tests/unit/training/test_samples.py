@@ -1,5 +1,7 @@
 """What a log shows of the groups of its step."""
 
+import math
+
 from online_dpo.runs.records import ComparisonRecord, CompletionRecord, GroupRecord, OrderRecord, PairRecord
 from online_dpo.training.samples import PairSample, samples_of
 
@@ -50,3 +52,11 @@ def test_distributions_are_over_all_groups_and_only_of_what_there_is():
         "margin": [2.0],
         "implied_margin": [0.1],
     }
+
+
+def test_numbers_of_a_step_that_is_skipped_are_left_out():
+    """Trackers refuse a histogram of them, and would show nothing more of the run."""
+    bad = completion("w1", 1.0, log_ratios=(math.nan, math.inf, 0.5))
+    pair = PairRecord(chosen=0, rejected=1, margin=0.0, implied=math.nan)
+    found = samples_of(12, [group(0, (pair,), completions=(bad, completion("w2", 1.0)))], 0).distributions
+    assert found["token_log_ratio"] == [0.5] and "implied_margin" not in found
