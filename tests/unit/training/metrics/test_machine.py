@@ -70,7 +70,7 @@ def test_peaks_of_devices(name, peak):
 def test_memory_of_this_process():
     figures = memory_figures(CPU)
     assert figures["perf/host_memory"] == pytest.approx(psutil.Process().memory_info().rss / 2**30, rel=0.1)
-    assert figures["perf/host_memory_peak"] >= 0.99 * figures["perf/host_memory"] > 0.05
+    assert figures["perf/host_memory_peak"] >= figures["perf/host_memory"] > 0.05
     assert set(figures) == {"perf/host_memory", "perf/host_memory_peak"}
 
 
