@@ -54,6 +54,14 @@ class At(TrainerCallback):
             self.action()
 
 
+class LogsMore(TrainerCallback):
+    """Logs something beside each log of a step, as a user's callback may."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self.trainer.log({"mine": float(state.global_step)})
+
+
 def fails():
     raise RuntimeError("away")
 
@@ -332,3 +340,16 @@ def test_a_disk_that_stays_full_ends_no_run_and_what_is_lost_is_told(tmp_path):
 
     assert killed_runs.forked(run) == 0
     assert [row["step"] for row in RunFolder(tmp_path).metrics().rows] == [1]
+
+
+def test_a_callback_may_log_beside_each_log(tmp_path):
+    callback = LogsMore()
+    callback.trainer = made(tmp_path, max_steps=2, kwargs=dict(callbacks=[callback]))
+    callback.trainer.train()
+    rows = [row for row in RunFolder(tmp_path).metrics().rows if "train_runtime" not in row]
+    assert [(row["step"], "loss" in row, row.get("mine")) for row in rows] == [
+        (1, True, None),
+        (1, False, 1.0),
+        (2, True, None),
+        (2, False, 2.0),
+    ]

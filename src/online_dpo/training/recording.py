@@ -87,6 +87,8 @@ class Recording(TrainerCallback):
         """Called where training has failed, whether there is a run folder or not."""
         self._failure: End | None = None
         self._done, self._process = 0, os.getpid()
+        self._logged = 0
+        """How many entries of the trainer's history have been written."""
         self._is_begun = False
         self._directory: RunDirectory | None = None
         self._session = ExitStack()
@@ -256,6 +258,12 @@ class Recording(TrainerCallback):
         self.end(code)
         return code
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin after what a checkpoint has logged."""
+        self._logged = len(state.log_history)
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the groups of the step."""
         self._done = state.global_step
@@ -273,10 +281,14 @@ class Recording(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write a row of metrics."""
-        if self._directory is not None and self._accelerator.process_index == 0 and logs:
-            log = state.log_history[-1] if state.log_history else logs  # of `logs`, a callback may have taken something
-            self._directory.add_metrics({**metrics_row(state.global_step, log), "time": time.time()})
+        """Write a row of metrics for each log since the last call: a callback before this one may have logged something
+        as well, and have taken something from ``logs``.
+        """
+        history, since = state.log_history, self._logged
+        self._logged = len(history)
+        if self._directory is not None and self._accelerator.process_index == 0:
+            for log in history[since:] if since <= len(history) else history[-1:]:  # else somebody has shortened it
+                self._directory.add_metrics({**metrics_row(log["step"], log), "time": time.time()})
 
     def on_evaluate(
         self,
