@@ -32,7 +32,6 @@ class Cut:
     frames: int = 0
     damaged: list[str] = field(default_factory=list)
     last_logged: int = 0
-    last_groups: int = 0
 
 
 def cut_after(folder: Path, step: int) -> Cut:
@@ -97,7 +96,7 @@ def _cut_completions(path: Path, step: int, cut: Cut) -> bool:
         if number is not None and number > step:
             later += 1
             continue
-        end, cut.last_groups = frame.end, max(cut.last_groups, number or 0)
+        end = frame.end
         if number is None or not all(whole for _, whole in pieces[:place]):
             cut.damaged.append(path.name)
         break

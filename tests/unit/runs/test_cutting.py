@@ -34,7 +34,7 @@ def test_frames_and_rows_of_later_steps_go(tmp_path):
     (tmp_path / METRICS).write_bytes(b"".join(map(row_of, range(1, 6))))
     cut = cut_after(tmp_path, 3)
     assert steps_in(tmp_path) == [1, 2, 3] and [row["step"] for row in RunFolder(tmp_path).metrics().rows] == [1, 2, 3]
-    assert (cut.rows, cut.frames, cut.damaged, cut.last_logged, cut.last_groups) == (2, 2, [], 3, 3)
+    assert (cut.rows, cut.frames, cut.damaged, cut.last_logged) == (2, 2, [], 3)
 
 
 def test_nothing_goes_where_nothing_is_later(tmp_path):
