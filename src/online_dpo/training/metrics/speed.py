@@ -90,17 +90,18 @@ describe(
 
 PEAKS = (
     (r"B200", 2250.0),  # DGX B200 data sheet: 36 PFLOPS with sparsity for eight in bf16
-    (r"H200|GH200|H100 80GB HBM3|H100 64GB", 989.4),  # H100 and H200 data sheets, SXM, without sparsity
-    (r"H100 NVL", 835.5),  # H100 data sheet
+    (r"H100 NVL|H200 NVL", 835.5),  # H100 and H200 data sheets, without sparsity
+    (r"H200|GH200|H100 80GB HBM3|H100 64GB", 989.4),  # the same, SXM
     (r"H100 PCIe", 756.5),  # NVIDIA H100 Tensor Core GPU Architecture, table 2
     (r"A100|A800", 312.0),  # A100 data sheet
     (r"L40S", 362.05),  # L40S data sheet
     (r"L4\b", 121.0),  # L4 data sheet: 242 with sparsity
     (r"A10\b", 125.0),  # A10 data sheet
-    (r"V100", 125.0),  # V100 data sheet, in fp16: it has no bf16
+    (r"V100-PCIE", 112.0),  # V100 data sheet, in fp16: it has no bf16
+    (r"V100", 125.0),  # the same, SXM2
     (r"T4\b", 65.0),  # T4 data sheet, in fp16: it has no bf16
-    (r"RTX 4090\b", 165.2),  # NVIDIA Ada GPU Architecture, appendix A, with accumulation in fp32
-    (r"RTX 3090\b", 71.0),  # NVIDIA Ampere GA102 GPU Architecture, appendix A, with accumulation in fp32
+    (r"RTX 4090$", 165.2),  # NVIDIA Ada GPU Architecture, appendix A, with accumulation in fp32
+    (r"RTX 3090$", 71.0),  # NVIDIA Ampere GA102 GPU Architecture, appendix A, with accumulation in fp32
 )
 """Names of devices, and 10^12 operations per second of dense matrix products in bf16, as NVIDIA states them."""
 
