@@ -70,6 +70,8 @@ def evaluation_prefix(logs: Mapping[str, Any]) -> str:
     >>> evaluation_prefix({"eval_maths_loss": 0.5, "eval_maths_runtime": 1.0})
     'eval_maths_'
     """
+    if "learning_rate" in logs:  # the log of a step, in which a reward function may have named a metric so
+        return ""
     prefixes = [name.removesuffix(_RUNTIME) for name in logs if name.endswith(_RUNTIME)]
     return f"{prefixes[0]}_" if prefixes and prefixes[0] != SUMMARY else ""
 

@@ -29,3 +29,4 @@ def test_which_logs_are_evaluations() -> None:
     assert evaluation_prefix(EVALUATION) == "eval_" and evaluation_prefix(LOGS) == ""
     assert evaluation_prefix({"test_loss": 1.0, "test_runtime": 1.0}) == "test_"
     assert evaluation_prefix({"train_loss": 1.0, "train_runtime": 1.0}) == ""
+    assert evaluation_prefix({**LOGS, "tool_runtime": 1.0}) == ""  # a metric of a reward function
