@@ -13,6 +13,7 @@ REASONS = {
     "margin": "The scores differ by less than `min_margin` or by more than `max_margin` allows.",
     "length_ratio": "One completion is longer than `max_length_ratio` times the other.",
     "resampled": "It gave no pair, so the prompt was answered again: see the next round.",
+    "not_said": "A method from outside does not say of which prompts its reasons are.",
 }
 LEFT_OUT = {
     "margin": "left out because of their margin (`min_margin`, `max_margin`)",

@@ -11,6 +11,7 @@ REASONS = {
     "margin": "no pair has a margin within the limits",
     "length_ratio": "no pair has lengths within the limits",
     "resampled": "the prompt was answered again",
+    "not_said": "a method from outside does not say of which prompts its reasons are",
     "invalid_prompt": "the prompt could not be used",
 }
 """The reasons that a group has in the record, and those under which metrics count it."""
