@@ -288,7 +288,7 @@ class Recording(TrainerCallback):
         self._logged = len(history)
         if self._directory is not None and self._accelerator.process_index == 0:
             for log in history[since:] if since <= len(history) else history[-1:]:  # else somebody has shortened it
-                self._directory.add_metrics({**metrics_row(log["step"], log), "time": time.time()})
+                self._directory.add_metrics({**metrics_row(int(log["step"]), log), "time": time.time()})
 
     def on_evaluate(
         self,
