@@ -2,7 +2,8 @@
 the policy, the user's other models and the process as they were, but for what it is there to change.
 """
 
-from __future__ import annotations
+from __future__ import importlib.util
+import annotations
 
 import random
 
@@ -294,6 +295,8 @@ def test_commands_leave_the_process_as_it_was(tmp_path, monkeypatch, capsys):
         ["eval", "./policy", "--against", "./policy", "--prompts", "data.jsonl", "--reward", "./feedback.py:reward"],
         ["eval", "./policy", "--against", "./nowhere", "--prompts", "data.jsonl", "--reward", "./feedback.py:reward"],
     ]
+    if importlib.util.find_spec("deepspeed"):  # accelerate imports it, and it imports a tracker that sets a variable
+        importlib.import_module("deepspeed")
     for words in commands:
         before = snapshots.of_process()
         main(words)
