@@ -2,9 +2,9 @@
 the policy, the user's other models and the process as they were, but for what it is there to change.
 """
 
-from __future__ import importlib.util
-import annotations
+from __future__ import annotations
 
+import importlib.util
 import random
 
 import numpy as np
