@@ -4,7 +4,6 @@ the policy, the user's other models and the process as they were, but for what i
 
 from __future__ import annotations
 
-import importlib.util
 import random
 
 import numpy as np
@@ -295,8 +294,7 @@ def test_commands_leave_the_process_as_it_was(tmp_path, monkeypatch, capsys):
         ["eval", "./policy", "--against", "./policy", "--prompts", "data.jsonl", "--reward", "./feedback.py:reward"],
         ["eval", "./policy", "--against", "./nowhere", "--prompts", "data.jsonl", "--reward", "./feedback.py:reward"],
     ]
-    if importlib.util.find_spec("deepspeed"):  # accelerate imports it, and it imports a tracker that sets a variable
-        importlib.import_module("deepspeed")
+    main(commands[0])  # some libraries set variables when they are first imported
     for words in commands:
         before = snapshots.of_process()
         main(words)
