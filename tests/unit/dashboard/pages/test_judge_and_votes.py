@@ -8,6 +8,7 @@ from urllib.parse import urlencode
 
 import pytest
 
+from online_dpo.runs import frames
 from online_dpo.runs.layout import VOTES
 from online_dpo.runs.questions import ask, asked
 from online_dpo.runs.reading import RunFolder
@@ -66,6 +67,43 @@ def test_words_of_the_judge_are_searched(runs):
     assert "Nothing that the judge said" not in all_of_them and words in all_of_them
     assert "Nothing that the judge said" in runs.get(f"{runs.at('judged')}/judge?q=never+said").text
     assert "0 comparisons" in runs.get(f"{runs.at('judged')}/judge?shown=failed").text
+
+
+def judged_group(step, forward, backward):
+    """A group whose judge gave these probabilities to the answer shown first, in both orders."""
+    completions = [
+        {"text": text, "length": 1, "finish": "stop", "author": "policy", "version": 0} for text in ("Red.", "Blue.")
+    ]
+    orders = [
+        {"shown": [0, 1], "probability": forward, "words": "The first is shorter."},
+        {"shown": [1, 0], "probability": backward, "words": "No difference."},
+    ]
+    comparison = {"first": 0, "second": 1, "probability": 0.5, "orders": orders}
+    row = {"step": step, "rank": 0, "index": 0, "round": 0, "prompt": "Name a colour.", "completions": completions}
+    return row | {"comparisons": [comparison], "reason": "tie"}
+
+
+@pytest.fixture
+def contradicted(tmp_path, opened):
+    """A run whose judge prefers what is shown first at step 1, and is sure in one order only at step 2."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    groups = [judged_group(1, 0.6, 0.6), judged_group(2, 1.0, 0.5)]
+    (tmp_path / "run" / "completions-r0-00000.jsonl.zst").write_bytes(b"".join(frames.encode([g]) for g in groups))
+    client = opened(tmp_path)
+    client.at = f"/runs/{client.run_id('run')}"
+    return client
+
+
+def test_a_search_in_the_words_of_one_order_looks_at_both_orders(contradicted):
+    for query in ("shown=disagree", "shown=disagree&q=shorter", "shown=disagree&q=no+difference"):
+        page = contradicted.get(f"{contradicted.at}/judge?{query}").text
+        assert "1 comparison<" in page and "Step 1 " in page, query
+
+
+def test_orders_disagree_in_the_same_sense_on_all_pages(contradicted):
+    tagged = ["the orders disagree</span>" in contradicted.get(f"{contradicted.at}/pairs/{n}-0-0-0").text for n in (1, 2)]
+    assert tagged == [True, False]
 
 
 def test_the_voting_page_is_blind(runs):
