@@ -102,8 +102,8 @@ def test_a_search_in_the_words_of_one_order_looks_at_both_orders(contradicted):
 
 
 def test_orders_disagree_in_the_same_sense_on_all_pages(contradicted):
-    tagged = ["the orders disagree</span>" in contradicted.get(f"{contradicted.at}/pairs/{n}-0-0-0").text for n in (1, 2)]
-    assert tagged == [True, False]
+    pages = [contradicted.get(f"{contradicted.at}/pairs/{step}-0-0-0").text for step in (1, 2)]
+    assert ["the orders disagree</span>" in page for page in pages] == [True, False]
 
 
 def test_the_voting_page_is_blind(runs):
