@@ -67,7 +67,8 @@ class GroupFacts:
 
     ``reasons`` has the steps of the groups without a pair, by reason; ``with_pairs`` those of the others. ``lengths``,
     ``scores`` and ``score_steps`` are of all completions of the policy with a score, ``margins`` and ``implied`` of the
-    pairs. ``prompts`` says where the policy answered each prompt first and last; ``kept`` has the groups that were asked for.
+    pairs. ``prompts`` says where the policy answered each prompt first and last; ``kept`` has the groups that were
+    asked for.
     """
 
     groups: int = 0
