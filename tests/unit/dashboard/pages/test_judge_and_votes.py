@@ -138,6 +138,13 @@ def test_a_vote_is_kept_and_the_next_question_follows(runs):
     assert fields(following)["group"] != vote.group and "1 vote so far" in following
 
 
+def test_a_vote_in_the_moment_of_the_question_took_no_time(runs, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1764160000.96875)  # rounded, the question would come after the vote
+    at = f"{runs.at('scored')}/vote"
+    post(runs, at, **fields(runs.get(at).text), choice="first")
+    assert [vote.seconds for vote in votes_of(runs.folder / "scored").values()] == [0.0]
+
+
 def test_the_order_does_not_tell_what_was_chosen(runs):
     at, shown_first = f"{runs.at('scored')}/vote", []
     for _ in range(24):
