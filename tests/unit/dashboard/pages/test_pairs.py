@@ -197,6 +197,13 @@ def test_hostile_texts_stay_texts_everywhere(pages):
         assert "<script>alert" not in text and "<img" not in text and "49" not in text, path
 
 
+@pytest.mark.parametrize(
+    ("typed", "value"), [("1,200", 1200), ("-1,200,000.5", -1200000.5), ("0,5", 0.5), ("1,25", 1.25), ("0,500", 0.5)]
+)
+def test_numbers_with_commas_are_read_as_pages_and_people_write_them(typed, value):
+    assert SampleQuery.read({"step_min": typed}).bounds["step"][0] == value
+
+
 def test_all_pairs_of_sixteen_long_completions_take_no_minute(pages):
     rng = random.Random(0)
     texts = [" ".join(f"w{rng.randrange(2)}" for _ in range(1200)) for _ in range(16)]
