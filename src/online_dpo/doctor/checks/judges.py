@@ -80,7 +80,7 @@ def _price(case: Case, settings: JudgeSettings, seconds: float, counts: Mapping[
     questions = counts.get("judge/requests", 1.0) * comparisons
     price = settings.cost(round(tokens["input_tokens"]), round(tokens["output_tokens"]))
     a_step = seconds * comparisons / max(1, min(settings.concurrency, round(questions)))
-    facts = {"seconds": seconds, "questions_a_step": questions, "price_a_step": price, **tokens}
+    facts: dict[str, Any] = {"seconds": seconds, "questions_a_step": questions, "price_a_step": price, **tokens}
     cost = f", {price:.4g} in the currency of the prices" if price else ""
     found = (
         f"{settings.model} answered in {seconds:.1f} s; a step asks {questions:.0f} questions: about "
