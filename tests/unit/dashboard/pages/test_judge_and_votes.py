@@ -13,6 +13,7 @@ from online_dpo.runs.layout import VOTES
 from online_dpo.runs.questions import ask, asked
 from online_dpo.runs.reading import RunFolder
 from online_dpo.runs.votes import question_id, votes_of
+from support import records
 
 
 @pytest.fixture
@@ -143,6 +144,22 @@ def test_a_vote_in_the_moment_of_the_question_took_no_time(runs, monkeypatch):
     at = f"{runs.at('scored')}/vote"
     post(runs, at, **fields(runs.get(at).text), choice="first")
     assert [vote.seconds for vote in votes_of(runs.folder / "scored").values()] == [0.0]
+
+
+def test_a_question_behind_many_equal_ones_is_asked(tmp_path, opened):
+    steps = range(1, 61)
+    last = max(steps, key=lambda step: step * 2654435761 % 2**32)  # the one that comes last
+    texts = {step: ("Red.", "Green." if step == last else "Blue.") for step in steps}
+    answers_of = {step: [records.completion(text) for text in texts[step]] for step in steps}
+    groups = [records.group(step, answers_of[step], prompt="Which?") for step in steps]
+    records.write(tmp_path / "run", groups, [{"step": 60, "loss": 0.6}])
+    client = opened(tmp_path)
+    at = f"/runs/{client.run_id('run')}/vote"
+    for _ in range(2):
+        post(client, at, **fields(client.get(at).text), choice="first")
+    asked_about = {frozenset((vote.first, vote.second)) for vote in votes_of(tmp_path / "run").values()}
+    assert asked_about == set(map(frozenset, texts.values()))
+    assert "You have voted on every pair" in client.get(at).text
 
 
 def test_the_order_does_not_tell_what_was_chosen(runs):
