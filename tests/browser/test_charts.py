@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,12 +11,11 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import run_folders
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 VIEWS = [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")]
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>{{ 7 * 7 }}"
 expect.set_options(timeout=20_000)  # machines that run other tests as well are slow
@@ -61,15 +59,6 @@ def served(folder):
     yield command
     if command.process.poll() is None:
         command.interrupt()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    assert CHROMIUM is not None, "These tests need Chromium: apt-get install chromium"
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @pytest.fixture

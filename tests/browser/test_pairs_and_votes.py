@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import uvicorn
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
 from online_dpo.dashboard.app import create_app
 from online_dpo.dashboard.catalog import Catalog
@@ -30,7 +29,6 @@ from support import processes, run_files
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import run_folders
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 VIEWS = [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")]
 PICTURES = os.environ.get("PICTURES")
 expect.set_options(timeout=20_000)  # machines that run other tests as well are slow
@@ -71,15 +69,6 @@ def served(folder):
     server = Served(folder)
     yield server
     server.close()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    assert CHROMIUM is not None, "These tests need Chromium: apt-get install chromium"
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @pytest.fixture

@@ -294,6 +294,7 @@ def test_commands_leave_the_process_as_it_was(tmp_path, monkeypatch, capsys):
         ["eval", "./policy", "--against", "./policy", "--prompts", "data.jsonl", "--reward", "./feedback.py:reward"],
         ["eval", "./policy", "--against", "./nowhere", "--prompts", "data.jsonl", "--reward", "./feedback.py:reward"],
     ]
+    main(commands[0])  # some libraries set variables when they are first imported
     for words in commands:
         before = snapshots.of_process()
         main(words)

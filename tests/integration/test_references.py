@@ -37,6 +37,7 @@ def test_without_a_reference_the_same_is_learnt_and_what_is_relative_to_it_is_ab
     ours, theirs = train_logs(without)[-1], train_logs(plain)[-1]
     relative = {"objective/kl", "objective/non_score_reward", "objective/rlhf_reward", "objective/trained_scores"}
     relative |= {f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")}
+    relative |= {"objective/kl_by_position/0-15"}
     assert theirs.keys() - ours.keys() == relative and ours["loss"] == theirs["loss"]
     ours, theirs = without.evaluate(), plain.evaluate()
     absent = {"eval_win_rate", "eval_win_rate_ci95_low", "eval_win_rate_ci95_high", "eval_objective/kl"}

@@ -5,19 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from online_dpo.runs.layout import (
-    ENVIRONMENT,
-    EVENTS,
-    METRICS,
-    QUESTIONS,
-    SETTINGS,
-    SETTINGS_BESIDE,
-    VOTES,
-    completions_files,
-    is_run_folder,
-)
-
-OWN = (SETTINGS, SETTINGS_BESIDE, ENVIRONMENT, METRICS, EVENTS, VOTES, QUESTIONS)
+from online_dpo.runs.layout import EVENTS, METRICS, OF_ONE_NAME, completions_files, is_run_folder
 
 
 def run_folder(path: Path) -> Path:
@@ -48,5 +36,5 @@ def check_target(option: str, file: Path, folders: Sequence[Path]) -> None:
     if not file.absolute().parent.is_dir():
         raise ValueError(f"{option}: there is no folder {file.absolute().parent}.")
     place = file.resolve()
-    if place.name in OWN and any(place.parent == folder.resolve() for folder in folders):
+    if place.name in OF_ONE_NAME and any(place.parent == folder.resolve() for folder in folders):
         raise ValueError(f"{option}: {file} belongs to the record of the run. Give another name.")

@@ -19,8 +19,10 @@ REPORT = "report.html"
 EARLIER = "earlier"
 """The folder of what earlier runs in the same folder have written: ``earlier/1`` and so on."""
 
-RECORD_PATTERNS = (SETTINGS, SETTINGS_BESIDE, ENVIRONMENT, METRICS, EVENTS, VOTES, QUESTIONS, f"{EARLIER}/*")
-RECORD_PATTERNS += ("completions-r*.jsonl.zst", REPORT)
+OF_ONE_NAME = (SETTINGS, SETTINGS_BESIDE, ENVIRONMENT, METRICS, EVENTS, VOTES, QUESTIONS)
+"""The files of a record but those of completions."""
+
+RECORD_PATTERNS = (*OF_ONE_NAME, f"{EARLIER}/*", "completions-r*.jsonl.zst", REPORT)
 """All files of a record, and the page that is made of it, as patterns."""
 
 _COMPLETIONS = re.compile(r"completions-r(\d+)-(\d{5,})\.jsonl\.zst")

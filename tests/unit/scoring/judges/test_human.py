@@ -62,7 +62,7 @@ def test_votes_stand_in_what_is_told_of_a_comparison(tmp_path):
     assert (voted.first, voted.second, voted.probability) == (0, 1, 1.0)
     [question] = voted.questions
     assert question.probability == (0.0 if question.swapped else 1.0) and question.seconds == 3.5
-    assert [one.questions[0].failure for one in (skipped, missed)] == ["skipped", "nobody voted in time"]
+    assert [one.questions[0].failure for one in (skipped, missed)] == ["it was skipped", "nobody voted in time"]
     assert skipped.probability is missed.probability is None
 
 
