@@ -254,6 +254,22 @@ PLANTED = {
         "problem",
         "127.0.0.1:9",
     ),
+    "no judge of evaluations": (
+        {
+            "eval_dataset_name": "data.jsonl",
+            "eval_judge": "llm",
+            "eval_judge_kwargs": {"model": "m", "base_url": "http://127.0.0.1:9/v1", "cache": None},
+        },
+        "judge",
+        "problem",
+        "`eval_judge_kwargs`",
+    ),
+    "gold that is missing": (
+        {"eval_dataset_name": "data.jsonl", "eval_reward_funcs": "feedback.py:missing"},
+        "rewards",
+        "problem",
+        "Evaluations report nothing",
+    ),
     "a policy that never ends": (plant_never_ends, "samples", "warning", "none ended"),
     "a large model on a CPU": (plant_large_model, "device", "warning", "no GPU is used"),
     "a model that does not fit": (plant_large_model, "memory", "problem", "are free"),
@@ -383,6 +399,14 @@ def test_quick_loads_no_model(folder, capsys):
     assert found == []
     skipped = [one["check"] for one in report["findings"] if one["mark"] == "skipped"]
     assert skipped == ["models", "samples", "rewards", "time"]
+
+
+@pytest.mark.parametrize("number", ["0", "-2", "two"])
+def test_a_number_of_processes_that_is_none(folder, capsys, number):
+    run_file = write_run_file(folder, reward_funcs="feedback.py:words")
+    with pytest.raises(SystemExit, match="2"):
+        main(["doctor", str(run_file), "--processes", number])
+    assert "1 or more" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", [None, "- a list", "a: [", "a: \xff"])

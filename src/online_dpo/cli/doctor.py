@@ -56,6 +56,17 @@ def _launched(processes: int) -> dict[str, str]:
     return {} if processes == 1 else {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(processes)}
 
 
+def _processes(text: str) -> int:
+    """The number of processes of a word.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a number of processes is wanted, 1 or more; it is {text!r}")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="online-dpo doctor",
@@ -66,5 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--quick", action="store_true", help="leave out what loads models")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="processes that will train (default: 1)")
+    parser.add_argument(
+        "--processes", type=_processes, default=1, metavar="N", help="processes that will train (default: 1)"
+    )
     return parser

@@ -99,6 +99,7 @@ def _subject(plan: RunPlan, options: argparse.Namespace) -> Subject:
         peft_config=lambda: peft_config_of(run),
         reward_model=training.get("reward_model_path"),
         llm_judge=_settings_over_http(judge),
+        llm_eval_judge=_settings_over_http(plan.eval_judge),
         asks_people=isinstance(judge, BuiltInJudge) and judge.human,
         has_rewards=bool(plan.reward_funcs or training.get("reward_model_path")),
         processes=options.processes,

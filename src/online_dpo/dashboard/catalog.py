@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from online_dpo.dashboard.index.background import Background
@@ -56,6 +57,7 @@ class Catalog:
         """Whether there are more folders than are looked at."""
 
         self._indices = tempfile.TemporaryDirectory(prefix="online-dpo-dashboard-", ignore_cleanup_errors=True)
+        self._numbers = count()
         self._background = Background()
         self._runs: dict[str, Run] = {}
         self._lock = threading.Lock()
@@ -108,7 +110,9 @@ class Catalog:
             name = f"{root.name}/{name}"
         name = name.encode("utf-8", "replace").decode("utf-8")
         run_folder = RunFolder(folder)
-        index = RunIndex(run_folder, Path(self._indices.name) / f"{run_id}.sqlite", self._background)
+        # a number, for a folder may be removed and made anew, and pages still read the older index
+        database = Path(self._indices.name) / f"{run_id}-{next(self._numbers)}.sqlite"
+        index = RunIndex(run_folder, database, self._background)
         return Run(run_id, name, run_folder, index, Summarizer(run_folder))
 
     def _folders_below(self, root: Path) -> Iterator[Path]:

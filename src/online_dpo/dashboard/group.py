@@ -164,6 +164,12 @@ class Comparison:
         said = [p for order in self.orders if (p := self.first_is_better(order)) is not None]
         return max(said) - min(said) if len({order.shown for order in self.orders}) > 1 and len(said) > 1 else None
 
+    @property
+    def is_contradicted(self) -> bool:
+        """Whether its orders have different winners."""
+        said = [p for order in self.orders if (p := self.first_is_better(order)) is not None]
+        return self.disagreement is not None and min(said) < 0.5 < max(said)
+
 
 @dataclass(frozen=True)
 class Group:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sqlite3
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -31,6 +32,9 @@ SORTS = {
     "ratio": ("Length ratio, smallest first", "length_ratio IS NULL, length_ratio, id"),
 }
 """Names in addresses, what they are called, and their SQL."""
+
+_IN_THOUSANDS = re.compile(r"-?[1-9]\d{0,2}(,\d{3})+(\.\d*)?")
+"""A number as the pages write it: 1,200. Another comma stands before decimals."""
 
 PAIRED, UNPAIRED = "paired", "unpaired"
 PAGE = 50
@@ -175,7 +179,7 @@ def _number(text: str, wrong: list[str]) -> float | None:
     if not text.strip():
         return None
     try:
-        value = float(text.replace(",", "."))
+        value = float(text.replace(",", "" if _IN_THOUSANDS.fullmatch(text.strip()) else "."))
     except ValueError:
         value = math.nan
     if not math.isfinite(value):

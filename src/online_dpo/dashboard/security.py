@@ -16,7 +16,7 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
@@ -70,9 +70,12 @@ class Access:
     def knows_host(self, header: str) -> bool:
         """Whether a Host header names this machine."""
         try:
-            name = urlsplit(f"//{header}").hostname or ""
+            given = urlsplit(f"//{header}")
         except ValueError:
             return False
+        if given.netloc != header or "@" in header:  # more than a name and a port would change what URLs are read from
+            return False
+        name = given.hostname or ""
         if name in ("localhost", self.host.lower()):
             return True
         try:
@@ -131,7 +134,7 @@ class Guard:
             return refuse(421, "The dashboard answers only under the name of this machine, such as localhost.")
         if self._access.has_token(request.query_params.get("token", "")):
             return self._with_cookie(request)
-        if request.url.path.startswith("/static/"):
+        if request.scope["path"].startswith("/static/"):  # what the router reads, without the Host header's words
             return None
         if not self._access.has_token(_cookie(request.headers, self._access.cookie)):
             return refuse(
@@ -141,8 +144,8 @@ class Guard:
 
     def _with_cookie(self, request: Request) -> Response:
         """Lead to the same address without the token, which stands in a cookie from then on."""
-        rest = [(name, value) for name, value in parse_qsl(request.url.query) if name != "token"]
-        path = "/" + request.url.path.lstrip("/")  # two slashes would lead to another host
+        rest = [(name, value) for name, value in request.query_params.multi_items() if name != "token"]
+        path = "/" + quote(request.scope["path"].lstrip("/"))  # two slashes would lead to another host
         leading = RedirectResponse(f"{path}?{urlencode(rest)}" if rest else path, status_code=303)
         leading.set_cookie(self._access.cookie, self._access.token, httponly=True, samesite="lax", path="/")
         return leading

@@ -27,10 +27,11 @@ class Segment:
     changed: bool
 
 
-def word_difference(one: str, other: str) -> tuple[list[Segment], list[Segment]]:
+def word_difference(one: str, other: str, most_work: int = MOST_WORK) -> tuple[list[Segment], list[Segment]]:
     """Both texts, cut into what they share and what they do not. Joined, the segments are the texts.
 
-    Of texts that are too long to compare word by word, only the common beginning and end count as shared.
+    Of texts that are too long to compare word by word, with more than ``most_work``, only the common beginning and end
+    count as shared.
 
     >>> word_difference("a red house", "a blue house")[0]
     [Segment('a', False), Segment(' red', True), Segment(' house', False)]
@@ -40,7 +41,7 @@ def word_difference(one: str, other: str) -> tuple[list[Segment], list[Segment]]
     end = _common(first[start:][::-1], second[start:][::-1])
     inner = (first[start : len(first) - end], second[start : len(second) - end])
     begun, ended = Segment("".join(first[:start]), False), Segment("".join(first[len(first) - end :]), False)
-    sides = _inner(*inner)
+    sides = _inner(*inner, most_work)
     return _joined([begun, *sides[0], ended]), _joined([begun, *sides[1], ended])
 
 
@@ -53,8 +54,8 @@ def _common(first: Sequence[str], second: Sequence[str]) -> int:
     return count
 
 
-def _inner(first: Sequence[str], second: Sequence[str]) -> tuple[list[Segment], list[Segment]]:
-    if len(first) * len(second) > MOST_WORK:
+def _inner(first: Sequence[str], second: Sequence[str], most_work: int) -> tuple[list[Segment], list[Segment]]:
+    if len(first) * len(second) > most_work:
         return [Segment("".join(first), True)], [Segment("".join(second), True)]
     sides: tuple[list[Segment], list[Segment]] = ([], [])
     for kind, i, j, k, m in SequenceMatcher(None, first, second, autojunk=False).get_opcodes():

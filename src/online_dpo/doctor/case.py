@@ -46,9 +46,9 @@ class NotThere(Exception):
 class Subject:
     """A planned run, as the command line hands it over: names, fields of `OnlineDPOConfig`, functions that load parts.
 
-    ``reward_model`` is a folder or hub name, ``llm_judge`` the settings of a judge over HTTP, ``processes`` the number
-    of those that will train, ``sharding`` how they share the weights, ``ray_address`` that of a cluster, where the run
-    file has one.
+    ``reward_model`` is a folder or hub name, ``llm_judge`` and ``llm_eval_judge`` the settings of judges over HTTP,
+    ``processes`` the number of those that will train, ``sharding`` how they share the weights, ``ray_address`` that of
+    a cluster, where the run file has one.
     """
 
     model: str
@@ -64,6 +64,7 @@ class Subject:
     peft_config: Callable[[], Any]
     reward_model: str | None = None
     llm_judge: Mapping[str, Any] | None = None
+    llm_eval_judge: Mapping[str, Any] | None = None
     asks_people: bool = False
     has_rewards: bool = True
     processes: int = 1

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import run_folders
 
+from online_dpo.dashboard import catalog
 from online_dpo.dashboard.metric_groups import group_of, grouped
 from online_dpo.dashboard.settings import compared, flat
 from online_dpo.runs.reading import RunFolder
@@ -174,6 +176,19 @@ def test_runs_below_are_found_and_links_and_checkpoints_are_not_entered(tmp_path
     (tmp_path / "runs/link").symlink_to(outside)
     client = opened(tmp_path / "runs")
     assert [run.name for run in client.dashboard.catalog.runs()] == ["a", "sweep/b"]
+
+
+def test_a_run_that_was_removed_and_made_anew_is_shown(tmp_path, opened, monkeypatch):
+    monkeypatch.setattr(catalog, "FRESH", 0.0)
+    run_folders.make(tmp_path / "first", 5, 5, seed=0)
+    client = opened(tmp_path)
+    at = f"/runs/{client.run_id('first')}"
+    assert client.get(f"{at}/pairs").status_code == 200
+    shutil.rmtree(tmp_path / "first")
+    assert "no run yet" in client.get("/runs").text and client.get(at).status_code == 404
+    run_folders.make(tmp_path / "first", 7, 9, seed=1)
+    assert [client.get(f"{at}{page}").status_code for page in ("", "/pairs", "/judge", "/events")] == [200] * 4
+    assert "9 groups" in client.get(f"{at}/pairs").text
 
 
 def test_settings_are_flat_and_what_differs_stands_first():

@@ -44,6 +44,13 @@ def test_a_host_that_is_not_this_machine_is_refused(stranger, host):
     assert stranger.get("/runs?token=the-token", headers={"host": host}).status_code == 421
 
 
+@pytest.mark.parametrize(
+    "host", ["localhost/static/", "localhost?token=the-token", "localhost#", "evil@localhost", "localhost/static/x:80"]
+)
+def test_a_host_that_is_more_than_a_name_and_a_port_is_refused(stranger, host):
+    assert stranger.get("/runs", headers={"host": host}).status_code == 421
+
+
 @pytest.mark.parametrize("host", ["localhost", "localhost:9000", "127.0.0.1:8765", "[::1]:8765"])
 def test_names_of_loopback_are_known_with_any_port(stranger, host):
     assert stranger.get("/runs?token=the-token", headers={"host": host}).status_code == 303

@@ -34,6 +34,11 @@ SELECT sample, comparison, step, count(*) AS orders,
     max(disagreement) AS disagreement
 FROM judged {where} GROUP BY step, sample, comparison
 """
+_ANY_ORDER = """
+EXISTS (SELECT 1 FROM judged o WHERE o.sample = judged.sample AND o.comparison = judged.comparison AND {condition})
+"""
+"""Whole comparisons pass a filter or do not: what both orders say is counted of both."""
+
 _ASKED = """
 SELECT (step - ?) / ? AS part, count(*) AS questions, total(probability > 0.5) AS first,
     total(probability < 0.5) AS second, total(failed) AS failed, total(cached) AS cached, count(seconds) AS timed,
@@ -180,9 +185,9 @@ def _found(db: sqlite3.Connection, text: str, shown: str, page: int, all_of_them
     conditions: list[str] = []
     values: list[Any] = []
     if text:
-        conditions, values = ["instr(words, ?) > 0"], [search_text(text)]
+        conditions, values = [_ANY_ORDER.format(condition="instr(o.words, ?) > 0")], [search_text(text)]
     if shown == "failed":
-        conditions.append("failed")
+        conditions.append(_ANY_ORDER.format(condition="o.failed"))
     inner = _BY_COMPARISON.format(where=f"WHERE {' AND '.join(conditions)}" if conditions else "")
     having = "WHERE disagreement IS NOT NULL AND low < 0.5 AND high > 0.5" if shown == "disagree" else ""
     filtered = f"SELECT step, sample, comparison FROM ({inner}) {having}"  # nosec B608

@@ -16,12 +16,16 @@ from online_dpo.dashboard.group import Completion, Group, Pair
 from online_dpo.dashboard.plain_words import ratio_class, why_left_out, why_no_pair
 from online_dpo.dashboard.same_prompts import best
 from online_dpo.dashboard.sample_query import PAGE, SORTS, SampleQuery
-from online_dpo.dashboard.word_difference import Segment, word_difference
+from online_dpo.dashboard.word_difference import MOST_WORK, Segment, word_difference
 
 PATIENCE = 0.2
 """Seconds in which a page reads new groups before it shows what it has."""
 
-VIEWS = {"difference": "Difference", "tokens": "Tokens", "text": "Text"}
+DIFFERENCE = "difference"
+VIEWS = {DIFFERENCE: "Difference", "tokens": "Tokens", "text": "Text"}
+PAGE_WORK = 5 * MOST_WORK
+"""As `MOST_WORK`, for all pairs of a group together: there may be a hundred."""
+
 EARLIEST = 20
 """Groups of a prompt that the page of the prompt shows whole."""
 
@@ -51,7 +55,8 @@ def show_group(request: Request) -> Response:
     """One group: its prompt, its completions, and what was made of them."""
     run, query = run_of(request), SampleQuery.read(request.query_params)
     group = _group_of(run, request.path_params["key"])
-    view = request.query_params.get("view", "")
+    given = request.query_params.get("view", "")
+    view = given if given in VIEWS else DIFFERENCE
     with run.index.reading() as db:
         neighbours = query.neighbours(db, group.key)
         others = db.execute(
@@ -61,7 +66,7 @@ def show_group(request: Request) -> Response:
         *(request, "group.html"),
         page="pairs",
         **{"run": run, "query": query, "group": group, "neighbours": neighbours, "others": tuple(others)},
-        **{"pairs": [shown_pair(group, pair) for pair in group.pairs], "view": view if view in VIEWS else "difference"},
+        **{"pairs": shown_pairs(group, view), "view": view},
         **{"views": VIEWS, "ratio_class": ratio_class, "why": why_no_pair(group.reason, group.resampled_for)},
         left_out=[why_left_out(reason, count) for reason, count in group.left_out.items()],
         roles=_roles(group),
@@ -99,10 +104,15 @@ class ShownPair:
     rejected_words: Sequence[Segment]
 
 
-def shown_pair(group: Group, pair: Pair) -> ShownPair:
-    """A pair of a group with the difference of its texts."""
+def shown_pairs(group: Group, view: str) -> list[ShownPair]:
+    """The pairs of a group; with the difference of their texts in the view that shows it."""
+    work = min(MOST_WORK, PAGE_WORK // max(1, len(group.pairs))) if view == DIFFERENCE else 0
+    return [_shown_pair(group, pair, work) for pair in group.pairs]
+
+
+def _shown_pair(group: Group, pair: Pair, most_work: int) -> ShownPair:
     chosen, rejected = group.completions[pair.chosen], group.completions[pair.rejected]
-    return ShownPair(pair, chosen, rejected, *word_difference(chosen.text, rejected.text))
+    return ShownPair(pair, chosen, rejected, *word_difference(chosen.text, rejected.text, most_work))
 
 
 @dataclass(frozen=True)

@@ -113,19 +113,17 @@ def _of_samples(run: Run, votes: Mapping[str, Vote]) -> Open | None:
     voted = {vote.group for vote in votes.values()}
     with run.index.reading() as db:
         rows = db.execute(
-            "SELECT id, step || '-' || rank || '-' || idx || '-' || round AS key FROM sample WHERE pairs > 0"
-            " ORDER BY (id * 2654435761) % 4294967296"
+            "SELECT id, step || '-' || rank || '-' || idx || '-' || round AS key,"
+            " prompt_key || min(chosen, rejected) || char(10) || max(chosen, rejected) AS texts"
+            " FROM sample WHERE pairs > 0 ORDER BY (id * 2654435761) % 4294967296"
         ).fetchall()
-    looked_at = 0
-    for row in rows:
-        if row["key"] in voted:
-            continue
+    # groups that begin as one on which there is a vote come last: they may well be the same question
+    known = {row["texts"] for row in rows if row["key"] in voted}
+    left = sorted((row for row in rows if row["key"] not in voted), key=lambda row: row["texts"] in known)
+    for row in left[:LOOKED_AT]:
         group = run.index.group(row["id"])
-        looked_at += 1
         if group is not None and group.pairs and (one := _of_pair(group, votes)) is not None:
             return one
-        if looked_at == LOOKED_AT:
-            break
     return None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from online_dpo.config.llm_judge import JudgeSettings
@@ -27,41 +27,52 @@ ASKED = 4
 
 @check("judge")
 def judge(case: Case) -> Iterator[Finding]:
-    """Asks the judge about two answers."""
-    if case.subject.llm_judge is not None and (case.args.judge_top or not case.subject.has_rewards):
-        yield from _ask(case, JudgeSettings(**case.subject.llm_judge))
-    elif case.subject.asks_people:
+    """Asks the judge about two answers, and that of the evaluations."""
+    subject = case.subject
+    if subject.llm_judge is not None and (case.args.judge_top or not subject.has_rewards):
+        yield from _ask(case, subject.llm_judge, "judge_kwargs", _price)
+    elif subject.asks_people:
         yield ok("people compare, in the dashboard: `online-dpo dashboard`")
-    elif case.subject.quick or case.trainer.judge is None:
-        yield ok("no judge is asked over HTTP")
+    elif subject.quick or case.trainer.judge is None:
+        yield ok("no judge is asked over HTTP in training")
     else:
         yield from _local(case)
+    if subject.llm_eval_judge is not None:
+        yield from _ask(case, subject.llm_eval_judge, "eval_judge_kwargs", _of_evaluations)
 
 
-def _ask(case: Case, settings: JudgeSettings) -> Iterator[Finding]:
+Told = Callable[[Case, JudgeSettings, float, Mapping[str, float]], Finding]
+"""Says what follows from a question that took some seconds, and from what was counted meanwhile."""
+
+
+def _ask(case: Case, given: Mapping[str, Any], field: str, told: Told) -> Iterator[Finding]:
+    settings, group = JudgeSettings(**given), _pair(case)
     patient = {"request_timeout": min(PATIENCE, settings.request_timeout), "question_timeout": PATIENCE}
-    options = {**case.subject.llm_judge, **patient, "cache": None, "attempts": 2, "max_failure_share": 1.0}  # pyright: ignore[reportGeneralTypeIssues]
-    asked, group = LLMJudge(**options), _pair(case)
+    asked = LLMJudge(**{**given, **patient, "cache": None, "attempts": 2, "max_failure_share": 1.0})
     began = time.perf_counter()
     try:
         with case.quietly():
             [answer] = asked.prefer([group])
     except FeedbackStopped as stopped:
         found, _, change = error_text(stopped).partition(". ")
-        yield problem(found, change or "Correct `model`, `base_url` or the key (`api_key_env`) in `judge_kwargs`.")
+        yield problem(found, change or f"Correct `model`, `base_url` or the key (`api_key_env`) in `{field}`.")
         return
     seconds, counts = time.perf_counter() - began, asked.drain().sums
     if answer is None:
         yield problem(
             f"the judge {settings.model} at {settings.base_url} gave no verdict: {asked.last_failure}",
-            "Correct `model` and `base_url`, and see that the endpoint runs; for answers without a verdict, raise "
-            "`max_tokens` or change `template`.",
+            f"Correct `model` and `base_url` in `{field}`, and see that the endpoint runs; for answers without a "
+            "verdict, raise `max_tokens` or change `template`.",
         )
         return
-    yield _price(case, settings, seconds, counts)
+    yield told(case, settings, seconds, counts)
 
 
-def _price(case: Case, settings: JudgeSettings, seconds: float, counts: Any) -> Finding:
+def _of_evaluations(case: Case, settings: JudgeSettings, seconds: float, counts: Mapping[str, float]) -> Finding:
+    return ok(f"{settings.model}, which compares in evaluations, answered in {seconds:.1f} s", seconds=seconds)
+
+
+def _price(case: Case, settings: JudgeSettings, seconds: float, counts: Mapping[str, float]) -> Finding:
     """What a step costs: as many comparisons as a tournament of K completions has at most."""
     k = case.args.judge_top or case.args.num_completions
     comparisons = case.prompts_per_step * (1 if k == 2 else -(-3 * k // 2) - 1)
@@ -69,7 +80,7 @@ def _price(case: Case, settings: JudgeSettings, seconds: float, counts: Any) -> 
     questions = counts.get("judge/requests", 1.0) * comparisons
     price = settings.cost(round(tokens["input_tokens"]), round(tokens["output_tokens"]))
     a_step = seconds * comparisons / max(1, min(settings.concurrency, round(questions)))
-    facts = {"seconds": seconds, "questions_a_step": questions, "price_a_step": price, **tokens}
+    facts: dict[str, Any] = {"seconds": seconds, "questions_a_step": questions, "price_a_step": price, **tokens}
     cost = f", {price:.4g} in the currency of the prices" if price else ""
     found = (
         f"{settings.model} answered in {seconds:.1f} s; a step asks {questions:.0f} questions: about "

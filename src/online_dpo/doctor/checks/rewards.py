@@ -56,6 +56,16 @@ def rewards(case: Case) -> Iterator[Finding]:
         yield from bad
         if not bad:
             yield _fine(scored)
+    yield from _of_evaluations(case, groups)
+
+
+def _of_evaluations(case: Case, groups: Sequence[Group]) -> Iterator[Finding]:
+    """Scores the samples with the rewards of evaluations alone, of which nothing is trained."""
+    for scorer in [] if case.trainer.gold is None else case.trainer.gold.scorers:
+        bad = list(_missing(scored := score(case, scorer, groups), "Evaluations report nothing of such a completion."))
+        yield from bad
+        if not bad:
+            yield _fine(scored, ", in evaluations")
 
 
 def score(case: Case, scorer: PointwiseScorer, groups: Sequence[Group]) -> Scored:
@@ -75,17 +85,17 @@ def score(case: Case, scorer: PointwiseScorer, groups: Sequence[Group]) -> Score
     )
 
 
-def _missing(scored: Scored) -> Iterator[Finding]:
+def _missing(scored: Scored, effect: str = "Such a completion takes part in no pair.") -> Iterator[Finding]:
     name, count = scored.scorer.name, len(scored.values)
     none = sum(value is None for value in scored.values)
     wrong = count - none - len(scored.finite)
     if wrong:
         text = f"`{name}` gave {wrong} of {count} completions a score that is NaN or infinite"
-        change = "Such a completion takes part in no pair. Find out in the reward where it divides by 0, or fails."
+        change = f"{effect} Find out in the reward where it divides by 0, or fails."
         yield (problem if wrong > FEW * count else warning)(text, change)
     if none:
         text = f"`{name}` gave {none} of {count} completions no score (None)"
-        change = "A completion without a score takes part in no pair. Return a number wherever the reward applies."
+        change = f"{effect} Return a number wherever the reward applies."
         yield (problem if none == count else warning)(text, change)
 
 
@@ -166,9 +176,9 @@ def length_correlation(scored: Scored) -> float | None:
         return None
 
 
-def _fine(scored: Scored) -> Finding:
+def _fine(scored: Scored, where: str = "") -> Finding:
     values: list[Any] = [scored.values[i] for i in scored.finite]
     together = length_correlation(scored)
     said = "" if together is None else f", correlation with length {together:+.2f}"
-    text = f"`{one_line(scored.scorer.name, 60)}` gives {min(values):.3g} to {max(values):.3g}{said}"
+    text = f"`{one_line(scored.scorer.name, 60)}` gives {min(values):.3g} to {max(values):.3g}{said}{where}"
     return ok(text, lowest=min(values), highest=max(values), correlation=together, seconds=scored.seconds)

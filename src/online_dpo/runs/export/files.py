@@ -56,11 +56,11 @@ class Parquet:
         """Extends the types by those of these rows."""
         import pyarrow as pa
 
-        found = pa.Table.from_pylist(list(map(_as_utf8, rows))).schema
         try:
+            found = pa.Table.from_pylist(list(map(_as_utf8, rows))).schema
             merge = partial(pa.unify_schemas, promote_options="permissive")
             self._schema = found if self._schema is None else merge([self._schema, found])
-        except pa.ArrowTypeError as error:
+        except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
             raise ValueError(
                 f"Parquet cannot hold these rows in one file ({error}). Export to a .jsonl file."
             ) from None

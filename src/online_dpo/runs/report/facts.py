@@ -16,7 +16,7 @@ from online_dpo.runs.export.rows import number
 from online_dpo.runs.layout import EARLIER, ENVIRONMENT, EVENTS, METRICS, SETTINGS, SETTINGS_BESIDE, completions_files
 from online_dpo.runs.opening import read_small
 from online_dpo.runs.reading import LARGEST_SETTINGS, Lines, RunFolder, StepFrame
-from online_dpo.runs.report.groups import GroupFacts, collect_groups
+from online_dpo.runs.report.groups import GroupFacts, collect_groups, is_by_policy
 from online_dpo.runs.report.series import Metrics, collect
 from online_dpo.runs.state import state_from
 from online_dpo.runs.votes import Vote, latest_votes
@@ -244,7 +244,7 @@ def _examples(folder: RunFolder, groups: GroupFacts) -> Iterator[Example]:
 def _answered(folder: RunFolder, at: StepFrame, place: int) -> Answered:
     group = next(islice(folder.each_group(at), place, None))
     assert group is not None, "it was read before"
-    answer = next(c for c in group["completions"] if c.get("author", "policy") == "policy")
+    answer = next(completion for completion in group["completions"] if is_by_policy(completion))
     return Answered(group["step"], prompt_text(group["prompt"]), str(answer["text"]), number(answer.get("score")))
 
 

@@ -67,7 +67,8 @@ class GroupFacts:
 
     ``reasons`` has the steps of the groups without a pair, by reason; ``with_pairs`` those of the others. ``lengths``,
     ``scores`` and ``score_steps`` are of all completions of the policy with a score, ``margins`` and ``implied`` of the
-    pairs. ``prompts`` says where each prompt was answered first and last; ``kept`` has the groups that were asked for.
+    pairs. ``prompts`` says where the policy answered each prompt first and last; ``kept`` has the groups that were
+    asked for.
     """
 
     groups: int = 0
@@ -119,12 +120,12 @@ class GroupFacts:
             self.with_pairs.append(step)
         else:
             self.reasons[str(group.get("reason") or "not recorded")].append(step)
-        self._add_scores([c for c in completions if c.get("author", "policy") == "policy"], step)
+        self._add_scores([completion for completion in completions if is_by_policy(completion)], step)
         for pair in pairs:
             self._add_pair(pair, completions, step)
         for comparison in group.get("comparisons", []):
             _add_comparison(self.judged, comparison)
-        if group.get("round", 0) == 0:
+        if group.get("round", 0) == 0 and any(is_by_policy(completion) for completion in completions):
             self._add_prompt(group, step, (at, place))
 
     def _add_scores(self, completions: list[Row], step: int) -> None:
@@ -180,6 +181,11 @@ def _add(facts: GroupFacts, group: Row | None, at: StepFrame, place: int, wanted
     else:
         if wanted and (name := identity(group)) in wanted:
             facts.kept[name] = group
+
+
+def is_by_policy(completion: Row) -> bool:
+    """Whether a completion is the policy's own, not an opponent's."""
+    return completion.get("author", "policy") == "policy"
 
 
 def identity(group: Row) -> str:

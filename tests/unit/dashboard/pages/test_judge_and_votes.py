@@ -8,10 +8,12 @@ from urllib.parse import urlencode
 
 import pytest
 
+from online_dpo.runs import frames
 from online_dpo.runs.layout import VOTES
 from online_dpo.runs.questions import ask, asked
 from online_dpo.runs.reading import RunFolder
 from online_dpo.runs.votes import question_id, votes_of
+from support import records
 
 
 @pytest.fixture
@@ -68,6 +70,43 @@ def test_words_of_the_judge_are_searched(runs):
     assert "0 comparisons" in runs.get(f"{runs.at('judged')}/judge?shown=failed").text
 
 
+def judged_group(step, forward, backward):
+    """A group whose judge gave these probabilities to the answer shown first, in both orders."""
+    completions = [
+        {"text": text, "length": 1, "finish": "stop", "author": "policy", "version": 0} for text in ("Red.", "Blue.")
+    ]
+    orders = [
+        {"shown": [0, 1], "probability": forward, "words": "The first is shorter."},
+        {"shown": [1, 0], "probability": backward, "words": "No difference."},
+    ]
+    comparison = {"first": 0, "second": 1, "probability": 0.5, "orders": orders}
+    row = {"step": step, "rank": 0, "index": 0, "round": 0, "prompt": "Name a colour.", "completions": completions}
+    return row | {"comparisons": [comparison], "reason": "tie"}
+
+
+@pytest.fixture
+def contradicted(tmp_path, opened):
+    """A run whose judge prefers what is shown first at step 1, and is sure in one order only at step 2."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    groups = [judged_group(1, 0.6, 0.6), judged_group(2, 1.0, 0.5)]
+    (tmp_path / "run" / "completions-r0-00000.jsonl.zst").write_bytes(b"".join(frames.encode([g]) for g in groups))
+    client = opened(tmp_path)
+    client.at = f"/runs/{client.run_id('run')}"
+    return client
+
+
+def test_a_search_in_the_words_of_one_order_looks_at_both_orders(contradicted):
+    for query in ("shown=disagree", "shown=disagree&q=shorter", "shown=disagree&q=no+difference"):
+        page = contradicted.get(f"{contradicted.at}/judge?{query}").text
+        assert "1 comparison<" in page and "Step 1 " in page, query
+
+
+def test_orders_disagree_in_the_same_sense_on_all_pages(contradicted):
+    pages = [contradicted.get(f"{contradicted.at}/pairs/{step}-0-0-0").text for step in (1, 2)]
+    assert ["the orders disagree</span>" in page for page in pages] == [True, False]
+
+
 def test_the_voting_page_is_blind(runs):
     page = runs.get(f"{runs.at('scored')}/vote").text
     assert len(answers(page)) == 2
@@ -98,6 +137,29 @@ def test_a_vote_is_kept_and_the_next_question_follows(runs):
     assert vote.group == fields(page)["group"] and 0 <= vote.seconds < 60
     following = runs.get(at).text
     assert fields(following)["group"] != vote.group and "1 vote so far" in following
+
+
+def test_a_vote_in_the_moment_of_the_question_took_no_time(runs, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1764160000.96875)  # rounded, the question would come after the vote
+    at = f"{runs.at('scored')}/vote"
+    post(runs, at, **fields(runs.get(at).text), choice="first")
+    assert [vote.seconds for vote in votes_of(runs.folder / "scored").values()] == [0.0]
+
+
+def test_a_question_behind_many_equal_ones_is_asked(tmp_path, opened):
+    steps = range(1, 61)
+    last = max(steps, key=lambda step: step * 2654435761 % 2**32)  # the one that comes last
+    texts = {step: ("Red.", "Green." if step == last else "Blue.") for step in steps}
+    answers_of = {step: [records.completion(text) for text in texts[step]] for step in steps}
+    groups = [records.group(step, answers_of[step], prompt="Which?") for step in steps]
+    records.write(tmp_path / "run", groups, [{"step": 60, "loss": 0.6}])
+    client = opened(tmp_path)
+    at = f"/runs/{client.run_id('run')}/vote"
+    for _ in range(2):
+        post(client, at, **fields(client.get(at).text), choice="first")
+    asked_about = {frozenset((vote.first, vote.second)) for vote in votes_of(tmp_path / "run").values()}
+    assert asked_about == set(map(frozenset, texts.values()))
+    assert "You have voted on every pair" in client.get(at).text
 
 
 def test_the_order_does_not_tell_what_was_chosen(runs):

@@ -1,7 +1,9 @@
 """Pages of pairs: filters and order, one group, a prompt over the steps."""
 
 import json
+import random
 import re
+import time
 
 import pytest
 
@@ -193,3 +195,29 @@ def test_hostile_texts_stay_texts_everywhere(pages):
     ):
         text = client.get(client.at + path).text
         assert "<script>alert" not in text and "<img" not in text and "49" not in text, path
+
+
+@pytest.mark.parametrize(
+    ("typed", "value"), [("1,200", 1200), ("-1,200,000.5", -1200000.5), ("0,5", 0.5), ("1,25", 1.25), ("0,500", 0.5)]
+)
+def test_numbers_with_commas_are_read_as_pages_and_people_write_them(typed, value):
+    assert SampleQuery.read({"step_min": typed}).bounds["step"][0] == value
+
+
+def test_all_pairs_of_sixteen_long_completions_take_no_minute(pages):
+    rng = random.Random(0)
+    texts = [" ".join(f"w{rng.randrange(2)}" for _ in range(1200)) for _ in range(16)]
+    scored = [completion(text, float(place)) for place, text in enumerate(texts)]
+    pairs = [{"chosen": i, "rejected": j} for i in range(16) for j in range(i)]
+    client = pages(group(1, completions=scored) | {"pairs": pairs})
+    began = time.process_time()
+    page = client.get(f"{client.at}/pairs/1-0-0-0").text
+    assert time.process_time() - began < 4
+    assert page.count("P(chosen is better)") == len(pairs) and texts[0] in page
+
+
+def test_the_views_of_a_pair_show_the_same_texts(pages):
+    client = pages(group(1))
+    shown = {view: client.get(f"{client.at}/pairs/1-0-0-0?view={view}").text for view in ("", "text", "other")}
+    assert "<ins>" in shown[""] and shown["other"].count("<ins>") == shown[""].count("<ins>")
+    assert "<ins>" not in shown["text"] and "Red is nice." in shown["text"]

@@ -217,3 +217,13 @@ def test_a_large_run_is_never_in_memory_whole(tmp_path):
     assert export(folder, "--to", tmp_path / "pairs.jsonl") == 0
     assert tracemalloc.get_traced_memory()[1] < 100e6
     tracemalloc.stop()
+
+
+def test_messages_that_parquet_cannot_hold_together_are_told(tmp_path, capsys):
+    parts = [{"type": "text", "text": "Name a colour."}]
+    mixed = [[{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}], CHAT]
+    groups = [group(step, answers(2.0, 1.0), prompt=prompt) for step, prompt in enumerate(mixed, 1)]
+    run = records.write(tmp_path / "run", groups)
+    assert export(run, "--to", tmp_path / "pairs.parquet") == 2
+    assert "Export to a .jsonl file." in capsys.readouterr().err and not (tmp_path / "pairs.parquet").exists()
+    assert export(run, "--to", tmp_path / "pairs.jsonl") == 0

@@ -159,6 +159,15 @@ def test_where_no_prompt_comes_twice_answers_of_the_first_and_last_steps_are_sho
     assert "step 1, score 1 Prompt 1? answer 1 step 3, score 1 Prompt 3? answer 3" in Page(report(folder)).words
 
 
+@pytest.mark.parametrize("answers", [[], [completion("Red.", 1.0, author="reference")]], ids=["none", "an opponent's"])
+def test_a_prompt_that_the_policy_did_not_answer_is_no_example(tmp_path, answers):
+    others = [group(step, [completion("Blue.", 1.0)], [], prompt="Which?", prompt_row=5) for step in (1, 4)]
+    groups = [group(step, answers, [], prompt="Who?", prompt_row=6) for step in (2, 3)]
+    facts = facts_of(records.write(tmp_path / "run", [*others, *groups], [train_row(4)]))
+    assert [(one.early.step, one.late.step) for one in facts.examples] == [(1, 4)]
+    assert facts.groups.groups == 4 and "Blue." in report(tmp_path / "run")
+
+
 def test_models_of_a_run_from_python_are_those_in_the_comments_of_its_settings(folder):
     text = "# Written by online-dpo 0.1.0\n# model: LlamaForCausalLM, <b>start\n# feedback: words\nbeta: 0.1\n"
     (folder / "run.yaml").write_text(text)
