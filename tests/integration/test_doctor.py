@@ -281,6 +281,7 @@ PLANTED = {
     ),
     "a context that is too short": ({"max_length": 500}, "prompts", "problem", "at most 128"),
     "an ignored field": ({"lora_r": 8}, "run file", "warning", "ignored"),
+    "a learning rate of 5": ({"learning_rate": 5.0}, "settings", "problem", "ruins a language model"),
     "a plugin that fails": ({"plugins": ["broken.py"]}, "run file", "problem", "broken.py"),
     "no tracker": ({"report_to": "neptune"}, "run file", "problem", "neptune"),
 }
