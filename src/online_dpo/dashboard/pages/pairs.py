@@ -18,7 +18,7 @@ from online_dpo.dashboard.same_prompts import best
 from online_dpo.dashboard.sample_query import PAGE, SORTS, SampleQuery
 from online_dpo.dashboard.word_difference import MOST_WORK, Segment, word_difference
 
-PATIENCE = 0.2
+PATIENCE = 0.1
 """Seconds in which a page reads new groups before it shows what it has."""
 
 DIFFERENCE = "difference"
