@@ -93,7 +93,7 @@ def test_its_record_is_seen_with_the_readmes_commands(finished):
     assert all(output.count(f"online-dpo dashboard {words}") == 2 for words in commands("dashboard")), output
     assert output.index("online-dpo dashboard") < output.index("Making a tokenizer")
     for name in ("report", "export", "doctor"):
-        [words] = commands(name)
+        [words, *_] = commands(name)  # where a command stands twice, it is the same one
         assert run(folder, "-m", "online_dpo", name, *shlex.split(words))
     page = (out / "report.html").read_text()
     assert f"{summary['win_rate']:.1%}" in page and "summary.json" in page and "finished" in page
