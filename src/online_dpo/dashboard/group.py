@@ -9,20 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from online_dpo.runs.plain_json import number
+
 Row = dict[str, Any]
 MOST_ITEMS = 1000
 """Completions, pairs, comparisons and scorers of a group that are read: more than any run writes."""
-
-
-def number(value: Any) -> float | None:
-    """The value as a finite number, or ``None``."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    try:
-        value = float(value)
-    except OverflowError:
-        return None
-    return value if math.isfinite(value) else None
 
 
 def integer(value: Any) -> int | None:

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from online_dpo.dashboard.group import integer, number
+from online_dpo.dashboard.group import integer
 from online_dpo.dashboard.index.follow import FollowedFile, size_of
 from online_dpo.runs.layout import EVENTS, METRICS
 from online_dpo.runs.opening import open_regular
+from online_dpo.runs.plain_json import number
 from online_dpo.runs.reading import RunFolder
 from online_dpo.runs.state import state_from
 

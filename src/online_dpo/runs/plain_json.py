@@ -43,6 +43,13 @@ def exact(number: float | None) -> float | None:
         return None
 
 
+def number(value: Any) -> float | None:
+    """A value that was read from a record as a finite number; ``None`` for anything else, such as a whole number that
+    is larger than any float.
+    """
+    return exact(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
 def plain(value: Any) -> Any:
     """A value in the types that strict JSON has; a number that is not finite becomes ``None``.
 

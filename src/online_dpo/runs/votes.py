@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from online_dpo.runs.layout import VOTES
+from online_dpo.runs.plain_json import number
 from online_dpo.runs.reading import RunFolder
 from online_dpo.runs.shared_lines import append_rows
 
@@ -95,16 +96,12 @@ def vote_of(row: Mapping[str, Any]) -> Vote | None:
     first, second = cast(tuple[str, str], texts)
     return Vote(
         *(prompt, first, second, cast(Choice, choice)),
-        time=_number(row.get("time")) or 0.0,
-        seconds=_number(row.get("seconds")),
+        time=number(row.get("time")) or 0.0,
+        seconds=number(row.get("seconds")),
         group=group if isinstance(group, str) else None,
         completions=(places[0], places[1]) if len(places) == 2 else None,
         blind=row.get("blind") is not False,
     )
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 def add_vote(folder: Path, vote: Vote) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from online_dpo.runs.plain_json import plain, plain_or_named, rounded
+from online_dpo.runs.plain_json import number, plain, plain_or_named, rounded
 from online_dpo.runs.records import (
     ComparisonRecord,
     CompletionRecord,
@@ -189,3 +189,9 @@ def test_values_that_no_file_could_hold_end_nothing() -> None:
     assert row["columns_left_out"] == ["endless"]
     assert row["notes"]["long"] == [None]
     assert json.dumps(row["notes"]["endless"]).count("left_out") == 1
+
+
+def test_a_number_that_was_read_is_finite_or_none():
+    assert [number(value) for value in (2, 0.5, 1e308)] == [2.0, 0.5, 1e308]
+    strange = (True, None, "2", float("nan"), float("-inf"), 10**400, [1.0])
+    assert [number(value) for value in strange] == [None] * len(strange)

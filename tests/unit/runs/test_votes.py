@@ -159,3 +159,9 @@ def test_every_source_is_compared_with_the_person():
     assert found["label"] == Agreement("label", "label", agreed=2, compared=3, undecided=0)
     low, high = found["helpful"].interval
     assert (round(low, 3), round(high, 3)) == (0.208, 0.939)  # Wilson's interval of 2 in 3
+
+
+def test_numbers_of_a_vote_that_no_float_holds_are_left_out():
+    row = {"prompt": "p", "first": "a", "second": "b", "choice": "first", "time": float("nan"), "seconds": 10**400}
+    vote = vote_of(row)
+    assert vote is not None and (vote.time, vote.seconds) == (0.0, None)

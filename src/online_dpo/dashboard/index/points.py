@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from online_dpo.dashboard.group import integer, number, text_of
+from online_dpo.dashboard.group import integer, text_of
+from online_dpo.runs.plain_json import number
 
 MOST_METRICS = 2000
 LONGEST_NAME = 200

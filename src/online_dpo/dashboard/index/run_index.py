@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from online_dpo.dashboard.group import Group, integer, number, text_of
+from online_dpo.dashboard.group import Group, integer, text_of
 from online_dpo.dashboard.index import points
 from online_dpo.dashboard.index.background import Background, Job
 from online_dpo.dashboard.index.follow import FollowedFile, FollowedFrames
@@ -19,6 +19,7 @@ from online_dpo.dashboard.index.samples import add_group
 from online_dpo.dashboard.index.tables import connect, create
 from online_dpo.runs.frames import Frame
 from online_dpo.runs.layout import EVENTS, METRICS, CompletionsFile
+from online_dpo.runs.plain_json import number
 from online_dpo.runs.reading import RunFolder, StepFrame
 
 MOST_EVENTS, LONGEST_FACTS = 100_000, 100_000

@@ -11,9 +11,10 @@ from starlette.routing import Route
 
 from online_dpo.dashboard.context import render, run_of
 from online_dpo.dashboard.formats import clock
-from online_dpo.dashboard.group import number, objects
+from online_dpo.dashboard.group import objects
 from online_dpo.dashboard.settings import flat
 from online_dpo.runs.layout import SETTINGS, SETTINGS_BESIDE
+from online_dpo.runs.plain_json import number
 
 EVENTS_A_PAGE = 200
 MARKS = 1000

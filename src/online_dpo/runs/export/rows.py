@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from online_dpo.runs.plain_json import number
 from online_dpo.runs.reasons import in_words
-
-LARGEST = sys.float_info.max
 
 Row = dict[str, Any]
 MakeRows = Callable[[Row, Counter[str]], Iterator[Row]]
@@ -54,12 +52,6 @@ class Selection:
             row |= {f"score{suffix}": value for suffix, value in _scores(completion).items()}
             row |= {name: completion.get(name) for name in ("length", "finish", "author", "version")}
             yield row | _place(group, str(place))
-
-
-def number(value: Any) -> float | None:
-    """A finite number of a record; ``None`` for anything else, such as a whole number that is too large."""
-    is_finite = type(value) in (int, float) and -LARGEST <= value <= LARGEST
-    return float(value) if is_finite else None
 
 
 def _pair_row(group: Row, pair: Row) -> Row:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from online_dpo.runs.agreement import Agreement, agreements
-from online_dpo.runs.export.rows import number
 from online_dpo.runs.layout import EARLIER, ENVIRONMENT, EVENTS, METRICS, SETTINGS, SETTINGS_BESIDE, completions_files
 from online_dpo.runs.opening import read_small
+from online_dpo.runs.plain_json import number
 from online_dpo.runs.reading import LARGEST_SETTINGS, Lines, RunFolder, StepFrame
 from online_dpo.runs.report.groups import GroupFacts, collect_groups, is_by_policy
 from online_dpo.runs.report.series import Metrics, collect

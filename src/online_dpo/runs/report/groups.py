@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from online_dpo.runs.export.rows import number
+from online_dpo.runs.plain_json import number
 from online_dpo.runs.reading import RunFolder, StepFrame
 from online_dpo.runs.report.series import Series
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from online_dpo.runs.export.rows import number
+from online_dpo.runs.plain_json import number
 
 Row = dict[str, Any]
 
