@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +30,7 @@ from online_dpo.modeling.loading import empty_device_cache
 from online_dpo.modeling.memory import DoesNotFit, in_memory
 from online_dpo.modeling.onednn import onednn_linears
 from online_dpo.modeling.tolerance import MOST_ROUNDING, ROUNDING
+from online_dpo.modeling.weight_casts import weights_cast_once
 from online_dpo.rollout.builtin.batch import Batch
 from online_dpo.rollout.builtin.decoding import Decoder, StepwiseDecoder, can_decode
 from online_dpo.rollout.builtin.sampling import next_tokens, token_logprobs
@@ -210,9 +211,19 @@ class TransformersEngine:
         """Inside, this rank may call the model although others have finished, or have more to sample."""
         return callable_alone(self.model, self._device)
 
-    def _fast_linears(self) -> AbstractContextManager[None]:
-        """Inside, linear layers on a CPU multiply with packed weights, which is worth it for many small products."""
-        return onednn_linears(self.model, pack=True)
+    @property
+    def _copies_linears(self) -> bool:
+        """Whether steps multiply with copies of weights: on a GPU, and with static steps."""
+        return self._device.type == "cuda" or bool(self.static_steps)
+
+    @contextmanager
+    def _fast_linears(self) -> Iterator[None]:
+        """Inside, a call's weights are cast once, and linear layers are prepared for many small products: copied with
+        `LinearCopies`, or packed by oneDNN on a CPU.
+        """
+        packed = onednn_linears(self.model, pack=True)
+        with weights_cast_once(self.model), self._buffers.linears.one_call() if self._copies_linears else packed:
+            yield
 
     def _decoder(self, prompts: Sequence[Sequence[int]], num_completions: int, max_new_tokens: int) -> StepwiseDecoder:
         return Decoder(self.model, prompts, num_completions, max_new_tokens)
@@ -232,14 +243,12 @@ class TransformersEngine:
 
     def _sample(self, batch: Batch, path: str | None, buffers: StaticBuffers) -> None:
         """Samples the batch along one path, into the batch."""
-        if path == GENERATE:
-            return self._generate(batch)
-        sizes = ([p.token_ids for p in batch.prompts], batch.num_completions, batch.params.max_new_tokens)
-        if path == DYNAMIC:
-            return self._decode(batch, self._decoder(*sizes))
-        decoder = StaticDecoder(self.model, *sizes, buffers)
-        with buffers.linears.in_use(self.model):
-            self._decode(batch, decoder)
+        with buffers.linears.in_use(self.model) if self._copies_linears else nullcontext():
+            if path == GENERATE:
+                return self._generate(batch)
+            sizes = ([p.token_ids for p in batch.prompts], batch.num_completions, batch.params.max_new_tokens)
+            static = path == STATIC
+            self._decode(batch, StaticDecoder(self.model, *sizes, buffers) if static else self._decoder(*sizes))
 
     def _decode(self, batch: Batch, decoder: StepwiseDecoder) -> None:
         """Samples with a decoder, one token of each running sequence in a step.

@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 from online_dpo.modeling.introspection import computing_dtype, forward_state_key
-from online_dpo.rollout.builtin.cast_linears import CastLinears
 from online_dpo.rollout.builtin.cuda_graphs import StepGraphs
 from online_dpo.rollout.builtin.decoding import Decoder
 from online_dpo.rollout.builtin.kv_cache import KVCache, KVLayer
+from online_dpo.rollout.builtin.linear_copies import LinearCopies
 from online_dpo.rollout.builtin.sampling import next_tokens
 from online_dpo.rollout.params import SamplingParams
 
@@ -59,7 +59,7 @@ class StaticBuffers:
 
     def __init__(self) -> None:
         self.graphs = StepGraphs()
-        self.linears = CastLinears()
+        self.linears = LinearCopies()
         self.layers: dict[int, KVLayer] = {}
         self._inputs: dict[str, torch.Tensor] = {}
         self._model_state: tuple[Any, ...] = ()
@@ -72,7 +72,7 @@ class StaticBuffers:
         model_state = (*forward_state_key(model), computing_dtype(model))
         capacity = tuple(map(max, zip(self._capacity, (groups, sequences, prompt_slots, slots), strict=True)))
         if model_state != self._model_state or capacity != self._capacity:
-            self.release()
+            self._release_cache()  # copies of weights stay, unless they are found to be of another state
             self._model_state, self._capacity = model_state, capacity
         # Values of the last batch may be infinite or nan, and masked slots are still multiplied, with a probability of
         # 0. Keys need no reset: the mask replaces the scores that they give.
@@ -82,8 +82,11 @@ class StaticBuffers:
 
     def release(self) -> None:
         """Frees all memory; the next step allocates and captures again."""
-        self.graphs.release()
+        self._release_cache()
         self.linears.release()
+
+    def _release_cache(self) -> None:
+        self.graphs.release()
         self.layers.clear()
         self._inputs.clear()
         self._capacity = (0, 0, 0, 0)
