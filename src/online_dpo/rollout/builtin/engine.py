@@ -84,6 +84,7 @@ class TransformersEngine:
         self.static_steps = static_steps
         self._path: str | None = None if can_decode(model) else GENERATE
         self._buffers = StaticBuffers()
+        self._spares_memory = False
 
     def sync(self, model: nn.Module, version: int) -> None:
         """Sets the policy version of later completions. The weights are the model's own, so nothing is copied."""
@@ -172,15 +173,17 @@ class TransformersEngine:
 
     def _reduce_memory(self, prompts_at_once: int, num_completions: int) -> None:
         """Lowers the use of memory after an out-of-memory error: from now on half as many prompts at a time, or, if it
-        was one prompt, no static steps, which reserve slots for the longest completions. The samples stay the same.
+        was one prompt, no static steps, which reserve slots for the longest completions, and no copies of weights. The
+        samples stay the same.
 
         Raises:
             DoesNotFit: nothing is left to lower.
         """
         self.release()
-        if prompts_at_once == 1 and self._path == STATIC:
-            self._path = DYNAMIC
-            events.warn(logger, "out_of_memory", f"Sampling ran out of memory; it goes on with {PATH_NAMES[DYNAMIC]}.")
+        if prompts_at_once == 1 and (self._path == STATIC or self._copies_linears):
+            goes_on = f"with {PATH_NAMES[DYNAMIC]}" if self._path == STATIC else "without copies of weights"
+            self._path, self._spares_memory = DYNAMIC if self._path == STATIC else self._path, True
+            events.warn(logger, "out_of_memory", f"Sampling ran out of memory; it goes on {goes_on}.")
             return
         if prompts_at_once == 1:
             raise self._does_not_fit(num_completions)
@@ -213,8 +216,8 @@ class TransformersEngine:
 
     @property
     def _copies_linears(self) -> bool:
-        """Whether steps multiply with copies of weights: on a GPU, and with static steps."""
-        return self._device.type == "cuda" or bool(self.static_steps)
+        """Whether steps multiply with copies of weights: on a GPU, and with static steps, while there is memory."""
+        return not self._spares_memory and (self._device.type == "cuda" or bool(self.static_steps))
 
     @contextmanager
     def _fast_linears(self) -> Iterator[None]:

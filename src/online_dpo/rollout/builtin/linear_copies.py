@@ -40,6 +40,7 @@ class LinearCopies:
     def __init__(self) -> None:
         self._products: list[_Product] = []
         self._forwards: dict[nn.Module, Callable[..., Any]] = {}
+        self._groups: list[list[LinearLayer]] = []
         self._state: tuple[Any, ...] = ()
         self._weights_stay = self._is_fresh = False
 
@@ -73,35 +74,44 @@ class LinearCopies:
 
     def release(self) -> None:
         """Frees the copies; the next use makes new ones, at other addresses."""
-        self._products, self._forwards, self._state, self._is_fresh = [], {}, (), False
+        self._products, self._forwards, self._is_fresh = [], {}, False
 
     @torch.no_grad()
     def _refresh(self, model: nn.Module) -> None:
         """Brings the copies up to date in place. Makes new ones where the model's state is another."""
         state = (*forward_state_key(model), computing_dtype(model))
+        dtype = _autocast_dtype(model)
         if state != self._state:
             self.release()
-            self._products = _products(model)
+            self._groups, self._state = _groups(model, dtype), state
+        if not self._products:
+            self._products = [_Product(group, dtype or group[0].base.weight.dtype) for group in self._groups]
             self._forwards = {layer: forward for product in self._products for layer, forward in product.forwards()}
-            self._state = state
         if not self._is_fresh:
             for product in self._products:
                 product.refresh()
         self._is_fresh = self._weights_stay
 
 
-def _products(model: nn.Module) -> list[_Product]:
-    """The products that are computed with copies, found in a forward pass of one token."""
+def _autocast_dtype(model: nn.Module) -> torch.dtype | None:
+    device = next(model.parameters()).device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _groups(model: nn.Module, dtype: torch.dtype | None) -> list[list[LinearLayer]]:
+    """The layers to compute, those together that read the same input. Warns of adapters that cannot be merged."""
     layers, left = linear_layers(model)
     if left and model not in _told:
         _told.add(model)
         reasons = "; ".join(f"{reason} ({count} layers)" for reason, count in left.items())
         logger.warning("Adapters are not merged into a copy for sampling, which is slower with them: %s.", reasons)
-    device = next(model.parameters()).device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    groups = siblings(model, layers, inputs_by_layer(model, [each.layer for each in layers])) if layers else []
-    products = [_Product(group, autocast or group[0].base.weight.dtype) for group in groups]
-    return [product for product in products if product.is_worth_it]
+    groups = siblings(model, layers, inputs_by_layer(model, layers, dtype)) if layers else []
+    return [group for group in groups if len(group) > 1 or _differs(group[0], dtype)]
+
+
+def _differs(each: LinearLayer, dtype: torch.dtype | None) -> bool:
+    """Whether a product with a copy is another than what the layer does itself."""
+    return each.merges or dtype not in (None, each.base.weight.dtype)
 
 
 class _Product:
@@ -118,11 +128,6 @@ class _Product:
         # One object for each layer, for good: compiled code is kept for as long as it finds the same one.
         self._forwards = [self._forward_of(place) for place in range(len(layers))]
         self.forget()
-
-    @property
-    def is_worth_it(self) -> bool:
-        """Whether the product differs from what the layers do themselves."""
-        return len(self.layers) > 1 or self.layers[0].merges or self.layers[0].base.weight.dtype != self.dtype
 
     @property
     def nbytes(self) -> int:

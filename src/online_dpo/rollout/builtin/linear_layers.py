@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
 from online_dpo.distributed.weights import is_whole
 from online_dpo.errors import named_error
+from online_dpo.modeling.patching import replaced_forwards
 from online_dpo.rollout.builtin.merged_adapters import (
     can_give_weights,
     computes_as_its_base,
@@ -103,37 +104,45 @@ def _is_plain_linear(module: Any) -> bool:
     if type(module) not in (nn.Linear, Conv1D):
         return False
     weight = module.weight
-    return type(weight) in (torch.Tensor, nn.Parameter) and weight.is_floating_point() and is_whole(weight)
+    return weight.is_floating_point() and is_whole(weight) and not is_traceable_wrapper_subclass(weight)
+
+
+Inputs = dict[nn.Module, list[tuple[torch.Tensor, int]]]
+"""What layers have read, in the order of their first calls: each input, and how often it had been changed in place."""
 
 
 @torch.no_grad()
-def inputs_by_layer(model: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Module, list[tuple[torch.Tensor, int]]]:
-    """What these layers read in a forward pass of one token: each input with its version at that time.
+def inputs_by_layer(model: nn.Module, layers: Iterable[LinearLayer], dtype: torch.dtype | None) -> Inputs:
+    """What these layers read in a forward pass of one token, in which they compute nothing and return zeros.
 
     Layers that were not called are missing, and so are those that were called with other arguments than one tensor.
+
+    Args:
+        dtype: of what the layers return; by default that of their weights.
     """
-    inputs: dict[nn.Module, list[tuple[torch.Tensor, int]]] = {}
+    inputs: Inputs = {}
     other_calls: set[nn.Module] = set()
 
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor):
-            inputs.setdefault(module, []).append((args[0], args[0]._version))
-        else:
-            other_calls.add(module)
+    def returning_zeros(each: LinearLayer) -> Callable[..., Any]:
+        own = each.layer.forward
 
-    with ExitStack() as stack:
-        for layer in layers:
-            stack.callback(layer.register_forward_pre_hook(note, with_kwargs=True).remove)
-        ids_11 = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if len(args) != 1 or kwargs or not isinstance(args[0], torch.Tensor):
+                other_calls.add(each.layer)
+                return own(*args, **kwargs)
+            inputs.setdefault(each.layer, []).append((args[0], args[0]._version))
+            size = each.base.weight.shape[1 if each.transposed else 0]
+            return args[0].new_zeros(*args[0].shape[:-1], size, dtype=dtype or each.base.weight.dtype)
+
+        return forward
+
+    ids_11 = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+    with replaced_forwards({each.layer: returning_zeros(each) for each in layers}):
         model(input_ids=ids_11, attention_mask=torch.ones_like(ids_11), use_cache=False)
     return {layer: seen for layer, seen in inputs.items() if layer not in other_calls}
 
 
-def siblings(
-    model: nn.Module,
-    layers: Sequence[LinearLayer],
-    inputs: Mapping[nn.Module, Sequence[tuple[torch.Tensor, int]]],
-) -> Iterator[list[LinearLayer]]:
+def siblings(model: nn.Module, layers: Iterable[LinearLayer], inputs: Inputs) -> list[list[LinearLayer]]:
     """The layers that are called, those together that are children of one module and read the same input, in the order
     of their calls: the projections to queries, keys and values, for example.
     """
@@ -147,4 +156,4 @@ def siblings(
             [(tensor, version)] = seen
             key = (parents[module], id(tensor), version, weight.dtype, weight.device, each.base.bias is None)
         together.setdefault(key, []).append(each)
-    yield from together.values()
+    return list(together.values())

@@ -21,6 +21,7 @@ from online_dpo.distributed.weights import gathered
 from online_dpo.modeling.borrowing import ModelContext
 from online_dpo.modeling.introspection import unwrapped
 from online_dpo.modeling.onednn import onednn_linears
+from online_dpo.modeling.weight_casts import weights_cast_once
 from online_dpo.rollout.builtin.decoding import Decoder, StepwiseDecoder, can_decode
 from online_dpo.rollout.builtin.engine import TransformersEngine
 
@@ -76,9 +77,17 @@ class MixtureEngine(TransformersEngine):
     def _callable_alone(self) -> AbstractContextManager[None]:
         return gathered(self.model, self._reference)
 
+    @property
+    def _copies_linears(self) -> bool:
+        return False  # policy and reference may be one model, with its adapter on and off from step to step
+
     @contextmanager
     def _fast_linears(self) -> Iterator[None]:
-        with super()._fast_linears(), onednn_linears(self._reference, pack=True):
+        with (
+            super()._fast_linears(),
+            weights_cast_once(self._reference),
+            onednn_linears(self._reference, pack=True),
+        ):
             yield
 
     def _generate(self, batch: Any) -> None:
