@@ -51,7 +51,7 @@ def _norms_in_fp32(model: nn.Module) -> Iterator[None]:
     layers: list[Any] = [module for module in model.modules() if _is_cast_up(module)]
     forwards: dict[nn.Module, Any] = {}
     for layer in layers:
-        weight, bias = (None if p is None else p.detach().float() for p in (layer.weight, layer.bias))
+        weight, bias = layer.weight.detach().float(), None if layer.bias is None else layer.bias.detach().float()
         forwards[layer] = partial(_layer_norm, layer.normalized_shape, weight, bias, layer.eps)
     with replaced_forwards(forwards):
         yield

@@ -31,7 +31,7 @@ from online_dpo.modeling.memory import DoesNotFit, in_memory
 from online_dpo.modeling.onednn import onednn_linears
 from online_dpo.modeling.tolerance import MOST_ROUNDING, ROUNDING
 from online_dpo.modeling.weight_casts import weights_cast_once
-from online_dpo.rollout.builtin.batch import Batch
+from online_dpo.rollout.builtin.batch import Batch, left_padded, rows_to_keep
 from online_dpo.rollout.builtin.decoding import Decoder, StepwiseDecoder, can_decode
 from online_dpo.rollout.builtin.sampling import next_tokens, token_logprobs
 from online_dpo.rollout.builtin.static_decoding import StaticBuffers, StaticDecoder, can_be_static
@@ -41,10 +41,6 @@ from online_dpo.types import Completion, Group, Prompt
 
 logger = logging.getLogger(__name__)
 
-COMPACT_BELOW = 0.75
-"""Finished sequences are dropped when this share of the rows of a step, or less, would remain: dropping copies the
-cache.
-"""
 TRIAL_TOKENS = 8
 CHECK_EVERY = {"cpu": 1}
 CHECK_EVERY_ELSEWHERE = 8
@@ -109,7 +105,9 @@ class TransformersEngine:
                 with in_memory() as attempt:
                     self._sample(batch, path, self._buffers)
                 if not attempt.fits:
+                    stack.close()  # copies of weights, and memory for them, as it is decided now
                     self._reduce_memory(len(chosen), num_completions)
+                    stack.enter_context(self._fast_linears())
                     continue
                 groups.update(zip(chosen, batch.groups(self.tokenizer, self.version), strict=True))
                 waiting = waiting[len(chosen) :]
@@ -180,10 +178,13 @@ class TransformersEngine:
             DoesNotFit: nothing is left to lower.
         """
         self.release()
-        if prompts_at_once == 1 and (self._path == STATIC or self._copies_linears):
-            goes_on = f"with {PATH_NAMES[DYNAMIC]}" if self._path == STATIC else "without copies of weights"
-            self._path, self._spares_memory = DYNAMIC if self._path == STATIC else self._path, True
-            events.warn(logger, "out_of_memory", f"Sampling ran out of memory; it goes on {goes_on}.")
+        if prompts_at_once == 1 and self._path == STATIC:
+            self._path, self._spares_memory = DYNAMIC, True
+            events.warn(logger, "out_of_memory", f"Sampling ran out of memory; it goes on with {PATH_NAMES[DYNAMIC]}.")
+            return
+        if prompts_at_once == 1 and self._holds_copies:
+            self._spares_memory = True
+            events.warn(logger, "out_of_memory", "Sampling ran out of memory; it goes on without copies of weights.")
             return
         if prompts_at_once == 1:
             raise self._does_not_fit(num_completions)
@@ -216,16 +217,32 @@ class TransformersEngine:
 
     @property
     def _copies_linears(self) -> bool:
-        """Whether steps multiply with copies of weights: on a GPU, and with static steps, while there is memory."""
+        """Whether steps multiply with `LinearCopies`: on a GPU, and with static steps, while there is memory."""
         return not self._spares_memory and (self._device.type == "cuda" or bool(self.static_steps))
+
+    @property
+    def _holds_copies(self) -> bool:
+        """Whether copies of weights are held while sampling, of whichever kind, that it could do without."""
+        return not self._spares_memory and (self._copies_linears or torch.is_autocast_enabled(self._device.type))
+
+    @property
+    def _models(self) -> Sequence[nn.Module]:
+        """The models that are called for a token."""
+        return [self.model]
 
     @contextmanager
     def _fast_linears(self) -> Iterator[None]:
-        """Inside, a call's weights are cast once, and linear layers are prepared for many small products: copied with
+        """Inside, a call's weights are cast once, and linear layers are prepared for many small products: copied to
         `LinearCopies`, or packed by oneDNN on a CPU.
         """
-        packed = onednn_linears(self.model, pack=True)
-        with weights_cast_once(self.model), self._buffers.linears.one_call() if self._copies_linears else packed:
+        with ExitStack() as stack:
+            if not self._spares_memory:
+                stack.enter_context(weights_cast_once(*self._models))
+            if self._copies_linears:
+                stack.enter_context(self._buffers.linears.one_call())
+            else:
+                for model in self._models:
+                    stack.enter_context(onednn_linears(model, pack=True))
             yield
 
     def _decoder(self, prompts: Sequence[Sequence[int]], num_completions: int, max_new_tokens: int) -> StepwiseDecoder:
@@ -274,7 +291,7 @@ class TransformersEngine:
                 running_GK = ~stopped_B.cpu().view(-1, k)
                 if not running_GK.any():
                     return
-                keep_GK = _rows_to_keep(running_GK, decoder.rows)
+                keep_GK = rows_to_keep(running_GK, decoder.rows)
                 if keep_GK is not None:
                     keep_GK, k = keep_GK.to(rows_B.device), keep_GK.shape[1]
                     rows_B, token_B = rows_B[keep_GK.flatten()], token_B[keep_GK.flatten()]
@@ -288,7 +305,7 @@ class TransformersEngine:
         one; greedy search then takes it. So the samples are those of the other paths.
         """
         prompts = [prompt.token_ids for prompt in batch.prompts for _ in range(batch.num_completions)]
-        ids_BT, mask_BT = _left_padded(prompts, batch.pad_token_id, self._device)
+        ids_BT, mask_BT = left_padded(prompts, batch.pad_token_id, self._device)
         prompt_length = ids_BT.shape[1]
         rows_B = torch.arange(len(ids_BT), device=ids_BT.device)
         stop_strings = self._stop_strings(batch.params)
@@ -336,24 +353,6 @@ class TransformersEngine:
         return StopStringCriteria(self.tokenizer, list(params.stop_strings)) if params.stop_strings else None
 
 
-def _rows_to_keep(running_GK: torch.Tensor, rows: Callable[[int, int], int]) -> torch.Tensor | None:
-    """The sequences to go on with, as indices, (G', K'); ``None`` if dropping the others saves too little.
-
-    Groups without a running sequence are dropped. The others keep the same number of sequences each, since a step is
-    computed as groups times completions; so a finished sequence may stay.
-
-    Args:
-        running_GK: which sequences have not ended, bool.
-        rows: how many sequences a step computes for a number of groups and of completions of each.
-    """
-    counts_G = running_GK.sum(dim=1)
-    k, groups = running_GK.shape[1], (counts_G > 0).nonzero()
-    if rows(len(groups), int(counts_G.max())) > COMPACT_BELOW * rows(*running_GK.shape):
-        return None
-    order_GK = running_GK.int().argsort(dim=1, descending=True, stable=True)[:, : int(counts_G.max())]
-    return groups * k + order_GK[groups[:, 0]]
-
-
 def _greedy_config(params: SamplingParams, pad_token_id: int) -> GenerationConfig:
     """The generation config for greedy search with the options that only `generate` has."""
     return GenerationConfig(
@@ -364,13 +363,3 @@ def _greedy_config(params: SamplingParams, pad_token_id: int) -> GenerationConfi
         pad_token_id=pad_token_id,
         **params.extra,
     )
-
-
-def _left_padded(
-    sequences: Sequence[Sequence[int]], pad_token_id: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask of sequences that are padded on the left, (B, T) each."""
-    length = max(len(ids) for ids in sequences)
-    ids = [[pad_token_id] * (length - len(s)) + list(s) for s in sequences]
-    mask = [[0] * (length - len(s)) + [1] * len(s) for s in sequences]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)

@@ -144,7 +144,7 @@ class _Product:
         for each, weight, bias in zip(self.layers, self.weight.split(self.sizes), biases, strict=True):
             present, present_bias = each.weights(self.dtype)
             weight.copy_(present)
-            if bias is not None:
+            if bias is not None and present_bias is not None:
                 bias.copy_(present_bias)
 
     def forget(self) -> None:
@@ -155,6 +155,7 @@ class _Product:
 
     def _forward_of(self, place: int) -> Callable[..., Any]:
         if self.layers[0].transposed:
+            assert self.bias is not None  # these layers always have one
             return partial(_transposed_linear, self.weight, self.bias)
         if len(self.layers) == 1:
             return partial(_linear, self.weight, self.bias)
