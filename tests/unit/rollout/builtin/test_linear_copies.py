@@ -98,7 +98,8 @@ def test_an_adapter_of_any_kind_is_merged_into_the_copies_and_not_into_the_model
     assert all(torch.equal(a, b) for a, b in zip(before[0].values(), state(model)[0].values(), strict=True))
     assert state(model)[1] == before[1]
     assert torch.equal(logits(model), expected), "outside it computes as before"
-    assert products(model, copies) <= 2 * 4 + 1, "one for QKV, two in the output and down projections, one for the gate"
+    of_embeddings = kind == "embeddings"  # which are looked up, and stay as they are
+    assert products(model, copies) == 2 * 4 + 1 + of_embeddings, "QKV, output, gate and up, down; and the head"
 
 
 def test_weights_that_change_are_in_the_copies_of_the_next_call_at_the_same_addresses():
@@ -150,7 +151,7 @@ def test_adapters_that_are_several_or_off_or_merged_or_other_ones():
     with adapter_off(model):  # the layers take the adapters out of the weights in their next call
         torch.testing.assert_close(merged_logits(model, copies), seen[3], atol=2e-5, rtol=1e-5)
     for layer in model.modules():
-        if "scaling" in vars(layer):
+        if isinstance(vars(layer).get("scaling"), dict):
             layer.scaling = {name: 3 * value for name, value in layer.scaling.items()}
     check()
 
@@ -164,7 +165,6 @@ def test_what_cannot_be_merged_is_told_and_computed_as_it_is(caplog):
         caplog.clear()
         with caplog.at_level(logging.WARNING, "online_dpo"):
             for _ in range(2):
-                assert torch.equal(merged_logits(model, copies), logits(model)) or reason != ""
                 torch.testing.assert_close(merged_logits(model, copies), logits(model), atol=2e-5, rtol=1e-5)
         [record] = caplog.records
         assert "Adapters are not merged" in record.getMessage() and f"{reason}" in record.getMessage()
@@ -273,12 +273,13 @@ def test_no_output_of_another_input_is_ever_used(way):
     model, copies = Odd(way), LinearCopies()
     ids = torch.ones(2, 1, dtype=torch.long)
     with torch.no_grad():
-        expected = model(ids, other=True)
+        expected, bias = model(ids, other=True), model.a.bias + model.b.bias
         with copies.in_use(model):
             assert [len(product.layers) for product in copies._products] == [2]
             for _ in range(2):
                 torch.testing.assert_close(model(ids, other=True), expected)
-                torch.testing.assert_close(model(2 * ids), (model.a(w) + model.b(w)) if (w := None) else model(2 * ids))
+                x = 2 * ids.float().repeat(1, 4)
+                torch.testing.assert_close(model(2 * ids), x @ (model.a.weight + model.b.weight).T + bias)
         assert copies._products[0]._input is None
 
 
