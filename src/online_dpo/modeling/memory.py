@@ -12,6 +12,7 @@ import torch
 
 from online_dpo.errors import OnlineDPOError, error_text, is_out_of_memory
 from online_dpo.modeling.loading import empty_device_cache
+from online_dpo.runs import events
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +31,10 @@ class DoesNotFit(OnlineDPOError, torch.OutOfMemoryError):
 
 
 class Attempt:
-    """Whether what was tried has fitted in memory."""
+    """Whether what was tried has fitted in memory; if not, ``reason`` is what the error said."""
 
     fits = False
+    reason = ""
 
 
 @contextmanager
@@ -50,6 +52,7 @@ def in_memory() -> Iterator[Attempt]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
+        attempt.reason = error_text(error, first_line=True)
 
 
 class Halving:
@@ -82,15 +85,16 @@ class Halving:
             if attempt.fits:
                 done += len(part)
             else:
-                self._lower(len(part))
+                self._lower(len(part), attempt.reason)
         return results
 
-    def _lower(self, size: int) -> None:
+    def _lower(self, size: int, reason: str) -> None:
         empty_device_cache()
         if size == 1 or not self._splits:
-            raise DoesNotFit(f"{self._what} ran out of memory with {size} at a time. {self._remedy}")
+            raise DoesNotFit(f"{self._what} ran out of memory with {size} at a time ({reason}). {self._remedy}")
         self.most = size // 2
-        logger.warning("%s ran out of memory; it goes on with %d at a time.", self._what, self.most)
+        text = f"{self._what} ran out of memory ({reason}); it goes on with {self.most} at a time."
+        events.warn(logger, "out_of_memory", text, items=size)
 
 
 def named_memory_error(error: BaseException, where: str) -> DoesNotFit:

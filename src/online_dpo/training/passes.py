@@ -28,17 +28,18 @@ one of the optimizer step, in which ranks exchange gradients."""
 
 @dataclass(frozen=True)
 class Misfit:
-    """What did not fit in the memory of a rank: the size of the pass."""
+    """What did not fit in the memory of a rank: the size of the pass, and what the error said."""
 
     pairs: int
     tokens: int
     width: int
+    reason: str
 
     def error(self) -> DoesNotFit:
         """Returns the error that says what to lower."""
         return DoesNotFit(
             f"A pass of {self.pairs} pair(s), in rows of {self.width} tokens, does not fit in memory and cannot be "
-            "split here. Lower `max_tokens_per_pass` (which splits micro-batches of several pairs), `max_length` or "
+            f"split here ({self.reason}). Lower `max_tokens_per_pass` (which splits micro-batches of several pairs), `max_length` or "
             "`max_new_tokens`."
         )
 
@@ -111,7 +112,8 @@ class PassRunner:
             with self._phase("training"), self._agreement.one_pass() as attempt:
                 losses.append(one_pass(part, last and number == len(parts)))
             if not attempt.fits:
-                size = Misfit(len(part.pairs), token_count(part.pairs), part.tokens.ids_RT.shape[1])
+                width = part.tokens.ids_RT.shape[1]
+                size = Misfit(len(part.pairs), token_count(part.pairs), width, attempt.reason)
                 self._misfit = size if attempt.failed_here else None
                 return None
         return torch.stack(losses).sum()
@@ -139,5 +141,5 @@ class PassRunner:
         self.tokens_that_fit = min([self.tokens_that_fit, *halves])
         if self._misfit is not None:
             what = "it is split in two" if self._misfit.pairs > 1 else "it is tried once more with what could be freed"
-            text = f"A pass of {self._misfit.pairs} pairs ran out of memory; {what}."
+            text = f"A pass of {self._misfit.pairs} pairs ran out of memory ({self._misfit.reason}); {what}."
             events.warn(logger, "out_of_memory", text, pairs=self._misfit.pairs, tokens=self._misfit.tokens)
