@@ -25,8 +25,8 @@ class PassAbandoned(OnlineDPOError):
 
 
 class AgreedAttempt:
-    """How a pass ended: ``fits`` on all ranks, or not; whether it was this rank whose memory ran out, and what the error
-    said.
+    """How a pass ended: ``fits`` on all ranks, or not; whether it was this rank whose memory ran out, and the error's
+    message.
     """
 
     fits = False

@@ -39,8 +39,8 @@ class Misfit:
         """Returns the error that says what to lower."""
         return DoesNotFit(
             f"A pass of {self.pairs} pair(s), in rows of {self.width} tokens, does not fit in memory and cannot be "
-            f"split here ({self.reason}). Lower `max_tokens_per_pass` (which splits micro-batches of several pairs), `max_length` or "
-            "`max_new_tokens`."
+            f"split here ({self.reason}). Lower `max_tokens_per_pass` (which splits micro-batches of several pairs), "
+            "`max_length` or `max_new_tokens`."
         )
 
 

@@ -31,6 +31,7 @@ from online_dpo.modeling.memory import DoesNotFit, in_memory
 from online_dpo.modeling.onednn import onednn_linears
 from online_dpo.modeling.tolerance import MOST_ROUNDING, ROUNDING
 from online_dpo.rollout.builtin.batch import Batch
+from online_dpo.rollout.builtin.capture import NotCapturableError
 from online_dpo.rollout.builtin.decoding import Decoder, StepwiseDecoder, can_decode
 from online_dpo.rollout.builtin.sampling import next_tokens, token_logprobs
 from online_dpo.rollout.builtin.static_decoding import StaticBuffers, StaticDecoder, can_be_static
@@ -104,8 +105,12 @@ class TransformersEngine:
                 chosen = waiting[: max(1, self.batch_size // num_completions)]
                 batch = Batch([prompts[i] for i in chosen], num_completions, params, key, self._device)
                 path = GENERATE if params.extra else self._path_now()
-                with in_memory() as attempt:
-                    self._sample(batch, path, self._buffers)
+                try:
+                    with in_memory() as attempt:
+                        self._sample(batch, path, self._buffers)
+                except NotCapturableError as error:
+                    self._leave_graphs(error)
+                    continue
                 if not attempt.fits:
                     self._reduce_memory(len(chosen), num_completions)
                     continue
@@ -168,6 +173,12 @@ class TransformersEngine:
         if difference <= allowed:
             return None
         return f"log-probabilities differ by {difference:.1e} a token, where {allowed:.1e} could be rounding"
+
+    def _leave_graphs(self, error: Exception) -> None:
+        """Goes on without graphs from now on; the samples stay the same."""
+        self.release()
+        self._path = DYNAMIC
+        events.warn(logger, "warning", f"Sampling takes a slower path, {PATH_NAMES[DYNAMIC]}: {error}.")
 
     def _reduce_memory(self, prompts_at_once: int, num_completions: int) -> None:
         """Lowers the use of memory after an out-of-memory error: from now on half as many prompts at a time, or, if it
