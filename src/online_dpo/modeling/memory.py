@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 
+from online_dpo.distributed.device_memory import free_kept_memory
 from online_dpo.errors import OnlineDPOError, error_text, is_out_of_memory
-from online_dpo.modeling.loading import empty_device_cache
 from online_dpo.runs import events
 
 logger = logging.getLogger(__name__)
@@ -89,12 +90,26 @@ class Halving:
         return results
 
     def _lower(self, size: int, reason: str) -> None:
-        empty_device_cache()
+        free_kept_memory()
         if size == 1 or not self._splits:
             raise DoesNotFit(f"{self._what} ran out of memory with {size} at a time ({reason}). {self._remedy}")
         self.most = size // 2
         text = f"{self._what} ran out of memory ({reason}); it goes on with {self.most} at a time."
         events.warn(logger, "out_of_memory", text, items=size)
+
+
+def forget_tensors(error: BaseException) -> None:
+    """Frees what the frames hold that an error, or one that led to it, has passed through: its traceback would keep the
+    tensors of a forward pass alive.
+    """
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        one = waiting.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            traceback.clear_frames(one.__traceback__)
+            waiting += [one.__cause__, one.__context__]
 
 
 def named_memory_error(error: BaseException, where: str) -> DoesNotFit:

@@ -58,7 +58,7 @@ class PassRunner:
         agreement: ends a pass on all ranks where it does not fit on one.
         errors: ends the run on all ranks where nothing can be split.
         abandon: makes the model ready for another pass after one that did not end, and drops the step's gradients.
-        free_memory: gives back memory of the device that can be had again.
+        free_memory: gives back memory that is kept between calls, such as the sampler's.
     """
 
     def __init__(
@@ -76,13 +76,17 @@ class PassRunner:
         self._abandon, self._free_memory = abandon, free_memory
         self._done: list[PackedRows] = []
         self._misfit: Misfit | None = None
-        self._tried_again = False
+        self._tried_again = self._needs_all = False
         self.tokens_that_fit = sys.maxsize
 
     def begin_step(self) -> None:
-        """Forgets the passes of the step before."""
+        """Forgets the passes of the step before. Where a single pair once needed memory that had to be freed for it,
+        that is freed now, so that no pass fails in each step.
+        """
         self._done = []
         self._tried_again = False
+        if self._needs_all:
+            self._free_memory()
 
     def run(self, rows: PackedRows, one_pass: Pass, last: bool = True) -> torch.Tensor:
         """Runs one pass, or as many as fit in memory, and returns the sum of their losses. A collective operation.
@@ -137,6 +141,7 @@ class PassRunner:
         whole = [size for size in misfits if size.pairs < 2]
         self._errors.raise_if_any(whole[0].error() if whole and self._tried_again else None)
         self._tried_again = self._tried_again or bool(whole)
+        self._needs_all = self._needs_all or bool(whole)
         halves = [size.tokens // 2 for size in misfits if size.pairs > 1]
         self.tokens_that_fit = min([self.tokens_that_fit, *halves])
         if self._misfit is not None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from online_dpo.modeling.loading import empty_device_cache
+from online_dpo.distributed.device_memory import empty_device_cache
 from online_dpo.modeling.memory import in_memory
 from online_dpo.rollout.builtin.capture import NotCapturableError, capture
 
