@@ -22,9 +22,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from online_dpo.modeling.attention.masks import attention_inputs
+from online_dpo.modeling.fused_head import linear_logprobs, token_logprobs
 from online_dpo.modeling.introspection import accepts_argument, unwrapped
 from online_dpo.modeling.last_layer import enable_selective_last_layer, last_layer_kwargs
-from online_dpo.modeling.lm_head import LinearLogprobs, TokenLogprobs
 from online_dpo.types import PackedRows, RowLogprobs
 
 CHUNK_LOGITS = {"cpu": 2**23}
@@ -64,7 +64,7 @@ def row_logprobs(model: nn.Module, rows: PackedRows, entropy: bool = True, chunk
             **inputs, logprob_request=LogprobRequest(rows.source_M, rows.read_X, rows.target_M, entropy)
         )
     else:
-        token_logps_M, entropy_M = TokenLogprobs.apply(_all_logits(model, inputs, rows), rows.target_M, entropy)
+        token_logps_M, entropy_M = token_logprobs(_all_logits(model, inputs, rows), rows.target_M, entropy)
     logps_S = torch.segment_reduce(token_logps_M, "sum", lengths=rows.length_S, unsafe=True)
     return RowLogprobs(token_logps_M, entropy_M, logps_S)
 
@@ -113,7 +113,7 @@ def _requested_logprobs(
 def _chunked_logprobs(
     model: Any, hidden_MH: torch.Tensor, request: LogprobRequest
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities and entropies from hidden states: by `LinearLogprobs` if the head is linear, else by the
+    """Log-probabilities and entropies from hidden states: by `linear_logprobs` if the head is linear, else by the
     model's own head, whose chunks are recomputed in the backward pass (gradient checkpointing).
     """
     head = model.get_output_embeddings()
@@ -121,7 +121,7 @@ def _chunked_logprobs(
     if model not in _linear_heads:
         _linear_heads[model] = _is_linear(model)
     if _linear_heads[model] and _is_plain_linear(head):
-        return LinearLogprobs.apply(hidden_MH, head.weight, head.bias, request.target_M, request.entropy, size)
+        return linear_logprobs(hidden_MH, head.weight, head.bias, request.target_M, request.entropy, size)
     if head._forward_hooks or head._forward_pre_hooks:
         # Each call of a sharded head is a collective operation, and ranks may have different numbers of chunks.
         size = max(1, len(hidden_MH))
@@ -144,7 +144,7 @@ def _project(
     no entropies, since they have no gradient.
     """
     first = next(runs) == 0
-    return TokenLogprobs.apply(_head(model, hidden_XH), target_X, entropy and first)
+    return token_logprobs(_head(model, hidden_XH), target_X, entropy and first)
 
 
 def _head(model: Any, hidden_XH: torch.Tensor) -> torch.Tensor:
