@@ -108,6 +108,7 @@ class FusedLinearLogprobs(torch.autograd.Function):
                     _, _, max_X, log_sum_X = parts[-1]
                     dlogp_XV = head.gradient(logits_XC, chunk, max_X, log_sum_X, torch.ones_like(max_X))
                     torch.mm(dlogp_XV, head.weight_VH, out=dlogp_MH[chunk])
+                    del dlogp_XV  # before the next one is made
         parts = parts or [(torch.empty(0, device=target_M.device),) * 4]  # no token at all
         logps_M, entropy_M, max_M, log_sum_M = (torch.cat(part) for part in zip(*parts, strict=True))
         if dlogp_MH is not None:
@@ -204,6 +205,7 @@ class _FusedHead:
             product(grad_XV.t(), self.hidden_MH[chunk], grad_VH, add=chunk.start > 0)
             if self.bias_V is not None:
                 grad_V += grad_XV.sum(dim=0, dtype=torch.float32)
+            del grad_XV  # before the next one is made
         return grad_MH, grad_VH, grad_V
 
 
