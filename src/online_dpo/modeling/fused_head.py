@@ -7,11 +7,11 @@ up in place by the product itself. Bytes of each logit, counted by ``benchmarks/
 ========================================  ======  =====
                                           before  now
 ========================================  ======  =====
-log-probabilities alone                       36      8
-with entropies                                48      8
-forward, head frozen                          70     16
-forward, head trained                         48      8
-backward, head trained                        46     14
+log-probabilities alone                       32      8
+with entropies                                56      8
+forward, head frozen                          84     16
+forward, head trained                         56      8
+backward, head trained                        42     14
 ========================================  ======  =====
 
 Shapes as in `modeling.lm_head`; ``C`` columns, the vocabulary rounded up to whole blocks.
