@@ -365,12 +365,6 @@ class OnlineDPOTrainer(GuardedTrainer):
         with super().beside_training():
             yield
 
-    def free_memory(self) -> None:
-        """The parent's, and what engines keep between calls."""
-        self.collector.release()
-        self.evaluator.release()
-        super().free_memory()
-
     # --- data and files ---------------------------------------------------------------------------------------------
 
     def create_model_card(
