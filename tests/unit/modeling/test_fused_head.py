@@ -8,12 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._inductor import compile_fx, config, metrics
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from online_dpo.modeling.fused_head import FusedLinearLogprobs, FusedTokenLogprobs, linear_logprobs, token_logprobs
+from online_dpo.modeling import fused_head
+from online_dpo.modeling.fused_head import FusedLinearLogprobs, FusedTokenLogprobs
 from online_dpo.modeling.lm_head import LinearLogprobs
 from online_dpo.modeling.logit_kernels import UNCOMPILED, compiled_kernels, logit_gradient, softmax_sums
+from online_dpo.modeling.logprobs import enable_logprobs, row_logprobs
+from online_dpo.packing.pack import pack_pairs
+from online_dpo.types import Pair
+from support import tiny
 from support.half_products import half_products_on_cpu
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
@@ -237,23 +240,19 @@ def test_compiled_gradient_reads_logits_once_and_writes_once():
     assert got == pytest.approx((4 + 2) * 64 * 4000, rel=0.02)
 
 
-@pytest.mark.skipif(
-    torch.version.cuda is not None and not torch.cuda.is_available(), reason="its fake tensors need a driver"
-)
-def test_on_cuda_it_is_the_way_that_is_taken():
-    called = []
-
-    class Called(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            called.append(func)
-            return func(*args, **(kwargs or {}))
-
-    with FakeTensorMode(), Called():
-        hidden, weight = (torch.empty(n, 8, device="cuda", dtype=torch.bfloat16) for n in (12, 1500))
-        logps, entropy = linear_logprobs(
-            hidden, weight, None, torch.zeros(12, dtype=torch.long, device="cuda"), True, 4
-        )
-        assert logps.device.type == "cuda" and logps.dtype == entropy.dtype == torch.float32
-        logits = torch.empty(12, 1500, device="cuda", dtype=torch.bfloat16)
-        token_logprobs(logits, torch.zeros(12, dtype=torch.long, device="cuda"), True)
-    assert called.count(torch.ops.aten.mm.dtype_out) == 3 and torch.ops.aten.sub_.Tensor not in called
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])  # a linear head, and one with a soft cap
+def test_a_model_whose_device_takes_this_way_has_the_same_gradients(monkeypatch, kind):
+    group = tiny.group(tiny.prompts([5])[0], [[7, 3, 9, 4], [8, 2]])
+    rows = pack_pairs([Pair(group, 0, 1)], True)
+    assert fused_head.DEVICES == ("cuda",)
+    got = []
+    for devices in ((), ("cpu",)):
+        monkeypatch.setattr(fused_head, "DEVICES", devices)
+        monkeypatch.setattr(fused_head, "compiled_kernels", lambda: UNCOMPILED)
+        model = tiny.causal_lm(kind, sharpness=1.0)
+        enable_logprobs(model)
+        made = row_logprobs(model, rows)
+        (made.logps_S * torch.tensor([1.0, -0.5])).sum().backward()
+        got.append((made.token_logps_M.detach(), made.entropy_M, [weight.grad for weight in model.parameters()]))
+    torch.testing.assert_close(*got, atol=1e-5, rtol=1e-4)
+    assert not torch.equal(got[0][1], got[1][1])  # it was another way indeed
