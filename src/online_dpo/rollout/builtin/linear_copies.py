@@ -43,6 +43,8 @@ class LinearCopies:
         self._groups: list[list[LinearLayer]] = []
         self._state: tuple[Any, ...] = ()
         self._weights_stay = self._is_fresh = False
+        self.made = 0
+        """How often copies were made, at new addresses."""
 
     @property
     def nbytes(self) -> int:
@@ -84,7 +86,8 @@ class LinearCopies:
         if state != self._state:
             self.release()
             self._groups, self._state = _groups(model, dtype), state
-        if not self._products:
+        if self._groups and not self._products:
+            self.made += 1
             self._products = [_Product(group, dtype or group[0].base.weight.dtype) for group in self._groups]
             self._forwards = {layer: forward for product in self._products for layer, forward in product.forwards()}
         if not self._is_fresh:
