@@ -83,6 +83,13 @@ def test_what_the_user_sets_stays_and_a_cpu_keeps_its_default(tmp_path, options)
     assert not (tmp_path / PassSize.FILE).exists()
 
 
+def test_too_little_room_for_anything_is_a_warning(tmp_path, caplog):
+    size, model = built(tmp_path, 0)
+    size.settle(model, rows())
+    [record] = caplog.records
+    assert record.levelname == "WARNING" and "may not be enough for one group: Lower `per_dev" in record.getMessage()
+
+
 def test_rows_of_flex_attention_are_no_longer_than_a_pass(tmp_path):
     size, model = built(tmp_path, 64 * MIB)
     type(size.args).row_capacity = property(lambda self: 16384)
