@@ -26,8 +26,8 @@ class CompiledFunction:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        # `fullgraph`: what cannot be compiled, and a limit that is reached, are errors and not slowness.
-        self._compiled: Callable[..., Any] | None = torch.compile(function, fullgraph=True)
+        # Without `fullgraph`, under which torch 2.13 raises inside of any dispatch mode: that of a count of operations.
+        self._compiled: Callable[..., Any] | None = torch.compile(function)
 
     def __call__(self, *args: Any) -> Any:
         """Calls the function. The other dimensions of its tensors are compiled in: they are those of a model."""
@@ -37,16 +37,15 @@ class CompiledFunction:
             if isinstance(arg, torch.Tensor) and arg.dim():
                 maybe_mark_dynamic(arg, 0)
         try:
-            # Torch 2.13 has an argument for this limit; 2.11 does not.
-            with config.patch(recompile_limit=RECOMPILATIONS):
+            # Torch 2.13 has an argument for this limit; 2.11 does not. Reached, it would only be slowness.
+            with config.patch(recompile_limit=RECOMPILATIONS, fail_on_recompile_limit_hit=True):
                 return self._compiled(*args)
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             self._compiled = None
-            first_line = str(error).strip().partition("\n")[0]
             logger.warning(
                 "`%s` could not be compiled and runs uncompiled, which is slower and takes more memory: %s: %s",
                 self.function.__name__,
                 type(error).__name__,
-                first_line,
+                " ".join(str(error).split())[:300],
             )
             return self.function(*args)
