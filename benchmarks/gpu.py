@@ -36,6 +36,8 @@ from gpu_parts.record import DONE, LINES_SHOWN, ROOT, Record, code_digest, commi
 from gpu_parts.wheels import print_wheels
 
 MINUTES = 25
+REHEARSAL_LIMIT = 4.0
+"""A rehearsal may take this many times as long as a card: its machine may have other things to do."""
 LEAST_SHARE = 0.5
 """A part begins only if this share of its time limit is left."""
 PATHS = [ROOT / "src", ROOT / "benchmarks", ROOT / "tests"]
@@ -79,6 +81,7 @@ class Runner:
         self._limit_factor = limit_factor
         self._lock = threading.Lock()
         self._running: set[subprocess.Popen[str]] = set()
+        self._stopped = False
         self.left: list[str] = []
 
     def run_all(self, parts: Sequence[Part], jobs: int) -> None:
@@ -88,8 +91,8 @@ class Runner:
                 for _ in pool.map(self.run, parts):
                     pass
             except BaseException:
-                self._end = 0.0  # no other part begins
                 with self._lock:
+                    self._stopped = True  # no other part begins
                     for process in self._running:
                         kill(process)
                 raise
@@ -101,7 +104,7 @@ class Runner:
             self._note(part, "not here", 0.0, [], reason, [])
             return
         left, limit = self._end - time.monotonic(), part.limit * self._limit_factor
-        if left < LEAST_SHARE * limit:
+        if self._stopped or left < LEAST_SHARE * limit:
             self.left.append(part.name)
             return
         with tempfile.TemporaryDirectory() as folder:
@@ -120,18 +123,20 @@ class Runner:
     def _process(self, part: Part, words: list[str], limit: float, log: Path) -> tuple[str, str]:
         """The status of a part that has run, and the last lines that it has said."""
         with log.open("w") as said:
-            process = subprocess.Popen(
-                [sys.executable, *words],
-                stdin=subprocess.DEVNULL,
-                stdout=said,
-                stderr=subprocess.STDOUT,
-                text=True,
-                cwd=ROOT,
-                env=environment(part.cards, self.setup.dry_run),
-                start_new_session=True,  # so that what it starts can be killed with it
-            )
             with self._lock:
+                process = subprocess.Popen(
+                    [sys.executable, *words],
+                    stdin=subprocess.DEVNULL,
+                    stdout=said,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    cwd=ROOT,
+                    env=environment(part.cards, self.setup.dry_run),
+                    start_new_session=True,  # so that what it starts can be killed with it
+                )
                 self._running.add(process)
+                if self._stopped:
+                    kill(process)
             try:
                 code = process.wait(timeout=limit)
                 status = "ok" if code == 0 else "failed"
@@ -260,7 +265,7 @@ def main() -> int:
     for part in parts:
         if part not in wanted:
             print(f"{part.name}: done before")
-    runner = Runner(record, setup, options.minutes)
+    runner = Runner(record, setup, options.minutes, REHEARSAL_LIMIT if options.dry_run else 1.0)
     record.write()
     runner.run_all(wanted, (options.jobs or 2) if options.dry_run else 1)
     if runner.left:
