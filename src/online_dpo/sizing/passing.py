@@ -33,16 +33,27 @@ def sampling_terms(plan: Plan) -> Iterator[Term]:
         yield Term("vLLM", int(plan.vllm_share * plan.gpu_bytes))
         return
     yield Term("gathered weights", _gathered_bytes(plan) if plan.parted else 0)
-    # One process and DDP in bf16: the built-in engine multiplies with copies of the linear layers in that type.
-    copied = plan.bf16 and plan.sharding == "none" and plan.adapter == "none"
-    linears = sum(weight.numbers * weight.count for weight in plan.policy.weights() if weight.linear)
-    yield Term("copies of linear layers", HALF * linears if copied else 0)
+    yield Term("copies of linear layers", copied_bytes(plan))
     yield Term("packed linear layers", packed_bytes(plan))
     yield Term("keys and values", kv_bytes(plan))
     if plan.on_cpu:
         prompts = plan.sequences // plan.completions
         yield Term("prompts", layer_once(plan.policy, prompts * plan.prompt_tokens, plan.compute_bytes))
         yield Term("logits of a token", int(ARRAYS_SAMPLING * FP32 * plan.sequences * plan.policy.vocabulary))
+
+
+def copied_bytes(plan: Plan) -> int:
+    """The copies of linear layers in the type of their products that the built-in engine multiplies with: cast, with
+    the adapter merged, and those that read the same input together. Sharded and quantised layers have none.
+    """
+    if plan.sharding != "none" or plan.adapter == "qlora":
+        return 0
+    if plan.adapter == "none" and plan.bf16:
+        return HALF * sum(weight.numbers * weight.count for weight in plan.policy.weights() if weight.linear)
+    if plan.on_cpu:
+        return 0
+    shape = plan.policy  # the head has no adapter, and is in the type of its products
+    return (HALF if plan.bf16 else FP32) * shape.layers * sum(a * b for a, b in shape.projections())
 
 
 def packed_bytes(plan: Plan) -> int:
