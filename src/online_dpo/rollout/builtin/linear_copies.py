@@ -7,7 +7,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -157,12 +156,15 @@ class _Product:
         self._outputs: tuple[torch.Tensor, ...] = ()
 
     def _forward_of(self, place: int) -> Callable[..., Any]:
+        # Functions, and no `partial` objects: these are constants of compiled code, which would be made for each layer
+        # anew, where the variables of a function are inputs.
+        weight, bias = self.weight, self.bias
         if self.layers[0].transposed:
-            assert self.bias is not None  # these layers always have one
-            return partial(_transposed_linear, self.weight, self.bias)
+            assert bias is not None  # these layers always have one
+            return lambda input: torch.addmm(bias, input.view(-1, input.shape[-1]), weight).view(*input.shape[:-1], -1)
         if len(self.layers) == 1:
-            return partial(_linear, self.weight, self.bias)
-        return partial(self._part, place)
+            return lambda input: linear(input, weight, bias)
+        return lambda input: self._part(place, input)
 
     def _part(self, place: int, input: torch.Tensor) -> torch.Tensor:
         """The output of one layer. The first layer's call computes all of them, and the last one's forgets them.
@@ -190,11 +192,3 @@ def _version(tensor: torch.Tensor) -> int:
     nothing changed their input in between when the model's code ran last.
     """
     return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
-
-
-def _linear(weight: torch.Tensor, bias: torch.Tensor | None, input: torch.Tensor) -> torch.Tensor:
-    return linear(input, weight, bias)
-
-
-def _transposed_linear(weight: torch.Tensor, bias: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
-    return torch.addmm(bias, input.view(-1, input.shape[-1]), weight).view(*input.shape[:-1], -1)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from online_dpo.modeling.borrowing import adapter_off
+from online_dpo.modeling.patching import replaced_forwards
 from online_dpo.rollout.builtin.engine import DYNAMIC, TransformersEngine
 from online_dpo.rollout.builtin.linear_copies import LinearCopies
 from online_dpo.rollout.builtin.linear_layers import inputs_by_layer, linear_layers, siblings
@@ -283,19 +284,47 @@ def test_no_output_of_another_input_is_ever_used(way):
         assert copies._products[0]._input is None
 
 
+def layer_forward(layer, args, kwargs):
+    return type(layer).forward(layer, *args, **kwargs)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True])
-def test_a_compiled_step_has_no_break_and_is_kept_for_later_calls(lora):
+def test_layers_compile_without_a_break_to_one_code_that_is_kept_for_later_calls(lora):
     model, copies = with_adapter(LoraConfig(r=4, **ALL)) if lora else tiny.causal_lm(sharpness=1.0), LinearCopies()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = torch.compile(lambda: model(input_ids=IDS, use_cache=False).logits, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(layer_forward, backend="aot_eager", fullgraph=True, dynamic=False)
+    layers = (model.get_base_model() if lora else model).model.layers
+    forwards = {layer: lambda *args, layer=layer, **kwargs: compiled(layer, args, kwargs) for layer in layers}
     for _ in range(2):
-        with copies.in_use(model), torch.no_grad():
-            torch.testing.assert_close(compiled(), logits(model), atol=2e-5, rtol=1e-5)
+        expected = logits(model)
+        with copies.in_use(model), replaced_forwards(forwards):
+            torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=1e-5)
         if lora:
             shaken(model)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("kind", ["lora", "dora", "whole modules"])
+def test_graphs_on_a_gpu_sample_with_merged_adapters(kind, bf16, caplog):
+    model = with_adapter(MERGED[kind]).cuda()
+    graphs = TransformersEngine(model, tiny.tokenizer())
+    plain = TransformersEngine(model, tiny.tokenizer(), static_steps=False)
+    plain._spares_memory = True  # so that it computes the layers as they are
+    for _ in range(3):
+        with caplog.at_level(logging.WARNING, "online_dpo"), torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+            found, expected = completions(graphs), completions(plain)
+        same = [a.token_ids == b.token_ids for a, b in zip(found, expected, strict=True)]
+        assert all(same) or (bf16 and sum(same) >= 5), "rounding may turn a draw"
+        for a, b, equal in zip(found, expected, same, strict=True):
+            if equal:
+                assert a.logprobs == pytest.approx(b.logprobs, abs=0.05 if bf16 else 1e-4)
+        shaken(model)
+    assert graphs._path == "static" and graphs._buffers.linears.nbytes > 0 and plain._buffers.linears.nbytes == 0
+    assert not caplog.records
 
 
 def completions(engine, params=PARAMS):
