@@ -19,6 +19,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.data.collate import prompts_from_batch
 from online_dpo.data.prompts import prepare_prompts
+from online_dpo.distributed.device_memory import empty_device_cache
 from online_dpo.evaluation.comparison import PromptResult, preferences_by_score
 from online_dpo.foreign import loading
 from online_dpo.modeling.forward_path import ForwardPath, choose_path
@@ -28,7 +29,6 @@ from online_dpo.modeling.loaded import check_finite
 from online_dpo.modeling.loading import (
     check_model_path,
     disable_dropout,
-    empty_device_cache,
     is_adapter,
     load_causal_lm,
     to_device,

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 from torch import nn
 
+from online_dpo.distributed.device_memory import Kept
 from online_dpo.distributed.sampling import whole_on
 from online_dpo.errors import ForeignCodeError
 from online_dpo.foreign import foreign
@@ -46,6 +47,7 @@ class Sampler:
         self.policy, self.engine, self.params = policy, engine, params
         self.vocabulary, self.sync_check = vocabulary, sync_check
         self._seed, self.autocast = seed, autocast
+        self._kept = Kept(engine.release)
 
     @property
     def seed(self) -> int:
@@ -86,7 +88,7 @@ class Sampler:
         """
         who = f"Engine `{type(self.engine).__name__}`"
         precision = without_autocast() if self.engine.has_own_weights else self.autocast()
-        with precision, foreign(who, raises=ForeignCodeError):
+        with self._kept.in_use(), precision, foreign(who, raises=ForeignCodeError):
             return self.engine.generate(prompts, count, self.params, key)
 
     def release(self) -> None:

@@ -21,16 +21,17 @@ from torch import nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
+from online_dpo.distributed.device_memory import Kept, empty_device_cache, free_kept_memory
 from online_dpo.distributed.sampling import callable_alone
 from online_dpo.distributed.weights import holds_all
 from online_dpo.errors import is_out_of_memory, named_error
 from online_dpo.modeling.borrowing import eval_mode, kept_attributes
 from online_dpo.modeling.introspection import computing_dtype, unwrapped, without_router_logits
-from online_dpo.modeling.loading import empty_device_cache
 from online_dpo.modeling.memory import DoesNotFit, in_memory
 from online_dpo.modeling.onednn import onednn_linears
 from online_dpo.modeling.tolerance import MOST_ROUNDING, ROUNDING
 from online_dpo.rollout.builtin.batch import Batch
+from online_dpo.rollout.builtin.capture import NotCapturableError
 from online_dpo.rollout.builtin.decoding import Decoder, StepwiseDecoder, can_decode
 from online_dpo.rollout.builtin.sampling import next_tokens, token_logprobs
 from online_dpo.rollout.builtin.static_decoding import StaticBuffers, StaticDecoder, can_be_static
@@ -83,6 +84,7 @@ class TransformersEngine:
         self.static_steps = static_steps
         self._path: str | None = None if can_decode(model) else GENERATE
         self._buffers = StaticBuffers()
+        self._kept = Kept(self._buffers.release)
 
     def sync(self, model: nn.Module, version: int) -> None:
         """Sets the policy version of later completions. The weights are the model's own, so nothing is copied."""
@@ -96,7 +98,7 @@ class TransformersEngine:
         """Samples K completions for each prompt; returns the groups in the prompts' order."""
         waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))  # by length: little padding
         groups: dict[int, Group] = {}
-        with eval_mode(self.model), self._callable_alone(), ExitStack() as stack:
+        with self._kept.in_use(), eval_mode(self.model), self._callable_alone(), ExitStack() as stack:
             if self._path is None and prompts:
                 self._path = self._choose_path([prompts[i] for i in {waiting[0], waiting[-1]}], params, key)
             stack.enter_context(self._fast_linears())
@@ -104,8 +106,12 @@ class TransformersEngine:
                 chosen = waiting[: max(1, self.batch_size // num_completions)]
                 batch = Batch([prompts[i] for i in chosen], num_completions, params, key, self._device)
                 path = GENERATE if params.extra else self._path_now()
-                with in_memory() as attempt:
-                    self._sample(batch, path, self._buffers)
+                try:
+                    with in_memory() as attempt:
+                        self._sample(batch, path, self._buffers)
+                except NotCapturableError as error:
+                    self._leave_graphs(error)
+                    continue
                 if not attempt.fits:
                     self._reduce_memory(len(chosen), num_completions)
                     continue
@@ -145,7 +151,7 @@ class TransformersEngine:
         with in_memory() as attempt:
             return self._trial(path, prompts, params, key)
         assert not attempt.fits
-        self.release()
+        self._free_everything()
         if len(prompts) > 1:
             return self._why_wrong(path, prompts[-1:], params, key)
         if path == STATIC:
@@ -169,6 +175,12 @@ class TransformersEngine:
             return None
         return f"log-probabilities differ by {difference:.1e} a token, where {allowed:.1e} could be rounding"
 
+    def _leave_graphs(self, error: Exception) -> None:
+        """Goes on without graphs from now on; the samples stay the same."""
+        self._buffers.release()
+        self._path = DYNAMIC
+        events.warn(logger, "warning", f"Sampling takes a slower path, {PATH_NAMES[DYNAMIC]}: {error}.")
+
     def _reduce_memory(self, prompts_at_once: int, num_completions: int) -> None:
         """Lowers the use of memory after an out-of-memory error: from now on half as many prompts at a time, or, if it
         was one prompt, no static steps, which reserve slots for the longest completions. The samples stay the same.
@@ -176,7 +188,7 @@ class TransformersEngine:
         Raises:
             DoesNotFit: nothing is left to lower.
         """
-        self.release()
+        self._free_everything()
         if prompts_at_once == 1 and self._path == STATIC:
             self._path = DYNAMIC
             events.warn(logger, "out_of_memory", f"Sampling ran out of memory; it goes on with {PATH_NAMES[DYNAMIC]}.")
@@ -193,9 +205,13 @@ class TransformersEngine:
             "`max_new_tokens` or `max_length`."
         )
 
-    def release(self) -> None:
-        """Frees the memory that static steps keep between calls: the key/value cache and the graphs."""
+    def _free_everything(self) -> None:
         self._buffers.release()
+        free_kept_memory()
+
+    def release(self) -> None:
+        """Frees the memory that static steps keep between calls: the key/value cache, copies of weights, the graphs."""
+        self._kept.give_back()
         empty_device_cache()
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ vocabulary; all but the last are rounded up inside a step.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from online_dpo.modeling.introspection import computing_dtype, forward_state_key
 from online_dpo.rollout.builtin.cast_linears import CastLinears
 from online_dpo.rollout.builtin.cuda_graphs import StepGraphs
 from online_dpo.rollout.builtin.decoding import Decoder
-from online_dpo.rollout.builtin.kv_cache import KVCache, KVLayer
+from online_dpo.rollout.builtin.kv_cache import KVCache, KVLayer, attend
 from online_dpo.rollout.builtin.sampling import next_tokens
 from online_dpo.rollout.params import SamplingParams
 
@@ -102,6 +103,37 @@ class StaticBuffers:
         return self._inputs[name]
 
 
+@dataclass
+class StaticKVLayer:
+    """One layer of the cache in a step, and the slot of the current token, (1,).
+
+    In difference to the whole cache it holds tensors only: code that was compiled for one layer serves all.
+    """
+
+    layer: KVLayer
+    slot: torch.Tensor
+
+    def write(self, key: torch.Tensor, value: torch.Tensor) -> KVLayer:
+        """Writes the key and value of the current token of each completion; returns all that queries read."""
+        layer = self.layer
+        layer.keys.index_copy_(2, self.slot, key.to(layer.keys.dtype))
+        layer.values.index_copy_(2, self.slot, value.to(layer.values.dtype))
+        return layer
+
+    def write_and_attend(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        hidden: torch.Tensor | None,
+        scaling: float,
+        options: dict[str, Any],
+    ) -> torch.Tensor:
+        """Writes the key and value, and returns the attention output, (B, 1, heads, D)."""
+        return attend(query, self.write(key, value), hidden, scaling, options)
+
+
 class StaticKVCache(KVCache):
     """The part of the buffers that the current batch uses.
 
@@ -136,10 +168,11 @@ class StaticKVCache(KVCache):
 
         The slot is an index on the device, so one graph serves every step of the same width.
         """
-        layer = self._view(self.buffers.layers[index])
-        layer.keys.index_copy_(2, self.slot, key.to(layer.keys.dtype))
-        layer.values.index_copy_(2, self.slot, value.to(layer.values.dtype))
-        return layer
+        return self.step_layer(index).write(key, value)
+
+    def step_layer(self, index: int) -> StaticKVLayer:
+        """The current batch's part of one layer, for a step."""
+        return StaticKVLayer(self._view(self.buffers.layers[index]), self.slot)
 
     def move(self, group_G: torch.Tensor, source_B: torch.Tensor, target_B: torch.Tensor) -> None:
         """Moves these groups to the front, and sequences ``source_B`` to rows ``target_B``, within the same buffers."""
