@@ -20,6 +20,7 @@ from online_dpo.modeling.borrowing import eval_mode
 from online_dpo.modeling.forward_path import ModelContext, PathChoice
 from online_dpo.modeling.logprobs import row_logprobs
 from online_dpo.modeling.onednn import onednn_linears
+from online_dpo.modeling.precision import without_autocast
 from online_dpo.modeling.reference import Reference
 from online_dpo.objective.beta import Beta
 from online_dpo.objective.inputs import LossOptions, PairLogprobs, pair_logprobs
@@ -157,7 +158,8 @@ class ObjectiveStep:
         pass: this one takes part with a loss of 0, and the run ends before the update.
         """
         try:
-            with foreign(f"Loss `{self.args.loss_type}`", f"(step {self.run.step})", raises=ForeignCodeError):
+            who = f"Loss `{self.args.loss_type}`"
+            with without_autocast(), foreign(who, f"(step {self.run.step})", raises=ForeignCodeError):
                 return self.method.losses(pairs, options)
         except ForeignCodeError as error:
             self.run.errors.defer(error)
