@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from online_dpo.modeling.attention import flex, segments
+from online_dpo.modeling.attention import flex, sdpa, segments
 from online_dpo.modeling.introspection import accepts_argument, unwrapped, without_router_logits
 from online_dpo.packing.prefix_tree import PADDING
 from online_dpo.types import TokenRows
@@ -22,7 +22,7 @@ from online_dpo.types import TokenRows
 LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 WINDOWS_BY_INDEX = ("attention_layers", "window_size")
 """Config fields of GPT-Neo, whose local attention adds a window over indices in the row (not positions) to any mask."""
-IMPLEMENTATIONS = {"sdpa", "eager", flex.NAME, segments.NAME}
+IMPLEMENTATIONS = {"sdpa", "eager", flex.NAME, sdpa.NAME, segments.NAME}
 
 
 def why_not_shared(model: nn.Module) -> str | None:
