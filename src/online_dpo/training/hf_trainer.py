@@ -81,7 +81,7 @@ class GuardedTrainer(Trainer):
         self.metrics = MetricStore()
         self.phase = PhaseTimer(self.metrics, self.accelerator.device)
         self.errors = RankErrors(self.accelerator.device)
-        parts = (self.metrics, self.phase, lambda: args.row_capacity, agreement, self.errors)
+        parts = (self.metrics, self.phase, lambda: self.objective.row_capacity, agreement, self.errors)  # pyright: ignore[reportAttributeAccessIssue]
         self.passes = PassRunner(*parts, lambda: self.sharding.abandon_pass(self.model), self.free_memory)  # pyright: ignore[reportArgumentType]
         self.evaluation_weights = EvaluationWeights(lambda: self.optimizer, lambda: self.is_in_train)
         self._build_guards(args)

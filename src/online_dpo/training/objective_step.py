@@ -70,7 +70,12 @@ class ObjectiveStep:
     ) -> None:
         self.args, self.method, self.reference, self.beta, self.run = args, method, reference, beta, run
         self.options = LossOptions.from_config(args)
-        self.choice = PathChoice(run.accelerator.device, args.share_prompts)
+        self.choice = PathChoice(run.accelerator.device, args.share_prompts, bool(args.flex_attention))
+
+    @property
+    def row_capacity(self) -> int:
+        """Tokens that rows which share prompts are filled up to; 0 is the largest prompt with its completions."""
+        return self.args.tokens_per_pass if self.choice.path.flex else 0
 
     def pack(self, model: nn.Module, pairs: list[Pair], num_batches: int) -> list[dict[str, Any]]:
         """Packs pairs into exactly as many micro-batches as were fetched, each with the rows of its passes.
@@ -79,7 +84,7 @@ class ObjectiveStep:
         0. All ranks get equally many passes, because passes are collective operations.
         """
         self.settle_path(model, [members[0].group for members in by_group(pairs)])
-        shared, capacity = self.choice.path.shared, self.args.row_capacity
+        shared, capacity = self.choice.path.shared, self.row_capacity
         parts = split_pairs(pairs, num_batches)
         needed = torch.tensor(
             [passes_needed(part, self.args.tokens_per_pass) for part in parts], device=self.run.accelerator.device
@@ -94,7 +99,7 @@ class ObjectiveStep:
         """Packs all completions of the groups, so that metrics cover those without a pair as well."""
         if self.run.accelerator.num_processes == 1:  # otherwise a step of training finds out, on all ranks together
             self.settle_path(model, groups)
-        return {"rows": pack_groups(groups, pairs, self.choice.path.shared, self.args.row_capacity)}
+        return {"rows": pack_groups(groups, pairs, self.choice.path.shared, self.row_capacity)}
 
     def settle_path(self, model: nn.Module, groups: Sequence[Group]) -> None:
         """Finds out once, on the first groups, which fast ways to log-probabilities are right for the models."""

@@ -7,7 +7,8 @@ import torch
 from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from online_dpo.modeling.attention.masks import use_flex_attention, why_not_shared
+from online_dpo.modeling.attention.choice import use_flex_attention
+from online_dpo.modeling.attention.masks import why_not_shared
 from online_dpo.modeling.borrowing import eval_mode
 from online_dpo.modeling.forward_path import ForwardPath, choose_path
 from online_dpo.modeling.logprobs import enable_logprobs

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from online_dpo.modeling import logprobs
 from online_dpo.modeling.attention import segments
-from online_dpo.modeling.attention.masks import use_segments
+from online_dpo.modeling.attention.choice import use_segments
 from online_dpo.modeling.lm_head import LinearLogprobs
 from online_dpo.modeling.logprobs import enable_logprobs, row_logprobs
 from online_dpo.packing.pack import pack_pairs

@@ -18,7 +18,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from online_dpo.modeling.attention import sdpa
+from online_dpo.modeling.attention import kernel_check, sdpa
+from online_dpo.modeling.attention.kernel_check import Call
 from online_dpo.packing.prefix_tree import BLOCK, PADDING
 from online_dpo.types import TokenRows
 
@@ -31,13 +32,21 @@ COMPILATIONS = 64
 limit of 8 is too low for a policy, a reference and a reward model that differ."""
 SHORTEST = 2 * BLOCK
 """Fewest tokens of a row. A row of one block would be compiled apart: Dynamo takes dimensions of 1 as constants."""
+WINDOWED = "in_reach"
+"""The name of the function of a block mask with a window or chunks (see `_visible`)."""
 CHUNK = 2**26
 """Elements of the dense mask that exist at the same time while a block mask is made."""
 
 MaskMod = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 _calling = threading.RLock()
-_compiled: dict[str, Callable[..., torch.Tensor]] = {}
+_compiled: dict[Any, Callable[..., torch.Tensor]] = {}
+_right: set[Call] = set()
+"""Kinds of call whose compiled kernels gave the right values."""
+
+
+class WrongKernelError(RuntimeError):
+    """A compiled kernel of FlexAttention that computes other values than plain attention."""
 
 
 def register() -> None:
@@ -76,19 +85,46 @@ def masked(
 ) -> torch.Tensor:
     """FlexAttention from and to (rows, heads, tokens, head size), compiled where the device type is in `COMPILED_ON`.
 
+    Each kind of call is checked by value once, with its gradients (`kernel_check`).
+
     Raises:
+        WrongKernelError: a compiled kernel computes something else.
         torch._dynamo.exc.FailOnRecompileLimitHit: it had to be compiled more than `COMPILATIONS` times. Without
             ``fullgraph`` it would run uncompiled from then on.
     """
-    shares_heads = query.shape[1] != key.shape[1]
     if query.device.type not in COMPILED_ON:
-        return _compute(query, key, value, mask, scale, shares_heads)
+        return _compute(query, key, value, mask, scale, query.shape[1] != key.shape[1])
+    sizes = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
+    call = Call(query.device, query.dtype, *sizes, scale, mask.mask_mod.__name__ == WINDOWED)
+    if call not in _right:
+        _check(call)
+    return _call_compiled(query, key, value, mask, scale)
+
+
+def _check(call: Call) -> None:
+    """Checks the compiled kernels of one kind of call, forward and backward."""
+    tokens = kernel_check.sample_tokens(call.device, 4 * BLOCK)
+    mask = block_mask(tokens, kernel_check.WINDOW if call.windowed else None, None)
+    inputs = call.random_inputs(4 * BLOCK)
+    with torch.enable_grad(), torch.autocast(call.device.type, enabled=False):
+        right = kernel_check.expected(call, inputs, mask)
+        got = kernel_check.gradients(_call_compiled(*inputs, mask, call.scale), inputs)
+        difference = kernel_check.largest_difference(got, right)
+    if not difference <= kernel_check.TOLERANCE:
+        raise WrongKernelError(f"FlexAttention's kernel is wrong by {difference:.1e} of its values ({call})")
+    _right.add(call)
+
+
+def _call_compiled(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: BlockMask, scale: float | None
+) -> torch.Tensor:
+    """`_compute`, compiled once for all lengths."""
     if BACKEND not in _compiled:
         _compiled[BACKEND] = torch.compile(_compute, backend=BACKEND, dynamic=True, fullgraph=True)
     # Up to 2.12, torch has one limit for the whole process. So it is raised for the time of a call, by one thread at a
     # time: reward models compute in another.
     with _calling, torch._dynamo.config.patch(recompile_limit=COMPILATIONS):
-        return _compiled[BACKEND](query, key, value, mask, scale, shares_heads)
+        return _compiled[BACKEND](query, key, value, mask, scale, query.shape[1] != key.shape[1])
 
 
 def _compute(
@@ -117,9 +153,13 @@ def block_mask(tokens: TokenRows, window: int | None, chunk: int | None) -> Bloc
     full_RBB = visible_RBB == BLOCK * BLOCK
     partial_RBB = (visible_RBB > 0) & ~full_RBB
     # Blocks are counted without compiling `create_block_mask`, which would be compiled again and again.
-    return BlockMask.from_kv_blocks(
+    mask = BlockMask.from_kv_blocks(
         *_ordered(partial_RBB), *_ordered(full_RBB), BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=(length, length)
     )
+    for blocks in mask.as_tuple():
+        if isinstance(blocks, torch.Tensor):  # else as many blocks as there are heads would be compiled as a constant
+            torch._dynamo.maybe_mark_dynamic(blocks, list(range(2, blocks.dim())))
+    return mask
 
 
 def _segments(tokens: TokenRows) -> tuple[torch.Tensor, torch.Tensor]:
@@ -176,7 +216,7 @@ def _tokens_visible(visible: MaskMod, rows: int, length: int, device: torch.devi
 
 
 def _ordered(dense_RBB: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each block of queries: how many blocks of keys are true, and their indices in ascending order, then others."""
+    """For each block of queries: the number of blocks of keys that are true, and all indices, theirs first."""
     counts = dense_RBB.sum(-1, dtype=torch.int32)
     indices = dense_RBB.int().argsort(dim=-1, descending=True, stable=True).int()
     return counts[:, None].contiguous(), indices[:, None].contiguous()

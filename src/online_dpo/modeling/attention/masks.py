@@ -81,35 +81,9 @@ def visible_mask(tokens: TokenRows, window: int | None = None, chunk: int | None
     return visible_RTT
 
 
-def use_flex_attention(model: nn.Module) -> None:
-    """Sets the model's attention implementation to FlexAttention for rows that share prompts, and SDPA for all else.
-
-    Raises:
-        ValueError: the model was loaded with another implementation than SDPA, or its attention has a soft cap.
-    """
-    config = unwrapped(model).config.get_text_config()
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        raise ValueError("`flex_attention` cannot be used with a model whose attention has a soft cap; leave it off.")
-    if config._attn_implementation not in ("sdpa", segments.NAME, flex.NAME):
-        raise ValueError(
-            f"`flex_attention` replaces SDPA, but a model was loaded with {config._attn_implementation!r}. Load it "
-            "with `attn_implementation='sdpa'`, or leave `flex_attention` off."
-        )
-    flex.register()
-    config._attn_implementation = flex.NAME
-
-
 def window_of(config: Any, kind: str) -> int | None:
     """The attention window of layers of this kind, in positions; ``None`` if they attend to all earlier tokens."""
     return config.sliding_window if kind == "sliding_attention" else None
-
-
-def use_segments(model: nn.Module) -> None:
-    """Lets a model that uses SDPA compute attention in long rows segment by segment (`segments`). For CPUs."""
-    config = unwrapped(model).config.get_text_config()
-    if config._attn_implementation == "sdpa" and unwrapped(model)._supports_attention_backend:
-        segments.register()
-        config._attn_implementation = segments.NAME
 
 
 def _mask(model: nn.Module, tokens: TokenRows, kind: str) -> Any:

@@ -29,9 +29,7 @@ def fitted_rows(model: nn.Module, rows: PackedRows) -> PackedRows:
     return replace(rows, tokens=tokens, source_M=source_M, read_X=read_X)
 
 
-def fitted(
-    model: nn.Module, tokens: TokenRows, *indices: torch.Tensor
-) -> tuple[TokenRows, tuple[torch.Tensor, ...]]:
+def fitted(model: nn.Module, tokens: TokenRows, *indices: torch.Tensor) -> tuple[TokenRows, tuple[torch.Tensor, ...]]:
     """The tokens in rows that suit the model's attention, and indices into the flattened rows moved with them.
 
     For FlexAttention, rows that share prompts are put into one, one behind the other, padded to whole blocks: a

@@ -130,7 +130,7 @@ def _is_causal(module: nn.Module, given: bool | None) -> bool:
 
 
 def _flash_fits(query: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether PyTorch chooses its flash kernel where there is no mask, with keys and values that heads share as well."""
+    """Whether PyTorch chooses its flash kernel where there is no mask, also if heads share keys and values."""
     head = query.shape[-1]
     return query.dtype in (torch.bfloat16, torch.float16) and head == value.shape[-1] and head <= FLASH_HEAD
 
