@@ -46,7 +46,7 @@ def choose_attention(
         if reason is not None and flex_attention:
             raise ValueError(f"`flex_attention=True` cannot be used with {name}: {reason}. Leave it unset.")
         if reason is not None:
-            logger.warning("FlexAttention is not used for %s: %s. Its rows are read through SDPA.", name, reason)
+            logger.warning("FlexAttention is not used for %s: %s.", name, reason)
         if wanted and reason is None:
             use_flex_attention(model)
         else:

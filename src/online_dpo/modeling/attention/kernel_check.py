@@ -43,11 +43,14 @@ class Call:
     windowed: bool
 
     def random_inputs(self, length: int) -> list[torch.Tensor]:
-        """Query, key and value of one row, in the layout that models have; the random state stays as it is."""
+        """Query, key and value of one row, in the layout that models have; the random state stays as it is.
+
+        They are no leaves of the graph, as in a model: Dynamo would compile a kernel for leaves apart.
+        """
         generator = torch.Generator().manual_seed(0)
         shapes = ((self.heads, self.size), (self.key_heads, self.size), (self.key_heads, self.value_size))
         made = [torch.randn(1, length, *shape, generator=generator) for shape in shapes]
-        return [x.to(self.device, self.dtype).transpose(1, 2).requires_grad_() for x in made]
+        return [x.to(self.device, self.dtype).transpose(1, 2).requires_grad_() * 1 for x in made]
 
 
 def sample_tokens(device: torch.device, length: int) -> TokenRows:
@@ -78,4 +81,4 @@ def largest_difference(got: list[torch.Tensor], right: list[torch.Tensor]) -> fl
     """The largest relative difference between tensors that should be equal; nan where one is not finite."""
     pairs = zip(got, right, strict=True)
     differences = torch.stack([(x.to(y.dtype) - y).norm() / y.norm() for x, y in pairs])
-    return float(differences.max())
+    return differences.max().item()

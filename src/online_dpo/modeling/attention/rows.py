@@ -19,6 +19,7 @@ from online_dpo.modeling.introspection import accepts_argument, unwrapped
 from online_dpo.packing.prefix_tree import BLOCK, PADDING
 from online_dpo.types import PackedRows, TokenRows
 
+ROUNDED_ON = {"cuda"}
 MULTIPLE = 64
 """Rows on a GPU have a multiple of so many tokens: masks are aligned, and few shapes occur."""
 
@@ -41,7 +42,7 @@ def fitted(model: nn.Module, tokens: TokenRows, *indices: torch.Tensor) -> tuple
         together = _one_row(tokens)
         length = max(flex.SHORTEST, _rounded(together.ids_RT.shape[1], BLOCK))
         return padded(together, length), indices  # of a single row, they stay as they are
-    if tokens.ids_RT.device.type != "cuda" or not accepts_argument(model, "position_ids"):
+    if tokens.ids_RT.device.type not in ROUNDED_ON or not accepts_argument(model, "position_ids"):
         return tokens, indices
     before = tokens.ids_RT.shape[1]
     after = _rounded(before, MULTIPLE)
@@ -50,7 +51,7 @@ def fitted(model: nn.Module, tokens: TokenRows, *indices: torch.Tensor) -> tuple
 
 def fitted_length(length: int, device: torch.device, longest: int | None) -> int:
     """The length of padded rows whose positions the model counts itself, of which it has ``longest``."""
-    if device.type != "cuda":
+    if device.type not in ROUNDED_ON:
         return length
     after = _rounded(length, MULTIPLE)
     return after if longest is None or after <= longest else length

@@ -22,6 +22,8 @@ from transformers.masking_utils import sdpa_mask
 logger = logging.getLogger(__name__)
 
 NAME = "online_dpo_sdpa"
+KERNEL_ON = {"cuda"}
+"""Device types that have the memory-efficient kernel."""
 ALIGNMENT = 16
 """Bytes. The memory-efficient kernel reads heads and rows of the mask in such pieces."""
 FLASH_HEAD = 256
@@ -53,7 +55,7 @@ def attention(
     the flash kernel cannot be used; else PyTorch's SDPA as it is.
     """
     given = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
-    if query.device.type != "cuda" or kwargs.get("position_bias") is not None:
+    if query.device.type not in KERNEL_ON or kwargs.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **given)
     query, key, value = in_computing_dtype(query, key, value)
     causal = attention_mask is None and query.shape[2] > 1 and _is_causal(module, is_causal)

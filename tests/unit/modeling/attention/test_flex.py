@@ -141,8 +141,8 @@ def test_models_with_mixed_windows_are_compiled_a_few_times_for_all_lengths(comp
     policy, reference = flex_model(mixed_model()), flex_model(mixed_model(1))
     reward = flex_model(tiny.causal_lm("llama", max_position_embeddings=2048))
     counts = []
-    for lengths in ((9, 2, 14), (40, 90, 200), (300, 20, 10, 5), (120,), (260,), (700,)):
-        for capacity in (0, 257, 400, 4000):  # one row or several, of 1 block to 8
+    for lengths in ((9, 2, 14), (40, 90, 200), (120,), (400, 20)):
+        for capacity in (0, 257):  # one row or several, of 1 to 6 blocks
             rows = pack_groups(random_groups(lengths), [], True, capacity)
             row_logprobs(policy, rows).logps_S.sum().backward()
             with torch.no_grad():
@@ -266,7 +266,7 @@ def test_where_flex_attention_cannot_be_used_it_is_told_or_an_error(why, caplog)
     choose_attention(model, "the policy", cuda, True, trains=True)
     [told] = caplog.messages
     assert told.startswith("FlexAttention is not used for the policy: ") and why in told
-    assert model.config._attn_implementation == ("eager" if "eager" in why else "online_dpo_sdpa")
+    assert model.config._attn_implementation == ("online_dpo_sdpa" if why == "dropout" else "eager")
 
 
 def test_what_is_chosen_by_device(caplog):
