@@ -120,7 +120,8 @@ def test_a_model_that_cannot_read_block_masks_is_found():
     model = tiny.causal_lm("gpt2")
     use_flex_attention(model)
     path, [reason] = choose(policy=model)
-    assert path == ForwardPath(shared=False, chunked=True) and "BlockMask" in reason
+    assert path == ForwardPath(shared=True, chunked=True) and "BlockMask" in reason
+    assert reason.startswith("policy is read through SDPA, not FlexAttention: it fails with")
 
 
 def test_a_body_that_fails_on_such_rows_is_found():

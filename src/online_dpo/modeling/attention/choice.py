@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from online_dpo.modeling.attention import flex, sdpa, segments
 from online_dpo.modeling.introspection import unwrapped
@@ -37,6 +39,8 @@ def choose_attention(
     Raises:
         ValueError: FlexAttention is demanded, and the model or the run cannot use it.
     """
+    if not isinstance(unwrapped(model), PreTrainedModel):
+        return
     if device.type == "cpu":
         if share and flex_attention is not True:
             use_segments(model)
@@ -55,7 +59,7 @@ def choose_attention(
 
 def why_not_flex(model: nn.Module, trains: bool) -> str | None:
     """Why this model cannot use FlexAttention, as far as its class and config tell; ``None`` if it can."""
-    base = unwrapped(model)
+    base: Any = unwrapped(model)
     config = base.config.get_text_config()
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "its attention has a soft cap"

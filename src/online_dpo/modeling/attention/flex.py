@@ -94,8 +94,16 @@ def masked(
     """
     if query.device.type not in COMPILED_ON:
         return _compute(query, key, value, mask, scale, query.shape[1] != key.shape[1])
-    sizes = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
-    call = Call(query.device, query.dtype, *sizes, scale, mask.mask_mod.__name__ == WINDOWED)
+    call = Call(
+        query.device,
+        query.dtype,
+        heads=query.shape[1],
+        key_heads=key.shape[1],
+        size=query.shape[3],
+        value_size=value.shape[3],
+        scale=scale,
+        windowed=mask.mask_mod.__name__ == WINDOWED,
+    )
     if call not in _right:
         _check(call)
     return _call_compiled(query, key, value, mask, scale)
@@ -110,7 +118,8 @@ def _check(call: Call) -> None:
     with torch.enable_grad(), torch.autocast(call.device.type, enabled=False), apart:
         inputs = call.random_inputs(4 * BLOCK)
         right = kernel_check.expected(call, inputs, mask)
-        got = kernel_check.gradients(_call_compiled(*inputs, mask, call.scale), inputs)
+        query, key, value = inputs
+        got = kernel_check.gradients(_call_compiled(query, key, value, mask, call.scale), inputs)
         difference = kernel_check.largest_difference(got, right)
     if not difference <= kernel_check.TOLERANCE:
         raise WrongKernelError(f"FlexAttention's kernel is wrong by {difference:.1e} of its values ({call})")

@@ -37,8 +37,7 @@ def fitted(model: nn.Module, tokens: TokenRows, *indices: torch.Tensor) -> tuple
     compiled kernel for one row is another than for several. On a GPU, other rows are padded to a multiple of
     `MULTIPLE`, if the model takes position ids. On a CPU nothing changes.
     """
-    implementation = unwrapped(model).config.get_text_config()._attn_implementation
-    if tokens.shares_prompts and implementation == flex.NAME:
+    if tokens.shares_prompts and unwrapped(model).config.get_text_config()._attn_implementation == flex.NAME:
         together = _one_row(tokens)
         length = max(flex.SHORTEST, _rounded(together.ids_RT.shape[1], BLOCK))
         return padded(together, length), indices  # of a single row, they stay as they are

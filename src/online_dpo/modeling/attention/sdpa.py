@@ -55,7 +55,8 @@ def attention(
     the flash kernel cannot be used; else PyTorch's SDPA as it is.
     """
     given = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
-    if query.device.type not in KERNEL_ON or kwargs.get("position_bias") is not None:
+    special = kwargs.get("position_bias") is not None or torch.compiler.is_compiling()
+    if query.device.type not in KERNEL_ON or special:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **given)
     query, key, value = in_computing_dtype(query, key, value)
     causal = attention_mask is None and query.shape[2] > 1 and _is_causal(module, is_causal)

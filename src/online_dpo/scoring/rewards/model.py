@@ -36,7 +36,7 @@ from online_dpo.packing.prefix_tree import Tree
 from online_dpo.scoring.chat_templates import check_template
 from online_dpo.scoring.protocols import chat_messages, one_at_a_time, regroup
 from online_dpo.scoring.rewards.loading import check_reward_model, last_part, load_tokenizer, no_tokenizer
-from online_dpo.scoring.rewards.shared_prefix import Text, group_trees, may_share, passes, score_trees
+from online_dpo.scoring.rewards.shared_prefix import Text, group_trees, has_score_head, may_share, passes, score_trees
 from online_dpo.scoring.special_tokens import SpecialTokens
 from online_dpo.scoring.time_limit import call_in_time
 from online_dpo.types import Completion, Group, Prompt
@@ -103,7 +103,8 @@ class RewardModelScorer:
         self.model = model if prepare is None else prepare(model)
         # Only now: it is loaded on a CPU, and `prepare` moves it to its device.
         device = next(self.model.parameters()).device
-        choose_attention(model, f"reward model `{self.name}`", device, share_prompts, flex_attention, unfit_for_flex)
+        share = share_prompts and has_score_head(model)
+        choose_attention(model, f"reward model `{self.name}`", device, share, flex_attention, unfit_for_flex)
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self._most_tokens = MOST_TOKENS.get(next(self.model.parameters()).device.type, math.inf)
@@ -116,6 +117,7 @@ class RewardModelScorer:
         self._known_tokens = embedding_rows(model)
         self._special_tokens = SpecialTokens(tokenizer)
         self._max_tokens = longest_text(model, tokenizer)
+        self._positions = context_length(model)
 
     def check_chat_template(self) -> None:
         """Check that conversational prompts can be scored. To be called before sampling, so that a run fails early.
@@ -260,7 +262,7 @@ class RewardModelScorer:
         """The scores of one batch of padded rows."""
         fill = self._fill_token(batch)
         device = next(self.model.parameters()).device
-        length = fitted_length(max(len(ids) for ids in batch), device, context_length(self.model))
+        length = fitted_length(max(len(ids) for ids in batch), device, self._positions)
         ids_RT = torch.tensor([[*ids, *[fill] * (length - len(ids))] for ids in batch], device=device)
         mask_RT = torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids in batch], device=device)
         with torch.no_grad(), overridden(self._config, pad_token_id=fill, use_cache=False):

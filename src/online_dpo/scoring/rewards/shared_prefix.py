@@ -101,7 +101,7 @@ def may_share(model: nn.Module, name: str, trees: Sequence[Tree], plain: PlainSc
         trees: trees of the texts to score; those with a shared prefix are used.
         plain: computes scores of texts in padded rows, in one forward pass.
     """
-    if not hasattr(unwrapped(model), "score"):
+    if not has_score_head(model):
         # `score` is what transformers calls the head of a decoder, which reads one token. Encoders have another head,
         # and their tokens attend to later ones: sharing cannot work there, and there is nothing to warn about.
         logger.debug("Reward model `%s` has no head called `score`; common prefixes are not shared.", name)
@@ -114,6 +114,11 @@ def may_share(model: nn.Module, name: str, trees: Sequence[Tree], plain: PlainSc
     if reason is not None:
         logger.warning("Reward model `%s` computes the common prefix again for each text: %s.", name, reason)
     return reason is None
+
+
+def has_score_head(model: nn.Module) -> bool:
+    """Whether the model has the head of a decoder, which scores one token."""
+    return hasattr(unwrapped(model), "score")
 
 
 def _why_not_shareable(model: nn.Module, trees: Sequence[Tree], plain: PlainScores) -> str | None:
