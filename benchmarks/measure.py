@@ -70,13 +70,14 @@ class MemoryMeter:
 
     On a CPU it reads the resident memory of the process and its high-water mark. Freed memory that the allocator keeps
     would count as used, so it is given back at each boundary: that costs time, and a step whose memory is measured is
-    not one whose time is. On a GPU it is the allocator's own count of live bytes.
+    not one whose time is. On a GPU it is the allocator's own count of live bytes; beside it stands what the allocator
+    has reserved, which is what the card must have room for: what is live, what it keeps, and what it loses to gaps.
     """
 
     def __init__(self, device: str) -> None:
         self._cuda = device == "cuda"
         self._peak = {"generation": 0.0, "non_generation": 0.0}
-        self._baseline = 0.0
+        self._baseline = self._reserved = 0.0
 
     def held(self) -> float:
         """MiB that the process holds now, after everything unused has been given back."""
@@ -84,21 +85,29 @@ class MemoryMeter:
         return self._now()
 
     def start(self) -> None:
-        self._baseline = self.held()
+        if self._cuda:
+            import torch
+
+            torch.cuda.empty_cache()  # so that what earlier steps have reserved does not count
+        self._baseline, self._reserved = self.held(), 0.0
         self._peak = dict.fromkeys(self._peak, 0.0)
         self._reset()
 
     def boundary(self, ended: str) -> None:
         """``ended``: "generation" or "non_generation", the part that ends here."""
         self._peak[ended] = max(self._peak[ended], self._read_peak())
+        self._reserved = max(self._reserved, self._read_reserved())
         self._give_back()
         self._reset()
 
     def stop(self) -> dict[str, float]:
-        """``baseline`` in MiB; ``generation``, ``non_generation`` and ``step`` in MiB above it."""
+        """``baseline`` in MiB; ``generation``, ``non_generation`` and ``step`` in MiB above it. ``allocated`` and
+        ``reserved``, the same peak with the baseline, and of what the allocator has reserved on a GPU.
+        """
         self.boundary("non_generation")
         above = {part: max(0.0, peak - self._baseline) for part, peak in self._peak.items()}
-        return {"baseline": self._baseline, **above, "step": max(above.values())}
+        whole = {"allocated": max(self._peak.values()), "reserved": self._reserved}
+        return {"baseline": self._baseline, **above, "step": max(above.values()), **whole}
 
     def _give_back(self) -> None:
         gc.collect()
@@ -123,6 +132,13 @@ class MemoryMeter:
             return torch.cuda.max_memory_allocated() / MIB
         return _status("VmHWM")
 
+    def _read_reserved(self) -> float:
+        if self._cuda:
+            import torch
+
+            return torch.cuda.max_memory_reserved() / MIB
+        return self._read_peak()  # without a GPU's allocator: what is resident
+
     def _reset(self) -> None:
         if self._cuda:
             import torch
@@ -131,6 +147,16 @@ class MemoryMeter:
             return
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # sets the high-water mark to what is resident now
+
+
+def device_used_mib(device: str) -> float:
+    """MiB of the card in use now, by all processes; 0 on a CPU."""
+    if device != "cuda":
+        return 0.0
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / MIB
 
 
 def _status(field: str) -> float:
@@ -236,8 +262,10 @@ def versions() -> dict[str, Any]:
     """Of everything that decides the figures."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found: dict[str, Any] = {"python": sys.version.split()[0]}
-    for package in ("online-dpo", "torch", "transformers", "accelerate", "trl", "peft"):
+    from online_dpo import __version__
+
+    found: dict[str, Any] = {"python": sys.version.split()[0], "online-dpo": __version__}  # it may not be installed
+    for package in ("torch", "triton", "transformers", "accelerate", "trl", "peft"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

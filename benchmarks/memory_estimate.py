@@ -178,7 +178,7 @@ def estimate(job: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def plan_fields(job: dict[str, Any]) -> dict[str, Any]:
+def plan_fields(job: dict[str, Any], most_tokens: int = 1024) -> dict[str, Any]:
     """The job in the words of the formula. Nothing of what was measured goes in. Lengths are those of the prompts, and
     of the completions of the first few, as `online-dpo doctor` sees them before a run.
     """
@@ -192,7 +192,7 @@ def plan_fields(job: dict[str, Any]) -> dict[str, Any]:
         [length for row in workload.lengths[:PROMPTS_PER_STEP] for length in row[: kind.completions]],
         per_batch=PROMPTS_PER_STEP,
         batches=1,
-        most_tokens=1024,
+        most_tokens=most_tokens,
         num_completions=kind.completions,
         scored_at_once=16,
     )

@@ -18,6 +18,7 @@ from typing import Any
 from measure import PHASES, limit_share, summarise
 from vs_trl import (
     STEPS_BEFORE_TIMING,
+    Measured,
     check_shared_options,
     header,
     parser_with_shared_options,
@@ -25,16 +26,21 @@ from vs_trl import (
     run_in_turn,
     step_gflop,
 )
-from worker import Worker, WorkerFailed
+from worker import Worker
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "one-completion-a-row": {"share_prompts": False},
+    "one-completion-a-row": {"fields": {"share_prompts": False}},
     "gradient-checkpointing": {"gradient_checkpointing": True},
     "lora": {"lora": True},
     "lora-gradient-checkpointing": {"lora": True, "gradient_checkpointing": True},
+    "flex-attention": {"fields": {"flex_attention": True}},
+    "sdpa": {"fields": {"flex_attention": False}},
 }
 """Fields of `trainers.Job` that each variant sets."""
+
+ON_A_GPU = ("flex-attention", "sdpa")
+"""Variants that differ from the plain one on a GPU only."""
 
 DEFAULT_OPTIMIZER = "adamw_torch_fused"
 
@@ -44,12 +50,11 @@ def row_name(variant: str, optim: str, optims: list[str]) -> str:
     return variant if len(optims) == 1 else f"{variant} {optim}"
 
 
-def measure_row(worker: Worker, models_mib: float, repetitions: int, rate: float) -> dict[str, Any]:
+def figures_of(job: Any, measured: Measured, rate: float) -> dict[str, Any]:
     """The figures of one row, as they stand in the JSON file."""
-    (memory_step,), (timed,) = run_in_turn([worker], repetitions)
-    job, memory, seconds = worker.job, memory_step["memory"], [step["seconds"] for step in timed]
+    memory, seconds, models_mib = measured.memory, measured.seconds, measured.facts["models_mib"]
     passes = 2 if job.lora else 3
-    useful = [step_gflop(job.model, job.workload, step, passes) for step in timed]
+    useful = [step_gflop(job.model, job.workload, step, passes) for step in measured.timed]
     kept_mib = memory["baseline"] - models_mib  # what the first step has left behind: optimizer state, mostly
     return {
         "variant": {"gradient_checkpointing": job.gradient_checkpointing, "lora": job.lora, "optim": job.optim},
@@ -59,6 +64,8 @@ def measure_row(worker: Worker, models_mib: float, repetitions: int, rate: float
         "peak_mib": memory["step"] + kept_mib,
         "peak_mib_generation": memory["generation"] + kept_mib,
         "peak_mib_non_generation": memory["non_generation"] + kept_mib,
+        "allocated_mib": memory["allocated"],
+        "reserved_mib": memory["reserved"],
         "useful_gflop": median(useful),
         "limit_share": limit_share(useful, seconds, rate),
     }
@@ -75,6 +82,9 @@ def print_rows(workload: str, rows: dict[str, dict[str, Any]]) -> None:
     for title in (*phases, *sizes, "limit share"):
         table.add_column(title.replace("_", " "), justify="right")
     for name, row in rows.items():
+        if "failed" in row:
+            table.add_row(name, "failed")
+            continue
         seconds = [row["seconds"].get(phase) for phase in phases]
         table.add_row(
             name,
@@ -94,9 +104,13 @@ def main() -> None:
     parser = parser_with_shared_options(__doc__, ["chat"])
     add = parser.add_argument
     names = ", ".join(VARIANTS)
-    add("--variant", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME", help=names)
+    add("--variant", nargs="+", choices=list(VARIANTS), metavar="NAME", help=f"{names} (default: all that there are)")
     add("--optim", nargs="+", default=[DEFAULT_OPTIMIZER], metavar="NAME", help="as TrainingArguments' `optim`")
     options = parser.parse_args()
+    on_cpu = [name for name in VARIANTS if name not in ON_A_GPU]
+    options.variant = options.variant or (on_cpu if options.device == "cpu" else list(VARIANTS))
+    if options.device == "cpu" and (elsewhere := set(options.variant) - set(on_cpu)):
+        refuse(f"--variant {min(elsewhere)}: it differs from the plain one on a GPU only")
     if importlib.util.find_spec("peft") is None and any(VARIANTS[name].get("lora") for name in options.variant):
         refuse("peft is not installed: pip install 'online-dpo[peft]', or choose variants without lora")
     check_shared_options(options)
@@ -107,7 +121,7 @@ def main() -> None:
         refuse(f"--optim {unknown[0]}: transformers has no such optimizer")
     from trainers import Job
 
-    rate, results = 0.0, {}
+    rate, results, failures = 0.0, {}, 0
     for workload in options.workload:
         rows: dict[str, dict[str, Any]] = {}
         for variant, optim in ((v, o) for v in options.variant for o in options.optim):
@@ -121,22 +135,23 @@ def main() -> None:
                 dtype=options.dtype,
                 threads=options.threads,
                 steps=STEPS_BEFORE_TIMING + options.repetitions,
+                prompts=options.prompts,
                 optim=optim,
                 **VARIANTS[variant],
             )
-            with Worker(job) as worker:
-                models_mib = worker.ready()["models_mib"]
-                rate = rate or worker.ask("rate")["gflops"]
-                rows[name] = measure_row(worker, models_mib, options.repetitions, rate)
+            with Worker(job, options.limit) as worker:
+                measured, own_rate = run_in_turn({name: worker}, options.repetitions)
+            rate, failure = rate or own_rate, measured[name].failure
+            rows[name] = {"failed": failure} if failure else figures_of(job, measured[name], rate)
+            failures += failure is not None
             results[workload] = rows
             if options.json is not None:
                 options.json.write_text(json.dumps({**header(options, rate), "workloads": results}, indent=1) + "\n")
         print_rows(workload, rows)
+    if failures:
+        print(f"{Path(sys.argv[0]).name}: error: {failures} rows failed; see above", file=sys.stderr)
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except WorkerFailed as failure:
-        print(f"{Path(sys.argv[0]).name}: error: {failure}", file=sys.stderr)
-        raise SystemExit(1) from None
+    main()

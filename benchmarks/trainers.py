@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,9 +31,9 @@ from workloads import (
 class Job:
     """What one worker process trains.
 
-    ``side`` is "ours" or "trl"; ``steps`` the optimizer steps that there are prompts for; ``trl_cache`` is "dynamic"
-    or "static". ``lora`` trains an adapter of rank 16 on all linear layers instead of the whole model;
-    ``share_prompts`` is our field of that name.
+    ``side`` is "ours" or "trl"; ``steps`` the optimizer steps that there are prompts for, ``prompts`` those of each;
+    ``trl_cache`` is "dynamic" or "static". ``lora`` trains an adapter of rank 16 on all linear layers instead of the
+    whole model; ``fields`` are fields of our configuration that are not at their default.
     """
 
     side: str
@@ -47,15 +47,18 @@ class Job:
     optim: str = "adamw_torch_fused"
     gradient_checkpointing: bool = False
     lora: bool = False
-    share_prompts: bool = True
+    prompts: int = PROMPTS_PER_STEP
+    fields: dict[str, Any] = field(default_factory=dict)
 
 
 class Probe:
     """Collects what one step did: seconds or memory, which prompts, how long the completions were, which were trained.
 
     ``rows``: the prompts' rows. ``lengths``: tokens of all completions, a list for each prompt. ``trained``: tokens of
-    the two completions of each pair.
+    the two completions of each pair. ``weights``: a checksum of each model before training.
     """
+
+    weights: list[float]
 
     def __init__(self, device: str) -> None:
         self.timer = PhaseTimer(torch.cuda.synchronize if device == "cuda" else lambda: None)
@@ -108,10 +111,12 @@ def build(job: Job, output_dir: str, probe: Probe) -> Any:
     """The trainer of a job, ready for ``train()``."""
     torch.set_num_threads(job.threads)
     shape = MODELS[job.model]
-    workload = make_workload(job.workload, shape.vocabulary, job.steps)
+    workload = make_workload(job.workload, shape.vocabulary, job.steps, job.prompts)
+    policy, reward_model = make_policy(shape, job.device), make_reward_model(shape, job.device, job.dtype)
+    probe.weights = [checksum(policy), checksum(reward_model)]
     parts = dict(
-        model=make_policy(shape, job.device),
-        reward_funcs=make_reward_model(shape, job.device, job.dtype),
+        model=policy,
+        reward_funcs=reward_model,
         train_dataset=workload.dataset(),
         processing_class=make_tokenizer(shape),
         reward_processing_classes=make_tokenizer(shape),
@@ -119,6 +124,11 @@ def build(job: Job, output_dir: str, probe: Probe) -> Any:
     trainer = (_build_ours if job.side == "ours" else _build_trl)(job, workload, output_dir, parts, probe)
     trainer.accelerator.backward = probe.timed("backward", trainer.accelerator.backward)
     return trainer
+
+
+def checksum(model: torch.nn.Module) -> float:
+    """A number that models with the same weights share, and hardly any others."""
+    return sum(float(p.detach().double().abs().sum()) for p in model.parameters())
 
 
 def _arguments(job: Job, workload: Workload, output_dir: str) -> dict[str, Any]:
@@ -129,7 +139,7 @@ def _arguments(job: Job, workload: Workload, output_dir: str) -> dict[str, Any]:
         dataloader_pin_memory=job.device != "cpu",
         bf16=job.dtype == "bfloat16",  # mixed precision over fp32 weights
         gradient_checkpointing=job.gradient_checkpointing,
-        per_device_train_batch_size=PROMPTS_PER_STEP,
+        per_device_train_batch_size=job.prompts,
         gradient_accumulation_steps=1,
         max_steps=job.steps,
         optim=job.optim,
@@ -160,7 +170,7 @@ def _build_ours(job: Job, workload: Workload, output_dir: str, parts: dict[str, 
         **_arguments(job, workload, output_dir),
         num_completions=workload.completions,
         tie_policy="first",
-        share_prompts=job.share_prompts,
+        **job.fields,
     )
     trainer: Any = OnlineDPOTrainer(**parts, args=args, peft_config=_adapter() if job.lora else None)
     force_our_lengths(workload)

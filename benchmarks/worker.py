@@ -2,7 +2,7 @@
 
 The parent writes a word a line ("time", "memory", "rate", "stop") and reads a JSON object a line. Between two steps the
 trainer stands still inside a callback, so two workers that are asked in turn never compute at the same time, and both
-meet the same ups and downs of the machine.
+meet the same ups and downs of the machine. What a trainer holds goes with its process, on a GPU too.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -31,10 +32,12 @@ class Worker:
 
     Args:
         job: what to train. The process starts at once; ``ready`` waits for it.
+        limit: seconds after which the process is killed, whatever it does; ``None``: never.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, limit: float | None = None) -> None:
         self.job = job
+        self._limit = limit
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         environment = os.environ | {
             "OMP_NUM_THREADS": str(job.threads),
@@ -43,6 +46,8 @@ class Worker:
             "HF_HUB_OFFLINE": "1",
             "TRL_EXPERIMENTAL_SILENCE": "1",
         }
+        if job.device == "cuda":  # with several cards in sight, Trainer would share its batches among them
+            environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
         self._process = subprocess.Popen(
             [sys.executable, __file__, json.dumps(asdict(job))],
             stdin=subprocess.PIPE,
@@ -51,10 +56,20 @@ class Worker:
             text=True,
             env=environment,
         )
+        self._timer = threading.Timer(limit or 0, self._kill_late)
+        self._late = False
+        if limit is not None:
+            self._timer.start()
 
     def ready(self) -> dict[str, Any]:
-        """``models_mib``: memory the process holds with its models loaded, before any step."""
+        """``models_mib``: memory the process holds with its models loaded, before any step. ``weights``: checksums of
+        the models. ``used_mib``: memory of the card in use before the models were made, by all processes.
+        """
         return self._read()
+
+    def _kill_late(self) -> None:
+        self._late = True
+        self._process.kill()
 
     def ask(self, word: str) -> dict[str, Any]:
         assert self._process.stdin is not None
@@ -75,13 +90,15 @@ class Worker:
         self._process.wait()
         self._log.seek(0)
         last = "".join(self._log.readlines()[-LINES_OF_LOG_SHOWN:])
-        return WorkerFailed(f"the worker for {self.job.side}, workload {self.job.workload}, stopped:\n{last}")
+        how = f"took more than {self._limit:.0f} s" if self._late else "stopped"
+        return WorkerFailed(f"the worker for {self.job.side}, workload {self.job.workload}, {how}:\n{last}")
 
     def __enter__(self) -> Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None
+        self._timer.cancel()
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()  # at which a worker that waits for a word ends
         try:
@@ -107,11 +124,12 @@ def main(job_text: str) -> None:
     channel = _own_channel()
     import gc
 
-    from measure import matrix_rate
+    from measure import device_used_mib, matrix_rate
     from trainers import Job, Probe, build
     from transformers import TrainerCallback
 
     job = Job(**json.loads(job_text))
+    used_mib = device_used_mib(job.device)
     probe = Probe(job.device)
 
     def say(message: dict[str, Any]) -> None:
@@ -131,7 +149,7 @@ def main(job_text: str) -> None:
     class StepByStep(TrainerCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
             probe.time_optimizer(trainer)
-            say({"models_mib": probe.meter.held()})
+            say({"models_mib": probe.meter.held(), "weights": probe.weights, "used_mib": used_mib})
             wait_for_step()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:

@@ -23,8 +23,9 @@ PAD, EOS, UNKNOWN = 0, 1, 2
 SPECIAL = ("<pad>", "<eos>", "<unk>")
 PROMPTS_PER_STEP = 8
 MOST_STEPS = 50
+MOST_PROMPTS = PROMPTS_PER_STEP * MOST_STEPS
 FIRST_RESERVED = len(SPECIAL)
-FIRST_WORD = FIRST_RESERVED + PROMPTS_PER_STEP * MOST_STEPS
+FIRST_WORD = FIRST_RESERVED + MOST_PROMPTS
 """Ids from `FIRST_RESERVED` on belong to one prompt each; all other prompt tokens are drawn from `FIRST_WORD` on."""
 MOST_COMPLETIONS = 8
 SEED = 20240207
@@ -115,12 +116,12 @@ class Workload:
         return Dataset.from_dict({"prompt": self.texts()})
 
 
-def make_workload(name: str, vocabulary: int, steps: int) -> Workload:
+def make_workload(name: str, vocabulary: int, steps: int, per_step: int = PROMPTS_PER_STEP) -> Workload:
     """Prompts for this many steps. The first rows do not depend on how many there are."""
     kind, rng = KINDS[name], random.Random(SEED)
-    assert steps <= MOST_STEPS and vocabulary > FIRST_WORD
+    assert steps * per_step <= MOST_PROMPTS and vocabulary > FIRST_WORD
     prompts, lengths = [], []
-    for row in range(steps * PROMPTS_PER_STEP):
+    for row in range(steps * per_step):
         size = rng.randint(kind.shortest_prompt, kind.longest_prompt)
         words = [rng.randrange(FIRST_WORD, vocabulary) for _ in range(size - 1)]
         prompts.append([*words, FIRST_RESERVED + row])
@@ -175,7 +176,7 @@ def _config(shape: Shape, **more: Any) -> Any:
 
 
 def make_policy(shape: Shape, device: str) -> PreTrainedModel:
-    """A policy with random fp32 weights, the same in every process."""
+    """A policy with random fp32 weights, the same in every process on the same device."""
     import torch
     from transformers import Qwen2ForCausalLM
 

@@ -5,6 +5,7 @@ Wrong input raises a plain ``ValueError`` or ``TypeError`` whose message says wh
 
 from __future__ import annotations
 
+import errno
 import re
 import signal
 from collections.abc import Sequence
@@ -125,21 +126,38 @@ class TrainingTerminated(TrainingInterrupted, SystemExit):
         self.code = 128 + number
 
 
-OUT_OF_MEMORY = (
-    "out of memory",  # of CUDA, HIP, MPS, and of the driver
-    "can't allocate memory",  # torch on a CPU
-    "not enough memory",  # torch on a CPU, on Windows
-    "CUBLAS_STATUS_ALLOC_FAILED",
+_OUT_OF_MEMORY = re.compile(
+    r"(?i:out of memory|not enough memory|(?:can't|cannot|unable to) allocate memory)"  # CUDA, HIP, MPS, the host
+    r"|bad_alloc"  # of C++, in torch's wrapping
+    r"|_ALLOC_FAILED|ALLOCATION_FAILED|StatusAllocFailed|rocblas_status_memory_error"  # cuBLAS, cuDNN, cuSOLVER, ROCm's
+    r"|OUT_OF_(?:\w+_)?MEMORY|UR_RESULT_ERROR_OUT_OF_RESOURCES"  # drivers; XPU says either
+    r"|(?:CUBLAS|CUSOLVER|CUSPARSE|HIPBLAS)_STATUS_NOT_INITIALIZED,? when calling `\w*Create"  # no room for a handle
+    r"|CUDNN_STATUS_NOT_INITIALIZED"
+    r"|Failed to CUDA (?:c|m|host )alloc"  # NCCL
+    r"|Invalid buffer size"  # MPS: more than its largest buffer
 )
+"""What a `RuntimeError` says where memory has run out. Not that of a kernel ("out of resource: shared memory"), which
+no smaller batch helps, nor an error that leaves the device unusable ("illegal memory access").
+"""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory has run out: `MemoryError`, `torch.OutOfMemoryError` (known by its name, for
-    torch is not loaded here), or what libraries raise in their places.
+    torch is not loaded here), what libraries raise in their places, or an error of others that was raised because of
+    one of these. This package's own errors say it by their class alone: their text may be that of another machine.
     """
-    named = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
-    told = isinstance(error, RuntimeError) and any(text in _own_text(error) for text in OUT_OF_MEMORY)
-    return isinstance(error, MemoryError) or named or told
+    kinds = {(kind.__module__, kind.__name__) for kind in type(error).__mro__}
+    if isinstance(error, MemoryError) or ("torch", "OutOfMemoryError") in kinds:
+        return True
+    if isinstance(error, OnlineDPOError) or not isinstance(error, Exception):
+        return False
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    if isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(_own_text(error)):
+        return True
+    within = error.exceptions if isinstance(error, ExceptionGroup) else ()
+    causes = within if error.__cause__ is None else (*within, error.__cause__)
+    return any(is_out_of_memory(cause) for cause in causes)
 
 
 def printable(text: str) -> str:

@@ -15,7 +15,7 @@ from datetime import timedelta
 import torch
 
 from online_dpo.distributed.collectives import HostGroup, any_rank, world_size
-from online_dpo.errors import OnlineDPOError, is_out_of_memory
+from online_dpo.errors import OnlineDPOError, error_text, is_out_of_memory
 
 HOST = torch.device("cpu")
 
@@ -25,10 +25,13 @@ class PassAbandoned(OnlineDPOError):
 
 
 class AgreedAttempt:
-    """How a pass ended: ``fits`` on all ranks, or not; and whether it was this rank whose memory ran out."""
+    """How a pass ended: ``fits`` on all ranks, or not; whether it was this rank whose memory ran out, and the error's
+    message.
+    """
 
     fits = False
     failed_here = False
+    reason = ""
 
 
 class Agreement:
@@ -77,7 +80,7 @@ class Agreement:
             if not self._abandoned:
                 if not is_out_of_memory(error):
                     raise
-                attempt.failed_here = True
+                attempt.failed_here, attempt.reason = True, error_text(error, first_line=True)
                 if self._inside:
                     any_rank(True, HOST, self.group)
         finally:

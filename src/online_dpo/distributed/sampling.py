@@ -8,17 +8,16 @@ that have finished make passes with one token for as long as another needs them.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
 
-import psutil
 import torch
 from torch import nn
 
 from online_dpo.distributed.collectives import any_rank, is_first_rank, max_over_ranks
+from online_dpo.distributed.device_memory import free_kept_memory, free_memory
 from online_dpo.distributed.weights import gathered, holds_all, is_sharded, shape_of
 from online_dpo.errors import WholeModelDoesNotFit
 
@@ -75,15 +74,10 @@ def whole_on(device: torch.device, model: nn.Module) -> Iterator[None]:
 
 def fits_whole(model: nn.Module, device: torch.device) -> bool:
     """Returns whether this rank has room for the whole weights of a sharded model."""
-    return ROOM * sum(shape_of(p).numel() * p.element_size() for p in model.parameters()) < free_memory(device)
-
-
-def free_memory(device: torch.device) -> int:
-    """Returns the bytes that can be had on a device: free ones, and those that torch holds without using them."""
-    if device.type != "cuda":
-        return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    needed = ROOM * sum(shape_of(p).numel() * p.element_size() for p in model.parameters())
+    if needed >= free_memory(device):
+        free_kept_memory()
+    return needed < free_memory(device)
 
 
 class _Together:

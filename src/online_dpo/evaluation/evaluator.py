@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from online_dpo.distributed.collectives import any_rank
+from online_dpo.distributed.device_memory import Kept
 from online_dpo.distributed.sampling import whole_on
 from online_dpo.distributed.weights import gathered
 from online_dpo.evaluation.gold import Gold
@@ -42,13 +43,14 @@ class ReferenceAnswers:
         self._reference, self.engine, self._sampler = reference, engine, sampler
         self._device = sampler.sync_check.device
         self._kept: dict[tuple[int, tuple[int, ...]], tuple[Completion, ...]] = {}
+        self._memory = Kept(engine.release)
 
     def prepare(self, prompts: Sequence[Prompt]) -> None:
         """Samples the completions of these prompts that are not kept yet. A collective operation."""
         new = [prompt for prompt in prompts if (prompt.row, prompt.token_ids) not in self._kept]
         if any_rank(bool(new), self._device):
             key = RolloutKey(self._sampler.seed, 0, Stream.REFERENCE)
-            with self._reference.at_start(), self._sampler.autocast():
+            with self._memory.in_use(), self._reference.at_start(), self._sampler.autocast():
                 for group in self.engine.generate(new, 1, self._sampler.params, key):
                     self._kept[group.prompt.row, group.prompt.token_ids] = group.completions
 
@@ -59,10 +61,6 @@ class ReferenceAnswers:
         if any((prompt.row, prompt.token_ids) not in self._kept for prompt in prompts):
             self.prepare(prompts)
         return [Group(prompt, self._kept[prompt.row, prompt.token_ids]) for prompt in prompts]
-
-    def release(self) -> None:
-        """Gives back memory that the engine keeps between calls."""
-        self.engine.release()
 
 
 class Evaluator:
@@ -177,8 +175,3 @@ class Evaluator:
         if isinstance(assessment, Scores):
             return scores, [win_share(own, other) for own, other in zip(assessment.values, scores, strict=True)]
         return scores, judged_wins(groups, reference_groups, self._assessor.preferences)
-
-    def release(self) -> None:
-        """Gives back memory that engines keep between calls."""
-        if self.reference_answers is not None:
-            self.reference_answers.release()

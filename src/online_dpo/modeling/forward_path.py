@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from online_dpo.distributed.collectives import any_rank
+from online_dpo.distributed.device_memory import free_kept_memory
 from online_dpo.errors import is_out_of_memory, named_error
 from online_dpo.modeling.attention.choice import use_sdpa, uses_flex_attention
 from online_dpo.modeling.attention.masks import why_not_shared
 from online_dpo.modeling.borrowing import ModelContext
 from online_dpo.modeling.introspection import computing_dtype
-from online_dpo.modeling.loading import empty_device_cache
 from online_dpo.modeling.logprobs import can_chunk, row_logprobs
 from online_dpo.modeling.memory import in_memory
 from online_dpo.modeling.tolerance import ROUNDING, allowed_difference
@@ -72,7 +72,7 @@ def choose_path(
         with in_memory() as attempt:
             return _choose_path(models, tried, share)
         assert not attempt.fits
-        empty_device_cache()
+        free_kept_memory()
     return None
 
 

@@ -135,7 +135,7 @@ class _Head:
         count, vocabulary = len(self.hidden_MH), len(self.weight_VH)
         buffer_XV = self.hidden_MH.new_empty((min(self.size, count), vocabulary), dtype=torch.float32)
         use_onednn = supports_onednn(self.weight_VH)
-        for start in range(0, count, self.size):
+        for start in range(0, max(count, 1), self.size):  # no token at all: one chunk of none
             chunk = slice(start, min(start + self.size, count))
             logits_XV = buffer_XV[: chunk.stop - chunk.start]
             with torch.autocast(self.hidden_MH.device.type, enabled=False):  # the inputs have the wanted dtype already

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -182,10 +181,3 @@ def forget_tied_names(model: nn.Module, missing: list[str]) -> None:
     loaded = {id(parameter) for name, parameter in named.items() if name not in missing}
     for name in [name for name in missing if name in named and id(named[name]) in loaded]:
         missing.remove(name)
-
-
-def empty_device_cache() -> None:
-    """Returns memory that the allocator caches without using it to the device."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

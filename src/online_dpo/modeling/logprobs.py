@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -23,14 +24,24 @@ from transformers import PreTrainedModel
 
 from online_dpo.modeling.attention.masks import attention_inputs
 from online_dpo.modeling.attention.rows import fitted_rows
+from online_dpo.modeling.fused_head import linear_logprobs, token_logprobs
 from online_dpo.modeling.introspection import accepts_argument, unwrapped
 from online_dpo.modeling.last_layer import enable_selective_last_layer, last_layer_kwargs
-from online_dpo.modeling.lm_head import LinearLogprobs, TokenLogprobs
+from online_dpo.modeling.weight_casts import weights_cast_once
 from online_dpo.types import PackedRows, RowLogprobs
 
 CHUNK_LOGITS = {"cpu": 2**23}
-CHUNK_LOGITS_ELSEWHERE = 2**27
-"""Logits (tokens times vocabulary) that exist at the same time; on a CPU few enough to stay in its caches."""
+CHUNK_LOGITS_ELSEWHERE = 2**28
+"""Logits (tokens times vocabulary) that exist at the same time. On a CPU few enough to stay in its caches.
+
+On a GPU many, for what a chunk costs whatever its size: the head is read by each product (2 V H bytes in bf16), and the
+gradient of its weight is read and written (8 V H). An H100 (990 TFLOP/s, 3.35 TB/s, 132 processors, 50 MB of cache)
+takes 8 V H / 3.35e12 s for the latter and 2 X V H / 990e12 s for its product with X tokens: as long at X = 1182, so a
+chunk has more, and cuBLAS hides the one behind the other. With a vocabulary of 151 936 these are 1766 tokens. Tiles of
+128 x 256 numbers then fill its processors 62 times, so that a last wave that is not full costs 1 % or 2 %. Chunks that
+stay in its cache (82 tokens) would save 8 bytes a logit, and read the head for 22 bytes a logit (H = 896). The memory
+is 1 GiB, and 0.5 GiB for gradients in bf16: part of the peak that `sizing.passing.logit_bytes` estimates.
+"""
 
 _linear_heads: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 """The result of `_is_linear` for each model."""
@@ -66,7 +77,7 @@ def row_logprobs(model: nn.Module, rows: PackedRows, entropy: bool = True, chunk
             **inputs, logprob_request=LogprobRequest(rows.source_M, rows.read_X, rows.target_M, entropy)
         )
     else:
-        token_logps_M, entropy_M = TokenLogprobs.apply(_all_logits(model, inputs, rows), rows.target_M, entropy)
+        token_logps_M, entropy_M = token_logprobs(_all_logits(model, inputs, rows), rows.target_M, entropy)
     logps_S = torch.segment_reduce(token_logps_M, "sum", lengths=rows.length_S, unsafe=True)
     return RowLogprobs(token_logps_M, entropy_M, logps_S)
 
@@ -115,7 +126,7 @@ def _requested_logprobs(
 def _chunked_logprobs(
     model: Any, hidden_MH: torch.Tensor, request: LogprobRequest
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities and entropies from hidden states: by `LinearLogprobs` if the head is linear, else by the
+    """Log-probabilities and entropies from hidden states: by `linear_logprobs` if the head is linear, else by the
     model's own head, whose chunks are recomputed in the backward pass (gradient checkpointing).
     """
     head = model.get_output_embeddings()
@@ -123,18 +134,19 @@ def _chunked_logprobs(
     if model not in _linear_heads:
         _linear_heads[model] = _is_linear(model)
     if _linear_heads[model] and _is_plain_linear(head):
-        return LinearLogprobs.apply(hidden_MH, head.weight, head.bias, request.target_M, request.entropy, size)
+        return linear_logprobs(hidden_MH, head.weight, head.bias, request.target_M, request.entropy, size)
     if head._forward_hooks or head._forward_pre_hooks:
         # Each call of a sharded head is a collective operation, and ranks may have different numbers of chunks.
         size = max(1, len(hidden_MH))
     parts = []
-    for hidden_XH, target_X in zip(hidden_MH.split(size), request.target_M.split(size), strict=True):
-        run = functools.partial(_project, model, itertools.count(), request.entropy)
-        if hidden_MH.requires_grad:
-            # Checkpointing restores the random state for the recomputation: adapters on the head may have dropout.
-            parts.append(checkpoint(run, hidden_XH, target_X, use_reentrant=False))
-        else:
-            parts.append(run(hidden_XH, target_X))
+    with nullcontext() if torch.is_grad_enabled() else weights_cast_once(head):
+        for hidden_XH, target_X in zip(hidden_MH.split(size), request.target_M.split(size), strict=True):
+            run = functools.partial(_project, model, itertools.count(), request.entropy)
+            if hidden_MH.requires_grad:
+                # Checkpointing restores the random state for the recomputation: adapters on the head may have dropout.
+                parts.append(checkpoint(run, hidden_XH, target_X, use_reentrant=False))
+            else:
+                parts.append(run(hidden_XH, target_X))
     logps, entropies = zip(*parts, strict=True)
     return torch.cat(logps), torch.cat(entropies)
 
@@ -146,7 +158,7 @@ def _project(
     no entropies, since they have no gradient.
     """
     first = next(runs) == 0
-    return TokenLogprobs.apply(_head(model, hidden_XH), target_X, entropy and first)
+    return token_logprobs(_head(model, hidden_XH), target_X, entropy and first)
 
 
 def _head(model: Any, hidden_XH: torch.Tensor) -> torch.Tensor:

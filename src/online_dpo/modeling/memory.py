@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 
+from online_dpo.distributed.device_memory import free_kept_memory
 from online_dpo.errors import OnlineDPOError, error_text, is_out_of_memory
-from online_dpo.modeling.loading import empty_device_cache
+from online_dpo.runs import events
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +32,10 @@ class DoesNotFit(OnlineDPOError, torch.OutOfMemoryError):
 
 
 class Attempt:
-    """Whether what was tried has fitted in memory."""
+    """Whether what was tried has fitted in memory; if not, ``reason`` is what the error said."""
 
     fits = False
+    reason = ""
 
 
 @contextmanager
@@ -50,6 +53,7 @@ def in_memory() -> Iterator[Attempt]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
+        attempt.reason = error_text(error, first_line=True)
 
 
 class Halving:
@@ -82,15 +86,30 @@ class Halving:
             if attempt.fits:
                 done += len(part)
             else:
-                self._lower(len(part))
+                self._lower(len(part), attempt.reason)
         return results
 
-    def _lower(self, size: int) -> None:
-        empty_device_cache()
+    def _lower(self, size: int, reason: str) -> None:
+        free_kept_memory()
         if size == 1 or not self._splits:
-            raise DoesNotFit(f"{self._what} ran out of memory with {size} at a time. {self._remedy}")
+            raise DoesNotFit(f"{self._what} ran out of memory with {size} at a time ({reason}). {self._remedy}")
         self.most = size // 2
-        logger.warning("%s ran out of memory; it goes on with %d at a time.", self._what, self.most)
+        text = f"{self._what} ran out of memory ({reason}); it goes on with {self.most} at a time."
+        events.warn(logger, "out_of_memory", text, items=size)
+
+
+def forget_tensors(error: BaseException) -> None:
+    """Frees what the frames hold that an error, or one that led to it, has passed through: its traceback would keep the
+    tensors of a forward pass alive.
+    """
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        one = waiting.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            traceback.clear_frames(one.__traceback__)
+            waiting += [one.__cause__, one.__context__]
 
 
 def named_memory_error(error: BaseException, where: str) -> DoesNotFit:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 from torch import nn
 
+from online_dpo.distributed.device_memory import Kept
 from online_dpo.distributed.sampling import whole_on
 from online_dpo.errors import ForeignCodeError
 from online_dpo.foreign import foreign
@@ -45,6 +46,7 @@ class Sampler:
         self.policy, self.engine, self.params = policy, engine, params
         self.vocabulary, self.sync_check = vocabulary, sync_check
         self._seed, self.autocast = seed, autocast
+        self._kept = Kept(engine.release)
 
     @property
     def seed(self) -> int:
@@ -81,7 +83,7 @@ class Sampler:
     def sample(self, prompts: Sequence[Prompt], count: int, key: RolloutKey) -> list[Group]:
         """Returns ``count`` completions of each prompt, sampled with the weights of the last `sync`."""
         who = f"Engine `{type(self.engine).__name__}`"
-        with self.autocast(), foreign(who, raises=ForeignCodeError):
+        with self._kept.in_use(), self.autocast(), foreign(who, raises=ForeignCodeError):
             return self.engine.generate(prompts, count, self.params, key)
 
     def release(self) -> None:

@@ -13,15 +13,15 @@ from online_dpo.sizing.held import FP32, HALF, Term, gradient_term, stepped_numb
 from online_dpo.sizing.plan import Plan
 from online_dpo.sizing.shape import ModelShape
 
-CHUNK_LOGITS, CHUNK_LOGITS_ON_CPU = 2**27, 2**23
+CHUNK_LOGITS, CHUNK_LOGITS_ON_CPU = 2**28, 2**23
 """Logits that exist at a time on a GPU, and on a CPU: `modeling.logprobs.CHUNK_LOGITS_ELSEWHERE` and ``["cpu"]``."""
 SEGMENTED = 384
 """Tokens of a row from which on a CPU reads it in segments: `modeling.attention.segments.SHORTEST`."""
 ARRAYS_SAMPLING = 4
 """Arrays of logits in fp32 while a token is drawn: the logits, those with a temperature, their probabilities, sums."""
 ARRAYS_FORWARD, ARRAYS_BACKWARD = 4.5, 2
-"""Arrays of a chunk in fp32 at a time. Forward: the logits, their exponentials, those of the chunk before, what the
-entropy sums, and half an array where products are in bf16. Backward: the logits, and their gradients in bf16.
+"""Arrays of a chunk in fp32 at a time, on a CPU. Forward: the logits, their exponentials, those of the chunk before,
+what the entropy sums, and half an array where products are in bf16. Backward: the logits, and their gradients in bf16.
 """
 
 
@@ -69,12 +69,9 @@ def scoring_terms(plan: Plan) -> Iterator[Term]:
 
 
 def kv_bytes(plan: Plan) -> int:
-    """Keys and values of a sampling call: of each prompt once, and of each completion.
-
-    Rotary embeddings have the type of the hidden states, which is that of the weights, and so have the keys.
-    """
+    """Keys and values of a sampling call, in the type of products: of each prompt once, and of each completion."""
     tokens = plan.sequences // plan.completions * plan.prompt_tokens + plan.sequences * plan.new_tokens
-    return plan.policy.layers * plan.policy.kv_width * (hidden_bytes(plan) + plan.compute_bytes) * tokens
+    return plan.policy.layers * plan.policy.kv_width * 2 * plan.compute_bytes * tokens
 
 
 def hidden_bytes(plan: Plan) -> int:
@@ -86,12 +83,13 @@ def hidden_bytes(plan: Plan) -> int:
 def pass_terms(plan: Plan) -> Iterator[Term]:
     """Yields what the fullest forward and backward pass of a step needs, gradients included."""
     alone = replace(plan, tokens_per_pass=plan.tokens_alone)
-    beside = (gradient_term(plan), *_of_a_pass(plan))
-    own = (*_gradients_at_first(plan), *_of_a_pass(alone)) if plan.tokens_alone else ()
+    beside = (gradient_term(plan), *of_a_pass(plan))
+    own = (*_gradients_at_first(plan), *of_a_pass(alone)) if plan.tokens_alone else ()
     yield from max(beside, own, key=lambda terms: sum(term.gpu for term in terms))
 
 
-def _of_a_pass(plan: Plan) -> Iterator[Term]:
+def of_a_pass(plan: Plan) -> Iterator[Term]:
+    """Yields what a pass needs beside what is held and gradients."""
     yield Term("buckets", _bucket_bytes(plan))
     yield Term("gathered for a pass", _live_bytes(plan))
     yield Term("activations", activation_bytes(plan))
@@ -161,15 +159,26 @@ def layer_bytes_of_a_token(shape: ModelShape, bf16: bool, hidden: int = FP32) ->
 
 
 def logit_bytes(plan: Plan) -> int:
-    """Logits of a chunk, with the head in the type of its products; in the backward pass also the head's gradient: in
-    fp32 over all chunks, and of one.
+    """Logits of a chunk and their gradient, with the head in the type of its products; in the backward pass of a
+    trained head also the gradient of its weight, in fp32 and at the end in the weight's own type.
     """
     shape = plan.policy
     most = CHUNK_LOGITS_ON_CPU if plan.on_cpu else CHUNK_LOGITS
-    tokens = min(plan.tokens_per_pass, max(1, most // shape.vocabulary))
-    chunk, head = FP32 * tokens * shape.vocabulary, shape.vocabulary * shape.hidden
+    numbers = min(plan.tokens_per_pass, max(1, most // shape.vocabulary)) * shape.vocabulary
+    head = shape.vocabulary * shape.hidden
     cast = HALF * head if plan.bf16 and hidden_bytes(plan) == FP32 else 0
-    if plan.on_cpu and not plan.bf16:
+    if plan.on_cpu:
+        return _logit_bytes_on_cpu(plan, FP32 * numbers, cast)
+    chunk = (FP32 + plan.compute_bytes) * numbers + cast
+    if plan.adapter != "none":
+        return chunk
+    return max(chunk + FP32 * head, head * (FP32 + hidden_bytes(plan)) if hidden_bytes(plan) == HALF else 0)
+
+
+def _logit_bytes_on_cpu(plan: Plan, chunk: int, cast: int) -> int:
+    """Where each operation gives an array of its own, and products of half-precision numbers round."""
+    head = plan.policy.vocabulary * plan.policy.hidden
+    if not plan.bf16:
         cast = FP32 * head + chunk  # oneDNN's own copy of the head, and its result, which is copied
     forward = int(ARRAYS_FORWARD * chunk) + cast
     if plan.adapter != "none":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -239,6 +240,8 @@ def train_on_one_device_per_process(args: OnlineDPOConfig) -> None:
             stacklevel=3,
         )
         args._n_gpu = 1
+    if args.full_determinism:  # cuBLAS reads it at its first product, which may be before transformers sets the same
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     if args.device.type == "cpu":
         args.dataloader_pin_memory = False  # memory is pinned for a copy to a GPU; without one torch warns
         keep_freed_memory()

@@ -14,6 +14,7 @@ from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.data.collate import prompts_from_batch
 from online_dpo.data.cut import CUT
 from online_dpo.distributed.collectives import from_every_rank
+from online_dpo.distributed.device_memory import Kept
 from online_dpo.errors import ForeignCodeError
 from online_dpo.evaluation.evaluator import FormPairs
 from online_dpo.foreign import foreign
@@ -68,6 +69,7 @@ class FeedbackCollector:
         run: RunContext,
     ) -> None:
         self.args, self.sampler, self.opponent, self.assessor = args, sampler, opponent, assessor
+        self._opponent_memory = Kept(opponent.release)
         self.form_pairs, self.run = form_pairs, run
         self.lookahead = Lookahead(args.max_staleness)
         self._sampler_is_free = Event()
@@ -159,7 +161,8 @@ class FeedbackCollector:
                 self.lookahead.wait()  # steps begun before may sample again until they are paired, with older weights
         with self.run.phase.stopwatch() as watch, self.sampler.autocast():
             key = RolloutKey(self.args.seed, step, Stream.OPPONENT)
-            opponent_groups = self.opponent.answer(prompts, self.sampler.params, key)
+            with self._opponent_memory.in_use():
+                opponent_groups = self.opponent.answer(prompts, self.sampler.params, key)
         self.sync(prompts)  # wakes an engine in this process, which then needs the memory
         samples = Samples(opponent_groups, watch.seconds)
         self._sampler_is_free = done = Event()
@@ -285,8 +288,3 @@ class FeedbackCollector:
     def wait(self) -> None:
         """Waits until nothing that was begun asks the engine or the scorers any more."""
         self.lookahead.wait()
-
-    def release(self) -> None:
-        """Gives back memory that engines keep between calls."""
-        self.sampler.release()
-        self.opponent.release()

@@ -21,13 +21,14 @@ from online_dpo.checkpoints.folders import by_age, folder_of
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.distributed.agreement import Agreement
 from online_dpo.distributed.collectives import RankErrors
+from online_dpo.distributed.device_memory import free_kept_memory
 from online_dpo.distributed.on_cpu import fsdp_on_cpu
 from online_dpo.distributed.process_state import kept_environment, kept_random_state
 from online_dpo.distributed.rank_watch import watch_ranks
 from online_dpo.distributed.sharding import sharding_for
 from online_dpo.distributed.weights import full
 from online_dpo.modeling.borrowing import kept_flags
-from online_dpo.modeling.loading import ConfigKeeper, empty_device_cache, forget_tied_names
+from online_dpo.modeling.loading import ConfigKeeper, forget_tied_names
 from online_dpo.modeling.precision import keeps_small_steps
 from online_dpo.packing.microbatches import tokens_read
 from online_dpo.training.checkpointing import Checkpoints
@@ -42,6 +43,7 @@ from online_dpo.training.log_state import LogState
 from online_dpo.training.metric_store import MetricStore
 from online_dpo.training.metrics.work import Work, cost_of
 from online_dpo.training.other_ranks import OtherRanks
+from online_dpo.training.pass_size import PassSize
 from online_dpo.training.passes import PassRunner
 from online_dpo.training.recording import Recording, tells_end
 from online_dpo.training.rescue import Rescue
@@ -81,8 +83,9 @@ class GuardedTrainer(Trainer):
         self.metrics = MetricStore()
         self.phase = PhaseTimer(self.metrics, self.accelerator.device)
         self.errors = RankErrors(self.accelerator.device)
-        parts = (self.metrics, self.phase, lambda: self.objective.row_capacity, agreement, self.errors)  # pyright: ignore[reportAttributeAccessIssue]
-        self.passes = PassRunner(*parts, lambda: self.sharding.abandon_pass(self.model), self.free_memory)  # pyright: ignore[reportArgumentType]
+        self.pass_size = PassSize(args, self.sharding, lambda: self.optimizer, self.accelerator.device)
+        parts = (self.metrics, self.phase, lambda: self.pass_size.row_capacity, agreement, self.errors)
+        self.passes = PassRunner(*parts, lambda: self.sharding.abandon_pass(self.model), free_kept_memory)  # pyright: ignore[reportArgumentType]
         self.evaluation_weights = EvaluationWeights(lambda: self.optimizer, lambda: self.is_in_train)
         self._build_guards(args)
         self.resumed_random_state = ResumedRandomState(super()._load_rng_state)
@@ -98,7 +101,7 @@ class GuardedTrainer(Trainer):
             differs=lambda: self.checkpoints.identity.differs or self.checkpoints.from_others,
         )
         self.checkpoints = Checkpoints(args, self.accelerator, lambda: self.state)
-        self.run_state = RunState(self.guard, self.log_state, self.recording)
+        self.run_state = RunState(self.guard, self.log_state, self.recording, self.pass_size)
 
     def _build_guards(self, args: OnlineDPOConfig) -> None:
         """Builds what watches over the run, in the order in which the callbacks among it are called."""
@@ -359,10 +362,6 @@ class GuardedTrainer(Trainer):
         *others, last = inputs["passes"]
         losses = [self.passes.run(rows, one_pass, last=False) for rows in others]
         return torch.stack([*losses, self.passes.run(last, one_pass, last=True)]).sum()
-
-    def free_memory(self) -> None:
-        """Gives back memory of the device that can be had again; called after a pass that did not fit."""
-        empty_device_cache()
 
     def _on_skip(self, pairs: int) -> None:
         self.metrics.total("guard/skipped_pairs", pairs / self.accelerator.num_processes)

@@ -28,18 +28,19 @@ one of the optimizer step, in which ranks exchange gradients."""
 
 @dataclass(frozen=True)
 class Misfit:
-    """What did not fit in the memory of a rank: the size of the pass."""
+    """What did not fit in the memory of a rank: the size of the pass, and what the error said."""
 
     pairs: int
     tokens: int
     width: int
+    reason: str
 
     def error(self) -> DoesNotFit:
         """Returns the error that says what to lower."""
         return DoesNotFit(
             f"A pass of {self.pairs} pair(s), in rows of {self.width} tokens, does not fit in memory and cannot be "
-            "split here. Lower `max_tokens_per_pass` (which splits micro-batches of several pairs), `max_length` or "
-            "`max_new_tokens`."
+            f"split here ({self.reason}). Lower `max_tokens_per_pass` (which splits micro-batches of several pairs), "
+            "`max_length` or `max_new_tokens`."
         )
 
 
@@ -57,7 +58,7 @@ class PassRunner:
         agreement: ends a pass on all ranks where it does not fit on one.
         errors: ends the run on all ranks where nothing can be split.
         abandon: makes the model ready for another pass after one that did not end, and drops the step's gradients.
-        free_memory: gives back memory of the device that can be had again.
+        free_memory: gives back memory that is kept between calls, such as the sampler's.
     """
 
     def __init__(
@@ -75,13 +76,17 @@ class PassRunner:
         self._abandon, self._free_memory = abandon, free_memory
         self._done: list[PackedRows] = []
         self._misfit: Misfit | None = None
-        self._tried_again = False
+        self._tried_again = self._needs_all = False
         self.tokens_that_fit = sys.maxsize
 
     def begin_step(self) -> None:
-        """Forgets the passes of the step before."""
+        """Forgets the passes of the step before. Where a single pair once needed memory that had to be freed for it,
+        that is freed now, so that no pass fails in each step.
+        """
         self._done = []
         self._tried_again = False
+        if self._needs_all:
+            self._free_memory()
 
     def run(self, rows: PackedRows, one_pass: Pass, last: bool = True) -> torch.Tensor:
         """Runs one pass, or as many as fit in memory, and returns the sum of their losses. A collective operation.
@@ -111,7 +116,8 @@ class PassRunner:
             with self._phase("training"), self._agreement.one_pass() as attempt:
                 losses.append(one_pass(part, last and number == len(parts)))
             if not attempt.fits:
-                size = Misfit(len(part.pairs), token_count(part.pairs), part.tokens.ids_RT.shape[1])
+                width = part.tokens.ids_RT.shape[1]
+                size = Misfit(len(part.pairs), token_count(part.pairs), width, attempt.reason)
                 self._misfit = size if attempt.failed_here else None
                 return None
         return torch.stack(losses).sum()
@@ -135,9 +141,10 @@ class PassRunner:
         whole = [size for size in misfits if size.pairs < 2]
         self._errors.raise_if_any(whole[0].error() if whole and self._tried_again else None)
         self._tried_again = self._tried_again or bool(whole)
+        self._needs_all = self._needs_all or bool(whole)
         halves = [size.tokens // 2 for size in misfits if size.pairs > 1]
         self.tokens_that_fit = min([self.tokens_that_fit, *halves])
         if self._misfit is not None:
             what = "it is split in two" if self._misfit.pairs > 1 else "it is tried once more with what could be freed"
-            text = f"A pass of {self._misfit.pairs} pairs ran out of memory; {what}."
+            text = f"A pass of {self._misfit.pairs} pairs ran out of memory ({self._misfit.reason}); {what}."
             events.warn(logger, "out_of_memory", text, pairs=self._misfit.pairs, tokens=self._misfit.tokens)

@@ -11,9 +11,11 @@ from typing import Any
 from transformers import TrainerState
 
 from online_dpo.distributed.collectives import RankErrors
+from online_dpo.distributed.device_memory import free_kept_memory
 from online_dpo.distributed.process_state import kept_random_state
 from online_dpo.distributed.rank_watch import explained
-from online_dpo.errors import CheckpointError, TrainingInterrupted, named_error
+from online_dpo.errors import CheckpointError, TrainingInterrupted, is_out_of_memory, named_error
+from online_dpo.modeling.memory import forget_tensors
 from online_dpo.training.failures import NamedCallbacks, StepsDone, blamed
 from online_dpo.training.other_ranks import OtherRanks
 
@@ -70,6 +72,9 @@ class Rescue:
         """Saves the steps that are done, if there is anything new in them. One rank that failed alone cannot: the
         others would not take part. They do, without it.
         """
+        if is_out_of_memory(error):  # saving needs some as well
+            forget_tensors(error)
+            free_kept_memory()
         state = self._state()
         full = isinstance(error, CheckpointError)  # a second try would end as the first
         with self._others.saving_after(error, self._errors.raised, state.global_step) as may_save:

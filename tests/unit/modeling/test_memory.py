@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from online_dpo.errors import OnlineDPOError, ScoringError, is_out_of_memory
+from online_dpo.errors import OnlineDPOError, ScoringError, error_text, is_out_of_memory
 from online_dpo.foreign import foreign
 from online_dpo.modeling.memory import DoesNotFit, Halving, in_memory, named_memory_error
 
@@ -54,7 +54,8 @@ def test_items_are_halved_until_they_fit_and_stay_in_order(error: Exception, cap
     assert halving(range(10), room) == [2 * number for number in range(10)]
     assert room.sizes == [10, 5, 2, 2, 2, 2, 2]
     assert [record.getMessage() for record in caplog.records] == [
-        f"Judge `j` ran out of memory; it goes on with {most} at a time." for most in (5, 2)
+        f"Judge `j` ran out of memory ({error_text(error, first_line=True)}); it goes on with {most} at a time."
+        for most in (5, 2)
     ]
     room.sizes.clear()
     assert halving(range(3), room) == [0, 2, 4] and room.sizes == [2, 1]
@@ -62,8 +63,9 @@ def test_items_are_halved_until_they_fit_and_stay_in_order(error: Exception, cap
 
 @pytest.mark.parametrize("error", ERRORS)
 def test_one_that_does_not_fit_says_what_to_lower(error: Exception) -> None:
-    with pytest.raises(DoesNotFit, match=r"^It ran out of memory with 1 at a time. Lower this\.$"):
+    with pytest.raises(DoesNotFit, match=r"^It ran out of memory with 1 at a time \(.*\)\. Lower this\.$") as caught:
         Halving("It", "Lower this.")([1, 2], Room(0, error))
+    assert error_text(error, first_line=True) in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(DoesNotFit, match="with 2 at a time"):
         Halving("It", splits=False)([1, 2], Room(1, error))
 

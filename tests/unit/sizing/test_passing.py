@@ -1,5 +1,6 @@
 """What comes and goes within a step, against what a small model allocates."""
 
+import contextlib
 import weakref
 from dataclasses import replace
 
@@ -11,7 +12,9 @@ from torch.utils._pytree import tree_leaves
 from online_dpo.modeling import logprobs
 from online_dpo.modeling.attention import segments
 from online_dpo.modeling.attention.choice import use_segments
+from online_dpo.modeling.fused_head import FusedLinearLogprobs
 from online_dpo.modeling.lm_head import LinearLogprobs
+from online_dpo.modeling.logit_kernels import LogitKernels, logit_gradient, softmax_sums
 from online_dpo.modeling.logprobs import enable_logprobs, row_logprobs
 from online_dpo.packing.pack import pack_pairs
 from online_dpo.rollout.builtin.engine import TransformersEngine
@@ -23,6 +26,7 @@ from online_dpo.sizing.plan import Plan
 from online_dpo.sizing.shape import MODELS, shape_of
 from online_dpo.types import Pair
 from support import tiny
+from support.half_products import half_products_on_cpu
 
 KINDS = {"llama": {}, "qwen2": dict(hidden_size=64, intermediate_size=80), "qwen3": dict(head_dim=16)}
 
@@ -110,17 +114,47 @@ class Peak(TorchDispatchMode):
         self.now -= size
 
 
-@pytest.mark.parametrize("hidden", [64, 2048])  # logits are more, and the head is
+def opaque_kernels():
+    """The passes over logits as operators, which allocate nothing but their results: as if compiled."""
+
+    @torch.library.custom_op("online_dpo_tests::sums", mutates_args=())
+    def sums(
+        logits: torch.Tensor, bias: torch.Tensor | None, target: torch.Tensor, entropy: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        return tuple(part.clone() for part in softmax_sums(logits, bias, target, entropy))
+
+    @torch.library.custom_op("online_dpo_tests::gradient", mutates_args=())
+    def gradient(
+        logits: torch.Tensor,
+        bias: torch.Tensor | None,
+        target: torch.Tensor,
+        top: torch.Tensor,
+        log_sum: torch.Tensor,
+        grad: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        return logit_gradient(logits, bias, target, top, log_sum, grad, dtype)
+
+    return LogitKernels(sums, gradient)
+
+
+@pytest.mark.parametrize("hidden", [64, 1024])  # logits are more, and the head is
 @pytest.mark.parametrize("trained", [False, True])
-def test_logits(trained, hidden):
-    tokens, vocabulary = 512, 8192
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_logits(trained, hidden, on_cpu):
+    tokens, vocabulary = 256, 8192
     states = torch.randn(tokens, hidden, dtype=torch.bfloat16, requires_grad=True)
     head = torch.randn(vocabulary, hidden, requires_grad=trained, dtype=torch.float32 if trained else torch.bfloat16)
-    with torch.autocast("cpu", torch.bfloat16), Peak() as peak:
-        targets = torch.zeros(tokens, dtype=torch.long)
-        LinearLogprobs.apply(states, head, None, targets, True, 128)[0].sum().backward()
+    inputs = states, head, None, torch.zeros(tokens, dtype=torch.long), True, 128
+    fused = contextlib.nullcontext() if on_cpu else half_products_on_cpu()
+    with fused, torch.autocast("cpu", torch.bfloat16), Peak() as peak:
+        if on_cpu:
+            logps, _ = LinearLogprobs.apply(*inputs)
+        else:
+            logps, _ = FusedLinearLogprobs.apply(*inputs, opaque_kernels())
+        logps.sum().backward()
     shape = replace(MODELS["0.5B"], hidden=hidden, vocabulary=vocabulary)
-    plan = Plan(shape, adapter="none" if trained else "lora", tokens_per_pass=128)
+    plan = Plan(shape, adapter="none" if trained else "lora", tokens_per_pass=128, on_cpu=on_cpu)
     assert peak.most == pytest.approx(logit_bytes(plan), rel=0.15)
 
 

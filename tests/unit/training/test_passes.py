@@ -81,7 +81,10 @@ def test_a_single_pair_is_tried_once_more_with_what_could_be_freed():
     roomier.free = lambda: setattr(roomier, "room", 1)
     roomier.runner._free_memory = roomier.free
     assert roomier.run(1) == [1.0] and roomier.gradient == 1
+    freed = []
+    roomier.runner._free_memory = lambda: freed.append(1)
     assert roomier.run(2) == [3.0] and roomier.runner.tokens_that_fit == 8
+    assert len(freed) == 2, "at the begin of the step, since a pair has needed it before; and once more"
 
 
 def test_passes_that_were_done_before_are_split_as_well():

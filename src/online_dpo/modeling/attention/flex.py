@@ -8,7 +8,6 @@ Shapes: ``R`` rows, ``T`` tokens of a row, ``B`` blocks of a row.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,7 @@ from transformers.masking_utils import sdpa_mask
 
 from online_dpo.modeling.attention import kernel_check, sdpa
 from online_dpo.modeling.attention.kernel_check import Call
+from online_dpo.modeling.compiling import recompilation_limit
 from online_dpo.packing.prefix_tree import BLOCK, PADDING
 from online_dpo.types import TokenRows
 
@@ -39,7 +39,6 @@ CHUNK = 2**26
 
 MaskMod = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
-_calling = threading.RLock()
 _compiled: dict[Any, Callable[..., torch.Tensor]] = {}
 _right: set[Call] = set()
 """Kinds of call whose compiled kernels gave the right values."""
@@ -132,9 +131,7 @@ def _call_compiled(
     """`_compute`, compiled once for all lengths."""
     if BACKEND not in _compiled:
         _compiled[BACKEND] = torch.compile(_compute, backend=BACKEND, dynamic=True, fullgraph=True)
-    # Up to 2.12, torch has one limit for the whole process. So it is raised for the time of a call, by one thread at a
-    # time: reward models compute in another.
-    with _calling, torch._dynamo.config.patch(recompile_limit=COMPILATIONS):
+    with recompilation_limit(COMPILATIONS):
         return _compiled[BACKEND](query, key, value, mask, scale, query.shape[1] != key.shape[1])
 
 

@@ -13,6 +13,10 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from online_dpo.distributed.device_memory import empty_device_cache
+from online_dpo.modeling.memory import in_memory
+from online_dpo.rollout.builtin.capture import NotCapturableError, capture
+
 MAX_GRAPHS = 64
 SYNCHRONISING_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 INDEXING = {
@@ -23,10 +27,6 @@ INDEXING = {
 }
 """Operations that synchronise if an index is a mask, and the number of the argument that holds the indices."""
 COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
-
-
-class NotCapturableError(RuntimeError):
-    """A step contains an operation that cannot be captured in a CUDA graph."""
 
 
 class CapturableOnly(TorchDispatchMode):
@@ -81,14 +81,14 @@ class StepGraphs:
             step: may be called more than once, so it must write the same values each time.
 
         Raises:
-            NotCapturableError: the step cannot be captured.
+            NotCapturableError: the step cannot be captured. Then, and where memory runs out, all graphs are freed.
         """
         if key in self._graphs:
             self._graphs[key] = self._graphs.pop(key)  # moves it to the end: the most recently used
         else:
             while len(self._graphs) >= self.max_graphs:
                 del self._graphs[next(iter(self._graphs))]
-            self._graphs[key] = self._capture(step, device)
+            self._graphs[key] = self._captured(step, device)
             self.captured += 1
         graph, result = self._graphs[key]
         if graph is None:
@@ -99,7 +99,20 @@ class StepGraphs:
     def release(self) -> None:
         """Frees all graphs and the memory of their results."""
         self._graphs.clear()
-        self._pool = None
+        self._pool = self._stream = None
+
+    def _captured(self, step: Callable[[], Any], device: torch.device) -> tuple[torch.cuda.CUDAGraph | None, Any]:
+        """A new graph. Where there is no memory for it, the others are freed for it."""
+        try:
+            with in_memory() as attempt:
+                return self._capture(step, device)
+            assert not attempt.fits
+            self.release()
+            empty_device_cache()
+            return self._capture(step, device)
+        except Exception:
+            self.release()
+            raise
 
     def _capture(self, step: Callable[[], Any], device: torch.device) -> tuple[torch.cuda.CUDAGraph | None, Any]:
         if device.type != "cuda":
@@ -115,12 +128,6 @@ class StepGraphs:
         with torch.cuda.stream(self._stream):
             with CapturableOnly():
                 step()  # a warm-up: libraries such as cuBLAS initialise in their first call, which cannot be captured
-            # The graph must not read copies in autocast's cache, which is emptied later; nor may later code find the
-            # copies in it that the graph makes, whose memory belongs to the graph.
-            torch.clear_autocast_cache()
-            # `thread_local`: another thread may score on the same GPU, and its calls must not fail the capture.
-            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-                result = step()
-            torch.clear_autocast_cache()
+            result = capture(graph, step, self._pool, self._stream)
         torch.cuda.current_stream(device).wait_stream(self._stream)
         return graph, result

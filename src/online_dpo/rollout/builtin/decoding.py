@@ -157,7 +157,7 @@ class Decoder(StepwiseDecoder):
     def _forward(self, token_B: torch.Tensor, lengths_G: torch.Tensor, num_completions: int) -> torch.Tensor:
         """Runs one decoding step, with ``num_completions`` sequences for each prompt; returns the logits, (B, V)."""
         position_B1 = (lengths_G + self.kv_cache.slot).repeat_interleave(num_completions)[:, None]
-        masks = {kind: self._mask(lengths_G, window, num_completions) for kind, window in self._windows.items()}
+        masks = {kind: self._hidden(lengths_G, window, num_completions) for kind, window in self._windows.items()}
         with kv_cache_attention(self.config):
             output = self.model(
                 input_ids=token_B[:, None],
@@ -169,9 +169,9 @@ class Decoder(StepwiseDecoder):
             )
         return output.logits[:, -1]
 
-    def _mask(self, lengths_G: torch.Tensor, window: int | None, num_completions: int) -> torch.Tensor | None:
-        """The attention mask of a step over prompt and completion slots, (B, 1, 1, P + C) bool; ``None`` if all slots
-        are visible.
+    def _hidden(self, lengths_G: torch.Tensor, window: int | None, num_completions: int) -> torch.Tensor | None:
+        """The prompt and completion slots that queries of a step do not attend to, (B, 1, 1, P + C) bool; ``None`` if
+        they attend to all of them. This form saves each layer the negation of an attention mask.
 
         It is computed from positions, which are also what a sliding ``window`` is measured in: padding has negative
         ones, and slots that are not written yet have later ones than the current token.
@@ -184,7 +184,7 @@ class Decoder(StepwiseDecoder):
         slot_C = torch.arange(kv_cache.width, device=self.device)
         position_GX = torch.cat([position_GP, length_G1 + slot_C], dim=1)
         current_G1 = length_G1 + kv_cache.slot
-        visible_GX = (position_GX >= 0) & (position_GX <= current_G1)
+        hidden_GX = (position_GX < 0) | (position_GX > current_G1)
         if window is not None:
-            visible_GX &= current_G1 - position_GX < window
-        return visible_GX.repeat_interleave(num_completions, dim=0)[:, None, None]
+            hidden_GX |= current_G1 - position_GX >= window
+        return hidden_GX.repeat_interleave(num_completions, dim=0)[:, None, None]

@@ -33,7 +33,8 @@ FIRST_SLOTS = 64
 class KVLayer:
     """Cached keys and values of one layer: of prompts (G, N, P, D) and of completions (B, N, C, D).
 
-    Prompts are padded on the left, so that all of them end in the last prompt slot.
+    Prompts are padded on the left, so that all of them end in the last prompt slot. All are in the dtype that the
+    attention's products compute in, so that no step converts what earlier ones have written.
     """
 
     prompt_keys: torch.Tensor
@@ -113,7 +114,10 @@ class KVCache:
         return self.layers[index]
 
     def write(self, index: int, key: torch.Tensor, value: torch.Tensor) -> KVLayer:
-        """Writes the key and value of the current token of each completion; returns views of all that queries read."""
+        """Writes the key and value of the current token of each completion; returns views of all that queries read.
+
+        They are converted to the dtype of the cache.
+        """
         layer = self.layers[index]
         layer.keys[:, :, self.slot : self.width] = key
         layer.values[:, :, self.slot : self.width] = value
@@ -130,10 +134,15 @@ class KVCache:
         scaling: float,
         options: dict[str, Any],
     ) -> torch.Tensor:
-        """Writes keys and values into the cache, and returns the attention output, (B, tokens, heads, D)."""
+        """Writes keys and values into the cache, and returns the attention output, (B, tokens, heads, D).
+
+        Args:
+            mask: in a prefill what queries attend to, else what they do not: see `attend`.
+        """
         index: Any = module.layer_idx
         if self._prompt_group_X is None:
-            return _read(query, self.write(index, key, value), mask, scaling, options)
+            return attend(query, self.write(index, key, value), mask, scaling, options)
+        key, value = _as_multiplied(key), _as_multiplied(value)
         layer, length = self.prompt_layer(index, key, value), key.shape[2]
         layer.prompt_keys[self._prompt_group_X, :, layer.prompt_keys.shape[2] - length :] = key
         layer.prompt_values[self._prompt_group_X, :, layer.prompt_values.shape[2] - length :] = value
@@ -173,13 +182,16 @@ def _attention(
     return kv_cache.write_and_attend(module, query, key, value, attention_mask, scale, options), None
 
 
-def _read(
-    query: torch.Tensor, layer: KVLayer, mask: torch.Tensor | None, scaling: float, options: dict[str, Any]
+def attend(
+    query: torch.Tensor, layer: KVLayer, hidden: torch.Tensor | None, scaling: float, options: dict[str, Any]
 ) -> torch.Tensor:
     """Attention of one query of each sequence, (B, heads, 1, D), to its prompt and to its own tokens.
 
     Scores of prompt slots and of completion slots are computed apart, because their keys are stored apart, and go
     through one softmax.
+
+    Args:
+        hidden: the slots that a query does not attend to, (B, 1, 1, P + C) bool; ``None``: it attends to all.
     """
     groups, kv_heads, prompt_slots, size = layer.prompt_keys.shape
     sequences, heads = query.shape[:2]
@@ -195,11 +207,11 @@ def _read(
         x_GNKQX = x_GNYX.view(groups, kv_heads, completions, queries_per_head, -1)
         return x_GNKQX.transpose(1, 2).reshape(sequences, kv_heads, queries_per_head, -1)
 
-    query_BNQD = query.reshape(sequences, kv_heads, queries_per_head, size) * scaling
+    query_BNQD = (query.reshape(sequences, kv_heads, queries_per_head, size) * scaling).to(layer.keys.dtype)
     prompt_scores_BNQP = by_sequence(by_group(query_BNQD) @ layer.prompt_keys.mT)
     completion_scores_BNQC = query_BNQD @ layer.keys.mT
     scores = torch.cat([prompt_scores_BNQP, completion_scores_BNQC], dim=-1)
-    probs = _softmax(scores, mask, options).to(query.dtype)
+    probs = _softmax(scores, hidden, options).to(layer.values.dtype)
     output = by_sequence(by_group(probs[..., :prompt_slots]) @ layer.prompt_values)
     output = output + probs[..., prompt_slots:] @ layer.values
     return output.reshape(sequences, 1, heads, -1)
@@ -218,28 +230,44 @@ def _read_prompt(
     query = query.reshape(groups, kv_heads, -1, size) * scaling  # (G, N, Q * P, D)
     scores = (query @ key.mT).view(groups, kv_heads, -1, length, length)
     if mask is None:
-        mask = torch.ones(length, length, dtype=torch.bool, device=key.device).tril()[None, None]
+        hidden = torch.ones(length, length, dtype=torch.bool, device=key.device).triu(1)[None, None]
+    else:
+        hidden = ~mask
     scores = scores.flatten(1, 2)
-    probs = _softmax(scores, mask, options).to(value.dtype).view(groups, kv_heads, -1, length)
+    probs = _softmax(scores, hidden, options).to(value.dtype).view(groups, kv_heads, -1, length)
     return (probs @ value).view(groups, -1, length, value.shape[-1]).transpose(1, 2)
 
 
-def _softmax(scores: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any]) -> torch.Tensor:
-    """Attention probabilities in fp32, with the model's soft cap and attention sinks, if any.
+def _softmax(scores: torch.Tensor, hidden: torch.Tensor | None, options: dict[str, Any]) -> torch.Tensor:
+    """Attention probabilities, computed in fp32, with the model's soft cap and attention sinks, if any.
 
     ``scores`` have key/value heads in dimension 1 and the query heads of each in dimension 2, or all query heads in
     dimension 1. A sink takes a part of the probability and gives no value, so its column is dropped at the end.
     """
+    if scores.is_cuda and not options:
+        # A GPU's softmax computes in fp32 whatever it reads and writes. `torch.softmax` is one that autocast converts
+        # to fp32 and back, which are two more kernels.
+        return torch._softmax(scores if hidden is None else scores.masked_fill(hidden, float("-inf")), -1, False)
     scores = scores.float()
     softcap, sinks_H = options.get("softcap"), options.get("sinks_H")
     if softcap is not None:
         scores = (scores / softcap).tanh() * softcap
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, float("-inf"))
     if sinks_H is None:
         return scores.softmax(dim=-1)
     sinks = sinks_H.float().view(1, scores.shape[1], -1, 1).expand(*scores.shape[:-1], 1)
     return torch.cat([scores, sinks], dim=-1).softmax(dim=-1)[..., :-1]
+
+
+def _as_multiplied(x: torch.Tensor) -> torch.Tensor:
+    """A tensor in the dtype in which its matrix products are computed: autocast's, if it is on.
+
+    Rotary embeddings compute in fp32 under autocast. If their keys stayed in fp32, autocast would convert the whole
+    cache again for each product.
+    """
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def _grown(kept: torch.Tensor, sequences: int, slots: int) -> torch.Tensor:

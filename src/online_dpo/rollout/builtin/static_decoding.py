@@ -13,16 +13,17 @@ vocabulary; all but the last are rounded up inside a step.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from online_dpo.modeling.introspection import computing_dtype, forward_state_key
-from online_dpo.rollout.builtin.cast_linears import CastLinears
 from online_dpo.rollout.builtin.cuda_graphs import StepGraphs
 from online_dpo.rollout.builtin.decoding import Decoder
-from online_dpo.rollout.builtin.kv_cache import KVCache, KVLayer
+from online_dpo.rollout.builtin.kv_cache import KVCache, KVLayer, attend
+from online_dpo.rollout.builtin.linear_copies import LinearCopies
 from online_dpo.rollout.builtin.sampling import next_tokens
 from online_dpo.rollout.params import SamplingParams
 
@@ -54,12 +55,13 @@ class StaticBuffers:
     and the graphs that were captured with them.
 
     They are used again in later calls, while the optimizer changes the weights in place. More groups or slots than
-    before, or another state of the model (`forward_state_key`), need new buffers and new graphs.
+    before, another state of the model (`forward_state_key`), or copies of its weights at other addresses need new
+    buffers and new graphs.
     """
 
     def __init__(self) -> None:
         self.graphs = StepGraphs()
-        self.linears = CastLinears()
+        self.linears = LinearCopies()
         self.layers: dict[int, KVLayer] = {}
         self._inputs: dict[str, torch.Tensor] = {}
         self._model_state: tuple[Any, ...] = ()
@@ -69,10 +71,10 @@ class StaticBuffers:
         """Prepares the buffers for a new batch of at most this size. Drops them first, with all graphs, if they are too
         small or the model's state is another.
         """
-        model_state = (*forward_state_key(model), computing_dtype(model))
+        model_state = (*forward_state_key(model), computing_dtype(model), self.linears.made)
         capacity = tuple(map(max, zip(self._capacity, (groups, sequences, prompt_slots, slots), strict=True)))
         if model_state != self._model_state or capacity != self._capacity:
-            self.release()
+            self._release_cache()  # copies of weights stay, unless they are found to be of another state
             self._model_state, self._capacity = model_state, capacity
         # Values of the last batch may be infinite or nan, and masked slots are still multiplied, with a probability of
         # 0. Keys need no reset: the mask replaces the scores that they give.
@@ -82,8 +84,11 @@ class StaticBuffers:
 
     def release(self) -> None:
         """Frees all memory; the next step allocates and captures again."""
-        self.graphs.release()
+        self._release_cache()
         self.linears.release()
+
+    def _release_cache(self) -> None:
+        self.graphs.release()
         self.layers.clear()
         self._inputs.clear()
         self._capacity = (0, 0, 0, 0)
@@ -100,6 +105,37 @@ class StaticBuffers:
         if name not in self._inputs:
             self._inputs[name] = like.new_zeros(self._capacity[1], *like.shape[1:])
         return self._inputs[name]
+
+
+@dataclass
+class StaticKVLayer:
+    """One layer of the cache in a step, and the slot of the current token, (1,).
+
+    In difference to the whole cache it holds tensors only: code that was compiled for one layer serves all.
+    """
+
+    layer: KVLayer
+    slot: torch.Tensor
+
+    def write(self, key: torch.Tensor, value: torch.Tensor) -> KVLayer:
+        """Writes the key and value of the current token of each completion; returns all that queries read."""
+        layer = self.layer
+        layer.keys.index_copy_(2, self.slot, key.to(layer.keys.dtype))
+        layer.values.index_copy_(2, self.slot, value.to(layer.values.dtype))
+        return layer
+
+    def write_and_attend(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        hidden: torch.Tensor | None,
+        scaling: float,
+        options: dict[str, Any],
+    ) -> torch.Tensor:
+        """Writes the key and value, and returns the attention output, (B, 1, heads, D)."""
+        return attend(query, self.write(key, value), hidden, scaling, options)
 
 
 class StaticKVCache(KVCache):
@@ -136,10 +172,11 @@ class StaticKVCache(KVCache):
 
         The slot is an index on the device, so one graph serves every step of the same width.
         """
-        layer = self._view(self.buffers.layers[index])
-        layer.keys.index_copy_(2, self.slot, key.to(layer.keys.dtype))
-        layer.values.index_copy_(2, self.slot, value.to(layer.values.dtype))
-        return layer
+        return self.step_layer(index).write(key, value)
+
+    def step_layer(self, index: int) -> StaticKVLayer:
+        """The current batch's part of one layer, for a step."""
+        return StaticKVLayer(self._view(self.buffers.layers[index]), self.slot)
 
     def move(self, group_G: torch.Tensor, source_B: torch.Tensor, target_B: torch.Tensor) -> None:
         """Moves these groups to the front, and sequences ``source_B`` to rows ``target_B``, within the same buffers."""

@@ -15,7 +15,6 @@ from concurrent.futures import wait as wait_for
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -26,6 +25,7 @@ from online_dpo.errors import error_text
 from online_dpo.rollout.vllm.client import VLLMClient
 from online_dpo.rollout.vllm.worker import device_name, read_folder
 from online_dpo.rollout.weights.export import named_weights
+from online_dpo.rollout.weights.operations import in_thread
 from online_dpo.rollout.weights.process_group import (
     Rendezvous,
     TransferStopped,
@@ -114,7 +114,7 @@ class BroadcastTransfer:
         arguments = [server.address, str(self._port), self._secret, name, str(size), kind, str(client.timeout), label]
         call = {"method": "online_dpo_load_broadcast", "args": arguments}
         rendezvous = Rendezvous(self._store.store, server.address, name, client.timeout)
-        request = _in_thread(lambda: client.once("/collective_rpc", call))
+        request = in_thread(lambda: client.once("/collective_rpc", call))
         rendezvous.check_request = lambda: _check_answer(request)
         on_device = torch.cuda.device(device) if kind == "nccl" else nullcontext()
         try:
@@ -196,22 +196,6 @@ def _listen(addresses: Sequence[str], port: int) -> list[socket.socket]:
             "another; 0 takes any that is free."
         ) from error
     return listeners
-
-
-def _in_thread(function: Callable[[], Any]) -> Future[Any]:
-    """Runs a function in a daemon thread. At exit, Python waits for a pool's threads, but not for daemon threads: a
-    server that does not answer must not keep the process alive.
-    """
-    future: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function())
-        except BaseException as error:
-            future.set_exception(error)
-
-    Thread(target=run, daemon=True, name="broadcast").start()
-    return future
 
 
 def _check_answer(request: Future[Any]) -> None:

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.distributed.collectives import RankErrors, world_size
+from online_dpo.distributed.device_memory import empty_device_cache, free_kept_memory
 from online_dpo.distributed.process_state import environment, kept_random_state
 from online_dpo.errors import error_text
 from online_dpo.modeling.introspection import (
@@ -25,7 +26,6 @@ from online_dpo.modeling.introspection import (
     is_quantized,
     unwrapped,
 )
-from online_dpo.modeling.loading import empty_device_cache
 from online_dpo.modeling.precision import autocast_dtype
 from online_dpo.rollout.params import RolloutKey, SamplingParams
 from online_dpo.rollout.vllm.colocated_adapter import ColocatedAdapter, base_options
@@ -155,9 +155,11 @@ class VLLMColocateEngine:
 
     def _wake(self, part: str) -> None:
         """Wakes one part of a sleeping vLLM: ``weights`` or ``kv_cache``. The parts are separate so that weights can be
-        loaded while the KV cache takes no memory.
+        loaded while the KV cache takes no memory. vLLM takes its memory from the device: what torch and others hold
+        without using it would be in the way.
         """
         if part in self._asleep:
+            free_kept_memory()
             self._llm.wake_up([part])
             self._asleep.remove(part)
 

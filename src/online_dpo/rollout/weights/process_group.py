@@ -18,18 +18,20 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.distributed import (
-    BroadcastOptions,
     PrefixStore,  # pyright: ignore[reportPrivateImportUsage]
     Store,  # pyright: ignore[reportPrivateImportUsage]
 )
 
 from online_dpo.distributed.process_state import environment
 from online_dpo.errors import error_text
+from online_dpo.rollout.weights.operations import abort, broadcast, run_bounded
 from online_dpo.rollout.weights.store import GuestStore, StoreLost
+
+T = TypeVar("T")
 
 BUCKET_BYTES = 256 << 20
 ALIGNMENT = 16  # bytes: the size of the largest dtype, so that every tensor can be a view of its bucket
@@ -138,34 +140,52 @@ class WeightGroup:
         self.name, self.device = name, device
         self._members = rendezvous.members  # the group calls its methods, and does not keep the Python object
         store, timeout = PrefixStore(f"group-{name}", self._members), timedelta(seconds=rendezvous.timeout)
-        try:
-            make = _nccl_group if device.type == "cuda" else _gloo_group
-            self._group: Any = make(store, rank, size, timeout, rendezvous.address)
-        except RuntimeError as error:
-            raise TransferStopped(f"the group cannot be formed: {_first_line(error)}") from error
+        make = _nccl_group if device.type == "cuda" else _gloo_group
+        self._group: Any = self._bounded(
+            lambda: _connected(make(store, rank, size, timeout, rendezvous.address), rank, device, rendezvous.timeout),
+            rendezvous,
+            "the forming of the group for the weights",
+            discard=abort,
+        )
 
     def broadcast(self, flat: torch.Tensor, rendezvous: Rendezvous) -> None:
-        """Broadcasts a tensor from rank 0 to the others, in place.
+        """Broadcasts a tensor from rank 0 to the others, in place. Afterwards it is there on the device, and its memory
+        may be used again.
+
+        Raises:
+            TransferStopped: it failed or took too long, another member has stopped, or the group was closed meanwhile.
+        """
+        what, group = "the broadcast of the weights", self._group
+        if group is not None:
+            given_up = lambda: self._group is not group  # noqa: E731
+            self._bounded(lambda: broadcast(group, flat, rendezvous.timeout, given_up), rendezvous, what)
+        if group is None or self._group is not group:
+            raise TransferStopped(f"{what} was given up: its group has been closed")
+
+    def close(self) -> None:
+        """Frees the group, also while an operation hangs. It cannot be used any more."""
+        group, self._group = self._group, None
+        if group is not None:
+            abort(group)
+
+    def _bounded(
+        self,
+        function: Callable[[], T],
+        rendezvous: Rendezvous,
+        what: str,
+        discard: Callable[[T], None] = lambda result: None,
+    ) -> T:
+        """Runs an operation of the group under the limit of a transfer.
 
         Raises:
             TransferStopped: it failed or took too long, or another member has stopped.
         """
-        options = BroadcastOptions()
-        options.rootRank = 0
         try:
-            work = self._group.broadcast([flat], options)
-            rendezvous.wait(work.is_completed, "the broadcast of the weights")
-            work.wait()
+            return run_bounded(function, self.device, lambda done: rendezvous.wait(done, what), discard)
         except TransferStopped:
             raise
         except RuntimeError as error:
-            raise TransferStopped(f"the broadcast of the weights failed: {_first_line(error)}") from error
-
-    def close(self) -> None:
-        """Frees the group, also while an operation hangs. It cannot be used any more."""
-        if self._group is not None:
-            self._group.abort()
-            self._group = None
+            raise TransferStopped(f"{what} failed: {_first_line(error)}") from error
 
 
 def form_group_as_trainer(
@@ -290,6 +310,19 @@ def _receive_header(group: WeightGroup, rendezvous: Rendezvous) -> list[Any]:
     return json.loads(data.cpu().numpy().tobytes())
 
 
+def _connected(group: Any, rank: int, device: torch.device, seconds: float) -> Any:
+    """The group, once a byte has gone through it: NCCL makes its communicator and connections in a first operation."""
+    try:
+        byte = torch.full((1,), int(rank == 0), dtype=torch.uint8, device=device)
+        broadcast(group, byte, seconds, lambda: False)
+        if byte.item() != 1:
+            raise RuntimeError("what the trainer sent did not arrive")
+    except BaseException:
+        abort(group)  # one that is dropped instead would abort in its destructor, where an error ends the process
+        raise
+    return group
+
+
 def _gloo_group(store: PrefixStore, rank: int, size: int, timeout: timedelta, address: str) -> Any:
     from torch.distributed import ProcessGroupGloo
 
@@ -304,18 +337,20 @@ def _nccl_group(store: PrefixStore, rank: int, size: int, timeout: timedelta, ad
 
     options = ProcessGroupNCCL.Options()
     options._timeout = 2 * timeout  # longer than that of the rendezvous, whose message says what was waited for
-    with _errors_do_not_abort():
+    options.config.blocking = 1  # the other way is off in torch too: NCCL hangs at random, and first operations fail
+    with _errors_are_raised():
         return ProcessGroupNCCL(store, rank, size, options)
 
 
 @contextmanager
-def _errors_do_not_abort() -> Iterator[None]:
-    """Inside, NCCL groups are created such that a failed operation does not abort the process.
+def _errors_are_raised() -> Iterator[None]:
+    """Inside, NCCL groups are created such that a failed operation raises an error, and does not abort the process.
 
-    By default it would: the loss of a vLLM server would then end the training run.
+    By default a thread of torch would abort it: the loss of a vLLM server would then end the training run.
     """
-    variable = "TORCH_NCCL_ASYNC_ERROR_HANDLING"  # read when a group is created; 0 leaves errors to the caller
-    with _environment_lock, environment(**{variable: "0"}):
+    # Read when a group is created: no thread watches over operations that are waited for, and errors are the caller's.
+    variables = {"TORCH_NCCL_BLOCKING_WAIT": "1", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
+    with _environment_lock, environment(**variables):
         yield
 
 

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from online_dpo.distributed.device_memory import free_kept_memory
 from online_dpo.distributed.weights import make_whole
 from online_dpo.errors import ModelFolderError, ScoringError
 from online_dpo.foreign import among_rows, at_row, foreign
@@ -29,9 +30,9 @@ from online_dpo.modeling.fingerprint import weights_fingerprint
 from online_dpo.modeling.introspection import context_length
 from online_dpo.modeling.known_tokens import check_known, check_tokenizer, embedding_rows
 from online_dpo.modeling.last_layer import enable_selective_last_layer
-from online_dpo.modeling.loading import empty_device_cache
 from online_dpo.modeling.memory import Halving, in_memory
 from online_dpo.modeling.onednn import onednn_linears
+from online_dpo.modeling.weight_casts import weights_cast_once
 from online_dpo.packing.prefix_tree import Tree
 from online_dpo.scoring.chat_templates import check_template
 from online_dpo.scoring.protocols import chat_messages, one_at_a_time, regroup
@@ -148,7 +149,7 @@ class RewardModelScorer:
 
     def _logits(self, groups: Sequence[Group]) -> list[list[float | None]]:
         texts = self._token_ids([(group.prompt, answer) for group in groups for answer in group.completions])
-        with eval_mode(self.model), onednn_linears(self.model, pack=False):
+        with eval_mode(self.model), weights_cast_once(self.model), onednn_linears(self.model, pack=False):
             values = self._values(regroup(texts, groups))
         return regroup([values[text] for text in texts], groups)
 
@@ -165,7 +166,7 @@ class RewardModelScorer:
                 values |= score_trees(self.model, batch)
             if not attempt.fits:  # what is missing is computed below, in rows of their own
                 self._most_tokens = sum(tree.size for tree in batch) // 2
-                empty_device_cache()
+                free_kept_memory()
         # A text's nan spreads to the texts after it in the row, and texts of a single token are in no row: both are
         # computed again as padded rows.
         values |= self._plain_values(part for part in read.values() if not math.isfinite(values.get(part, math.nan)))

@@ -2,77 +2,13 @@
 
 import socket
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from online_dpo.rollout.weights import process_group
-from online_dpo.rollout.weights.process_group import (
-    Rendezvous,
-    TransferStopped,
-    form_group_as_trainer,
-    form_group_as_worker,
-    into_buckets,
-    offsets,
-    pack,
-    receive_weights,
-    send_weights,
-)
-from online_dpo.rollout.weights.store import StoreServer
-
-CPU = torch.device("cpu")
-SIZE = 3
-
-
-SECRET = "of the run"
-
-
-@pytest.fixture
-def server():
-    server = StoreServer([socket.create_server(("127.0.0.1", 0))], SECRET)
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def threads():
-    with ThreadPoolExecutor(SIZE) as pool:
-        yield pool
-
-
-def port_of(server):
-    return server._listeners[0].getsockname()[1]
-
-
-def weights(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    big = torch.randn(40, 30, generator=generator)
-    return [
-        ("big", big),
-        ("turned", big[:5, :7].T),
-        ("half", torch.randn(3, 5, generator=generator).bfloat16()),
-        ("odd", torch.arange(7, dtype=torch.uint8)),
-        ("double", torch.randn(2, dtype=torch.float64, generator=generator)),
-        ("scalar", torch.tensor(0.5 + seed)),
-        ("empty", torch.zeros(0, 4)),
-        ("flags", torch.tensor([True, False, True])),
-    ]
-
-
-def send(server, name, held=None, tensors=None, timeout=10.0):
-    rendezvous = Rendezvous(server.store, "127.0.0.1", name, timeout)
-    with rendezvous.reporting_errors_as("the trainer"):
-        group = form_group_as_trainer(rendezvous, SIZE, CPU, held)
-        send_weights(group, rendezvous, weights() if tensors is None else tensors)
-    return group
-
-
-def receive(server, name, rank, held=None, timeout=10.0):
-    rendezvous = Rendezvous.join("127.0.0.1", port_of(server), SECRET, name, timeout)
-    with rendezvous.reporting_errors_as(f"worker {rank}"):
-        group = form_group_as_worker(rendezvous, rank, SIZE, CPU, held)
-        return group, {name: tensor.clone() for name, tensor in receive_weights(group, rendezvous)}
+from online_dpo.rollout.weights.process_group import Rendezvous, TransferStopped, into_buckets, offsets, pack
+from support.weight_transfers import CPU, SECRET, receive, send, weights
 
 
 def transfer(threads, server, name, held=(None, None, None), tensors=None):
