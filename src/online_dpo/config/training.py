@@ -48,8 +48,8 @@ class TrainingFields:
 
     max_tokens_per_pass: int | None = None
     """Most tokens in one forward and backward pass, each prompt counted once and padding not at all. A micro-batch with
-    more is computed in several passes, with the same gradient. When not set: 1024 on a CPU, where more are no faster,
-    and 16384 on a GPU.
+    more is computed in several passes, with the same gradient. When not set: 1024 on a CPU, where more are no faster;
+    on a GPU as many as its free memory is estimated to hold, up to 16384.
     """
 
     remove_unused_columns: bool = False

@@ -69,12 +69,9 @@ def scoring_terms(plan: Plan) -> Iterator[Term]:
 
 
 def kv_bytes(plan: Plan) -> int:
-    """Keys and values of a sampling call: of each prompt once, and of each completion.
-
-    Rotary embeddings have the type of the hidden states, which is that of the weights, and so have the keys.
-    """
+    """Keys and values of a sampling call, in the type of products: of each prompt once, and of each completion."""
     tokens = plan.sequences // plan.completions * plan.prompt_tokens + plan.sequences * plan.new_tokens
-    return plan.policy.layers * plan.policy.kv_width * (hidden_bytes(plan) + plan.compute_bytes) * tokens
+    return plan.policy.layers * plan.policy.kv_width * 2 * plan.compute_bytes * tokens
 
 
 def hidden_bytes(plan: Plan) -> int:

@@ -31,6 +31,7 @@ from online_dpo.modeling.known_tokens import check_known, check_tokenizer, embed
 from online_dpo.modeling.last_layer import enable_selective_last_layer
 from online_dpo.modeling.memory import Halving, in_memory
 from online_dpo.modeling.onednn import onednn_linears
+from online_dpo.modeling.weight_casts import weights_cast_once
 from online_dpo.packing.prefix_tree import Tree
 from online_dpo.scoring.chat_templates import check_template
 from online_dpo.scoring.protocols import chat_messages, one_at_a_time, regroup
@@ -140,7 +141,7 @@ class RewardModelScorer:
 
     def _logits(self, groups: Sequence[Group]) -> list[list[float | None]]:
         texts = self._token_ids([(group.prompt, answer) for group in groups for answer in group.completions])
-        with eval_mode(self.model), onednn_linears(self.model, pack=False):
+        with eval_mode(self.model), weights_cast_once(self.model), onednn_linears(self.model, pack=False):
             values = self._values(regroup(texts, groups))
         return regroup([values[text] for text in texts], groups)
 

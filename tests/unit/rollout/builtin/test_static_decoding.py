@@ -305,7 +305,7 @@ def test_under_autocast_weights_are_cast_once_a_call():
             if equal:
                 assert a.logprobs == pytest.approx(b.logprobs, abs=0.02)
         change(model)
-    assert {copy.dtype for copy, _ in static._buffers.linears._copies.values()} == {torch.bfloat16}
+    assert {product.weight.dtype for product in static._buffers.linears._products} == {torch.bfloat16}
     assert all("forward" not in vars(module) for module in model.modules())
     assert_same(completions(static), completions(dynamic))
 
