@@ -80,6 +80,8 @@ class LinearCopies:
     @torch.no_grad()
     def _refresh(self, model: nn.Module) -> None:
         """Brings the copies up to date in place. Makes new ones where the model's state is another."""
+        if self._is_fresh:
+            return
         state = (*forward_state_key(model), computing_dtype(model))
         dtype = _autocast_dtype(model)
         if state != self._state:
@@ -89,9 +91,8 @@ class LinearCopies:
             self.made += 1
             self._products = [_Product(group, dtype or group[0].base.weight.dtype) for group in self._groups]
             self._forwards = {layer: forward for product in self._products for layer, forward in product.forwards()}
-        if not self._is_fresh:
-            for product in self._products:
-                product.refresh()
+        for product in self._products:
+            product.refresh()
         self._is_fresh = self._weights_stay
 
 
