@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
 from online_dpo.distributed.weights import is_whole
-from online_dpo.errors import named_error
+from online_dpo.errors import is_out_of_memory, named_error
 from online_dpo.modeling.patching import replaced_forwards
 from online_dpo.rollout.builtin.merged_adapters import (
     can_give_weights,
@@ -96,6 +96,8 @@ def _why_not_one_product(layer: Any) -> str | None:
         with torch.autocast(base.weight.device.type, enabled=False):
             merged_weights(layer)
     except Exception as error:  # what PEFT raises depends on the kind of adapter
+        if is_out_of_memory(error):
+            raise
         return named_error(error)
     return None
 

@@ -172,6 +172,22 @@ def test_what_cannot_be_merged_is_told_and_computed_as_it_is(caplog):
         assert "(6 layers)" in record.getMessage()
 
 
+def test_memory_that_runs_out_while_merging_is_no_reason_not_to_merge(caplog):
+    model, copies = with_adapter(LoraConfig(r=4, **SOME)), LinearCopies()
+    layer, first = model.base_model.model.model.layers[1].self_attn.q_proj, iter([True])
+
+    def no_room_at_first(adapter):
+        if next(first, False):
+            raise torch.OutOfMemoryError("no room")
+        return type(layer).get_delta_weight(layer, adapter)
+
+    layer.get_delta_weight = no_room_at_first
+    with pytest.raises(torch.OutOfMemoryError), copies.in_use(model):
+        pass
+    torch.testing.assert_close(merged_logits(model, copies), logits(model), atol=2e-5, rtol=1e-5)
+    assert copies._products and not caplog.records
+
+
 def test_hooks_inside_of_an_adapter_are_not_passed_over(caplog):
     model, copies = with_adapter(LoraConfig(r=4, **SOME)), LinearCopies()
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
