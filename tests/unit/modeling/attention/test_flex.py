@@ -19,13 +19,14 @@ from online_dpo.modeling.attention.choice import choose_attention, use_flex_atte
 from online_dpo.modeling.attention.masks import attention_inputs, visible_mask
 from online_dpo.modeling.attention.rows import fitted_rows, padded
 from online_dpo.modeling.borrowing import eval_mode
-from online_dpo.modeling.forward_path import PathChoice, choose_path
+from online_dpo.modeling.forward_path import ForwardPath, PathChoice, choose_path
 from online_dpo.modeling.logprobs import row_logprobs
 from online_dpo.packing.pack import pack_groups, stand_in
 from online_dpo.packing.prefix_tree import PADDING
 from support import tiny
 from support.mixed_windows import mixed_model, random_groups
 from support.single_sequences import gradients, groups, oracle, ready, weighted
+from support.training import KeepGradient, assert_same, gradient, trainer
 
 CPU = torch.device("cpu")
 
@@ -127,8 +128,8 @@ def test_gradients_of_a_model_equal_single_sequences(compiled, family, checkpoin
     expected, _ = oracle(plain, made)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     ours, right = gradients(model, weighted(got)), gradients(plain, weighted(expected))
-    for name, gradient in ours.items():
-        assert (gradient - right[name]).norm() <= 1e-4 * right[name].norm(), name
+    for name, found in ours.items():
+        assert (found - right[name]).norm() <= 1e-4 * right[name].norm(), name
 
 
 def test_padding_rows_poison_no_gradient(compiled):
@@ -211,6 +212,25 @@ def test_rows_are_filled_where_all_models_use_flex_attention(compiled):
     assert chosen == [(True, True), (True, False)]
 
 
+def test_a_run_through_flex_attention_has_the_same_gradient(compiled, tmp_path):
+    options = dict(model=mixed_model(initializer_range=0.3), max_tokens_per_pass=150, optim="sgd")
+    expected = gradient(tmp_path, model=copy.deepcopy(options["model"]), max_tokens_per_pass=150)
+    keep = KeepGradient()
+    made = trainer(tmp_path, **options, gradient_checkpointing=True)
+    for model in (made.model, *made.reference.models):
+        use_flex_attention(model)
+    made.callback_handler.callbacks.insert(0, keep)
+    shapes = []
+    made.model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    made.train()
+    assert made.objective.choice.path == ForwardPath(shared=True, chunked=True, flex=True)
+    assert made.objective.size.row_capacity == 150
+    assert torch.Size([1, 256]) in shapes  # a pass is one row
+    assert_same(keep.last, expected, 1e-5)
+
+
 @torch.no_grad()
 def test_the_compiled_forward_pass_of_a_cpu_has_the_same_values(monkeypatch):
     torch._dynamo.reset()
@@ -261,12 +281,13 @@ CANNOT = {
 @pytest.mark.parametrize("why", CANNOT)
 def test_where_flex_attention_cannot_be_used_it_is_told_or_an_error(why, caplog):
     model, cuda = CANNOT[why](), torch.device("cuda")
+    before = model.config._attn_implementation
     with pytest.raises(ValueError, match="`flex_attention=True` cannot be used with the policy"):
         choose_attention(model, "the policy", cuda, True, flex_attention=True, trains=True)
     choose_attention(model, "the policy", cuda, True, trains=True)
     [told] = caplog.messages
     assert told.startswith("FlexAttention is not used for the policy: ") and why in told
-    assert model.config._attn_implementation == ("online_dpo_sdpa" if why == "dropout" else "eager")
+    assert model.config._attn_implementation == ("online_dpo_sdpa" if before == "sdpa" else before)
 
 
 def test_what_is_chosen_by_device(caplog):

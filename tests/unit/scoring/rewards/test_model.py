@@ -346,6 +346,14 @@ def test_prepare_is_called_once_and_its_model_is_run():
     assert torch.allclose(torch.tensor(doubled), 2 * torch.tensor(plain))
 
 
+def test_attention_is_chosen_for_the_device_that_the_model_is_moved_to():
+    on_cpu, moved = llama(), llama()
+    RewardModelScorer(on_cpu, tokenizer())
+    RewardModelScorer(moved, tokenizer(), prepare=lambda model: model.to("meta"))
+    chosen = [model.config._attn_implementation for model in (on_cpu, moved)]
+    assert chosen == ["online_dpo_segments", "sdpa"]  # segments are for CPUs
+
+
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tokenizers import processors
 
+from online_dpo.modeling.attention.choice import use_flex_attention
 from online_dpo.scoring.rewards.model import RewardModelScorer
 from support import tiny
 from support.shared_prefix import (
@@ -44,6 +45,28 @@ def test_scores_equal_those_of_single_texts(family, batch_size, warnings):
     assert scorer.score(MIXED) == first
     assert len(seen.plain) == before, "no text is scored by itself once the check has passed"
     assert torch.tensor(list(itertools.chain(*expected))).std() > 0.05, "scores that hardly differ would show nothing"
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
+def test_scores_through_flex_attention_come_from_one_row(family, warnings):
+    model, tok = reward_model(family), tokenizer()
+    expected = truth(model, tok, MIXED)
+    scorer, lengths = RewardModelScorer(model, tok), []
+    use_flex_attention(model)
+    model.model.embed_tokens.register_forward_pre_hook(lambda module, args: lengths.append(tuple(args[0].shape)))
+    agree(scorer.score(MIXED), expected)
+    assert scorer._shares and not warnings
+    assert [shape for shape in lengths if shape[1] % 128 == 0] and all(r == 1 for r, t in lengths if t % 128 == 0)
+
+
+def test_scores_go_through_sdpa_where_flex_attention_fails(warnings):
+    model, tok = reward_model("gpt2"), tokenizer()  # it reads no block masks
+    expected = truth(model, tok, MIXED)
+    scorer = RewardModelScorer(model, tok)
+    use_flex_attention(model)
+    agree(scorer.score(MIXED), expected)
+    [told] = [w for w in warnings if "FlexAttention" in w]
+    assert "is read through SDPA, not FlexAttention: it fails with" in told and scorer._shares
 
 
 @pytest.mark.parametrize(
