@@ -86,12 +86,13 @@ def hidden_bytes(plan: Plan) -> int:
 def pass_terms(plan: Plan) -> Iterator[Term]:
     """Yields what the fullest forward and backward pass of a step needs, gradients included."""
     alone = replace(plan, tokens_per_pass=plan.tokens_alone)
-    beside = (gradient_term(plan), *_of_a_pass(plan))
-    own = (*_gradients_at_first(plan), *_of_a_pass(alone)) if plan.tokens_alone else ()
+    beside = (gradient_term(plan), *of_a_pass(plan))
+    own = (*_gradients_at_first(plan), *of_a_pass(alone)) if plan.tokens_alone else ()
     yield from max(beside, own, key=lambda terms: sum(term.gpu for term in terms))
 
 
-def _of_a_pass(plan: Plan) -> Iterator[Term]:
+def of_a_pass(plan: Plan) -> Iterator[Term]:
+    """Yields what a pass needs beside what is held and gradients."""
     yield Term("buckets", _bucket_bytes(plan))
     yield Term("gathered for a pass", _live_bytes(plan))
     yield Term("activations", activation_bytes(plan))

@@ -237,7 +237,8 @@ class OnlineDPOTrainer(GuardedTrainer):
         args, form_pairs = self.args, PairFormer(self.method, self.args)
         assessor = build_assessor(self.scorers, self.judge, args, self.sharding)
         self.collector = FeedbackCollector(args, self.sampler, self.opponent, assessor, form_pairs, self.context)
-        self.objective = ObjectiveStep(args, self.method, self.reference, self.adaptive_beta, self.context)
+        parts = (self.reference, self.adaptive_beta, self.context, self.pass_size)
+        self.objective = ObjectiveStep(args, self.method, *parts)
         self.evaluator = Evaluator(
             lambda: args.num_completions,
             self.sampler,
