@@ -54,10 +54,9 @@ BLOCK = 128
 
 PROMPT, ANSWER, ROWS, PASSES = 128, 512, 14, 4
 """A training step: passes of 14 rows of a prompt and two answers, 16 128 tokens; the optimizer steps after four."""
-PROMPT_WIDTH = dict(prompt=128, completions=4, width=512)
 NAMES = {"qwen2.5-0.5b": "0.5B", "qwen2.5-1.5b": "1.5B"}
 CASES = [
-    Case(model, lora=lora, groups=groups, **PROMPT_WIDTH)
+    Case(model, lora=lora, groups=groups, completions=4, prompt=128, width=512)
     for model in NAMES
     for groups, lora in ((4, False), (16, False), (64, False), (16, True))
 ]
@@ -92,9 +91,20 @@ def step(counted: dict[str, Any]) -> Step:
     return Step(graph + around * KERNEL, cpu, counted["floor_bytes"]["total"])
 
 
+def times(title: str) -> tuple[str, str]:
+    """The titles of two columns."""
+    return f"{title}, before", "now"
+
+
+def header(*titles: str, texts: int) -> Iterator[str]:
+    """The first lines of a table, whose first columns are texts."""
+    yield "| " + " | ".join(titles) + " |"
+    yield "|" + "---|" * texts + "---:|" * (len(titles) - texts)
+
+
 def decoding_table(counts: dict[str, Any]) -> Iterator[str]:
-    yield "| model | sequences | operations, before | now | MB, before | now | must move | ms, before | now | share of bandwidth, before | now |"
-    yield "|---|---|" + "---:|" * 9
+    titles = ("model", "sequences", *times("operations"), *times("MB"), "must move", *times("ms"))
+    yield from header(*titles, *times("share of bandwidth"), texts=1)
     for before, now in zip(counts["before"]["decoding"], counts["now"]["decoding"], strict=True):
         case = Case(**now["case"])
         assert before["case"] == now["case"], "both have the same cases"
@@ -183,8 +193,8 @@ def phases(shape: Shape, counts: dict[str, Any], flex: bool) -> list[Phase]:
 
 
 def training_table(counts: dict[str, Any]) -> Iterator[str]:
-    yield "| model | phase | useful TFLOP | products, ms | attention, ms, before | now | passes over memory, ms, before | now | all, ms, before | now | share of matrix rate, before | now |"
-    yield "|---|---|" + "---:|" * 10
+    titles = ("model", "phase", "useful TFLOP", "products, ms", *times("attention, ms"), *times("passes, ms"))
+    yield from header(*titles, *times("all, ms"), *times("share of matrix rate"), texts=2)
     for model, name in NAMES.items():
         shape = MODELS[model]
         pair = [phases(shape, of_model(counts[time], model), flex=time == "now") for time in ("before", "now")]

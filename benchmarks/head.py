@@ -95,7 +95,9 @@ def liger_cross_entropy(setup: Setup) -> Way:
     if setup.device != "cuda":
         raise NotHereError("Liger's kernels need a GPU")
     try:
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Liger
+        from liger_kernel.ops.fused_linear_cross_entropy import (  # pyright: ignore[reportMissingImports]
+            LigerFusedLinearCrossEntropyFunction as Liger,
+        )
     except ImportError as error:
         raise NotHereError(f"Liger is not installed ({error})") from None
     return lambda h, w, t: -Liger.apply(h, w, t, None, None, -100, 0.0, 0.0, "none")[0]
@@ -106,7 +108,7 @@ def liger_dpo(setup: Setup) -> Way:
     if setup.device != "cuda":
         raise NotHereError("Liger's kernels need a GPU")
     try:
-        from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+        from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise NotHereError(f"Liger is not installed ({error})") from None
     loss = LigerFusedLinearDPOLoss(use_ref_model=False)
