@@ -176,8 +176,23 @@ def raise_first_ranks(error: Exception | None) -> None:
         raise error
 
 
+AGREED = "agreed_over_ranks"
+"""The attribute of an error with which all ranks have ended together."""
+
+
+def _ended_together(error: BaseException | None) -> bool:
+    """Returns whether all ranks have agreed on an error, or on one that it was made from."""
+    while error is not None and AGREED not in vars(error):
+        error = error.__cause__
+    return error is not None
+
+
 class RankErrors:
     """Ends all ranks if any of them fails, so that no rank waits for one that has stopped.
+
+    A rank that fails inside `run` says so at once, where the others may be in the midst of it. So what is run may make
+    other collective operations only right after a `raise_if_any` or another `run`: there the others learn of it, and
+    the failure is agreed on once, however many of them are around it.
 
     ``raised`` tells whether this has happened in this run: then all ranks have stopped, and can save together.
     """
@@ -199,7 +214,7 @@ class RankErrors:
             raise problem
         self._deferred = self._deferred or problem
 
-    def raise_if_any(self, problem: BaseException | None) -> None:
+    def raise_if_any(self, problem: BaseException | None = None) -> None:
         """Ends all ranks if any of them has a problem.
 
         Raises:
@@ -208,7 +223,9 @@ class RankErrors:
         problem = self._deferred or problem
         if any_rank(problem is not None, self._device):
             self.raised = True
-            raise problem or FeedbackLostError("Another process of this run failed; its error says why.")
+            problem = problem or FeedbackLostError("Another process of this run failed; its error says why.")
+            vars(problem)[AGREED] = True
+            raise problem
 
     def check_same(self, facts: Mapping[str, Any], what: str) -> None:
         """Ends all ranks together unless the facts are equal on all of them; see `check_same`.
@@ -220,7 +237,9 @@ class RankErrors:
             check_same(facts, what)
         except ValueError as error:
             self.raised = True
-            raise ForeignCodeError(str(error)) from None
+            problem = ForeignCodeError(str(error))
+            vars(problem)[AGREED] = True
+            raise problem from None
 
     def run(self, action: Callable[[], T]) -> T:
         """Calls ``action`` and returns its result, unless it fails on any rank.
@@ -233,6 +252,9 @@ class RankErrors:
             result = action()
         except BaseException as error:
             if is_interruption(error):
+                raise
+            if _ended_together(error):
+                self.raised = True
                 raise
             problem = error
         self.raise_if_any(problem)
