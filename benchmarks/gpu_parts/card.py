@@ -50,7 +50,7 @@ def card_name() -> str | None:
 
 
 def card_state() -> tuple[float, str]:
-    """The card's power in watts now, and in words its driver, clocks, power and temperature, or why they are unknown."""
+    """The card's power in watts now, and in words driver, clocks, power and temperature, or why they are unknown."""
     try:
         library, handle = nvml_handle()
         driver = library.nvmlSystemGetDriverVersion()

@@ -67,6 +67,14 @@ def _together() -> Iterator[None]:
             raise explained(error) from error
 
 
+def _arrived(values: torch.Tensor) -> None:
+    """Waits for what other processes send. NCCL's operations only queue that on the device: without this, whoever reads
+    the values would wait, where nothing says for whom, and where an error is not known for one of a lost process.
+    """
+    if values.is_cuda:
+        torch.cuda.current_stream(values.device).synchronize()
+
+
 def is_first_rank() -> bool:
     """Returns whether this process has rank 0. Not a collective operation."""
     return world_size() == 1 or dist.get_rank() == 0
@@ -98,6 +106,7 @@ def sum_over_ranks(values: torch.Tensor, group: HostGroup | None = None) -> torc
     total = values.clone()
     with _together():
         dist.all_reduce(total, op=dist.ReduceOp.SUM, group=None if group is None else group.of_torch)
+        _arrived(total)
     return total
 
 
@@ -116,6 +125,7 @@ def max_over_ranks(values: torch.Tensor) -> torch.Tensor:
     with _together():
         # not a MAX all-reduce: its result with nan depends on the backend
         dist.all_gather(gathered, values.contiguous())
+        _arrived(gathered[-1])
     return torch.stack(gathered).amax(dim=0)
 
 
