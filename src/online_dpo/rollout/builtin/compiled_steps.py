@@ -64,7 +64,8 @@ class StepCompiler:
         except Exception as error:  # the model's code is unknown, and so is what a compiler makes of it
             if is_out_of_memory(error):
                 raise
-            self.give_up(named_error(error, first_line=True))
+            too_many = isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit)
+            self.give_up(f"it takes more than {MOST_CODES} codes" if too_many else named_error(error, first_line=True))
             return step()
 
     def ready(self, step: Callable[[], Result]) -> Callable[[], Result]:
@@ -171,7 +172,11 @@ def _layer_forward(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 @functools.cache
 def _compiled(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
     """A function compiled as a whole: what the compiler cannot read is an error, so it is told."""
-    return torch.compile(function, fullgraph=True, backend=backend)
+    # A softmax over the slots is one kernel. Inductor would split it, since a step has few rows, into five.
+    whole = function is _layer_forward and backend == "inductor"
+    return torch.compile(
+        function, fullgraph=True, backend=backend, options={"split_reductions": False} if whole else None
+    )
 
 
 def _let_vary(tensor: torch.Tensor, dim: int) -> None:
