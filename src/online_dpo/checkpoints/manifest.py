@@ -26,7 +26,7 @@ THREADS = 4
 """Files that are read at the same time. hashlib releases Python's lock while it computes."""
 STATE = (
     *("trainer_state.json", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth"),
-    *("beta.json", "guard.json", "reference.*", "lookahead-*", "metrics-*.json"),
+    *("beta.json", "guard.json", "passes.json", "reference.*", "lookahead-*", "metrics-*.json"),
     *("shards.json", "shard-*.safetensors"),
 )
 """Files of a run beside its weights."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +19,20 @@ RECOMPILATIONS = 64
 function, after which it goes on uncompiled."""
 
 
+_limited = threading.RLock()
+
+
+@contextmanager
+def recompilation_limit(compilations: int) -> Iterator[None]:
+    """Inside, a compiled function may be compiled so often; once more is an error, and no slower run without a word.
+
+    Up to 2.12, torch has one limit for all functions and threads of a process. So it is set for the time of a call, and
+    by one thread at a time: reward models compute in another.
+    """
+    with _limited, config.patch(recompile_limit=compilations, fail_on_recompile_limit_hit=True):
+        yield
+
+
 class CompiledFunction:
     """A pure function of tensors, compiled at its first call, for any length of their first dimension.
 
@@ -26,8 +42,8 @@ class CompiledFunction:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        # `fullgraph`: what cannot be compiled, and a limit that is reached, are errors and not slowness.
-        self._compiled: Callable[..., Any] | None = torch.compile(function, fullgraph=True)
+        # Without `fullgraph`, under which torch 2.13 raises inside of any dispatch mode: that of a count of operations.
+        self._compiled: Callable[..., Any] | None = torch.compile(function)
 
     def __call__(self, *args: Any) -> Any:
         """Calls the function. The other dimensions of its tensors are compiled in: they are those of a model."""
@@ -37,16 +53,14 @@ class CompiledFunction:
             if isinstance(arg, torch.Tensor) and arg.dim():
                 maybe_mark_dynamic(arg, 0)
         try:
-            # Torch 2.13 has an argument for this limit; 2.11 does not.
-            with config.patch(recompile_limit=RECOMPILATIONS):
+            with recompilation_limit(RECOMPILATIONS):
                 return self._compiled(*args)
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             self._compiled = None
-            first_line = str(error).strip().partition("\n")[0]
             logger.warning(
                 "`%s` could not be compiled and runs uncompiled, which is slower and takes more memory: %s: %s",
                 self.function.__name__,
                 type(error).__name__,
-                first_line,
+                " ".join(str(error).split())[:300],
             )
             return self.function(*args)

@@ -21,6 +21,7 @@ Kind = Literal[
     "evaluation",
     "skip",
     "learning_rate",
+    "passes",
     "out_of_memory",
     "retry",
     "failure",

@@ -43,6 +43,7 @@ from online_dpo.training.log_state import LogState
 from online_dpo.training.metric_store import MetricStore
 from online_dpo.training.metrics.work import Work, cost_of
 from online_dpo.training.other_ranks import OtherRanks
+from online_dpo.training.pass_size import PassSize
 from online_dpo.training.passes import PassRunner
 from online_dpo.training.recording import Recording, tells_end
 from online_dpo.training.rescue import Rescue
@@ -82,7 +83,8 @@ class GuardedTrainer(Trainer):
         self.metrics = MetricStore()
         self.phase = PhaseTimer(self.metrics, self.accelerator.device)
         self.errors = RankErrors(self.accelerator.device)
-        parts = (self.metrics, self.phase, lambda: args.row_capacity, agreement, self.errors)
+        self.pass_size = PassSize(args, self.sharding, lambda: self.optimizer, self.accelerator.device)
+        parts = (self.metrics, self.phase, lambda: self.pass_size.row_capacity, agreement, self.errors)
         self.passes = PassRunner(*parts, lambda: self.sharding.abandon_pass(self.model), free_kept_memory)  # pyright: ignore[reportArgumentType]
         self.evaluation_weights = EvaluationWeights(lambda: self.optimizer, lambda: self.is_in_train)
         self._build_guards(args)
@@ -99,7 +101,7 @@ class GuardedTrainer(Trainer):
             differs=lambda: self.checkpoints.identity.differs or self.checkpoints.from_others,
         )
         self.checkpoints = Checkpoints(args, self.accelerator, lambda: self.state)
-        self.run_state = RunState(self.guard, self.log_state, self.recording)
+        self.run_state = RunState(self.guard, self.log_state, self.recording, self.pass_size)
 
     def _build_guards(self, args: OnlineDPOConfig) -> None:
         """Builds what watches over the run, in the order in which the callbacks among it are called."""

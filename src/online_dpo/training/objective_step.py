@@ -20,12 +20,14 @@ from online_dpo.modeling.borrowing import eval_mode
 from online_dpo.modeling.forward_path import ModelContext, PathChoice
 from online_dpo.modeling.logprobs import row_logprobs
 from online_dpo.modeling.onednn import onednn_linears
+from online_dpo.modeling.precision import without_autocast
 from online_dpo.modeling.reference import Reference
 from online_dpo.objective.beta import Beta
 from online_dpo.objective.inputs import LossOptions, PairLogprobs, pair_logprobs
-from online_dpo.packing.microbatches import passes_needed, split_pairs
+from online_dpo.packing.microbatches import passes_needed, split_pairs, token_count
 from online_dpo.packing.pack import as_inputs, by_group, pack_groups, pack_pairs, stand_in
 from online_dpo.training.metrics.loss import STEP_KL, record_loss, trained_kl
+from online_dpo.training.pass_size import PassSize
 from online_dpo.training.run_context import RunContext
 from online_dpo.types import Group, PackedRows, Pair, RowLogprobs
 
@@ -58,6 +60,7 @@ class ObjectiveStep:
         reference: lends the reference model.
         beta: beta as it is now.
         run: the run around it.
+        size: the most tokens of a pass.
     """
 
     def __init__(
@@ -67,10 +70,12 @@ class ObjectiveStep:
         reference: Reference,
         beta: Beta,
         run: RunContext,
+        size: PassSize,
     ) -> None:
         self.args, self.method, self.reference, self.beta, self.run = args, method, reference, beta, run
+        self.size = size
         self.options = LossOptions.from_config(args)
-        self.choice = PathChoice(run.accelerator.device, args.share_prompts)
+        self.choice = PathChoice(run.accelerator.device, args.share_prompts, bool(args.flex_attention))
 
     def pack(self, model: nn.Module, pairs: list[Pair], num_batches: int) -> list[dict[str, Any]]:
         """Packs pairs into exactly as many micro-batches as were fetched, each with the rows of its passes.
@@ -79,10 +84,13 @@ class ObjectiveStep:
         0. All ranks get equally many passes, because passes are collective operations.
         """
         self.settle_path(model, [members[0].group for members in by_group(pairs)])
-        shared, capacity = self.choice.path.shared, self.args.row_capacity
-        parts = split_pairs(pairs, num_batches)
+        shared, parts = self.choice.path.shared, split_pairs(pairs, num_batches)
+        if self.size.is_open:
+            fullest = max(parts, key=token_count)
+            self.size.settle(model, pack_pairs(fullest, shared) if fullest else stand_in(shared))
+        capacity = self.size.row_capacity
         needed = torch.tensor(
-            [passes_needed(part, self.args.tokens_per_pass) for part in parts], device=self.run.accelerator.device
+            [passes_needed(part, self.size.tokens) for part in parts], device=self.run.accelerator.device
         )
         packed = [
             [pack_pairs(piece, shared, capacity) if piece else stand_in(shared) for piece in split_pairs(part, count)]
@@ -94,7 +102,7 @@ class ObjectiveStep:
         """Packs all completions of the groups, so that metrics cover those without a pair as well."""
         if self.run.accelerator.num_processes == 1:  # otherwise a step of training finds out, on all ranks together
             self.settle_path(model, groups)
-        return {"rows": pack_groups(groups, pairs, self.choice.path.shared, self.args.row_capacity)}
+        return {"rows": pack_groups(groups, pairs, self.choice.path.shared, self.size.row_capacity)}
 
     def settle_path(self, model: nn.Module, groups: Sequence[Group]) -> None:
         """Finds out once, on the first groups, which fast ways to log-probabilities are right for the models."""
@@ -105,6 +113,7 @@ class ObjectiveStep:
             models["the reference"] = self.reference.active
         with gathered(model, *self.reference.models), self.run.accelerator.autocast():
             self.choice.settle(models, groups)
+        self.size.fills_rows = self.choice.path.flex
 
     def totals(self, pairs: Sequence[Pair]) -> tuple[int, torch.Tensor]:
         """Returns the number of pairs of the step over all ranks, and the sum of their weights; 1 where there are none.
@@ -150,7 +159,8 @@ class ObjectiveStep:
         pass: this one takes part with a loss of 0, and the run ends before the update.
         """
         try:
-            with foreign(f"Loss `{self.args.loss_type}`", f"(step {self.run.step})", raises=ForeignCodeError):
+            who = f"Loss `{self.args.loss_type}`"
+            with without_autocast(), foreign(who, f"(step {self.run.step})", raises=ForeignCodeError):
                 return self.method.losses(pairs, options)
         except ForeignCodeError as error:
             self.run.errors.defer(error)

@@ -4,12 +4,14 @@ import pytest
 import torch
 from transformers import TrainerState
 
+from online_dpo.distributed.sharding import sharding_for
 from online_dpo.methods import METHODS
 from online_dpo.modeling.logprobs import enable_logprobs
 from online_dpo.modeling.reference import FrozenReference, NoReference
 from online_dpo.objective.beta import Beta
 from online_dpo.training.metric_store import MetricStore
 from online_dpo.training.objective_step import ObjectiveStep
+from online_dpo.training.pass_size import PassSize
 from online_dpo.types import Pair
 from support import tiny
 from support.stages import context
@@ -21,7 +23,8 @@ def step(tmp_path, reference=None, **fields):
     metrics = MetricStore()
     reference = reference or FrozenReference(ready(seed=1), "another model")
     run = context(metrics, TrainerState)
-    made = ObjectiveStep(args, METHODS[args.method], reference, Beta(args, lambda: None), run)
+    size = PassSize(args, sharding_for(run.accelerator, lambda: None), lambda: None, torch.device("cpu"))
+    made = ObjectiveStep(args, METHODS[args.method], reference, Beta(args, lambda: None), run, size)
     return made, metrics
 
 

@@ -39,7 +39,7 @@ def reshape_logits(logits_BV: torch.Tensor, params: SamplingParams, seen_BV: tor
         logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, NEVER)
     if params.top_p < 1.0:
         ascending_BV, order_BV = logits_BV.sort(dim=-1)
-        below_BV = ascending_BV.softmax(dim=-1).cumsum(dim=-1) <= 1.0 - params.top_p
+        below_BV = prefix_sum(ascending_BV.softmax(dim=-1)) <= 1.0 - params.top_p
         below_BV[:, -1].fill_(False)  # assigning a Python value would copy it from the host: not capturable
         logits_BV = logits_BV.masked_fill(below_BV.scatter(-1, order_BV, below_BV), NEVER)
     if params.min_p:
@@ -61,7 +61,7 @@ def draw_tokens(logits_BV: torch.Tensor, uniform_B: torch.Tensor) -> tuple[torch
     exp_BV = (logits_BV - max_B1).exp_()
     padding = -exp_BV.shape[-1] % BLOCK
     exp_BNX = (torch.nn.functional.pad(exp_BV, (0, padding)) if padding else exp_BV).unflatten(-1, (-1, BLOCK))
-    cdf_BN = exp_BNX.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    cdf_BN = prefix_sum(exp_BNX.sum(dim=-1, dtype=torch.float64))
     target_B1 = uniform_B.double()[:, None] * cdf_BN[:, -1:]
     block_B1 = torch.searchsorted(cdf_BN, target_B1, right=True)
     # Logits that are not finite may give an index out of range. Any token will do for them: their loss is not finite
@@ -69,7 +69,7 @@ def draw_tokens(logits_BV: torch.Tensor, uniform_B: torch.Tensor) -> tuple[torch
     block_B1 = block_B1.clamp(max=cdf_BN.shape[-1] - 1)
     exp_BX = exp_BNX.gather(1, block_B1[:, :, None].expand(-1, -1, BLOCK))[:, 0]
     before_B1 = cdf_BN.gather(1, (block_B1 - 1).clamp(min=0)).masked_fill(block_B1 == 0, 0.0)
-    inside_B1 = torch.searchsorted(exp_BX.double().cumsum(dim=-1) + before_B1, target_B1, right=True)
+    inside_B1 = torch.searchsorted(prefix_sum(exp_BX.double()) + before_B1, target_B1, right=True)
     # The sum of a block and the cumulative sum of its tokens may differ in the last bit, so the search may end behind
     # the block's last token of non-zero probability. Then that token is the one.
     index_X = torch.arange(BLOCK, device=exp_BX.device)
@@ -98,6 +98,32 @@ def next_tokens(
     logits_BV = scores_BV if plain else reshape_logits(scores_BV.float(), params, seen_BV)
     token_B, logps_B = draw(logits_BV, uniform_B)
     return token_B, logps_B if plain else token_logprobs(raw_logits_BV, token_B)
+
+
+def prefix_sum(values: torch.Tensor) -> torch.Tensor:
+    """The cumulative sums along the last dimension."""
+    return prefix_sum_by_products(values) if may_refuse_cumsum(values.device) else values.cumsum(dim=-1)
+
+
+def may_refuse_cumsum(device: torch.device) -> bool:
+    """Whether torch may raise an error for `cumsum` of floats: it may on a GPU where it is asked for deterministic
+    algorithms (``full_determinism``).
+    """
+    return device.type == "cuda" and torch.are_deterministic_algorithms_enabled()
+
+
+def prefix_sum_by_products(values: torch.Tensor) -> torch.Tensor:
+    """The same by products with a triangle of ones, in float64, which autocast leaves alone. The sums do not decrease
+    where no value is negative: each of them adds in the same order, zeros in place of what comes later.
+    """
+    size = values.shape[-1]
+    triangle_XX = torch.ones(BLOCK, BLOCK, dtype=torch.float64, device=values.device).triu()
+    padded = torch.nn.functional.pad(values.double(), (0, -size % BLOCK)).unflatten(-1, (-1, BLOCK))
+    sums = padded @ triangle_XX
+    if size > BLOCK:
+        before = prefix_sum_by_products(sums[..., -1])[..., :-1, None]
+        sums = torch.cat([sums[..., :1, :], sums[..., 1:, :] + before], dim=-2)
+    return sums.flatten(-2)[..., :size].to(values.dtype).contiguous()
 
 
 def token_logprobs(logits_BV: torch.Tensor, token_B: torch.Tensor) -> torch.Tensor:

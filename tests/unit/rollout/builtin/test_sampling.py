@@ -13,9 +13,19 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from online_dpo.rollout.builtin import sampling
 from online_dpo.rollout.builtin.random_numbers import uniform_numbers
-from online_dpo.rollout.builtin.sampling import draw_tokens, reshape_logits, token_logprobs
+from online_dpo.rollout.builtin.sampling import (
+    draw_tokens,
+    may_refuse_cumsum,
+    next_tokens,
+    prefix_sum,
+    prefix_sum_by_products,
+    reshape_logits,
+    token_logprobs,
+)
 from online_dpo.rollout.params import RolloutKey, SamplingParams, Stream
+from support.determinism import RefusingAsOnGpus, asked_for
 
 
 def params(**fields):
@@ -90,3 +100,52 @@ def test_only_the_quickstarts_held_out_samples_share_their_numbers_with_another_
     names = {name: uniform_numbers(RolloutKey(0, 0, stream), 0, 0, 1)[0] for name, stream in Stream.__members__.items()}
     same = [{a, b} for a in names for b in names if a < b and names[a] == names[b]]
     assert same == [{"PAIRING", "HELD_OUT"}]
+
+
+@pytest.mark.parametrize("size", [1, 2, 127, 128, 129, 1187, 128 * 128 + 1, 152064])
+def test_prefix_sums_by_products_are_those_of_cumsum(size):
+    values = torch.rand(3, size, dtype=torch.float64, generator=torch.Generator().manual_seed(size)) ** 20
+    sums = prefix_sum_by_products(values)
+    torch.testing.assert_close(sums, values.cumsum(-1), rtol=1e-12, atol=0.0)
+    half = prefix_sum_by_products(values.float())
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half.double(), values.float().double().cumsum(-1), rtol=1e-7, atol=0.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(prefix_sum_by_products(values), sums) and torch.equal(
+            prefix_sum_by_products(values.float()), half
+        )
+
+
+def test_on_a_cpu_prefix_sums_are_cumsum_bit_for_bit():
+    values = torch.rand(3, 1187, dtype=torch.float64)
+    assert torch.equal(prefix_sum(values), values.cumsum(-1))
+    with asked_for():
+        assert torch.equal(prefix_sum(values), values.cumsum(-1))
+
+
+@pytest.mark.parametrize("fields", [{}, dict(top_p=0.7), dict(top_p=0.95, min_p=0.01, top_k=50, temperature=0.7)])
+def test_the_other_prefix_sum_draws_the_same_tokens(fields, monkeypatch):
+    logits = 4 * torch.randn(1, 5003, generator=torch.Generator().manual_seed(1)).expand(400, -1)
+    uniform = torch.rand(400, generator=torch.Generator().manual_seed(2))
+    tokens, logps = next_tokens(logits, logits, uniform, params(**fields), None)
+    monkeypatch.setattr(sampling, "prefix_sum", prefix_sum_by_products)
+    same_tokens, same_logps = next_tokens(logits, logits, uniform, params(**fields), None)
+    assert torch.equal(tokens, same_tokens) and len(tokens.unique()) > 10
+    torch.testing.assert_close(logps, same_logps, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("fields", [{}, dict(top_p=0.7, min_p=0.01, top_k=50, repetition_penalty=1.3)])
+def test_draws_take_no_operation_that_a_gpu_refuses_under_full_determinism(fields, monkeypatch):
+    logits, uniform, seen = torch.randn(4, 5003), torch.rand(4), torch.rand(4, 5003) < 0.1
+    with RefusingAsOnGpus():
+        with pytest.raises(RuntimeError, match="cumsum"):
+            next_tokens(logits, logits, uniform, params(**fields), seen)
+        monkeypatch.setattr(sampling, "may_refuse_cumsum", lambda device: True)
+        next_tokens(logits, logits, uniform, params(**fields), seen)
+
+
+def test_cumsum_is_refused_on_a_gpu_alone_and_where_determinism_is_asked_for():
+    places = [torch.device("cpu"), torch.device("cuda", 0)]
+    assert [may_refuse_cumsum(device) for device in places] == [False, False]
+    with asked_for():
+        assert [may_refuse_cumsum(device) for device in places] == [False, True]
