@@ -47,6 +47,7 @@ NOT_COMPARED = frozenset(
             "reward_batch_size",
             "reward_model_sharding",
             "cuda_graphs",
+            "compile_sampling",
             "cache_implementation",
         ),
         *("dataset_num_proc", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),

@@ -66,6 +66,11 @@ class SamplingFields:
     """On a GPU, the built-in engine replays its steps as CUDA graphs. Keys and values of as many completions as it
     decodes at a time then stay in memory while training; turn it off where memory is short."""
 
+    compile_sampling: bool = True
+    """On a GPU, the built-in engine compiles the layers of the steps that it replays as CUDA graphs (`torch.compile`).
+    A step is then a third of the kernels; the first steps of a run wait for the compiler, which is logged. What cannot
+    be compiled is sampled as it is. Without `cuda_graphs` nothing is compiled."""
+
     max_staleness: int = 0
     """Steps that completions may be behind the weights that are trained on them. With 1 or more, the next steps are
     scored while the present one is trained on (and sampled, with a server of vLLM); 0 waits, so that all training is

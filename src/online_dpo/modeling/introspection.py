@@ -49,6 +49,14 @@ def passes_kwargs_to_attention(model: nn.Module) -> bool:
     return isinstance(base, PreTrainedModel) and base._supports_attention_backend and not base._is_stateful
 
 
+def decoder_layers(model: nn.Module) -> nn.ModuleList | None:
+    """The stack of the model's layers; ``None`` if its body has no such list."""
+    base: Any = unwrapped(model)
+    count = base.config.get_text_config().num_hidden_layers
+    stacks = (module for module in base.base_model.children() if isinstance(module, nn.ModuleList))
+    return next((stack for stack in stacks if len(stack) == count), None)
+
+
 def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The ids of all tokens that end a completion: the tokenizer's end token and those of the model's generation
     config. Ids outside of the model's vocabulary are left out.

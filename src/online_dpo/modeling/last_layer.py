@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from online_dpo.modeling.attention import segments
-from online_dpo.modeling.introspection import passes_kwargs_to_attention, unwrapped
+from online_dpo.modeling.introspection import decoder_layers, passes_kwargs_to_attention, unwrapped
 from online_dpo.modeling.patching import replaced_forwards
 
 TOKEN_WISE_MODULES = ("mlp", "self_attn.q_proj", "self_attn.o_proj")
@@ -74,9 +74,8 @@ def _last_layer(base: Any) -> Any:
     """The last layer; ``None`` unless the model passes further keyword arguments on to its layers."""
     if not passes_kwargs_to_attention(base):
         return None
-    count = base.config.get_text_config().num_hidden_layers
-    stacks = (module for module in base.base_model.children() if isinstance(module, nn.ModuleList))
-    return next((stack[-1] for stack in stacks if len(stack) == count), None)
+    layers = decoder_layers(base)
+    return None if layers is None else layers[-1]
 
 
 def _is_token_wise(module: nn.Module | None) -> bool:

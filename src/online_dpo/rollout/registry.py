@@ -47,7 +47,10 @@ def build_engine(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, args: On
 def built_in_engine(model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: OnlineDPOConfig) -> TransformersEngine:
     """The built-in engine: samples from the model that is trained."""
     static_steps = None if args.cuda_graphs else False
-    return TransformersEngine(model, tokenizer, args.rollout_batch_size, static_steps=static_steps)
+    compile_steps = None if args.compile_sampling else False
+    return TransformersEngine(
+        model, tokenizer, args.rollout_batch_size, static_steps=static_steps, compile_steps=compile_steps
+    )
 
 
 @engine("vllm_colocate")

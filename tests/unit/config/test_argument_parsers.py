@@ -41,6 +41,7 @@ SAMPLES: dict[str, tuple[list[str], Any]] = {
     "cache_implementation": (["static"], "static"),
     "rollout_batch_size": (["8"], 8),
     "cuda_graphs": (["false"], False),
+    "compile_sampling": (["false"], False),
     "max_staleness": (["2"], 2),
     "sync_check_steps": (["7"], 7),
     "prompt_column": (["question"], "question"),

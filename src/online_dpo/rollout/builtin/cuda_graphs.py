@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from online_dpo.distributed.device_memory import empty_device_cache
 from online_dpo.modeling.memory import in_memory
 from online_dpo.rollout.builtin.capture import NotCapturableError, capture
+from online_dpo.rollout.builtin.compiled_steps import StepCompiler
 
 MAX_GRAPHS = 64
 SYNCHRONISING_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
@@ -61,10 +62,12 @@ class StepGraphs:
 
     Args:
         max_graphs: the number of graphs to keep.
+        compiler: compiles what steps consist of, after their first run and before they are captured.
     """
 
-    def __init__(self, max_graphs: int = MAX_GRAPHS) -> None:
+    def __init__(self, max_graphs: int = MAX_GRAPHS, compiler: StepCompiler | None = None) -> None:
         self.max_graphs = max_graphs
+        self.compiler = compiler or StepCompiler(wanted=False)
         self.captured = 0
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph | None, Any]] = {}
         self._pool: Any = None
@@ -92,7 +95,7 @@ class StepGraphs:
             self.captured += 1
         graph, result = self._graphs[key]
         if graph is None:
-            return step()
+            return self.compiler.run(step)
         graph.replay()
         return result
 
@@ -103,6 +106,7 @@ class StepGraphs:
 
     def _captured(self, step: Callable[[], Any], device: torch.device) -> tuple[torch.cuda.CUDAGraph | None, Any]:
         """A new graph. Where there is no memory for it, the others are freed for it."""
+        compiles = self.compiler.wanted
         try:
             with in_memory() as attempt:
                 return self._capture(step, device)
@@ -112,6 +116,8 @@ class StepGraphs:
             return self._capture(step, device)
         except Exception:
             self.release()
+            if compiles and not self.compiler.wanted:  # compiled code could not be captured; the step itself may be
+                return self._captured(step, device)
             raise
 
     def _capture(self, step: Callable[[], Any], device: torch.device) -> tuple[torch.cuda.CUDAGraph | None, Any]:
@@ -128,6 +134,12 @@ class StepGraphs:
         with torch.cuda.stream(self._stream):
             with CapturableOnly():
                 step()  # a warm-up: libraries such as cuBLAS initialise in their first call, which cannot be captured
-            result = capture(graph, step, self._pool, self._stream)
+            compiled = self.compiler.ready(step)
+            try:
+                result = capture(graph, compiled, self._pool, self._stream)
+            except NotCapturableError as error:
+                if compiled is not step:
+                    self.compiler.give_up(str(error))
+                raise
         torch.cuda.current_stream(device).wait_stream(self._stream)
         return graph, result

@@ -33,6 +33,7 @@ from online_dpo.modeling.tolerance import MOST_ROUNDING, ROUNDING
 from online_dpo.modeling.weight_casts import weights_cast_once
 from online_dpo.rollout.builtin.batch import Batch, left_padded, rows_to_keep
 from online_dpo.rollout.builtin.capture import NotCapturableError
+from online_dpo.rollout.builtin.compiled_steps import StepCompiler
 from online_dpo.rollout.builtin.decoding import Decoder, StepwiseDecoder, can_decode
 from online_dpo.rollout.builtin.sampling import next_tokens, token_logprobs
 from online_dpo.rollout.builtin.static_decoding import StaticBuffers, StaticDecoder, can_be_static
@@ -60,6 +61,7 @@ class TransformersEngine:
         version: the policy version of the weights, until `sync` sets another.
         static_steps: decode with static shapes, which a GPU replays as CUDA graphs; by default on a GPU only. This
             keeps memory between calls; see `release`.
+        compile_steps: compile the layers of static steps; by default on a GPU only.
     """
 
     has_own_weights = False
@@ -73,6 +75,7 @@ class TransformersEngine:
         batch_size: int = 64,
         version: int = 0,
         static_steps: bool | None = None,
+        compile_steps: bool | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -80,7 +83,9 @@ class TransformersEngine:
         self.version = version
         self.static_steps = static_steps
         self._path: str | None = None if can_decode(model) else GENERATE
-        self._buffers = StaticBuffers()
+        on_gpu = self._device.type == "cuda"
+        self._compiler = StepCompiler(on_gpu if compile_steps is None else compile_steps)
+        self._buffers = StaticBuffers(self._compiler)
         self._spares_memory = False
         self._kept = Kept(self._buffers.release)
 
@@ -129,6 +134,9 @@ class TransformersEngine:
         )
         reason = None
         while paths[0] != GENERATE and (problem := self._why_wrong(paths[0], prompts, params, key)) is not None:
+            if paths[0] == STATIC and self._compiler.wanted:
+                self._compiler.give_up(problem)
+                continue
             reason = problem
             del paths[0]
         if reason is not None:
@@ -163,7 +171,7 @@ class TransformersEngine:
         batch = Batch(prompts, 2, short, key, self._device)
         try:
             with self._fast_linears():
-                self._sample(batch, path, StaticBuffers())
+                self._sample(batch, path, StaticBuffers(self._compiler))
         except Exception as error:  # the model's code is unknown, so any exception means that this path cannot be used
             if is_out_of_memory(error):
                 raise

@@ -208,13 +208,21 @@ def attend(
         return x_GNKQX.transpose(1, 2).reshape(sequences, kv_heads, queries_per_head, -1)
 
     query_BNQD = (query.reshape(sequences, kv_heads, queries_per_head, size) * scaling).to(layer.keys.dtype)
-    prompt_scores_BNQP = by_sequence(by_group(query_BNQD) @ layer.prompt_keys.mT)
-    completion_scores_BNQC = query_BNQD @ layer.keys.mT
+    prompt_scores_BNQP = by_sequence(_product(by_group(query_BNQD), layer.prompt_keys.mT))
+    completion_scores_BNQC = _product(query_BNQD, layer.keys.mT)
     scores = torch.cat([prompt_scores_BNQP, completion_scores_BNQC], dim=-1)
     probs = _softmax(scores, hidden, options).to(layer.values.dtype)
-    output = by_sequence(by_group(probs[..., :prompt_slots]) @ layer.prompt_values)
-    output = output + probs[..., prompt_slots:] @ layer.values
+    output = by_sequence(_product(by_group(probs[..., :prompt_slots]), layer.prompt_values))
+    output = output + _product(probs[..., prompt_slots:], layer.values)
     return output.reshape(sequences, 1, heads, -1)
+
+
+def _product(x_XNYZ: torch.Tensor, y_XNZW: torch.Tensor) -> torch.Tensor:
+    """The products of matrices in the last two dimensions. A compiler would compile ``@`` for each way in which such
+    parts of a cache can lie in memory.
+    """
+    product = torch.bmm(x_XNYZ.flatten(0, 1), y_XNZW.flatten(0, 1))
+    return product.view(*x_XNYZ.shape[:3], y_XNZW.shape[3])
 
 
 def _read_prompt(

@@ -5,6 +5,7 @@ Shapes: ``B`` sequences, ``V`` vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -47,25 +48,6 @@ def reshape_logits(logits_BV: torch.Tensor, params: SamplingParams, seen_BV: tor
     return logits_BV
 
 
-def next_tokens(
-    scores_BV: torch.Tensor,
-    raw_logits_BV: torch.Tensor,
-    uniform_B: torch.Tensor,
-    params: SamplingParams,
-    seen_BV: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draws the next token of each row, (B,), with its log-probability under the model's own distribution, (B,) fp32.
-
-    ``scores_BV`` are the logits after the logits processors of `generate`, ``raw_logits_BV`` those before; without
-    processors both are the same tensor. For ``seen_BV`` see `reshape_logits`. No operation here synchronises with the
-    host or has a shape that depends on values, so it can be captured in a CUDA graph.
-    """
-    plain = scores_BV is raw_logits_BV and not reshapes(params)
-    logits_BV = scores_BV if plain else reshape_logits(scores_BV.float(), params, seen_BV)
-    token_B, logps_B = draw_tokens(logits_BV, uniform_B)
-    return token_B, logps_B if plain else token_logprobs(raw_logits_BV, token_B)
-
-
 def draw_tokens(logits_BV: torch.Tensor, uniform_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws one token id for each row by inversion: the first whose cumulative probability exceeds the row's uniform
     number, (B,). Also returns its log-probability under ``logits_BV``, (B,) fp32.
@@ -95,6 +77,27 @@ def draw_tokens(logits_BV: torch.Tensor, uniform_B: torch.Tensor) -> tuple[torch
     token_B1 = (block_B1 * BLOCK + torch.minimum(inside_B1, last_B1)).clamp(max=logits_BV.shape[-1] - 1)
     logps_B1 = logits_BV.gather(-1, token_B1) - max_B1 - cdf_BN[:, -1:].log().float()
     return token_B1.squeeze(-1), logps_B1.squeeze(-1)
+
+
+def next_tokens(
+    scores_BV: torch.Tensor,
+    raw_logits_BV: torch.Tensor,
+    uniform_B: torch.Tensor,
+    params: SamplingParams,
+    seen_BV: torch.Tensor | None,
+    draw: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = draw_tokens,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draws the next token of each row, (B,), with its log-probability under the model's own distribution, (B,) fp32.
+
+    ``scores_BV`` are the logits after the logits processors of `generate`, ``raw_logits_BV`` those before; without
+    processors both are the same tensor. For ``seen_BV`` see `reshape_logits`; ``draw`` is `draw_tokens`, or its
+    compiled form. No operation here synchronises with the host or has a shape that depends on values, so it can be
+    captured in a CUDA graph.
+    """
+    plain = scores_BV is raw_logits_BV and not reshapes(params)
+    logits_BV = scores_BV if plain else reshape_logits(scores_BV.float(), params, seen_BV)
+    token_B, logps_B = draw(logits_BV, uniform_B)
+    return token_B, logps_B if plain else token_logprobs(raw_logits_BV, token_B)
 
 
 def prefix_sum(values: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from online_dpo.modeling.introspection import computing_dtype, forward_state_key
+from online_dpo.rollout.builtin.compiled_steps import StepCompiler
 from online_dpo.rollout.builtin.cuda_graphs import StepGraphs
 from online_dpo.rollout.builtin.decoding import Decoder
 from online_dpo.rollout.builtin.kv_cache import KVCache, KVLayer, attend
@@ -59,8 +60,8 @@ class StaticBuffers:
     buffers and new graphs.
     """
 
-    def __init__(self) -> None:
-        self.graphs = StepGraphs()
+    def __init__(self, compiler: StepCompiler | None = None) -> None:
+        self.graphs = StepGraphs(compiler=compiler)
         self.linears = LinearCopies()
         self.layers: dict[int, KVLayer] = {}
         self._inputs: dict[str, torch.Tensor] = {}
@@ -244,7 +245,7 @@ class StaticDecoder(Decoder):
 
         def run() -> tuple[torch.Tensor, torch.Tensor]:
             logits_BV = self._logits(token_B)
-            return next_tokens(logits_BV, logits_BV, uniform_B, params, seen_BV)
+            return next_tokens(logits_BV, logits_BV, uniform_B, params, seen_BV, self.buffers.graphs.compiler.draw)
 
         # These options are constants of the captured graph, so each combination is a graph of its own.
         reshaping = (params.temperature, params.top_p, params.top_k, params.min_p, params.repetition_penalty)
@@ -286,7 +287,8 @@ class StaticDecoder(Decoder):
         return self.buffers.graphs.run(key, step, self.device)
 
     def _logits(self, token_B: torch.Tensor) -> torch.Tensor:
-        return self._forward(token_B, self.lengths_G[: self._padded[0]], self._padded[1])
+        with self.buffers.graphs.compiler.in_layers(self.model, self.kv_cache):
+            return self._forward(token_B, self.lengths_G[: self._padded[0]], self._padded[1])
 
     def _fill_input(self, name: str, x_B: torch.Tensor) -> torch.Tensor:
         """The input buffer with this name for all rows, after ``x_B`` was copied to the rows of real sequences."""
