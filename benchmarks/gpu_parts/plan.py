@@ -149,8 +149,9 @@ PARTS = (
     ),
     Part(
         "tests-attention",
-        "FlexAttention forward and backward by value, in fp32 and bf16, with windows, many lengths, and its memory.",
-        180,
+        "FlexAttention and SDPA's kernel, forward and backward by value, in fp32 and bf16, with windows; many lengths; "
+        "memory.",
+        240,
         tests("test_attention"),
         no_tables,
     ),

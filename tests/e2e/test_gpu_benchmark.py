@@ -357,6 +357,34 @@ def test_what_is_told_of_a_card(monkeypatch):
     )
 
 
+def test_a_call_on_a_card(monkeypatch, tmp_path, capsys):
+    """Parts see the first card only, unless they need two, which are then counted; the files have the card's name."""
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    sees = (
+        "import os\nprint('it sees', os.environ.get('CUDA_VISIBLE_DEVICES'), os.environ.get('OMP_NUM_THREADS', 'all'))"
+    )
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    parts = (part("one", f"{WRITES}\n{sees}", plan.no_tables), part("both", sees, cards=2), part("bad", "1 / 0"))
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path)])
+    assert gpu.main() == 1, "a part has failed"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "gpu-nvidia-h100-80gb-hbm3.json",
+        "gpu-nvidia-h100-80gb-hbm3.md",
+    ]
+    page = (tmp_path / "gpu-nvidia-h100-80gb-hbm3.md").read_text()
+    assert page.startswith("# NVIDIA H100 80GB HBM3") and "rehearsal" not in page and "P0, SM clock 1755" in page
+    assert "it sees 0 all" in page and "It needs 2 cards, and 1 can be used." in page
+    assert "ZeroDivisionError" in page and "ZeroDivisionError" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(gpu, "PARTS", parts[:2])
+    assert gpu.main() == 0
+    assert "it sees None" in (tmp_path / "gpu-nvidia-h100-80gb-hbm3.md").read_text()
+    assert "one: done before" in capsys.readouterr().out
+
+
 def test_only_kernels_count_on_a_card():
     """The same time stands at the operation of the host that has launched a kernel."""
     device, host = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU

@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from online_dpo.modeling.attention import flex
-from online_dpo.modeling.attention.masks import use_flex_attention, visible_mask
+from online_dpo.modeling.attention import flex, sdpa
+from online_dpo.modeling.attention.choice import use_flex_attention, use_sdpa
+from online_dpo.modeling.attention.masks import visible_mask
 from online_dpo.modeling.logprobs import enable_logprobs, row_logprobs
 from online_dpo.packing.pack import pack_groups
 from online_dpo.types import TokenRows
@@ -106,6 +107,26 @@ def test_flex_attention_forward_and_backward(dtype, length, window, chunk, devic
         assert x.grad.isfinite().all() and relative(x.grad, right_one) < BACKWARD[dtype], name
 
 
+@pytest.mark.parametrize("window, chunk", REACHES)
+@pytest.mark.parametrize("length", [256, 1024])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sdpa_with_a_mask_forward_and_backward(dtype, length, window, chunk, device):
+    """On a GPU the memory-efficient kernel, which is called by name."""
+    tokens = forest(2, 256 if device.type == "cpu" else length, device, seed=length)
+    length = tokens.tree_RT.shape[1]
+    given, grad = inputs(2, length, device, dtype)
+    grad = without_padding(grad, tokens)
+    right, gradients = expected(given, grad, tokens, window, chunk)
+    real = tokens.tree_RT != -1
+    module = SimpleNamespace(num_key_value_groups=HEADS // KEYS, training=True, is_causal=True)
+    mask = visible_mask(tokens, window, chunk)[:, None]
+    output, _ = sdpa.attention(module, *given, mask, scaling=SIZE**-0.5)
+    assert output.dtype == dtype and relative(output[real], right[real]) < FORWARD[dtype]
+    output.backward(grad)
+    for name, x, right_one in zip(("query", "key", "value"), given, gradients, strict=True):
+        assert relative(x.grad, right_one) < BACKWARD[dtype], name
+
+
 def test_many_lengths_and_kinds_of_masks_stay_fused(card):
     """After too many compilations Dynamo runs a function as it is, which materialises all scores: 256 MiB here."""
     for number, length in enumerate((128, 256, 384, 512, 640, 768, 896, 1024, 1152, 1280, 1408, 1536)):
@@ -125,6 +146,14 @@ def test_many_lengths_and_kinds_of_masks_stay_fused(card):
     torch.cuda.synchronize()
     scores = HEADS * length * length * 2
     assert torch.cuda.max_memory_allocated() - before < scores / 3
+
+
+def choose(one, attention, device):
+    """Sets the attention as a trainer does; a rehearsal leaves SDPA as it is."""
+    if attention == "flex":
+        use_flex_attention(one)
+    elif device.type == "cuda":
+        use_sdpa(one)
 
 
 def some_groups(seed=0):
@@ -170,8 +199,7 @@ def test_whole_models_in_fp32(family, attention, device):
     one, made = model(family, device), some_groups()
     right, gradient = right_values(one, made)
     enable_logprobs(one)
-    if attention == "flex":
-        use_flex_attention(one)
+    choose(one, attention, device)
     rows = pack_groups(made, [], True, 1024).to(device)
     if attention == "flex" and device.type == "cpu":
         with torch.no_grad():
@@ -193,8 +221,7 @@ def test_whole_models_in_bf16_are_as_near_to_fp64_as_single_sequences(family, at
     with torch.autocast(device.type, torch.bfloat16):
         alone = torch.cat([logprobs_alone(one, g.prompt.token_ids, c.token_ids) for g in made for c in g.completions])
     enable_logprobs(one)
-    if attention == "flex":
-        use_flex_attention(one)
+    choose(one, attention, device)
     shared = attention != "one completion a row"
     rows = pack_groups(made, [], shared, 1024 if shared else 0).to(device)
     backward = attention != "flex" or device.type == "cuda"
