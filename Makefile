@@ -14,6 +14,7 @@
 #   make soak         10,000 tiny steps in one process: memory, threads, open files and child processes stay as they are
 #   make figures      what other feedback and methods are worth on the quickstart
 #   make benchmark    time and memory of a step against TRL's
+#   make gpu          on a machine with a GPU: all that awaits one, 25 minutes at a time; PARTS="card head": only these
 #   make lint         what CI checks before the tests
 #   make audit        known weaknesses in the versions of constraints.txt; it needs the network, and runs once a week
 #   make ci           everything that CI checks, two parts at a time: .ci/run
@@ -68,7 +69,7 @@ RAY_SERVERS := tests/ray_cluster/test_servers.py
 # setuptools writes into src/ when it installs this package: not into two environments at once
 after = $(if $(IN_TURN),| $(1))
 
-.PHONY: audit venv quickstart smoke test test-slow test-distributed test-e2e test-faults test-faults-all test-ray soak test-vllm test-oldest test-newest test-seams test-all test-browser \
+.PHONY: audit gpu venv quickstart smoke test test-slow test-distributed test-e2e test-faults test-faults-all test-ray soak test-vllm test-oldest test-newest test-seams test-all test-browser \
 	ci ci-seams-newest $(CI_PARTS) chromium figures benchmark lint format docs clean
 .DELETE_ON_ERROR:
 
@@ -208,6 +209,10 @@ figures: $(STAMP)
 # TRL and this library on the same work, in turn: 20 minutes on an idle machine of 2 cores
 benchmark: $(STAMP)
 	$(BIN)/python benchmarks/vs_trl.py --json benchmarks/results/cpu.json
+
+# with the Python that is there: machines with a GPU often have no package index, and an image with torch
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(if $(PARTS),--parts $(PARTS))
 
 lint: $(STAMP)
 	$(BIN)/ruff check src tests benchmarks recipes scripts

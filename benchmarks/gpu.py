@@ -36,6 +36,10 @@ from gpu_parts.record import DONE, LINES_SHOWN, ROOT, Record, code_digest, commi
 from gpu_parts.wheels import print_wheels
 
 MINUTES = 25
+REHEARSAL_LIMIT = 4.0
+"""A rehearsal may take this many times as long as a card: its machine may have other things to do."""
+TICK = 2.0
+"""Seconds between two looks at the card's state while a part runs."""
 LEAST_SHARE = 0.5
 """A part begins only if this share of its time limit is left."""
 PATHS = [ROOT / "src", ROOT / "benchmarks", ROOT / "tests"]
@@ -79,6 +83,7 @@ class Runner:
         self._limit_factor = limit_factor
         self._lock = threading.Lock()
         self._running: set[subprocess.Popen[str]] = set()
+        self._stopped = False
         self.left: list[str] = []
 
     def run_all(self, parts: Sequence[Part], jobs: int) -> None:
@@ -88,8 +93,8 @@ class Runner:
                 for _ in pool.map(self.run, parts):
                     pass
             except BaseException:
-                self._end = 0.0  # no other part begins
                 with self._lock:
+                    self._stopped = True  # no other part begins
                     for process in self._running:
                         kill(process)
                 raise
@@ -98,10 +103,10 @@ class Runner:
         """Runs one part, unless it cannot be here or the time is over."""
         reason = why_not_here(part, self.setup)
         if reason is not None:
-            self._note(part, "not here", 0.0, [], reason, [])
+            self._note(part, "not here", 0.0, [], reason, [], card_state()[1])
             return
         left, limit = self._end - time.monotonic(), part.limit * self._limit_factor
-        if left < LEAST_SHARE * limit:
+        if self._stopped or left < LEAST_SHARE * limit:
             self.left.append(part.name)
             return
         with tempfile.TemporaryDirectory() as folder:
@@ -109,34 +114,40 @@ class Runner:
             words = part.command(self.setup, out)
             print(f"{part.name}: at most {min(left, limit):.0f} s", flush=True)
             begin = time.monotonic()
-            status, said = self._process(part, words, min(left, limit), Path(folder) / "said")
+            status, said, state = self._process(part, words, min(left, limit), Path(folder) / "said")
             try:
                 tables = tables_of(part, out)
             except (KeyError, ValueError) as error:  # it was killed while it wrote
                 tables, said = [], f"{said}\nIts figures cannot be read: {error!r}"
             shown = [word if word != str(out) else "FILE" for word in words]
-        self._note(part, status, time.monotonic() - begin, shown, said, tables)
+        self._note(part, status, time.monotonic() - begin, shown, said, tables, state)
 
-    def _process(self, part: Part, words: list[str], limit: float, log: Path) -> tuple[str, str]:
-        """The status of a part that has run, and the last lines that it has said."""
+    def _process(self, part: Part, words: list[str], limit: float, log: Path) -> tuple[str, str, str]:
+        """The status of a part that has run, the last lines that it has said, and the card's state when it worked
+        hardest.
+        """
+        end, states = time.monotonic() + limit, [card_state()]
         with log.open("w") as said:
-            process = subprocess.Popen(
-                [sys.executable, *words],
-                stdin=subprocess.DEVNULL,
-                stdout=said,
-                stderr=subprocess.STDOUT,
-                text=True,
-                cwd=ROOT,
-                env=environment(part.cards, self.setup.dry_run),
-                start_new_session=True,  # so that what it starts can be killed with it
-            )
             with self._lock:
+                process = subprocess.Popen(
+                    [sys.executable, *words],
+                    stdin=subprocess.DEVNULL,
+                    stdout=said,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    cwd=ROOT,
+                    env=environment(part.cards, self.setup.dry_run),
+                    start_new_session=True,  # so that what it starts can be killed with it
+                )
                 self._running.add(process)
+                if self._stopped:
+                    kill(process)
             try:
-                code = process.wait(timeout=limit)
-                status = "ok" if code == 0 else "failed"
-            except subprocess.TimeoutExpired:
-                code, status = None, "timed out"
+                while (code := process.poll()) is None and (left := end - time.monotonic()) > 0:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(timeout=min(TICK, left))
+                    states.append(card_state())
+                status = "timed out" if code is None else "ok" if code == 0 else "failed"
             finally:
                 kill(process)  # and what it has left running
                 with self._lock:
@@ -144,17 +155,24 @@ class Runner:
         lines = log.read_text(errors="replace").splitlines()[-LINES_SHOWN:]
         if code is not None and code != 0:
             lines.append(f"It ended with status {code}.")
-        return status, "\n".join(lines)
+        return status, "\n".join(lines), max(states)[1]
 
     def _note(
-        self, part: Part, status: str, seconds: float, words: list[str], said: str, tables: list[dict[str, Any]]
+        self,
+        part: Part,
+        status: str,
+        seconds: float,
+        words: list[str],
+        said: str,
+        tables: list[dict[str, Any]],
+        state: str,
     ) -> None:
         entry = {
             "status": status,
             "seconds": seconds,
             "shows": part.shows,
             "command": shlex.join(["python", *words]) if words else "not run",
-            "state": card_state(),
+            "state": state,
             "last_lines": said,
             "tables": tables,
         }
@@ -196,7 +214,7 @@ def facts(setup: Setup) -> dict[str, Any]:
         "code": code_digest(),
         "commit": commit(),
         "versions": versions(),
-        "state": card_state(),
+        "state": card_state()[1],
     }
 
 
@@ -260,7 +278,7 @@ def main() -> int:
     for part in parts:
         if part not in wanted:
             print(f"{part.name}: done before")
-    runner = Runner(record, setup, options.minutes)
+    runner = Runner(record, setup, options.minutes, REHEARSAL_LIMIT if options.dry_run else 1.0)
     record.write()
     runner.run_all(wanted, (options.jobs or 2) if options.dry_run else 1)
     if runner.left:

@@ -177,7 +177,7 @@ PARTS = (
             STEP,
             HALF,
             "--workload long-answer --prompts 32 --repetitions 3 --limit 60",
-            f"{TINY} --variant plain lora-gradient-checkpointing",
+            f"{TINY} --variant lora-gradient-checkpointing",
         ),
         step_tables,
         package="peft",
@@ -185,11 +185,11 @@ PARTS = (
     Part(
         "trl-0.5b",
         "The table against TRL, with its dynamic and its static cache, one trainer after the other.",
-        240,
+        360,
         script(
             TRL,
             HALF,
-            "--workload chat long-answer --repetitions 3 --limit 75 --trl-cache dynamic static",
+            "--workload chat long-answer long-prompt --repetitions 2 --limit 100 --trl-cache dynamic static",
             f"{TINY} --order one-after-the-other --trl-cache dynamic static",
         ),
         trl_tables,
@@ -220,11 +220,11 @@ PARTS = (
     Part(
         "trl-1.5b",
         "The table against TRL at 1.5B, which does not fit beside another trainer.",
-        300,
+        360,
         script(
             TRL,
             LARGE,
-            "--workload chat long-answer --repetitions 2 --limit 90 --trl-cache dynamic static",
+            "--workload chat long-answer --repetitions 2 --limit 120 --trl-cache dynamic static",
             f"{TINY} --order one-after-the-other",
         ),
         trl_tables,
@@ -243,19 +243,6 @@ PARTS = (
         ),
         step_tables,
         package="peft",
-    ),
-    Part(
-        "trl-0.5b-long-prompt",
-        "The table against TRL for prompts of 512 tokens.",
-        180,
-        script(
-            TRL,
-            HALF,
-            "--workload long-prompt k8 --repetitions 3 --limit 75",
-            f"{TINY} --order one-after-the-other",
-        ),
-        trl_tables,
-        package="trl",
     ),
     Part(
         "memory",

@@ -2,8 +2,8 @@
 
 Needed are the package's own requirements in pyproject.toml, those of its extras for adapters and TRL, what the parts
 and their tests import, and what all of these require in turn, which is looked up in the packages that are installed
-where this runs. Versions come from the file of constraints that was tested with that machine's transformers. Where other
-versions are installed here, they may require other packages: then all that the file names is listed.
+where this runs. Versions come from the file of constraints that was tested with that machine's transformers. Where
+other versions are installed here, they may require other packages: then all that the file names is listed.
 """
 
 from __future__ import annotations

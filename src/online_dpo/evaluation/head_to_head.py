@@ -35,6 +35,7 @@ from online_dpo.modeling.loading import (
 )
 from online_dpo.modeling.logprobs import enable_logprobs, row_logprobs
 from online_dpo.modeling.precision import mixed_precision
+from online_dpo.modeling.weight_casts import weights_cast_once
 from online_dpo.packing.pack import pack_groups
 from online_dpo.packing.prefix_tree import split_by_padded_size
 from online_dpo.rollout.builtin.engine import TransformersEngine
@@ -302,7 +303,7 @@ def _sample(
 @torch.no_grad()
 def _sequence_logprobs(model: nn.Module, groups: Sequence[Group], args: OnlineDPOConfig) -> list[list[float]]:
     """Compute the log-probability of each completion of each group under the model, at temperature 1."""
-    with mixed_precision(args):
+    with mixed_precision(args), weights_cast_once(model):
         choice = choose_path({"the model": lambda: nullcontext(model)}, groups, share=False)
         path = choice[0] if choice else ForwardPath()
         samples = len(groups[0].completions)

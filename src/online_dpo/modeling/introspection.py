@@ -110,18 +110,19 @@ def _computed_in(layer: Any) -> torch.dtype:
 
 
 def forward_state_key(model: nn.Module) -> tuple[Any, ...]:
-    """A key for captured forward passes: the addresses of all weights, and which adapters are active or merged.
+    """A key for captured forward passes: the addresses of all weights, which adapters are active or merged, and scales.
 
     While it is the same, a forward pass runs the same operations on the same addresses, so its CUDA graph is valid.
     """
     addresses = tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
     if not is_peft_model(extract_model_from_parallel(model, keep_torch_compile=False)):
-        return addresses, ()
+        return addresses, (), ()
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     adapters = [(x.disable_adapters, tuple(x.active_adapters), tuple(x.merged_adapters)) for x in layers]
-    return addresses, tuple(adapters)
+    scales = [str(vars(layer).get("scaling")) for layer in layers]  # numbers, which are constants in a graph
+    return addresses, tuple(adapters), tuple(scales)
 
 
 def context_length(model: nn.Module) -> int | None:

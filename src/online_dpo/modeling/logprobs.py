@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -22,9 +23,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from online_dpo.modeling.attention.masks import attention_inputs
+from online_dpo.modeling.attention.rows import fitted_rows
 from online_dpo.modeling.fused_head import linear_logprobs, token_logprobs
 from online_dpo.modeling.introspection import accepts_argument, unwrapped
 from online_dpo.modeling.last_layer import enable_selective_last_layer, last_layer_kwargs
+from online_dpo.modeling.weight_casts import weights_cast_once
 from online_dpo.types import PackedRows, RowLogprobs
 
 CHUNK_LOGITS = {"cpu": 2**23}
@@ -67,6 +70,7 @@ def row_logprobs(model: nn.Module, rows: PackedRows, entropy: bool = True, chunk
         chunked: compute logits in chunks; needs `enable_logprobs`. Otherwise the model returns all logits from the
             first position on that predicts a completion token.
     """
+    rows = fitted_rows(model, rows)
     inputs = {"input_ids": rows.tokens.ids_RT, "use_cache": False} | attention_inputs(model, rows.tokens)
     if chunked:
         token_logps_M, entropy_M = model(
@@ -135,13 +139,14 @@ def _chunked_logprobs(
         # Each call of a sharded head is a collective operation, and ranks may have different numbers of chunks.
         size = max(1, len(hidden_MH))
     parts = []
-    for hidden_XH, target_X in zip(hidden_MH.split(size), request.target_M.split(size), strict=True):
-        run = functools.partial(_project, model, itertools.count(), request.entropy)
-        if hidden_MH.requires_grad:
-            # Checkpointing restores the random state for the recomputation: adapters on the head may have dropout.
-            parts.append(checkpoint(run, hidden_XH, target_X, use_reentrant=False))
-        else:
-            parts.append(run(hidden_XH, target_X))
+    with nullcontext() if torch.is_grad_enabled() else weights_cast_once(head):
+        for hidden_XH, target_X in zip(hidden_MH.split(size), request.target_M.split(size), strict=True):
+            run = functools.partial(_project, model, itertools.count(), request.entropy)
+            if hidden_MH.requires_grad:
+                # Checkpointing restores the random state for the recomputation: adapters on the head may have dropout.
+                parts.append(checkpoint(run, hidden_XH, target_X, use_reentrant=False))
+            else:
+                parts.append(run(hidden_XH, target_X))
     logps, entropies = zip(*parts, strict=True)
     return torch.cat(logps), torch.cat(entropies)
 

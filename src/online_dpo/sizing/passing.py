@@ -33,16 +33,27 @@ def sampling_terms(plan: Plan) -> Iterator[Term]:
         yield Term("vLLM", int(plan.vllm_share * plan.gpu_bytes))
         return
     yield Term("gathered weights", _gathered_bytes(plan) if plan.parted else 0)
-    # One process and DDP in bf16: the built-in engine multiplies with copies of the linear layers in that type.
-    copied = plan.bf16 and plan.sharding == "none" and plan.adapter == "none"
-    linears = sum(weight.numbers * weight.count for weight in plan.policy.weights() if weight.linear)
-    yield Term("copies of linear layers", HALF * linears if copied else 0)
+    yield Term("copies of linear layers", copied_bytes(plan))
     yield Term("packed linear layers", packed_bytes(plan))
     yield Term("keys and values", kv_bytes(plan))
     if plan.on_cpu:
         prompts = plan.sequences // plan.completions
         yield Term("prompts", layer_once(plan.policy, prompts * plan.prompt_tokens, plan.compute_bytes))
         yield Term("logits of a token", int(ARRAYS_SAMPLING * FP32 * plan.sequences * plan.policy.vocabulary))
+
+
+def copied_bytes(plan: Plan) -> int:
+    """The copies of linear layers in the type of their products that the built-in engine multiplies with: cast, with
+    the adapter merged, and those that read the same input together. Sharded and quantised layers have none.
+    """
+    if plan.sharding != "none" or plan.adapter == "qlora":
+        return 0
+    if plan.adapter == "none" and plan.bf16:
+        return HALF * sum(weight.numbers * weight.count for weight in plan.policy.weights() if weight.linear)
+    if plan.on_cpu:
+        return 0
+    shape = plan.policy  # the head has no adapter, and is in the type of its products
+    return (HALF if plan.bf16 else FP32) * shape.layers * sum(a * b for a, b in shape.projections())
 
 
 def packed_bytes(plan: Plan) -> int:
@@ -69,12 +80,9 @@ def scoring_terms(plan: Plan) -> Iterator[Term]:
 
 
 def kv_bytes(plan: Plan) -> int:
-    """Keys and values of a sampling call: of each prompt once, and of each completion.
-
-    Rotary embeddings have the type of the hidden states, which is that of the weights, and so have the keys.
-    """
+    """Keys and values of a sampling call, in the type of products: of each prompt once, and of each completion."""
     tokens = plan.sequences // plan.completions * plan.prompt_tokens + plan.sequences * plan.new_tokens
-    return plan.policy.layers * plan.policy.kv_width * (hidden_bytes(plan) + plan.compute_bytes) * tokens
+    return plan.policy.layers * plan.policy.kv_width * 2 * plan.compute_bytes * tokens
 
 
 def hidden_bytes(plan: Plan) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy
 
+from online_dpo import __version__
 from online_dpo.checkpoints.choice import AUTO, newest_whole, none_found, problem_of_named, warning_of_named
 from online_dpo.checkpoints.folders import folder_of, located, put_in_place, recover
 from online_dpo.checkpoints.manifest import has_manifest, problem_of
@@ -210,7 +210,7 @@ def _tell_removed(names: list[str]) -> None:
 def _versions() -> dict[str, str]:
     """The versions of the packages that compute."""
     return {
-        "online-dpo": version("online-dpo"),
+        "online-dpo": __version__,
         "transformers": transformers.__version__,
         "torch": torch.__version__,
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from torch import nn
 from transformers import TrainerState
 
+from online_dpo import __version__
 from online_dpo.checkpoints.files import write_text
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.modeling.introspection import unwrapped
@@ -110,7 +110,7 @@ def write_model_card(
         results="\n".join(_result_rows(state.log_history)),
         course=describe_run(output_dir) if args.run_folder and is_run_folder(output_dir) else "",
         settings=_as_json({setting: getattr(args, setting) for setting in SETTINGS}),
-        version=version("online-dpo"),
+        version=__version__,
         transformers=transformers.__version__,
         torch=torch.__version__,
     )

@@ -75,7 +75,7 @@ class ObjectiveStep:
         self.args, self.method, self.reference, self.beta, self.run = args, method, reference, beta, run
         self.size = size
         self.options = LossOptions.from_config(args)
-        self.choice = PathChoice(run.accelerator.device, args.share_prompts)
+        self.choice = PathChoice(run.accelerator.device, args.share_prompts, bool(args.flex_attention))
 
     def pack(self, model: nn.Module, pairs: list[Pair], num_batches: int) -> list[dict[str, Any]]:
         """Packs pairs into exactly as many micro-batches as were fetched, each with the rows of its passes.
@@ -113,6 +113,7 @@ class ObjectiveStep:
             models["the reference"] = self.reference.active
         with gathered(model, *self.reference.models), self.run.accelerator.autocast():
             self.choice.settle(models, groups)
+        self.size.fills_rows = self.choice.path.flex
 
     def totals(self, pairs: Sequence[Pair]) -> tuple[int, torch.Tensor]:
         """Returns the number of pairs of the step over all ranks, and the sum of their weights; 1 where there are none.

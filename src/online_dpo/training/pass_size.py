@@ -19,6 +19,7 @@ from online_dpo.distributed.device_memory import free_memory
 from online_dpo.distributed.sharding import Sharding
 from online_dpo.distributed.weights import part, shape_of
 from online_dpo.modeling.introspection import unwrapped
+from online_dpo.modeling.memory import WHAT_TO_LOWER
 from online_dpo.packing.microbatches import token_count
 from online_dpo.runs import events
 from online_dpo.sizing.plan import ENGINES_OF_DEEPSPEED, Plan
@@ -82,6 +83,7 @@ class PassSize:
     ) -> None:
         self.args, self._sharding, self._optimizer = args, sharding, optimizer
         self._device, self._free = device, free
+        self.fills_rows = False  # with FlexAttention, where hidden blocks cost nothing
         self._chosen: Chosen | None = None
         self._saved: Chosen | None = None
 
@@ -93,7 +95,7 @@ class PassSize:
     @property
     def row_capacity(self) -> int:
         """Tokens that rows which share prompts are filled up to; 0 is the largest prompt with its completions."""
-        return min(self.args.row_capacity, self.tokens)
+        return self.tokens if self.fills_rows else 0
 
     @property
     def is_open(self) -> bool:
@@ -112,13 +114,7 @@ class PassSize:
         own = self._that_fit(model, rows)
         self._chosen = min(from_every_rank(own), key=lambda chosen: chosen.tokens)
         if is_first_rank():
-            text = (
-                f"A pass has up to {self._chosen.tokens} tokens, which take about {self._chosen.bytes / GIB:.1f} GiB "
-                f"of the {self._chosen.free / GIB:.1f} GiB that are free. `max_tokens_per_pass` sets another number."
-            )
-            logger.info("%s", text)
-            facts = {"bytes": self._chosen.bytes, "free": self._chosen.free}
-            events.emit("passes", text, tokens=self._chosen.tokens, **facts)
+            _tell(self._chosen)
 
     def _that_fit(self, model: nn.Module, rows: PackedRows) -> Chosen:
         free = self._free(self._device) - still_to_come(model, self._optimizer(), self._sharding.name)
@@ -166,6 +162,19 @@ class PassSize:
         """
         if (folder / self.FILE).is_file():
             self._saved, self._chosen = read_json(folder / self.FILE, Chosen), None
+
+
+def _tell(chosen: Chosen) -> None:
+    text = (
+        f"A pass has up to {chosen.tokens} tokens, which take about {chosen.bytes / GIB:.1f} GiB of the "
+        f"{chosen.free / GIB:.1f} GiB that are free. `max_tokens_per_pass` sets another number."
+    )
+    facts = {"tokens": chosen.tokens, "bytes": chosen.bytes, "free": chosen.free}
+    if chosen.bytes <= chosen.free:
+        logger.info("%s", text)
+        events.emit("passes", text, **facts)
+    else:
+        events.warn(logger, "passes", f"{text} That may not be enough for one group: {WHAT_TO_LOWER}", **facts)
 
 
 def fields_of(config: PreTrainedConfig) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 from datasets import Dataset
 from torch import nn
 
+from online_dpo import __version__
 from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.distributed.collectives import check_same, world_size
 from online_dpo.distributed.rank_watch import watch_ranks
@@ -24,7 +25,7 @@ from online_dpo.scoring.protocols import PairwiseScorer, PointwiseScorer
 OF_PROCESS = ("output_dir", "logging_dir", "run_name", "local_rank", "log_level", "log_level_replica", "disable_tqdm")
 """Fields that may differ: they say where a process writes and what it shows."""
 
-PACKAGES = ("online-dpo", "torch", "transformers", "accelerate")
+PACKAGES = ("torch", "transformers", "accelerate")
 ROWS = 16
 """How many rows of a dataset stand for all of them."""
 
@@ -47,7 +48,8 @@ def same_settings(args: OnlineDPOConfig) -> OnlineDPOConfig:
     watch_ranks(args.ddp_timeout)
     settings = {name: _text(value) for name, value in args.to_dict().items() if name not in OF_PROCESS}
     check_same(settings, "settings")
-    check_same({name: version(name) for name in PACKAGES} | {"python": platform.python_version()}, "packages")
+    own = {"online-dpo": __version__, "python": platform.python_version()}
+    check_same(own | {name: version(name) for name in PACKAGES}, "packages")
     return args
 
 

@@ -53,12 +53,27 @@ def sampled(engine, count=2):
     return [completion.token_ids for group in groups for completion in group.completions]
 
 
+def tensors_of(kept):
+    """The tensors in an object of ours, wherever they stand in it."""
+    if isinstance(kept, torch.Tensor):
+        yield kept
+    elif isinstance(kept, dict):
+        for one in kept.values():
+            yield from tensors_of(one)
+    elif isinstance(kept, (list, tuple)):
+        for one in kept:
+            yield from tensors_of(one)
+    elif type(kept).__module__.startswith("online_dpo.rollout"):
+        yield from tensors_of(vars(kept))
+
+
 def storages(buffers):
-    """Weak references to all memory that static steps keep, with its bytes."""
-    layers = [t for one in buffers.layers.values() for t in (one.prompt_keys, one.prompt_values, one.keys, one.values)]
-    copies = [t for pair in buffers.linears._copies.values() for t in pair if t is not None]
-    kept = [*layers, *copies, *buffers._inputs.values()]
-    return [weakref.ref(tensor.untyped_storage()) for tensor in kept], sum(map(lambda t: t.nbytes, copies))
+    """Weak references to all memory that static steps keep, and the bytes of the copies of weights."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors_of(buffers)}
+    copies = [t for t in storages.values() if t.dtype == torch.bfloat16 and t.dim() == 2]
+    return [weakref.ref(t.untyped_storage()) for t in storages.values()], sum(
+        t.untyped_storage().nbytes() for t in copies
+    )
 
 
 def test_the_sampler_s_buffers_go_back_and_the_next_call_makes_them_again():

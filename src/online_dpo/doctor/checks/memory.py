@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ GIB = 2**30
 CONTEXT = int(1.5 * GIB)
 """What CUDA, NCCL and the allocator take of a GPU beside tensors."""
 TIGHT = 0.9
+FEWEST = 512
+"""Tokens of a pass below which less saves little."""
 CGROUP = Path("/sys/fs/cgroup")
 SHOWN = 4
 CHANGE = (
@@ -41,12 +44,13 @@ def memory(case: Case) -> Iterator[Finding]:
         found = f"memory is not estimated for models of type {kind!r}; their weights and Adam's state take {gib(size)}"
         yield from _compared(case, found, size, size)
         return
-    plan = plan_of(case)
-    needs = memory_needs(plan)
+    plan = plan_of(case, case.args.tokens_per_pass)
     if plan.on_cpu:
-        yield from _on_cpu(case, plan, needs)
-    else:
-        yield from _on_gpu(case, plan, needs)
+        yield from _on_cpu(case, plan, memory_needs(plan))
+        return
+    if case.args.max_tokens_per_pass is None:
+        plan = fitting(partial(plan_of, case), case.args.tokens_per_pass, torch.cuda.mem_get_info()[0])
+    yield from _on_gpu(case, plan, memory_needs(plan))
 
 
 def weights_alone(case: Case) -> int:
@@ -54,8 +58,20 @@ def weights_alone(case: Case) -> int:
     return case.counts.parameters * (4 * FP32 + FP32 * (case.args.reference_free is False))
 
 
-def plan_of(case: Case) -> Plan:
-    """Returns the run in the words of the formula. Answers are taken to be of all lengths up to the longest."""
+def fitting(plan_with: Callable[[int], Plan], most: int, free: int) -> Plan:
+    """Returns the run with as many tokens of a pass as fit on a GPU, as `training.pass_size` will choose them: with
+    half as many each time that they do not, down to `FEWEST`.
+    """
+    tokens = most
+    while tokens > FEWEST and memory_needs(plan_with(tokens)).gpu + CONTEXT > TIGHT * free:
+        tokens //= 2
+    return plan_with(tokens)
+
+
+def plan_of(case: Case, most_tokens: int) -> Plan:
+    """Returns the run in the words of the formula, with passes of at most so many tokens. Answers are taken to be of
+    all lengths up to the longest.
+    """
     args, subject = case.args, case.subject
     longest = args.max_new_tokens
     prompts = [len(ids) for ids in case.dataset["prompt_ids"][:]]
@@ -64,7 +80,7 @@ def plan_of(case: Case) -> Plan:
         [max(1, longest // 4), max(1, longest // 2), longest],
         per_batch=args.per_device_train_batch_size,
         batches=args.gradient_accumulation_steps,
-        most_tokens=args.tokens_per_pass,
+        most_tokens=most_tokens,
         num_completions=args.num_completions,
         scored_at_once=args.reward_batch_size,
     )

@@ -15,6 +15,7 @@ from online_dpo.doctor.findings import Finding, ok, problem, warning
 from online_dpo.doctor.registry import check
 from online_dpo.versions import TESTED, untested
 
+NOT_INSTALLED = "online-dpo runs from a folder and is not installed, so the versions of what it requires are unknown."
 SHOWN = ("torch", "transformers", "accelerate", "datasets")
 
 
@@ -22,7 +23,12 @@ SHOWN = ("torch", "transformers", "accelerate", "datasets")
 def versions(case: Case) -> Iterator[Finding]:
     """Installed packages against the ranges of pyproject.toml, and against those that were tested."""
     installed: dict[str, Any] = {name: text for name in TESTED if (text := installed_version(name)) is not None}
-    wrong = list(outside([Requirement(line) for line in requires("online-dpo") or ()]))
+    try:
+        required = requires("online-dpo") or []
+    except PackageNotFoundError:
+        required = []
+        yield warning(NOT_INSTALLED, "Install it: pip install -e FOLDER")
+    wrong = list(outside([Requirement(line) for line in required]))
     for name, text, wanted, extra in wrong:
         found = f"{name} {text} is installed, and online-dpo is made for {name}{wanted}"
         change = f"pip install '{name}{wanted}'"

@@ -5,7 +5,7 @@ Shapes: ``P`` prompts, ``K`` completions, ``B = P * K`` sequences, ``T`` tokens,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -15,6 +15,11 @@ from online_dpo.rollout.builtin.random_numbers import uniform_numbers
 from online_dpo.rollout.completion_text import completion_texts
 from online_dpo.rollout.params import RolloutKey, SamplingParams
 from online_dpo.types import Completion, Group, Prompt
+
+COMPACT_BELOW = 0.75
+"""Finished sequences are dropped when this share of the rows of a step, or less, would remain: dropping copies the
+cache.
+"""
 
 
 class Batch:
@@ -101,3 +106,31 @@ class Batch:
         ]
         k = self.num_completions
         return [Group(prompt, tuple(completions[p * k : (p + 1) * k])) for p, prompt in enumerate(self.prompts)]
+
+
+def rows_to_keep(running_GK: torch.Tensor, rows: Callable[[int, int], int]) -> torch.Tensor | None:
+    """The sequences to go on with, as indices, (G', K'); ``None`` if dropping the others saves too little.
+
+    Groups without a running sequence are dropped. The others keep the same number of sequences each, since a step is
+    computed as groups times completions; so a finished sequence may stay.
+
+    Args:
+        running_GK: which sequences have not ended, bool.
+        rows: how many sequences a step computes for a number of groups and of completions of each.
+    """
+    counts_G = running_GK.sum(dim=1)
+    k, groups = running_GK.shape[1], (counts_G > 0).nonzero()
+    if rows(len(groups), int(counts_G.max())) > COMPACT_BELOW * rows(*running_GK.shape):
+        return None
+    order_GK = running_GK.int().argsort(dim=1, descending=True, stable=True)[:, : int(counts_G.max())]
+    return groups * k + order_GK[groups[:, 0]]
+
+
+def left_padded(
+    sequences: Sequence[Sequence[int]], pad_token_id: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask of sequences that are padded on the left, (B, T) each."""
+    length = max(len(ids) for ids in sequences)
+    ids = [[pad_token_id] * (length - len(s)) + list(s) for s in sequences]
+    mask = [[0] * (length - len(s)) + [1] * len(s) for s in sequences]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -23,14 +23,15 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList, Stop
 
 from online_dpo.distributed.device_memory import Kept, empty_device_cache, free_kept_memory
 from online_dpo.distributed.sampling import callable_alone
-from online_dpo.distributed.weights import holds_all
+from online_dpo.distributed.weights import holds_all, is_sharded
 from online_dpo.errors import is_out_of_memory, named_error
 from online_dpo.modeling.borrowing import eval_mode, kept_attributes
 from online_dpo.modeling.introspection import computing_dtype, unwrapped, without_router_logits
 from online_dpo.modeling.memory import DoesNotFit, in_memory
 from online_dpo.modeling.onednn import onednn_linears
 from online_dpo.modeling.tolerance import MOST_ROUNDING, ROUNDING
-from online_dpo.rollout.builtin.batch import Batch
+from online_dpo.modeling.weight_casts import weights_cast_once
+from online_dpo.rollout.builtin.batch import Batch, left_padded, rows_to_keep
 from online_dpo.rollout.builtin.capture import NotCapturableError
 from online_dpo.rollout.builtin.decoding import Decoder, StepwiseDecoder, can_decode
 from online_dpo.rollout.builtin.sampling import next_tokens, token_logprobs
@@ -41,10 +42,6 @@ from online_dpo.types import Completion, Group, Prompt
 
 logger = logging.getLogger(__name__)
 
-COMPACT_BELOW = 0.75
-"""Finished sequences are dropped when this share of the rows of a step, or less, would remain: dropping copies the
-cache.
-"""
 TRIAL_TOKENS = 8
 CHECK_EVERY = {"cpu": 1}
 CHECK_EVERY_ELSEWHERE = 8
@@ -84,6 +81,7 @@ class TransformersEngine:
         self.static_steps = static_steps
         self._path: str | None = None if can_decode(model) else GENERATE
         self._buffers = StaticBuffers()
+        self._spares_memory = False
         self._kept = Kept(self._buffers.release)
 
     def sync(self, model: nn.Module, version: int) -> None:
@@ -113,7 +111,9 @@ class TransformersEngine:
                     self._leave_graphs(error)
                     continue
                 if not attempt.fits:
+                    stack.close()  # copies of weights, and memory for them, as it is decided now
                     self._reduce_memory(len(chosen), num_completions)
+                    stack.enter_context(self._fast_linears())
                     continue
                 groups.update(zip(chosen, batch.groups(self.tokenizer, self.version), strict=True))
                 waiting = waiting[len(chosen) :]
@@ -183,15 +183,20 @@ class TransformersEngine:
 
     def _reduce_memory(self, prompts_at_once: int, num_completions: int) -> None:
         """Lowers the use of memory after an out-of-memory error: from now on half as many prompts at a time, or, if it
-        was one prompt, no static steps, which reserve slots for the longest completions. The samples stay the same.
+        was one prompt, no static steps, which reserve slots for the longest completions, and no copies of weights. The
+        samples stay the same.
 
         Raises:
             DoesNotFit: nothing is left to lower.
         """
         self._free_everything()
         if prompts_at_once == 1 and self._path == STATIC:
-            self._path = DYNAMIC
+            self._path, self._spares_memory = DYNAMIC, True
             events.warn(logger, "out_of_memory", f"Sampling ran out of memory; it goes on with {PATH_NAMES[DYNAMIC]}.")
+            return
+        if prompts_at_once == 1 and self._holds_copies:
+            self._spares_memory = True
+            events.warn(logger, "out_of_memory", "Sampling ran out of memory; it goes on without copies of weights.")
             return
         if prompts_at_once == 1:
             raise self._does_not_fit(num_completions)
@@ -226,9 +231,35 @@ class TransformersEngine:
         """Inside, this rank may call the model although others have finished, or have more to sample."""
         return callable_alone(self.model, self._device)
 
-    def _fast_linears(self) -> AbstractContextManager[None]:
-        """Inside, linear layers on a CPU multiply with packed weights, which is worth it for many small products."""
-        return onednn_linears(self.model, pack=True)
+    @property
+    def _copies_linears(self) -> bool:
+        """Whether steps multiply with `LinearCopies`: on a GPU, and with static steps, while there is memory."""
+        return not self._spares_memory and (self._device.type == "cuda" or bool(self.static_steps))
+
+    @property
+    def _holds_copies(self) -> bool:
+        """Whether copies of weights are held while sampling, of whichever kind, that it could do without."""
+        return not self._spares_memory and (self._copies_linears or torch.is_autocast_enabled(self._device.type))
+
+    @property
+    def _models(self) -> Sequence[nn.Module]:
+        """The models that are called for a token."""
+        return [self.model]
+
+    @contextmanager
+    def _fast_linears(self) -> Iterator[None]:
+        """Inside, a call's weights are cast once, and linear layers are prepared for many small products: copied to
+        `LinearCopies`, or packed by oneDNN on a CPU.
+        """
+        with ExitStack() as stack:
+            if not self._spares_memory:
+                stack.enter_context(weights_cast_once(*self._models))
+            if self._copies_linears:
+                stack.enter_context(self._buffers.linears.one_call())
+            else:
+                for model in self._models:
+                    stack.enter_context(onednn_linears(model, pack=True))
+            yield
 
     def _decoder(self, prompts: Sequence[Sequence[int]], num_completions: int, max_new_tokens: int) -> StepwiseDecoder:
         return Decoder(self.model, prompts, num_completions, max_new_tokens)
@@ -248,14 +279,14 @@ class TransformersEngine:
 
     def _sample(self, batch: Batch, path: str | None, buffers: StaticBuffers) -> None:
         """Samples the batch along one path, into the batch."""
-        if path == GENERATE:
-            return self._generate(batch)
-        sizes = ([p.token_ids for p in batch.prompts], batch.num_completions, batch.params.max_new_tokens)
-        if path == DYNAMIC:
-            return self._decode(batch, self._decoder(*sizes))
-        decoder = StaticDecoder(self.model, *sizes, buffers)
-        with buffers.linears.in_use(self.model):
-            self._decode(batch, decoder)
+        # The weights of a sharded model are elsewhere in each call, and copies of all of them stay between calls.
+        copies = self._copies_linears and (path == STATIC or not is_sharded(self.model))
+        with buffers.linears.in_use(self.model) if copies else nullcontext():
+            if path == GENERATE:
+                return self._generate(batch)
+            sizes = ([p.token_ids for p in batch.prompts], batch.num_completions, batch.params.max_new_tokens)
+            static = path == STATIC
+            self._decode(batch, StaticDecoder(self.model, *sizes, buffers) if static else self._decoder(*sizes))
 
     def _decode(self, batch: Batch, decoder: StepwiseDecoder) -> None:
         """Samples with a decoder, one token of each running sequence in a step.
@@ -278,7 +309,7 @@ class TransformersEngine:
                 running_GK = ~stopped_B.cpu().view(-1, k)
                 if not running_GK.any():
                     return
-                keep_GK = _rows_to_keep(running_GK, decoder.rows)
+                keep_GK = rows_to_keep(running_GK, decoder.rows)
                 if keep_GK is not None:
                     keep_GK, k = keep_GK.to(rows_B.device), keep_GK.shape[1]
                     rows_B, token_B = rows_B[keep_GK.flatten()], token_B[keep_GK.flatten()]
@@ -292,7 +323,7 @@ class TransformersEngine:
         one; greedy search then takes it. So the samples are those of the other paths.
         """
         prompts = [prompt.token_ids for prompt in batch.prompts for _ in range(batch.num_completions)]
-        ids_BT, mask_BT = _left_padded(prompts, batch.pad_token_id, self._device)
+        ids_BT, mask_BT = left_padded(prompts, batch.pad_token_id, self._device)
         prompt_length = ids_BT.shape[1]
         rows_B = torch.arange(len(ids_BT), device=ids_BT.device)
         stop_strings = self._stop_strings(batch.params)
@@ -340,24 +371,6 @@ class TransformersEngine:
         return StopStringCriteria(self.tokenizer, list(params.stop_strings)) if params.stop_strings else None
 
 
-def _rows_to_keep(running_GK: torch.Tensor, rows: Callable[[int, int], int]) -> torch.Tensor | None:
-    """The sequences to go on with, as indices, (G', K'); ``None`` if dropping the others saves too little.
-
-    Groups without a running sequence are dropped. The others keep the same number of sequences each, since a step is
-    computed as groups times completions; so a finished sequence may stay.
-
-    Args:
-        running_GK: which sequences have not ended, bool.
-        rows: how many sequences a step computes for a number of groups and of completions of each.
-    """
-    counts_G = running_GK.sum(dim=1)
-    k, groups = running_GK.shape[1], (counts_G > 0).nonzero()
-    if rows(len(groups), int(counts_G.max())) > COMPACT_BELOW * rows(*running_GK.shape):
-        return None
-    order_GK = running_GK.int().argsort(dim=1, descending=True, stable=True)[:, : int(counts_G.max())]
-    return groups * k + order_GK[groups[:, 0]]
-
-
 def _greedy_config(params: SamplingParams, pad_token_id: int) -> GenerationConfig:
     """The generation config for greedy search with the options that only `generate` has."""
     return GenerationConfig(
@@ -368,13 +381,3 @@ def _greedy_config(params: SamplingParams, pad_token_id: int) -> GenerationConfi
         pad_token_id=pad_token_id,
         **params.extra,
     )
-
-
-def _left_padded(
-    sequences: Sequence[Sequence[int]], pad_token_id: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask of sequences that are padded on the left, (B, T) each."""
-    length = max(len(ids) for ids in sequences)
-    ids = [[pad_token_id] * (length - len(s)) + list(s) for s in sequences]
-    mask = [[0] * (length - len(s)) + [1] * len(s) for s in sequences]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)

@@ -9,8 +9,8 @@ Shapes: ``G`` groups, ``K`` completions, ``B = G * K`` sequences, ``T`` tokens, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from transformers import PreTrainedTokenizerBase
 from online_dpo.distributed.weights import gathered
 from online_dpo.modeling.borrowing import ModelContext
 from online_dpo.modeling.introspection import unwrapped
-from online_dpo.modeling.onednn import onednn_linears
 from online_dpo.rollout.builtin.decoding import Decoder, StepwiseDecoder, can_decode
 from online_dpo.rollout.builtin.engine import TransformersEngine
 
@@ -76,10 +75,13 @@ class MixtureEngine(TransformersEngine):
     def _callable_alone(self) -> AbstractContextManager[None]:
         return gathered(self.model, self._reference)
 
-    @contextmanager
-    def _fast_linears(self) -> Iterator[None]:
-        with super()._fast_linears(), onednn_linears(self._reference, pack=True):
-            yield
+    @property
+    def _copies_linears(self) -> bool:
+        return False  # policy and reference may be one model, with its adapter on and off from step to step
+
+    @property
+    def _models(self) -> Sequence[nn.Module]:
+        return [self.model, self._reference]
 
     def _generate(self, batch: Any) -> None:
         """Refuses: the model's own `generate` cannot mix two models.

@@ -20,10 +20,10 @@ import torch
 from torch import nn
 
 from online_dpo.modeling.introspection import computing_dtype, forward_state_key
-from online_dpo.rollout.builtin.cast_linears import CastLinears
 from online_dpo.rollout.builtin.cuda_graphs import StepGraphs
 from online_dpo.rollout.builtin.decoding import Decoder
 from online_dpo.rollout.builtin.kv_cache import KVCache, KVLayer, attend
+from online_dpo.rollout.builtin.linear_copies import LinearCopies
 from online_dpo.rollout.builtin.sampling import next_tokens
 from online_dpo.rollout.params import SamplingParams
 
@@ -55,12 +55,13 @@ class StaticBuffers:
     and the graphs that were captured with them.
 
     They are used again in later calls, while the optimizer changes the weights in place. More groups or slots than
-    before, or another state of the model (`forward_state_key`), need new buffers and new graphs.
+    before, another state of the model (`forward_state_key`), or copies of its weights at other addresses need new
+    buffers and new graphs.
     """
 
     def __init__(self) -> None:
         self.graphs = StepGraphs()
-        self.linears = CastLinears()
+        self.linears = LinearCopies()
         self.layers: dict[int, KVLayer] = {}
         self._inputs: dict[str, torch.Tensor] = {}
         self._model_state: tuple[Any, ...] = ()
@@ -70,10 +71,10 @@ class StaticBuffers:
         """Prepares the buffers for a new batch of at most this size. Drops them first, with all graphs, if they are too
         small or the model's state is another.
         """
-        model_state = (*forward_state_key(model), computing_dtype(model))
+        model_state = (*forward_state_key(model), computing_dtype(model), self.linears.made)
         capacity = tuple(map(max, zip(self._capacity, (groups, sequences, prompt_slots, slots), strict=True)))
         if model_state != self._model_state or capacity != self._capacity:
-            self.release()
+            self._release_cache()  # copies of weights stay, unless they are found to be of another state
             self._model_state, self._capacity = model_state, capacity
         # Values of the last batch may be infinite or nan, and masked slots are still multiplied, with a probability of
         # 0. Keys need no reset: the mask replaces the scores that they give.
@@ -83,8 +84,11 @@ class StaticBuffers:
 
     def release(self) -> None:
         """Frees all memory; the next step allocates and captures again."""
-        self.graphs.release()
+        self._release_cache()
         self.linears.release()
+
+    def _release_cache(self) -> None:
+        self.graphs.release()
         self.layers.clear()
         self._inputs.clear()
         self._capacity = (0, 0, 0, 0)

@@ -287,7 +287,7 @@ def test_new_addresses_types_and_adapters_begin_anew():
     check(atol=1e-4)
     model.base_model.model.lm_head.weight = torch.nn.Parameter(model.base_model.model.lm_head.weight * 1.1)
     check(atol=1e-4)
-    assert len(seen) == 4
+    assert len(seen) == 5, "those with the adapter alone differ in where copies of weights are"
     before = forward_state_key(model)
     change(model)
     assert forward_state_key(model) == before
@@ -305,7 +305,7 @@ def test_under_autocast_weights_are_cast_once_a_call():
             if equal:
                 assert a.logprobs == pytest.approx(b.logprobs, abs=0.02)
         change(model)
-    assert {copy.dtype for copy, _ in static._buffers.linears._copies.values()} == {torch.bfloat16}
+    assert {product.weight.dtype for product in static._buffers.linears._products} == {torch.bfloat16}
     assert all("forward" not in vars(module) for module in model.modules())
     assert_same(completions(static), completions(dynamic))
 

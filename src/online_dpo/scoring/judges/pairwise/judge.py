@@ -32,6 +32,7 @@ from online_dpo.modeling.fingerprint import weights_fingerprint
 from online_dpo.modeling.known_tokens import check_known, check_tokenizer, embedding_rows
 from online_dpo.modeling.loaded import check_config, check_finite, check_loaded, check_not_zero, without_report
 from online_dpo.modeling.memory import Halving
+from online_dpo.modeling.weight_casts import weights_cast_once
 from online_dpo.scoring.accounting import FailureWindow, JudgeStatistics
 from online_dpo.scoring.judges.base import PreferenceJudge
 from online_dpo.scoring.judges.pairwise.classifier import PairwiseClassifier
@@ -232,10 +233,11 @@ class PairwiseModelJudge(PreferenceJudge):
     def _probabilities(self, texts: list[Text]) -> dict[Text, float]:
         """The probability that the first answer of each text is better, nan if the model gives none."""
         probabilities: dict[Text, float] = {}
-        for batch in self._batches(sorted(texts, key=len, reverse=True)):
-            log_odds_R = torch.tensor(self._fitting(batch, self.reader.log_odds), dtype=torch.float64)
-            log_odds_R[~log_odds_R.isfinite()] = torch.nan
-            probabilities.update(zip(batch, log_odds_R.sigmoid().tolist(), strict=True))
+        with weights_cast_once(self.model):
+            for batch in self._batches(sorted(texts, key=len, reverse=True)):
+                log_odds_R = torch.tensor(self._fitting(batch, self.reader.log_odds), dtype=torch.float64)
+                log_odds_R[~log_odds_R.isfinite()] = torch.nan
+                probabilities.update(zip(batch, log_odds_R.sigmoid().tolist(), strict=True))
         return probabilities
 
     def _batches(self, longest_first: list[Text]) -> Iterator[list[Text]]:
