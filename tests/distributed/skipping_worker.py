@@ -81,6 +81,12 @@ def reward_model():
     return LlamaForSequenceClassification(tiny.config("llama", num_labels=1, pad_token_id=0))
 
 
+def fails_on_the_last_rank(completions, **_):
+    if LAST:
+        raise ConnectionError("the reward is away")
+    return [0.0] * len(completions)  # no pair: the prompts are answered again
+
+
 EVALUATED = dict(eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=2)
 SHARDED = dict(
     fsdp=True, fsdp_config={"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}, reward_model_sharding="shard"
@@ -94,6 +100,7 @@ CASES = {
     "an unknown token": dict(collate=with_an_unknown_token),
     "unreadable prompts": dict(collate=broken),
     "an engine that fails": dict(fails_in=Stream.TRAINING, **SHARDED),
+    "a reward that fails": dict(reward_funcs=fails_on_the_last_rank, resample_rounds=1),
     "an engine that fails in the check": dict(fails_in=Stream.SYNC_CHECK),
     "an engine that fails in an evaluation": dict(fails_in=Stream.EVALUATION, **EVALUATED),
 }
@@ -104,7 +111,7 @@ def run(out, case, collate=None, only_evaluates=False, fails_in=None, **options)
         options["reward_funcs"] = reward_model()
         kwargs = {"reward_processing_classes": tiny.tokenizer()}
     else:
-        options["reward_funcs"], kwargs = word_reward, {}
+        options["reward_funcs"], kwargs = options.get("reward_funcs", word_reward), {}
     TogetherEngine.calls, FAILS_IN["stream"] = [], fails_in
     made = trainer(
         out / case,

@@ -56,6 +56,7 @@ def test_a_rank_without_prompts_takes_part_in_the_check_of_the_first_weights(end
         ("an unknown token", "UnknownTokenError: .* has token 1000000", 0),
         ("unreadable prompts", "ForeignCodeError: .* a row that cannot be read", 0),
         ("an engine that fails", "ForeignCodeError: Engine `TogetherEngine` raised .* the device is gone", 0),
+        ("a reward that fails", "ScoringError: Reward function .* the reward is away", 0),
         ("an engine that fails in the check", "ConnectionError: the device is gone", 0),
         ("an engine that fails in an evaluation", "ForeignCodeError: Engine .* the device is gone", 1),
     ],

@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+from online_dpo.errors import ForeignCodeError
 from online_dpo.rollout.builtin import sampling
 from online_dpo.training.build import train_on_one_device_per_process
 from support import tiny
@@ -61,3 +62,18 @@ def test_cublas_is_told_before_a_model_is_loaded(tmp_path):
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
     train_on_one_device_per_process(config(tmp_path, full_determinism=True))
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+
+
+def test_an_operation_of_the_model_that_a_gpu_refuses_is_told_with_the_setting(tmp_path):
+    refusal = "kthvalue CUDA does not have a deterministic implementation, but you set 'torch.use_determin...(True)'."
+
+    def refuse(module, args, output):
+        if module.training:
+            raise RuntimeError(refusal)
+
+    made = trainer(tmp_path, full_determinism=True)
+    made.model.get_submodule("model.layers.1.mlp").register_forward_hook(refuse)
+    with pytest.raises(
+        ForeignCodeError, match="`full_determinism`: in step 1 .* kthvalue .* `full_determinism: false`"
+    ):
+        made.train()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from online_dpo.distributed.collectives import any_rank
+from online_dpo.distributed.collectives import RankErrors, any_rank
 from online_dpo.distributed.device_memory import Kept
 from online_dpo.distributed.sampling import whole_on
 from online_dpo.distributed.weights import gathered
@@ -42,6 +42,7 @@ class ReferenceAnswers:
     def __init__(self, reference: Reference, engine: Engine, sampler: Sampler) -> None:
         self._reference, self.engine, self._sampler = reference, engine, sampler
         self._device = sampler.sync_check.device
+        self._errors = RankErrors(self._device)
         self._kept: dict[tuple[int, tuple[int, ...]], tuple[Completion, ...]] = {}
         self._memory = Kept(engine.release)
 
@@ -51,7 +52,8 @@ class ReferenceAnswers:
         if any_rank(bool(new), self._device):
             key = RolloutKey(self._sampler.seed, 0, Stream.REFERENCE)
             with self._memory.in_use(), self._reference.at_start(), self._sampler.autocast():
-                for group in self.engine.generate(new, 1, self._sampler.params, key):
+                groups = self._errors.run(lambda: self.engine.generate(new, 1, self._sampler.params, key))
+                for group in groups:
                     self._kept[group.prompt.row, group.prompt.token_ids] = group.completions
 
     def to(self, prompts: Sequence[Prompt]) -> list[Group]:

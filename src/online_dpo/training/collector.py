@@ -238,6 +238,8 @@ class FeedbackCollector:
             places = [place for place, reason in zip(places, why, strict=True) if reason is not None]
             if not places and self.run.accelerator.num_processes == 1:
                 break
+            if not self.lookahead.depth:  # else in a thread of servers, which need no other rank
+                self.run.errors.raise_if_any()
             again = self._sample_round(samples, number, places, step)  # on every rank equally often
             groups = again.groups
             with self.run.phase.stopwatch() as watch, noting() as notes:

@@ -13,13 +13,15 @@ from transformers.trainer_callback import CallbackHandler
 
 from online_dpo.distributed.process_state import RandomState
 from online_dpo.distributed.signals import is_interruption
-from online_dpo.errors import ForeignCodeError, OnlineDPOError, is_out_of_memory, named_error
+from online_dpo.errors import ForeignCodeError, OnlineDPOError, error_text, is_out_of_memory, named_error
 from online_dpo.foreign import foreign
 from online_dpo.modeling.memory import named_memory_error
 
 logger = logging.getLogger(__name__)
 
 OURS = __name__.partition(".")[0]
+NOT_DETERMINISTIC = ("does not have a deterministic implementation", "Deterministic behavior was enabled with")
+"""What torch says where `full_determinism` cannot be had."""
 
 
 class NamedCallbacks(CallbackHandler):
@@ -177,8 +179,8 @@ class StepsDone(TrainerCallback):
 
 
 def blamed(error: BaseException, updating: bool, step: int, optimizer: Any, schedule: Any) -> BaseException:
-    """The error, or the one to raise in its place: where memory ran out and what to lower, or which optimizer and
-    schedule left an update half done.
+    """The error, or the one to raise in its place: where memory ran out and what to lower, that a model is not
+    deterministic, or which optimizer and schedule left an update half done.
 
     Args:
         updating: whether an update had begun and was not complete.
@@ -189,6 +191,11 @@ def blamed(error: BaseException, updating: bool, step: int, optimizer: Any, sche
     half_done = f"in the update of step {step}, which is half done, so that no checkpoint can be made"
     if is_out_of_memory(error):
         return named_memory_error(error, half_done if updating else f"in step {step}")
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in NOT_DETERMINISTIC):
+        return ForeignCodeError(
+            f"`full_determinism`: in step {step} an operation was needed that is not deterministic on this device: "
+            f"{error_text(error, first_line=True)} Set `full_determinism: false`, or train a model without it."
+        )
     if not updating:
         return error
     assert isinstance(optimizer, AcceleratedOptimizer)
