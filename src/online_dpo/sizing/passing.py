@@ -6,12 +6,12 @@ allocates on a CPU: what a layer keeps and the keys and values to the last byte,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from online_dpo.sizing.held import FP32, HALF, Term, gradient_term, stepped_numbers, trained_weights
 from online_dpo.sizing.plan import Plan
-from online_dpo.sizing.shape import ModelShape
+from online_dpo.sizing.shape import ModelShape, Weight
 
 CHUNK_LOGITS, CHUNK_LOGITS_ON_CPU = 2**28, 2**23
 """Logits that exist at a time on a GPU, and on a CPU: `modeling.logprobs.CHUNK_LOGITS_ELSEWHERE` and ``["cpu"]``."""
@@ -33,16 +33,33 @@ def sampling_terms(plan: Plan) -> Iterator[Term]:
         yield Term("vLLM", int(plan.vllm_share * plan.gpu_bytes))
         return
     yield Term("gathered weights", _gathered_bytes(plan) if plan.parted else 0)
-    # One process and DDP in bf16: the built-in engine multiplies with copies of the linear layers in that type.
-    copied = plan.bf16 and plan.sharding == "none" and plan.adapter == "none"
-    linears = sum(weight.numbers * weight.count for weight in plan.policy.weights() if weight.linear)
-    yield Term("copies of linear layers", HALF * linears if copied else 0)
+    yield Term("copies of linear layers", copied_bytes(plan))
     yield Term("packed linear layers", packed_bytes(plan))
     yield Term("keys and values", kv_bytes(plan))
     if plan.on_cpu:
         prompts = plan.sequences // plan.completions
         yield Term("prompts", layer_once(plan.policy, prompts * plan.prompt_tokens, plan.compute_bytes))
         yield Term("logits of a token", int(ARRAYS_SAMPLING * FP32 * plan.sequences * plan.policy.vocabulary))
+
+
+def copied_bytes(plan: Plan) -> int:
+    """The copies of linear layers that the built-in engine multiplies with on a GPU: of all of them where autocast would
+    cast them or an adapter is merged, else of those that are computed together (query, key, value; gate, up).
+    """
+    if plan.on_cpu or plan.parted or plan.adapter == "qlora":
+        return 0
+    shape = plan.policy
+    layers = [weight for weight in shape.of_a_layer() if weight.linear]
+    if plan.adapter == "lora":
+        return plan.compute_bytes * _numbers(layers)
+    if plan.bf16 and hidden_bytes(plan) == FP32:
+        return HALF * (_numbers(layers) + shape.vocabulary * shape.hidden)
+    alone = [(shape.hidden, shape.heads * shape.head_dim), (shape.hidden, shape.intermediate)]  # output, down
+    return plan.compute_bytes * (_numbers(layers) - shape.layers * sum(a * b for a, b in alone))
+
+
+def _numbers(weights: Iterable[Weight]) -> int:
+    return sum(weight.numbers * weight.count for weight in weights)
 
 
 def packed_bytes(plan: Plan) -> int:
