@@ -43,8 +43,8 @@ def sampling_terms(plan: Plan) -> Iterator[Term]:
 
 
 def copied_bytes(plan: Plan) -> int:
-    """The copies of linear layers that the built-in engine multiplies with on a GPU: of all of them where autocast would
-    cast them or an adapter is merged, else of those that are computed together (query, key, value; gate, up).
+    """The copies of linear layers that the built-in engine multiplies with on a GPU: of all of them where autocast
+    would cast them or an adapter is merged, else of those that are computed together (query, key, value; gate, up).
     """
     if plan.on_cpu or plan.parted or plan.adapter == "qlora":
         return 0
