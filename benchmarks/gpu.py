@@ -38,6 +38,8 @@ from gpu_parts.wheels import print_wheels
 MINUTES = 25
 REHEARSAL_LIMIT = 4.0
 """A rehearsal may take this many times as long as a card: its machine may have other things to do."""
+TICK = 2.0
+"""Seconds between two looks at the card's state while a part runs."""
 LEAST_SHARE = 0.5
 """A part begins only if this share of its time limit is left."""
 PATHS = [ROOT / "src", ROOT / "benchmarks", ROOT / "tests"]
@@ -101,7 +103,7 @@ class Runner:
         """Runs one part, unless it cannot be here or the time is over."""
         reason = why_not_here(part, self.setup)
         if reason is not None:
-            self._note(part, "not here", 0.0, [], reason, [])
+            self._note(part, "not here", 0.0, [], reason, [], card_state()[1])
             return
         left, limit = self._end - time.monotonic(), part.limit * self._limit_factor
         if self._stopped or left < LEAST_SHARE * limit:
@@ -112,16 +114,19 @@ class Runner:
             words = part.command(self.setup, out)
             print(f"{part.name}: at most {min(left, limit):.0f} s", flush=True)
             begin = time.monotonic()
-            status, said = self._process(part, words, min(left, limit), Path(folder) / "said")
+            status, said, state = self._process(part, words, min(left, limit), Path(folder) / "said")
             try:
                 tables = tables_of(part, out)
             except (KeyError, ValueError) as error:  # it was killed while it wrote
                 tables, said = [], f"{said}\nIts figures cannot be read: {error!r}"
             shown = [word if word != str(out) else "FILE" for word in words]
-        self._note(part, status, time.monotonic() - begin, shown, said, tables)
+        self._note(part, status, time.monotonic() - begin, shown, said, tables, state)
 
-    def _process(self, part: Part, words: list[str], limit: float, log: Path) -> tuple[str, str]:
-        """The status of a part that has run, and the last lines that it has said."""
+    def _process(self, part: Part, words: list[str], limit: float, log: Path) -> tuple[str, str, str]:
+        """The status of a part that has run, the last lines that it has said, and the card's state when it worked
+        hardest.
+        """
+        end, states = time.monotonic() + limit, [card_state()]
         with log.open("w") as said:
             with self._lock:
                 process = subprocess.Popen(
@@ -138,10 +143,11 @@ class Runner:
                 if self._stopped:
                     kill(process)
             try:
-                code = process.wait(timeout=limit)
-                status = "ok" if code == 0 else "failed"
-            except subprocess.TimeoutExpired:
-                code, status = None, "timed out"
+                while (code := process.poll()) is None and (left := end - time.monotonic()) > 0:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(timeout=min(TICK, left))
+                    states.append(card_state())
+                status = "timed out" if code is None else "ok" if code == 0 else "failed"
             finally:
                 kill(process)  # and what it has left running
                 with self._lock:
@@ -149,17 +155,24 @@ class Runner:
         lines = log.read_text(errors="replace").splitlines()[-LINES_SHOWN:]
         if code is not None and code != 0:
             lines.append(f"It ended with status {code}.")
-        return status, "\n".join(lines)
+        return status, "\n".join(lines), max(states)[1]
 
     def _note(
-        self, part: Part, status: str, seconds: float, words: list[str], said: str, tables: list[dict[str, Any]]
+        self,
+        part: Part,
+        status: str,
+        seconds: float,
+        words: list[str],
+        said: str,
+        tables: list[dict[str, Any]],
+        state: str,
     ) -> None:
         entry = {
             "status": status,
             "seconds": seconds,
             "shows": part.shows,
             "command": shlex.join(["python", *words]) if words else "not run",
-            "state": card_state(),
+            "state": state,
             "last_lines": said,
             "tables": tables,
         }
@@ -201,7 +214,7 @@ def facts(setup: Setup) -> dict[str, Any]:
         "code": code_digest(),
         "commit": commit(),
         "versions": versions(),
-        "state": card_state(),
+        "state": card_state()[1],
     }
 
 

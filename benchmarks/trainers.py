@@ -249,6 +249,8 @@ def _build_trl(job: Job, workload: Workload, output_dir: str, parts: dict[str, A
     from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
     cache = {"cache_implementation": "static"} if job.trl_cache == "static" else None
+    if cache is not None:
+        let_static_caches_hold_two_dtypes()
     args = OnlineDPOConfig(**_arguments(job, workload, output_dir), generation_kwargs=cache)
     trainer: Any = OnlineDPOTrainer(**parts, args=args)
     force_trl_lengths(trainer.model, workload)
@@ -273,6 +275,23 @@ def _build_trl(job: Job, workload: Workload, output_dir: str, parts: dict[str, A
     trainer._forward = forward_of_either
     trainer._calculate_rewards_from_functions = probe.timed("score", trainer._calculate_rewards_from_functions)
     return trainer
+
+
+def let_static_caches_hold_two_dtypes() -> None:
+    """From now on, values in a static cache of transformers have their own dtype. Until 5.17 and some versions after it
+    they get that of the keys, which the rotary embedding makes fp32 under autocast, and the first value is an error.
+    """
+    from transformers.cache_utils import StaticLayer
+
+    initialize = StaticLayer.lazy_initialization
+
+    def with_own_dtypes(self: Any, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        initialize(self, key_states, value_states)
+        if self.values.dtype != value_states.dtype:
+            self.values = torch.zeros_like(self.values, dtype=value_states.dtype)
+            torch._dynamo.mark_static_address(self.values)
+
+    StaticLayer.lazy_initialization = with_own_dtypes
 
 
 def force_trl_lengths(model: Any, workload: Workload) -> None:

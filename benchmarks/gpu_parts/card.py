@@ -49,17 +49,14 @@ def card_name() -> str | None:
     return library.nvmlDeviceGetName(handle)
 
 
-def card_state() -> str:
-    """Driver, clocks, power and temperature of the card now, in words; why there are none, where there are none."""
+def card_state() -> tuple[float, str]:
+    """The card's power in watts now, and in words driver, clocks, power and temperature, or why they are unknown."""
     try:
         library, handle = nvml_handle()
         driver = library.nvmlSystemGetDriverVersion()
-        clocks = [
-            library.nvmlDeviceGetClockInfo(handle, kind) for kind in (library.NVML_CLOCK_SM, library.NVML_CLOCK_MEM)
-        ]
-        most = [
-            library.nvmlDeviceGetMaxClockInfo(handle, kind) for kind in (library.NVML_CLOCK_SM, library.NVML_CLOCK_MEM)
-        ]
+        kinds = (library.NVML_CLOCK_SM, library.NVML_CLOCK_MEM)
+        clocks = [library.nvmlDeviceGetClockInfo(handle, kind) for kind in kinds]
+        most = [library.nvmlDeviceGetMaxClockInfo(handle, kind) for kind in kinds]
         watts = library.nvmlDeviceGetPowerUsage(handle) / 1000
         limit = library.nvmlDeviceGetPowerManagementLimit(handle) / 1000
         heat = library.nvmlDeviceGetTemperature(handle, library.NVML_TEMPERATURE_GPU)
@@ -67,9 +64,9 @@ def card_state() -> str:
         bits = library.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
         used = library.nvmlDeviceGetMemoryInfo(handle).used / 2**20
     except Exception as error:  # as in `card_name`; a card may also keep one of these to itself
-        return f"Clocks and power are not known: {error}."
+        return 0.0, f"Clocks and power are not known: {error}."
     slowed = ", ".join(name for bit, name in REASONS.items() if bits & bit) or "nothing"
-    return (
+    return watts, (
         f"Driver {driver}, P{state}, SM clock {clocks[0]} of {most[0]} MHz, memory clock {clocks[1]} of {most[1]} MHz, "
         f"{watts:.0f} of {limit:.0f} W, {heat} degrees, {used:.0f} MiB in use; slowed down by {slowed}."
     )
@@ -155,7 +152,7 @@ def main() -> None:
         [name, measured, most, measured / most if most else None] for name, (measured, most) in rates.items()
     ]
     rows.append(["launch of a small operation, microseconds", launch_microseconds(options.device), None, None])
-    made = table("What the card can do", ["", "measured", "nominal", "share"], rows, card_state())
+    made = table("What the card can do", ["", "measured", "nominal", "share"], rows, card_state()[1])
     write_tables(options.json, [made], **{row[0]: row[1] for row in rows})
     for row in rows:
         print(*row)

@@ -147,6 +147,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--few", action="store_true", help="one small point for each way")
     options = parser.parse_args()
+    from trainers import let_static_caches_hold_two_dtypes
+
+    let_static_caches_hold_two_dtypes()
     bandwidth, rate = copy_bandwidth(options.device), matrix_rate(options.device, "bfloat16")
     measurement = Measurement(options.model, options.device, options.repetitions)
     rows: list[list[Any]] = []

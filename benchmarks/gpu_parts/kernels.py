@@ -112,9 +112,9 @@ def main() -> None:
                 probe.start(memory=False)
 
             def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+                seconds.append(probe.timer.stop())  # which waits for the card
                 if trainer.state.global_step == options.warm_up + 1:
                     rest.stop()
-                seconds.append(probe.timer.stop())
                 probe.start(memory=False)
 
         seconds: list[dict[str, float]] = []

@@ -21,7 +21,9 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import measure  # noqa: E402
 import memory_estimate  # noqa: E402
 import trainers  # noqa: E402
+import vs_trl  # noqa: E402
 import workloads  # noqa: E402
+from worker import Worker, WorkerFailed  # noqa: E402
 
 TINY = ("--model", "tiny", "--repetitions", "1", "--threads", "1", "--workload", "chat")
 PARTS = (*measure.PHASES, "other")
@@ -65,6 +67,119 @@ def test_comparison_with_trl(tmp_path):
     assert figures["useful_gflop"] == figures["useful_gflop_trl"] > 0
 
 
+def job(side, **fields):
+    shared = dict(workload="chat", model="tiny", device="cpu", dtype="float32", threads=1, steps=2, prompts=2)
+    return trainers.Job(side=side, **(shared | fields))
+
+
+def is_alive(worker):
+    return worker._process.poll() is None
+
+
+def test_one_side_ends_before_the_next_begins_and_one_that_fails_leaves_the_others(monkeypatch, capsys):
+    """The process of a side has gone, with all that it held, before that of the next one is started."""
+    begun, alive = [], []
+
+    class Watched(Worker):
+        def __init__(self, *args):
+            alive.append([is_alive(worker) for worker in begun])
+            super().__init__(*args)
+            begun.append(self)
+
+    monkeypatch.setattr(vs_trl, "Worker", Watched)
+    jobs = {"trl, dynamic": job("trl", model="no such model"), "ours": job("ours")}
+    stages = list(vs_trl.run_sides(jobs, 0, vs_trl.ONE_AFTER_THE_OTHER))
+    assert alive == [[], [False]] and not any(map(is_alive, begun))
+    assert [list(measured) for measured, _ in stages] == [list(jobs)[:1], list(jobs)]
+    measured, rate = stages[-1]
+    assert "KeyError: 'no such model'" in measured["trl, dynamic"].failure and rate > 0
+    assert "KeyError: 'no such model'" in capsys.readouterr().err
+    assert measured["ours"].memory["reserved"] >= measured["ours"].memory["allocated"] > 100
+    assert len(measured["ours"].facts["weights"]) == 2 and measured["ours"].facts["used_mib"] == 0
+
+
+def step_of(rows=(0, 1), lengths=((5, 7), (6, 2))):
+    seconds = dict.fromkeys((*PARTS, "non_generation", "step"), 1.0)
+    memory = dict.fromkeys(("baseline", "generation", "non_generation", "step", "allocated", "reserved"), 100.0)
+    both = dict(rows=list(rows), lengths=[list(pair) for pair in lengths], trained=[list(pair) for pair in lengths])
+    return both | {"seconds": seconds, "memory": memory}
+
+
+def side_of(weights=1.0, used=0.0, **step):
+    return vs_trl.Measured({"weights": [weights], "used_mib": used}, [step_of(**step)] * 3)
+
+
+def test_a_side_without_figures_is_told_beside_those_of_the_other(capsys):
+    measured = {"ours": side_of(), "trl, dynamic": vs_trl.Measured(failure="the worker stopped:\nout of memory")}
+    figures = vs_trl.compare("tiny", "chat", measured, "trl, dynamic", 1, 100.0)
+    assert figures["failed"] == {"trl": "the worker stopped:\nout of memory"} and "speedup" not in figures
+    assert figures["ours"]["step"]["median"] == 1.0 and figures["reserved_mib"] == {"ours": 100.0}
+    assert (
+        figures["useful_gflop"] > 0 and figures["useful_gflop_trl"] is None and set(figures["limit_share"]) == {"ours"}
+    )
+    vs_trl.print_comparison("chat", figures)
+    assert "TRL has failed: the worker stopped:\nout of memory" in capsys.readouterr().out
+
+
+def test_sides_that_did_not_do_the_same_work_are_no_comparison(capsys):
+    vs_trl.check_same_work({"a": side_of(), "b": side_of(), "c": vs_trl.Measured(failure="?")})
+    vs_trl.check_same_work({"a": side_of(lengths=((5, 7, 9), (6, 2, 1))), "b": side_of()})  # K above two
+    for other, message in (
+        (side_of(weights=2.0), "different weights"),
+        (side_of(rows=(0, 2)), "different prompts"),
+        (side_of(lengths=((5, 7), (6, 3))), "different lengths"),
+    ):
+        with pytest.raises(AssertionError, match=message):
+            vs_trl.check_same_work({"a": side_of(), "b": other})
+    assert capsys.readouterr().err == ""
+    vs_trl.check_same_work({"a": side_of(used=500.0), "b": side_of(used=5000.0)})
+    assert "5000 MiB of the card were in use at a start" in capsys.readouterr().err
+
+
+def test_a_worker_that_takes_too_long_is_killed():
+    with Worker(job("ours"), limit=0.5) as worker, pytest.raises(WorkerFailed, match="took more than 0 s|0.5 s"):
+        worker.ready()
+    assert not is_alive(worker)
+
+
+class FakeCuda:
+    """A card of which only the allocator's figures are read."""
+
+    def __init__(self):
+        self.calls, self.live, self.peak, self.kept = [], 10, 10, 16
+
+    def __getattr__(self, name):
+        self.calls.append(name)
+        answers = dict(memory_allocated=self.live, max_memory_allocated=self.peak, max_memory_reserved=self.kept)
+        answers |= dict(mem_get_info=(60 * 2**20, 100 * 2**20))
+        return lambda: answers[name] * 2**20 if name in answers and name != "mem_get_info" else answers.get(name)
+
+
+def test_memory_on_a_card_is_that_of_its_allocator(monkeypatch):
+    """Live bytes by part, and what is reserved for the whole step; waiting for the card before each is read."""
+    fake = FakeCuda()
+    monkeypatch.setattr(torch, "cuda", fake)
+    meter = measure.MemoryMeter("cuda")
+    meter.start()
+    assert fake.calls[:2] == ["empty_cache", "synchronize"] and fake.calls[-1] == "reset_peak_memory_stats"
+    fake.peak, fake.kept = 25, 40
+    meter.boundary("generation")
+    fake.peak, fake.kept = 30, 32
+    assert meter.stop() == dict(baseline=10, generation=15, non_generation=20, step=20, allocated=30, reserved=40)
+    assert measure.device_used_mib("cuda") == 40 and measure.device_used_mib("cpu") == 0
+
+
+def test_a_worker_on_a_card_sees_one_card(monkeypatch):
+    """With two in sight, Trainer would share each batch among them."""
+    for given, expected in ((None, "0"), ("3,1", "3")):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if given:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+        with Worker(job("ours", device="cuda"), limit=0.3) as worker:
+            environment = Path(f"/proc/{worker._process.pid}/environ").read_text().split("\0")
+        assert f"CUDA_VISIBLE_DEVICES={expected}" in environment
+
+
 def test_our_own_step_under_options(tmp_path):
     pytest.importorskip("peft")
     variants = ("plain", "lora-gradient-checkpointing")
@@ -84,10 +199,17 @@ def test_our_own_step_under_options(tmp_path):
         (["--model", "nothing"], "invalid choice: 'nothing'"),
         (["--json", "no/such/folder/x.json"], "its folder must exist"),
         (["--repetitions", "0"], "--repetitions must be between"),
+        (["--prompts", "81", "--repetitions", "3"], "--prompts must be between 1 and 80"),
+        (["--limit", "0"], "--limit must be above 0"),
     ],
 )
 def test_wrong_options_are_refused_in_a_line(words, message):
     assert message in run(["benchmarks/vs_trl.py"], *words, status=2).stderr.splitlines()[-1]
+
+
+def test_variants_for_a_gpu_are_refused_by_name_on_a_cpu():
+    done = run(["benchmarks/step.py"], "--variant", "flex-attention", status=2)
+    assert done.stderr == "step.py: error: --variant flex-attention: it differs from the plain one on a GPU only\n"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")

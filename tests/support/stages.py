@@ -30,10 +30,10 @@ from support.training import config, dataset, word_reward
 CPU = torch.device("cpu")
 
 
-def sampler(args, model=None, **changes):
+def sampler(args, model=None, engine=None, **changes):
     """Samples from a tiny Llama, or from ``model``."""
     model = tiny.causal_lm(sharpness=1.0) if model is None else model
-    engine = TransformersEngine(model, tiny.tokenizer())
+    engine = TransformersEngine(model, tiny.tokenizer()) if engine is None else engine
     params = SamplingParams.from_config(args, (tiny.EOS,))
     vocabulary = VocabularyCheck({"the policy": embedding_rows(model)})
     autocast = Accelerator(cpu=True).autocast

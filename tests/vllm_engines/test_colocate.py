@@ -9,6 +9,7 @@ import torch
 from online_dpo.rollout.params import RolloutKey, SamplingParams
 from online_dpo.rollout.vllm.colocated_engine import VLLMColocateEngine, engine_options
 from support import tiny, vllm_tools
+from support.stages import sampler
 
 OPTIONS = {"enforce_eager": True, "block_size": vllm_tools.BLOCK}
 KEY = RolloutKey(seed=3, step=5)
@@ -65,3 +66,22 @@ def test_the_configuration_reaches_vllm():
     assert options["dtype"] == "float32" and options["max_model_len"] == vllm_tools.MAX_LENGTH
     assert engine_options(model, vllm_tools.arguments(max_length=500))["max_model_len"] == 128  # the model's own limit
     assert "gpu_memory_utilization" not in engine_options(model, vllm_tools.arguments(vllm_gpu_memory_utilization=None))
+
+
+def test_a_rank_without_prompts_samples_too():
+    engine, model = start(vllm_tools.policy("qwen2-tied")), vllm_tools.policy("qwen2-tied")
+    engine.sync(model, 1)
+    assert engine.generate([], 3, PARAMS, KEY) == []
+    assert len(engine.generate(tiny.prompts((3,)), 3, PARAMS, KEY)[0].completions) == 3
+    engine.close()
+
+
+def test_vllm_loads_and_samples_outside_of_the_trainers_mixed_precision():
+    """Its own dtype is fp32 here: in autocast its log-probabilities would be those of bf16."""
+    model = vllm_tools.policy("qwen2-tied")
+    engine = start(model)
+    made = sampler(vllm_tools.arguments(), model, autocast=lambda: torch.autocast("cpu", torch.bfloat16), engine=engine)
+    made.sync(tiny.prompts((3, 7)), 0, 1)
+    groups = made.sample(tiny.prompts((3, 40, 7)), 3, KEY)
+    assert vllm_tools.largest_error(model, groups) < 1e-4
+    engine.close()

@@ -123,11 +123,6 @@ class OnlineDPOConfig(
         return engine_name(self.engine, self.use_vllm, self.vllm_mode)
 
     @property
-    def row_capacity(self) -> int:
-        """Tokens that rows which share prompts are filled up to; 0 is the largest prompt with its completions."""
-        return self.tokens_per_pass if self.flex_attention else 0
-
-    @property
     def tokens_per_pass(self) -> int:
         """``max_tokens_per_pass``, or what suits the device."""
         return self.max_tokens_per_pass or (1024 if self.device.type == "cpu" else 16384)

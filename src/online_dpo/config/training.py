@@ -41,9 +41,12 @@ class TrainingFields:
     check at the start shows that it changes nothing. Off: one completion a row.
     """
 
-    flex_attention: bool = False
-    """Read rows that share prompts through FlexAttention, with as many prompts in a row as `max_tokens_per_pass`
-    allows. Needs a GPU and models loaded with SDPA. Tested by value on CPU; its speed has not been measured yet.
+    flex_attention: bool | None = None
+    """Read rows that share prompts through FlexAttention, which skips what the attention mask hides, with as many
+    prompts in a row as `max_tokens_per_pass` allows. When not set: on CUDA, for every model that can (no soft cap or
+    dropout in attention, loaded with SDPA, neither `torch_compile` nor `full_determinism`), if a check of its values
+    and gradients at the start agrees; other models use SDPA, and the log says why. True: an error where it cannot be
+    used. Its speed has not been measured yet.
     """
 
     max_tokens_per_pass: int | None = None
@@ -107,6 +110,15 @@ class TrainingFields:
 
     ds3_gather_for_generation: bool = True
     """Gather the weights that ZeRO-3 has sharded before completions are sampled. It must stay on."""
+
+
+def unfit_for_flex_attention(args: Any) -> str | None:
+    """Why a run with these arguments cannot use FlexAttention, whatever its models; ``None`` if it can."""
+    if args.torch_compile:
+        return "`torch_compile` compiles the whole model"
+    if args.full_determinism:
+        return "`full_determinism` is on, and its backward pass has not been shown to be deterministic"
+    return None
 
 
 def check_training(args: TrainingFields) -> None:

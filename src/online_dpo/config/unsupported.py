@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers import GenerationConfig, TrainingArguments
 
+from online_dpo.config.training import unfit_for_flex_attention
+
 FUSED_OPTIMIZERS = ("lomo", "adalomo", "galore_adamw_layerwise", "galore_adamw_8bit_layerwise")
 FUSED_OPTIMIZERS += ("galore_adafactor_layerwise", "apollo_adamw_layerwise")
 LENGTH_STRATEGIES = ("group_by_length", "batch_rebalance")
@@ -138,8 +140,16 @@ def check_unsupported(args: Any) -> None:
             "`remove_unused_columns` must be False: the prompt itself and the columns that reward functions "
             "receive are no arguments of the model's forward."
         )
-    if args.flex_attention and args.device.type == "cpu":
-        raise ValueError("`flex_attention=True` needs a GPU: FlexAttention has no backward pass on a CPU.")
+    if args.flex_attention and args.device.type != "cuda":
+        raise ValueError(
+            f"`flex_attention=True` needs a GPU with CUDA or ROCm, and this run computes on {args.device.type!r}. "
+            "Leave it unset."
+        )
+    unfit = unfit_for_flex_attention(args)
+    if args.flex_attention and unfit:
+        raise ValueError(f"`flex_attention=True` cannot be used: {unfit}. Leave one of the two unset.")
+    if args.flex_attention and not args.share_prompts:
+        raise ValueError("`flex_attention=True` reads rows that share prompts, and `share_prompts` is off.")
     if args.auto_find_batch_size:
         raise ValueError(
             "`auto_find_batch_size` must be False: a micro-batch that runs out of memory is split by the trainer "

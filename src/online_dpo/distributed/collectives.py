@@ -67,6 +67,14 @@ def _together() -> Iterator[None]:
             raise explained(error) from error
 
 
+def _arrived(values: torch.Tensor) -> None:
+    """Waits for what other processes send. NCCL's operations only queue that on the device: without this, whoever reads
+    the values would wait, where nothing says for whom, and where an error is not known for one of a lost process.
+    """
+    if values.is_cuda:
+        torch.cuda.current_stream(values.device).synchronize()
+
+
 def is_first_rank() -> bool:
     """Returns whether this process has rank 0. Not a collective operation."""
     return world_size() == 1 or dist.get_rank() == 0
@@ -98,6 +106,7 @@ def sum_over_ranks(values: torch.Tensor, group: HostGroup | None = None) -> torc
     total = values.clone()
     with _together():
         dist.all_reduce(total, op=dist.ReduceOp.SUM, group=None if group is None else group.of_torch)
+        _arrived(total)
     return total
 
 
@@ -116,6 +125,7 @@ def max_over_ranks(values: torch.Tensor) -> torch.Tensor:
     with _together():
         # not a MAX all-reduce: its result with nan depends on the backend
         dist.all_gather(gathered, values.contiguous())
+        _arrived(gathered[-1])
     return torch.stack(gathered).amax(dim=0)
 
 
@@ -176,8 +186,23 @@ def raise_first_ranks(error: Exception | None) -> None:
         raise error
 
 
+AGREED = "agreed_over_ranks"
+"""The attribute of an error with which all ranks have ended together."""
+
+
+def _ended_together(error: BaseException | None) -> bool:
+    """Returns whether all ranks have agreed on an error, or on one that it was made from."""
+    while error is not None and AGREED not in vars(error):
+        error = error.__cause__
+    return error is not None
+
+
 class RankErrors:
     """Ends all ranks if any of them fails, so that no rank waits for one that has stopped.
+
+    A rank that fails inside `run` says so at once, where the others may be in the midst of it. So what is run may make
+    other collective operations only right after a `raise_if_any` or another `run`: there the others learn of it, and
+    the failure is agreed on once, however many of them are around it.
 
     ``raised`` tells whether this has happened in this run: then all ranks have stopped, and can save together.
     """
@@ -199,7 +224,7 @@ class RankErrors:
             raise problem
         self._deferred = self._deferred or problem
 
-    def raise_if_any(self, problem: BaseException | None) -> None:
+    def raise_if_any(self, problem: BaseException | None = None) -> None:
         """Ends all ranks if any of them has a problem.
 
         Raises:
@@ -208,7 +233,9 @@ class RankErrors:
         problem = self._deferred or problem
         if any_rank(problem is not None, self._device):
             self.raised = True
-            raise problem or FeedbackLostError("Another process of this run failed; its error says why.")
+            problem = problem or FeedbackLostError("Another process of this run failed; its error says why.")
+            vars(problem)[AGREED] = True
+            raise problem
 
     def check_same(self, facts: Mapping[str, Any], what: str) -> None:
         """Ends all ranks together unless the facts are equal on all of them; see `check_same`.
@@ -220,7 +247,9 @@ class RankErrors:
             check_same(facts, what)
         except ValueError as error:
             self.raised = True
-            raise ForeignCodeError(str(error)) from None
+            problem = ForeignCodeError(str(error))
+            vars(problem)[AGREED] = True
+            raise problem from None
 
     def run(self, action: Callable[[], T]) -> T:
         """Calls ``action`` and returns its result, unless it fails on any rank.
@@ -233,6 +262,9 @@ class RankErrors:
             result = action()
         except BaseException as error:
             if is_interruption(error):
+                raise
+            if _ended_together(error):
+                self.raised = True
                 raise
             problem = error
         self.raise_if_any(problem)

@@ -110,9 +110,7 @@ class Evaluator:
         sync(prompts)
         if self.reference_answers is not None:
             self.reference_answers.prepare(prompts)
-        if not prompts:
-            return []
-        key = RolloutKey(self._sampler.seed, 0, Stream.EVALUATION)
+        key = RolloutKey(self._sampler.seed, 0, Stream.EVALUATION)  # without prompts too: others may need this rank
         groups = self._sampler.sample(prompts, self._num_completions(), key)
         self._sampler.vocabulary.check_groups(groups)
         return groups

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +17,20 @@ logger = logging.getLogger(__name__)
 RECOMPILATIONS = 64
 """Variants of one function: of types, of optional arguments, of numbers of columns. Dynamo's own limit is 8 for each
 function, after which it goes on uncompiled."""
+
+
+_limited = threading.RLock()
+
+
+@contextmanager
+def recompilation_limit(compilations: int) -> Iterator[None]:
+    """Inside, a compiled function may be compiled so often; once more is an error, and no slower run without a word.
+
+    Up to 2.12, torch has one limit for all functions and threads of a process. So it is set for the time of a call, and
+    by one thread at a time: reward models compute in another.
+    """
+    with _limited, config.patch(recompile_limit=compilations, fail_on_recompile_limit_hit=True):
+        yield
 
 
 class CompiledFunction:
@@ -37,8 +53,7 @@ class CompiledFunction:
             if isinstance(arg, torch.Tensor) and arg.dim():
                 maybe_mark_dynamic(arg, 0)
         try:
-            # Torch 2.13 has an argument for this limit; 2.11 does not. Reached, it would only be slowness.
-            with config.patch(recompile_limit=RECOMPILATIONS, fail_on_recompile_limit_hit=True):
+            with recompilation_limit(RECOMPILATIONS):
                 return self._compiled(*args)
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             self._compiled = None

@@ -14,6 +14,7 @@ from torch import nn
 from online_dpo.distributed.collectives import any_rank
 from online_dpo.distributed.device_memory import free_kept_memory
 from online_dpo.errors import is_out_of_memory, named_error
+from online_dpo.modeling.attention.choice import use_sdpa, uses_flex_attention
 from online_dpo.modeling.attention.masks import why_not_shared
 from online_dpo.modeling.borrowing import ModelContext
 from online_dpo.modeling.introspection import computing_dtype
@@ -31,11 +32,13 @@ GROUPS, COMPLETIONS, TOKENS = 2, 4, 64
 @dataclass(frozen=True)
 class ForwardPath:
     """How log-probabilities are computed: from rows that share prompts (``shared``) or padded sequences, and with
-    logits in chunks (``chunked``) or all at once.
+    logits in chunks (``chunked``) or all at once. With ``flex``, all models read shared rows through FlexAttention, so
+    that rows may hold many prompts.
     """
 
     shared: bool = False
     chunked: bool = False
+    flex: bool = False
 
 
 @torch.no_grad()
@@ -85,22 +88,38 @@ def _choose_path(
             if path.chunked and (why := check.why_not_chunked()):
                 reasons.append(f"logits of {name} are not computed in chunks: {why}")
                 path = replace(path, chunked=False)
-            if path.shared and (why := check.why_not_shared(chunked=path.chunked)):
-                reasons.append(f"prompts are not shared, because of {name}: {why}")
+            if path.shared and not _can_share(check, name, path.chunked, reasons):
                 path = replace(path, shared=False)
     return path, reasons
+
+
+def _can_share(check: _PathCheck, name: str, chunked: bool, reasons: list[str]) -> bool:
+    """Whether rows that share prompts are right for the model. Where they are not through FlexAttention, its attention
+    becomes SDPA.
+    """
+    why = check.why_not_shared(chunked)
+    if why is not None and uses_flex_attention(check.model):
+        reasons.append(f"{name} is read through SDPA, not FlexAttention: {why}")
+        use_sdpa(check.model)
+        why = check.why_not_shared(chunked)
+    if why is not None:
+        reasons.append(f"prompts are not shared, because of {name}: {why}")
+    return why is None
 
 
 class PathChoice:
     """The path of a run: the plain one at first, then chosen once, the same on all ranks."""
 
-    def __init__(self, device: torch.device, share: bool) -> None:
+    def __init__(self, device: torch.device, share: bool, needs_flex: bool = False) -> None:
         self.path = ForwardPath()
-        self._device, self._share, self.settled = device, share, False
+        self._device, self._share, self._needs_flex, self.settled = device, share, needs_flex, False
 
     def settle(self, models: Mapping[str, ModelContext], groups: Sequence[Group]) -> None:
         """Chooses the path, at the first call in which groups decide it. A collective operation: it is fast only if it
         is right on every rank.
+
+        Raises:
+            ValueError: FlexAttention is demanded (``needs_flex``), and is wrong or fails.
         """
         device = self._device
         if self.settled or not any_rank(bool(groups), device):
@@ -110,10 +129,28 @@ class PathChoice:
         if any_rank(choice is None, device) or choice is None:
             return
         path, reasons = choice
-        self.path = ForwardPath(not any_rank(not path.shared, device), not any_rank(not path.chunked, device))
+        shared, chunked = (not any_rank(not on, device) for on in (path.shared, path.chunked))
+        flex = self._agree_on_flex(models)
+        self.path = ForwardPath(shared, chunked, shared and flex)
         self.settled = True
         for reason in reasons:
             logger.warning("Training takes a slower path: %s.", reason)
+        if self._needs_flex and not self.path.flex:
+            told = "; ".join(reasons) or "it fails on another rank"
+            raise ValueError(f"`flex_attention=True` cannot be used: {told}. Leave it unset.")
+
+    def _agree_on_flex(self, models: Mapping[str, ModelContext]) -> bool:
+        """Whether all models use FlexAttention on every rank; a model that cannot on one rank, does not on any. A
+        collective operation.
+        """
+        all_use = True
+        for model_context in models.values():
+            with model_context() as model:
+                if any_rank(not uses_flex_attention(model), self._device):
+                    all_use = False
+                    if uses_flex_attention(model):
+                        use_sdpa(model)
+        return all_use
 
 
 class _PathCheck:

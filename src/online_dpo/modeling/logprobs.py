@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from online_dpo.modeling.attention.masks import attention_inputs
+from online_dpo.modeling.attention.rows import fitted_rows
 from online_dpo.modeling.fused_head import linear_logprobs, token_logprobs
 from online_dpo.modeling.introspection import accepts_argument, unwrapped
 from online_dpo.modeling.last_layer import enable_selective_last_layer, last_layer_kwargs
@@ -69,6 +70,7 @@ def row_logprobs(model: nn.Module, rows: PackedRows, entropy: bool = True, chunk
         chunked: compute logits in chunks; needs `enable_logprobs`. Otherwise the model returns all logits from the
             first position on that predicts a completion token.
     """
+    rows = fitted_rows(model, rows)
     inputs = {"input_ids": rows.tokens.ids_RT, "use_cache": False} | attention_inputs(model, rows.tokens)
     if chunked:
         token_logps_M, entropy_M = model(

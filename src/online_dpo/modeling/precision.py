@@ -7,7 +7,8 @@ eight significant bits, so adding less than a 256th of its value gives the same 
 from __future__ import annotations
 
 import logging
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -33,6 +34,16 @@ def mixed_precision(args: OnlineDPOConfig) -> AbstractContextManager[Any]:
     """Inside, models compute in the same precision as in training; for code outside the trainer's autocast context."""
     dtype = autocast_dtype(args)
     return nullcontext() if dtype is None else torch.autocast(args.device.type, dtype)
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Inside, code of others computes in the dtypes that it chooses, whatever mixed precision there is around it."""
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def given_dtype(init_kwargs: dict[str, Any] | str | None) -> Any:

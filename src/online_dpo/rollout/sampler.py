@@ -13,6 +13,7 @@ from online_dpo.distributed.sampling import whole_on
 from online_dpo.errors import ForeignCodeError
 from online_dpo.foreign import foreign
 from online_dpo.modeling.known_tokens import VocabularyCheck
+from online_dpo.modeling.precision import without_autocast
 from online_dpo.rollout.engine import Engine
 from online_dpo.rollout.params import RolloutKey, SamplingParams
 from online_dpo.rollout.sync_check import SyncCheck
@@ -72,18 +73,22 @@ class Sampler:
             OutOfSyncError: the engine's log-probabilities differ from the policy's by more than rounding.
         """
         started = time.perf_counter()
-        with self.autocast():
+        with without_autocast():  # an adapter is merged in the dtype of the weights, and loaders know their own dtypes
             self.engine.sync(self.policy, version)
-            if self.engine.has_own_weights:
-                seconds = time.perf_counter() - started
-                events.emit("sync", f"The engine has the weights of step {step}.", version=version, seconds=seconds)
-            if self.engine.has_own_weights and self.sync_check.due(step):
+        if self.engine.has_own_weights:
+            seconds = time.perf_counter() - started
+            events.emit("sync", f"The engine has the weights of step {step}.", version=version, seconds=seconds)
+        if self.engine.has_own_weights and self.sync_check.due(step):
+            with self.autocast():
                 self.sync_check.check(self.engine, self.policy, prompts, self.params, self.seed, step)
 
     def sample(self, prompts: Sequence[Prompt], count: int, key: RolloutKey) -> list[Group]:
-        """Returns ``count`` completions of each prompt, sampled with the weights of the last `sync`."""
+        """Returns ``count`` completions of each prompt, sampled with the weights of the last `sync`. An engine that
+        calls the policy does so in the trainer's mixed precision, one with weights of its own in its own dtypes.
+        """
         who = f"Engine `{type(self.engine).__name__}`"
-        with self._kept.in_use(), self.autocast(), foreign(who, raises=ForeignCodeError):
+        precision = without_autocast() if self.engine.has_own_weights else self.autocast()
+        with self._kept.in_use(), precision, foreign(who, raises=ForeignCodeError):
             return self.engine.generate(prompts, count, self.params, key)
 
     def release(self) -> None:

@@ -15,6 +15,7 @@ from online_dpo.errors import OutOfSyncError
 from online_dpo.modeling.borrowing import eval_mode
 from online_dpo.modeling.introspection import computing_dtype
 from online_dpo.modeling.logprobs import row_logprobs
+from online_dpo.modeling.precision import without_autocast
 from online_dpo.modeling.quantization import describe
 from online_dpo.modeling.tolerance import is_full_precision, quantized_tolerance, sync_tolerance
 from online_dpo.packing.pack import pack_groups
@@ -60,9 +61,11 @@ class SyncCheck:
         short = replace(params, max_new_tokens=min(TOKENS, params.max_new_tokens))
         chosen = prompts[:PROMPTS]
         # sampled before the weights are gathered: vLLM in this process may have to wake beside them otherwise
-        groups = self._errors.run(lambda: engine.generate(chosen, COMPLETIONS, short, key) if chosen else [])
+        # without prompts too: an engine may need all ranks; and in the dtypes of an engine with weights of its own
+        with without_autocast():
+            groups = self._errors.run(lambda: engine.generate(chosen, COMPLETIONS, short, key))
         with gathered(model):
-            difference = _difference(model, groups) if groups else 0.0
+            difference = self._errors.run(lambda: _difference(model, groups) if groups else 0.0)
         trainer_dtype = computing_dtype(model)
         engine_dtype = engine.own_dtype or trainer_dtype
         rounding, kind = max(sync_tolerance(trainer_dtype), sync_tolerance(engine_dtype)), describe(model)

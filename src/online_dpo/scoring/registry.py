@@ -15,6 +15,7 @@ from online_dpo.config.model_folder import folder_problem
 from online_dpo.config.registry import Registry, made_once, nearest
 from online_dpo.config.requirements import adapter_problem
 from online_dpo.config.trainer_config import OnlineDPOConfig
+from online_dpo.config.training import unfit_for_flex_attention
 from online_dpo.foreign import callable_name
 from online_dpo.modeling.loading import looks_local, same_source, source_of, to_device
 from online_dpo.scoring.protocols import PointwiseScorer, describe
@@ -111,12 +112,13 @@ def _build(
     state: Callable[[], Any] | None,
 ) -> PointwiseScorer:
     prepare = functools.partial(to_device, device=args.device)
+    attention = args.share_prompts, args.flex_attention, unfit_for_flex_attention(args)
     if isinstance(reward, str):
         model, tokenizer = load_reward_model(reward, tokenizer, trust_remote_code=args.trust_remote_code)
         name = last_part(reward)
-        return RewardModelScorer(model, tokenizer, name, args.reward_batch_size, prepare, args.share_prompts)
+        return RewardModelScorer(model, tokenizer, name, args.reward_batch_size, prepare, *attention)
     if isinstance(reward, nn.Module):
-        return RewardModelScorer(reward, tokenizer, None, args.reward_batch_size, prepare, args.share_prompts)
+        return RewardModelScorer(reward, tokenizer, None, args.reward_batch_size, prepare, *attention)
     if tokenizer is not None:
         message = f"The processing class given for `{callable_name(reward)}` is ignored: it is no reward model."
         warnings.warn(message, stacklevel=3)

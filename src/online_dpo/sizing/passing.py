@@ -46,14 +46,16 @@ def copied_bytes(plan: Plan) -> int:
     """The copies of linear layers that the built-in engine multiplies with on a GPU: of all of them where autocast
     would cast them or an adapter is merged, else of those that are computed together (query, key, value; gate, up).
     """
-    if plan.on_cpu or plan.parted or plan.adapter == "qlora":
+    if plan.parted or plan.adapter == "qlora":
         return 0
     shape = plan.policy
     layers = [weight for weight in shape.of_a_layer() if weight.linear]
+    if plan.bf16 and hidden_bytes(plan) == FP32:  # a CPU holds these as well, during a call
+        return HALF * (_numbers(layers) + shape.vocabulary * shape.hidden)
+    if plan.on_cpu:
+        return 0
     if plan.adapter == "lora":
         return plan.compute_bytes * _numbers(layers)
-    if plan.bf16 and hidden_bytes(plan) == FP32:
-        return HALF * (_numbers(layers) + shape.vocabulary * shape.hidden)
     alone = [(shape.hidden, shape.heads * shape.head_dim), (shape.hidden, shape.intermediate)]  # output, down
     return plan.compute_bytes * (_numbers(layers) - shape.layers * sum(a * b for a, b in alone))
 

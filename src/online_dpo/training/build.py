@@ -15,13 +15,14 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from online_dpo.config.trainer_config import OnlineDPOConfig
+from online_dpo.config.training import unfit_for_flex_attention
 from online_dpo.distributed.loading import loading_whole
 from online_dpo.distributed.sharding import Sharding
 from online_dpo.distributed.weights import make_whole
 from online_dpo.evaluation.evaluator import ReferenceAnswers
 from online_dpo.foreign import loading
 from online_dpo.modeling.adapters import adapting
-from online_dpo.modeling.attention.masks import use_flex_attention, use_segments
+from online_dpo.modeling.attention.choice import choose_attention
 from online_dpo.modeling.introspection import end_token_ids, unwrapped
 from online_dpo.modeling.known_tokens import VocabularyCheck, check_reference, check_room, embedding_rows
 from online_dpo.modeling.loaded import check_not_zero
@@ -94,12 +95,12 @@ def build_policy(model: Any, peft_config: Any, args: OnlineDPOConfig, optimizer:
     check_trained(model, optimizer)
     check_precision(model, args, optimizer, loaded_here)
     warn_of_auxiliary_loss(model)
-    _prepare_attention(model, args)
     enable_logprobs(model)
     if args.disable_dropout:
         if getattr(peft_config, "lora_dropout", 0.0):
             warnings.warn("`lora_dropout` has no effect: `disable_dropout` is on.", stacklevel=3)
         disable_dropout(model)
+    _prepare_attention(model, args, "the policy", trains=True)
     return model
 
 
@@ -135,11 +136,9 @@ def policy_dtype(path: str, peft_config: Any, args: OnlineDPOConfig) -> str | to
     return "auto" if peft_config is not None or quantized or is_adapter(path) else torch.float32
 
 
-def _prepare_attention(model: nn.Module, args: OnlineDPOConfig) -> None:
-    if args.flex_attention:
-        use_flex_attention(model)
-    elif args.share_prompts and args.device.type == "cpu":
-        use_segments(model)
+def _prepare_attention(model: nn.Module, args: OnlineDPOConfig, name: str, trains: bool = False) -> None:
+    unfit = unfit_for_flex_attention(args)
+    choose_attention(model, name, args.device, args.share_prompts, args.flex_attention, unfit, trains)
 
 
 def build_reference(ref_model: Any, policy: nn.Module, args: OnlineDPOConfig, sharding: Sharding) -> Reference:
@@ -189,7 +188,7 @@ def _given_reference(ref_model: Any, policy: nn.Module, args: OnlineDPOConfig) -
     check_room(ref_model, longest_sequence(args), "ref_model")
     keep_differentiable(ref_model, "ref_model")  # so that it computes as the policy does
     enable_logprobs(ref_model)
-    _prepare_attention(ref_model, args)
+    _prepare_attention(ref_model, args, "the reference")
     return ref_model
 
 

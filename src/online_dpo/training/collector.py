@@ -33,7 +33,7 @@ from online_dpo.training.metrics.agreement import record_agreement_with_labels
 from online_dpo.training.metrics.pairs import record_pairs, record_resampling
 from online_dpo.training.metrics.rollout import record_counts, record_notes, record_rollout
 from online_dpo.training.run_context import RunContext
-from online_dpo.types import Feedback, Pairing, Prompt, Round, Verdicts
+from online_dpo.types import Feedback, Group, Pairing, Prompt, Round, Scores, Verdicts
 
 Batches = Iterator[dict[str, list[Any]]]
 
@@ -94,10 +94,9 @@ class FeedbackCollector:
             self._agree_on_restored()
         fetched, feedback, waited = self.run.errors.run(
             lambda: self.lookahead.take(
-                self.run.step, batches, lambda step: self._fetch(step, batches, num_batches), self.sample_and_assess
+                self.run.step, batches, lambda step: self._fetch_all(step, batches, num_batches), self.sample_and_assess
             )
         )
-        self.run.errors.check_same({"batches": fetched.num_batches}, f"data for step {self.run.step + 1}")
         if feedback.pairing is None:
             feedback = self._paired(feedback, self.run.step)
         assert feedback.pairing is not None
@@ -107,6 +106,13 @@ class FeedbackCollector:
             pairing, step = feedback.pairing, self.run.step
             self.run.errors.run(lambda: record_registered(self.run.metrics, feedback, pairing, step))
         return feedback.pairing, fetched.num_batches
+
+    def _fetch_all(self, step: int, batches: Batches, num_batches: int) -> Fetched | None:
+        """As `_fetch`; ends all ranks where one fails or has other numbers, before they sample together."""
+        fetched = self.run.errors.run(lambda: self._fetch(step, batches, num_batches))
+        own = 0 if fetched is None else fetched.num_batches
+        self.run.errors.check_same({"batches": own}, f"data for step {step + 1}")
+        return fetched
 
     def _fetch(self, step: int, batches: Batches, num_batches: int) -> Fetched | None:
         """Returns the prompts of a step; ``None`` for a later step that there will not be."""
@@ -187,13 +193,19 @@ class FeedbackCollector:
         """Assesses what was sampled, has prompts without a pair answered again, and forms pairs."""
         first = samples.rounds[0]
         with self.run.phase.stopwatch() as watch, noting() as notes:
-            assessment = self.assessor.assess(first.groups)
+            assessment = self._assessed(first.groups)
         seconds = {"rollout": samples.opponent_seconds + first.seconds, "scoring": watch.seconds}
         feedback = Feedback(first.groups, assessment, seconds, notes=notes)
         return self._paired(self._answered_again(feedback, samples, step), step)
 
+    def _assessed(self, groups: Sequence[Group]) -> Scores | Verdicts:
+        if self.assessor.models:  # they are gathered, for which no rank may be missing that could not sample
+            self.run.errors.raise_if_any()
+        return self.assessor.assess(groups)
+
     def sync(self, prompts: Sequence[Prompt]) -> None:
         """Hands the policy's weights to the engine; a collective operation."""
+        self.run.errors.raise_if_any()  # what failed on one rank before would leave the others waiting in here
         step = self.run.step
         with self.run.phase("sync"):
             # weights that an optimizer evaluates are none of those that a step samples from
@@ -229,7 +241,7 @@ class FeedbackCollector:
             again = self._sample_round(samples, number, places, step)  # on every rank equally often
             groups = again.groups
             with self.run.phase.stopwatch() as watch, noting() as notes:
-                assessment = self.assessor.assess(groups)
+                assessment = self._assessed(groups)
             seconds = {"rollout": seconds["rollout"] + again.seconds, "scoring": seconds["scoring"] + watch.seconds}
             if places:
                 lacked = [reason for reason in why if reason is not None]

@@ -14,6 +14,7 @@ from online_dpo.config.trainer_config import OnlineDPOConfig
 from online_dpo.data.cut import CutPromptsCallback
 from online_dpo.data.prompts import PREPARED_COLUMNS, prepare_prompts
 from online_dpo.data.stream import EndlessStream
+from online_dpo.distributed.collectives import RankErrors
 from online_dpo.errors import ForeignCodeError
 from online_dpo.foreign import foreign
 from online_dpo.scoring.rewards.function import BUILT_IN_ARGUMENTS
@@ -100,3 +101,14 @@ def next_batch(batches: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
     """
     with foreign("Reading the prompts to evaluate on", raises=ForeignCodeError):
         return next(batches, None)
+
+
+def next_batch_of_all(batches: Iterator[dict[str, Any]], errors: RankErrors) -> dict[str, Any] | None:
+    """As `next_batch`, a collective operation: all ranks have a batch, or none has.
+
+    Raises:
+        ForeignCodeError: that failed on a rank, or only some of them have a batch.
+    """
+    batch = errors.run(lambda: next_batch(batches))
+    errors.check_same({"a further batch": batch is not None}, "number of prompts to evaluate on")
+    return batch

@@ -20,6 +20,7 @@ from online_dpo.modeling.borrowing import eval_mode
 from online_dpo.modeling.forward_path import ModelContext, PathChoice
 from online_dpo.modeling.logprobs import row_logprobs
 from online_dpo.modeling.onednn import onednn_linears
+from online_dpo.modeling.precision import without_autocast
 from online_dpo.modeling.reference import Reference
 from online_dpo.objective.beta import Beta
 from online_dpo.objective.inputs import LossOptions, PairLogprobs, pair_logprobs
@@ -74,7 +75,7 @@ class ObjectiveStep:
         self.args, self.method, self.reference, self.beta, self.run = args, method, reference, beta, run
         self.size = size
         self.options = LossOptions.from_config(args)
-        self.choice = PathChoice(run.accelerator.device, args.share_prompts)
+        self.choice = PathChoice(run.accelerator.device, args.share_prompts, bool(args.flex_attention))
 
     def pack(self, model: nn.Module, pairs: list[Pair], num_batches: int) -> list[dict[str, Any]]:
         """Packs pairs into exactly as many micro-batches as were fetched, each with the rows of its passes.
@@ -112,6 +113,7 @@ class ObjectiveStep:
             models["the reference"] = self.reference.active
         with gathered(model, *self.reference.models), self.run.accelerator.autocast():
             self.choice.settle(models, groups)
+        self.size.fills_rows = self.choice.path.flex
 
     def totals(self, pairs: Sequence[Pair]) -> tuple[int, torch.Tensor]:
         """Returns the number of pairs of the step over all ranks, and the sum of their weights; 1 where there are none.
@@ -157,7 +159,8 @@ class ObjectiveStep:
         pass: this one takes part with a loss of 0, and the run ends before the update.
         """
         try:
-            with foreign(f"Loss `{self.args.loss_type}`", f"(step {self.run.step})", raises=ForeignCodeError):
+            who = f"Loss `{self.args.loss_type}`"
+            with without_autocast(), foreign(who, f"(step {self.run.step})", raises=ForeignCodeError):
                 return self.method.losses(pairs, options)
         except ForeignCodeError as error:
             self.run.errors.defer(error)

@@ -82,6 +82,7 @@ class PassSize:
     ) -> None:
         self.args, self._sharding, self._optimizer = args, sharding, optimizer
         self._device, self._free = device, free
+        self.fills_rows = False  # with FlexAttention, where hidden blocks cost nothing
         self._chosen: Chosen | None = None
         self._saved: Chosen | None = None
 
@@ -93,7 +94,7 @@ class PassSize:
     @property
     def row_capacity(self) -> int:
         """Tokens that rows which share prompts are filled up to; 0 is the largest prompt with its completions."""
-        return min(self.args.row_capacity, self.tokens)
+        return self.tokens if self.fills_rows else 0
 
     @property
     def is_open(self) -> bool:

@@ -62,7 +62,7 @@ from online_dpo.training.build import (
     train_on_one_device_per_process,
 )
 from online_dpo.training.collector import FeedbackCollector
-from online_dpo.training.datasets import DatasetPreparer, check_reward_functions, next_batch
+from online_dpo.training.datasets import DatasetPreparer, check_reward_functions, next_batch_of_all
 from online_dpo.training.display.figures import in_order
 from online_dpo.training.hf_trainer import GuardedTrainer
 from online_dpo.training.metrics.loss import STEP_KL
@@ -341,7 +341,7 @@ class OnlineDPOTrainer(GuardedTrainer):
         return EvalLoopOutput(*predictions.arrays(), prefixed(metrics, metric_key_prefix), num_samples=len(records))
 
     def _evaluate_batches(self, model: nn.Module, batches: Iterator[dict[str, Any]], predictions: Predictions) -> None:
-        while (batch := self.errors.run(partial(next_batch, batches))) is not None:
+        while (batch := next_batch_of_all(batches, self.errors)) is not None:
             prompts = [prompt for prompt in prompts_from_batch(batch) if prompt.invalid is None]
             groups = self.errors.run(partial(self.evaluator.sample, prompts, self.collector.sync))
             own = self.errors.run(partial(self.evaluator.evaluate, model, groups))

@@ -53,7 +53,6 @@ def test_the_ends_of_a_range() -> None:
 
 def test_passes_are_as_large_as_the_device_likes() -> None:
     assert (made().tokens_per_pass, made(max_tokens_per_pass=7).tokens_per_pass) == (1024, 7)
-    assert made(max_tokens_per_pass=7).row_capacity == 0
 
 
 def test_bf16_is_off_on_a_cpu_unless_it_is_asked_for() -> None:

@@ -7,13 +7,18 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import online_dpo
 from online_dpo.distributed import collectives
 from online_dpo.distributed.collectives import RankErrors
+from online_dpo.distributed.waiting import WAITS
 from online_dpo.errors import FeedbackLostError, ForeignCodeError, ScoringError
 
 CPU = torch.device("cpu")
@@ -49,6 +54,29 @@ PROGRAM = textwrap.dedent("""
     else:
         raise AssertionError("nothing was raised")
     assert errors.raised
+
+    def around(inner):  # one rank fails before the others come to what is inside, or in there; all end together
+        outer, parts = RankErrors(cpu), RankErrors(cpu)
+        def action():
+            if rank == 1 and not inner:
+                raise ScoringError("before")
+            def part():
+                if rank == 1:
+                    raise ValueError("inside")
+            try:
+                parts.run(part)
+            except ValueError as error:
+                raise ScoringError("inside") from error
+            return from_first_rank("never reached")
+        try:
+            outer.run(action)
+        except (ScoringError, FeedbackLostError) as error:
+            assert isinstance(error, ScoringError) == (rank == 1) and outer.raised
+        else:
+            raise AssertionError("nothing was raised")
+        assert from_every_rank(rank) == [0, 1]  # nobody is left in another operation
+    around(inner=False)
+    around(inner=True)
     try:
         raise_first_ranks(ValueError("first") if rank == 0 else ValueError("second"))
     except ValueError as error:
@@ -130,3 +158,19 @@ def test_a_process_without_others_is_the_only_one_for_a_while():
     with collectives.without_others():
         assert (collectives.world_size(), collectives.is_first_rank(), collectives.from_every_rank(3)) == (1, True, [3])
         assert collectives.processes_of_run() == 1
+
+
+def test_what_nccl_only_queues_is_waited_for_where_a_notice_and_an_error_know_for_whom(monkeypatch):
+    """On tensors that are on a GPU by name only, in a group of torch's that does nothing."""
+    seen = []
+    stream = SimpleNamespace(synchronize=lambda: seen.append([wait.who for wait in WAITS.innermost() if wait.on_ranks]))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        with FakeTensorMode():
+            collectives.sum_over_ranks(torch.empty(2, device="cuda"))
+            collectives.max_over_ranks(torch.empty(2, device="cuda"))
+            collectives.sum_over_ranks(torch.empty(2))
+    finally:
+        dist.destroy_process_group()
+    assert seen == [["the other processes"]] * 2

@@ -7,7 +7,8 @@ import torch
 from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from online_dpo.modeling.attention.masks import use_flex_attention, why_not_shared
+from online_dpo.modeling.attention.choice import use_flex_attention
+from online_dpo.modeling.attention.masks import why_not_shared
 from online_dpo.modeling.borrowing import eval_mode
 from online_dpo.modeling.forward_path import ForwardPath, choose_path
 from online_dpo.modeling.logprobs import enable_logprobs
@@ -119,7 +120,8 @@ def test_a_model_that_cannot_read_block_masks_is_found():
     model = tiny.causal_lm("gpt2")
     use_flex_attention(model)
     path, [reason] = choose(policy=model)
-    assert path == ForwardPath(shared=False, chunked=True) and "BlockMask" in reason
+    assert path == ForwardPath(shared=True, chunked=True) and "BlockMask" in reason
+    assert reason.startswith("policy is read through SDPA, not FlexAttention: it fails with")
 
 
 def test_a_body_that_fails_on_such_rows_is_found():

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, MixtralConfig, Mixt
 
 from online_dpo.modeling import last_layer
 from online_dpo.modeling.attention import segments
-from online_dpo.modeling.attention.masks import use_segments
+from online_dpo.modeling.attention.choice import use_segments
 from online_dpo.modeling.attention.segments import Segment, trim_to_read
 from online_dpo.modeling.introspection import unwrapped
 from online_dpo.modeling.last_layer import enable_selective_last_layer, last_layer_kwargs

@@ -59,7 +59,7 @@ def test_copies_of_linear_layers_are_cast_merged_or_computed_together():
     together = in_layers - SEVEN.layers * SEVEN.hidden * (SEVEN.heads * SEVEN.head_dim + SEVEN.intermediate)
     assert copies() == 2 * linears and copies(adapter="lora") == 2 * in_layers
     assert copies(bf16=False) == 4 * together and copies(sharding="zero2", gpus=8) == 2 * together
-    assert copies(adapter="qlora") == copies(sharding="zero3", gpus=8) == copies(on_cpu=True) == 0
+    assert copies(adapter="qlora") == copies(sharding="zero3", gpus=8) == copies(bf16=False, on_cpu=True) == 0
 
 
 def test_deepspeeds_step_copies_its_part_of_the_gradients_in_fp32():

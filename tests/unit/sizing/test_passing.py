@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from online_dpo.modeling import logprobs
 from online_dpo.modeling.attention import segments
-from online_dpo.modeling.attention.masks import use_segments
+from online_dpo.modeling.attention.choice import use_segments
 from online_dpo.modeling.fused_head import FusedLinearLogprobs
 from online_dpo.modeling.lm_head import LinearLogprobs
 from online_dpo.modeling.logit_kernels import LogitKernels, logit_gradient, softmax_sums

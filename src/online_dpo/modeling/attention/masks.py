@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from online_dpo.modeling.attention import flex, segments
+from online_dpo.modeling.attention import flex, sdpa, segments
 from online_dpo.modeling.introspection import accepts_argument, unwrapped, without_router_logits
 from online_dpo.packing.prefix_tree import PADDING
 from online_dpo.types import TokenRows
@@ -22,7 +22,7 @@ from online_dpo.types import TokenRows
 LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 WINDOWS_BY_INDEX = ("attention_layers", "window_size")
 """Config fields of GPT-Neo, whose local attention adds a window over indices in the row (not positions) to any mask."""
-IMPLEMENTATIONS = {"sdpa", "eager", flex.NAME, segments.NAME}
+IMPLEMENTATIONS = {"sdpa", "eager", flex.NAME, sdpa.NAME, segments.NAME}
 
 
 def why_not_shared(model: nn.Module) -> str | None:
@@ -81,35 +81,9 @@ def visible_mask(tokens: TokenRows, window: int | None = None, chunk: int | None
     return visible_RTT
 
 
-def use_flex_attention(model: nn.Module) -> None:
-    """Sets the model's attention implementation to FlexAttention for rows that share prompts, and SDPA for all else.
-
-    Raises:
-        ValueError: the model was loaded with another implementation than SDPA, or its attention has a soft cap.
-    """
-    config = unwrapped(model).config.get_text_config()
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        raise ValueError("`flex_attention` cannot be used with a model whose attention has a soft cap; leave it off.")
-    if config._attn_implementation not in ("sdpa", segments.NAME, flex.NAME):
-        raise ValueError(
-            f"`flex_attention` replaces SDPA, but a model was loaded with {config._attn_implementation!r}. Load it "
-            "with `attn_implementation='sdpa'`, or leave `flex_attention` off."
-        )
-    flex.register()
-    config._attn_implementation = flex.NAME
-
-
 def window_of(config: Any, kind: str) -> int | None:
     """The attention window of layers of this kind, in positions; ``None`` if they attend to all earlier tokens."""
     return config.sliding_window if kind == "sliding_attention" else None
-
-
-def use_segments(model: nn.Module) -> None:
-    """Lets a model that uses SDPA compute attention in long rows segment by segment (`segments`). For CPUs."""
-    config = unwrapped(model).config.get_text_config()
-    if config._attn_implementation == "sdpa" and unwrapped(model)._supports_attention_backend:
-        segments.register()
-        config._attn_implementation = segments.NAME
 
 
 def _mask(model: nn.Module, tokens: TokenRows, kind: str) -> Any:

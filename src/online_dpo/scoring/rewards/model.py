@@ -23,7 +23,8 @@ from online_dpo.distributed.device_memory import free_kept_memory
 from online_dpo.distributed.weights import make_whole
 from online_dpo.errors import ModelFolderError, ScoringError
 from online_dpo.foreign import among_rows, at_row, foreign
-from online_dpo.modeling.attention.masks import use_segments
+from online_dpo.modeling.attention.choice import choose_attention
+from online_dpo.modeling.attention.rows import fitted_length
 from online_dpo.modeling.borrowing import eval_mode
 from online_dpo.modeling.fingerprint import weights_fingerprint
 from online_dpo.modeling.introspection import context_length
@@ -36,7 +37,7 @@ from online_dpo.packing.prefix_tree import Tree
 from online_dpo.scoring.chat_templates import check_template
 from online_dpo.scoring.protocols import chat_messages, one_at_a_time, regroup
 from online_dpo.scoring.rewards.loading import check_reward_model, last_part, load_tokenizer, no_tokenizer
-from online_dpo.scoring.rewards.shared_prefix import Text, group_trees, may_share, passes, score_trees
+from online_dpo.scoring.rewards.shared_prefix import Text, group_trees, has_score_head, may_share, passes, score_trees
 from online_dpo.scoring.special_tokens import SpecialTokens
 from online_dpo.scoring.time_limit import call_in_time
 from online_dpo.types import Completion, Group, Prompt
@@ -69,6 +70,8 @@ class RewardModelScorer:
         batch_size: texts in one forward pass.
         prepare: called once with the model; its result is used (``Accelerator.prepare_model``, for example).
         share_prompts: whether common prefixes may be computed once.
+        flex_attention: whether they are read through FlexAttention; by default on CUDA where the model can.
+        unfit_for_flex: why the run cannot use it, whatever the model.
 
     Raises:
         TypeError: the model has no config of transformers.
@@ -86,6 +89,8 @@ class RewardModelScorer:
         batch_size: int = 16,
         prepare: Callable[[nn.Module], nn.Module] | None = None,
         share_prompts: bool = True,
+        flex_attention: bool | None = None,
+        unfit_for_flex: str | None = None,
     ) -> None:
         config = check_reward_model(model)
         make_whole(model)
@@ -95,10 +100,12 @@ class RewardModelScorer:
                 raise ValueError(no_tokenizer(self.name))
             tokenizer = load_tokenizer(config._name_or_path)
         check_tokenizer(model, tokenizer, f"Reward model `{self.name}`")
-        if share_prompts and next(model.parameters()).device.type == "cpu":
-            use_segments(model)
         enable_selective_last_layer(model)
         self.model = model if prepare is None else prepare(model)
+        # Only now: it is loaded on a CPU, and `prepare` moves it to its device.
+        device = next(self.model.parameters()).device
+        share = share_prompts and has_score_head(model)
+        choose_attention(model, f"reward model `{self.name}`", device, share, flex_attention, unfit_for_flex)
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self._most_tokens = MOST_TOKENS.get(next(self.model.parameters()).device.type, math.inf)
@@ -111,6 +118,7 @@ class RewardModelScorer:
         self._known_tokens = embedding_rows(model)
         self._special_tokens = SpecialTokens(tokenizer)
         self._max_tokens = longest_text(model, tokenizer)
+        self._positions = context_length(model)
 
     def check_chat_template(self) -> None:
         """Check that conversational prompts can be scored. To be called before sampling, so that a run fails early.
@@ -254,8 +262,8 @@ class RewardModelScorer:
     def _forward(self, batch: Sequence[Text]) -> list[float]:
         """The scores of one batch of padded rows."""
         fill = self._fill_token(batch)
-        length = max(len(ids) for ids in batch)
         device = next(self.model.parameters()).device
+        length = fitted_length(max(len(ids) for ids in batch), device, self._positions)
         ids_RT = torch.tensor([[*ids, *[fill] * (length - len(ids))] for ids in batch], device=device)
         mask_RT = torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids in batch], device=device)
         with torch.no_grad(), overridden(self._config, pad_token_id=fill, use_cache=False):

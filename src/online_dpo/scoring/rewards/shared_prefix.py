@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 from online_dpo.errors import named_error
+from online_dpo.modeling.attention.choice import use_sdpa, uses_flex_attention
 from online_dpo.modeling.attention.masks import attention_inputs, why_not_shared
+from online_dpo.modeling.attention.rows import fitted
 from online_dpo.modeling.introspection import computing_dtype, unwrapped
 from online_dpo.modeling.last_layer import last_layer_kwargs
 from online_dpo.modeling.tolerance import SCORE_ROUNDING, allowed_difference
@@ -72,18 +74,22 @@ def passes(trees: Sequence[Tree], batch_size: int, most_tokens: float = math.inf
 @torch.no_grad()
 def score_trees(model: nn.Module, trees: Sequence[Tree], capacity: int = 0) -> dict[Text, float]:
     """Score each text at its last token, in one forward pass over rows of at least ``capacity`` tokens."""
+    if uses_flex_attention(model):
+        capacity = max(capacity, sum(tree.size for tree in trees))  # one row, without padding between trees
     tokens, spans = lay_out(trees, shared=True, capacity=capacity)
-    tokens = tokens.to(next(model.parameters()).device)
     texts, last_tokens = [], []
     for tree, tree_spans in zip(trees, spans, strict=True):
         for branch, span in zip(tree.branches, tree_spans, strict=True):
             texts.append(tree.prompt + branch)
             last_tokens.append(span.start + len(branch) - 1)
     base: Any = unwrapped(model)
-    read_X = torch.tensor(sorted(last_tokens)).to(tokens.ids_RT.device)
+    device = next(model.parameters()).device
+    last_S = torch.tensor(last_tokens).to(device)
+    tokens, (last_S,) = fitted(model, tokens.to(device), last_S)
+    read_X = last_S.sort().values
     inputs = attention_inputs(model, tokens) | last_layer_kwargs(base, read_X)
     hidden_RTH = base.base_model(input_ids=tokens.ids_RT, use_cache=False, **inputs)[0]
-    scores_S1 = base.score(hidden_RTH.flatten(0, 1)[last_tokens])
+    scores_S1 = base.score(hidden_RTH.flatten(0, 1)[last_S])
     return dict(zip(texts, scores_S1[:, 0].float().tolist(), strict=True))
 
 
@@ -95,15 +101,24 @@ def may_share(model: nn.Module, name: str, trees: Sequence[Tree], plain: PlainSc
         trees: trees of the texts to score; those with a shared prefix are used.
         plain: computes scores of texts in padded rows, in one forward pass.
     """
-    if not hasattr(unwrapped(model), "score"):
+    if not has_score_head(model):
         # `score` is what transformers calls the head of a decoder, which reads one token. Encoders have another head,
         # and their tokens attend to later ones: sharing cannot work there, and there is nothing to warn about.
         logger.debug("Reward model `%s` has no head called `score`; common prefixes are not shared.", name)
         return False
     reason = _why_not_shareable(model, trees, plain)
+    if reason is not None and uses_flex_attention(model):
+        logger.warning("Reward model `%s` is read through SDPA, not FlexAttention: %s.", name, reason)
+        use_sdpa(model)
+        reason = _why_not_shareable(model, trees, plain)
     if reason is not None:
         logger.warning("Reward model `%s` computes the common prefix again for each text: %s.", name, reason)
     return reason is None
+
+
+def has_score_head(model: nn.Module) -> bool:
+    """Whether the model has the head of a decoder, which scores one token."""
+    return hasattr(unwrapped(model), "score")
 
 
 def _why_not_shareable(model: nn.Module, trees: Sequence[Tree], plain: PlainScores) -> str | None:

@@ -4,10 +4,8 @@ import pytest
 import torch
 
 from online_dpo.modeling.attention import segments
-from online_dpo.modeling.attention.masks import (
-    attention_inputs,
-    use_segments,
-)
+from online_dpo.modeling.attention.choice import use_segments
+from online_dpo.modeling.attention.masks import attention_inputs
 from online_dpo.modeling.loading import disable_dropout
 from online_dpo.modeling.logprobs import row_logprobs
 from online_dpo.packing.pack import pack_groups

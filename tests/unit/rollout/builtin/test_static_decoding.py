@@ -287,7 +287,7 @@ def test_new_addresses_types_and_adapters_begin_anew():
     check(atol=1e-4)
     model.base_model.model.lm_head.weight = torch.nn.Parameter(model.base_model.model.lm_head.weight * 1.1)
     check(atol=1e-4)
-    assert len(seen) == 4
+    assert len(seen) == 5, "those with the adapter alone differ in where copies of weights are"
     before = forward_state_key(model)
     change(model)
     assert forward_state_key(model) == before
