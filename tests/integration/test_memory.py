@@ -130,15 +130,23 @@ def test_one_later_has_the_checkpoint_before_it(tmp_path):
     assert all(torch.equal(weights(resumed.model)[name], weight) for name, weight in weights(whole.model).items())
 
 
+LIBRARIES = {
+    "a CPU": RuntimeError(CPU),
+    "a graph": torch.AcceleratorError("CUDA error: out of memory"),
+    "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+}
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("where", ["reward", "reference", "sampling"])
-def test_where_nothing_can_be_divided_the_steps_done_are_saved(tmp_path, where):
+def test_where_nothing_can_be_divided_the_steps_done_are_saved(tmp_path, where, library):
     made = trainer(tmp_path, max_steps=4)
     calls = []
 
     def from_step_2(module, args, output=None):
         calls.append(1)
         if made.state.global_step == 2:
-            raise RuntimeError(CPU)
+            raise LIBRARIES[library]
 
     def reward(completions, **columns):
         from_step_2(None, None)

@@ -51,6 +51,9 @@ PRIVATE = {
     "_get_default_store": lambda: torch.distributed.distributed_c10d._get_default_store,
     "_shared_state": lambda: (PartialState._shared_state, AcceleratorState._shared_state),
     "_option_string_actions": lambda: ArgumentParser()._option_string_actions,
+    "_C": lambda: torch._C,
+    "_cuda_endAllocateToPool": lambda: torch._C._cuda_endAllocateToPool,  # a dummy where torch is built without CUDA
+    "_cuda_releasePool": lambda: torch._C._cuda_releasePool,
 }
 """What other packages do not promise, and how it is found."""
 OTHERS = {"_finalizer"}

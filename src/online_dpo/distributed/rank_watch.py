@@ -22,7 +22,7 @@ from typing import Any
 import torch.distributed as dist
 
 from online_dpo.distributed.waiting import WAITS, Waits
-from online_dpo.errors import OnlineDPOError, RankLostError, error_text, named_error
+from online_dpo.errors import OnlineDPOError, RankLostError, error_text, is_out_of_memory, named_error
 
 BEAT_SECONDS, RANKS_PER_BEAT = 0.5, 128  # with more ranks, each of them writes and reads less often
 SILENT_SECONDS = 3.0
@@ -320,8 +320,12 @@ def current_watch() -> RankWatch | None:
 
 
 def explained(error: BaseException) -> BaseException:
-    """Returns the error that names who is missing, if this is an error of a collective operation; else ``error``."""
+    """Returns the error that names who is missing, if this is an error of a collective operation; else ``error``. One
+    of a backend whose memory has run out here, such as NCCL's, names nobody else.
+    """
     if _watch is None or isinstance(error, OnlineDPOError) or not isinstance(error, RuntimeError):
+        return error
+    if is_out_of_memory(error):
         return error
     of_backend = isinstance(error, dist.DistError) or BACKEND_ERROR.search(str(error))  # pyright: ignore
     return _watch.explain(error) if of_backend or _watch.missing() else error

@@ -6,12 +6,12 @@ allocates on a CPU: what a layer keeps and the keys and values to the last byte,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from online_dpo.sizing.held import FP32, HALF, Term, gradient_term, stepped_numbers, trained_weights
 from online_dpo.sizing.plan import Plan
-from online_dpo.sizing.shape import ModelShape
+from online_dpo.sizing.shape import ModelShape, Weight
 
 CHUNK_LOGITS, CHUNK_LOGITS_ON_CPU = 2**28, 2**23
 """Logits that exist at a time on a GPU, and on a CPU: `modeling.logprobs.CHUNK_LOGITS_ELSEWHERE` and ``["cpu"]``."""
@@ -43,17 +43,25 @@ def sampling_terms(plan: Plan) -> Iterator[Term]:
 
 
 def copied_bytes(plan: Plan) -> int:
-    """The copies of linear layers in the type of their products that the built-in engine multiplies with: cast, with
-    the adapter merged, and those that read the same input together. Sharded and quantised layers have none.
+    """The copies of linear layers that the built-in engine multiplies with on a GPU: of all of them where autocast
+    would cast them or an adapter is merged, else of those that are computed together (query, key, value; gate, up).
     """
-    if plan.sharding != "none" or plan.adapter == "qlora":
+    if plan.parted or plan.adapter == "qlora":
         return 0
-    if plan.adapter == "none" and plan.bf16:
-        return HALF * sum(weight.numbers * weight.count for weight in plan.policy.weights() if weight.linear)
+    shape = plan.policy
+    layers = [weight for weight in shape.of_a_layer() if weight.linear]
+    if plan.bf16 and hidden_bytes(plan) == FP32:  # a CPU holds these as well, during a call
+        return HALF * (_numbers(layers) + shape.vocabulary * shape.hidden)
     if plan.on_cpu:
         return 0
-    shape = plan.policy  # the head has no adapter, and is in the type of its products
-    return (HALF if plan.bf16 else FP32) * shape.layers * sum(a * b for a, b in shape.projections())
+    if plan.adapter == "lora":
+        return plan.compute_bytes * _numbers(layers)
+    alone = [(shape.hidden, shape.heads * shape.head_dim), (shape.hidden, shape.intermediate)]  # output, down
+    return plan.compute_bytes * (_numbers(layers) - shape.layers * sum(a * b for a, b in alone))
+
+
+def _numbers(weights: Iterable[Weight]) -> int:
+    return sum(weight.numbers * weight.count for weight in weights)
 
 
 def packed_bytes(plan: Plan) -> int:

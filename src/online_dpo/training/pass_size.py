@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
 
 from online_dpo.checkpoints.codec import read_json, write_json
 from online_dpo.config.trainer_config import OnlineDPOConfig
@@ -136,7 +135,7 @@ class PassSize:
         half = self.args.bf16 or self.args.fp16 or parameters[0].dtype.itemsize == 2
         name = self._sharding.name
         return Plan(
-            shape_like(fields_of(unwrapped(model).config.get_text_config()), numbers),
+            shape_like(fields_of(model), numbers),
             name if name in ("fsdp2", *ENGINES_OF_DEEPSPEED) else "none",  # pyright: ignore[reportArgumentType]
             world_size(),
             bf16=bool(half),
@@ -177,12 +176,18 @@ def _tell(chosen: Chosen) -> None:
         events.warn(logger, "passes", f"{text} That may not be enough for one group: {WHAT_TO_LOWER}", **facts)
 
 
-def fields_of(config: PreTrainedConfig) -> dict[str, Any]:
-    """Returns what `shape_like` reads of a config."""
+def fields_of(model: nn.Module) -> dict[str, Any]:
+    """Returns what `shape_like` reads of a model: its config's values, and what these lack from its modules."""
+    base: Any = unwrapped(model)
+    config = base.config.get_text_config()
     if config.model_type in KNOWN:
         return config.to_dict()
-    values = {name: getattr(config, name, None) for name in OF_CONFIGS}  # not every kind of model has heads
-    return {**values, "model_type": config.model_type, "tie_word_embeddings": config.tie_word_embeddings}
+    vocabulary, width = shape_of(base.get_input_embeddings().weight)
+    lists = [len(module) for module in base.modules() if isinstance(module, nn.ModuleList)]
+    found = {"vocab_size": vocabulary, "hidden_size": width, "num_hidden_layers": max(lists, default=1)}
+    given = {name: getattr(config, name, None) for name in OF_CONFIGS}  # not every kind of model has heads
+    known = {name: value for name, value in given.items() if value is not None}
+    return {**found, **known, "model_type": config.model_type, "tie_word_embeddings": config.tie_word_embeddings}
 
 
 def still_to_come(model: nn.Module, optimizer: Any, sharding: str) -> int:

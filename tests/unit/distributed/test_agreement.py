@@ -6,6 +6,14 @@ import pytest
 import torch
 
 from online_dpo.distributed.agreement import Agreement
+from online_dpo.errors import error_text
+
+ERRORS = [
+    torch.OutOfMemoryError("CUDA out of memory."),
+    MemoryError(),
+    torch.AcceleratorError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+]
 
 
 @pytest.fixture
@@ -19,11 +27,11 @@ def test_a_pass_that_ends_has_fitted(agreement):
     assert attempt.fits and not attempt.failed_here
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
+@pytest.mark.parametrize("error", ERRORS)
 def test_memory_that_runs_out_ends_a_pass_and_is_no_error(agreement, error):
     with agreement.one_pass() as attempt:
         raise error
-    assert not attempt.fits and attempt.failed_here
+    assert not attempt.fits and attempt.failed_here and attempt.reason == error_text(error)
     with agreement.one_pass() as attempt:
         pass
     assert attempt.fits

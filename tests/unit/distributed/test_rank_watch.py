@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import pytest
-from torch.distributed import PrefixStore, TCPStore
+from torch.distributed import DistBackendError, PrefixStore, TCPStore
 
 from online_dpo.distributed import rank_watch
 from online_dpo.distributed.rank_watch import RankWatch, explained
@@ -146,7 +146,9 @@ def test_only_errors_of_collective_operations_are_explained(store, monkeypatch):
     assert explained(CLOSED) is CLOSED  # a single process
     with watches(store, 0) as (first,):
         monkeypatch.setattr(rank_watch, "_watch", first)
-        for error in (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("gloo"), ScoringError("x")):
+        full = DistBackendError("NCCL error in: NCCLUtils.cpp:77, unhandled cuda error\nCuda failure 2 'out of memory'")
+        shapes = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+        for error in (shapes, ValueError("gloo"), ScoringError("x"), full):
             assert explained(error) is error
         assert isinstance(explained(CLOSED), RankLostError)
         other_words = RuntimeError("unheard of")

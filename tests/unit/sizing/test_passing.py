@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -21,7 +22,7 @@ from online_dpo.rollout.builtin.engine import TransformersEngine
 from online_dpo.rollout.builtin.kv_cache import KVCache
 from online_dpo.rollout.params import RolloutKey, SamplingParams, Stream
 from online_dpo.sizing import passing
-from online_dpo.sizing.passing import activation_bytes, kv_bytes, layer_bytes_of_a_token, logit_bytes
+from online_dpo.sizing.passing import activation_bytes, copied_bytes, kv_bytes, layer_bytes_of_a_token, logit_bytes
 from online_dpo.sizing.plan import Plan
 from online_dpo.sizing.shape import MODELS, shape_of
 from online_dpo.types import Pair
@@ -201,3 +202,18 @@ def test_buckets_of_deepspeed():
     assert bucket(sharding="zero2") == 2 * 3584**2
     assert bucket(sharding="zero2", bucket=500_000_000) == 1_000_000_000
     assert bucket(sharding="fsdp2") == bucket() == 0
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize(("adapter", "bf16"), [("none", True), ("none", False), ("lora", True)])
+def test_copies_of_weights_that_sampling_multiplies_with(kind, adapter, bf16):
+    model = tiny.causal_lm(kind, sharpness=1.0)
+    shape = shape_of(model.config.to_dict())
+    if adapter == "lora":
+        lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(model.to(torch.bfloat16), lora, autocast_adapter_dtype=False)
+    engine = TransformersEngine(model, tiny.tokenizer(), static_steps=True)
+    params = SamplingParams(max_new_tokens=4, end_token_ids=())
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        engine.generate(tiny.prompts([12, 12]), 2, params, RolloutKey(0, 0, Stream.TRAINING))
+    assert engine._buffers.linears.nbytes == copied_bytes(Plan(shape, adapter=adapter, bf16=bf16))

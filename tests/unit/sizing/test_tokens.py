@@ -124,7 +124,7 @@ def test_models_of_other_kinds_have_a_shape_of_as_many_weights(family):
     model = tiny.causal_lm(family)
     parameters = sum(p.numel() for p in model.parameters())
     config = model.config.get_text_config()
-    shape = shape_like(fields_of(config), parameters)
+    shape = shape_like(fields_of(model), parameters)
     assert (shape.hidden, shape.layers) == (config.hidden_size, config.num_hidden_layers)
     if config.model_type in ("llama", "qwen2", "qwen3", "mistral"):
         assert shape == shape_of(config.to_dict())

@@ -13,7 +13,7 @@ from online_dpo.runs.events import listening
 from online_dpo.sizing.plan import Plan
 from online_dpo.sizing.shape import shape_of
 from online_dpo.sizing.tokens import SHARE, pass_bytes
-from online_dpo.training.pass_size import PassSize, still_to_come
+from online_dpo.training.pass_size import PassSize, fields_of, still_to_come
 from online_dpo.types import Pair
 from support import tiny
 from support.training import config
@@ -149,3 +149,14 @@ def test_what_is_still_to_come(optimizer, state):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_models_of_every_kind(tmp_path, family):
     assert 64 <= settled(tmp_path, 64 * MIB, model=tiny.causal_lm(family)) <= 16384
+
+
+def test_a_model_whose_config_has_names_of_its_own(tmp_path):
+    model = tiny.causal_lm("gpt2")
+    hidden, layers = model.config.hidden_size, model.config.num_hidden_layers
+    own = SimpleNamespace(model_type="own", tie_word_embeddings=True)
+    own.get_text_config = lambda: own
+    model.config = own
+    found = fields_of(model)
+    assert (found["hidden_size"], found["num_hidden_layers"]) == (hidden, layers)
+    assert 64 <= settled(tmp_path, 64 * MIB, model=model) <= 16384
