@@ -130,7 +130,8 @@ def card(setup: Setup, out: Path) -> list[str]:
 
 
 def head(setup: Setup, out: Path) -> list[str]:
-    sizes = setup.either("--tokens 8192 --hidden 896 --vocabulary 151936", "--tokens 64 --hidden 32 --vocabulary 500")
+    tiny = "--tokens 64 --hidden 32 --vocabulary 500 --repetitions 1"
+    sizes = setup.either("--tokens 8192 --hidden 896 --vocabulary 151936", tiny)
     return ["benchmarks/head.py", "--device", setup.device, *sizes]
 
 
@@ -177,7 +178,8 @@ PARTS = (
         script(
             STEP,
             HALF,
-            "--workload long-answer --prompts 32 --repetitions 3 --limit 60",
+            "--workload long-answer --prompts 32 --repetitions 1 --limit 60 "
+            "--variant plain lora gradient-checkpointing sdpa",
             f"{TINY} --variant lora-gradient-checkpointing",
         ),
         step_tables,
@@ -210,7 +212,7 @@ PARTS = (
         script("-m gpu_parts.steady", HALF, "--steps 50", "--steps 4"),
         own_tables,
     ),
-    Part("head", "The head: ours against PyTorch's own and Liger's.", 90, head, no_tables),
+    Part("head", "The head: ours against PyTorch's own and Liger's.", 120, head, no_tables),
     Part(
         "decoding-1.5b",
         "The same rates for the larger shape.",
@@ -238,8 +240,8 @@ PARTS = (
         script(
             STEP,
             LARGE,
-            "--workload long-answer --prompts 16 --repetitions 2 --limit 60 "
-            "--variant plain gradient-checkpointing lora sdpa",
+            "--workload long-answer --prompts 16 --repetitions 1 --limit 60 "
+            "--variant plain lora gradient-checkpointing sdpa",
             f"{TINY} --variant plain",
         ),
         step_tables,
