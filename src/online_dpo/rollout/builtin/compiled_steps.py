@@ -37,6 +37,8 @@ MOST_CODES = 64
 """Compiled codes for layers. Dynamo's own limit is 8, after which it says nothing and runs what it should compile. A
 layer that passes this one is not compiled any more, which is told."""
 BACKEND = "inductor"
+LAYER_OPTIONS = {"split_reductions": False}
+"""Of the compiler: a softmax over the slots is one kernel. It would be split, since a step has few rows, into five."""
 
 Result = TypeVar("Result")
 
@@ -172,11 +174,8 @@ def _layer_forward(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 @functools.cache
 def _compiled(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
     """A function compiled as a whole: what the compiler cannot read is an error, so it is told."""
-    # A softmax over the slots is one kernel. Inductor would split it, since a step has few rows, into five.
-    whole = function is _layer_forward and backend == "inductor"
-    return torch.compile(
-        function, fullgraph=True, backend=backend, options={"split_reductions": False} if whole else None
-    )
+    options = LAYER_OPTIONS if function is _layer_forward and backend == "inductor" else None
+    return torch.compile(function, fullgraph=True, backend=backend, options=options)
 
 
 def _let_vary(tensor: torch.Tensor, dim: int) -> None:
