@@ -57,10 +57,10 @@ class Chosen:
 class PassSize:
     """The most tokens of a pass: ``max_tokens_per_pass``, or what suits the device.
 
-    On a GPU that is settled once, before the first pass with pairs, when models, optimizer and sampler hold their memory: as many
-    tokens as are estimated to fit on the rank with the least room, up to the configuration's default. A checkpoint
-    keeps the number, and a run that is resumed takes it again where it fits: other passes give the same gradient but
-    for rounding.
+    On a GPU that is settled once, before the first pass with pairs, when models, optimizer and sampler hold their
+    memory: as many tokens as are estimated to fit on the rank with the least room, up to the configuration's default. A
+    checkpoint keeps the number, and a run that is resumed takes it again where it fits: other passes give the same
+    gradient but for rounding.
 
     Args:
         args: the run's configuration.

@@ -134,9 +134,9 @@ class StepGraphs:
         try:
             with torch.cuda.stream(self._stream):
                 with CapturableOnly():
-                    step()  # a warm-up: libraries such as cuBLAS initialise in their first call, which no graph can hold
+                    step()  # a warm-up: libraries such as cuBLAS initialise in their first call, which cannot be captured
                 return graph, self._captured_compiled(graph, step)
-        finally:  # also after an error: what it has written is freed for others, while the stream may still write to it
+        finally:  # also after an error: buffers that this stream may still write to are freed for others
             torch.cuda.current_stream(device).wait_stream(self._stream)
 
     def _captured_compiled(self, graph: torch.cuda.CUDAGraph, step: Callable[[], Any]) -> Any:
