@@ -133,8 +133,8 @@ class StepGraphs:
         self._stream.wait_stream(torch.cuda.current_stream(device))
         try:
             with torch.cuda.stream(self._stream):
-                with CapturableOnly():
-                    step()  # a warm-up: libraries such as cuBLAS initialise in their first call, which cannot be captured
+                with CapturableOnly():  # a warm-up: the first calls of libraries such as cuBLAS cannot be captured
+                    step()
                 return graph, self._captured_compiled(graph, step)
         finally:  # also after an error: buffers that this stream may still write to are freed for others
             torch.cuda.current_stream(device).wait_stream(self._stream)
