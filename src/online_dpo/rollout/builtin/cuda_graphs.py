@@ -7,6 +7,7 @@ it may synchronise with the host.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -17,6 +18,9 @@ from online_dpo.distributed.device_memory import empty_device_cache
 from online_dpo.modeling.memory import in_memory
 from online_dpo.rollout.builtin.capture import NotCapturableError, capture
 from online_dpo.rollout.builtin.compiled_steps import StepCompiler
+from online_dpo.runs import events
+
+logger = logging.getLogger(__name__)
 
 MAX_GRAPHS = 64
 SYNCHRONISING_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
@@ -58,7 +62,8 @@ class CapturableOnly(TorchDispatchMode):
 class StepGraphs:
     """Runs steps: on a GPU as CUDA graphs, which share one memory pool, elsewhere directly.
 
-    The most recently used graphs are kept (LRU). The first run of a step is under `CapturableOnly`, also without a GPU.
+    The most recently used graphs are kept (LRU); where that is too few, it is told once. The first run of a step is
+    under `CapturableOnly`, also without a GPU.
 
     Args:
         max_graphs: the number of graphs to keep.
@@ -70,6 +75,8 @@ class StepGraphs:
         self.compiler = compiler or StepCompiler(wanted=False)
         self.captured = 0
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph | None, Any]] = {}
+        self._dropped: set[Hashable] = set()
+        self._told = False
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
 
@@ -89,8 +96,7 @@ class StepGraphs:
         if key in self._graphs:
             self._graphs[key] = self._graphs.pop(key)  # moves it to the end: the most recently used
         else:
-            while len(self._graphs) >= self.max_graphs:
-                del self._graphs[next(iter(self._graphs))]
+            self._make_room(key)
             self._graphs[key] = self._captured(step, device)
             self.captured += 1
         graph, result = self._graphs[key]
@@ -99,9 +105,25 @@ class StepGraphs:
         graph.replay()
         return result
 
+    def _make_room(self, key: Hashable) -> None:
+        """Drops the graphs that were not used for longest. Tells once if one that was dropped is captured again."""
+        if key in self._dropped and not self._told:
+            self._told = True
+            text = (
+                f"Sampling has steps of more than {self.max_graphs} shapes, so CUDA graphs are dropped and captured "
+                "again, which takes time. Fewer shapes occur with prompts of more equal length or a lower "
+                "`max_new_tokens`; `cuda_graphs: false` samples without graphs."
+            )
+            events.warn(logger, "warning", text)
+        while len(self._graphs) >= self.max_graphs:
+            dropped = next(iter(self._graphs))
+            self._dropped.add(dropped)
+            del self._graphs[dropped]
+
     def release(self) -> None:
         """Frees all graphs and the memory of their results."""
         self._graphs.clear()
+        self._dropped.clear()
         self._pool = self._stream = None
 
     def _captured(self, step: Callable[[], Any], device: torch.device) -> tuple[torch.cuda.CUDAGraph | None, Any]:

@@ -27,6 +27,7 @@ from online_dpo.rollout.builtin.static_decoding import (
 )
 from online_dpo.rollout.params import RolloutKey, SamplingParams
 from online_dpo.rollout.registry import build_engine
+from online_dpo.runs.events import listening
 from support import tiny
 
 KEY = RolloutKey(seed=3, step=5)
@@ -324,14 +325,27 @@ def test_what_is_done_with_each_token_waits_for_nothing():
             batch.mark_finished(step, rows_B, token_B, stop_strings)
 
 
-def test_a_bounded_number_of_graphs_is_kept():
+def test_a_bounded_number_of_graphs_is_kept(caplog):
     graphs, runs, cpu = StepGraphs(max_graphs=2), [], torch.device("cpu")
     for key in "abacab":
         assert graphs.run(key, lambda key=key: runs.append(key) or len(runs), cpu) == len(runs)
         assert len(graphs) <= 2
+        assert bool(caplog.records) == (graphs.captured == 4), "only where one is captured that was dropped"
     assert graphs.captured == 4  # a, b, c in place of b, b in place of c
+    graphs.run("c", lambda: runs.append("c") or len(runs), cpu)
+    [record] = caplog.records
+    assert "more than 2 shapes" in record.getMessage() and "captured again" in record.getMessage(), "told once"
     graphs.release()
     assert len(graphs) == 0
+
+
+def test_graphs_that_were_freed_may_be_captured_again():
+    graphs, cpu = StepGraphs(max_graphs=1), torch.device("cpu")
+    with listening(lambda event: pytest.fail(event.message)):
+        for key in "ab":
+            graphs.run(key, lambda: 0, cpu)
+        graphs.release()
+        graphs.run("a", lambda: 0, cpu)
 
 
 def test_memory_is_given_back_when_asked_and_when_it_runs_out():
