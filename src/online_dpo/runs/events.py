@@ -22,6 +22,7 @@ Kind = Literal[
     "skip",
     "learning_rate",
     "passes",
+    "compilation",
     "out_of_memory",
     "retry",
     "failure",

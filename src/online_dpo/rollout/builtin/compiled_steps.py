@@ -112,7 +112,10 @@ class StepCompiler:
             self._running = False
         if not self._told_seconds:
             self._told_seconds = True
-            logger.info("The first compiled sampling step was ready in %.0f s.", time.perf_counter() - begin)
+            seconds = time.perf_counter() - begin
+            text = f"The first compiled sampling step was ready in {seconds:.0f} s."
+            logger.info("%s", text)
+            events.emit("compilation", text, seconds=seconds)
         return result
 
 

@@ -18,6 +18,7 @@ from online_dpo.rollout.builtin.cuda_graphs import StepGraphs
 from online_dpo.rollout.builtin.engine import TransformersEngine
 from online_dpo.rollout.params import RolloutKey, SamplingParams
 from online_dpo.rollout.registry import build_engine
+from online_dpo.runs.events import listening
 from support import tiny
 
 PARAMS = SamplingParams(max_new_tokens=9, end_token_ids=(tiny.EOS, tiny.END, 9, 17))
@@ -169,6 +170,16 @@ def test_an_error_of_memory_is_no_failure_to_compile():
     with pytest.raises(torch.OutOfMemoryError):
         compiler.run(step)
     assert compiler.wanted
+
+
+def test_how_long_the_first_step_took_is_told_once():
+    told, compiler = [], StepCompiler(wanted=True)
+    with listening(told.append):
+        assert compiler.run(lambda: 3) == compiler.run(lambda: 3) == 3
+        StepCompiler(wanted=False).run(lambda: 3)
+    [event] = told
+    assert event.kind == "compilation" and 0 <= event.facts["seconds"] < 1
+    assert event.message == "The first compiled sampling step was ready in 0 s."
 
 
 def test_it_is_for_gpus_and_the_configuration_turns_it_off(tmp_path):
