@@ -20,6 +20,12 @@ import torch
 _all_kept: WeakSet[Kept] = WeakSet()
 _lock = threading.Lock()
 
+whole_device = threading.RLock()
+"""Held by a thread while it does what concerns a GPU as a whole: capturing a CUDA graph, compiling kernels (which are
+timed, for which the device is waited for) and emptying the allocator's cache. A capture fails where another thread does
+one of the others, and they fail during a capture; reward models compute in threads beside sampling.
+"""
+
 
 class Kept:
     """Memory that its owner keeps between calls and makes again where it is gone. It is known as long as the owner
@@ -68,7 +74,8 @@ def empty_device_cache() -> None:
     """Returns memory that the allocator caches without using it to the device."""
     gc.collect()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        with whole_device:
+            torch.cuda.empty_cache()
 
 
 def free_memory(device: torch.device) -> int:

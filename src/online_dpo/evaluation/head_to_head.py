@@ -38,9 +38,9 @@ from online_dpo.modeling.precision import mixed_precision
 from online_dpo.modeling.weight_casts import weights_cast_once
 from online_dpo.packing.pack import pack_groups
 from online_dpo.packing.prefix_tree import split_by_padded_size
-from online_dpo.rollout.builtin.engine import TransformersEngine
 from online_dpo.rollout.builtin.sampling import reshapes
 from online_dpo.rollout.params import RolloutKey, SamplingParams, Stream
+from online_dpo.rollout.registry import built_in_engine
 from online_dpo.scoring.judges.tournament import ComparisonCounter
 from online_dpo.scoring.penalties import Penalties
 from online_dpo.scoring.protocols import PairwiseScorer, PointwiseScorer, is_fair
@@ -294,7 +294,7 @@ def _sample(
     samples: int,
     stream: Stream,
 ) -> list[Group]:
-    engine = TransformersEngine(model, compared.tokenizer, args.rollout_batch_size)
+    engine = built_in_engine(model, compared.tokenizer, args)
     prompts = [compared.prompts[row] for row in rows]
     with mixed_precision(args):
         return engine.generate(prompts, samples, params, RolloutKey(args.seed, 0, stream))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +11,8 @@ import torch
 from torch._dynamo import config, maybe_mark_dynamic
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
+from online_dpo.distributed.device_memory import whole_device
+
 logger = logging.getLogger(__name__)
 
 RECOMPILATIONS = 64
@@ -19,17 +20,14 @@ RECOMPILATIONS = 64
 function, after which it goes on uncompiled."""
 
 
-_limited = threading.RLock()
-
-
 @contextmanager
 def recompilation_limit(compilations: int) -> Iterator[None]:
     """Inside, a compiled function may be compiled so often; once more is an error, and no slower run without a word.
 
     Up to 2.12, torch has one limit for all functions and threads of a process. So it is set for the time of a call, and
-    by one thread at a time: reward models compute in another.
+    by one thread at a time (`whole_device`): reward models compute in another.
     """
-    with _limited, config.patch(recompile_limit=compilations, fail_on_recompile_limit_hit=True):
+    with whole_device, config.patch(recompile_limit=compilations, fail_on_recompile_limit_hit=True):
         yield
 
 

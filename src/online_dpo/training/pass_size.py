@@ -57,10 +57,10 @@ class Chosen:
 class PassSize:
     """The most tokens of a pass: ``max_tokens_per_pass``, or what suits the device.
 
-    On a GPU that is settled once, before the first pass, when models, optimizer and sampler hold their memory: as many
-    tokens as are estimated to fit on the rank with the least room, up to the configuration's default. A checkpoint
-    keeps the number, and a run that is resumed takes it again where it fits: other passes give the same gradient but
-    for rounding.
+    On a GPU that is settled once, before the first pass with pairs, when models, optimizer and sampler hold their
+    memory: as many tokens as are estimated to fit on the rank with the least room, up to the configuration's default. A
+    checkpoint keeps the number, and a run that is resumed takes it again where it fits: other passes give the same
+    gradient but for rounding.
 
     Args:
         args: the run's configuration.
@@ -102,24 +102,25 @@ class PassSize:
         return self._chosen is None and self.args.max_tokens_per_pass is None and self._device.type == "cuda"
 
     def settle(self, model: nn.Module, rows: PackedRows) -> None:
-        """Chooses the number, if it is open. A collective operation.
+        """Chooses the number, if it is open and any rank has pairs. A collective operation.
 
         Args:
             model: the policy.
-            rows: some of the first step's, for the length of rows and their padding.
+            rows: some of the step's, for the length of rows and their padding; those of a rank without pairs tell none.
         """
         if not self.is_open:
             return
-        own = self._that_fit(model, rows)
-        self._chosen = min(from_every_rank(own), key=lambda chosen: chosen.tokens)
+        lengths = [lengths for lengths in from_every_rank(_lengths(rows)) if lengths is not None]
+        if not lengths:
+            return  # there is no pass before there is a pair
+        width, padding = map(max, zip(*lengths, strict=True))
+        self._chosen = min(from_every_rank(self._that_fit(model, width, padding)), key=lambda chosen: chosen.tokens)
         if is_first_rank():
             _tell(self._chosen)
 
-    def _that_fit(self, model: nn.Module, rows: PackedRows) -> Chosen:
+    def _that_fit(self, model: nn.Module, width: int, padding: float) -> Chosen:
         free = self._free(self._device) - still_to_come(model, self._optimizer(), self._sharding.name)
-        plan, width = self._plan(model), rows.tokens.ids_RT.shape[1]
-        padding = rows.tokens.ids_RT.numel() / max(1, token_count(rows.pairs))
-        most = self.args.tokens_per_pass
+        plan, most = self._plan(model), self.args.tokens_per_pass
         tokens = tokens_that_fit(plan, free, width, padding, most)
 
         def size(tokens: int) -> int:
@@ -161,6 +162,14 @@ class PassSize:
         """
         if (folder / self.FILE).is_file():
             self._saved, self._chosen = read_json(folder / self.FILE, Chosen), None
+
+
+def _lengths(rows: PackedRows) -> tuple[int, float] | None:
+    """Returns the tokens of a row, and how many there are with padding for each without; ``None`` without pairs."""
+    if not rows.pairs:
+        return None
+    tokens = rows.tokens.ids_RT
+    return tokens.shape[1], tokens.numel() / token_count(rows.pairs)
 
 
 def _tell(chosen: Chosen) -> None:

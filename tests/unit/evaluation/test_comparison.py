@@ -6,13 +6,18 @@ import math
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
+from online_dpo.evaluation import head_to_head
 from online_dpo.evaluation.comparison import PromptResult, compare, preferences_by_score
-from online_dpo.evaluation.head_to_head import BothOrders
+from online_dpo.evaluation.head_to_head import BothOrders, ComparedModel
+from online_dpo.rollout.builtin.engine import TransformersEngine
+from online_dpo.rollout.params import SamplingParams, Stream
 from online_dpo.stats.intervals import wilson_interval
 from online_dpo.stats.length_control import length_controlled_win_rate
 from online_dpo.types import Completion, Group, Prompt
 from support import tiny
+from support.training import config
 
 
 def answers(row, *texts, finished=True):
@@ -147,3 +152,15 @@ def test_both_orders_cancel_position_bias():
         None,
         None,
     ]
+
+
+def test_models_are_sampled_as_the_configuration_says(tmp_path, monkeypatch):
+    own, engines = TransformersEngine.generate, []
+    monkeypatch.setattr(TransformersEngine, "generate", lambda self, *call: engines.append(self) or own(self, *call))
+    prompts = {prompt.row: prompt for prompt in tiny.prompts((3, 5))}
+    compared = ComparedModel("model", tiny.tokenizer(), Dataset.from_dict({}), prompts)
+    args = config(tmp_path, cuda_graphs=False, rollout_batch_size=5)
+    params = SamplingParams(max_new_tokens=2, end_token_ids=(tiny.EOS,))
+    groups = head_to_head._sample(tiny.causal_lm(), compared, list(prompts), params, args, 1, Stream.HELD_OUT)
+    [engine] = engines
+    assert len(groups) == 2 and engine.static_steps is False and engine.batch_size == 5

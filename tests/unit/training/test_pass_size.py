@@ -13,6 +13,7 @@ from online_dpo.runs.events import listening
 from online_dpo.sizing.plan import Plan
 from online_dpo.sizing.shape import shape_of
 from online_dpo.sizing.tokens import SHARE, pass_bytes
+from online_dpo.training import pass_size
 from online_dpo.training.pass_size import PassSize, fields_of, still_to_come
 from online_dpo.types import Pair
 from support import tiny
@@ -99,10 +100,23 @@ def test_rows_of_flex_attention_are_no_longer_than_a_pass(tmp_path):
     assert size.row_capacity == size.tokens < 16384
 
 
-def test_a_rank_without_pairs_takes_part(tmp_path):
+def test_a_rank_without_pairs_takes_the_lengths_of_the_others(tmp_path, monkeypatch):
+    expected = settled(tmp_path, 64 * MIB)
+    lengths = pass_size._lengths(rows())
+    for on_ranks in ([lengths, None], [None, lengths]):
+        size, model = built(tmp_path, 64 * MIB)
+        gathered = iter([on_ranks, None])
+        monkeypatch.setattr(pass_size, "from_every_rank", lambda own: next(gathered) or [own])  # noqa: B023
+        size.settle(model, stand_in(True))
+        assert size.tokens == expected
+
+
+def test_a_first_step_without_pairs_says_nothing_of_the_next_one_s_passes(tmp_path):
     size, model = built(tmp_path, 64 * MIB)
     size.settle(model, stand_in(True))
-    assert 64 <= size.tokens < 16384
+    assert size.is_open and size.tokens == 16384
+    size.settle(model, rows())
+    assert size.tokens == settled(tmp_path, 64 * MIB)
 
 
 def test_a_resumed_run_takes_the_same_passes_where_they_fit(tmp_path):

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from online_dpo.distributed.device_memory import whole_device
 from online_dpo.errors import is_out_of_memory, named_error
 
 _still_pointed_at: list[torch.cuda.CUDAGraph] = []
@@ -50,18 +51,19 @@ def capture(graph: torch.cuda.CUDAGraph, step: Callable[[], Any], pool: Any, str
     # The graph must not read copies in autocast's cache, which is emptied later; nor may later code find the
     # copies in it that the graph makes, whose memory belongs to the graph.
     torch.clear_autocast_cache()
-    try:
-        # `thread_local`: another thread may score on the same GPU, and its calls must not fail the capture.
-        with (
-            _own_random_state(stream.device_index),
-            torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"),
-        ):
-            return run()
-    except BaseException as error:
-        _end(graph, pool, stream.device_index)
-        raise _to_raise(failed.pop() if failed and not is_out_of_memory(error) else error)  # noqa: B904
-    finally:
-        torch.clear_autocast_cache()
+    with whole_device:
+        try:
+            # `thread_local`: another thread may score on the same GPU, and its calls must not fail the capture.
+            with (
+                _own_random_state(stream.device_index),
+                torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"),
+            ):
+                return run()
+        except BaseException as error:
+            _end(graph, pool, stream.device_index)
+            raise _to_raise(failed.pop() if failed and not is_out_of_memory(error) else error)  # noqa: B904
+        finally:
+            torch.clear_autocast_cache()
 
 
 def _to_raise(error: BaseException) -> BaseException:

@@ -15,7 +15,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from online_dpo.errors import is_out_of_memory, named_error
+from online_dpo.modeling.compiling import recompilation_limit
 from online_dpo.modeling.introspection import decoder_layers
 from online_dpo.modeling.patching import replaced_forwards
 from online_dpo.rollout.builtin.sampling import draw_tokens
@@ -188,7 +189,6 @@ def _let_vary(tensor: torch.Tensor, dim: int) -> None:
 @contextmanager
 def _compiler_limits() -> Iterator[None]:
     """Inside, many codes are allowed; and sizes that are equal by chance do not become one symbol in them."""
-    with ExitStack() as stack:
-        stack.enter_context(torch._dynamo.config.patch(recompile_limit=MOST_CODES))
-        stack.enter_context(torch.fx.experimental._config.patch(use_duck_shape=False))  # pyright: ignore
+    own_sizes = torch.fx.experimental._config.patch(use_duck_shape=False)  # pyright: ignore
+    with recompilation_limit(MOST_CODES), own_sizes:
         yield

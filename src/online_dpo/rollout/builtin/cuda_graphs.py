@@ -131,15 +131,21 @@ class StepGraphs:
             self._stream = torch.cuda.Stream(device)
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(self._stream):
-            with CapturableOnly():
-                step()  # a warm-up: libraries such as cuBLAS initialise in their first call, which cannot be captured
-            compiled = self.compiler.ready(step)
-            try:
-                result = capture(graph, compiled, self._pool, self._stream)
-            except NotCapturableError as error:
-                if compiled is not step:
-                    self.compiler.give_up(str(error))
-                raise
-        torch.cuda.current_stream(device).wait_stream(self._stream)
-        return graph, result
+        try:
+            with torch.cuda.stream(self._stream):
+                with CapturableOnly():  # a warm-up: the first calls of libraries such as cuBLAS cannot be captured
+                    step()
+                return graph, self._captured_compiled(graph, step)
+        finally:  # also after an error: buffers that this stream may still write to are freed for others
+            torch.cuda.current_stream(device).wait_stream(self._stream)
+
+    def _captured_compiled(self, graph: torch.cuda.CUDAGraph, step: Callable[[], Any]) -> Any:
+        """Captures the step, compiled if that is possible, and returns its result."""
+        assert self._stream is not None
+        compiled = self.compiler.ready(step)
+        try:
+            return capture(graph, compiled, self._pool, self._stream)
+        except NotCapturableError as error:
+            if compiled is not step:
+                self.compiler.give_up(str(error))
+            raise

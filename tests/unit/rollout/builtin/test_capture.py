@@ -7,11 +7,14 @@ calls in `CUDAGraph::capture_begin` and `capture_end`, the pools of both allocat
 
 import inspect
 from contextlib import nullcontext
+from threading import Thread
 
 import pytest
 import torch
 
-from online_dpo.rollout.builtin import cuda_graphs, engine
+from online_dpo.distributed.device_memory import empty_device_cache
+from online_dpo.modeling.compiling import recompilation_limit
+from online_dpo.rollout.builtin import compiled_steps, cuda_graphs, engine
 from online_dpo.rollout.builtin.capture import NotCapturableError, _still_pointed_at, capture
 from online_dpo.rollout.builtin.cuda_graphs import StepGraphs
 from online_dpo.rollout.builtin.engine import TransformersEngine
@@ -224,6 +227,64 @@ def test_an_interruption_in_a_capture_passes_and_leaves_nothing(card):
     with pytest.raises(KeyboardInterrupt):
         capture(card.graph(), step, card.handle(), Stream())
     assert card.is_clean()
+
+
+def emptied_cache():
+    empty_device_cache()  # as a scorer does that has found no memory
+
+
+def compiled_kernel():
+    with recompilation_limit(3):  # kernels are timed, for which the whole device is waited for
+        pass
+
+
+@pytest.mark.parametrize("other", [emptied_cache, compiled_kernel])
+def test_another_thread_waits_with_what_would_fail_during_a_capture(card, monkeypatch, other):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    done, failed = [], []
+
+    def in_thread():
+        try:
+            other()
+            done.append(card.recording.copy())
+        except AssertionError as error:
+            failed.append(error)
+
+    thread = Thread(target=in_thread)
+
+    def step():
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive()
+
+    capture(card.graph(), step, card.handle(), Stream())
+    thread.join()
+    assert not failed and done == [set()]
+
+
+def test_compiled_steps_and_other_kernels_have_one_lock_for_torch_s_limit():
+    thread = Thread(target=compiled_kernel)
+    with compiled_steps._compiler_limits():
+        assert torch._dynamo.config.recompile_limit == compiled_steps.MOST_CODES
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive()
+    thread.join()
+    assert torch._dynamo.config.recompile_limit == 8
+
+
+def test_what_a_step_that_failed_has_begun_is_waited_for(card, monkeypatch):
+    """Its buffers are freed for others, while kernels may still write to them."""
+    waits = []
+    monkeypatch.setattr(Stream, "wait_stream", lambda *streams: waits.append(streams))
+
+    def step():
+        raise NotCapturableError("in the warm-up")
+
+    with pytest.raises(NotCapturableError):
+        StepGraphs().run("first", step, CUDA)
+    (side, begun), (main, awaited) = waits
+    assert awaited is side and begun is not side and main is not side
 
 
 def test_a_capture_that_fails_in_the_middle_of_a_run_is_told_and_sampling_goes_on(monkeypatch, caplog):
