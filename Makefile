@@ -125,7 +125,7 @@ ci:
 	$(PYTEST) tests/e2e/test_quickstart.py
 
 ci-unit: $(STAMP)
-	$(PYTEST) tests/unit
+	$(PYTEST) -m "not slow" tests/unit
 
 ci-integration: $(STAMP)
 	$(PYTEST) -m "not slow" tests/integration

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -179,7 +180,7 @@ def draw_operations(case: Case) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="qwen2.5-0.5b")
+    parser.add_argument("--model", nargs="+", default=["qwen2.5-0.5b"])
     parser.add_argument("--weights", nargs="+", default=["autocast", "bf16"])
     parser.add_argument("--lora", nargs="+", choices=["no", "yes"], default=["no", "yes"])
     parser.add_argument("--json", type=Path)
@@ -187,15 +188,14 @@ def main() -> None:
     if not torch.backends.cuda.is_built():
         parser.error("this build of torch has no Triton; take one for CUDA, it needs no card")
     results = []
-    for weights in options.weights:
-        for lora in options.lora:
-            case = Case(options.model, weights, lora == "yes")
-            found = kernels(case, beside_layers(case))
-            print(
-                f"{case.model}, {weights}, {'LoRA' if case.lora else 'no LoRA'}: {found['layer']} a layer, "
-                f"{found['draw']} for the draw, {found['uncompiled']} uncompiled: {found['step']} a step"
-            )
-            results.append({"model": case.model, "weights": weights, "lora": case.lora, **found})
+    for model, weights, lora in product(options.model, options.weights, options.lora):
+        case = Case(model, weights, lora == "yes")
+        found = kernels(case, beside_layers(case))
+        print(
+            f"{case.model}, {weights}, {'LoRA' if case.lora else 'no LoRA'}: {found['layer']} a layer, "
+            f"{found['draw']} for the draw, {found['uncompiled']} uncompiled: {found['step']} a step"
+        )
+        results.append({"model": case.model, "weights": weights, "lora": case.lora, **found})
     if options.json is not None:
         options.json.write_text(json.dumps({"versions": versions(), "steps": results}, indent=1) + "\n")
 

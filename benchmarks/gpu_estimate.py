@@ -10,6 +10,10 @@ arithmetic, for each kind of operation of a decoding step (products, casts, copi
     time = sum over kinds of max(bytes / BANDWIDTH, operations * KERNEL), or what the CPU needs to launch it all if more
     share of bandwidth = bytes that must move / BANDWIDTH / time
 
+A step whose layers are compiled has the same products, and the kernels that Inductor writes (compiled_layers.py) in
+place of all other kinds, as one kind. How many bytes these move is not counted: at most those of before, which are
+taken.
+
 and for each phase of a training pass:
 
     time = products / (MATRIX_RATE * PRODUCTS) + attention / (MATRIX_RATE * its kernel's share) + bytes / BANDWIDTH
@@ -35,6 +39,8 @@ from online_dpo.modeling.logprobs import CHUNK_LOGITS_ELSEWHERE
 from online_dpo.training.metrics.work import Tokens
 
 COUNTS = Path(__file__).parent / "results" / "gpu-estimate.json"
+KERNELS = Path(__file__).parent / "results" / "compiled-layers.json"
+"""python benchmarks/compiled_layers.py --model qwen2.5-0.5b qwen2.5-1.5b --weights autocast --json ..."""
 BEGIN = "<!-- estimate: python benchmarks/gpu_estimate.py --page docs/performance.md -->"
 END = "<!-- end of estimate -->"
 
@@ -95,6 +101,22 @@ def step(counted: dict[str, Any]) -> Step:
     return Step(graph + around * KERNEL, cpu, counted["floor_bytes"]["total"])
 
 
+def compiled(counted: dict[str, Any], kernels: dict[str, Any]) -> dict[str, Any]:
+    """The count of a step whose layers are compiled; its bytes are an upper bound."""
+    products = counted["by_kind"]["products"]
+    others = [kind for name, kind in counted["by_kind"].items() if name != "products"]
+    merged = {"operations": kernels["step"] - products["operations"]}
+    merged |= {way: sum(kind[way] for kind in others) for way in ("read", "written")}
+    return counted | {"operations": kernels["step"], "by_kind": {"products": products, "compiled": merged}}
+
+
+def kernels_of(case: Case) -> dict[str, Any]:
+    """What compiled_layers.py has counted for a model with or without LoRA."""
+    steps = json.loads(KERNELS.read_text())["steps"]
+    [found] = [one for one in steps if (one["model"], one["lora"]) == (case.model, case.lora)]
+    return found
+
+
 def times(title: str) -> tuple[str, str]:
     """The titles of two columns."""
     return f"{title}, before", "now"
@@ -107,21 +129,24 @@ def header(*titles: str, texts: int) -> Iterator[str]:
 
 
 def decoding_table(counts: dict[str, Any]) -> Iterator[str]:
-    titles = ("model", "sequences", *times("operations"), *times("MB"), "must move", *times("ms"))
-    yield from header(*titles, *times("share of bandwidth"), texts=1)
+    def three(title: str) -> tuple[str, ...]:
+        return (*times(title), "compiled")
+
+    titles = ("model", "sequences", *three("operations"), *times("MB"), "must move", *three("ms"))
+    yield from header(*titles, *three("share of bandwidth"), texts=1)
     for before, now in zip(counts["before"]["decoding"], counts["now"]["decoding"], strict=True):
         case = Case(**now["case"])
         assert before["case"] == now["case"], "both have the same cases"
-        pair = before, now
+        all_three = before, now, compiled(now, kernels_of(case))
         name = NAMES[case.model] + (", LoRA" if case.lora else "")
         cells = [
             name,
             f"{case.groups * case.completions}",
-            *(f"{one['operations']}" for one in pair),
-            *(f"{one['bytes'] / 1e6:.0f}" for one in pair),
+            *(f"{one['operations']}" for one in all_three),
+            *(f"{one['bytes'] / 1e6:.0f}" for one in (before, now)),
             f"{now['floor_bytes']['total'] / 1e6:.0f}",
-            *(f"{step(one).seconds * 1e3:.2f}" for one in pair),
-            *(f"{step(one).share:.0%}" for one in pair),
+            *(f"{step(one).seconds * 1e3:.2f}" for one in all_three),
+            *(f"{step(one).share:.0%}" for one in all_three),
         ]
         yield "| " + " | ".join(cells) + " |"
 

@@ -33,6 +33,19 @@ def test_the_arithmetic_of_a_step():
     assert step.share == pytest.approx(1e-3 / step.seconds)
 
 
+def test_a_compiled_step_has_the_same_products_and_the_kernels_of_the_compiler():
+    kinds = {
+        "products": {"operations": 100, "read": 3.35e9, "written": 0},  # 1 ms of bandwidth
+        "casts": {"operations": 300, "read": 3.35e8, "written": 0},  # 0.1 ms
+        "copies": {"operations": 200, "read": 0, "written": 3.35e8},  # 0.1 ms
+    }
+    counted = {"by_kind": kinds, "operations": 600, "operations_around": 0, "floor_bytes": {"total": 3.35e9}}
+    of_many, of_few = (gpu_estimate.compiled(counted, {"step": kernels}) for kernels in (300, 110))
+    assert of_many["operations"] == 300
+    assert gpu_estimate.step(of_many).seconds == pytest.approx(1e-3 + 200 * 2e-6)
+    assert gpu_estimate.step(of_few).seconds == pytest.approx(1e-3 + 2e-4)
+
+
 def test_the_arithmetic_of_a_phase():
     assert gpu_estimate.attended(flex=False) == 1152**2
     assert gpu_estimate.attended(flex=True) == 29 * 128**2  # of 81 blocks: 1, and for each answer 4 and 10

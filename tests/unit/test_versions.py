@@ -54,6 +54,9 @@ PRIVATE = {
     "_C": lambda: torch._C,
     "_cuda_endAllocateToPool": lambda: torch._C._cuda_endAllocateToPool,  # a dummy where torch is built without CUDA
     "_cuda_releasePool": lambda: torch._C._cuda_releasePool,
+    "_dynamo": lambda: torch._dynamo.maybe_mark_dynamic,
+    "_compiled_call_impl": lambda: nn.Module._compiled_call_impl,
+    "_scaled_dot_product_efficient_attention": lambda: torch.ops.aten._scaled_dot_product_efficient_attention.default,
 }
 """What other packages do not promise, and how it is found."""
 OTHERS = {"_finalizer"}

@@ -38,7 +38,7 @@ MOST_CODES = 64
 """Compiled codes for layers. Dynamo's own limit is 8, after which it says nothing and runs what it should compile. A
 layer that passes this one is not compiled any more, which is told."""
 BACKEND = "inductor"
-LAYER_OPTIONS = {"split_reductions": False}
+LAYER_OPTIONS: dict[str, Any] = {"split_reductions": False}
 """Of the compiler: a softmax over the slots is one kernel. It would be split, since a step has few rows, into five."""
 
 Result = TypeVar("Result")
@@ -67,7 +67,9 @@ class StepCompiler:
         except Exception as error:  # the model's code is unknown, and so is what a compiler makes of it
             if is_out_of_memory(error):
                 raise
-            too_many = isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit)
+            from torch._dynamo.exc import FailOnRecompileLimitHit  # slow to import, and in use by now if at all
+
+            too_many = isinstance(error, FailOnRecompileLimitHit)
             self.give_up(f"it takes more than {MOST_CODES} codes" if too_many else named_error(error, first_line=True))
             return step()
 

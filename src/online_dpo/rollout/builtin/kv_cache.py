@@ -255,7 +255,8 @@ def _softmax(scores: torch.Tensor, hidden: torch.Tensor | None, options: dict[st
     if scores.is_cuda and not options:
         # A GPU's softmax computes in fp32 whatever it reads and writes. `torch.softmax` is one that autocast converts
         # to fp32 and back, which are two more kernels.
-        return torch._softmax(scores if hidden is None else scores.masked_fill(hidden, float("-inf")), -1, False)
+        shown = scores if hidden is None else scores.masked_fill(hidden, float("-inf"))
+        return torch.ops.aten._softmax.default(shown, -1, False)
     scores = scores.float()
     softcap, sinks_H = options.get("softcap"), options.get("sinks_H")
     if softcap is not None:

@@ -71,9 +71,15 @@ class LetterReader:
         """The difference of the first and second letter's logits after each text."""
         ids_RT, mask_RT = padded(texts, fill=0, device=device_of(self.model))
         positions_U, index_R = (mask_RT.sum(1) - 1).unique(return_inverse=True)
-        output = self.model(input_ids=ids_RT, attention_mask=mask_RT, logits_to_keep=positions_U, use_cache=False)
         rows_R = torch.arange(len(texts), device=ids_RT.device)
-        logits_RV = output.logits[rows_R, index_R].float()
+
+        def last_of_each(_head: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+            return (args[0][rows_R, index_R][:, None],)  # otherwise the head would compute R x U x V logits
+
+        head: nn.Module = self.model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+        with head.register_forward_pre_hook(last_of_each):
+            output = self.model(input_ids=ids_RT, attention_mask=mask_RT, logits_to_keep=positions_U, use_cache=False)
+        logits_RV = output.logits[:, 0].float()
         return (logits_RV[:, self._first] - logits_RV[:, self._second]).tolist()
 
     def _question(self, comparison: Group) -> str:

@@ -91,6 +91,16 @@ def test_it_says_what_rlhflows_model_card_says(tmp_path, family, batch_size):
     assert max(abs(a + b - 1) for a, b in orders) > 0.05 and judge.prefer(COMPARISONS[2:3]) == [0.5]
 
 
+def test_each_text_costs_the_logits_of_one_token(tmp_path):
+    path, _, words = folder(tmp_path / "judge")
+    judge = PairwiseModelJudge.load(str(path), batch_size=8)
+    shapes = []
+    head = judge.model.get_output_embeddings()
+    with head.register_forward_hook(lambda _head, _args, logits: shapes.append(tuple(logits.shape))):
+        judge.prefer([comparison("w4 " * n, "w5", prompt="w6") for n in range(1, 5)])
+    assert shapes == [(8, 1, len(words))]  # not one for each length, in each row
+
+
 def test_a_template_and_letters_of_ones_own(tmp_path):
     path, model, words = folder(tmp_path / "judge")
     letters = ["first", "second"]
