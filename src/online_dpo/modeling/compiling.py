@@ -12,6 +12,7 @@ from torch._dynamo import config, maybe_mark_dynamic
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from online_dpo.distributed.device_memory import whole_device
+from online_dpo.errors import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,8 @@ class CompiledFunction:
             with recompilation_limit(RECOMPILATIONS):
                 return self._compiled(*args)
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+            if is_out_of_memory(error):  # the caller tries it with less
+                raise
             self._compiled = None
             logger.warning(
                 "`%s` could not be compiled and runs uncompiled, which is slower and takes more memory: %s: %s",

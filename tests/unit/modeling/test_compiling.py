@@ -6,6 +6,7 @@ import torch
 
 from online_dpo.modeling import compiling
 from online_dpo.modeling.compiling import CompiledFunction
+from online_dpo.modeling.memory import in_memory
 
 
 def test_one_graph_for_all_lengths_and_the_values_of_the_function():
@@ -61,6 +62,27 @@ def test_a_compiler_that_fails_is_told_once_and_the_function_runs_as_it_is(caplo
         assert compiled(torch.ones(3, 2)).sum() == 30
     [record] = [record for record in caplog.records if record.name == compiling.__name__]
     assert "there is no C compiler here" in record.message
+
+
+def test_memory_that_runs_out_in_the_compiler_is_no_reason_not_to_compile(caplog):
+    def function(x):
+        return x * 7
+
+    calls = []
+
+    def compiler(graph, inputs):
+        calls.append(graph)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return graph.forward
+
+    compiled = CompiledFunction(function)
+    compiled._compiled = torch.compile(function, backend=compiler)
+    with in_memory() as attempt:
+        compiled(torch.ones(3, 2))
+    assert not attempt.fits and "out of memory" in attempt.reason
+    assert compiled(torch.ones(3, 2)).sum() == 42 and len(calls) == 2
+    assert not [record for record in caplog.records if record.name == compiling.__name__]
 
 
 def test_under_a_count_of_operations_it_runs_uncompiled_and_is_not_given_up():
