@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch._dynamo import config, maybe_mark_dynamic
-from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, TorchDynamoException
 
 from online_dpo.distributed.device_memory import whole_device
-from online_dpo.errors import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +54,9 @@ class CompiledFunction:
             with recompilation_limit(RECOMPILATIONS):
                 return self._compiled(*args)
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
-            if is_out_of_memory(error):  # the caller tries it with less
-                raise
+            cause = error.inner_exception if isinstance(error, BackendCompilerFailed) else None
+            if isinstance(cause, torch.OutOfMemoryError):  # the caller tries it with less
+                raise cause from None
             self._compiled = None
             logger.warning(
                 "`%s` could not be compiled and runs uncompiled, which is slower and takes more memory: %s: %s",
