@@ -25,7 +25,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -89,10 +89,16 @@ class Runner:
     def run_all(self, parts: Sequence[Part], jobs: int) -> None:
         """Runs the parts, one at a time on a card."""
         with ThreadPoolExecutor(jobs) as pool:
+            waiting = [pool.submit(self.run, part) for part in parts]
             try:
-                for _ in pool.map(self.run, parts):
-                    pass
+                while waiting:  # awake now and then: a signal may reach a thread that cannot act on it
+                    ended = wait(waiting, timeout=TICK).done
+                    waiting = [future for future in waiting if future not in ended]
+                    for future in ended:
+                        future.result()
             except BaseException:
+                for future in waiting:
+                    future.cancel()
                 with self._lock:
                     self._stopped = True  # no other part begins
                     for process in self._running:
@@ -243,7 +249,7 @@ def parse() -> argparse.Namespace:
     add("--installed", type=Path, metavar="FILE", help="with --wheels: `pip freeze` of the machine they are missing on")
     add("--python", metavar="VERSION", help="with --wheels: that machine's Python, such as 3.12")
     options = parser.parse_args()
-    if options.minutes <= 0 or (options.jobs or 1) < 1:
+    if options.minutes <= 0 or (options.jobs is not None and options.jobs < 1):
         refuse("--minutes and --jobs must be above 0")
     if options.jobs and not options.dry_run:
         refuse("--jobs is for dry runs: on a card, parts would disturb each other")

@@ -197,6 +197,7 @@ def test_a_signal_ends_what_runs_and_keeps_what_is_there(tmp_path):
         (["--from", "nothing"], "there is no part 'nothing'"),
         (["--minutes", "0"], "must be above 0"),
         (["--jobs", "2"], "--jobs is for dry runs"),
+        (["--jobs", "0", "--dry-run"], "--minutes and --jobs must be above 0"),
         (["--wheels", "--installed", "no/such/file"], "there is no such file"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -37,7 +38,7 @@ def watches(store, *ranks, size=2, **options):
     time.sleep(0.1)
 
 
-def soon(holds, seconds=8.0):
+def soon(holds, seconds=20.0):
     until = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < until
@@ -47,11 +48,12 @@ def soon(holds, seconds=8.0):
 def test_a_rank_that_hangs_in_a_function_is_named_with_its_seconds_and_its_steps(store):
     with watches(store, 0, 1) as (first, second), second._waits.waiting_for("Reward function `f`"):
         second.step = 12
-        soon(lambda: "for 1 s" in first.describe_others())
+        soon(lambda: re.search(r"for [1-9]\d* s", first.describe_others()))  # a busy machine may miss a second
         error = first.explain(TIMED_OUT)
-        assert str(error) == (
-            "Rank 1 has been in Reward function `f` for 1 s (after step 12). This process waited for `ddp_timeout`, 5 "
-            "seconds."
+        assert re.fullmatch(
+            r"Rank 1 has been in Reward function `f` for [1-9]\d* s \(after step 12\)\. This process waited for "
+            r"`ddp_timeout`, 5 seconds\.",
+            str(error),
         )
         assert error.ranks == (1,) and first.missing() == []
 
