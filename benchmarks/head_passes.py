@@ -58,6 +58,10 @@ def one_kernel_of_gradients(
     return logit_gradient(logits, bias, target, top, log_sum, grad, dtype)
 
 
+KERNELS = LogitKernels(one_kernel_of_sums, one_kernel_of_gradients)
+"""The passes over logits as operators, which allocate nothing but their results: as if compiled."""
+
+
 class Count(TorchDispatchMode):
     """Counts inside what operations read and write, and computes the products that only CUDA has."""
 
@@ -101,9 +105,8 @@ def moved(fused: bool, entropy: bool, trained: bool | None, backward: bool = Fal
     weight_VH = torch.randn(VOCABULARY, HIDDEN).bfloat16().requires_grad_(trained is True)
     hidden_MH = torch.randn(TOKENS, HIDDEN).bfloat16().requires_grad_(trained is not None)
     inputs = hidden_MH, weight_VH, None, torch.zeros(TOKENS, dtype=torch.long), entropy, TOKENS // chunks
-    kernels = LogitKernels(one_kernel_of_sums, one_kernel_of_gradients)
     with Count() as forward:
-        logps_M = FusedLinearLogprobs.apply(*inputs, kernels)[0] if fused else LinearLogprobs.apply(*inputs)[0]
+        logps_M = FusedLinearLogprobs.apply(*inputs, KERNELS)[0] if fused else LinearLogprobs.apply(*inputs)[0]
     if not backward:
         return forward.moved
     with Count() as count:

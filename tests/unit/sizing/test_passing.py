@@ -1,8 +1,10 @@
 """What comes and goes within a step, against what a small model allocates."""
 
 import contextlib
+import sys
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +17,6 @@ from online_dpo.modeling.attention import segments
 from online_dpo.modeling.attention.choice import use_segments
 from online_dpo.modeling.fused_head import FusedLinearLogprobs
 from online_dpo.modeling.lm_head import LinearLogprobs
-from online_dpo.modeling.logit_kernels import LogitKernels, logit_gradient, softmax_sums
 from online_dpo.modeling.logprobs import enable_logprobs, row_logprobs
 from online_dpo.packing.pack import pack_pairs
 from online_dpo.rollout.builtin.engine import TransformersEngine
@@ -28,6 +29,10 @@ from online_dpo.sizing.shape import MODELS, shape_of
 from online_dpo.types import Pair
 from support import tiny
 from support.half_products import half_products_on_cpu
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
+
+import head_passes  # noqa: E402
 
 KINDS = {"llama": {}, "qwen2": dict(hidden_size=64, intermediate_size=80), "qwen3": dict(head_dim=16)}
 
@@ -115,30 +120,6 @@ class Peak(TorchDispatchMode):
         self.now -= size
 
 
-def opaque_kernels():
-    """The passes over logits as operators, which allocate nothing but their results: as if compiled."""
-
-    @torch.library.custom_op("online_dpo_tests::sums", mutates_args=())
-    def sums(
-        logits: torch.Tensor, bias: torch.Tensor | None, target: torch.Tensor, entropy: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        return tuple(part.clone() for part in softmax_sums(logits, bias, target, entropy))
-
-    @torch.library.custom_op("online_dpo_tests::gradient", mutates_args=())
-    def gradient(
-        logits: torch.Tensor,
-        bias: torch.Tensor | None,
-        target: torch.Tensor,
-        top: torch.Tensor,
-        log_sum: torch.Tensor,
-        grad: torch.Tensor,
-        dtype: torch.dtype,
-    ) -> torch.Tensor:
-        return logit_gradient(logits, bias, target, top, log_sum, grad, dtype)
-
-    return LogitKernels(sums, gradient)
-
-
 @pytest.mark.parametrize("hidden", [64, 1024])  # logits are more, and the head is
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("on_cpu", [False, True])
@@ -152,7 +133,7 @@ def test_logits(trained, hidden, on_cpu):
         if on_cpu:
             logps, _ = LinearLogprobs.apply(*inputs)
         else:
-            logps, _ = FusedLinearLogprobs.apply(*inputs, opaque_kernels())
+            logps, _ = FusedLinearLogprobs.apply(*inputs, head_passes.KERNELS)
         logps.sum().backward()
     shape = replace(MODELS["0.5B"], hidden=hidden, vocabulary=vocabulary)
     plan = Plan(shape, adapter="none" if trained else "lora", tokens_per_pass=128, on_cpu=on_cpu)
