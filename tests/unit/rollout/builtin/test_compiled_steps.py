@@ -136,15 +136,21 @@ def test_what_cannot_be_compiled_is_told_once_and_sampled_as_it_is(change, reaso
     assert sampler._path == "static", "with graphs all the same"
 
 
-def test_too_many_codes_are_told(monkeypatch, caplog):
-    monkeypatch.setattr(compiled_steps, "MOST_CODES", 1)
+def sampled_with_one_warning(caplog):
+    """An engine whose steps were to be compiled, after it has sampled what others sample; and what it told."""
     model = policy()
     expected = completions(engine(model, compiled=False))
     with caplog.at_level(logging.WARNING):
         sampler = engine(model, compiled=True)
         assert_same(completions(sampler), expected)
     [record] = [r for r in caplog.records if r.name.startswith("online_dpo")]
-    assert "Sampling steps are not compiled" in record.getMessage() and "more than 1 codes" in record.getMessage()
+    return sampler, record.getMessage()
+
+
+def test_too_many_codes_are_told(monkeypatch, caplog):
+    monkeypatch.setattr(compiled_steps, "MOST_CODES", 1)
+    _, told = sampled_with_one_warning(caplog)
+    assert "Sampling steps are not compiled" in told and "more than 1 codes" in told
 
 
 def test_compiled_steps_that_are_wrong_are_found_by_the_trial(monkeypatch, caplog):
@@ -152,13 +158,8 @@ def test_compiled_steps_that_are_wrong_are_found_by_the_trial(monkeypatch, caplo
         return lambda *args: [x * 1.5 if x.is_floating_point() else x for x in graph(*args)]
 
     monkeypatch.setattr(compiled_steps, "BACKEND", wrong)
-    model = policy()
-    expected = completions(engine(model, compiled=False))
-    with caplog.at_level(logging.WARNING):
-        sampler = engine(model, compiled=True)
-        assert_same(completions(sampler), expected)
-    [record] = [r for r in caplog.records if r.name.startswith("online_dpo")]
-    assert "not compiled" in record.getMessage() and "log-probabilities differ" in record.getMessage()
+    sampler, told = sampled_with_one_warning(caplog)
+    assert "not compiled" in told and "log-probabilities differ" in told
     assert sampler._path == "static"
 
 
