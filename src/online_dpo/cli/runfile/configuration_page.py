@@ -1,4 +1,4 @@
-"""Makes ``docs/reference/configuration.md``: every field of a run file that this package defines, a table for each group.
+"""Makes ``docs/reference/configuration.md``: every field that this package defines, a table for each group.
 
 ``python -m online_dpo.cli.runfile.configuration_page > docs/reference/configuration.md``
 """

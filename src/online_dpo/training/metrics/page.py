@@ -40,7 +40,8 @@ are no scores, so the metrics made of them are absent. Rows that a data loader r
 many are left out.
 
 Reward functions add metrics of their own through `log_metric`, plugins through `@metric`
-([Extending](../project/extending.md)). With several held-out datasets, evaluations have the name in it: `eval_NAME_loss`."""
+([Extending](../project/extending.md)). With several held-out datasets, evaluations
+have the name in it: `eval_NAME_loss`."""
 
 HEADER = """\
 | metric | unit | formula | what it tells |
