@@ -61,7 +61,8 @@ SEAMS := tests/unit/test_versions.py tests/unit/modeling/test_patching.py tests/
 # What CI runs: make itself runs two of these at a time (-j 2), each in one process, and installs an environment when it is
 # first needed. What a part prints comes in one piece (-O). When one fails, no other is begun. What is marked slow, and the
 # newest versions (constraints.txt has them but for torch), are left to make test-all.
-CI_PARTS := lint ci-unit ci-integration ci-faults ci-vllm-servers ci-vllm ci-ray ci-seams-oldest ci-e2e ci-distributed ci-browser
+# The longest come first, so that both cores have work until the end.
+CI_PARTS := lint ci-unit ci-distributed ci-faults ci-e2e ci-integration ci-vllm ci-vllm-servers ci-ray ci-seams-oldest ci-browser
 # about half of the time of all that use vLLM
 VLLM_SERVERS := $(addprefix tests/vllm_engines/test_,server.py broadcast.py judge.py ranks.py)
 # what needs a vLLM server runs in its environment
@@ -139,7 +140,7 @@ ci-distributed: $(STAMP)
 ci-browser: test-browser
 
 ci-e2e: $(STAMP)
-	$(PYTEST) tests/e2e --ignore tests/e2e/test_quickstart.py
+	$(PYTEST) -m "not slow" tests/e2e --ignore tests/e2e/test_quickstart.py
 
 ci-vllm-servers: $(VLLM_STAMP)
 	$(VLLM_PYTEST) -m "not slow" $(VLLM_SERVERS)
