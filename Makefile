@@ -18,7 +18,10 @@
 #   make lint         what CI checks before the tests
 #   make audit        known weaknesses in the versions of constraints.txt; it needs the network, and runs once a week
 #   make ci           everything that CI checks, two parts at a time: .ci/run
-#   make docs         docs/reference/configuration.md, docs/reference/metrics.md, the schema of run files, and the tables of docs/project/reliability.md and docs/guides/several-gpus.md
+#   make pages        what is made from the code: the pages of configuration, metrics and command line, the schema of run files, the tables of two pages
+#   make docs         the documentation site in site/: make pages, then mkdocs, strict
+#   make links        addresses on the net in pages: does each answer? It needs the network
+#   make test-docs    every block of code in README.md and docs/
 #
 # TORCH_INDEX: a package index to take torch from, such as PyTorch's own index of CPU builds. Without it, pip's usual one.
 
@@ -71,7 +74,7 @@ RAY_SERVERS := tests/ray_cluster/test_servers.py
 after = $(if $(IN_TURN),| $(1))
 
 .PHONY: audit gpu venv quickstart smoke test test-slow test-distributed test-e2e test-faults test-faults-all test-ray soak test-vllm test-oldest test-newest test-seams test-all test-browser \
-	ci ci-seams-newest $(CI_PARTS) chromium figures benchmark lint format docs clean
+	ci ci-seams-newest $(CI_PARTS) chromium figures benchmark lint format docs pages clean
 .DELETE_ON_ERROR:
 
 venv: $(STAMP)
@@ -228,7 +231,11 @@ audit:
 	test -x $(AUDIT_VENV)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT_VENV) && $(AUDIT_VENV)/bin/python $(INSTALL) pip-audit==2.10.1; }
 	$(AUDIT_VENV)/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
-docs: $(STAMP)
+# NO_MKDOCS_2_WARNING: an advertisement for another generator
+docs: pages
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+pages: $(STAMP)
 	$(BIN)/python -m online_dpo.cli.runfile.configuration_page > docs/reference/configuration.md
 	$(BIN)/python -m online_dpo.training.metrics.page > docs/reference/metrics.md
 	$(BIN)/online-dpo schema > src/online_dpo/run.schema.json
@@ -240,5 +247,5 @@ format: $(STAMP)
 	$(BIN)/ruff format src tests benchmarks recipes scripts
 
 clean:
-	rm -rf $(VENV) $(AUDIT_VENV) $(VLLM_VENV) $(OLDEST_VENV) $(NEWEST_VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf site $(VENV) $(AUDIT_VENV) $(VLLM_VENV) $(OLDEST_VENV) $(NEWEST_VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
