@@ -18,7 +18,7 @@
 #   make lint         what CI checks before the tests
 #   make audit        known weaknesses in the versions of constraints.txt; it needs the network, and runs once a week
 #   make ci           everything that CI checks, two parts at a time: .ci/run
-#   make docs         docs/configuration.md, docs/metrics.md, the schema of run files, and the tables of docs/reliability.md and docs/scaling.md
+#   make docs         docs/reference/configuration.md, docs/reference/metrics.md, the schema of run files, and the tables of docs/project/reliability.md and docs/guides/several-gpus.md
 #
 # TORCH_INDEX: a package index to take torch from, such as PyTorch's own index of CPU builds. Without it, pip's usual one.
 
@@ -202,7 +202,7 @@ in_venv = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(1)/bin/python -m pyte
 
 test-all: test test-slow test-browser test-faults test-distributed test-vllm test-ray test-oldest test-newest test-e2e
 
-# the table of "Try it on the quickstart" in docs/feedback.md: 15 minutes on an idle machine of 2 cores
+# the table of "Try it on the quickstart" in docs/guides/judges.md: 15 minutes on an idle machine of 2 cores
 figures: $(STAMP)
 	$(BIN)/python benchmarks/quickstart_figures.py --json benchmarks/results/quickstart.json
 
@@ -228,11 +228,11 @@ audit:
 	$(AUDIT_VENV)/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
 docs: $(STAMP)
-	$(BIN)/python -m online_dpo.cli.runfile.configuration_page > docs/configuration.md
-	$(BIN)/python -m online_dpo.training.metrics.page > docs/metrics.md
+	$(BIN)/python -m online_dpo.cli.runfile.configuration_page > docs/reference/configuration.md
+	$(BIN)/python -m online_dpo.training.metrics.page > docs/reference/metrics.md
 	$(BIN)/online-dpo schema > src/online_dpo/run.schema.json
-	PYTHONPATH=tests $(BIN)/python -m faults.table docs/reliability.md
-	$(BIN)/python -m online_dpo.sizing.page docs/scaling.md
+	PYTHONPATH=tests $(BIN)/python -m faults.table docs/project/reliability.md
+	$(BIN)/python -m online_dpo.sizing.page docs/guides/several-gpus.md
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix src tests benchmarks recipes scripts

@@ -12,7 +12,7 @@ from online_dpo.cli.runfile.help import GROUPS
 from online_dpo.cli.runfile.ray_section import NAME as RAY_SETTINGS
 from online_dpo.cli.runfile.schema import PARENT, FieldSpec, load_fields, read_fields_of
 
-PAGE = Path(__file__).parents[4] / "docs" / "configuration.md"
+PAGE = Path(__file__).parents[4] / "docs" / "reference" / "configuration.md"
 
 
 def test_the_page_in_the_repository_is_current() -> None:
