@@ -23,18 +23,23 @@ LINES_OF_LOG_SHOWN = 15
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the comparison: which trainer, and the fields that are not as in `shared_settings`."""
+    """A line of the comparison: the trainer, and its fields that are not as in `shared_settings`. ``short`` is its name
+    in a chart.
+    """
 
     title: str
+    short: str
     library: str
     fields: dict[str, Any] = field(default_factory=dict)
 
 
 ROWS = {
-    "trl": Row("TRL", "trl"),
-    "ours-pairs": Row("online-dpo, 2 answers a prompt", "ours", {"num_completions": 2, "tie_policy": "first"}),
-    "ours": Row("online-dpo, 4 answers a prompt", "ours", {"num_completions": 4}),
-    "trl-checkpointing": Row("TRL, gradient checkpointing on (its default)", "trl", {"gradient_checkpointing": True}),
+    "trl": Row("TRL", "TRL", "trl"),
+    "ours-pairs": Row("ours, K = 2", "ours, K = 2", "ours", {"num_completions": 2, "tie_policy": "first"}),
+    "ours": Row("ours, K = 4", "ours, K = 4", "ours", {"num_completions": 4}),
+    "trl-checkpointing": Row(
+        "TRL with its default, gradient checkpointing", "default", "trl", {"gradient_checkpointing": True}
+    ),
 }
 """TRL trains a pair of equal scores like any other; so does ours where both are to do the same."""
 
@@ -164,7 +169,8 @@ def train_in_a_process(training: Training) -> list[dict[str, Any]]:
             last = "\n".join(done.stderr.splitlines()[-LINES_OF_LOG_SHOWN:])
             raise SystemExit(f"the training {training.row}, seed {training.seed}, has failed:\n{last}")
     record = json.loads((folder / RECORD).read_text())
-    assert record["training"] == asdict(training), f"{folder} has another training"
+    if record["training"] | {"start": training.start, "folder": training.folder} != asdict(training):  # it may be moved
+        raise SystemExit(f"{folder} has a training with other settings: give another --folder")
     return record["points"]
 
 
