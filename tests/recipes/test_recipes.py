@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from huggingface_hub.constants import HF_HUB_CACHE  # noqa: F401  (imported before a test changes the environment)
+import yaml
 
 from online_dpo.cli.main import main
 from online_dpo.cli.recipes import read_recipe, recipe_names
@@ -16,7 +17,7 @@ from support.endpoint import serving
 from support.llm_judges import longer_wins
 from support.recipe_runs import SMALL, Recipes, launch, options
 
-ONE_PROCESS_LESS = {"use_vllm": "false"}
+WITHOUT_VLLM = {"use_vllm": "false"}
 """vLLM is in an environment of its own: tests/vllm_engines runs these recipes with it."""
 CHANGES: dict[str, dict] = {
     "fsdp2": {},
@@ -31,12 +32,12 @@ CHANGES: dict[str, dict] = {
     "qlora": {},
     "ray": {"max_staleness": 0},
     "reward-model": {},
-    "semi-online": ONE_PROCESS_LESS,
+    "semi-online": WITHOUT_VLLM,
     "slurm": {},
     "thinking": {},
     "tldr": {"eval_limit": 4},
-    "vllm": ONE_PROCESS_LESS,
-    "vllm-server": ONE_PROCESS_LESS,
+    "vllm": WITHOUT_VLLM,
+    "vllm-server": WITHOUT_VLLM,
     "xpo": {},
     "zero3": {},
 }
@@ -69,8 +70,6 @@ def beside(name: str, folder: Path):
     if name != "llm-judge":
         yield {}
         return
-    import yaml
-
     with serving(longer_wins) as endpoint:
         kwargs = yaml.safe_load((folder / "llm-judge.yaml").read_text())["judge_kwargs"]
         yield {"judge_kwargs": kwargs | {"base_url": endpoint.url, "cache": str(folder / "cache.sqlite3")}}
@@ -95,10 +94,13 @@ def test_what_init_wrote_runs(recipes, tmp_path, name):
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_the_doctor_has_no_objection(recipes, tmp_path, name):
-    """Its light checks, of the recipe as it is but for the GPU."""
+    """The light checks of the doctor, by the recipe's own line, of the recipe as it is but for GPU and vLLM."""
     assert main(["init", name, "--to", str(tmp_path)]) == 0
+    [words] = [shlex.split(command)[1:] for command in read_recipe(name).commands if " doctor " in command]
+    absent = WITHOUT_VLLM if CHANGES[name] is WITHOUT_VLLM else {}
     with beside(name, tmp_path) as needed:
-        words = ["doctor", f"{name}.yaml", "--quick", "--json", *options(needed | {"use_cpu": "true"})]
-        [ended] = recipes.run(tmp_path, words)
-    found = json.loads(ended.stdout)
-    print(found)
+        more = options(needed | absent | {"use_cpu": "true"})
+        [ended] = recipes.run(tmp_path, [*words, "--quick", "--json", *more])
+    assert ended.code == 0, ended.printed
+    marks = {finding["check"]: finding["mark"] for finding in json.loads(ended.stdout)["findings"]}
+    assert {mark for check, mark in marks.items() if check not in ("models", "samples", "rewards", "time")} == {"ok"}
