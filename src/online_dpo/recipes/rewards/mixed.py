@@ -61,6 +61,7 @@ def plain(result: str) -> str:
 
 
 def followed(text: str, truth: str) -> float | None:
+    """1 or 0 by the check that a row names, None if `CHECKS` lacks it."""
     arguments = json.loads(truth)
     check = CHECKS.get(arguments["func_name"])
     return None if check is None else float(check(text, arguments))
