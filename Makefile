@@ -21,7 +21,10 @@
 #   make test-wheel   the wheel in a clean environment without extras: the quickstart and the README's lines; PYTHON=python3.13: with that Python
 #   make audit        known weaknesses in the versions of constraints.txt; it needs the network, and runs once a week
 #   make ci           everything that CI checks, two parts at a time: .ci/run
-#   make docs         docs/reference/configuration.md, docs/reference/metrics.md, the schema of run files, and the tables of docs/project/reliability.md and docs/guides/several-gpus.md
+#   make pages        what is made from the code: the pages of configuration, metrics and command line, the schema of run files, the tables of two pages
+#   make docs         the documentation site in site/: make pages, then mkdocs, strict
+#   make links        addresses on the net in pages: does each answer? It needs the network
+#   make test-docs    every block of code in README.md and docs/
 #
 # TORCH_INDEX: a package index to take torch from, such as PyTorch's own index of CPU builds. Without it, pip's usual one.
 
@@ -70,7 +73,8 @@ SEAMS := tests/unit/test_versions.py tests/unit/modeling/test_patching.py tests/
 # What CI runs: make itself runs two of these at a time (-j 2), each in one process, and installs an environment when it is
 # first needed. What a part prints comes in one piece (-O). When one fails, no other is begun. What is marked slow, and the
 # newest versions (constraints.txt has them but for torch), are left to make test-all.
-CI_PARTS := lint ci-unit ci-integration ci-faults ci-vllm-servers ci-vllm ci-ray ci-seams-oldest ci-wheel ci-e2e ci-distributed ci-browser
+# The longest come first, so that both cores have work until the end.
+CI_PARTS := lint ci-unit ci-distributed ci-faults ci-e2e ci-integration ci-vllm ci-vllm-servers ci-ray ci-seams-oldest ci-wheel ci-browser
 # about half of the time of all that use vLLM
 VLLM_SERVERS := $(addprefix tests/vllm_engines/test_,server.py broadcast.py judge.py ranks.py)
 # what needs a vLLM server runs in its environment
@@ -79,7 +83,7 @@ RAY_SERVERS := tests/ray_cluster/test_servers.py
 after = $(if $(IN_TURN),| $(1))
 
 .PHONY: audit gpu venv quickstart smoke test test-slow test-distributed test-e2e test-faults test-faults-all test-ray soak test-vllm test-oldest test-newest test-seams test-all test-browser \
-	ci ci-seams-newest $(CI_PARTS) chromium figures benchmark lint lint-files format docs dist test-wheel release-check clean
+	ci ci-seams-newest $(CI_PARTS) chromium figures benchmark lint lint-files format docs pages dist test-wheel release-check clean
 .DELETE_ON_ERROR:
 
 venv: $(STAMP)
@@ -148,7 +152,7 @@ ci-distributed: $(STAMP)
 ci-browser: test-browser
 
 ci-e2e: $(STAMP)
-	$(PYTEST) tests/e2e --ignore tests/e2e/test_quickstart.py --ignore tests/e2e/test_distributions.py
+	$(PYTEST) -m "not slow" tests/e2e --ignore tests/e2e/test_quickstart.py --ignore tests/e2e/test_distributions.py
 
 ci-vllm-servers: $(VLLM_STAMP)
 	$(VLLM_PYTEST) -m "not slow" $(VLLM_SERVERS)
@@ -280,7 +284,11 @@ audit:
 	test -x $(AUDIT_VENV)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT_VENV) && $(AUDIT_VENV)/bin/python $(INSTALL) pip-audit==2.10.1; }
 	$(AUDIT_VENV)/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
-docs: $(STAMP)
+# NO_MKDOCS_2_WARNING: an advertisement for another generator
+docs: pages
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+pages: $(STAMP)
 	$(BIN)/python -m online_dpo.cli.runfile.configuration_page > docs/reference/configuration.md
 	$(BIN)/python -m online_dpo.training.metrics.page > docs/reference/metrics.md
 	$(BIN)/online-dpo schema > src/online_dpo/run.schema.json
@@ -292,5 +300,5 @@ format: $(STAMP)
 	$(BIN)/ruff format src tests benchmarks recipes scripts
 
 clean:
-	rm -rf $(VENV) $(AUDIT_VENV) $(FILES_VENV) $(CITATION_VENV) .venv-wheel-* $(VLLM_VENV) $(OLDEST_VENV) $(NEWEST_VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf site $(VENV) $(AUDIT_VENV) $(FILES_VENV) $(CITATION_VENV) .venv-wheel-* $(VLLM_VENV) $(OLDEST_VENV) $(NEWEST_VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

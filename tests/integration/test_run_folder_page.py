@@ -1,4 +1,4 @@
-"""The examples of docs/reference/run-folder.md read a real run folder."""
+"""The examples of docs/reference/run-folder read a real run folder."""
 
 import re
 import shutil

@@ -27,7 +27,12 @@ def is_there(path: str) -> bool:
     return any((folder / path).exists() for folder in (ROOT, SOURCE, TESTS))
 
 
-PAGES = [ROOT / "docs/project/architecture.md", ROOT / "docs/project/extending.md", ROOT / "CONTRIBUTING.md", *DECISIONS]
+PAGES = [
+    ROOT / "docs/project/architecture.md",
+    ROOT / "docs/project/extending.md",
+    ROOT / "CONTRIBUTING.md",
+    *DECISIONS,
+]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,4 +1,4 @@
-"""Makes ``docs/reference/configuration.md``: every field of a run file that this package defines, a table for each group.
+"""Makes ``docs/reference/configuration.md``: every field that this package defines, a table for each group.
 
 ``python -m online_dpo.cli.runfile.configuration_page > docs/reference/configuration.md``
 """
@@ -16,7 +16,7 @@ from online_dpo.cli.runfile.schema import PARENT, FieldSpec, load_fields, read_f
 INTRODUCTION = """\
 # Configuration
 
-<!-- Made from the fields themselves by `make docs`: change their documentation there. -->
+<!-- Made from the fields themselves by `make pages`: change their documentation there. -->
 
 Every field that this package defines, as `online-dpo train --help-all` shows them. In a run file a field is one
 `name: value`; on the command line it is `--name value`, which wins. In Python they are arguments of `OnlineDPOConfig`,

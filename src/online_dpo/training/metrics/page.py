@@ -19,7 +19,7 @@ SECTIONS = (
 INTRODUCTION = """\
 # Metrics
 
-<!-- Made from the descriptions that stand beside the code by `make docs`: change them there. -->
+<!-- Made from the descriptions that stand beside the code by `make pages`: change them there. -->
 
 Figures of training logs cover everything since the last log, over all ranks: means weigh each value the same, counts
 are sums. What of a skipped step is NaN or infinite is left out, and a metric without any value is absent. None changes
@@ -40,7 +40,8 @@ are no scores, so the metrics made of them are absent. Rows that a data loader r
 many are left out.
 
 Reward functions add metrics of their own through `log_metric`, plugins through `@metric`
-([Extending](../project/extending.md)). With several held-out datasets, evaluations have the name in it: `eval_NAME_loss`."""
+([Extending](../project/extending.md)). With several held-out datasets, evaluations
+have the name in it: `eval_NAME_loss`."""
 
 HEADER = """\
 | metric | unit | formula | what it tells |
