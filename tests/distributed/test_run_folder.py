@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from record_worker import CASES, STEPS  # noqa: E402
 
 WORKER = Path(__file__).with_name("record_worker.py")
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29537"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
@@ -34,7 +34,7 @@ def out(tmp_path_factory):
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            timeout=600,
+            timeout=1200,
         )
         assert done.returncode == 0, done.stderr[-6000:]
     return out

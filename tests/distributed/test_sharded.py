@@ -27,8 +27,8 @@ WORKER = Path(__file__).with_name("sharded_worker.py")
 def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("sharded")
     own = environment(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29519"]
-    done = subprocess.run([*torchrun, str(WORKER), str(out)], env=own, capture_output=True, text=True, timeout=120)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    done = subprocess.run([*torchrun, str(WORKER), str(out)], env=own, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-4000:]
     return [torch.load(out / f"rank-{rank}.pt") for rank in range(2)]
 

@@ -42,7 +42,7 @@ def load(request, tmp_path_factory):
     out = tmp_path_factory.mktemp("sharding")
     quantized.base_folder(out / "base")
     own = environment(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", DS_ACCELERATOR="cpu")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29523"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     commands = [([sys.executable], "1", "none"), (torchrun, "2", ",".join(ways))]
     running = [
         subprocess.Popen(
@@ -55,7 +55,7 @@ def load(request, tmp_path_factory):
         for command, count, tried in commands
     ]
     for process in running:
-        _, said = process.communicate(timeout=500)
+        _, said = process.communicate(timeout=1200)
         assert process.returncode == 0, said[-6000:]
 
     return lambda processes, way, case: [

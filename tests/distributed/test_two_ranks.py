@@ -35,7 +35,7 @@ def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("ranks")
     quantized.base_folder(out / "base")  # by one process: ranks leave saving to the first
     own = environment(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     asked = {}
     for command, processes in ((torchrun, 2), ([sys.executable], 1)):
         with serving(slowly_more_w1) as endpoint:
@@ -44,7 +44,7 @@ def results(tmp_path_factory):
                 env=own,
                 capture_output=True,
                 text=True,
-                timeout=280,
+                timeout=1200,
             )
         assert done.returncode == 0, done.stderr[-4000:]
         asked[processes] = endpoint
@@ -168,14 +168,14 @@ def test_processes_that_would_train_alone_are_refused(tmp_path):
     """On a CPU, torchrun without `use_cpu` makes no process group: both would train, into one folder."""
     folder = fill_folder(tmp_path, "def words(completions):\n    return [float(len(c.split())) for c in completions]\n")
     path = write_run_file(folder, reward_funcs="feedback.py:words", use_cpu=None, max_steps=1)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29519"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     own = environment(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", CUDA_VISIBLE_DEVICES="")
     done = subprocess.run(
         [*torchrun, "-m", "online_dpo", "train", str(path)],
         env=own,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=1200,
     )
     assert done.returncode != 0 and not (folder / "out").exists()
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -11,7 +11,7 @@ from faults.harness import ByRank, Fault, Killed, OneLine, Resumes, scorer
 from faults.injection import Action, Child, kills, raises, sends
 from faults.runs import Running
 
-OPTIONS = dict(ddp_timeout=4)
+OPTIONS = dict(ddp_timeout=10)  # a busy machine may stop for some seconds
 STOPS, KILLS = sends(signal.SIGSTOP), kills()
 SILENT = "has not been heard of"
 KILLED = Killed(signal.SIGKILL)

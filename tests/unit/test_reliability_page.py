@@ -14,7 +14,7 @@ KINDS = {"kill", "checkpoint", "identity", "disk", "signal", "output", "numbers"
 
 def test_the_page_is_current():
     page = PAGE.read_text()
-    assert page == filled(page), "make docs writes it anew"
+    assert page == filled(page), "make pages writes it anew"
 
 
 def test_there_are_faults_of_every_kind():
