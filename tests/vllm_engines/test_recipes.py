@@ -1,4 +1,4 @@
-"""The recipe that samples with vLLM in the trainer's process, by its own command. tests/recipes runs it without vLLM."""
+"""The recipe that samples with vLLM in the trainer's process, by its own command; tests/recipes runs it without."""
 
 import os
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from online_dpo.checkpoints.files import write_text
 from online_dpo.cli.parser import WRONG_INPUT, OneLineParser, with_hyphens
-from online_dpo.cli.recipes import FOLDER, SCHEMA, SCHEMA_LINE, Recipe, read_recipe, recipe_names
+from online_dpo.cli.recipes import FOLDER, IN_REPOSITORY, SCHEMA, SCHEMA_LINE, Recipe, read_recipe, recipe_names
 from online_dpo.cli.terminal.screen import print_lines
 
 CHANGE = ("model_name_or_path", "dataset_name", "output_dir")
@@ -48,7 +48,7 @@ def files_of(recipe: Recipe) -> dict[str, str]:
     Its first line names a schema for editors, which lies beside it: a path into the package would depend on the
     environment, and a web address would need the network.
     """
-    text = recipe.text.replace(f"{SCHEMA_LINE}../{SCHEMA.name}", f"{SCHEMA_LINE}{SCHEMA.name}", 1)
+    text = recipe.text.replace(IN_REPOSITORY, f"{SCHEMA_LINE}{SCHEMA.name}", 1)
     named = {name: (FOLDER / name).read_text(encoding="utf-8") for name in recipe.files}
     return {recipe.file: text, **named, SCHEMA.name: SCHEMA.read_text(encoding="utf-8")}
 

@@ -13,6 +13,8 @@ from pathlib import Path
 FOLDER = Path(__file__).parents[1] / "recipes"
 SCHEMA = FOLDER.parent / "run.schema.json"
 SCHEMA_LINE = "# yaml-language-server: $schema="
+IN_REPOSITORY = f"{SCHEMA_LINE}../src/online_dpo/{SCHEMA.name}"
+"""The first line of a recipe in the folder `recipes` of the repository, which `FOLDER` leads to there."""
 PARTS = ("What", "Needs", "Command", "Expect")
 _FILE = re.compile(r"[\w./-]+\.\w+")
 
@@ -71,8 +73,8 @@ def read_recipe(name: str, folder: Path = FOLDER) -> Recipe:
 
 def _parts(name: str, header: list[str]) -> dict[str, list[str]]:
     """The lines of each part: headings follow ``# ``, their lines ``#   ``."""
-    if header[:2] != [f"{SCHEMA_LINE}../{SCHEMA.name}", "#"]:
-        raise ValueError(f"The recipe {name} has to begin with `{SCHEMA_LINE}../{SCHEMA.name}` and `#`.")
+    if header[:2] != [IN_REPOSITORY, "#"]:
+        raise ValueError(f"The recipe {name} has to begin with `{IN_REPOSITORY}` and `#`.")
     parts: dict[str, list[str]] = {}
     for line in header[2:]:
         if line[:4] == "#   " and parts:

@@ -172,7 +172,7 @@ def test_every_key_is_a_field_and_says_something(name):
 def test_a_header_of_another_form_is_an_error(tmp_path):
     file = tmp_path / "hh.yaml"
     text = (FOLDER / "hh.yaml").read_text()
-    for broken in (text.replace("# Needs\n", ""), text.replace("../run.schema.json", "run.schema.json")):
+    for broken in (text.replace("# Needs\n", ""), text.replace("../src/online_dpo/run", "run")):
         file.write_text(broken)
         with pytest.raises(ValueError, match="recipe hh has to"):
             read_recipe("hh", tmp_path)
@@ -186,5 +186,5 @@ def test_the_page_has_the_present_table(tmp_path):
     assert copy.read_text() == page.read_text(), "python scripts/recipes_table.py docs/guides/recipes.md"
 
 
-def test_the_folder_at_the_root_leads_to_the_package():
+def test_the_package_has_the_folder_of_the_repository():
     assert (ROOT / "recipes").resolve() == FOLDER.resolve()
