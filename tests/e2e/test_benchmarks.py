@@ -180,8 +180,9 @@ def test_a_worker_on_a_card_sees_one_card(monkeypatch):
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         if given:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
-        with Worker(job("ours", device="cuda"), limit=0.3) as worker:
+        with Worker(job("ours", device="cuda")) as worker:
             environment = Path(f"/proc/{worker._process.pid}/environ").read_text().split("\0")
+            worker._process.kill()  # not before it is read: a process that has ended has none
         assert f"CUDA_VISIBLE_DEVICES={expected}" in environment
 
 
