@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_estimate.py                              the tables, from the counts that are stored
     python benchmarks/gpu_estimate.py --count                      counts the code as it is, into the same file
-    python benchmarks/gpu_estimate.py --page docs/performance.md   writes the tables into the page
+    python benchmarks/gpu_estimate.py --page docs/project/performance.md   writes the tables into the page
 
 Nothing is measured: operations and bytes are counted on tensors without a GPU, and divided by the rates below. The
 arithmetic, for each kind of operation of a decoding step (products, casts, copies, element by element, ...):
@@ -41,7 +41,7 @@ from online_dpo.training.metrics.work import Tokens
 COUNTS = Path(__file__).parent / "results" / "gpu-estimate.json"
 KERNELS = Path(__file__).parent / "results" / "compiled-layers.json"
 """python benchmarks/compiled_layers.py --model qwen2.5-0.5b qwen2.5-1.5b --weights autocast --json ..."""
-BEGIN = "<!-- estimate: python benchmarks/gpu_estimate.py --page docs/performance.md -->"
+BEGIN = "<!-- estimate: python benchmarks/gpu_estimate.py --page docs/project/performance.md -->"
 END = "<!-- end of estimate -->"
 
 # Assumptions. The first two are the card's data sheet (H100 SXM, dense bf16).

@@ -1,4 +1,4 @@
-"""What other feedback and other methods are worth on the quickstart: the table of docs/feedback.md.
+"""What other feedback and other methods are worth on the quickstart: the table of docs/guides/judges.md.
 
     python benchmarks/quickstart_figures.py --json benchmarks/results/quickstart.json
     python benchmarks/quickstart_figures.py --tiny --steps 2 --row xpo llm_fair     # does it work?
@@ -148,7 +148,7 @@ def described(figures: Figures) -> str:
 
 
 def print_table(figures: dict[str, Figures]) -> None:
-    """A table in Markdown, as docs/feedback.md shows it."""
+    """A table in Markdown, as docs/guides/judges.md shows it."""
     print("| feedback and method | win rate against the start, 95 % interval | `judge/position_bias` |")
     print("|---|---|---|")
     for name, row in figures.items():

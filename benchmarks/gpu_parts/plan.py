@@ -249,7 +249,7 @@ PARTS = (
     ),
     Part(
         "memory",
-        "The peaks of steps against the formula that `online-dpo doctor` and docs/scaling.md use.",
+        "The peaks of steps against the formula that `online-dpo doctor` and docs/guides/several-gpus.md use.",
         240,
         script("-m gpu_parts.memory", HALF, "--limit 60", "--workload chat --variant plain"),
         own_tables,

@@ -1,4 +1,4 @@
-"""Checkpoints of sharded runs: two real processes, resumed by two and by one (docs/architecture.md, invariant 13)."""
+"""Checkpoints of sharded runs: two real processes, resumed by two and by one (architecture, invariant 13)."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Every way of sharding in two real processes against one whole process (docs/architecture.md, invariant 15)."""
+"""Every way of sharding in two real processes against one whole process (architecture, invariant 15)."""
 
 import math
 import subprocess

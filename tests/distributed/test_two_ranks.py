@@ -1,4 +1,4 @@
-"""Two real processes against one: same gradient, metrics and decisions (docs/architecture.md, invariants 2 and 11)."""
+"""Two real processes against one: same gradient, metrics and decisions (architecture, invariant 2 and 11)."""
 
 import math
 import subprocess

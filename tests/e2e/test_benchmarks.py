@@ -362,7 +362,7 @@ def test_memory_against_its_estimate(tmp_path):
 
 
 def test_the_estimate_of_memory_holds_for_what_was_measured():
-    """A process of a run as it is, libraries and what glibc keeps included. docs/scaling.md tells of the exception."""
+    """A process as it is, libraries and what glibc keeps included (docs/guides/several-gpus.md: an exception)."""
     rows = json.loads((ROOT / "benchmarks/results/memory-cpu.json").read_text())["rows"]
     ratios = {
         (row["workload"], row["way"]): memory_estimate.estimate(row)["peak"] / row["peak"]

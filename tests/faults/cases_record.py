@@ -1,4 +1,4 @@
-"""The record of a run (docs/run-folder.md) that is damaged, gone or not ours: no run fails because of it."""
+"""The record of a run (docs/reference/run-folder) that is damaged, gone or not ours: no run fails because of it."""
 
 from __future__ import annotations
 

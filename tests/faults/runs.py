@@ -44,12 +44,12 @@ class Ended:
 
 
 class Zygote:
-    """The warmed process."""
+    """The warmed process. ``variables`` stand in its environment, and so in that of its forks."""
 
-    def __init__(self, model: Path, writes: Path) -> None:
+    def __init__(self, model: Path, **variables: str) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "faults.zygote", str(model)],
-            env=environment(LD_PRELOAD=str(writes)),
+            env=environment(**variables),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -167,7 +167,7 @@ class Stage:
 
     def __init__(self, root: Path, ground: Path) -> None:
         self.root, self.ground = root, ground
-        self.zygote = Zygote(ground / "policy", build_writes(root / "writes.so"))
+        self.zygote = Zygote(ground / "policy", LD_PRELOAD=str(build_writes(root / "writes.so")))
         self._whole: dict[str, Path] = {}
         self._numbers = count()
         self._seconds: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""The table of docs/reliability.md: every fault, how it has to end, and the test that asserts it.
+"""The table of docs/project/reliability.md: every fault, how it has to end, and the test that asserts it.
 
 python -m faults.table            prints it
 python -m faults.table PAGE.md    writes it into a page, between its two marks

@@ -1,4 +1,4 @@
-"""Invariant 14 of docs/architecture.md: what is borrowed comes back as it was, on errors too. Every public call leaves
+"""Invariant 14: what is borrowed comes back as it was, on errors too. Every public call leaves
 the policy, the user's other models and the process as they were, but for what it is there to change.
 """
 

@@ -1,4 +1,4 @@
-"""What a run saves, and how it goes on from that: invariants 5 and 9 of docs/architecture.md."""
+"""What a run saves, and how it goes on from that: invariants 5 and 9 of docs/project/architecture."""
 
 import json
 from functools import wraps

@@ -420,8 +420,8 @@ def test_a_run_file_that_cannot_be_read(tmp_path, capsys, text):
 
 
 def test_a_check_of_a_plugin(folder, capsys):
-    """That of docs/extending.md."""
-    page = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
+    """That of docs/project/extending.md."""
+    page = (Path(__file__).parents[2] / "docs" / "project" / "extending.md").read_text()
     text = page.split("# my_check.py\n")[1].split("```")[0]
     (folder / "my_check.py").write_text(text)
     run_file = write_run_file(folder, reward_funcs="feedback.py:words", plugins=["my_check.py"])

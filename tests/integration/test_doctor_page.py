@@ -1,4 +1,4 @@
-"""The sample of docs/doctor.md is what the command prints, but for numbers and paths."""
+"""The sample of docs/guides/doctor.md is what the command prints, but for numbers and paths."""
 
 import json
 import re
@@ -7,8 +7,8 @@ from pathlib import Path
 from online_dpo.cli.main import main
 from support.run_files import fill_folder, write_run_file
 
-PAGE = Path(__file__).parents[2] / "docs" / "doctor.md"
-BEGIN, END = "<!-- sample: tests/integration/test_doctor_page.py -->\n\n```\n", "```\n\n<!-- end of sample -->"
+PAGE = Path(__file__).parents[2] / "docs" / "guides" / "doctor.md"
+BEGIN, END = "<!-- sample: tests/integration/test_doctor_page.py -->\n\n```text\n", "```\n\n<!-- end of sample -->"
 REWARD = "def always_good(completions, **columns):\n    return [1.0] * len(completions)\n"
 
 

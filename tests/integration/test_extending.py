@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md, as they stand there: each from outside, by `plugins` and by an import."""
+"""The examples of docs/project/extending.md, as they stand there: each from outside, by `plugins` and by an import."""
 
 import functools
 import math
@@ -15,8 +15,8 @@ from support.plugins import names_restored
 from support.run_files import fill_folder, trainer_of, write_run_file
 from support.training import config, dataset, word_reward
 
-PAGE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
+PAGE = (Path(__file__).parents[2] / "docs" / "project" / "extending.md").read_text()
+BLOCK = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```$", re.M | re.S)
 
 
 def examples():

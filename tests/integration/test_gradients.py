@@ -1,4 +1,4 @@
-"""Gradients and metrics do not depend on how a step is cut or padded (invariants 2 and 4 of docs/architecture.md)."""
+"""Gradients and metrics do not depend on how a step is cut or padded (invariants 2 and 4)."""
 
 import pytest
 import torch

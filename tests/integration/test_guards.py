@@ -1,4 +1,4 @@
-"""Steps that must not count: without pairs, or not finite (invariant 11 of docs/architecture.md)."""
+"""Steps that must not count: without pairs, or not finite (invariant 11 of docs/project/architecture)."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What runs log is described in docs/metrics.md, and what is described there some run logs."""
+"""What runs log is described in docs/reference/metrics.md, and what is described there some run logs."""
 
 from contextlib import suppress
 

@@ -1,4 +1,4 @@
-"""From prompts to pairs, in whole optimizer steps: invariants 1, 6, 7 and 12 of docs/architecture.md."""
+"""From prompts to pairs, in whole optimizer steps: invariants 1, 6, 7 and 12 of docs/project/architecture."""
 
 from collections import Counter
 

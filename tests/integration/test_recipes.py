@@ -15,7 +15,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 
 @pytest.mark.slow
 def test_the_quickstart_with_a_pairwise_judge(tmp_path):
-    """What docs/feedback.md shows, as it is run by `make figures` with models that know more."""
+    """What docs/guides/judges.md shows, as it is run by `make figures` with models that know more."""
     folder = tmp_path / "runs" / "quickstart"
     build(folder / "start", size=TINY)
     run_file = write_run_file(folder)

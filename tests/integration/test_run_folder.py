@@ -1,4 +1,4 @@
-"""The folder that a run writes: what is in it, and that a resumed run has every row once (docs/run-folder.md)."""
+"""The folder that a run writes: what is in it; a resumed run has every row once (docs/reference/run-folder)."""
 
 import json
 import logging

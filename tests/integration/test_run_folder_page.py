@@ -1,4 +1,4 @@
-"""The examples of docs/run-folder.md read a real run folder."""
+"""The examples of docs/reference/run-folder read a real run folder."""
 
 import re
 import shutil
@@ -12,7 +12,7 @@ from online_dpo.runs.events import Kind
 from online_dpo.runs.reading import RunFolder
 from support import training
 
-PAGE = (Path(__file__).parents[2] / "docs" / "run-folder.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "run-folder.md").read_text()
 
 
 @pytest.fixture(scope="module")

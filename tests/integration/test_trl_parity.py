@@ -1,6 +1,6 @@
 """The same completions, weights and scores through TRL's trainer and ours.
 
-TRL is the incumbent. Where it is right we agree with it to 1e-6; `docs/trl.md` lists where it is not.
+TRL is the incumbent. Where it is right we agree with it to 1e-6; `docs/start/from-trl.md` lists where it is not.
 """
 
 import pytest

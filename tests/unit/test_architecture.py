@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src/online_dpo"
 TESTS = ROOT / "tests"
-PAGE = (ROOT / "docs/architecture.md").read_text()
-DECISIONS = sorted((ROOT / "docs/decisions").glob("*.md"))
+PAGE = (ROOT / "docs/project/architecture.md").read_text()
+DECISIONS = sorted((ROOT / "docs/project/decisions").glob("*.md"))
 PATH = re.compile(r"`((?:[\w.-]+/)*[\w.-]+\.py|(?:[\w.-]+/)+[\w.-]*)`")
 
 
@@ -27,7 +27,12 @@ def is_there(path: str) -> bool:
     return any((folder / path).exists() for folder in (ROOT, SOURCE, TESTS))
 
 
-PAGES = [ROOT / "docs/architecture.md", ROOT / "docs/extending.md", ROOT / "CONTRIBUTING.md", *DECISIONS]
+PAGES = [
+    ROOT / "docs/project/architecture.md",
+    ROOT / "docs/project/extending.md",
+    ROOT / "CONTRIBUTING.md",
+    *DECISIONS,
+]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -42,7 +47,7 @@ def test_every_package_is_in_the_map():
 
 
 def test_floors_are_those_of_the_import_contract():
-    drawn = section("The package map").split("```")[1].strip().splitlines()
+    drawn = section("The package map").split("```")[1].removeprefix("text").strip().splitlines()
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     [layers] = [contract["layers"] for contract in contracts if contract["type"] == "layers"]
     floors = [set(re.findall(r"\w+", line)) for line in drawn]
@@ -81,7 +86,7 @@ def test_every_decision_is_linked():
 
 def test_the_table_of_what_to_write_names_what_there_is():
     """Each field names its file, and that file defines what is named before it."""
-    rows = section("Inside the package", (ROOT / "docs/extending.md").read_text())
+    rows = section("Inside the package", (ROOT / "docs/project/extending.md").read_text())
     named = re.findall(r"`@?(\w+)`(?: \([^)]*\))? in `([\w/]+\.py)`", rows)
     assert len(named) >= 9
     for name, file in named:

@@ -1,4 +1,4 @@
-"""The estimate of an H100 in docs/performance.md is that of its script and of the counts that are stored."""
+"""The estimate of an H100 in docs/project/performance.md is that of its script and of the counts that are stored."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import gpu_estimate  # noqa: E402
 
-PAGE = ROOT / "docs" / "performance.md"
+PAGE = ROOT / "docs" / "project" / "performance.md"
 COUNTS = json.loads(gpu_estimate.COUNTS.read_text())
 
 

@@ -1,4 +1,4 @@
-"""vLLM samples for sharded trainers of two ranks as for one process (docs/architecture.md, invariant 15)."""
+"""vLLM samples for sharded trainers of two ranks as for one process (architecture, invariant 15)."""
 
 import itertools
 import subprocess

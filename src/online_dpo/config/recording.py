@@ -18,7 +18,8 @@ class RecordingFields:
     # --- record -----------------------------------------------------------------------------------------------------
 
     run_folder: bool | None = None
-    """Write the run's settings, environment, metrics, events and completions into `output_dir` (docs/run-folder.md).
+    """Write the run's settings, environment, metrics, events and completions into `output_dir`
+    (docs/reference/run-folder.md).
     When not set: on for the command, off in Python.
     """
 

@@ -112,7 +112,7 @@ def check_precision(model: nn.Module, args: OnlineDPOConfig, optimizer: Any, loa
         "%.0f %% of the trained weights are held in %s, where most of what an optimizer adds is rounded away: in 30 "
         "steps at the default learning rate, 1 %% of the weights changed in bf16, and all in fp32. %s To keep half "
         "precision: optim='stable_adamw' (package torch-optimi) or optim='adamw_torch_8bit' with "
-        "optim_args='bf16_stochastic_round=True' (package torchao), see docs/guide.md.",
+        "optim_args='bf16_stochastic_round=True' (package torchao), see docs/guides/models.md.",
         100 * sum(half.numel() for half in half_weights) / trained,
         "/".join(sorted({str(half.dtype).removeprefix("torch.") for half in half_weights})),
         _remedy(model, loaded_here),

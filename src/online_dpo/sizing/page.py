@@ -1,6 +1,6 @@
-"""The tables of docs/scaling.md, from the formula.
+"""The tables of docs/guides/several-gpus.md, from the formula.
 
-python -m online_dpo.sizing.page docs/scaling.md     writes them anew between their marks
+python -m online_dpo.sizing.page docs/guides/several-gpus.md     writes them anew between their marks
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from online_dpo.sizing.passing import kv_bytes
 from online_dpo.sizing.plan import Plan
 from online_dpo.sizing.shape import MODELS, ModelShape
 
-BEGIN, END = "<!-- {name}: python -m online_dpo.sizing.page docs/scaling.md -->", "<!-- end of {name} -->"
+BEGIN, END = "<!-- {name}: python -m online_dpo.sizing.page docs/guides/several-gpus.md -->", "<!-- end of {name} -->"
 GIB = 2**30
 GPUS = (1, 8, 16)
 MODES: dict[str, dict[str, Any]] = {

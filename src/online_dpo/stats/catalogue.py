@@ -1,4 +1,4 @@
-"""The catalogue of metrics: each is described beside the code that records it; ``docs/metrics.md`` is made of it."""
+"""The catalogue of metrics: described beside the code that records them; `docs/reference/metrics.md` is made of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`Recording`: the callback that writes down a run while it trains, in the run folder (see docs/run-folder.md)."""
+"""`Recording`: the callback that writes down a run while it trains, in the run folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tables of docs/scaling.md are those of the formula."""
+"""The tables of docs/guides/several-gpus.md are those of the formula."""
 
 import subprocess
 import sys
@@ -9,12 +9,12 @@ from online_dpo.sizing.page import GPUS, MODES, training_table, with_tables
 from online_dpo.sizing.plan import Plan
 from online_dpo.sizing.shape import MODELS
 
-PAGE = Path(__file__).parents[3] / "docs" / "scaling.md"
+PAGE = Path(__file__).parents[3] / "docs" / "guides" / "several-gpus.md"
 
 
 def test_the_page_is_current():
     page = PAGE.read_text()
-    assert page == with_tables(page), "make docs writes it anew"
+    assert page == with_tables(page), "make pages writes it anew"
 
 
 def test_a_cell_is_what_the_formula_says():

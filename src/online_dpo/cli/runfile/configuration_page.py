@@ -1,6 +1,6 @@
-"""Makes ``docs/configuration.md``: every field of a run file that this package defines, a table for each group.
+"""Makes ``docs/reference/configuration.md``: every field that this package defines, a table for each group.
 
-``python -m online_dpo.cli.runfile.configuration_page > docs/configuration.md``
+``python -m online_dpo.cli.runfile.configuration_page > docs/reference/configuration.md``
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from online_dpo.cli.runfile.schema import PARENT, FieldSpec, load_fields, read_f
 INTRODUCTION = """\
 # Configuration
 
-<!-- Made from the fields themselves by `make docs`: change their documentation there. -->
+<!-- Made from the fields themselves by `make pages`: change their documentation there. -->
 
 Every field that this package defines, as `online-dpo train --help-all` shows them. In a run file a field is one
 `name: value`; on the command line it is `--name value`, which wins. In Python they are arguments of `OnlineDPOConfig`,
@@ -31,7 +31,7 @@ set some of these: {", ".join(f"`{name}`" for name in USUAL)}.
 
 RAY_INTRODUCTION = """\
 They stand in the section `ray` of a run file, and `online-dpo ray` reads them; on the command line `--ray.servers 2`.
-See [ray.md](ray.md)."""
+See [Clusters](../guides/clusters.md)."""
 
 HEADER = """\
 | field | type | default | choices | meaning |

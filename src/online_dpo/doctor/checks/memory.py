@@ -31,13 +31,13 @@ SHOWN = 4
 CHANGE = (
     "Lower `max_tokens_per_pass`, `per_device_train_batch_size`, `rollout_batch_size` or `max_length`, train an "
     "adapter (`use_peft`), set `gradient_checkpointing: true`, or share the work (`fsdp`, `deepspeed`: see "
-    "docs/scaling.md)."
+    "docs/guides/several-gpus.md)."
 )
 
 
 @check("memory")
 def memory(case: Case) -> Iterator[Finding]:
-    """What one process takes at the fullest moment of a step, by the formula of docs/scaling.md."""
+    """What one process takes at the fullest moment of a step, by the formula of docs/guides/several-gpus.md."""
     kind = case.config.model_type
     if kind not in KNOWN:
         size = weights_alone(case)

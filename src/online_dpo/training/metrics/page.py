@@ -1,6 +1,6 @@
-"""Makes ``docs/metrics.md``: every metric, as it is described beside the code that records it.
+"""Makes ``docs/reference/metrics.md``: every metric, as it is described beside the code that records it.
 
-``python -m online_dpo.training.metrics.page > docs/metrics.md``
+``python -m online_dpo.training.metrics.page > docs/reference/metrics.md``
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ SECTIONS = (
 INTRODUCTION = """\
 # Metrics
 
-<!-- Made from the descriptions that stand beside the code by `make docs`: change them there. -->
+<!-- Made from the descriptions that stand beside the code by `make pages`: change them there. -->
 
 Figures of training logs cover everything since the last log, over all ranks: means weigh each value the same, counts
 are sums. What of a skipped step is NaN or infinite is left out, and a metric without any value is absent. None changes
 with padding. All are in `trainer.state.log_history`, in each checkpoint's `trainer_state.json`, and where `report_to`
-sends them ([Guide](guide.md#trackers)). Parts in capitals stand for names: of a reward, of a reason.
+sends them ([Guide](../guides/watching.md#trackers)). Parts in capitals stand for names: of a reward, of a reason.
 
 **Look at these first**: `objective/scores` against `objective/kl` (is it worth the distance?),
 `completions/mean_length` and `completions/score_length_correlation` (better or only longer?), `pairs/usable_ratio` and
@@ -40,7 +40,8 @@ are no scores, so the metrics made of them are absent. Rows that a data loader r
 many are left out.
 
 Reward functions add metrics of their own through `log_metric`, plugins through `@metric`
-([Extending](extending.md)). With several held-out datasets, evaluations have the name in it: `eval_NAME_loss`."""
+([Extending](../project/extending.md)). With several held-out datasets, evaluations
+have the name in it: `eval_NAME_loss`."""
 
 HEADER = """\
 | metric | unit | formula | what it tells |

@@ -12,11 +12,11 @@ from online_dpo.cli.runfile.help import GROUPS
 from online_dpo.cli.runfile.ray_section import NAME as RAY_SETTINGS
 from online_dpo.cli.runfile.schema import PARENT, FieldSpec, load_fields, read_fields_of
 
-PAGE = Path(__file__).parents[4] / "docs" / "configuration.md"
+PAGE = Path(__file__).parents[4] / "docs" / "reference" / "configuration.md"
 
 
 def test_the_page_in_the_repository_is_current() -> None:
-    assert PAGE.read_text(encoding="utf-8") == configuration_page(load_fields()), "run `make docs`"
+    assert PAGE.read_text(encoding="utf-8") == configuration_page(load_fields()), "run `make pages`"
 
 
 def test_a_field_is_a_row_of_its_group() -> None:

@@ -1,4 +1,4 @@
-"""docs/metrics.md is what the descriptions say."""
+"""docs/reference/metrics.md is what the descriptions say."""
 
 from pathlib import Path
 
@@ -6,11 +6,11 @@ import online_dpo.training.trainer  # noqa: F401  (all that records metrics)
 from online_dpo.stats.catalogue import CATALOGUE
 from online_dpo.training.metrics.page import metrics_page
 
-PAGE = Path(__file__).parents[4] / "docs" / "metrics.md"
+PAGE = Path(__file__).parents[4] / "docs" / "reference" / "metrics.md"
 
 
 def test_the_page_is_up_to_date():
-    assert PAGE.read_text(encoding="utf-8") == metrics_page(), "run `make docs`"
+    assert PAGE.read_text(encoding="utf-8") == metrics_page(), "run `make pages`"
 
 
 def test_the_page_has_a_row_for_every_metric():
