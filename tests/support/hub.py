@@ -28,7 +28,7 @@ import torch
 from datasets import DatasetInfo, Features, SplitDict, SplitInfo, Value
 from datasets.arrow_writer import ArrowWriter
 from datasets.naming import camelcase_to_snakecase, filename_prefix_for_split
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -80,13 +80,16 @@ class Family:
     base_end: str
     pad: str | None
     positions: int
+    words: tuple[str, ...] = ()
+    """Tokens of their own that are text all the same: they stay when special tokens are left out."""
 
 
 CHATML_TOKENS = (END, "<|im_start|>", CHATML_END)
+THOUGHT = ("<think>", "</think>")
 LLAMA_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 QWEN2 = Family(Qwen2Config, CHATML_TOKENS, CHATML, CHATML_END, END, END, 32768)
-QWEN3 = Family(Qwen3Config, (*CHATML_TOKENS, "<think>", "</think>"), THINKING, CHATML_END, END, END, 40960)
-QWEN3_2507 = Family(Qwen3Config, (*CHATML_TOKENS, "<think>", "</think>"), CHATML, CHATML_END, END, END, 262144)
+QWEN3 = Family(Qwen3Config, CHATML_TOKENS, THINKING, CHATML_END, END, END, 40960, THOUGHT)
+QWEN3_2507 = Family(Qwen3Config, CHATML_TOKENS, CHATML, CHATML_END, END, END, 262144, THOUGHT)
 PYTHIA = Family(GPTNeoXConfig, (END,), None, END, END, None, 2048)
 PYTHIA_TRL = Family(GPTNeoXConfig, (END, "[PAD]"), None, END, END, "[PAD]", 2048)
 LLAMA3 = Family(LlamaConfig, LLAMA_TOKENS, HEADERS, "<|eot_id|>", "<|end_of_text|>", None, 131072)
@@ -184,6 +187,7 @@ def new_tokenizer(family: Family) -> PreTrainedTokenizerFast:
         vocab_size=600, initial_alphabet=alphabet, special_tokens=list(family.specials), show_progress=False
     )
     backend.train_from_iterator(texts, trainer)
+    backend.add_tokens([AddedToken(word, normalized=False) for word in family.words])
     first = {"bos_token": family.specials[0]} if family is LLAMA3 else {}
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
