@@ -52,7 +52,10 @@ def test_the_wheel_is_alone_in_its_environment(tmp_path):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     required = {Requirement(line).name for line in project["dependencies"]}
     extras = {Requirement(line).name for lines in project["optional-dependencies"].values() for line in lines}
-    code = "import importlib.metadata as m, json, online_dpo; print(json.dumps([online_dpo.__file__, online_dpo.__version__, *(d.name for d in m.distributions())]))"
+    code = (
+        "import importlib.metadata as m, json, online_dpo\n"
+        "print(json.dumps([online_dpo.__file__, online_dpo.__version__, *(d.name for d in m.distributions())]))"
+    )
     file, version, *installed = json.loads(run(tmp_path, PYTHON, "-c", code))
     assert Path(file).is_relative_to(PYTHON.parents[1]) and version == online_dpo.__version__
     installed = {canonicalize_name(name) for name in installed}

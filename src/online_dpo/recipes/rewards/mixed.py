@@ -77,8 +77,9 @@ CHECKS: dict[str, Callable[[str, dict[str, Any]], bool]] = {
     "validate_forbidden_words": lambda text, given: all(
         word.lower() not in text.lower() for word in given["forbidden_words"]
     ),
-    "verify_paragraph_count": lambda text, given: len([part for part in text.split("***") if part.strip()])
-    == given["N"],
+    "verify_paragraph_count": lambda text, given: (
+        len([part for part in text.split("***") if part.strip()]) == given["N"]
+    ),
     "verify_postscript": lambda text, given: given["postscript_marker"] in text,
 }
 """The checks by their names in the dataset. It has more; add those that you need."""
