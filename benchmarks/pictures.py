@@ -91,8 +91,12 @@ def take(browser: Browser, address: str, file: Path, height: int, shoot: Shoot =
 
 
 def runs(page: Page, base: str) -> None:
-    """All runs."""
+    """All runs, with paths as they are from their folder."""
     page.locator("main table a").first.wait_for()
+    page.evaluate(
+        "document.querySelectorAll('main td *').forEach(at => at.firstChild?.nodeType == 3 &&"
+        " (at.firstChild.data = at.firstChild.data.replace(/\\S*\\/runs\\//, 'runs/')))"
+    )
 
 
 def charts(page: Page, base: str) -> None:
@@ -101,7 +105,6 @@ def charts(page: Page, base: str) -> None:
     page.get_by_label("Choose xpo").check()
     page.get_by_role("button", name="Overlay charts of the chosen").click()
     page.locator("canvas").first.wait_for()
-    page.locator("#filter").focus()
     page.wait_for_timeout(3000)
 
 
@@ -112,6 +115,7 @@ def page_of(run: str, path: str) -> Shoot:
         link = page.get_by_role("link", name=run, exact=True).first.get_attribute("href")
         page.goto(f"{base}{link}{path}")
         page.wait_for_timeout(1500)
+        page.locator("[data-reading]").wait_for(state="detached", timeout=120_000)
 
     return shoot
 
