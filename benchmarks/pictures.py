@@ -30,6 +30,12 @@ JUDGE = {"model": "rubric", "template": "reasoned", "cache": None, "input_price"
 AGAIN = ("train", "runs/quickstart/run.yaml", "--logging_steps", "1", "--save_strategy", "no", "--output_dir")
 
 
+SHORT_PATHS = r"""() => {
+  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (texts.nextNode()) texts.currentNode.data = texts.currentNode.data.replace(/\S*\/(?=runs\/)/, "");
+}"""
+
+
 def main() -> None:
     """Make the runs that are not there yet, serve them, and take the pictures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -93,10 +99,7 @@ def take(browser: Browser, address: str, file: Path, height: int, shoot: Shoot =
 def runs(page: Page, base: str) -> None:
     """All runs, with paths as they are from their folder."""
     page.locator("main table a").first.wait_for()
-    page.evaluate(
-        "document.querySelectorAll('main td *').forEach(at => at.firstChild?.nodeType == 3 &&"
-        " (at.firstChild.data = at.firstChild.data.replace(/\\S*\\/runs\\//, 'runs/')))"
-    )
+    page.evaluate(SHORT_PATHS)
 
 
 def charts(page: Page, base: str) -> None:

@@ -1,4 +1,4 @@
-"""The lines of the README, in an empty folder and in their order: `online-dpo quickstart` in full, and what follows.
+"""The page of the quickstart, in an empty folder and in its order: `online-dpo quickstart` in full, and what follows.
 
 `make ci` and `make test-wheel` run them from the wheel, in a clean environment without extras, whose Python is in
 ``INSTALLED_PYTHON``. Without that variable, they run from this environment.
@@ -22,6 +22,7 @@ import online_dpo
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+PAGE = (ROOT / "docs" / "start" / "quickstart.md").read_text()
 WHEEL_PYTHON = os.environ.get("INSTALLED_PYTHON")
 PYTHON = Path(WHEEL_PYTHON or sys.executable)
 COMMAND = PYTHON.with_name("online-dpo")
@@ -98,12 +99,29 @@ def test_leaves_an_ordinary_model_folder(finished):
     assert "online-dpo" in (out / "README.md").read_text()
 
 
+def without_numbers(line):
+    """What a line says, whatever the figures: their count may differ, as may what is wrapped or drawn around them."""
+    return re.sub(r"[-+]?\d[\d.:]*%?", "0", line).split()
+
+
+def test_the_page_shows_what_is_printed(finished):
+    """Word by word, but for figures, the three answers (weights differ in their last bits) and lines left out."""
+    _, output, _ = finished
+    [shown] = re.findall(r"```text\n(Loading.*?)```", PAGE, flags=re.DOTALL)
+    printed = [without_numbers(line) for line in output.splitlines() if "[WARNING]" not in line]
+    lines = shown.splitlines()
+    first, last = (next(n for n, line in enumerate(lines) if text in line) for text in ("three held-out", "95 % intervals"))
+    for line in [*lines[: first + 2], *lines[last:]]:
+        assert line == "..." or without_numbers(line) in printed, line
+    assert sum(line.startswith("  before (") for line in lines[first:last]) == 3
+
+
 def commands(name):
-    """Those of the README that begin so, in its order, without their comments."""
-    return re.findall(rf"^online-dpo {name} (runs/[^#\n]*[^#\s])", README, flags=re.MULTILINE)
+    """Those of the page that begin so, in its order, without their comments."""
+    return re.findall(rf"^online-dpo {name} (runs/[^#\n]*[^#\s])", PAGE, flags=re.MULTILINE)
 
 
-def test_the_readmes_other_lines_run_behind_it(finished):
+def test_the_pages_other_lines_run_behind_it(finished):
     """In three steps; all else as they are written."""
     out, _, _ = finished
     folder = out.parents[1]
@@ -116,7 +134,7 @@ def test_the_readmes_other_lines_run_behind_it(finished):
         assert "Win rate" in run(folder, COMMAND, "eval", *shlex.split(words))
 
 
-def test_its_record_is_seen_with_the_readmes_commands(finished):
+def test_its_record_is_seen_with_the_pages_commands(finished):
     out, output, summary = finished
     folder = out.parents[1]
     assert all(output.count(f"online-dpo dashboard {words}") == 2 for words in commands("dashboard")), output
