@@ -13,6 +13,7 @@ from online_dpo.checkpoints.choice import newest_whole
 from online_dpo.checkpoints.manifest import problem_of
 from online_dpo.checkpoints.needed import Needs
 from support.processes import environment
+from support.ranks import RANKS
 from support.training import assert_same
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -40,7 +41,7 @@ def started(command, out, *words):
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     out = tmp_path_factory.mktemp("checkpoints")
-    for command, what in (([sys.executable], "one"), (TORCHRUN, "two"), ([sys.executable], "back")):
+    for command, what in (([sys.executable], "one"), (RANKS, "two"), ([sys.executable], "back")):
         done = started(command, out, what)
         assert done.returncode == 0, done.stderr[-6000:]
     return out

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from support.processes import environment
+from support.ranks import RANKS
 from support.training import assert_same
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -35,8 +36,7 @@ def results(tmp_path_factory):
         out = tmp_path_factory.mktemp(way)
         own = environment(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", DS_ACCELERATOR="cpu")
         own["PYTHONPATH"] += os.pathsep + str(WORKER.parent)
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-        command = [*torchrun, str(WORKER), str(out), way]
+        command = [*RANKS, str(WORKER), str(out), way]
         done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=1200)
         assert done.returncode == 0, done.stderr[-4000:]
         return [torch.load(out / f"rank-{rank}.pt") for rank in range(2)]

@@ -3,7 +3,6 @@ weights of one process.
 """
 
 import json
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from support.processes import environment, run_python
+from support.ranks import RANKS, free_port
 from support.run_files import fill_folder, write_run_file
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "accelerate"
@@ -48,7 +48,7 @@ def run_file(folder, name, **fields):
 
 @pytest.fixture(scope="module")
 def one_process(folder):
-    done = run_python(*TRAIN, run_file(folder, "one", per_device_train_batch_size=8), env=OWN)
+    done = run_python(*TRAIN, run_file(folder, "one", per_device_train_batch_size=8), env=OWN, timeout=900)
     assert done.returncode == 0, done.stderr
     return load_file(folder / "one" / "model.safetensors")
 
@@ -76,18 +76,12 @@ STARTS = {
 def test_torchrun(folder, one_process, case):
     fields, words = STARTS[case]
     name = case.replace(" ", "-")
-    done = run_python(*TORCHRUN, *TRAIN, run_file(folder, name, **fields), *words, env=OWN)
+    done = run_python(*TORCHRUN, *TRAIN, run_file(folder, name, **fields), *words, env=OWN, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (
         "  sharding    " + ("ZeRO-3" if "Deep" in case else "FSDP2") + " over 2 processes" in done.stdout + done.stderr
     )
     assert_trained_as(one_process, folder / name)
-
-
-def free_port():
-    with socket.socket() as any_socket:
-        any_socket.bind(("127.0.0.1", 0))
-        return any_socket.getsockname()[1]
 
 
 def launch(config, port, *words):
@@ -99,7 +93,7 @@ def launch(config, port, *words):
 @pytest.mark.parametrize(
     "config",
     [
-        "fsdp2",
+        pytest.param("fsdp2", marks=pytest.mark.slow),  # as two nodes below
         pytest.param("zero1", marks=pytest.mark.slow),
         pytest.param("zero2", marks=pytest.mark.slow),
         pytest.param("zero3", marks=pytest.mark.slow),  # a part of the next
@@ -136,7 +130,7 @@ def scripts(tmp_path_factory):
     # accelerate's launcher with its option that leaves models of all ranks but the first without weights
     sharded = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
     for name, variables in {"zero3": {}, "fsdp2": sharded}.items():
-        done = run_python(*TORCHRUN, worker, out, name, env=OWN | variables)
+        done = run_python(*RANKS[1:], worker, out, name, env=OWN | variables)
         assert done.returncode == 0, done.stderr[-3000:]
     return lambda name, rank: torch.load(out / f"{name}-{rank}.pt")
 

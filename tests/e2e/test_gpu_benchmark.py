@@ -30,7 +30,7 @@ def run(*words, status=0, timeout=900):
 
 
 EACH_KIND = ("card", "tests-graphs", "decoding-0.5b", "kernels", "steady", "head", "memory")
-"""What CI rehearses. Steps and the comparison with TRL are tested as scripts, with their tables (test_benchmarks.py)."""
+"""What CI rehearses. test_benchmarks.py has the scripts of steps and of TRL, with their tables."""
 REHEARSED = [pytest.param([part.name for part in plan.PARTS], id="all", marks=pytest.mark.slow)]
 REHEARSED += [pytest.param(EACH_KIND, id="one of each kind")]
 

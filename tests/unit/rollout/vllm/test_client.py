@@ -35,7 +35,7 @@ def test_a_server_that_does_not_answer_is_given_up_after_a_second_try():
 
 
 def test_an_answer_that_drips_is_given_up_as_well():
-    with serving(lambda body, number: Answer({"text": "x" * 99}, drip=2.0), path="") as endpoint:
+    with serving(lambda body, number: Answer({"text": "x" * 1200}, drip=0.1), path="") as endpoint:
         fails(VLLMClient(endpoint.url, timeout=0.5), "the answer takes too long to arrive", seconds=60.0)
 
 

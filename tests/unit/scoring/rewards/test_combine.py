@@ -103,6 +103,9 @@ def test_no_groups():
     async def wait(completions):
         return [1.0 for _ in completions]
 
+    def busy(completions):
+        return [4.0 for _ in completions]
+
     scores = score_groups([], [FunctionScorer(wait), FunctionScorer(busy)], None, Penalties(1.0))
     assert scores.values == [] and scores.by_scorer == {"wait": [], "busy": []}
 

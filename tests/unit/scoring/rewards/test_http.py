@@ -72,7 +72,7 @@ def test_what_fails_is_missing_and_what_passes_is_tried_again():
 
 
 def test_time_is_limited():
-    with serving(lambda body, number: Answer(lengths(body, number).body, drip=3.0)) as endpoint:
+    with serving(lambda body, number: Answer(lengths(body, number).body, drip=0.2)) as endpoint:
         reward = HTTPReward(endpoint.url, timeout=0.3, attempts=1)
         started = time.monotonic()
         assert all(math.isnan(score) for score in reward.score(comparisons(1))[0] if score is not None)

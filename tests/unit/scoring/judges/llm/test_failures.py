@@ -62,7 +62,7 @@ def test_an_answer_without_verdict_is_no_guess(text):
         assert judge.metrics()["judge/unparsable"] == 1
 
 
-@pytest.mark.parametrize("answer", [says("A", delay=120.0), says("A", drip=1.0)])
+@pytest.mark.parametrize("answer", [says("A", delay=120.0), says("A", drip=0.1)])
 def test_a_slow_answer_is_given_up_and_asked_for_again(answer):
     with serving(lambda body, number: answer if number == 0 else says("A")) as endpoint:
         started = time.monotonic()
