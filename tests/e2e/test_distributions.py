@@ -49,13 +49,7 @@ def test_the_wheel_holds_the_package_with_its_data_and_nothing_else(wheel):
     source = {name.removeprefix("src/"): (ROOT / name).read_bytes() for name in in_repository("src")}
     assert code.keys() == source.keys()
     assert [name for name in code if code[name] != source[name]] == []
-    data = {
-        "py.typed",
-        "run.schema.json",
-        "quickstart/run.yaml",
-        "runs/report/page.html",
-        "dashboard/templates/run.html",
-    }
+    data = {"py.typed", "run.schema.json", "quickstart/run.yaml", "runs/report/page.html", "dashboard/templates/run.html"}
     assert {f"online_dpo/{name}" for name in data} <= code.keys()
 
 
