@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 RECORD, LOG = "training.json", "log.txt"
-CHECKPOINTS = (10, 20, 30, 40, 50, 60, 80, 100, 125, 150, 200, 250, 300, 400, 500, 600, 800, 1000)
+CHECKPOINTS = (10, 20, 40, 60, 80, 100, 125, 150, 200, 250, 300, 400, 500, 600, 800, 1000)
 """The steps after which a checkpoint is written; one more at the end."""
 LINES_OF_LOG_SHOWN = 15
 SAME = ("row", "seed", "beta", "learning_rate")

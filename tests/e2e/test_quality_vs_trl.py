@@ -1,4 +1,4 @@
-"""The comparison of gold scores with TRL runs on models that know next to nothing, with equal settings on both sides."""
+"""The comparison of gold scores with TRL runs on models that know next to nothing, with equal settings of both."""
 
 import json
 import sys
