@@ -26,7 +26,8 @@ def test_links_into_the_repository_name_it_and_lead_to_what_is_there():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_of_the_pages_lead_to_what_is_there(page):
-    for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+    prose = re.sub(r"^ *```.*?^ *```|`[^`\n]*`", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for link in re.findall(r"\]\(([^)]+)\)", prose):
         file, _, heading = link.partition("#")
         if link.startswith("https://"):
             continue
