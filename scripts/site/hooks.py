@@ -2,7 +2,7 @@
 
 - The repository's own pages (changelog, security, contributing) are shown under Project.
 - Relative links that leave docs/ lead to one of these pages, or to the file on GitHub.
-- Pages of the recipes and of the blocks that are not run are made from these.
+- The page of the blocks that are not run is made from these.
 - Alerts of GitHub (``> [!NOTE]``) become admonitions of the theme.
 """
 
@@ -26,7 +26,7 @@ SHOWN = {
 """Pages of the repository's root, and where they stand on the site."""
 
 MADE = (
-    *("recipes.md", "project/not-run.md"),
+    "project/not-run.md",
     *(f"reference/{name}.md" for name in ("configuration", "metrics", "command-line")),
 )
 """Pages that nobody edits."""
@@ -42,24 +42,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         file = File.generated(config, place, content=(ROOT / name).read_text(encoding="utf-8"))
         file.edit_uri = f"../{name}"
         files.append(file)
-    for place, content in (("recipes.md", recipes_page(config)), ("project/not-run.md", not_run_page())):
-        files.append(File.generated(config, place, content=content))
+    files.append(File.generated(config, "project/not-run.md", content=not_run_page()))
     return files
-
-
-def recipes_page(config: MkDocsConfig) -> str:
-    """Each recipe with what it says of itself."""
-    head = (
-        "# Recipes\n\nRun files, one situation each. `online-dpo init NAME` writes one as a starting point. "
-        "Each says at its top what it needs, how it is started and what to expect.\n\n| recipe | what |\n|---|---|\n"
-    )
-    rows = []
-    for file in sorted((ROOT / "src/online_dpo/recipes").glob("*.yaml")):
-        _, _, text = file.read_text(encoding="utf-8").partition("# What\n")
-        what = " ".join(line.lstrip("# ") for line in text.partition("# Needs\n")[0].splitlines())
-        address = f"{config.repo_url}/blob/main/{file.relative_to(ROOT)}"
-        rows.append(f"| [{file.stem}]({address}) | {what.strip()} |\n")
-    return head + "".join(rows)
 
 
 def not_run_page() -> str:

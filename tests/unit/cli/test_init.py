@@ -188,3 +188,15 @@ def test_the_page_has_the_present_table(tmp_path):
 
 def test_the_package_has_the_folder_of_the_repository():
     assert (ROOT / "recipes").resolve() == FOLDER.resolve()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_metrics_and_fields_that_a_header_names_exist(name):
+    metrics = (ROOT / "docs" / "reference" / "metrics.md").read_text()
+    recipe = read_recipe(name)
+    for word in re.findall(r"`([^`]+)`", f"{recipe.what} {recipe.needs} {recipe.expect}"):
+        group, slash, _ = word.partition("/")
+        if slash and re.fullmatch("[a-z_/]+", word) and group != "runs":
+            assert f"`{word}`" in metrics or group == "dropped", word
+        elif re.fullmatch("[a-z]+_[a-z_]+", word):
+            assert word in FIELDS or word == "judge_kwargs", word
