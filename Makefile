@@ -152,6 +152,16 @@ ci-distributed: $(STAMP)
 
 ci-browser: test-browser
 
+test-docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	$(PYTEST) tests/docs
+
+ci-docs: test-docs
+
+# no part of CI: it asks other hosts
+links:
+	$(PYTHON) scripts/site/links.py
+
 ci-e2e: $(STAMP)
 	$(PYTEST) -m "not slow" tests/e2e --ignore tests/e2e/test_quickstart.py --ignore tests/e2e/test_distributions.py
 
@@ -295,8 +305,9 @@ docs: pages
 pages: $(STAMP)
 	$(BIN)/python -m online_dpo.cli.runfile.configuration_page > docs/reference/configuration.md
 	$(BIN)/python -m online_dpo.training.metrics.page > docs/reference/metrics.md
+	$(BIN)/python scripts/site/command_line.py
 	$(BIN)/online-dpo schema > src/online_dpo/run.schema.json
-	PYTHONPATH=tests $(BIN)/python -m faults.table docs/project/reliability.md
+	PYTHONPATH=tests $(BIN)/python -m faults.table docs/project/reliability-table.md
 	$(BIN)/python -m online_dpo.sizing.page docs/guides/several-gpus.md
 
 format: $(STAMP)

@@ -19,10 +19,14 @@ def problems(tag: str, root: Path = ROOT) -> list[str]:
     changelog = (root / "CHANGELOG.md").read_text()
     found = []
     if tag != f"v{version}":
-        found.append(f"the tag is {tag or 'missing'}, and the version in src/online_dpo/__init__.py asks for v{version}")
+        found.append(
+            f"the tag is {tag or 'missing'}, and the version in src/online_dpo/__init__.py asks for v{version}"
+        )
     if cited != version:
         found.append(f"CITATION.cff says {cited}, src/online_dpo/__init__.py {version}")
-    section = re.search(rf"^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d\n(.*?)(?=^## |\Z)", changelog, re.DOTALL | re.MULTILINE)
+    section = re.search(
+        rf"^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d\n(.*?)(?=^## |\Z)", changelog, re.DOTALL | re.MULTILINE
+    )
     if section is None:
         found.append(f"CHANGELOG.md has no section `## [{version}] - YEAR-MONTH-DAY`")
     elif not re.search(r"^- ", section[1], re.MULTILINE):
