@@ -12,6 +12,7 @@
 #   make test-browser the dashboard in a real browser: Debian's Chromium, which it installs where it may
 #   make test-faults  faults in real runs of the command line: killed, full disks, hostile files; test-faults-all: the longer list
 #   make soak         10,000 tiny steps in one process: memory, threads, open files and child processes stay as they are
+#   make test-recipes  every recipe by its own command, with tiny models
 #   make figures      what other feedback and methods are worth on the quickstart
 #   make benchmark    time and memory of a step against TRL's
 #   make gpu          on a machine with a GPU: all that awaits one, 25 minutes at a time; PARTS="card head": only these
@@ -75,7 +76,7 @@ SEAMS := tests/unit/test_versions.py tests/unit/modeling/test_patching.py tests/
 # first needed. What a part prints comes in one piece (-O). When one fails, no other is begun. What is marked slow, and the
 # newest versions (constraints.txt has them but for torch), are left to make test-all.
 # The longest come first, so that both cores have work until the end.
-CI_PARTS := lint ci-unit ci-distributed ci-faults ci-e2e ci-integration ci-vllm ci-vllm-servers ci-ray ci-seams-oldest ci-wheel ci-browser
+CI_PARTS := lint ci-unit ci-distributed ci-faults ci-e2e ci-recipes ci-integration ci-vllm ci-vllm-servers ci-ray ci-seams-oldest ci-wheel ci-browser
 # about half of the time of all that use vLLM
 VLLM_SERVERS := $(addprefix tests/vllm_engines/test_,server.py broadcast.py judge.py ranks.py)
 # what needs a vLLM server runs in its environment
@@ -83,7 +84,7 @@ RAY_SERVERS := tests/ray_cluster/test_servers.py
 # setuptools writes into src/ when it installs this package: not into two environments at once
 after = $(if $(IN_TURN),| $(1))
 
-.PHONY: audit gpu venv quickstart smoke test test-slow test-distributed test-e2e test-faults test-faults-all test-ray soak pictures test-vllm test-oldest test-newest test-seams test-all test-browser \
+.PHONY: audit gpu venv quickstart smoke test test-slow test-distributed test-e2e test-faults test-faults-all test-recipes test-ray soak pictures test-vllm test-oldest test-newest test-seams test-all test-browser \
 	ci ci-seams-newest $(CI_PARTS) chromium figures benchmark lint lint-files format docs pages dist test-wheel release-check clean
 .DELETE_ON_ERROR:
 
@@ -124,6 +125,8 @@ chromium:
 		apt-get update -q && apt-get install -qy --no-install-recommends chromium; \
 	else echo "Tests in a browser need Chromium. As root: apt-get install chromium" >&2; exit 1; fi
 
+test-recipes: ci-recipes
+
 test-faults: $(STAMP)
 	$(PYTEST) -n 2 --dist worksteal tests/faults
 
@@ -146,6 +149,10 @@ ci-integration: $(STAMP)
 
 ci-faults: $(STAMP)
 	$(PYTEST) tests/faults
+
+# each recipe by its own command, for two steps
+ci-recipes: $(STAMP)
+	$(PYTEST) tests/recipes
 
 ci-distributed: $(STAMP)
 	$(PYTEST) -m "not slow" tests/distributed
@@ -257,7 +264,7 @@ test-seams: $(OLDEST_STAMP) $(NEWEST_STAMP)
 
 in_venv = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(1)/bin/python -m pytest -q -m "not slow" -p no:cacheprovider
 
-test-all: test test-slow test-browser test-faults test-distributed test-vllm test-ray test-oldest test-newest test-e2e
+test-all: test test-slow test-recipes test-browser test-faults test-distributed test-vllm test-ray test-oldest test-newest test-e2e
 
 # the table of "Try it on the quickstart" in docs/guides/judges.md: 15 minutes on an idle machine of 2 cores
 figures: $(STAMP)

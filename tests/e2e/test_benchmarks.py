@@ -14,6 +14,7 @@ from online_dpo.rollout.builtin import engine
 from online_dpo.rollout.builtin.engine import TransformersEngine
 from online_dpo.rollout.params import RolloutKey, SamplingParams
 from online_dpo.types import Prompt
+from support.busy import soon
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -180,8 +181,11 @@ def test_a_worker_on_a_card_sees_one_card(monkeypatch):
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         if given:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
-        with Worker(job("ours", device="cuda"), limit=0.3) as worker:
-            environment = Path(f"/proc/{worker._process.pid}/environ").read_text().split("\0")
+        with Worker(job("ours", device="cuda")) as worker:
+            told = Path(f"/proc/{worker._process.pid}/environ")
+            soon(told.read_text)  # the kernel shows none for a moment, and none of a process that has ended
+            environment = told.read_text().split("\0")
+            worker._process.kill()
         assert f"CUDA_VISIBLE_DEVICES={expected}" in environment
 
 

@@ -82,7 +82,7 @@ def test_gsm8k_recipe_raises_its_reward(tmp_path):
     tokenizer.save_pretrained(tmp_path / "policy")
 
     done = online_dpo(
-        *("train", "recipes/gsm8k_format.yaml", *SMALL),
+        *("train", "recipes/gsm8k.yaml", *SMALL),
         *("--dataset_name", DATA / "gsm8k-train.jsonl", "--dataset_config", "null"),
         *("--model_name_or_path", tmp_path / "policy", "--output_dir", tmp_path / "run"),
         *("--max_length", 320, "--max_new_tokens", 64, "--learning_rate", 3e-4, "--max_steps", 30),
@@ -120,7 +120,7 @@ def test_hh_recipe_raises_the_reward_models_score(tmp_path):
         tokenizer.save_pretrained(tmp_path / name)
 
     done = online_dpo(
-        *("train", "recipes/hh_reward_model.yaml", *SMALL),
+        *("train", "recipes/hh.yaml", *SMALL),
         *("--dataset_name", DATA / "hh-rlhf-harmless-base-test.jsonl.gz"),
         *("--model_name_or_path", tmp_path / "policy", "--reward_model_path", tmp_path / "reward"),
         *("--output_dir", tmp_path / "run", "--max_prompt_length", 48, "--max_new_tokens", 32, "--num_completions", 4),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from huggingface_hub.constants import HF_HUB_CACHE  # noqa: F401  (imported before a test changes the environment)
+import yaml
 
 from online_dpo.cli.main import main
 from online_dpo.cli.recipes import read_recipe, recipe_names
@@ -16,7 +17,7 @@ from support.endpoint import serving
 from support.llm_judges import longer_wins
 from support.recipe_runs import SMALL, Recipes, launch, options
 
-ONE_PROCESS_LESS = {"use_vllm": "false"}
+WITHOUT_VLLM = {"use_vllm": "false"}
 """vLLM is in an environment of its own: tests/vllm_engines runs these recipes with it."""
 CHANGES: dict[str, dict] = {
     "fsdp2": {},
@@ -31,16 +32,18 @@ CHANGES: dict[str, dict] = {
     "qlora": {},
     "ray": {"max_staleness": 0},
     "reward-model": {},
-    "semi-online": ONE_PROCESS_LESS,
+    "semi-online": WITHOUT_VLLM,
     "slurm": {},
     "thinking": {},
     "tldr": {"eval_limit": 4},
-    "vllm": ONE_PROCESS_LESS,
-    "vllm-server": ONE_PROCESS_LESS,
+    "vllm": WITHOUT_VLLM,
+    "vllm-server": WITHOUT_VLLM,
     "xpo": {},
     "zero3": {},
 }
 """What a recipe needs changed beside `SMALL`. A new recipe needs a line."""
+OF_THE_MACHINE = ("memory", "device", "disk")
+"""What the doctor finds here says nothing of the GPUs that a recipe is for."""
 SAID = {
     "fsdp2": "FSDP2 over 2 processes",
     "slurm": "FSDP2 over 2 processes",
@@ -69,8 +72,6 @@ def beside(name: str, folder: Path):
     if name != "llm-judge":
         yield {}
         return
-    import yaml
-
     with serving(longer_wins) as endpoint:
         kwargs = yaml.safe_load((folder / "llm-judge.yaml").read_text())["judge_kwargs"]
         yield {"judge_kwargs": kwargs | {"base_url": endpoint.url, "cache": str(folder / "cache.sqlite3")}}
@@ -95,10 +96,16 @@ def test_what_init_wrote_runs(recipes, tmp_path, name):
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_the_doctor_has_no_objection(recipes, tmp_path, name):
-    """Its light checks, of the recipe as it is but for the GPU."""
+    """The light checks of the doctor, by the recipe's own line, of the recipe as it is but for GPU and vLLM."""
     assert main(["init", name, "--to", str(tmp_path)]) == 0
+    [words] = [shlex.split(command)[1:] for command in read_recipe(name).commands if " doctor " in command]
+    absent = WITHOUT_VLLM if CHANGES[name] is WITHOUT_VLLM else {}
     with beside(name, tmp_path) as needed:
-        words = ["doctor", f"{name}.yaml", "--quick", "--json", *options(needed | {"use_cpu": "true"})]
-        [ended] = recipes.run(tmp_path, words)
-    found = json.loads(ended.stdout)
-    print(found)
+        more = options(needed | absent | {"use_cpu": "true"})
+        [ended] = recipes.run(tmp_path, [*words, "--quick", "--json", *more])
+    assert not ended.hung and ended.code in (0, 1), ended.printed
+    found = json.loads(ended.stdout)["findings"]
+    objections = [finding for finding in found if finding["mark"] in ("problem", "warning")]
+    about = [finding["found"] for finding in objections if finding["check"] not in OF_THE_MACHINE]
+    assert [text for text in about if not absent or "vllm" not in text] == []
+    assert {"prompts", "settings", "run file"} <= {finding["check"] for finding in found if finding["mark"] == "ok"}

@@ -1,4 +1,4 @@
-"""Runs of recipes: each by its own command, with smaller settings behind it, in forks of a process that has imported all.
+"""Runs of recipes: each by its own command, with smaller settings, in forks of a process that has imported all.
 
 The models and datasets that recipes name come from `support.hub`.
 """
@@ -100,15 +100,14 @@ def by_accelerate(folder: Path, words: Sequence[str]) -> dict[str, str]:
     os.chdir(folder)
     try:
         arguments = launch_command_parser().parse_args([*words, "--num_processes", "2", "train.py"])
-        arguments, _, _ = _validate_launch_command(arguments)
+        arguments, defaults, _ = _validate_launch_command(arguments)
     finally:
         os.chdir(at)
     if arguments.use_deepspeed:
-        _, variables = prepare_deepspeed_cmd_env(arguments)
-        return {name: value for name, value in variables.items() if os.environ.get(name) != value} | {
-            "DS_ACCELERATOR": "cpu"
-        }
-    variables = prepare_multi_gpu_env(arguments)
+        arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        variables = prepare_deepspeed_cmd_env(arguments)[1] | {"DS_ACCELERATOR": "cpu"}
+    else:
+        variables = prepare_multi_gpu_env(arguments)
     return {name: value for name, value in variables.items() if os.environ.get(name) != value}
 
 

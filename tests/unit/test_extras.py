@@ -1,4 +1,4 @@
-"""Optional dependencies: every extra that is named exists, is described, and brings what its users are told it brings."""
+"""Optional dependencies: every extra that is named exists, is described, and brings what messages say it brings."""
 
 import re
 import tomllib
@@ -13,7 +13,7 @@ from online_dpo.config.requirements import FLAGS, QLORA, RAY, SHARDING, TRACKERS
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-FOR_DEVELOPERS = {"bench", "dev"}
+FOR_DEVELOPERS = {"bench", "dev", "docs"}
 READ = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
@@ -69,7 +69,14 @@ def test_what_an_extra_asks_for_is_what_is_developed_with(extra):
 def test_what_is_missing_is_told_with_the_extra_that_brings_it():
     """The modules that a message says are missing are those of the extra it names."""
     brings = {extra: {Requirement(line).name for line in lines} for extra, lines in EXTRAS.items()}
-    needs = [*FLAGS.values(), QLORA, RAY, SHARDING, TRACKERS["deepspeed"]]
+    needs = [
+        *FLAGS.values(),
+        QLORA,
+        RAY,
+        SHARDING["deepspeed"],
+        *(TRACKERS[name] for name in EXTRAS if name in TRACKERS),
+    ]
+    assert len(needs) == 9
     for need in needs:
         [extra] = named(f"pip install {need.install}")
         assert {module.partition("|")[0] for module in need.modules} <= brings[extra], need

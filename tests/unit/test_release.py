@@ -13,7 +13,20 @@ SPEC = importlib.util.spec_from_file_location("check_release", ROOT / "scripts/c
 check_release = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(check_release)
 
-READY = "# Changelog\n\n## [Unreleased]\n\n## [1.2.0] - 2026-01-31\n\n### Added\n\n- Something.\n\n## [1.1.0] - 2025-12-01\n\n- Old.\n"
+READY = """# Changelog
+
+## [Unreleased]
+
+## [1.2.0] - 2026-01-31
+
+### Added
+
+- Something.
+
+## [1.1.0] - 2025-12-01
+
+- Old.
+"""
 
 
 @pytest.fixture

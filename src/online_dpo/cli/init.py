@@ -102,7 +102,6 @@ def _listing() -> list[str]:
 
 def _what_next(recipe: Recipe, folder: Path, files: dict[str, str]) -> list[str]:
     """What was written, what to change in it, and what to run."""
-    *first, last = recipe.commands
     change = [name for name in CHANGE if f"\n{name}:" in recipe.text]
     return [
         recipe.what,
@@ -111,7 +110,7 @@ def _what_next(recipe: Recipe, folder: Path, files: dict[str, str]) -> list[str]
         f"Change: {', '.join(f'`{name}`' for name in change)} in {folder / recipe.file}.",
         "Then run:",
         *([] if folder == Path() else [f"  cd {shlex.quote(str(folder))}"]),
-        *(f"  {command}" for command in (*first, f"online-dpo doctor {recipe.file}", last)),
+        *(f"  {command}" for command in recipe.commands),
         f"Expect: {recipe.expect}",
     ]
 

@@ -48,13 +48,13 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-def read_recipe(name: str) -> Recipe:
-    """Read a recipe of the package.
+def read_recipe(name: str, folder: Path = FOLDER) -> Recipe:
+    """Read a recipe, of the package if no other folder is given.
 
     Raises:
         ValueError: its header does not have the form that all recipes have.
     """
-    text = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+    text = (folder / f"{name}.yaml").read_text(encoding="utf-8")
     header = text.partition("\n\n")[0].splitlines()
     parts = _parts(name, header)
     named = [word for word in _FILE.findall(text.removeprefix(header[0])) if "/" in word or word.endswith(".sbatch")]
@@ -65,7 +65,7 @@ def read_recipe(name: str) -> Recipe:
         needs=" ".join(parts["Needs"]),
         commands=tuple(parts["Command"]),
         expect=" ".join(parts["Expect"]),
-        files=tuple(dict.fromkeys(word for word in named if (FOLDER / word).is_file())),
+        files=tuple(dict.fromkeys(word for word in named if (folder / word).is_file())),
     )
 
 

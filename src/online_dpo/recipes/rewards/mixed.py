@@ -61,6 +61,7 @@ def plain(result: str) -> str:
 
 
 def followed(text: str, truth: str) -> float | None:
+    """1 or 0 by the check that a row names, None if `CHECKS` lacks it."""
     arguments = json.loads(truth)
     check = CHECKS.get(arguments["func_name"])
     return None if check is None else float(check(text, arguments))
@@ -77,8 +78,9 @@ CHECKS: dict[str, Callable[[str, dict[str, Any]], bool]] = {
     "validate_forbidden_words": lambda text, given: all(
         word.lower() not in text.lower() for word in given["forbidden_words"]
     ),
-    "verify_paragraph_count": lambda text, given: len([part for part in text.split("***") if part.strip()])
-    == given["N"],
+    "verify_paragraph_count": lambda text, given: (
+        len([part for part in text.split("***") if part.strip()]) == given["N"]
+    ),
     "verify_postscript": lambda text, given: given["postscript_marker"] in text,
 }
 """The checks by their names in the dataset. It has more; add those that you need."""
