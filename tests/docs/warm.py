@@ -131,9 +131,7 @@ def serve(listener: socket.socket) -> None:
 
 
 def has_gone(client: socket.socket) -> bool:
-    """Whether a client has closed its end. What it sends is for its child: it is looked at, and neither taken nor waited
-    for.
-    """
+    """Whether a client has closed its end. What it sends is for its child: here it is neither taken nor waited for."""
     try:
         return not client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
     except BlockingIOError:  # the child was quicker
