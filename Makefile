@@ -23,6 +23,7 @@
 #   make audit        known weaknesses in the versions of constraints.txt; it needs the network, and runs once a week
 #   make ci           everything that CI checks, two parts at a time: .ci/run
 #   make pages        what is made from the code: the pages of configuration, metrics and command line, the schema of run files, the tables of two pages
+#   make pictures     the pictures in docs/images, of runs that it makes: a quarter of an hour, and Chromium as for make test-browser
 #   make docs         the documentation site in site/: make pages, then mkdocs, strict
 #   make links        addresses on the net in pages: does each answer? It needs the network
 #   make test-docs    every block of code in README.md and docs/
@@ -83,7 +84,7 @@ RAY_SERVERS := tests/ray_cluster/test_servers.py
 # setuptools writes into src/ when it installs this package: not into two environments at once
 after = $(if $(IN_TURN),| $(1))
 
-.PHONY: audit gpu venv quickstart smoke test test-slow test-distributed test-e2e test-faults test-faults-all test-recipes test-ray soak test-vllm test-oldest test-newest test-seams test-all test-browser \
+.PHONY: audit gpu venv quickstart smoke test test-slow test-distributed test-e2e test-faults test-faults-all test-recipes test-ray soak pictures test-vllm test-oldest test-newest test-seams test-all test-browser \
 	ci ci-seams-newest $(CI_PARTS) chromium figures benchmark lint lint-files format docs pages dist test-wheel release-check clean
 .DELETE_ON_ERROR:
 
@@ -157,6 +158,16 @@ ci-distributed: $(STAMP)
 	$(PYTEST) -m "not slow" tests/distributed
 
 ci-browser: test-browser
+
+test-docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	$(PYTEST) tests/docs
+
+ci-docs: test-docs
+
+# no part of CI: it asks other hosts
+links:
+	$(PYTHON) scripts/site/links.py
 
 ci-e2e: $(STAMP)
 	$(PYTEST) -m "not slow" tests/e2e --ignore tests/e2e/test_quickstart.py --ignore tests/e2e/test_distributions.py
@@ -267,9 +278,12 @@ benchmark: $(STAMP)
 gpu:
 	$(PYTHON) benchmarks/gpu.py $(if $(PARTS),--parts $(PARTS))
 
+pictures: $(STAMP) $(CHROMIUM)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/pictures.py docs/images
+
 lint: $(STAMP)
-	$(BIN)/ruff check src tests benchmarks recipes scripts
-	$(BIN)/ruff format --check src tests benchmarks recipes scripts
+	$(BIN)/ruff check src tests benchmarks examples recipes scripts
+	$(BIN)/ruff format --check src tests benchmarks examples recipes scripts
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/bandit -q -c pyproject.toml -r src scripts
@@ -298,13 +312,14 @@ docs: pages
 pages: $(STAMP)
 	$(BIN)/python -m online_dpo.cli.runfile.configuration_page > docs/reference/configuration.md
 	$(BIN)/python -m online_dpo.training.metrics.page > docs/reference/metrics.md
+	$(BIN)/python scripts/site/command_line.py
 	$(BIN)/online-dpo schema > src/online_dpo/run.schema.json
-	PYTHONPATH=tests $(BIN)/python -m faults.table docs/project/reliability.md
+	PYTHONPATH=tests $(BIN)/python -m faults.table docs/project/reliability-table.md
 	$(BIN)/python -m online_dpo.sizing.page docs/guides/several-gpus.md
 
 format: $(STAMP)
-	$(BIN)/ruff check --fix src tests benchmarks recipes scripts
-	$(BIN)/ruff format src tests benchmarks recipes scripts
+	$(BIN)/ruff check --fix src tests benchmarks examples recipes scripts
+	$(BIN)/ruff format src tests benchmarks examples recipes scripts
 
 clean:
 	rm -rf site $(VENV) $(AUDIT_VENV) $(FILES_VENV) $(CITATION_VENV) .venv-wheel-* $(VLLM_VENV) $(OLDEST_VENV) $(NEWEST_VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis

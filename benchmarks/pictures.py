@@ -30,6 +30,12 @@ JUDGE = {"model": "rubric", "template": "reasoned", "cache": None, "input_price"
 AGAIN = ("train", "runs/quickstart/run.yaml", "--logging_steps", "1", "--save_strategy", "no", "--output_dir")
 
 
+SHORT_PATHS = r"""() => {
+  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (texts.nextNode()) texts.currentNode.data = texts.currentNode.data.replace(/\S*\/(?=runs\/)/, "");
+}"""
+
+
 def main() -> None:
     """Make the runs that are not there yet, serve them, and take the pictures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -91,8 +97,9 @@ def take(browser: Browser, address: str, file: Path, height: int, shoot: Shoot =
 
 
 def runs(page: Page, base: str) -> None:
-    """All runs."""
+    """All runs, with paths as they are from their folder."""
     page.locator("main table a").first.wait_for()
+    page.evaluate(SHORT_PATHS)
 
 
 def charts(page: Page, base: str) -> None:
@@ -101,7 +108,6 @@ def charts(page: Page, base: str) -> None:
     page.get_by_label("Choose xpo").check()
     page.get_by_role("button", name="Overlay charts of the chosen").click()
     page.locator("canvas").first.wait_for()
-    page.locator("#filter").focus()
     page.wait_for_timeout(3000)
 
 
@@ -112,6 +118,7 @@ def page_of(run: str, path: str) -> Shoot:
         link = page.get_by_role("link", name=run, exact=True).first.get_attribute("href")
         page.goto(f"{base}{link}{path}")
         page.wait_for_timeout(1500)
+        page.locator("[data-reading]").wait_for(state="detached", timeout=120_000)
 
     return shoot
 

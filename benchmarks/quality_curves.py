@@ -18,6 +18,8 @@ Curves = Mapping[str, Mapping[str, Sequence[Point]]]
 """The points of each row, by seed."""
 Measure = Callable[[Point], float]
 
+BEGIN = "<!-- quality: python benchmarks/quality_vs_trl.py --chart -->"
+END = "<!-- end of quality -->"
 SHARES = (0.125, 0.25, 0.5, 1.0)
 """Of the seconds that every training had, where rows are compared."""
 KLS = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
@@ -96,19 +98,45 @@ def tables(result: Mapping[str, Any]) -> str:
     """Two tables in Markdown, as the page on performance shows them."""
     titles = {name: row["title"] for name, row in result["rows"].items()}
     comparison = result["comparison"]
-    return (
-        _table("CPU seconds of training", comparison["equal_seconds"], titles, "{:.0f}")
-        + "\n"
-        + _table("KL to the start, nats", comparison["equal_kl"], titles, "{:.0f}")
+    steps = [f"{titles[name]} {seconds:.2f}" for name, seconds in comparison["seconds_a_step"].items()]
+    return "\n\n".join(
+        (
+            _table("CPU seconds of training", comparison["equal_seconds"], titles),
+            _table("KL to the start, nats", comparison["equal_kl"], titles),
+            f"CPU seconds a step: {', '.join(steps)}. Seeds: {', '.join(next(iter(result['points'].values())))}.",
+        )
     )
 
 
-def _table(heading: str, places: Sequence[Mapping[str, Any]], titles: Mapping[str, str], number: str) -> str:
-    lines = [" | ".join(["", heading, *titles.values(), ""]).strip(" "), "|---:" * (1 + len(titles)) + "|"]
+def _table(heading: str, places: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> str:
+    lines = [f"| {heading} | {' | '.join(titles.values())} |", "|" + "---:|" * (1 + len(titles))]
     for place in places:
-        cells = [number.format(place["at"]), *(spread(place["gold"][name]) for name in titles)]
+        cells = [f"{place['at']:.3g}", *(spread(place["gold"][name]) for name in titles)]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
+
+
+def readme_rows(result: Mapping[str, Any]) -> list[str]:
+    """The rows of the README's table: TRL, and ours with the same settings."""
+    last, middle = result["comparison"]["equal_seconds"][-1], _middle(result["comparison"]["equal_kl"])
+    return [
+        f"| gold score {what} | {place['gold']['trl']['mean']:.1f} | {place['gold']['ours-pairs']['mean']:.1f} |"
+        for what, place in (
+            (f"after {last['at']:.0f} CPU seconds of training", last),
+            (f"at a KL of {middle['at']:.0f} nats", middle),
+        )
+    ]
+
+
+def _middle(places: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    return places[len(places) // 2]
+
+
+def with_tables(page: str, result: Mapping[str, Any]) -> str:
+    """The page with the tables between its marks."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n\n{tables(result)}\n\n{END}{after}"
 
 
 def spread(row: Mapping[str, float]) -> str:

@@ -15,10 +15,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-RECORD = "training.json"
-CHECKPOINTS = (5, 10, 15, 20, 30, 40, 50, 60, 80, 100, 125, 150, 200, 250, 300, 400, 500, 600, 800, 1000)
+RECORD, LOG = "training.json", "log.txt"
+CHECKPOINTS = (10, 20, 40, 60, 80, 100, 125, 150, 200, 250, 300, 400, 500, 600, 800, 1000)
 """The steps after which a checkpoint is written; one more at the end."""
 LINES_OF_LOG_SHOWN = 15
+SAME = ("row", "seed", "beta", "learning_rate")
+"""What a training that is kept must have in common with the one that is asked for, beside its length."""
 
 
 @dataclass(frozen=True)
@@ -135,26 +137,28 @@ def train(training: Training) -> None:
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             now = time.process_time()
             used = now - self.begun
-            control.should_training_stop |= used >= training.seconds
+            control.should_training_stop |= used >= training.seconds or state.global_step == training.steps
             if state.global_step in CHECKPOINTS or control.should_training_stop:
                 name = f"step-{state.global_step}"
                 trainer.save_model(str(folder / name))
                 points.append({"step": state.global_step, "cpu_seconds": used, "folder": name})
+                record = {"training": asdict(training), "points": points}
+                (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
             self.begun += time.process_time() - now
 
     trainer.add_callback(Clock())
     trainer.train()
-    (folder / RECORD).write_text(json.dumps({"training": asdict(training), "points": points}, indent=1) + "\n")
 
 
 def train_in_a_process(training: Training) -> list[dict[str, Any]]:
-    """The points of a training; one that has been done is not done again.
+    """The points of a training, done in a process of its own unless its folder has one that is long enough.
 
     Raises:
-        SystemExit: the process failed; its last lines are shown.
+        SystemExit: the process failed; its last lines are shown. Or the folder has a training with other settings.
     """
     folder = Path(training.folder)
-    if not (folder / RECORD).exists():
+    points = kept_points(training)
+    if points is None:
         folder.mkdir(parents=True, exist_ok=True)
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",
@@ -163,15 +167,32 @@ def train_in_a_process(training: Training) -> list[dict[str, Any]]:
             "HF_HUB_OFFLINE": "1",
             "TRL_EXPERIMENTAL_SILENCE": "1",
         }
-        words = [sys.executable, __file__, json.dumps(asdict(training))]
-        done = subprocess.run(words, capture_output=True, text=True, env=environment)
-        if done.returncode:
-            last = "\n".join(done.stderr.splitlines()[-LINES_OF_LOG_SHOWN:])
+        with (folder / LOG).open("w") as log:
+            words = [sys.executable, __file__, json.dumps(asdict(training))]
+            done = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        points = kept_points(training)
+        if done.returncode or points is None:
+            last = "\n".join((folder / LOG).read_text().splitlines()[-LINES_OF_LOG_SHOWN:])
             raise SystemExit(f"the training {training.row}, seed {training.seed}, has failed:\n{last}")
-    record = json.loads((folder / RECORD).read_text())
-    if record["training"] | {"start": training.start, "folder": training.folder} != asdict(training):  # it may be moved
-        raise SystemExit(f"{folder} has a training with other settings: give another --folder")
-    return record["points"]
+    return points
+
+
+def kept_points(training: Training) -> list[dict[str, Any]] | None:
+    """The points that a training's folder has, up to its last step; ``None`` where it did not get that far."""
+    file = Path(training.folder) / RECORD
+    if not file.exists():
+        return None
+    record = json.loads(file.read_text())
+    if [record["training"][name] for name in SAME] != [getattr(training, name) for name in SAME]:
+        raise SystemExit(f"{training.folder} has a training with other settings: give another --folder")
+    points = []
+    for point in record["points"]:
+        is_last = point["cpu_seconds"] >= training.seconds or point["step"] >= training.steps
+        if is_last or point["step"] in CHECKPOINTS:
+            points.append(point)
+        if is_last:
+            return points
+    return None
 
 
 if __name__ == "__main__":

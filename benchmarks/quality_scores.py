@@ -27,16 +27,19 @@ def scored(points: list[dict[str, Any]], start: Path, run: Path, held_out: HeldO
     """
     file = run / SCORES
     known = json.loads(file.read_text()) if file.exists() else {}
-    for point in [{"folder": str(start / "policy")}, *points]:
-        if point["folder"] not in known:
-            known[point["folder"]] = _scores(run / point["folder"], start, held_out)
+    models = [start / "policy", *(run / point["folder"] for point in points)]
+    scores = []
+    for model in models:
+        key = f"{model.name}, {held_out.prompts} prompts, seed {held_out.seed}"
+        if key not in known:
+            known[key] = _scores(model, start, held_out)
             file.write_text(json.dumps(known, indent=1) + "\n")
-    first = {"step": 0, "cpu_seconds": 0.0, **known[str(start / "policy")]}
-    return [first, *({**_without_folder(point), **known[point["folder"]]} for point in points)]
-
-
-def _without_folder(point: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in point.items() if name != "folder"}
+        scores.append(known[key])
+    times = [{"step": 0, "cpu_seconds": 0.0}, *points]
+    return [
+        {"step": time["step"], "cpu_seconds": time["cpu_seconds"], **score}
+        for time, score in zip(times, scores, strict=True)
+    ]
 
 
 def _scores(model: Path, start: Path, held_out: HeldOut) -> dict[str, Any]:
@@ -62,4 +65,4 @@ def _scores(model: Path, start: Path, held_out: HeldOut) -> dict[str, Any]:
     results = score_answers(answers, build_scorers([rubric_score], None, args, state=None), None, NO_PENALTIES)
     figures = compare(results, held_out.seed)
     gold = {name: figures["score"]["model"][name] for name in ("value", "low", "high")}
-    return {"prompts": figures["prompts"], "gold": gold, "kl": figures["kl"]}
+    return {"gold": gold, "kl": figures["kl"]}

@@ -1,7 +1,7 @@
 """What training is worth: the gold score of our trainer and of TRL's, at equal compute and at equal KL.
 
     python benchmarks/quality_vs_trl.py --json benchmarks/results/quality-cpu.json
-    python benchmarks/quality_vs_trl.py --chart                                  # docs/images/quality-vs-trl.svg
+    python benchmarks/quality_vs_trl.py --chart                                  # the chart and the page's tables
     python benchmarks/quality_vs_trl.py --tiny --seconds 2 --seeds 0             # does it work?
 
 Both train the quickstart's policy on its reward model and prompts, with the same settings, for the same CPU seconds.
@@ -26,12 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from measure import describe_machine, versions
-from quality_curves import chart, compared, tables
+from quality_curves import chart, compared, readme_rows, tables, with_tables
 from quality_runs import ROWS, Training, shared_settings, train_in_a_process
 from quality_scores import HeldOut, scored
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "quality-cpu.json"
+PAGE = ROOT / "docs" / "project" / "performance.md"
 CHART = ROOT / "docs" / "images" / "quality-vs-trl.svg"
 OF_ONE_RUN = ("output_dir", "seed", "max_steps")
 
@@ -39,8 +40,10 @@ OF_ONE_RUN = ("output_dir", "seed", "max_steps")
 def main() -> None:
     options = parse_options()
     if options.chart:
-        CHART.write_text(chart(json.loads(RESULTS.read_text())))
-        print(f"{CHART.relative_to(ROOT)} shows {RESULTS.relative_to(ROOT)}")
+        result = json.loads(RESULTS.read_text())
+        CHART.write_text(chart(result))
+        PAGE.write_text(with_tables(PAGE.read_text(), result))
+        print("\n".join(["For the README:", *readme_rows(result)]))
         return
     if importlib.util.find_spec("trl") is None:
         print("quality_vs_trl.py: error: trl is not installed: pip install 'online-dpo[bench]'", file=sys.stderr)
@@ -48,8 +51,6 @@ def main() -> None:
     with nullcontext(options.folder) if options.folder else tempfile.TemporaryDirectory() as folder:
         result = measure(Path(folder).absolute(), options)
     print(tables(result))
-    for row, seconds in result["comparison"]["seconds_a_step"].items():
-        print(f"{result['rows'][row]['title']}: {seconds:.2f} CPU seconds a step")
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 
@@ -72,9 +73,7 @@ def parse_options() -> argparse.Namespace:
     )
     add("--tiny", action="store_true", help="models that know nothing, to see that it works")
     add("--json", type=Path, help="file to write all figures to")
-    add(
-        "--chart", action="store_true", help=f"draw {CHART.relative_to(ROOT)} from {RESULTS.relative_to(ROOT)}, and end"
-    )
+    add("--chart", action="store_true", help="write chart and tables of the stored figures into docs, and end")
     return parser.parse_args()
 
 

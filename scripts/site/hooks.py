@@ -2,6 +2,7 @@
 
 - The repository's own pages (changelog, security, contributing) are shown under Project.
 - Relative links that leave docs/ lead to one of these pages, or to the file on GitHub.
+- Pages of the recipes and of the blocks that are not run are made from these.
 - Alerts of GitHub (``> [!NOTE]``) become admonitions of the theme.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+import sys
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -23,6 +25,12 @@ SHOWN = {
 }
 """Pages of the repository's root, and where they stand on the site."""
 
+MADE = (
+    *("recipes.md", "project/not-run.md"),
+    *(f"reference/{name}.md" for name in ("configuration", "metrics", "command-line")),
+)
+"""Pages that nobody edits."""
+
 LINK = re.compile(r"(?<=\]\()([^()\s]+)(?=\))")
 ALERT = re.compile(r"^> \[!(NOTE|TIP|IMPORTANT|WARNING|CAUTION)\] *\n((?:>.*\n?)+)", re.MULTILINE)
 KINDS = {"IMPORTANT": "info", "CAUTION": "danger"}
@@ -34,7 +42,34 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         file = File.generated(config, place, content=(ROOT / name).read_text(encoding="utf-8"))
         file.edit_uri = f"../{name}"
         files.append(file)
+    for place, content in (("recipes.md", recipes_page(config)), ("project/not-run.md", not_run_page())):
+        files.append(File.generated(config, place, content=content))
     return files
+
+
+def recipes_page(config: MkDocsConfig) -> str:
+    """Each recipe with what it says of itself."""
+    head = (
+        "# Recipes\n\nRun files, one situation each. `online-dpo init NAME` writes one as a starting point. "
+        "Each says at its top what it needs, how it is started and what to expect.\n\n| recipe | what |\n|---|---|\n"
+    )
+    rows = []
+    for file in sorted((ROOT / "src/online_dpo/recipes").glob("*.yaml")):
+        _, _, text = file.read_text(encoding="utf-8").partition("# What\n")
+        what = " ".join(line.lstrip("# ") for line in text.partition("# Needs\n")[0].splitlines())
+        address = f"{config.repo_url}/blob/main/{file.relative_to(ROOT)}"
+        rows.append(f"| [{file.stem}]({address}) | {what.strip()} |\n")
+    return head + "".join(rows)
+
+
+def not_run_page() -> str:
+    """Each block that is not run, with the reason that stands before it."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from docs.blocks import not_run
+
+    rows = [f"| {block.place} | {block.reason} |" for block in not_run()]
+    head = "# Blocks that are not run\n\nCI runs every block of code in the README and in these pages but for these."
+    return f"{head}\n\n| block | why not |\n|---|---|\n" + "\n".join(rows) + "\n"
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -49,6 +84,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             link = posixpath.relpath(link, posixpath.dirname(written) or ".")
         return rewritten(link, written, place, blob)
 
+    if place in MADE:
+        page.edit_url = None
     return ALERT.sub(_admonition, LINK.sub(lead, markdown))
 
 

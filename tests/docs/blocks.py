@@ -78,8 +78,8 @@ def blocks_of(page: str, text: str) -> Iterator[Block]:
 
 
 def _mark(page: str, number: int, line: str, before: re.Match[str] | None) -> re.Match[str] | None:
-    """The mark in a line that is no fence, or that of the line before an empty one."""
-    if before is not None and line.strip():
+    """The mark in a line that is no fence, or that of a line before, with nothing or comments between."""
+    if before is not None and line.strip() and not line.lstrip().startswith("<!--"):
         raise PageError(f"{page}:{number - 1}: `{before[0]}` stands before no block")
     found = NOT_RUN.search(line) if line.lstrip().startswith("<!--") else None
     if found and not re.match(r": *\w", found["reason"]):

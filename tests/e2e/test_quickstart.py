@@ -1,4 +1,4 @@
-"""The lines of the README, in an empty folder and in their order: `online-dpo quickstart` in full, and what follows.
+"""The page of the quickstart, in an empty folder and in its order: `online-dpo quickstart` in full, and what follows.
 
 `make ci` and `make test-wheel` run them from the wheel, in a clean environment without extras, whose Python is in
 ``INSTALLED_PYTHON``. Without that variable, they run from this environment.
@@ -22,6 +22,7 @@ import online_dpo
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+PAGE = (ROOT / "docs" / "start" / "quickstart.md").read_text()
 WHEEL_PYTHON = os.environ.get("INSTALLED_PYTHON")
 PYTHON = Path(WHEEL_PYTHON or sys.executable)
 COMMAND = PYTHON.with_name("online-dpo")
@@ -102,12 +103,30 @@ def test_leaves_an_ordinary_model_folder(finished):
     assert "online-dpo" in (out / "README.md").read_text()
 
 
+def words(text):
+    """What is said, whatever the figures: how lines are wrapped and a table is drawn depends on their width."""
+    return " ".join(re.sub(r"[-+]?\d[\d.:]*(e-?\d+)?%?|[\u2500-\u257f]", " ", text).split())
+
+
+def test_the_page_shows_what_is_printed(finished):
+    """But for figures, lines that are left out, and three answers (they hang on the last bits of weights)."""
+    _, output, _ = finished
+    [shown] = re.findall(r"```text\n(Loading.*?)```", PAGE, flags=re.DOTALL)
+    printed = words("".join(line for line in output.splitlines(keepends=True) if "[WARNING]" not in line))
+    begins, goes_on = shown.split("\n...\n")
+    trained, answers = goes_on.split("rubric's points:")
+    *_, ends = answers.partition(" held-out prompts (95 %")
+    assert len(ends) > 1000 and answers.count("\n  before (") == 3
+    for part in (begins, trained, ends):
+        assert words(part) in printed
+
+
 def commands(name):
-    """Those of the README that begin so, in its order, without their comments."""
-    return re.findall(rf"^online-dpo {name} (runs/[^#\n]*[^#\s])", README, flags=re.MULTILINE)
+    """Those of the page that begin so, in its order, without their comments."""
+    return re.findall(rf"^online-dpo {name} (runs/[^#\n]*[^#\s])", PAGE, flags=re.MULTILINE)
 
 
-def test_the_readmes_other_lines_run_behind_it(finished):
+def test_the_pages_other_lines_run_behind_it(finished):
     """In three steps; all else as they are written."""
     out, _, _ = finished
     folder = out.parents[1]
@@ -120,7 +139,7 @@ def test_the_readmes_other_lines_run_behind_it(finished):
         assert "Win rate" in run(folder, COMMAND, "eval", *shlex.split(words))
 
 
-def test_its_record_is_seen_with_the_readmes_commands(finished):
+def test_its_record_is_seen_with_the_pages_commands(finished):
     out, output, summary = finished
     folder = out.parents[1]
     assert all(output.count(f"online-dpo dashboard {words}") == 2 for words in commands("dashboard")), output

@@ -35,9 +35,7 @@ def public_names() -> dict[str, list[str]]:
     """Names of every kind, sorted. To be called in a fresh process: elsewhere, plugins of tests are among them."""
     names = {f"from {name} import": list(import_module(name).__all__) for name in MODULES}
     names |= {f"from {name} import": _public(name) for name in DEFINING}
-    decorators = [
-        f"{module}.{name}" for name, module in DECORATORS.items() if callable(getattr(import_module(module), name))
-    ]
+    decorators = [f"{module}.{name}" for name, module in DECORATORS.items() if callable(getattr(import_module(module), name))]
     import_module("online_dpo.doctor.examine")  # registers the checks
     names |= {"decorators of plugins": decorators}
     names |= {f"registered under `{registry.kind}`": list(registry) for registry in registries()}

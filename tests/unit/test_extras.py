@@ -20,17 +20,9 @@ READ = [
     ROOT / "CHANGELOG.md",
     ROOT / "Makefile",
     ROOT / "Containerfile",
-    *(
-        file
-        for folder in ("src", "docs", "recipes", "examples", "benchmarks", "tests", ".github")
-        for file in sorted((ROOT / folder).rglob("*"))
-    ),
+    *(file for folder in ("src", "docs", "recipes", "examples", "benchmarks", "tests", ".github") for file in sorted((ROOT / folder).rglob("*"))),
 ]
-TEXTS = {
-    file: file.read_text()
-    for file in READ
-    if file.suffix in (".md", ".py", ".yaml", ".yml", ".ipynb", ".html", "") and file.is_file()
-}
+TEXTS = {file: file.read_text() for file in READ if file.suffix in (".md", ".py", ".yaml", ".yml", ".ipynb", ".html", "") and file.is_file()}
 NAMED = re.compile(r"(?:online-dpo|install (?:-e )?'?\.|-e '\.|dist/\*\.whl)\\{0,2}\[([a-z][a-z0-9_, -]*)\\{0,2}\]")
 
 
@@ -40,17 +32,11 @@ def named(text):
 
 def pinned(file):
     lines = (ROOT / file).read_text().splitlines()
-    return {
-        name.lower().replace("_", "-"): version
-        for name, _, version in (line.partition("==") for line in lines)
-        if version
-    }
+    return {name.lower().replace("_", "-"): version for name, _, version in (line.partition("==") for line in lines) if version}
 
 
 def test_every_extra_that_is_named_exists():
-    unknown = {
-        str(file.relative_to(ROOT)): names for file, text in TEXTS.items() if (names := named(text) - set(EXTRAS))
-    }
+    unknown = {str(file.relative_to(ROOT)): names for file, text in TEXTS.items() if (names := named(text) - set(EXTRAS))}
     assert unknown == {}
     assert {"peft", "judge", "vllm", "ray", "dashboard", "qlora"} <= set().union(*map(named, TEXTS.values()))
 

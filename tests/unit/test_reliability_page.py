@@ -1,11 +1,11 @@
-"""The table of docs/project/reliability.md says what the tests in tests/faults assert."""
+"""The table of docs/project/reliability-table.md says what the tests in tests/faults assert."""
 
 from pathlib import Path
 
 from faults.catalogue import shorter_list
 from faults.table import filled
 
-PAGE = Path(__file__).parents[2] / "docs" / "project" / "reliability.md"
+PAGE = Path(__file__).parents[2] / "docs" / "project" / "reliability-table.md"
 KINDS = {"kill", "checkpoint", "identity", "disk", "signal", "output", "numbers", "memory"} | {
     *("judge service", "judge cache", "reward function", "reward service", "run file", "data", "model folder"),
     *("security", "ranks"),
