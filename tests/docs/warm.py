@@ -117,7 +117,7 @@ def serve(listener: socket.socket) -> None:
             if one is listener:
                 client, _ = listener.accept()
                 clients[client] = start(client, [listener, *clients])
-            elif not one.recv(1):  # the client has gone
+            elif not one.recv(1, socket.MSG_PEEK):  # the client has gone; what it says is for the child
                 stop(clients.pop(one))
                 one.close()
         for client, pid in list(clients.items()):
