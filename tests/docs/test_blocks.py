@@ -89,7 +89,7 @@ WRONG = {
     "python": ("\n```python\n1 / 0\n```", "page.md:2: an exception", 'File "page.md", line 3'),
     "a file in Python": ('```python title="x.py"\nimport nothing_like_it\n```', "exit code 1", "nothing_like_it"),
     "a key": ("```yaml\nbetta: 0.3\n```", "page.md:1: the fragment is wrong", "Did you mean `beta`?"),
-    "a value": ("```yaml\nbeta: -1\n```", "page.md:1: the fragment is wrong", "`beta`"),
+    "a value": ("```yaml\nnum_completions: many\n```", "page.md:1: the fragment is wrong", "num_completions"),
     "a fragment": ("```yaml\n- 1\n```", "page.md:1: a fragment of a run file has keys", ""),
     "json": ("```json\n{1}\n```", "page.md:1: no json", ""),
     "an extra": ("```bash\npip install '.[jduge]'\n```", "exit code 2", "there is no extra jduge"),
