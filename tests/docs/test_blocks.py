@@ -82,17 +82,24 @@ def test_a_page_that_is_right(stage, tmp_path):
     assert stage.run_page("page.md", tmp_path / "page", PAGE) == 5
 
 
+MISSPELT = "jduge"
 WRONG = {
     "a command": ("```bash\necho before\nfalse\n```", "page.md:1: exit code 1", "+ false"),
     "a command of ours": ("```bash\nonline-dpo tarin run.yaml\n```", "page.md:1: exit code 2", "Did you mean `train`?"),
     "a pipe": ("```bash\nfalse | cat\n```", "page.md:1: exit code 1", ""),
     "python": ("\n```python\n1 / 0\n```", "page.md:2: an exception", 'File "page.md", line 3'),
+    "the end of Python": ("```python\nimport os\nos._exit(0)\n```", "page.md:1: it has ended Python with", ""),
     "a file in Python": ('```python title="x.py"\nimport nothing_like_it\n```', "exit code 1", "nothing_like_it"),
     "a key": ("```yaml\nbetta: 0.3\n```", "page.md:1: the fragment is wrong", "Did you mean `beta`?"),
     "a value": ("```yaml\nnum_completions: many\n```", "page.md:1: the fragment is wrong", "num_completions"),
+    "in the background": (
+        "```bash\nonline-dpo tarin & wait\n```",
+        "page.md:1: what it does not look at",
+        "exit code 2",
+    ),
     "a fragment": ("```yaml\n- 1\n```", "page.md:1: a fragment of a run file has keys", ""),
     "json": ("```json\n{1}\n```", "page.md:1: no json", ""),
-    "an extra": ("```bash\npip install '.[jduge]'\n```", "exit code 2", "there is no extra jduge"),
+    "an extra": (f"```bash\npip install '.[{MISSPELT}]'\n```", "exit code 2", f"there is no extra {MISSPELT}"),
     "a package": ("```bash\npip install onlin-dpo\n```", "exit code 2", "neither this package nor"),
     "a target": ("```bash\nmake tset\n```", "exit code 2", "make has no target tset"),
     "a dashboard": ("```bash\nonline-dpo dashboard runs/nothing\n```", "exit code 2", "there is no folder"),
