@@ -123,8 +123,8 @@ class PageRun:
             self._bash(block, f'python -c \'import runpy; runpy.run_path("{block.title}", run_name="imported")\'')
         elif block.language == "python":
             self._python(block, code)
-        elif block.title is None and block.language == "bash":
-            self._bash(block, code)
+        elif block.language == "bash":
+            self._bash(block, code if block.title is None else f"bash -n {block.title}")
         elif block.title is None and block.language == "yaml":
             self._fragment(block, code)
         elif block.language in ("json", "jsonl", "yaml"):
