@@ -246,6 +246,8 @@ def warmed(folder: Path, hub_names: Iterable[str]) -> Iterator[Path]:
     try:
         wait_until_it_serves(path, process)
         yield path
+        if process.poll() is not None:
+            raise RuntimeError(f"the warm process has ended ({process.returncode})")
     finally:
         process.kill()
         process.wait()

@@ -100,7 +100,7 @@ def fork() -> int:
     return pid
 
 
-def in_a_fork(work: Callable[[], None]) -> None:
+def in_a_fork(work: Callable[[], object]) -> None:
     """What starts threads or computes gradients leaves this process as it is."""
     pid = fork()
     if not pid:
