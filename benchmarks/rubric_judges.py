@@ -16,6 +16,9 @@ from online_dpo.quickstart.rubric import rubric
 LIKING = 0.7
 """How probable the biased judge finds the first answer, whatever the answers say."""
 
+CLOSE = 1.0
+"""Up to this difference of points the judge in words says that the first answer is better."""
+
 Respond = Callable[[dict[str, Any]], tuple[str, float | None]]
 """From the body of a request to the letter that is answered and, if log-probabilities are asked for, P(A)."""
 
@@ -29,6 +32,13 @@ def fair_judge(body: dict[str, Any]) -> tuple[str, float | None]:
 def biased_judge(body: dict[str, Any]) -> tuple[str, float | None]:
     """Prefers what stands first with probability 0.7, and is fair with the rest; its letter is always A."""
     return "A", (LIKING + (1 - LIKING) * _fair(body) if body.get("logprobs") else None)
+
+
+def judge_in_words(body: dict[str, Any]) -> tuple[str, None]:
+    """Gives its reason and then a verdict: the better answer by the rubric, or the first one if they are close."""
+    first, second = _scores(body)
+    letter = "A" if first >= second - CLOSE else "B"
+    return f"By the rubric answer A has {first:g} points and answer B has {second:g}.\nVerdict: {letter}", None
 
 
 @contextmanager
@@ -65,11 +75,15 @@ def serving(respond: Respond) -> Iterator[str]:
 
 
 def _fair(body: dict[str, Any]) -> float:
+    one, other = _scores(body)
+    return 0.5 if one == other else 0.98 if one > other else 0.02
+
+
+def _scores(body: dict[str, Any]) -> tuple[float, float]:
     question = body["messages"][0]["content"]
     [(_, prompt)] = re.findall(r"<<<REQUEST (\w+)\n(.*?)\nREQUEST \1>>>", question, re.DOTALL)
     [(_, first), (_, second)] = re.findall(r"<<<ANSWER ([AB] \w+)\n(.*?)\nANSWER \1>>>", question, re.DOTALL)
-    one, other = rubric(prompt, first), rubric(prompt, second)
-    return 0.5 if one == other else 0.98 if one > other else 0.02
+    return rubric(prompt, first), rubric(prompt, second)
 
 
 def _chat_completion(letter: str, p_first: float | None) -> dict[str, Any]:

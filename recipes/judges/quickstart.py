@@ -38,6 +38,7 @@ Example = tuple[list[int], float]
 
 
 def main() -> None:
+    """Makes the judge that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the quickstart made its models: runs/quickstart/start")
     parser.add_argument("--comparisons", type=int, default=FULL.comparisons, help="requests to learn from")

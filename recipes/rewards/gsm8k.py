@@ -30,6 +30,7 @@ def format_reward(completions: Sequence[str], answer: Sequence[str]) -> list[flo
 
 
 def score(completion: str, gold: str) -> float:
+    """The reward of one answer."""
     annotations = ANNOTATION.findall(completion)
     right = sum(is_right(expression, result) for expression, result in annotations)
     share = right / len(annotations) if annotations else 0.0
@@ -63,5 +64,6 @@ def _value(node: ast.expr) -> Fraction:
 
 
 def final_number(text: str) -> Fraction | None:
+    """The number of the last line, if that is an answer line."""
     found = LAST_LINE.search(text.rstrip())
     return None if found is None else Fraction(found.group(1).replace(",", ""))

@@ -31,7 +31,7 @@ import run_folders
 
 VIEWS = [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")]
 PICTURES = os.environ.get("PICTURES")
-expect.set_options(timeout=20_000)  # machines that run other tests as well are slow
+expect.set_options(timeout=60_000)  # machines that run other tests as well are slow
 
 
 class Served:
@@ -53,7 +53,7 @@ class Served:
 
     def close(self):
         self.server.should_exit = True
-        self.thread.join(20)
+        self.thread.join(60)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,21 @@ def served(folder):
 
 
 @pytest.fixture
-def open_page(browser, served):
+def serve():
+    """Serves folders of a test's own, until its pages are closed: `open_page` needs this fixture, so it ends first."""
+    servers = []
+
+    def serve_one(folder):
+        servers.append(Served(folder))
+        return servers[-1]
+
+    yield serve_one
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture
+def open_page(browser, served, serve):
     """Opens pages; at the end none of them has told an error, shown a dialog, or asked another machine."""
     contexts, wrong = [], []
 
@@ -80,7 +94,7 @@ def open_page(browser, served):
         context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=theme, **options)
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(60_000)
         page.on("console", lambda message: message.type == "error" and wrong.append(message.text))
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("dialog", lambda dialog: (wrong.append(f"dialog {dialog.message}"), dialog.dismiss()))
@@ -228,20 +242,20 @@ def test_the_voting_page_is_blind_and_one_key_is_a_vote(open_page, served, folde
     assert len(Path(download.value.path()).read_text().splitlines()) == 3
 
 
-def test_votes_reach_a_waiting_trainer(open_page, tmp_path):
+def test_votes_reach_a_waiting_trainer(open_page, serve, tmp_path):
     run_files.fill_folder(tmp_path, "", prompts=2)
-    settings = dict(judge="human", human_timeout=60, num_completions=2, per_device_train_batch_size=2, run_folder=True)
+    settings = dict(judge="human", human_timeout=600, num_completions=2, per_device_train_batch_size=2, run_folder=True)
     run_file = run_files.write_run_file(tmp_path, **settings)
     words = [sys.executable, "-m", "online_dpo", "train", str(run_file)]
     with subprocess.Popen(
         words, env=processes.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as trainer:
         out = tmp_path / "out"
-        until = time.monotonic() + 60
-        while not (out / "questions.jsonl").exists() and trainer.poll() is None and time.monotonic() < until:
-            time.sleep(0.1)
-        server = Served(tmp_path)
         try:
+            until = time.monotonic() + 300
+            while not (out / "questions.jsonl").exists() and trainer.poll() is None and time.monotonic() < until:
+                time.sleep(0.1)
+            server = serve(tmp_path)
             page = open_page(390, address=server.address)
             page.goto(server.at("out", "/vote"))
             expect(page.get_by_text("the trainer waits: 2 questions")).to_be_visible()
@@ -250,9 +264,8 @@ def test_votes_reach_a_waiting_trainer(open_page, tmp_path):
             expect(page.get_by_text("the trainer waits: 1 question", exact=True)).to_be_visible()
             page.keyboard.press("2")
             expect(page.get_by_text("The trainer has no open questions")).to_be_visible()
-            said = trainer.communicate(timeout=60)[0]
+            said = trainer.communicate(timeout=300)[0]
         finally:
-            server.close()
             trainer.kill()
     assert trainer.returncode == 0, said
     notice = f"Waiting for a person's vote on 2 questions: online-dpo dashboard {out}"

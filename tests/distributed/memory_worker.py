@@ -153,7 +153,7 @@ def build(out, run):
         max_steps=2,
         optim="sgd",
         learning_rate=0.1,
-        ddp_timeout=20,
+        ddp_timeout=120,
         **options,
     )
     return made

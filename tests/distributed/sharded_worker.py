@@ -95,7 +95,7 @@ def run(name, wrapper, memory):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=30))
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=300))
     results = {case: run(*case) for case in CASES}
     torch.save(results, Path(sys.argv[1]) / f"rank-{dist.get_rank()}.pt")
     dist.destroy_process_group()

@@ -173,10 +173,10 @@ def qlora(settings, **options):
 
 
 CASES = {
-    "plain": dict(steps=10),
+    "plain": dict(steps=5),
     "accumulated": dict(gradient_accumulation_steps=2, batch=4, max_tokens_per_pass=50),
     "one pass": dict(max_tokens_per_pass=4000),
-    "clipped": dict(optim="adamw_torch", max_grad_norm=0.1, learning_rate=1e-3, steps=10),
+    "clipped": dict(optim="adamw_torch", max_grad_norm=0.1, learning_rate=1e-3, steps=4),
     "evaluated": dict(kwargs={"eval_dataset": dataset(lengths=(3, 4, 5, 6, 7))}, per_device_eval_batch_size=2),
     "synced": dict(sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=0.5),
     "lora": dict(kwargs={"peft_config": LoraConfig(**LORA)}, learning_rate=0.5),

@@ -116,7 +116,7 @@ def run(out, case, collate=None, only_evaluates=False, fails_in=None, **options)
     made = trainer(
         out / case,
         engine="together",
-        ddp_timeout=25,
+        ddp_timeout=120,
         train_sampling_strategy="sequential",
         train_dataset=dataset(lengths=(5, 9, 3, 7, 12, 4, 6, 8) * 2),
         kwargs={**kwargs, "eval_dataset": dataset(lengths=(3, 4, 5, 6)), "data_collator": collate},

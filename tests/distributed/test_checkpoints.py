@@ -13,6 +13,7 @@ from online_dpo.checkpoints.choice import newest_whole
 from online_dpo.checkpoints.manifest import problem_of
 from online_dpo.checkpoints.needed import Needs
 from support.processes import environment
+from support.ranks import RANKS
 from support.training import assert_same
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -20,7 +21,7 @@ from checkpoints_worker import CASES, SHARDED, folder  # noqa: E402
 
 WORKER = Path(__file__).with_name("checkpoints_worker.py")
 ENVIRONMENT = dict(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", DS_ACCELERATOR="cpu")
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29525"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
 RUNS = [(way, case) for way in SHARDED for case in CASES]
 SINCE_RESUMED = "train/updated_ratio"
 """Compares weights with those of the last log, or with those at the start of the process."""
@@ -33,14 +34,14 @@ def started(command, out, *words):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        timeout=600,
+        timeout=1200,
     )
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     out = tmp_path_factory.mktemp("checkpoints")
-    for command, what in (([sys.executable], "one"), (TORCHRUN, "two"), ([sys.executable], "back")):
+    for command, what in (([sys.executable], "one"), (RANKS, "two"), ([sys.executable], "back")):
         done = started(command, out, what)
         assert done.returncode == 0, done.stderr[-6000:]
     return out
@@ -131,7 +132,10 @@ def test_a_model_given_in_fp32_is_saved_in_fp32_where_deepspeed_computes_in_bf16
     assert any(not torch.equal(p, p.bfloat16().float()) for p in model.parameters())
 
 
-@pytest.mark.parametrize("words", [("fsdp2", "1", "1"), ("zero3", "0", "12"), ("zero3", "1")], ids="-".join)
+KILLED = [("fsdp2", "1", "1"), pytest.param(("zero3", "0", "12"), marks=pytest.mark.slow), ("zero3", "1")]
+
+
+@pytest.mark.parametrize("words", KILLED, ids="-".join)
 def test_a_killed_rank_leaves_a_whole_checkpoint_and_no_broken_one(tmp_path, words):
     done = started(TORCHRUN, tmp_path, "killed", *words)
     run_dir = tmp_path / "runs" / f"{words[0]}-killed"

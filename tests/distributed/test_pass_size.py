@@ -2,18 +2,17 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 from support.processes import environment
+from support.ranks import RANKS
 
 WORKER = Path(__file__).with_name("pass_size_worker.py")
 
 
 def test_the_rank_with_the_least_room_decides(tmp_path):
     own = environment(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29549"]
-    done = subprocess.run([*torchrun, str(WORKER), str(tmp_path)], env=own, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*RANKS, str(WORKER), str(tmp_path)], env=own, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-4000:]
     first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))
     assert first["settled"]["tokens"] == second["settled"]["tokens"] < first["same room"]["tokens"]

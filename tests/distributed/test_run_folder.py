@@ -10,12 +10,12 @@ from online_dpo.runs.layout import completions_files
 from online_dpo.runs.reading import RunFolder
 from online_dpo.runs.state import state_of
 from support.processes import environment
+from support.ranks import RANKS
 
 sys.path.insert(0, str(Path(__file__).parent))
 from record_worker import CASES, STEPS  # noqa: E402
 
 WORKER = Path(__file__).with_name("record_worker.py")
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29537"]
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
@@ -24,8 +24,8 @@ def out(tmp_path_factory):
     out = tmp_path_factory.mktemp("records")
     for command, what in (
         ([sys.executable], "runs"),
-        (TORCHRUN, "runs"),
-        (TORCHRUN, "others"),
+        (RANKS, "runs"),
+        (RANKS, "others"),
         ([sys.executable], "others"),
     ):
         done = subprocess.run(
@@ -34,7 +34,7 @@ def out(tmp_path_factory):
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            timeout=600,
+            timeout=1200,
         )
         assert done.returncode == 0, done.stderr[-6000:]
     return out

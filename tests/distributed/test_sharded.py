@@ -15,6 +15,7 @@ import torch
 from online_dpo.modeling.logprobs import row_logprobs
 from online_dpo.packing.pack import pack_groups
 from support.processes import environment
+from support.ranks import RANKS
 from support.training import assert_same
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -27,8 +28,7 @@ WORKER = Path(__file__).with_name("sharded_worker.py")
 def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("sharded")
     own = environment(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29519"]
-    done = subprocess.run([*torchrun, str(WORKER), str(out)], env=own, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*RANKS, str(WORKER), str(out)], env=own, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-4000:]
     return [torch.load(out / f"rank-{rank}.pt") for rank in range(2)]
 

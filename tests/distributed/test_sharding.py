@@ -10,6 +10,7 @@ import torch
 
 from support import quantized
 from support.processes import environment
+from support.ranks import RANKS
 from support.recorded import assert_together_those_of_one
 from support.training import assert_same
 
@@ -42,8 +43,7 @@ def load(request, tmp_path_factory):
     out = tmp_path_factory.mktemp("sharding")
     quantized.base_folder(out / "base")
     own = environment(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", DS_ACCELERATOR="cpu")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29523"]
-    commands = [([sys.executable], "1", "none"), (torchrun, "2", ",".join(ways))]
+    commands = [([sys.executable], "1", "none"), (RANKS, "2", ",".join(ways))]
     running = [
         subprocess.Popen(
             [*command, str(WORKER), str(out), count, tried],
@@ -55,7 +55,7 @@ def load(request, tmp_path_factory):
         for command, count, tried in commands
     ]
     for process in running:
-        _, said = process.communicate(timeout=500)
+        _, said = process.communicate(timeout=1200)
         assert process.returncode == 0, said[-6000:]
 
     return lambda processes, way, case: [

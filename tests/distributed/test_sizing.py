@@ -11,6 +11,7 @@ from online_dpo.sizing.held import gradient_term, held_terms
 from online_dpo.sizing.plan import Plan
 from online_dpo.sizing.shape import shape_of
 from support.processes import environment
+from support.ranks import RANKS
 
 sys.path.insert(0, str(Path(__file__).parent))
 pytest.importorskip("deepspeed")
@@ -24,10 +25,7 @@ WAYS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 def counted(tmp_path_factory):
     out = tmp_path_factory.mktemp("sizing") / "rank"
     own = environment(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", DS_ACCELERATOR="cpu")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29523"]
-    done = subprocess.run(
-        [*torchrun, str(WORKER), str(out), *WAYS], env=own, capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run([*RANKS, str(WORKER), str(out), *WAYS], env=own, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(out.with_name(f"rank-{rank}.json").read_text()) for rank in range(2)]
 

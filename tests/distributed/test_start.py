@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from support.processes import environment, run_python
+from support.ranks import RANKS, free_port
 from support.run_files import fill_folder, write_run_file
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "accelerate"
 FEEDBACK = "def count_w1(prompts, completions, **kwargs):\n    return [float(c.count('w1')) for c in completions]\n"
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port")
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
 TRAIN = ("-m", "online_dpo", "train")
 ZERO3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 OWN = environment(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", DS_ACCELERATOR="cpu")
@@ -47,7 +48,7 @@ def run_file(folder, name, **fields):
 
 @pytest.fixture(scope="module")
 def one_process(folder):
-    done = run_python(*TRAIN, run_file(folder, "one", per_device_train_batch_size=8), env=OWN)
+    done = run_python(*TRAIN, run_file(folder, "one", per_device_train_batch_size=8), env=OWN, timeout=900)
     assert done.returncode == 0, done.stderr
     return load_file(folder / "one" / "model.safetensors")
 
@@ -75,7 +76,7 @@ STARTS = {
 def test_torchrun(folder, one_process, case):
     fields, words = STARTS[case]
     name = case.replace(" ", "-")
-    done = run_python(*TORCHRUN, "29541", *TRAIN, run_file(folder, name, **fields), *words, env=OWN)
+    done = run_python(*TORCHRUN, *TRAIN, run_file(folder, name, **fields), *words, env=OWN, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (
         "  sharding    " + ("ZeRO-3" if "Deep" in case else "FSDP2") + " over 2 processes" in done.stdout + done.stderr
@@ -83,16 +84,16 @@ def test_torchrun(folder, one_process, case):
     assert_trained_as(one_process, folder / name)
 
 
-def launch(config, *words):
+def launch(config, port, *words):
     launcher = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", RECIPES / f"{config}.yaml")
-    command = [str(word) for word in (*launcher, "--num_processes", "2", "--main_process_port", "29542", *words)]
+    command = [str(word) for word in (*launcher, "--num_processes", "2", "--main_process_port", port, *words)]
     return subprocess.Popen(command, env=OWN, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 @pytest.mark.parametrize(
     "config",
     [
-        "fsdp2",
+        pytest.param("fsdp2", marks=pytest.mark.slow),  # as two nodes below
         pytest.param("zero1", marks=pytest.mark.slow),
         pytest.param("zero2", marks=pytest.mark.slow),
         pytest.param("zero3", marks=pytest.mark.slow),  # a part of the next
@@ -100,16 +101,17 @@ def launch(config, *words):
     ],
 )
 def test_ready_file_of_accelerate(folder, one_process, config):
-    process = launch(config, *TRAIN, run_file(folder, config))
-    output, _ = process.communicate(timeout=300)
+    process = launch(config, free_port(), *TRAIN, run_file(folder, config))
+    output, _ = process.communicate(timeout=1200)
     assert process.returncode == 0, output[-3000:]
     assert_trained_as(one_process, folder / config)
 
 
 def test_two_nodes(folder, one_process):
     file = run_file(folder, "nodes")
-    nodes = [launch("two_nodes", "--machine_rank", rank, *TRAIN, file) for rank in (0, 1)]
-    outputs = [node.communicate(timeout=300)[0] for node in nodes]
+    port = free_port()
+    nodes = [launch("two_nodes", port, "--machine_rank", rank, *TRAIN, file) for rank in (0, 1)]
+    outputs = [node.communicate(timeout=1200)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs[0][-3000:]
     assert "FSDP2 over 2 processes" in "".join(outputs)
     assert_trained_as(one_process, folder / "nodes")
@@ -128,7 +130,7 @@ def scripts(tmp_path_factory):
     # accelerate's launcher with its option that leaves models of all ranks but the first without weights
     sharded = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
     for name, variables in {"zero3": {}, "fsdp2": sharded}.items():
-        done = run_python(*TORCHRUN, "29543", worker, out, name, env=OWN | variables)
+        done = run_python(*RANKS[1:], worker, out, name, env=OWN | variables)
         assert done.returncode == 0, done.stderr[-3000:]
     return lambda name, rank: torch.load(out / f"{name}-{rank}.pt")
 

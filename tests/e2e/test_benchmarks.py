@@ -14,6 +14,7 @@ from online_dpo.rollout.builtin import engine
 from online_dpo.rollout.builtin.engine import TransformersEngine
 from online_dpo.rollout.params import RolloutKey, SamplingParams
 from online_dpo.types import Prompt
+from support.busy import soon
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -23,6 +24,7 @@ import memory_estimate  # noqa: E402
 import trainers  # noqa: E402
 import vs_trl  # noqa: E402
 import workloads  # noqa: E402
+from gpu_parts import plan  # noqa: E402
 from worker import Worker, WorkerFailed  # noqa: E402
 
 TINY = ("--model", "tiny", "--repetitions", "1", "--threads", "1", "--workload", "chat")
@@ -32,7 +34,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 def run(script, *words, status=0):
     command = [sys.executable, *script, *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=900)
     assert done.returncode == status, done.stdout[-2000:] + done.stderr[-4000:]
     return done
 
@@ -65,6 +67,10 @@ def test_comparison_with_trl(tmp_path):
     assert figures["memory_ratio"] == pytest.approx(figures["peak_mib"]["ours"] / figures["peak_mib"]["trl"])
     assert figures["memory_ratio_non_generation"] > 0
     assert figures["useful_gflop"] == figures["useful_gflop_trl"] > 0
+    [table] = plan.trl_tables(result)
+    assert {row[0] for row in table["rows"]} == {"chat"}
+    for _, _, trl, ours, ratio in table["rows"]:
+        assert trl > 0 and ours > 0 and (ratio is None or ratio == pytest.approx(trl / ours))
 
 
 def job(side, **fields):
@@ -175,8 +181,11 @@ def test_a_worker_on_a_card_sees_one_card(monkeypatch):
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         if given:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
-        with Worker(job("ours", device="cuda"), limit=0.3) as worker:
-            environment = Path(f"/proc/{worker._process.pid}/environ").read_text().split("\0")
+        with Worker(job("ours", device="cuda")) as worker:
+            told = Path(f"/proc/{worker._process.pid}/environ")
+            soon(told.read_text)  # the kernel shows none for a moment, and none of a process that has ended
+            environment = told.read_text().split("\0")
+            worker._process.kill()
         assert f"CUDA_VISIBLE_DEVICES={expected}" in environment
 
 
@@ -189,6 +198,8 @@ def test_our_own_step_under_options(tmp_path):
     for row in rows.values():
         assert_parts_make_up_the_step(row["seconds"], within=0.01)
         assert row["models_mib"] > 100 and row["peak_mib"] > row["kept_mib"] and 0 < row["limit_share"] < 1
+    [table] = plan.step_tables(json.loads((tmp_path / "result.json").read_text()))
+    assert [row[0] for row in table["rows"]] == list(variants) and all(min(row[1:]) > 0 for row in table["rows"])
     assert rows["plain"]["useful_gflop"] > rows["lora-gradient-checkpointing"]["useful_gflop"]
 
 

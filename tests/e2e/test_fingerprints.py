@@ -17,7 +17,6 @@ def hashes(*args):
     return made["weights"], made["log"]
 
 
-@pytest.mark.slow
 def test_a_run_has_one_fingerprint_and_another_seed_another(tmp_path):
     weights, log = hashes("stale", 0)
     fingerprints.save_half_way("stale", 0, tmp_path)

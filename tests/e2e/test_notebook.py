@@ -1,16 +1,20 @@
-"""A notebook, run by a real kernel: what it shows of training, of an evaluation, and of the stop button."""
+"""Notebooks, run by a real kernel: what one shows of a run, an evaluation and a stop, and the one in examples/."""
 
-import os
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
-from support.processes import PATHS
+from online_dpo.quickstart.artifacts import build
+from online_dpo.quickstart.models import TINY
+from support.processes import PATHS, environment
 
 pytest.importorskip("ipykernel")
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "online_dpo_in_ten_minutes.ipynb"
 
 CELLS = (
     """
@@ -47,17 +51,22 @@ def headings(html):
     return [[part.split("</th>")[0] for part in table.split("<th>")[1:]] for table in tables]
 
 
+def execute(notebook, folder, **options):
+    """Run all cells in a folder."""
+    notebook.metadata.kernelspec = {"name": "python3", "language": "python", "display_name": sys.executable}
+    # with this variable a kernel keeps what processes write to its files for itself
+    own = environment(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    own.pop("PYTEST_CURRENT_TEST", None)
+    where = {"metadata": {"path": str(folder)}}
+    nbclient.NotebookClient(notebook, timeout=300, resources=where, **options).execute(env=own)
+
+
 @pytest.mark.e2e
-@pytest.mark.slow
 def test_a_notebook_sees_reward_kl_evaluations_and_where_it_was_stopped(tmp_path):
     first = CELLS[0].format(paths=list(PATHS), folder=str(tmp_path / "run"))
     cells = [first, *CELLS[1:]]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    notebook.metadata.kernelspec = {"name": "python3", "language": "python", "display_name": sys.executable}
-    # with this variable a kernel keeps what processes write to its files for itself
-    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
-    environment |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    nbclient.NotebookClient(notebook, timeout=300, allow_errors=True).execute(env=environment)
+    execute(notebook, tmp_path, allow_errors=True)
     trained, evaluated, stopped = (cell.outputs for cell in notebook.cells)
     shown = [o.data["text/html"] for o in trained if o.output_type == "display_data" and "text/html" in o.data]
     evaluation = ["step", "loss", "reward", "kl", "win rate", "tokens", "prompts"]
@@ -76,3 +85,27 @@ def test_a_notebook_sees_reward_kl_evaluations_and_where_it_was_stopped(tmp_path
     notes = [str(o) for o in stopped if "Stopping after this step" in str(o)]
     assert len(notes) == 2, "in the cell's own errors at once, and beside the bar"
     assert (tmp_path / "run" / "checkpoint-4" / "optimizer.pt").is_file()
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+@pytest.mark.e2e
+def test_the_example_runs_from_its_first_cell_to_its_last(tmp_path):
+    """With models that know next to nothing, and in two steps; all else as it is."""
+    build(tmp_path / "runs/quickstart/start", size=TINY)
+    notebook = nbformat.read(EXAMPLE, 4)
+    code_cells(notebook)[0].source = "STEPS, LOG, HELD_OUT = 2, 1, 4"
+    execute(notebook, tmp_path)
+    shown = [str(cell.outputs) for cell in code_cells(notebook)]
+    assert "<td>2</td>" in shown[4] and "'win_rate': " in shown[5] and shown[6].count("Assistant:") == 3
+    assert "right_and_short" in shown[7] and (tmp_path / "runs/notebook/metrics.jsonl").is_file()
+
+
+def test_the_outputs_of_the_example_are_those_of_its_cells():
+    notebook = nbformat.read(EXAMPLE, 4)
+    cells = code_cells(notebook)
+    assert [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)]
+    assert all(cell.outputs for cell in cells[1:]) and "Traceback" not in str(cells)
+    assert EXAMPLE.stat().st_size < 60_000 and not re.search(r"/(home|tmp|work|root)/", EXAMPLE.read_text())

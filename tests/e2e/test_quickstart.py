@@ -1,4 +1,8 @@
-"""The lines of the README, in an empty folder and in their order: `online-dpo quickstart` in full, and what follows."""
+"""The page of the quickstart, in an empty folder and in its order: `online-dpo quickstart` in full, and what follows.
+
+`make ci` and `make test-wheel` run them from the wheel, in a clean environment without extras, whose Python is in
+``INSTALLED_PYTHON``. Without that variable, they run from this environment.
+"""
 
 import json
 import os
@@ -6,19 +10,30 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+import online_dpo
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+PAGE = (ROOT / "docs" / "start" / "quickstart.md").read_text()
+WHEEL_PYTHON = os.environ.get("INSTALLED_PYTHON")
+PYTHON = Path(WHEEL_PYTHON or sys.executable)
+COMMAND = PYTHON.with_name("online-dpo")
 
 
-def run(folder, *words):
-    """A command in both cores, as its users run it."""
+def run(folder, *command):
+    """A command in both cores, as its users run it. A wheel's environment finds nothing of the repository."""
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
     environment.pop("OMP_NUM_THREADS", None)
-    command = [sys.executable, *words]
+    if WHEEL_PYTHON:
+        environment.pop("PYTHONPATH", None)
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, timeout=590)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -27,9 +42,28 @@ def run(folder, *words):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quickstart")
-    output = run(folder, "-m", "online_dpo", "quickstart")
+    output = run(folder, COMMAND, "quickstart")
     out = folder / "runs" / "quickstart"
     return out, output, json.loads((out / "summary.json").read_text())
+
+
+@pytest.mark.skipif(not WHEEL_PYTHON, reason="without INSTALLED_PYTHON, it runs from this environment: make test-wheel")
+def test_the_wheel_is_alone_in_its_environment(tmp_path):
+    """Its code comes from that environment, with what it requires and with nothing that an extra brings."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = {canonicalize_name(Requirement(line).name) for line in project["dependencies"]}
+    for_users = {name: lines for name, lines in project["optional-dependencies"].items() if name not in ("dev", "docs")}
+    extras = {canonicalize_name(Requirement(line).name) for lines in for_users.values() for line in lines}
+    code = (
+        "import importlib.metadata as m, json, online_dpo\n"
+        "print(json.dumps([online_dpo.__file__, online_dpo.__version__, *(d.name for d in m.distributions())]))"
+    )
+    file, version, *installed = json.loads(run(tmp_path, PYTHON, "-c", code))
+    assert Path(file).is_relative_to(PYTHON.parents[1]) and version == online_dpo.__version__
+    installed = {canonicalize_name(name) for name in installed}
+    assert {*required, "online-dpo"} - {"nvidia-ml-py"} <= installed  # macOS has none of that
+    assert {"peft", "openai", "vllm", "uvicorn", "trl", "ray"} <= extras
+    assert installed & (extras - required - {"online-dpo"}) == set()
 
 
 def test_wins_by_the_rubric(finished):
@@ -69,32 +103,50 @@ def test_leaves_an_ordinary_model_folder(finished):
     assert "online-dpo" in (out / "README.md").read_text()
 
 
+def words(text):
+    """What is said, whatever the figures: how lines are wrapped and a table is drawn depends on their width."""
+    return " ".join(re.sub(r"[-+]?\d[\d.:]*(e-?\d+)?%?|[\u2500-\u257f]", " ", text).split())
+
+
+def test_the_page_shows_what_is_printed(finished):
+    """But for figures, lines that are left out, and three answers (they hang on the last bits of weights)."""
+    _, output, _ = finished
+    [shown] = re.findall(r"```text\n(Loading.*?)```", PAGE, flags=re.DOTALL)
+    printed = words("".join(line for line in output.splitlines(keepends=True) if "[WARNING]" not in line))
+    begins, goes_on = shown.split("\n...\n")
+    trained, answers = goes_on.split("rubric's points:")
+    *_, ends = answers.partition(" held-out prompts (95 %")
+    assert len(ends) > 1000 and answers.count("\n  before (") == 3
+    for part in (begins, trained, ends):
+        assert words(part) in printed
+
+
 def commands(name):
-    """Those of the README that begin so, in its order, without their comments."""
-    return re.findall(rf"^online-dpo {name} (runs/[^#\n]*[^#\s])", README, flags=re.MULTILINE)
+    """Those of the page that begin so, in its order, without their comments."""
+    return re.findall(rf"^online-dpo {name} (runs/[^#\n]*[^#\s])", PAGE, flags=re.MULTILINE)
 
 
-def test_the_readmes_other_lines_run_behind_it(finished):
+def test_the_pages_other_lines_run_behind_it(finished):
     """In three steps; all else as they are written."""
     out, _, _ = finished
     folder = out.parents[1]
     trained = commands("train")
     assert len(trained) == 2 and len(commands("eval")) == 1
     for words in trained:
-        output = run(folder, "-m", "online_dpo", "train", *shlex.split(words), "--max_steps", "3")
+        output = run(folder, COMMAND, "train", *shlex.split(words), "--max_steps", "3")
         assert "step 3/3" in output and "Model saved in runs/" in output
     for words in commands("eval"):
-        assert "Win rate" in run(folder, "-m", "online_dpo", "eval", *shlex.split(words))
+        assert "Win rate" in run(folder, COMMAND, "eval", *shlex.split(words))
 
 
-def test_its_record_is_seen_with_the_readmes_commands(finished):
+def test_its_record_is_seen_with_the_pages_commands(finished):
     out, output, summary = finished
     folder = out.parents[1]
     assert all(output.count(f"online-dpo dashboard {words}") == 2 for words in commands("dashboard")), output
     assert output.index("online-dpo dashboard") < output.index("Making a tokenizer")
     for name in ("report", "export", "doctor"):
         [words, *_] = commands(name)  # where a command stands twice, it is the same one
-        assert run(folder, "-m", "online_dpo", name, *shlex.split(words))
+        assert run(folder, COMMAND, name, *shlex.split(words))
     page = (out / "report.html").read_text()
     assert f"{summary['win_rate']:.1%}" in page and "summary.json" in page and "finished" in page
     pairs = [json.loads(line) for line in (folder / "runs" / "pairs.jsonl").read_text().splitlines()]
@@ -106,5 +158,5 @@ def test_the_readmes_python_example_runs(finished):
     out, _, _ = finished
     [example] = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     (out / "example.py").write_text(example.replace("max_steps=200", "max_steps=2"))
-    run(out.parents[1], str(out / "example.py"))
+    run(out.parents[1], PYTHON, out / "example.py")
     assert (out.parent / "polite" / "checkpoint-2" / "model.safetensors").is_file()

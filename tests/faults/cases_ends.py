@@ -115,7 +115,7 @@ OTHER_SIGNALS = [
         "Ctrl-C twice while a reward hangs in another thread",
         Stops(130, "at once"),
         options=dict(max_staleness=1),
-        files={"feedback.py": scorer("if calls == 3: time.sleep(60)")},
+        files={"feedback.py": scorer("if calls == 3: time.sleep(300)")},
         inject=lambda c: c.at_step(2, often(INT, 2)),
     ),
     Fault(

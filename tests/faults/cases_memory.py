@@ -97,7 +97,7 @@ def on_one_rank(name: str, rank: int, ending: Ending, target: str, number: int |
         f"{name}, on rank {rank} of two",
         ending,
         processes=2,
-        limit=45.0,
+        limit=90.0,
         inject=lambda child: child.at_call(target, number, out_of_memory()) if child.rank == rank else None,
         **{"options": dict(save_steps=2, ddp_timeout=20), **fields},
     )

@@ -11,7 +11,7 @@ from faults.harness import ByRank, Fault, Killed, OneLine, Resumes, scorer
 from faults.injection import Action, Child, kills, raises, sends
 from faults.runs import Running
 
-OPTIONS = dict(ddp_timeout=4)
+OPTIONS = dict(ddp_timeout=10)  # a busy machine may stop for some seconds
 STOPS, KILLS = sends(signal.SIGSTOP), kills()
 SILENT = "has not been heard of"
 KILLED = Killed(signal.SIGKILL)
@@ -49,7 +49,7 @@ def lost(name: str, rank: int, inject: Callable[[Child], None], *words: str, res
         Resumes(ending) if resumes else ending,
         inject=on(rank, inject),
         outside=frees(rank),
-        **{"options": OPTIONS, "processes": 2, "limit": 45.0, **fields},
+        **{"options": OPTIONS, "processes": 2, "limit": 90.0, **fields},
     )
 
 
@@ -63,7 +63,7 @@ BUILDING = "online_dpo.training.trainer:build_policy"
 STEP_2, STEP_4 = "checkpoint-2", "checkpoint-4"
 EVALUATED = dict(**OPTIONS, eval_strategy="steps", eval_steps=2, dataset_test_split="train")
 SAVED = dict(**OPTIONS, save_steps=2)
-HANGS = scorer("if calls == 3 and os.environ['RANK'] == '{}': time.sleep(60)")
+HANGS = scorer("if calls == 3 and os.environ['RANK'] == '{}': time.sleep(300)")
 GIVEN_UP = "after step 2"
 
 
@@ -74,7 +74,7 @@ def hangs(rank: int, **fields) -> Fault:
         f"rank {rank} hangs in a reward function",
         Resumes(ByRank(*endings[:: -1 if rank == 0 else 1])),
         files={"feedback.py": HANGS.replace("{}", str(rank))},
-        **{"options": OPTIONS, "processes": 2, "limit": 45.0, **fields},
+        **{"options": OPTIONS, "processes": 2, "limit": 90.0, **fields},
     )
 
 
@@ -101,7 +101,7 @@ def differs(name: str, inject: Callable[[Child], None], *words: str, **fields) -
         OneLine(2, *words),
         inject=on(1, inject),
         processes=2,
-        limit=45.0,
+        limit=90.0,
         **{"options": OPTIONS, **fields},
     )
 
@@ -147,7 +147,7 @@ FAULTS = [
         inject=on(1, at_call(BACKWARD, 3, raises(RuntimeError("bad kernel")))),
         options=OPTIONS,
         processes=2,
-        limit=45.0,
+        limit=90.0,
     ),
     Fault(
         "ranks",
@@ -156,7 +156,7 @@ FAULTS = [
         inject=on(1, lambda child: KILLS()),
         options=OPTIONS,
         processes=2,
-        limit=45.0,
+        limit=90.0,
     ),
     Fault(
         "ranks",
@@ -165,7 +165,7 @@ FAULTS = [
         inject=on(1, fetches_nothing_in_step_3),
         options=OPTIONS,
         processes=2,
-        limit=45.0,
+        limit=90.0,
     ),
     differs("rank 1 has another seed", with_words("--seed", "7"), "Rank 0 and rank 1", "`seed` ('42' and '7')"),
     differs(

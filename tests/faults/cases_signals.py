@@ -129,7 +129,7 @@ FAULTS = [
         "SIGTERM while a reward function waits",
         Resumes(Stops(143, "checkpoint-2")),
         options=SAVES | dict(stop_timeout=1.0),
-        files={"feedback.py": scorer("if calls == 3:\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(60)")},
+        files={"feedback.py": scorer("if calls == 3:\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(300)")},
     ),
     Fault(
         "signal",

@@ -202,7 +202,7 @@ class Fault:
     writes: Writes | None = None
     service: Service | None = None
     processes: int = 1
-    limit: float = 20.0
+    limit: float = 45.0
     quick: bool = True
 
     @property

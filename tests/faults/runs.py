@@ -44,12 +44,12 @@ class Ended:
 
 
 class Zygote:
-    """The warmed process."""
+    """The warmed process. ``variables`` stand in its environment, and so in that of its forks."""
 
-    def __init__(self, model: Path, writes: Path) -> None:
+    def __init__(self, model: Path, **variables: str) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "faults.zygote", str(model)],
-            env=environment(LD_PRELOAD=str(writes)),
+            env=environment(**variables),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -98,7 +98,7 @@ class Running:
             if (ranks is None or rank in ranks) and rank not in self._codes:
                 os.kill(pid, number)
 
-    def wait_for(self, text: str, seconds: float = 10.0) -> None:
+    def wait_for(self, text: str, seconds: float = 60.0) -> None:
         """Waits until a rank has printed ``text``."""
         until = time.monotonic() + seconds
         while not any(
@@ -147,7 +147,7 @@ class Running:
             if not self._poll(rank, max(left, 0.0)):
                 hung.add(rank)
                 os.kill(self.pids[rank], signal.SIGKILL)
-                self._poll(rank, 10.0)
+                self._poll(rank, 60.0)
         texts = [[_text(log / name) for name in ("stdout", "stderr", "stack")] for log in self.logs]
         return [Ended(self._codes[rank], out, err, rank in hung, stack) for rank, (out, err, stack) in enumerate(texts)]
 
@@ -167,7 +167,7 @@ class Stage:
 
     def __init__(self, root: Path, ground: Path) -> None:
         self.root, self.ground = root, ground
-        self.zygote = Zygote(ground / "policy", build_writes(root / "writes.so"))
+        self.zygote = Zygote(ground / "policy", LD_PRELOAD=str(build_writes(root / "writes.so")))
         self._whole: dict[str, Path] = {}
         self._numbers = count()
         self._seconds: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""The table of docs/project/reliability.md: every fault, how it has to end, and the test that asserts it.
+"""The table of docs/project/reliability-table.md: every fault, how it has to end, and the test that asserts it.
 
 python -m faults.table            prints it
 python -m faults.table PAGE.md    writes it into a page, between its two marks
@@ -32,7 +32,7 @@ def table() -> str:
     quick = len(shorter_list())
     lines = [f"{len(faults)} faults of {len(kinds)} kinds; {quick} of them are in the shorter list.", ""]
     for kind, rows in sorted(kinds.items()):
-        lines += [f"### {kind[0].upper()}{kind[1:]}", "", "| fault | how it ends | tests |", "|---|---|---:|"]
+        lines += [f"## {kind[0].upper()}{kind[1:]}", "", "| fault | how it ends | tests |", "|---|---|---:|"]
         lines += [
             f"| {escaped(name)} | {escaped(str(of_row[0].ending))} | {len(of_row)} |" for name, of_row in rows.items()
         ]

@@ -434,10 +434,10 @@ def test_a_check_of_a_plugin(folder, capsys):
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
-@pytest.mark.parametrize("name", ["gsm8k_format", "hh_reward_model"])
+@pytest.mark.parametrize("name", ["gsm8k", "hh"])
 def test_nothing_is_said_of_a_recipe(folder, capsys, name):
     words = ["--output_dir", folder / "out", "--use_cpu", "true"]
-    if name == "gsm8k_format":
+    if name == "gsm8k":
         made = [{"question": f"w{n} w{n} w{n}", "answer": f"w{n}\n#### {n}"} for n in range(64)]
         words += ["--dataset_config", "null"]
     else:

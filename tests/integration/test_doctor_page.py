@@ -8,7 +8,7 @@ from online_dpo.cli.main import main
 from support.run_files import fill_folder, write_run_file
 
 PAGE = Path(__file__).parents[2] / "docs" / "guides" / "doctor.md"
-BEGIN, END = "<!-- sample: tests/integration/test_doctor_page.py -->\n\n```\n", "```\n\n<!-- end of sample -->"
+BEGIN, END = "<!-- sample: tests/integration/test_doctor_page.py -->\n\n```text\n", "```\n\n<!-- end of sample -->"
 REWARD = "def always_good(completions, **columns):\n    return [1.0] * len(completions)\n"
 
 

@@ -16,7 +16,7 @@ from support.run_files import fill_folder, trainer_of, write_run_file
 from support.training import config, dataset, word_reward
 
 PAGE = (Path(__file__).parents[2] / "docs" / "project" / "extending.md").read_text()
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
+BLOCK = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```$", re.M | re.S)
 
 
 def examples():

@@ -40,7 +40,7 @@ class Voter:
 
 
 def human_trainer(folder, **fields):
-    fields = dict(num_completions=2, per_device_train_batch_size=2, human_timeout=60.0) | fields
+    fields = dict(num_completions=2, per_device_train_batch_size=2, human_timeout=600.0) | fields
     return training.trainer(folder, reward_funcs=None, kwargs={"judge": "human"}, **fields)
 
 
@@ -56,7 +56,7 @@ def test_a_run_learns_from_a_persons_votes(tmp_path):
 
 
 def test_the_record_of_a_run_has_what_people_said(tmp_path):
-    made = human_trainer(tmp_path, max_steps=1, run_folder=True, human_timeout=2.0)
+    made = human_trainer(tmp_path, max_steps=1, run_folder=True, human_timeout=6.0)
     with Voter(tmp_path, limit=1):
         made.train()
     run = RunFolder(tmp_path)
@@ -79,12 +79,12 @@ def test_with_four_completions_there_are_several_rounds(tmp_path):
 
 
 def test_a_run_on_which_nobody_votes_goes_on_and_does_not_stall(tmp_path):
-    made = human_trainer(tmp_path, max_steps=4, human_timeout=0.3, max_idle_steps=1)
+    made = human_trainer(tmp_path, max_steps=3, human_timeout=3.0, max_idle_steps=1)
     with Voter(tmp_path, limit=2):
         made.train()
     logs = training.step_logs(made)
-    assert made.state.global_step == 4
-    assert [log.get("dropped/no_answer", 0.0) for log in logs] == [0.0, 2.0, 2.0, 2.0]
+    assert made.state.global_step == 3
+    assert [log.get("dropped/no_answer", 0.0) for log in logs] == [0.0, 2.0, 2.0]
 
 
 def test_ctrl_c_ends_the_wait_and_the_resumed_run_takes_the_votes_that_stand(tmp_path):

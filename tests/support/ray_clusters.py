@@ -60,7 +60,7 @@ def finished(run: subprocess.Popen[str], seconds: float = 240) -> tuple[int, str
         output, errors = run.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         run.send_signal(signal.SIGTERM)
-        output, errors = run.communicate(timeout=60)
+        output, errors = run.communicate(timeout=300)
         raise AssertionError(f"it has not ended in time:\n{output}\n{errors}") from None
     return run.returncode, output, errors
 

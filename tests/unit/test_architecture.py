@@ -47,7 +47,7 @@ def test_every_package_is_in_the_map():
 
 
 def test_floors_are_those_of_the_import_contract():
-    drawn = section("The package map").split("```")[1].strip().splitlines()
+    drawn = section("The package map").split("```")[1].removeprefix("text").strip().splitlines()
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     [layers] = [contract["layers"] for contract in contracts if contract["type"] == "layers"]
     floors = [set(re.findall(r"\w+", line)) for line in drawn]

@@ -107,13 +107,13 @@ def test_of_two_servers_one_is_lost_in_the_midst_of_a_transfer_and_comes_back(se
 
 
 def test_a_server_that_hangs_in_the_midst_of_a_transfer_ends_it_after_the_time_limit(server, monkeypatch):
-    engine, model = connect(server.url, timeout=2.0), vllm_tools.policy(FAMILY)
+    engine, model = connect(server.url, timeout=10.0), vllm_tools.policy(FAMILY)
     check_sync(engine, model, 1)
     at_broadcast(monkeypatch, engine, server, 5, lambda: os.killpg(server.process.pid, signal.SIGSTOP))
     started = time.monotonic()
-    with pytest.raises(RolloutServerError, match=f"{server.url}/.*has failed for 2 seconds"):
+    with pytest.raises(RolloutServerError, match=f"{server.url}/.*has failed for 10 seconds"):
         engine.sync(model, 2)
-    assert time.monotonic() - started < 12
+    assert time.monotonic() - started < 90
     os.killpg(server.process.pid, signal.SIGCONT)
     check_sync(engine, model, 3)
     engine.close()
@@ -149,7 +149,7 @@ def test_weights_that_the_server_does_not_know_are_not_sent_again_and_again(serv
         patch.setattr(broadcast, "named_weights", lambda model: iter(unknown))
         with pytest.raises(RolloutServerError, match="collective_rpc failed: 500 .*nonsense"):
             engine.sync(model, 1)
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 90
     check_sync(engine, model, 2)
     engine.close()
 

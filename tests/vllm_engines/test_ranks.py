@@ -15,14 +15,13 @@ WORKER = Path(__file__).with_name("ranks_worker.py")
 
 def run(out, where, transfer):
     own = vllm_tools.ENVIRONMENT | {"GLOO_SOCKET_IFNAME": "lo", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    port = str(vllm_tools.free_port())
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     done = subprocess.run(
         [*torchrun, str(WORKER), str(out), where, transfer],
         env=environment(**own),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-6000:]
     return [torch.load(out / f"{rank}.pt") for rank in range(2)]

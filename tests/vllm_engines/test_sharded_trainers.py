@@ -25,15 +25,14 @@ def results(tmp_path_factory, server, adapter_server):
     """The runs of two ranks, and for each case that of one process: with the same server, by other ways to it."""
     out = tmp_path_factory.mktemp("sharded")
     own = vllm_tools.ENVIRONMENT | {"GLOO_SOCKET_IFNAME": "lo", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    port = str(vllm_tools.free_port())
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     one = {lora: run(server.url, "", out / f"one-{lora}", transfer="http", lora=lora) for lora in (False, True)}
     done = subprocess.run(
         [*torchrun, str(WORKER), str(out), server.url, adapter_server.url, ",".join(CASES)],
         env=environment(**own, DS_ACCELERATOR="cpu"),
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-6000:]
 

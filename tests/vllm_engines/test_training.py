@@ -50,7 +50,7 @@ def test_a_server_that_stays_away_ends_the_run_with_its_address(tmp_path, server
             server.kill()
 
     with pytest.raises(RolloutServerError, match=server.url):
-        train(tmp_path, callbacks=[Kill()], vllm_server_timeout=3.0, **served)
+        train(tmp_path, callbacks=[Kill()], vllm_server_timeout=10.0, **served)
     assert (tmp_path / "checkpoint-1").is_dir()
     with pytest.raises(RolloutServerError, match=server.url):  # found before a model is loaded
         train(tmp_path, model="a/model-that-does-not-exist", vllm_server_timeout=1.0, **served)

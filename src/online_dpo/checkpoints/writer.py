@@ -121,6 +121,8 @@ class CheckpointWriter:
     def _is_own(self, name: str) -> bool:
         if world_size() == 1:
             return self.role.publishes
+        if name.rpartition("/")[2].startswith(".tmp"):  # safetensors writes there, for a process that is not done yet
+            return False
         found = OF_RANK.search(name)
         if found is not None and int(found[1]) < world_size():
             return int(found[1]) == self.role.rank

@@ -184,6 +184,11 @@ COMMANDS = {
         one_process=True,
         prints_result=False,
     ),
+    "init": Command(
+        "write a recipe, a run file for one situation, as a starting point",
+        _imported("online_dpo.cli.init", "init"),
+        one_process=True,
+    ),
     "report": Command(
         "make a page of what a run was and what came of it",
         _imported("online_dpo.cli.report", "report_run"),

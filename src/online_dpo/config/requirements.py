@@ -53,12 +53,12 @@ TRACKERS = {
     "dvclive": pip("dvclive"),
     "flyte": pip("flytekit"),
     "kubeflow": Needs(""),  # reports to the job that the process runs in
-    "mlflow": pip("mlflow"),
+    "mlflow": pip("'online-dpo[mlflow]'", "mlflow"),
     "neptune": pip("neptune"),
     "swanlab": pip("swanlab"),
-    "tensorboard": pip("tensorboard", "tensorboard|tensorboardX"),
-    "trackio": pip("trackio"),
-    "wandb": pip("wandb"),
+    "tensorboard": pip("'online-dpo[tensorboard]'", "tensorboard|tensorboardX"),
+    "trackio": pip("'online-dpo[trackio]'", "trackio"),
+    "wandb": pip("'online-dpo[wandb]'", "wandb"),
 }
 """Values of `report_to`, besides `all` and `none`."""
 

@@ -50,11 +50,14 @@ class Asked:
         return "FSDP2" if self.kind == "fsdp" else f"ZeRO-{self.options['zero_optimization']['stage']}"
 
 
-def asked_sharding(values: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> Asked | None:
+def asked_sharding(
+    values: Mapping[str, Any], environment: Mapping[str, str] | None = None, processes: int | None = None
+) -> Asked | None:
     """Returns the way of sharding that fields and the environment of a process ask for, or nothing.
 
     Args:
         values: fields of the run; those that are missing have their defaults.
+        processes: the number of those that will train, where this process is not one of them.
 
     Raises:
         ShardingError: something is wrong; the message says what to do.
@@ -70,7 +73,7 @@ def asked_sharding(values: Mapping[str, Any], environment: Mapping[str, str] | N
         raise ShardingError(field, f"`fsdp` and `deepspeed` are given together{beside}. Give one of them.")
     asked = fsdp or deepspeed
     if asked is not None:
-        _check_run(asked, values, environment)
+        _check_run(asked, values, environment, processes)
     return asked
 
 
@@ -175,18 +178,19 @@ def read_options(name: str, given: Any) -> dict[str, Any]:
     return value
 
 
-def _check_run(asked: Asked, values: Mapping[str, Any], environment: Mapping[str, str]) -> None:
+def _check_run(asked: Asked, values: Mapping[str, Any], environment: Mapping[str, str], processes: int | None) -> None:
     """Check what else a run wants against the way that it is sharded."""
     kind = asked.kind
+    together = started_together() is not None if processes is None else processes > 1
     if problem := sharding_problem(kind):
         raise ShardingError(kind, f"`{kind}` {problem}")
-    if kind == "fsdp" and started_together() is None:
+    if kind == "fsdp" and not together:
         raise ShardingError(
             kind,
             "`fsdp` shards weights over several processes, and this is the only one. Start them with `torchrun "
             "--nproc_per_node N -m online_dpo train ...`, or leave `fsdp` out.",
         )
-    if kind == "deepspeed" and "RANK" not in environment and started_together() is None:
+    if kind == "deepspeed" and "RANK" not in environment and not together and processes is None:
         raise ShardingError(
             kind,
             "`deepspeed` needs a launcher, also for one process: `torchrun --nproc_per_node N -m online_dpo train ...`",

@@ -30,13 +30,15 @@ class SamePrompt:
     answers: Sequence[Answer]
 
 
-def same_prompts(runs: Sequence[Run], count: int) -> tuple[list[SamePrompt], int]:
+def same_prompts(runs: Sequence[Run], count: int) -> tuple[list[SamePrompt], int, int]:
     """The prompts that all runs have answered, those of the first run's last steps first: at most so many, and how many
-    there are.
+    there are. The last number is the percentage of the groups that were looked through.
     """
     last: list[dict[str, tuple[int, int]]] = []
+    percent = 100
     for run in runs:
         run.index.refresh_samples(PATIENCE / len(runs))
+        percent = min(percent, run.index.progress.percent)
         with run.index.reading() as db:
             # SQLite takes the other columns from the row that has the maximum. All of them are in the table's index
             found = db.execute("SELECT prompt_key, max(step) AS step, id FROM sample GROUP BY prompt_key")
@@ -44,7 +46,7 @@ def same_prompts(runs: Sequence[Run], count: int) -> tuple[list[SamePrompt], int
     common = set.intersection(*(set(of_run) for of_run in last)) if last else set()
     newest = sorted(common, key=lambda key: last[0][key], reverse=True)[:count]
     shown = [_answers(runs, [of_run[key][1] for of_run in last]) for key in newest]
-    return [prompt for prompt in shown if prompt is not None], len(common)
+    return [prompt for prompt in shown if prompt is not None], len(common), percent
 
 
 def _answers(runs: Sequence[Run], samples: Sequence[int]) -> SamePrompt | None:

@@ -21,6 +21,9 @@ from online_dpo.modeling.loaded import check_config, check_loaded, without_repor
 WRITTEN_BY_TRAINER = ("use_cache", "eos_token_id", "bos_token_id", "pad_token_id")
 """Fields of a model's configs that `transformers.Trainer` overwrites."""
 
+CAUSAL_WHATEVER_THEY_SAY = ("gpt_neox", "gpt_neox_japanese")
+"""Families of causal models alone whose configs say `is_decoder: false`, as those of encoders do. Pythia is one."""
+
 
 def looks_local(path: str) -> bool:
     """Whether ``path`` can only be a local folder, because no hub name has this form."""
@@ -78,7 +81,7 @@ def _load_whole(path: str, **kwargs: Any) -> PreTrainedModel:
     named = {name: kwargs[name] for name in ("revision", "trust_remote_code", "subfolder", "token") if name in kwargs}
     config = AutoConfig.from_pretrained(path, **named)
     check_config(config, path)
-    if vars(config).get("is_decoder") is False:
+    if vars(config).get("is_decoder") is False and config.model_type not in CAUSAL_WHATEVER_THEY_SAY:
         raise ModelFolderError(
             f"`{path}` is an encoder: each token of its texts reads those after it, so it cannot predict the next one. "
             "Give a causal language model."

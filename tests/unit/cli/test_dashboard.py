@@ -44,12 +44,12 @@ def test_it_serves_until_a_signal(tmp_path, number, code):
     words = [sys.executable, "-m", "online_dpo", "dashboard", str(tmp_path), "--port", "0", "--no-browser"]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     port, token = re.search(r"127\.0\.0\.1:(\d+)/\?token=(\S+)", process.stdout.readline()).groups()
-    connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=300)
     connection.request("GET", "/runs", headers={"Cookie": f"online_dpo_{port}={token}"})
     answer = connection.getresponse()
     assert answer.status == 200 and str(tmp_path) in answer.read().decode()
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == code, errors
     assert errors.strip() == ("" if code == 0 else "Stopped by SIGTERM.")
 

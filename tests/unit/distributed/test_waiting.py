@@ -10,6 +10,7 @@ import time
 
 from online_dpo.distributed.waiting import WAITS, Waits
 from online_dpo.foreign import foreign
+from support.busy import tries
 
 
 def names(waits):
@@ -65,6 +66,7 @@ def test_coroutines_are_named():
     assert seen[0] == ["Judge 1", "Judge 2"] and names(waits) == []
 
 
+@tries(3)
 def test_a_notice_comes_after_a_while_and_again_at_intervals():
     told = []
     waits = Waits(0.2, lambda notice: told.append((time.monotonic(), notice)))
@@ -76,6 +78,7 @@ def test_a_notice_comes_after_a_while_and_again_at_intervals():
     assert 0.2 <= told[0][0] - start < 0.4 and told[1][0] - told[0][0] >= 0.2
 
 
+@tries(3)
 def test_a_wait_that_is_short_gives_no_notice():
     told = []
     waits = Waits(0.2, told.append)

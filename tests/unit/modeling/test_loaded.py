@@ -105,6 +105,13 @@ def test_an_encoder(tmp_path, capfd):
     assert "is an encoder" in refused(configure(tmp_path / "bert", is_decoder=False), capfd)
 
 
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_no_causal_family_is_taken_for_an_encoder(tmp_path, family):
+    """The configs of GPT-NeoX (Pythia) say `is_decoder: false`."""
+    tiny.causal_lm(family).save_pretrained(tmp_path)
+    assert load(str(tmp_path)).config.model_type == family
+
+
 def test_a_matrix_of_zeros_and_what_may_be_zero():
     model = tiny.causal_lm()
     with torch.no_grad():

@@ -17,6 +17,7 @@ from online_dpo.scoring.notes import noting
 from online_dpo.scoring.rewards.function import FunctionScorer
 from online_dpo.scoring.time_limit import call_in_time, time_limit
 from support import tiny
+from support.busy import soon
 from support.endpoint import comparisons
 
 GROUPS = comparisons(2)
@@ -32,12 +33,12 @@ def lengths(completions, **_):
 
 
 def hangs(completions, **_):
-    time.sleep(5)
+    time.sleep(120)
     return lengths(completions)
 
 
 async def hangs_in_await(completions, **_):
-    await asyncio.sleep(5)
+    await asyncio.sleep(120)
     return lengths(completions)
 
 
@@ -50,27 +51,27 @@ class OwnScorer:
     name = "mine"
 
     def score(self, groups):
-        time.sleep(5)
+        time.sleep(120)
 
 
 class OwnJudge:
     name = "mine"
 
     def prefer(self, comparisons):
-        time.sleep(5)
+        time.sleep(120)
 
 
 class RankingJudge:
     def judge(self, prompts, completion_pairs, shuffle_order=True):
-        time.sleep(5)
+        time.sleep(120)
 
 
 def slow_judge(prompt, first, second):
-    time.sleep(5)
+    time.sleep(120)
 
 
 async def slow_async_judge(prompt, first, second):
-    await asyncio.sleep(5)
+    await asyncio.sleep(120)
 
 
 def fails(assessor, message):
@@ -91,7 +92,7 @@ def fails(assessor, message):
 )
 def test_a_reward_that_hangs_is_given_up(scorer, who):
     seconds = fails(Assessor([scorer], options=options()), f"{who} {TOO_LONG} {rows()}. It was given up.")
-    assert 0.2 <= seconds < 1.5
+    assert 0.2 <= seconds < 60
 
 
 @pytest.mark.parametrize(
@@ -122,7 +123,7 @@ def test_a_function_that_blocks_the_event_loop_is_told_apart():
 
 def test_calls_in_time_give_what_they_give_without_a_limit():
     scorers = [FunctionScorer(lengths), FunctionScorer(quick)]
-    limited, free = (Assessor(scorers, options=options(seconds)).assess(GROUPS) for seconds in (5, None))
+    limited, free = (Assessor(scorers, options=options(seconds)).assess(GROUPS) for seconds in (60, None))
     assert limited == free
 
 
@@ -147,15 +148,15 @@ def test_without_a_limit_a_function_runs_in_the_calling_thread():
 
 def test_all_calls_of_a_thread_are_made_in_the_same_other_thread():
     """A connection to a database, for one, may be used in one thread alone."""
-    with time_limit(5):
+    with time_limit(60):
         first, second = (call_in_time(threading.current_thread, "f") for _ in range(2))
         assert first is second is not threading.main_thread() and first.daemon
         with pytest.raises(ScoringError), time_limit(0.05):
             call_in_time(lambda: time.sleep(0.3), "f")
         third = call_in_time(threading.current_thread, "f")
     assert third is not first
-    time.sleep(0.4)
-    assert not first.is_alive() and third.is_alive()
+    soon(lambda: not first.is_alive())
+    assert third.is_alive()
 
 
 def test_the_other_thread_has_the_state_of_the_calling_one():
@@ -170,7 +171,7 @@ def test_the_other_thread_has_the_state_of_the_calling_one():
             torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
         )
 
-    with time_limit(5):
+    with time_limit(60):
         assert call_in_time(state, "f") == (3, True, False, False)
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
             assert call_in_time(state, "f") == (3, False, False, torch.bfloat16)

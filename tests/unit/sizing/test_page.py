@@ -14,7 +14,7 @@ PAGE = Path(__file__).parents[3] / "docs" / "guides" / "several-gpus.md"
 
 def test_the_page_is_current():
     page = PAGE.read_text()
-    assert page == with_tables(page), "make docs writes it anew"
+    assert page == with_tables(page), "make pages writes it anew"
 
 
 def test_a_cell_is_what_the_formula_says():

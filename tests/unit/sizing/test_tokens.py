@@ -82,7 +82,7 @@ def measured(shape, pairs, gradient_checkpointing):
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("vocabulary", [8192, slow(151936)])  # many small chunks of the head take their time
-@pytest.mark.parametrize("name", ["0.5B", "1.5B"])
+@pytest.mark.parametrize("name", ["0.5B", slow("1.5B")])
 def test_a_pass_of_a_model_of_real_size(monkeypatch, name, vocabulary, checkpointing):
     monkeypatch.setattr(passing, "CHUNK_LOGITS", passing.CHUNK_LOGITS_ON_CPU)  # what the head has at a time here
     shape = replace(MODELS[name], vocabulary=vocabulary)

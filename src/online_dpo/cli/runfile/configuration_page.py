@@ -16,7 +16,7 @@ from online_dpo.cli.runfile.schema import PARENT, FieldSpec, load_fields, read_f
 INTRODUCTION = """\
 # Configuration
 
-<!-- Made from the fields themselves by `make docs`: change their documentation there. -->
+<!-- Made from the fields themselves by `make pages`: change their documentation there. -->
 
 Every field that this package defines, as `online-dpo train --help-all` shows them. In a run file a field is one
 `name: value`; on the command line it is `--name value`, which wins. In Python they are arguments of `OnlineDPOConfig`,

@@ -167,7 +167,7 @@ class RunChecker:
                 paths = [folder / Path(os.path.expanduser(text)) for folder in self._folders(name)]
                 self.values[name] = str(next((path for path in paths if path.is_file()), text))
         try:
-            self.sharding = asked_sharding(self.values)
+            self.sharding = asked_sharding(self.values, processes=self._processes)
         except ShardingError as error:
             where = self.file if error.field not in self.entries else self._where(error.field)
             yield f"{where}: {error}" if error.field else str(error)

@@ -70,7 +70,7 @@ class RunIndex:
         self._writer: sqlite3.Connection | None = None
         self._forget_metrics()
         self._events, self._event_count = FollowedFile(folder.path / EVENTS), 0
-        self._frames = FollowedFrames(folder)
+        self._frames, self._has_looked = FollowedFrames(folder), False
 
     def _forget_metrics(self) -> None:
         self._metrics, self._known, self.rows = FollowedFile(self.folder.path / METRICS), set[str](), 0
@@ -145,12 +145,13 @@ class RunIndex:
     def _read_frames(self, db: sqlite3.Connection, until: float) -> bool:
         for file in self._frames.look():
             self._forget(db, file)
+        self._has_looked = True
         for at in self._frames.new():
             self._add_frame(db, at)
             if time.monotonic() > until:
                 break
         self._frames.settle()
-        return self.progress.is_whole
+        return self._progress.is_whole
 
     def _add_frame(self, db: sqlite3.Connection, at: StepFrame) -> None:
         values = (at.file.rank, at.file.number, at.frame.start, at.frame.end)
@@ -173,8 +174,16 @@ class RunIndex:
 
     @property
     def progress(self) -> Progress:
-        """How much of the groups is in the index."""
-        return Progress(self._frames.done, self._frames.size)
+        """How much of the groups is in the index, and can be read from it.
+
+        A page asks before it reads: what is read in the background meanwhile is then asked for again.
+        """
+        with self._lock:  # what has been read is not written yet, while it is held
+            return self._progress
+
+    @property
+    def _progress(self) -> Progress:
+        return Progress(self._frames.done, self._frames.size) if self._has_looked else Progress(0, 1)
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:

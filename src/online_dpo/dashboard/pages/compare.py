@@ -20,7 +20,7 @@ def show_comparison(request: Request) -> Response:
     dashboard = dashboard_of(request)
     ids = list(dict.fromkeys(run_id for run_id in request.query_params.getlist("run") if run_id))[:MOST]
     runs = [dashboard.run(run_id) for run_id in ids]
-    prompts, count = same_prompts(runs, PROMPTS) if len(runs) > 1 else ([], 0)
+    prompts, count, percent = same_prompts(runs, PROMPTS) if len(runs) > 1 else ([], 0, 100)
     last = [run.summarizer.summary().last for run in runs]
     return render(
         request,
@@ -33,7 +33,7 @@ def show_comparison(request: Request) -> Response:
         last=last,
         prompts=prompts,
         prompt_count=count,
-        percent=min((run.index.progress.percent for run in runs), default=100),
+        percent=percent,
     )
 
 

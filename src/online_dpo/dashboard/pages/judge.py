@@ -162,6 +162,7 @@ def show_judge(request: Request) -> Response:
     """The judge's figures, and what it said."""
     run = run_of(request)
     run.index.refresh_samples(PATIENCE)
+    progress = run.index.progress
     text, shown = request.query_params.get("q", "").strip(), request.query_params.get("shown", "")
     given = request.query_params.get("page", "1")
     page = max(1, int(given)) if given.isascii() and given.isdigit() and len(given) < 9 else 1
@@ -175,7 +176,7 @@ def show_judge(request: Request) -> Response:
         page="judge",
         **{"run": run, "whole": whole, "parts": parts, "said": said},
         **{"text": text, "shown": shown if shown in SHOWN else "", "choices": SHOWN, "count": count},
-        **{"number": page, "pages": -(-count // PAGE), "progress": run.index.progress},
+        **{"number": page, "pages": -(-count // PAGE), "progress": progress},
         link=lambda number: urlencode({"q": text, "shown": shown, "page": number}),
     )
 

@@ -34,6 +34,7 @@ def show_pairs(request: Request) -> Response:
     """The list of groups."""
     run, query = run_of(request), SampleQuery.read(request.query_params)
     run.index.refresh_samples(PATIENCE)
+    progress = run.index.progress
     with run.index.reading() as db:
         count, rows = query.count(db), query.rows(db)
         total = db.execute("SELECT count(*) FROM sample").fetchone()[0]
@@ -44,7 +45,7 @@ def show_pairs(request: Request) -> Response:
         page="pairs",
         **{"run": run, "query": query, "rows": rows, "count": count, "total": total},
         **{"reasons": reasons, "scorers": scorers, "sorts": SORTS, "pages": -(-count // PAGE)},
-        progress=run.index.progress,
+        progress=progress,
     )
     if request.headers.get("hx-trigger") == "filters":  # the address without the fields that are empty
         page.headers["hx-push-url"] = f"/runs/{run.id}/pairs?{query.link(page='')}"

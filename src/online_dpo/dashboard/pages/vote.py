@@ -49,13 +49,14 @@ def show_vote(request: Request) -> Response:
     open_questions = waiting(questions_of(run.folder.path).values(), votes, now)
     is_asked = bool(open_questions) or run.folder.settings.get("judge") == "human"
     run.index.refresh_samples(PATIENCE)
+    progress = run.index.progress
     one = _of_trainer(open_questions[0]) if open_questions else None if is_asked else _of_samples(run, votes)
     return render(
         *(request, "vote.html"),
         page="vote",
         **{"run": run, "one": one, "now": now, "waiting": len(open_questions), "is_asked": is_asked},
         **{"votes": sum(vote.choice != "skip" for vote in votes.values()), "pairs": _paired_groups(run)},
-        progress=run.index.progress,
+        progress=progress,
     )
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from datasets import Dataset
 
+from online_dpo.config.requirements import TRACKERS
 from online_dpo.doctor.case import Case
 from online_dpo.doctor.findings import Finding, ok, problem
 from online_dpo.doctor.registry import check
@@ -17,7 +17,6 @@ from online_dpo.training.run_identity import check_options
 
 OTHERS = ("prompt_ids", "prompt_row", "prompt_invalid", "prompt_cut")
 """Columns of a prepared dataset that no function gets."""
-TRACKERS = ("wandb", "tensorboard", "mlflow", "trackio")
 
 
 @check("files")
@@ -51,5 +50,5 @@ def _folder(path: Path) -> str:
 def _trackers(names: str | list[str] | None) -> Iterator[Finding]:
     """Says what is missing for the trackers that the run reports to."""
     for name in [names] if isinstance(names, str) else names or []:
-        if name in TRACKERS and importlib.util.find_spec(name) is None:
-            yield problem(f"`report_to` names {name}, which is not installed", f"pip install {name}")
+        if name in TRACKERS and TRACKERS[name].missing:
+            yield problem(f"`report_to` names {name}, which is not installed", TRACKERS[name].install)

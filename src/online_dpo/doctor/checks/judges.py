@@ -75,7 +75,7 @@ def _of_evaluations(case: Case, settings: JudgeSettings, seconds: float, counts:
 def _price(case: Case, settings: JudgeSettings, seconds: float, counts: Mapping[str, float]) -> Finding:
     """What a step costs: as many comparisons as a tournament of K completions has at most."""
     k = case.args.judge_top or case.args.num_completions
-    comparisons = case.prompts_per_step * (1 if k == 2 else -(-3 * k // 2) - 1)
+    comparisons = case.prompts_per_step * min(k * (k - 1) // 2, -(-3 * k // 2) - 1)
     tokens = {name: counts.get(f"judge/{name}", 0.0) * comparisons for name in ("input_tokens", "output_tokens")}
     questions = counts.get("judge/requests", 1.0) * comparisons
     price = settings.cost(round(tokens["input_tokens"]), round(tokens["output_tokens"]))

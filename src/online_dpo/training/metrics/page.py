@@ -19,7 +19,7 @@ SECTIONS = (
 INTRODUCTION = """\
 # Metrics
 
-<!-- Made from the descriptions that stand beside the code by `make docs`: change them there. -->
+<!-- Made from the descriptions that stand beside the code by `make pages`: change them there. -->
 
 Figures of training logs cover everything since the last log, over all ranks: means weigh each value the same, counts
 are sums. What of a skipped step is NaN or infinite is left out, and a metric without any value is absent. None changes

@@ -16,7 +16,7 @@ PAGE = Path(__file__).parents[4] / "docs" / "reference" / "configuration.md"
 
 
 def test_the_page_in_the_repository_is_current() -> None:
-    assert PAGE.read_text(encoding="utf-8") == configuration_page(load_fields()), "run `make docs`"
+    assert PAGE.read_text(encoding="utf-8") == configuration_page(load_fields()), "run `make pages`"
 
 
 def test_a_field_is_a_row_of_its_group() -> None:

@@ -103,3 +103,16 @@ def test_a_job_has_whole_paths_and_a_key_for_its_servers(folder, monkeypatch):
     assert job.variables["MY_TOKEN"] == "m" and len(job.variables["VLLM_API_KEY"]) > 30
     assert job.variables["ONLINE_DPO_STARTED_AS"] == "ray run.yaml --max_steps 3 --ray.max_restarts 1"
     assert job.needs.world_size == 2
+
+
+@pytest.mark.parametrize("sharded", [{"fsdp": "full_shard"}, {"deepspeed": {"zero_optimization": {"stage": 3}}}])
+def test_a_run_on_a_cluster_may_be_sharded_over_its_processes(folder, sharded):
+    """The process that plans it is alone; those that train are not."""
+    run_file = write_run_file(folder, reward_funcs="feedback.py:score", ray={"train_workers": 2}, **sharded)
+    assert plan_run(run_file, [], on_cluster=True).ray.trainers == 2
+
+
+def test_one_process_of_a_cluster_has_nothing_to_shard(folder):
+    run_file = write_run_file(folder, reward_funcs="feedback.py:score", ray={"train_workers": 1}, fsdp="full_shard")
+    with pytest.raises(UsageError, match="over several processes, and this is the only one"):
+        plan_run(run_file, [], on_cluster=True)

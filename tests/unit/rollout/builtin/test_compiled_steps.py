@@ -65,7 +65,10 @@ def assert_same(found, expected, atol=1e-5):
         assert mine.logprobs == pytest.approx(other.logprobs, abs=atol)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gemma2", "gpt2", "mistral"])
+OTHER_FAMILIES = [pytest.param(family, marks=pytest.mark.slow) for family in ("gemma2", "mistral")]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2", *OTHER_FAMILIES])
 def test_compiled_layers_sample_the_same_and_all_of_a_kind_share_their_code(family, caplog):
     model = policy(family, layers=4)
     expected = completions(engine(model, compiled=False))

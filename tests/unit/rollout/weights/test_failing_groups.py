@@ -104,7 +104,7 @@ def test_a_broadcast_that_failed_is_not_taken_for_one_that_arrived(server, threa
     assert isinstance(failed, TransferStopped) and FAILED in str(failed)
     for error in (trainer, other):
         assert isinstance(error, TransferStopped) and "worker 1 gave up" in str(error) and FAILED in str(error)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 25  # not their time limit
 
 
 def test_a_bucket_that_never_arrived_is_never_handed_to_a_loader(server, threads, nccl):
@@ -132,10 +132,10 @@ def test_a_communicator_that_is_never_made_ends_after_the_time_limit(server, thr
     stopped = errors_of(threads, server, timeout=1.5)
     assert all(isinstance(error, TransferStopped) for error in stopped)
     assert "the forming of the group for the weights" in str(stopped[rank])
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
     assert not of_rank(rank).aborted.is_set()
     of_rank(rank).let_go.set()  # it ends at last, and nobody waits for it any more
-    assert of_rank(rank).aborted.wait(10)
+    assert of_rank(rank).aborted.wait(60)
 
 
 @pytest.mark.parametrize("number", [1, 3])
@@ -157,7 +157,7 @@ def test_the_trainer_learns_at_once_of_a_server_that_is_gone_while_it_is_inside_
         while not (nccl.made and nccl.made[0].number == number):
             time.sleep(0.01)
         gone.set()
-        assert isinstance(sending.exception(10), ConnectionError)
+        assert isinstance(sending.exception(60), ConnectionError)
 
 
 def test_a_group_is_closed_while_an_operation_and_its_end_hang(server, nccl, monkeypatch, caplog):
@@ -174,7 +174,7 @@ def test_a_group_is_closed_while_an_operation_and_its_end_hang(server, nccl, mon
         assert "could not be ended within 0.2 s" in caplog.text
         nccl.made[0].let_go.set()
         with pytest.raises(TransferStopped, match="its group has been closed"):
-            sending.result(10)
+            sending.result(60)
     with pytest.raises(TransferStopped, match="its group has been closed"):
         group.broadcast(torch.zeros(3), rendezvous)
 

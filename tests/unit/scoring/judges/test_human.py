@@ -15,6 +15,7 @@ from online_dpo.scoring.judges.tournament import find_preferences
 from online_dpo.scoring.protocols import WaitingScorer, is_fair
 from online_dpo.types import Completion, Group, Prompt
 from support import tiny
+from support.busy import tries
 
 
 def comparison(prompt, first, second):
@@ -40,7 +41,7 @@ def prefers(text):
 
 
 def test_a_vote_reaches_the_comparison_whichever_answer_was_shown_first(tmp_path, caplog):
-    human = HumanJudge(tmp_path, timeout=20.0)
+    human = HumanJudge(tmp_path, timeout=600.0)
     asked = [comparison(f"P{n}", "good", "bad") for n in range(8)] + [comparison("Q", "bad", "good")]
     voter = voting(tmp_path, prefers("good"), 9)
     assert human.prefer(asked) == [1.0] * 8 + [0.0]
@@ -80,29 +81,30 @@ def test_what_is_not_voted_on_in_time_has_no_answer(tmp_path):
     add_vote(tmp_path, Vote("P", "a", "b", "first", time=1.0))
     started = time.monotonic()
     assert human.prefer([comparison("P", "a", "b"), comparison("Q", "a", "b")]) == [1.0, None]
-    assert 0.5 < time.monotonic() - started < 5
+    assert 0.5 < time.monotonic() - started < 60
     [question] = questions_of(tmp_path).values()
-    assert question.prompt == "Q" and question.until == pytest.approx(time.time(), abs=5)
+    assert question.prompt == "Q" and question.until == pytest.approx(time.time(), abs=60)
 
 
+@tries(3)
 def test_all_questions_of_an_assessment_share_the_time(tmp_path):
-    human = HumanJudge(tmp_path, timeout=0.5)
+    human = HumanJudge(tmp_path, timeout=2.0)
     human.begin_assessment()
     assert human.prefer([comparison("P", "a", "b")]) == [None]
     started = time.monotonic()
     assert human.prefer([comparison("Q", "a", "b")]) == [None]
-    assert time.monotonic() - started < 0.3
+    assert time.monotonic() - started < 1.5
 
 
 def test_half_a_surrogate_pair_in_an_answer_is_no_obstacle(tmp_path):
-    human = HumanJudge(tmp_path, timeout=20.0)
+    human = HumanJudge(tmp_path, timeout=600.0)
     voter = voting(tmp_path, prefers("good ?"))
     assert human.prefer([comparison("P\ud83d", "bad", "good \ud83d")]) == [0.0]
     voter.join()
 
 
 def test_a_conversation_is_asked_with_its_messages(tmp_path):
-    human = HumanJudge(tmp_path, timeout=20.0)
+    human = HumanJudge(tmp_path, timeout=600.0)
     voter = voting(tmp_path, prefers("a"))
     assert human.prefer([comparison([{"role": "user", "content": "Hi", "name": None}], "a", "b")]) == [1.0]
     voter.join()
@@ -111,7 +113,7 @@ def test_a_conversation_is_asked_with_its_messages(tmp_path):
 
 
 def test_a_signal_ends_the_wait_and_a_repeated_question_takes_the_votes_that_stand(tmp_path):
-    human = HumanJudge(tmp_path, timeout=60.0)
+    human = HumanJudge(tmp_path, timeout=600.0)
     asked = [comparison("P", "a", "b"), comparison("Q", "a", "b")]
 
     def one_vote_then_a_signal():

