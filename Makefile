@@ -76,7 +76,7 @@ SEAMS := tests/unit/test_versions.py tests/unit/modeling/test_patching.py tests/
 # first needed. What a part prints comes in one piece (-O). When one fails, no other is begun. What is marked slow, and the
 # newest versions (constraints.txt has them but for torch), are left to make test-all.
 # The longest come first, so that both cores have work until the end.
-CI_PARTS := lint ci-unit ci-distributed ci-faults ci-e2e ci-recipes ci-integration ci-vllm ci-vllm-servers ci-ray ci-seams-oldest ci-wheel ci-browser
+CI_PARTS := lint ci-unit ci-distributed ci-faults ci-e2e ci-docs ci-recipes ci-integration ci-vllm ci-vllm-servers ci-ray ci-seams-oldest ci-wheel ci-browser
 # about half of the time of all that use vLLM
 VLLM_SERVERS := $(addprefix tests/vllm_engines/test_,server.py broadcast.py judge.py ranks.py)
 # what needs a vLLM server runs in its environment

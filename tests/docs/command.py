@@ -9,12 +9,15 @@ import re
 import signal
 import socket
 import sys
-import time
 import tomllib
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+DONE, FAILED = "done", "failed"
+"""What the process with a page's names answers to a block."""
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
 
 def ask(kind, words, streams=(0, 1, 2)):
@@ -22,24 +25,43 @@ def ask(kind, words, streams=(0, 1, 2)):
     client = socket.socket(socket.AF_UNIX)
     client.connect(os.environ["DOCS_WARM"])
     request = {"kind": kind, "words": words, "folder": os.getcwd(), "environment": dict(os.environ)}
-    socket.send_fds(client, [json.dumps(request).encode()], list(streams))
+    send(client, request, streams)
     return client, int(read_line(client))
+
+
+def send(client, request, streams):
+    """A line of JSON, the streams with its beginning."""
+    data = json.dumps(request).encode() + b"\n"
+    sent = socket.send_fds(client, [data], list(streams))
+    client.sendall(data[sent:])
 
 
 def read_line(client):
     data = b""
     while not data.endswith(b"\n"):
         byte = client.recv(1)
-        assert byte, "the fork has gone without a word"
+        if not byte:
+            raise EOFError("the warm process has gone")
         data += byte
-    return data
+    return data.decode().strip()
 
 
 def run(kind, words):
+    """What the fork does. That it failed is written down: the shell does not ask those in its background."""
+
+    def pass_on(number, frame):
+        with suppress(ProcessLookupError):  # it has just ended
+            os.kill(pid, number)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # those that come early wait
     client, pid = ask(kind, words)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, lambda number, frame: os.kill(pid, number))
+    for number in PASSED_ON:
+        signal.signal(number, pass_on)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
     code = int(read_line(client))
+    if code:
+        with open(os.environ["DOCS_FAILED"], "a") as file:
+            file.write(f"{kind} {' '.join(words)}: exit code {code}\n")
     if code < 0:
         signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
@@ -53,16 +75,16 @@ def run_dashboard(words):
     reading, writing = os.pipe()
     client, pid = ask("online-dpo", [*words, "--no-browser"] if "--open" not in words else words, (0, writing, writing))
     os.close(writing)
-    printed = ""
-    while not (found := re.search(r"http://\S+", printed)):
+    printed = b""
+    while not (found := re.search(rb"(http://\S+)\s", printed)):
         data = os.read(reading, 4096)
         if not data:
-            print(printed)
+            print(printed.decode())
             return int(read_line(client)) or 1
-        printed += data.decode()
-    print(printed)
-    page = urllib.request.build_opener(urllib.request.HTTPCookieProcessor()).open(found[0], timeout=20)
-    assert page.status == 200 and b"<html" in page.read(), found[0]
+        printed += data
+    print(printed.decode())
+    page = urllib.request.build_opener(urllib.request.HTTPCookieProcessor()).open(found[1].decode())
+    assert page.status == 200 and b"<html" in page.read(), found[1]
     os.kill(pid, signal.SIGINT)
     return int(read_line(client))
 
@@ -137,5 +159,4 @@ def main():
 CHECKS = {"pip": check_pip, "git": check_git, "make": check_make}
 
 if __name__ == "__main__":
-    started = time.monotonic()
     sys.exit(main())

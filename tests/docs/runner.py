@@ -1,15 +1,16 @@
 """Runs the blocks of a page in the page's order, in a folder of the page.
 
 The folder begins as if `online-dpo quickstart` had been run there, with tiny models, and holds ``run.yaml`` (the same
-run, for pages that speak of your run file) and ``pairs.jsonl``. `online-dpo`, `python` and `torchrun` are forks of a
-warmed process; settings that keep a training short are appended there. Installing, cloning and making is checked
-rather than done: `docs.command` has the rules.
+run, for pages that speak of your run file). `online-dpo`, `python` and `torchrun` are forks of a warmed process;
+settings that keep a training short are appended there. Installing, cloning and making is checked rather than done:
+`docs.command` has the rules.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -25,11 +26,13 @@ from typing import Any
 import yaml
 
 from docs.blocks import ROOT, Block, blocks_of
-from docs.command import read_line
+from docs.command import DONE, FAILED, read_line, send
 from support.processes import environment
 
-LIMIT = float(os.environ.get("DOCS_LIMIT", "120"))
+LIMIT = float(os.environ.get("DOCS_LIMIT", "300"))
 """Seconds that a block may take: to end what hangs, not to measure."""
+EXPECTED = re.compile(r"\|\||\$\?|\bif ")
+"""In a block that looks at exit codes itself, commands may fail."""
 COMMANDS = ("online-dpo", "python", "torchrun", "pip", "git", "make")
 
 
@@ -101,7 +104,7 @@ class PageRun:
     def __init__(self, stage: Stage, folder: Path) -> None:
         self._stage, self._folder = stage, folder
         self._namespace: socket.socket | None = None
-        self._log = folder.with_name(folder.name + ".printed")
+        self._log, self._failed = (folder.with_name(folder.name + end) for end in (".printed", ".failed"))
 
     def __enter__(self) -> PageRun:
         return self
@@ -120,12 +123,15 @@ class PageRun:
             self._bash(block, f'python -c \'import runpy; runpy.run_path("{block.title}", run_name="imported")\'')
         elif block.language == "python":
             self._python(block, code)
-        elif block.title is None and block.language == "bash":
-            self._bash(block, code)
+        elif block.language == "bash":
+            self._bash(block, code if block.title is None else f"bash -n {block.title}")
         elif block.title is None and block.language == "yaml":
             self._fragment(block, code)
         elif block.language in ("json", "jsonl", "yaml"):
             self._parse(block, code)
+
+    def _environment(self) -> dict[str, str]:
+        return self._stage.environment() | {"DOCS_FAILED": str(self._failed)}
 
     def _parse(self, block: Block, code: str) -> None:
         try:
@@ -147,46 +153,60 @@ class PageRun:
             raise BlockFailed(block, "a fragment of a run file has keys")
         rest = yaml.safe_load((self._folder / "run.yaml").read_text())
         if ("judge" in fragment or "reward_funcs" in fragment) and "judge_top" not in fragment:
-            del rest["reward_model_path"]
+            rest.pop("reward_model_path", None)
         if "eval_judge" in fragment or "eval_reward_model_path" in fragment:
-            del rest["eval_reward_funcs"]
+            rest.pop("eval_reward_funcs", None)
         file = self._folder / f"fragment-{block.line}.yaml"
         file.write_text(yaml.safe_dump({**rest, **fragment}))
-        client = self._ask("check", [file.name], on_cluster="ray" in fragment)
-        if int(read_line(client)):
-            raise BlockFailed(block, "the fragment is wrong", self._log.read_text())
+        with self._ask(block, "check", [file.name], on_cluster="ray" in fragment) as client:
+            if self._answer(block, client) != "0":
+                raise BlockFailed(block, "the fragment is wrong", self._log.read_text())
 
     def _python(self, block: Block, code: str) -> None:
-        if self._namespace is None:
-            self._namespace = self._ask("namespace", [])
+        """The next block of the page's namespace; a process that is stuck or gone gets no further one."""
+        namespace = self._namespace or self._ask(block, "namespace", [])
+        self._namespace = None
         self._log.write_text("")
-        request = {"page": block.page, "line": block.line, "code": code}
-        self._namespace.settimeout(LIMIT)
-        self._namespace.sendall(json.dumps(request).encode() + b"\n")
+        answer = ""
         try:
-            wrong = int(read_line(self._namespace))
-        except TimeoutError:
-            raise BlockFailed(block, f"not at an end after {LIMIT:g} s", self._log.read_text()) from None
-        if wrong:
-            raise BlockFailed(block, "an exception", self._log.read_text())
+            request = {"page": block.page, "line": block.line, "code": code}
+            namespace.sendall(json.dumps(request).encode() + b"\n")
+            answer = self._answer(block, namespace)
+        finally:
+            if answer in (DONE, FAILED):
+                self._namespace = namespace
+            else:
+                namespace.close()
+        if answer != DONE:
+            what = "an exception" if answer == FAILED else f"it has ended Python with exit code {answer}"
+            raise BlockFailed(block, what, self._log.read_text())
 
-    def _ask(self, kind: str, words: list[str], **more: Any) -> socket.socket:
+    def _ask(self, block: Block, kind: str, words: list[str], **more: Any) -> socket.socket:
         """A fork of the warm process, which prints into the log."""
         client = socket.socket(socket.AF_UNIX)
+        client.settimeout(LIMIT)
         client.connect(str(self._stage.warm))
-        request = {"kind": kind, "words": words, "folder": str(self._folder), "environment": self._stage.environment()}
-        with open(os.devnull) as nothing, self._log.open("w") as log:
-            streams = [nothing.fileno(), log.fileno(), log.fileno()]
-            socket.send_fds(client, [json.dumps({**request, **more}).encode()], streams)
-            read_line(client)
+        request = {"kind": kind, "words": words, "folder": str(self._folder), "environment": self._environment()}
+        self._log.write_text("")
+        with open(os.devnull) as nothing, self._log.open("a") as log:
+            send(client, {**request, **more}, [nothing.fileno(), log.fileno(), log.fileno()])
+        self._answer(block, client)
         return client
 
+    def _answer(self, block: Block, client: socket.socket) -> str:
+        try:
+            return read_line(client)
+        except TimeoutError:
+            raise BlockFailed(block, f"not at an end after {LIMIT:g} s", self._log.read_text()) from None
+
     def _bash(self, block: Block, code: str) -> None:
-        with self._log.open("w") as log:
+        self._log.write_text("")
+        self._failed.write_text("")
+        with self._log.open("a") as log:
             process = subprocess.Popen(
                 ["bash", "-e", "-u", "-x", "-o", "pipefail", "-c", code],
                 cwd=self._folder,
-                env=self._stage.environment(),
+                env=self._environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -200,6 +220,8 @@ class PageRun:
             end_group(process)
         if code_of_exit:
             raise BlockFailed(block, f"exit code {code_of_exit}", self._log.read_text())
+        if (failed := self._failed.read_text()) and not EXPECTED.search(code):
+            raise BlockFailed(block, f"what it does not look at has failed: {failed}", self._log.read_text())
 
 
 def end_group(process: subprocess.Popen[Any]) -> None:
@@ -240,8 +262,9 @@ def hub_variables(folder: Path) -> dict[str, str]:
 
 
 def wait_until_it_serves(path: Path, process: subprocess.Popen[Any]) -> None:
+    started = time.monotonic()
     while not path.exists():
-        if process.poll() is not None:
+        if process.poll() is not None or time.monotonic() - started > 2 * LIMIT:
             raise RuntimeError(path.with_name("warm.printed").read_text())
         time.sleep(0.05)
 

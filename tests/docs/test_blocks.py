@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 
 from docs.blocks import PageError, blocks_of
-from docs.runner import PageFailed
+from docs.command import read_line
+from docs.runner import LIMIT, PageFailed
 
 PAGE = """# A page
 
@@ -82,21 +88,66 @@ def test_a_page_that_is_right(stage, tmp_path):
     assert stage.run_page("page.md", tmp_path / "page", PAGE) == 5
 
 
+MISSPELT = "jduge"
 WRONG = {
     "a command": ("```bash\necho before\nfalse\n```", "page.md:1: exit code 1", "+ false"),
     "a command of ours": ("```bash\nonline-dpo tarin run.yaml\n```", "page.md:1: exit code 2", "Did you mean `train`?"),
     "a pipe": ("```bash\nfalse | cat\n```", "page.md:1: exit code 1", ""),
+    "a script": (
+        '```bash title="job.sh"\nif true; then\n```',
+        "page.md:1: exit code 2",
+        "job.sh: line 2: syntax error",
+    ),
     "python": ("\n```python\n1 / 0\n```", "page.md:2: an exception", 'File "page.md", line 3'),
+    "the end of Python": ("```python\nimport os\nos._exit(0)\n```", "page.md:1: it has ended Python with", ""),
     "a file in Python": ('```python title="x.py"\nimport nothing_like_it\n```', "exit code 1", "nothing_like_it"),
     "a key": ("```yaml\nbetta: 0.3\n```", "page.md:1: the fragment is wrong", "Did you mean `beta`?"),
-    "a value": ("```yaml\nbeta: -1\n```", "page.md:1: the fragment is wrong", "`beta`"),
+    "a value": ("```yaml\nnum_completions: many\n```", "page.md:1: the fragment is wrong", "num_completions"),
+    "in the background": (
+        "```bash\nonline-dpo tarin & wait\n```",
+        "page.md:1: what it does not look at",
+        "exit code 2",
+    ),
     "a fragment": ("```yaml\n- 1\n```", "page.md:1: a fragment of a run file has keys", ""),
     "json": ("```json\n{1}\n```", "page.md:1: no json", ""),
-    "an extra": ("```bash\npip install '.[jduge]'\n```", "exit code 2", "there is no extra jduge"),
+    "an extra": (f"```bash\npip install '.[{MISSPELT}]'\n```", "exit code 2", f"there is no extra {MISSPELT}"),
     "a package": ("```bash\npip install onlin-dpo\n```", "exit code 2", "neither this package nor"),
     "a target": ("```bash\nmake tset\n```", "exit code 2", "make has no target tset"),
     "a dashboard": ("```bash\nonline-dpo dashboard runs/nothing\n```", "exit code 2", "there is no folder"),
 }
+
+
+def test_a_block_that_hangs_is_ended(stage, tmp_path, monkeypatch):
+    monkeypatch.setattr("docs.runner.LIMIT", 1.0)
+    text = """```bash
+sleep 1000
+```\n```python
+import os
+open("pid", "w").write(str(os.getpid()))
+while True: pass
+```"""
+    with pytest.raises(PageFailed) as error:
+        stage.run_page("page.md", tmp_path / "page", text)
+    assert str(error.value).count("not at an end after 1 s") == 2
+    file = tmp_path / "page/pid"
+    if pid := file.read_text() if file.is_file() else "":  # it came so far
+        wait_until(lambda: not Path("/proc", pid).exists())
+
+
+def test_a_client_that_says_nothing_holds_nobody_up(stage, tmp_path):
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.connect(str(stage.warm))
+        pid = read_line(silent)
+        assert stage.run_page("page.md", tmp_path / "page", "```bash\nonline-dpo --version\n```") == 1
+        assert Path("/proc", pid).exists()
+    wait_until(lambda: not Path("/proc", pid).exists())
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("kind", WRONG)

@@ -9,7 +9,7 @@ import pytest
 
 from docs.blocks import ROOT, blocks_of, not_run, pages
 
-MOST_NOT_RUN = 60
+MOST_NOT_RUN = 20
 
 
 def has_blocks(page: str) -> bool:

@@ -1,12 +1,18 @@
 """One process that has imported all that pages use, and forks a child for each command of a page.
 
 ``python -m docs.warm SOCKET [NAME...]`` first makes the hub's models and datasets that have one of these names, and
-what a page's folder begins with. A client connects, sends one line of JSON and its three standard streams, and gets
-the child's number and, at its end, its exit code. When the client goes away, so does the child.
+what a page's folder begins with.
+
+A client connects, and this process forks at once: it reads nothing itself, so that no client can hold it up. It writes
+the child's number to the client. The child reads one line of JSON with three standard streams from the client, and does
+what that asks. When the child ends, whatever is left of its group is killed, and the client gets the exit code. When
+the client goes away, the child and its group are killed. Children end with this process, and this process with the one
+that started it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
@@ -20,15 +26,18 @@ import threading
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from docs.command import DONE, FAILED
 from faults.zygote import MODULES as FOR_RUNS
 from faults.zygote import end_interpreter
 from support.hub import DATASETS, MODELS, PAIRRM, make_hub
+from support.ranks import free_port
 
 PAGES = [
     "online_dpo.cli.doctor",
@@ -55,6 +64,7 @@ SMALL = {
     "report_to": "none",
 }
 """What is appended to a command that trains, unless the page gives it there itself."""
+PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
@@ -74,15 +84,25 @@ def main() -> None:
     gc.collect()
     gc.freeze()
     for thread in set(threading.enumerate()) - {threading.main_thread()}:
-        thread.join(5.0)
-    assert threading.active_count() == 1, threading.enumerate()
+        thread.join(60.0)
+    assert threading.active_count() == 1, threading.enumerate()  # a fork has one thread alone
     os.rename(sys.argv[1] + ".new", sys.argv[1])  # from now on it can be connected to
     serve(listener)
 
 
+def fork() -> int:
+    """``os.fork``, but the child ends when this process does."""
+    parent, pid = os.getpid(), os.fork()
+    if not pid:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it was quicker
+            os._exit(1)
+    return pid
+
+
 def in_a_fork(work: Callable[[], None]) -> None:
     """What starts threads or computes gradients leaves this process as it is."""
-    pid = os.fork()
+    pid = fork()
     if not pid:
         try:
             work()
@@ -95,7 +115,6 @@ def in_a_fork(work: Callable[[], None]) -> None:
 
 def make_ground(folder: Path) -> None:
     """What each page's folder begins with."""
-    from online_dpo.cli.main import main
     from online_dpo.quickstart.models import TINY
     from online_dpo.quickstart.run import run_quickstart
 
@@ -105,66 +124,65 @@ def make_ground(folder: Path) -> None:
     text = Path("runs/quickstart/run.yaml").read_text()
     own = re.sub(r": start/", ": runs/quickstart/start/", text).replace("runs/quickstart_again", "outputs")
     Path("run.yaml").write_text(own)
-    assert main(["export", "runs/quickstart", "--to", "pairs.jsonl"]) == 0
+
+
+@dataclass(frozen=True)
+class Fork:
+    """A child that works for a client."""
+
+    pid: int
+    client: socket.socket
+
+    def is_over(self) -> bool:
+        """Whether it has ended. Its number is still its own, until `end`."""
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def end(self) -> None:
+        """Kills what there is of its group, and tells the client how it ended."""
+        try:
+            os.killpg(self.pid, signal.SIGKILL)
+        except ProcessLookupError:  # it has not made a group yet
+            os.kill(self.pid, signal.SIGKILL)
+        _, status = os.waitpid(self.pid, 0)
+        tell(self.client, os.waitstatus_to_exitcode(status))
+        self.client.close()
 
 
 def serve(listener: socket.socket) -> None:
-    clients: dict[socket.socket, int] = {}
+    """Forks for each client, and reads from none."""
+    forks: list[Fork] = []
     parent = os.getppid()
-    while True:
-        ready, _, _ = select.select([listener, *clients], [], [], 0.01)
-        for one in ready:
-            if one is listener:
-                client, _ = listener.accept()
-                clients[client] = start(client, [listener, *clients])
-            elif has_gone(one):
-                stop(clients.pop(one))
-                one.close()
-        for client, pid in list(clients.items()):
-            found, status = os.waitpid(pid, os.WNOHANG)
-            if found:
-                del clients[client]
-                tell(client, os.waitstatus_to_exitcode(status))
-                client.close()
-        if os.getppid() != parent:  # the tests were killed
-            return
+    while os.getppid() == parent:  # else the tests were killed
+        changes = select.poll()
+        changes.register(listener, select.POLLIN)
+        for one in forks:
+            changes.register(one.client, select.POLLRDHUP)  # not what it sends: that is for its child
+        ready = {number for number, _ in changes.poll(10 if forks else 1000)}
+        for one in [one for one in forks if one.client.fileno() in ready or one.is_over()]:
+            forks.remove(one)
+            one.end()
+        if listener.fileno() in ready:
+            client, _ = listener.accept()
+            forks.append(start(client, [listener, *(one.client for one in forks)]))
 
 
-def has_gone(client: socket.socket) -> bool:
-    """Whether a client has closed its end. What it sends is for its child: here it is neither taken nor waited for."""
-    try:
-        return not client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-    except BlockingIOError:  # the child was quicker
-        return False
-
-
-def tell(client: socket.socket, number: int) -> None:
+def tell(client: socket.socket, word: int | str) -> None:
     with suppress(OSError):  # it has gone
-        client.sendall(f"{number}\n".encode())
+        client.sendall(f"{word}\n".encode())
 
 
-def stop(pid: int) -> None:
-    try:
-        os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-
-
-def start(client: socket.socket, others: list[socket.socket]) -> int:
-    data, streams, _, _ = socket.recv_fds(client, 1 << 20, 3)
-    pid = os.fork()
+def start(client: socket.socket, others: list[socket.socket]) -> Fork:
+    pid = fork()
     if pid:
-        for stream in streams:
-            os.close(stream)
         tell(client, pid)
-        return pid
+        return Fork(pid, client)
     code: Any = 1
     try:
+        os.setsid()
         for other in others:
             other.close()
-        request = json.loads(data)
-        become(request, streams)
+        request = receive(client)
+        become(request)
         code = KINDS[request["kind"]](request, client)
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else 0 if leaving.code is None else 1
@@ -173,10 +191,21 @@ def start(client: socket.socket, others: list[socket.socket]) -> int:
     os._exit(end_interpreter() or code or 0)
 
 
-def become(request: dict[str, Any], streams: list[int]) -> None:
+def receive(client: socket.socket) -> dict[str, Any]:
+    """A client's request, whose streams become those of this process."""
+    data, streams, _, _ = socket.recv_fds(client, 1 << 20, 3)
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
-    os.setsid()
+        os.close(stream)
+    while not data.endswith(b"\n"):
+        more = client.recv(1 << 20)
+        if not more:
+            raise EOFError("the client has gone")
+        data += more
+    return json.loads(data)
+
+
+def become(request: dict[str, Any]) -> None:
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
@@ -249,25 +278,34 @@ def train_little() -> None:
 
 
 def be_torchrun(request: dict[str, Any], client: socket.socket) -> int:
-    """Two processes at most, of this machine, forked instead of started; torchrun's own parser reads the words."""
+    """Two processes at most, forked instead of started; torchrun's own parser reads the words.
+
+    When one fails, the others are killed: they would wait for it.
+    """
     from torch.distributed.run import get_args_parser
 
     given = get_args_parser().parse_args(request["words"])
-    assert int(given.nnodes.split(":")[0]) == 1, "several machines: mark the block as not run"
     assert given.module, "torchrun -m online_dpo ..."
-    with socket.socket() as any_socket:
-        any_socket.bind(("127.0.0.1", 0))
-        port = any_socket.getsockname()[1]
-    count = min(int(given.nproc_per_node), 2)
-    pids = []
+    nodes, count = int(given.nnodes.split(":")[0]), min(int(given.nproc_per_node), 2)
+    assert nodes == 1 or given.master_addr == "127.0.0.1", "several machines: mark the block as not run"
+    port = given.master_port if nodes > 1 else free_port()
+    shared = dict(WORLD_SIZE=nodes * count, LOCAL_WORLD_SIZE=count, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ.update({name: str(value) for name, value in shared.items()}, GLOO_SOCKET_IFNAME="lo")
+    pids = set()
     for rank in range(count):
-        pids.append(os.fork())
-        if not pids[-1]:
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), GLOO_SOCKET_IFNAME="lo")
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_WORLD_SIZE=str(count))
+        pid = fork()
+        if not pid:
+            os.environ.update(RANK=str(given.node_rank * count + rank), LOCAL_RANK=str(rank))
             return be_rank([given.training_script, *given.training_script_args], request, client)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-    return next((code for code in codes if code), 0)
+        pids.add(pid)
+    code = 0
+    while pids:
+        pid, status = os.wait()
+        pids.remove(pid)
+        if not code and (code := os.waitstatus_to_exitcode(status)):
+            for other in pids:
+                os.kill(other, signal.SIGKILL)
+    return code if code >= 0 else 128 - code
 
 
 def be_rank(words: list[str], request: dict[str, Any], client: socket.socket) -> int:
@@ -276,7 +314,7 @@ def be_rank(words: list[str], request: dict[str, Any], client: socket.socket) ->
 
 
 def be_the_namespace(request: dict[str, Any], client: socket.socket) -> None:
-    """The Python of a page: gets one block after the other and says of each whether it went through."""
+    """The Python of a page: gets one block after the other, and says of each ``done`` or ``failed``."""
     train_little()
     sys.path.insert(0, os.getcwd())
     namespace: dict[str, Any] = {"__name__": "__main__"}
@@ -285,10 +323,10 @@ def be_the_namespace(request: dict[str, Any], client: socket.socket) -> None:
         try:
             source = "\n" * block["line"] + block["code"]
             exec(compile(source, block["page"], "exec"), namespace)  # noqa: S102
-            answer = 0
+            answer = DONE
         except BaseException:
             traceback.print_exc()
-            answer = 1
+            answer = FAILED
         sys.stdout.flush()
         sys.stderr.flush()
         tell(client, answer)

@@ -24,6 +24,11 @@ def in_repository(*folders):
     return {name for name in names if name and (ROOT / name).is_file()}
 
 
+def of_package():
+    """Files of ``src``, with those behind its link `recipes`: archives of setuptools know no links."""
+    return in_repository("src") | {f"src/online_dpo/{name}" for name in in_repository("recipes")}
+
+
 @pytest.fixture(scope="module")
 def wheel():
     """Contents by name."""
@@ -46,7 +51,7 @@ def test_no_other_distribution_is_built():
 
 def test_the_wheel_holds_the_package_with_its_data_and_nothing_else(wheel):
     code = {name: data for name, data in wheel.items() if ".dist-info/" not in name}
-    source = {name.removeprefix("src/"): (ROOT / name).read_bytes() for name in in_repository("src")}
+    source = {name.removeprefix("src/"): (ROOT / name).read_bytes() for name in of_package()}
     assert code.keys() == source.keys()
     assert [name for name in code if code[name] != source[name]] == []
     data = {
@@ -78,9 +83,7 @@ def test_the_wheel_says_what_it_is(wheel):
 
 def test_the_source_distribution_holds_the_repository_and_no_rubbish(sdist):
     made = {name for name in sdist if name in ("PKG-INFO", "setup.cfg") or ".egg-info/" in name}
-    package = "src/online_dpo/recipes/"  # to which the link `recipes` leads: archives of setuptools know no links
-    recipes = {f"recipes/{name.removeprefix(package)}" for name in in_repository(package)}
-    assert sdist.keys() - made == (in_repository() | recipes) - NOT_IN_SDIST
+    assert sdist.keys() - made == (in_repository() | of_package()) - NOT_IN_SDIST
     assert [name for name in sdist.keys() - made if sdist[name] != (ROOT / name).read_bytes()] == []
 
 
