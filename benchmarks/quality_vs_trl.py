@@ -1,6 +1,6 @@
 """What training is worth: the gold score of our trainer and of TRL's, at equal compute and at equal KL.
 
-    python benchmarks/quality_vs_trl.py --json benchmarks/results/quality-cpu.json
+    python benchmarks/quality_vs_trl.py --seconds 60 --seeds 0 1 --json benchmarks/results/quality-cpu.json
     python benchmarks/quality_vs_trl.py --chart                                  # the chart and the page's tables
     python benchmarks/quality_vs_trl.py --tiny --seconds 2 --seeds 0             # does it work?
 

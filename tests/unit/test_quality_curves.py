@@ -72,6 +72,19 @@ def test_tables_and_chart_show_each_row():
     assert page.startswith(f"a\n{quality_curves.BEGIN}\n\n| CPU") and page.endswith("b\n") and "old" not in page
 
 
+def test_page_and_chart_are_those_of_the_stored_figures():
+    result = json.loads(quality_vs_trl.RESULTS.read_text())
+    assert result["comparison"] == compared(result["points"])
+    current = "python benchmarks/quality_vs_trl.py --chart"
+    assert quality_curves.with_tables(PAGE, result) == PAGE, current
+    assert quality_curves.chart(result) == quality_vs_trl.CHART.read_text(), current
+    shown = [line for line in README.splitlines() if line.startswith("| gold")]
+    assert not shown or shown == quality_curves.readme_rows(result), current
+    fields = {name: row["fields"] for name, row in result["rows"].items()}
+    two, four = {"num_completions": 2, "tie_policy": "first"}, {"num_completions": 4}
+    assert fields == {"trl": {}, "ours-pairs": two, "ours": four}
+
+
 def test_tables_of_steps_are_those_of_the_stored_figures():
     """Every cell of the page, and every pair of seconds or of MiB in the README."""
     [table] = re.findall(r"^\| workload \| prompt, new tokens.*\n\|[-:|]+\n((?:\|.*\n)+)", PAGE, flags=re.MULTILINE)
