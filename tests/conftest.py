@@ -11,8 +11,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 
 torch.set_num_threads(1)
-# a shell starts what runs in its background with Ctrl-C ignored, for all processes below it
+# a shell starts what runs in its background with Ctrl-C ignored, and nohup with SIGHUP, for all processes below it
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection(session):
