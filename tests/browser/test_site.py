@@ -13,6 +13,8 @@ from playwright.sync_api import Browser, Page, expect
 
 from support.site import build_site
 
+expect.set_options(timeout=60_000)  # machines that run other tests as well are slow
+
 PAGES = ("", "start/quickstart/", "guides/judges/", "concepts/loop/", "reference/python/", "reference/metrics/")
 
 
@@ -36,6 +38,7 @@ def page(browser: Browser, address: str) -> Iterator[Page]:
     """A phone's, on which nothing may go wrong and no other host be asked."""
     wrong: list[str] = []
     opened = browser.new_page(viewport={"width": 390, "height": 844})
+    opened.set_default_timeout(60_000)
     opened.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
     opened.on("pageerror", lambda error: wrong.append(str(error)))
     ours = (address, "data:", "blob:")
