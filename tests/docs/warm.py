@@ -97,6 +97,8 @@ def fork() -> int:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it was quicker
             os._exit(1)
+        # torch makes its pool anew after a fork: here, before two threads do so at once, which fails
+        torch.set_num_threads(1)
     return pid
 
 

@@ -114,7 +114,10 @@ def wait(pid: int, seconds: float) -> dict[str, Any] | None:
 
 def be_the_run(request: dict[str, Any], faults: dict[str, Any]) -> None:
     """Never returns: runs the command as a process of its own would."""
+    import torch
+
     code: Any = 1
+    torch.set_num_threads(1)  # it makes its pool anew after a fork: here, before two threads do so at once, which fails
     try:
         become_a_command(request)
         code = run_command(request, faults)

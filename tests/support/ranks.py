@@ -50,6 +50,8 @@ def main() -> None:
     for rank in range(number):
         pid = os.fork()
         if not pid:
+            # torch makes its pool anew after a fork: here, before two threads do so at once, which fails
+            torch.set_num_threads(1)
             os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank))
             sys.argv, sys.path[0] = sys.argv[2:], str(Path(worker).parent)
             runpy.run_path(worker, run_name="__main__")
