@@ -139,7 +139,7 @@ soak: $(STAMP)
 # the quickstart takes both cores, as its users run it: it comes alone, at the end
 ci:
 	$(MAKE) --no-print-directory -j 2 -O IN_TURN=1 $(CI_PARTS)
-	$(WHEEL_PYTEST) tests/e2e/test_quickstart.py
+	$(WHEEL_PYTEST) -m "not slow" tests/e2e/test_quickstart.py
 
 ci-unit: $(STAMP)
 	$(PYTEST) -m "not slow" tests/unit

@@ -131,6 +131,7 @@ def commands(name):
     return re.findall(rf"^online-dpo {name} (runs/[^#\n]*[^#\s])", PAGE, flags=re.MULTILINE)
 
 
+@pytest.mark.slow  # CI runs them with tiny models: tests/docs
 def test_the_pages_other_lines_run_behind_it(finished):
     """In three steps; all else as they are written."""
     out, _, _ = finished

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from faults.harness import Fault
 
-MOST_OF_A_KIND = 9
+MOST_OF_A_KIND = 7
 
 
 def all_faults() -> dict[str, Fault]:
