@@ -161,7 +161,6 @@ ci-distributed: $(STAMP)
 ci-browser: test-browser
 
 test-docs: $(STAMP)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	$(PYTEST) tests/docs
 
 ci-docs: test-docs

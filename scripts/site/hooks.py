@@ -33,7 +33,6 @@ MADE = (
 
 LINK = re.compile(r"(?<=\]\()([^()\s]+)(?=\))")
 ALERT = re.compile(r"^> \[!(NOTE|TIP|IMPORTANT|WARNING|CAUTION)\] *\n((?:>.*\n?)+)", re.MULTILINE)
-WIDE = re.compile(r'(<pre class="mermaid"><code>\s*(?:flowchart|graph) LR.*?</pre>)', re.DOTALL)
 KINDS = {"IMPORTANT": "info", "CAUTION": "danger"}
 
 
@@ -72,11 +71,6 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if place in MADE:
         page.edit_url = None
     return ALERT.sub(_admonition, LINK.sub(lead, markdown))
-
-
-def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Pictures that go from left to right keep a size that can be read, and scroll in a box of their own."""
-    return WIDE.sub(r'<div class="wide">\1</div>', html)
 
 
 def rewritten(link: str, written: str, place: str, blob: str) -> str:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from support.processes import environment, run_python
-from support.ranks import RANKS, free_port
+from support.processes import environment, free_port, run_python
+from support.ranks import RANKS
 from support.run_files import fill_folder, write_run_file
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "accelerate"

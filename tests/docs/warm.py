@@ -37,7 +37,7 @@ from docs.command import DONE, FAILED
 from faults.zygote import MODULES as FOR_RUNS
 from faults.zygote import end_interpreter
 from support.hub import DATASETS, MODELS, PAIRRM, make_hub
-from support.ranks import free_port
+from support.processes import free_port
 
 PAGES = [
     "online_dpo.cli.doctor",

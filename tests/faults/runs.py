@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ from typing import Any
 from faults.ground import write_files
 from faults.harness import Fault, Respond, Writes
 from support.endpoint import Answer, serving
-from support.processes import environment
+from support.processes import environment, free_port
 
 HERE = Path(__file__).parent
 WHAT = {"kill before": 1, "kill within": 2, "fail once": 3, "fail from there": 4}
@@ -154,12 +153,6 @@ class Running:
 
 def _text(path: Path) -> str:
     return path.read_text(errors="replace") if path.is_file() else ""
-
-
-def free_port() -> int:
-    with socket.socket() as any_socket:
-        any_socket.bind(("127.0.0.1", 0))
-        return any_socket.getsockname()[1]
 
 
 class Stage:

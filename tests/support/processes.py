@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -23,3 +24,10 @@ def run_python(*words: object, **options: Any) -> subprocess.CompletedProcess[st
     """Python with these words, in an `environment`; ``options`` are those of `subprocess.run`."""
     options = {"env": environment(), "timeout": 300, "capture_output": True, "text": True} | options
     return subprocess.run([sys.executable, *map(str, words)], **options)
+
+
+def free_port() -> int:
+    """A port that nothing listens at."""
+    with socket.socket() as any_socket:
+        any_socket.bind(("127.0.0.1", 0))
+        return any_socket.getsockname()[1]

@@ -10,11 +10,12 @@ import gc
 import os
 import runpy
 import signal
-import socket
 import sys
 import threading
 from importlib import import_module
 from pathlib import Path
+
+from support.processes import free_port
 
 RANKS = [sys.executable, "-m", "support.ranks", "2"]
 """The beginning of a command for two ranks, in `processes.environment`."""
@@ -24,13 +25,6 @@ MODULES = (
     "torch._dynamo",
     "transformers.models.llama.modeling_llama",
 )
-
-
-def free_port() -> int:
-    """A port that nothing listens at."""
-    with socket.socket() as any_socket:
-        any_socket.bind(("127.0.0.1", 0))
-        return any_socket.getsockname()[1]
 
 
 def main() -> None:

@@ -17,10 +17,11 @@ from typing import Any
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-from faults.runs import Ended, Running, Zygote, free_port
+from faults.runs import Ended, Running, Zygote
 from online_dpo.cli.recipes import Recipe
 from support import tiny
 from support.hub import make_hub
+from support.processes import free_port
 
 SMALL = {
     "max_steps": 2,

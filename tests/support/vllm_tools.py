@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +22,7 @@ from transformers import PreTrainedModel
 from online_dpo import OnlineDPOConfig
 from online_dpo.types import Group
 from support import tiny
+from support.processes import free_port
 
 MAX_LENGTH = 96
 BLOCK = 32  # of the KV cache; a prompt is found in the prefix cache from this length on
@@ -76,12 +76,6 @@ def largest_error(model: nn.Module, groups: Sequence[Group]) -> float:
                 expected = logps.gather(-1, torch.tensor(completion.token_ids)[:, None])[:, 0]
                 largest = max(largest, (expected - torch.tensor(completion.logprobs)).abs().max().item())
     return largest
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Launched:

@@ -15,6 +15,7 @@ from online_dpo.rollout.weights import process_group
 from online_dpo.rollout.weights.export import named_weights
 from online_dpo.rollout.weights.process_group import WeightGroup
 from support import tiny, vllm_tools
+from support.processes import free_port
 
 FAMILY = "qwen2-tied"
 KEY = RolloutKey(seed=3, step=5)
@@ -155,7 +156,7 @@ def test_weights_that_the_server_does_not_know_are_not_sent_again_and_again(serv
 
 
 def test_the_port_is_told_of_when_taken_and_free_again_after_the_run(server):
-    port = vllm_tools.free_port()
+    port = free_port()
     engine = connect(server.url, vllm_group_port=port)
     with pytest.raises(ValueError, match=f"Port {port} cannot be used .* Set `vllm_group_port`"):
         connect(server.url, vllm_group_port=port)

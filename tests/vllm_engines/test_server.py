@@ -12,6 +12,7 @@ from online_dpo.rollout.params import RolloutKey, SamplingParams
 from online_dpo.rollout.vllm.client import VLLMClient
 from online_dpo.rollout.vllm.server_engine import VLLMServerEngine
 from support import tiny, vllm_tools
+from support.processes import free_port
 
 FAMILY = "qwen2-tied"
 KEY = RolloutKey(seed=3, step=5)
@@ -118,7 +119,7 @@ def test_a_server_that_keeps_failing_is_named_with_the_cause(server, model):
 
 
 def test_no_server_at_all():
-    url = f"http://127.0.0.1:{vllm_tools.free_port()}"
+    url = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(RolloutServerError, match=f"{url}/health has failed for 1 seconds.*refused"):
         connect(url, timeout=1.0)
     with pytest.raises(ValueError, match="begins with http"):
